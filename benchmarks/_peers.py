@@ -1,0 +1,239 @@
+"""The two peers graft's training is measured against, each run in a process of its own by train_vs_peers.py.
+
+    run_trl   TRL's SFTTrainer as a user runs it: bf16, completion-only loss, grouped by length, its defaults otherwise
+    run_peft  the strongest peer: a hand-written PEFT loop with every trick that needs no new mathematics
+
+Letters: B rows, T tokens, N target tokens, d model width. Unusual: torch is imported inside functions, because the
+strong peer must set the allocator first and because the parent process imports this file for `Job` alone.
+"""
+
+import json
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from _machine import peak_rss_mb
+
+if TYPE_CHECKING:
+    import torch
+
+PRECISIONS = ("autocast", "autocast-fp32-base", "bf16")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every contender is told; `examples` is a JSON file: split -> [{"prompt", "completion"}, …]."""
+
+    model: str
+    eot: int
+    examples: str
+    steps: int
+    batch_size: int
+    rank: int
+    alpha: int
+    lora_dropout: float
+    targets: tuple[str, ...]
+    lr: float
+    warmup: int
+    untimed_steps: int
+    precision: str
+    seed: int
+
+
+class Encoded(NamedTuple):
+    prompt: list[int]
+    completion: list[int]
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.completion)
+
+
+class Batch(NamedTuple):
+    """ids [B, T], right-padded; at [N]: flat positions (b*T + t) that predict a target; targets [N]."""
+
+    ids: "torch.Tensor"
+    at: "torch.Tensor"
+    targets: "torch.Tensor"
+
+
+def load_tokenizer(job: Job) -> Any:
+    """The folder's own tokenizer.json as it stands, and the end-of-text token that graft uses."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(Path(job.model) / "tokenizer.json"))
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(job.eot)
+    return tokenizer
+
+
+def load_examples(job: Job, split: str) -> list[dict[str, str]]:
+    return json.loads(Path(job.examples).read_text(encoding="utf-8"))[split]
+
+
+def encode(rows: Sequence[dict[str, str]], tokenizer: Any) -> list[Encoded]:
+    """Prompt and completion tokenised apart, end-of-text after the completion."""
+    prompts = tokenizer([row["prompt"] for row in rows])["input_ids"]
+    completions = tokenizer([row["completion"] for row in rows])["input_ids"]
+    return [Encoded(p, [*c, tokenizer.eos_token_id]) for p, c in zip(prompts, completions, strict=True)]
+
+
+def collate(rows: Sequence[Encoded]) -> Batch:
+    """Pad on the right (causal attention makes that invisible, no mask needed); point at the targets' predecessors."""
+    import torch
+
+    width = max(row.length for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    at: list[int] = []
+    targets: list[int] = []
+    for b, row in enumerate(rows):
+        ids[b, : row.length] = torch.tensor(row.prompt + row.completion)
+        first = b * width + len(row.prompt) - 1
+        at.extend(range(first, first + len(row.completion)))
+        targets.extend(row.completion)
+    return Batch(ids, torch.tensor(at), torch.tensor(targets))
+
+
+def length_batches(rows: Sequence[Encoded], batch_size: int) -> Iterator[Batch]:
+    """Batches of similar length, shortest first."""
+    ordered = sorted(rows, key=lambda row: row.length)
+    for start in range(0, len(ordered), batch_size):
+        yield collate(ordered[start : start + batch_size])
+
+
+def summed_loss(causal_lm: Any, batch: Batch) -> "torch.Tensor":
+    """Sum of the targets' cross entropies; the head sees only the [N, d] rows that predict a target, not all B*T."""
+    from torch.nn.functional import cross_entropy
+
+    hidden = causal_lm.model(input_ids=batch.ids, use_cache=False).last_hidden_state
+    logits = causal_lm.lm_head(hidden.flatten(0, 1)[batch.at])
+    return cross_entropy(logits.float(), batch.targets, reduction="sum")
+
+
+def validation_loss(causal_lm: Any, rows: Sequence[Encoded], batch_size: int) -> float:
+    """Mean loss of all target tokens of `rows`, in bf16 as trained."""
+    import torch
+
+    causal_lm.eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        total = sum(summed_loss(causal_lm, batch).item() for batch in length_batches(rows, batch_size))
+    return total / sum(len(row.completion) for row in rows)
+
+
+def speed(ends: Sequence[float], job: Job) -> dict[str, float]:
+    """Speed from the moments at which the steps ended, without the first `untimed_steps` (at least one).
+
+    What lies between two steps (fetching the batch, logging) counts: a user waits for it too.
+    """
+    assert len(ends) == job.steps and 1 <= job.untimed_steps < job.steps
+    seconds = ends[-1] - ends[job.untimed_steps - 1]
+    examples = (job.steps - job.untimed_steps) * job.batch_size
+    return {"examples": len(ends) * job.batch_size, "seconds": seconds, "examples_per_s": examples / seconds}
+
+
+def _result(job: Job, ends: Sequence[float], causal_lm: Any, tokenizer: Any) -> dict[str, float]:
+    """Memory is read before validation, so that a peer is charged for training alone."""
+    peak = peak_rss_mb()
+    validation = encode(load_examples(job, "validation"), tokenizer)
+    loss = validation_loss(causal_lm, validation, job.batch_size)
+    trainable = sum(p.numel() for p in causal_lm.parameters() if p.requires_grad)
+    return {**speed(ends, job), "peak_rss_mb": peak, "val_loss": loss, "trainable": trainable}
+
+
+def _lora(job: Job) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=job.rank,
+        lora_alpha=job.alpha,
+        lora_dropout=job.lora_dropout,
+        target_modules=[f"{target}_proj" for target in job.targets],
+        task_type="CAUSAL_LM",
+    )
+
+
+def run_trl(job: Job) -> dict[str, float]:
+    """SFTTrainer as its documentation has a user run it; only what the comparison fixes is set, the rest is default.
+
+    Defaults include activation checkpointing and bf16 mixed precision. Timed by a callback at the end of every step.
+    """
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, TrainerCallback
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    ends: list[float] = []
+
+    class StepEnds(TrainerCallback):
+        """Notes when each step ended."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            ends.append(time.perf_counter())
+
+    tokenizer = load_tokenizer(job)
+    trainer = SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.bfloat16),
+        args=SFTConfig(
+            output_dir="trl-run",
+            use_cpu=True,
+            per_device_train_batch_size=job.batch_size,
+            num_train_epochs=1,
+            completion_only_loss=True,
+            train_sampling_strategy="group_by_length",
+            learning_rate=job.lr,
+            lr_scheduler_type="cosine",
+            warmup_steps=job.warmup,
+            save_strategy="no",
+            report_to="none",
+            seed=job.seed,
+        ),
+        train_dataset=Dataset.from_list(load_examples(job, "train")),
+        processing_class=tokenizer,
+        peft_config=_lora(job),
+        callbacks=[StepEnds()],
+    )
+    trainer.train()
+    model: Any = trainer.model
+    return _result(job, ends, model.get_base_model(), tokenizer)
+
+
+def run_peft(job: Job) -> dict[str, float]:
+    """A plain PEFT loop with what makes it fast on a CPU; timed at the end of every step.
+
+    Kept memory, no activation checkpointing, no attention mask, batches cut from all examples sorted by length (in
+    random order), the head at completion tokens only, fused AdamW, clipping.
+    """
+    from graftlm.process import keep_memory
+
+    if not keep_memory():
+        raise RuntimeError("the C library refused to keep memory: this would be a weaker peer than the one promised")
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
+
+    torch.manual_seed(job.seed)
+    tokenizer = load_tokenizer(job)
+    batches = list(length_batches(encode(load_examples(job, "train"), tokenizer), job.batch_size))
+    random.Random(job.seed).shuffle(batches)
+    base_dtype = torch.float32 if job.precision == "autocast-fp32-base" else torch.bfloat16
+    base = AutoModelForCausalLM.from_pretrained(job.model, dtype=base_dtype)
+    model: Any = get_peft_model(base, _lora(job), autocast_adapter_dtype=job.precision != "bf16")
+    causal_lm = model.get_base_model()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=job.lr, weight_decay=0.0, fused=True)
+    schedule = get_cosine_schedule_with_warmup(optimizer, job.warmup, job.steps)
+    model.train()
+    ends: list[float] = []
+    for batch in batches:
+        with torch.autocast("cpu", torch.bfloat16, enabled=job.precision != "bf16"):
+            loss = summed_loss(causal_lm, batch) / len(batch.targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        ends.append(time.perf_counter())
+    return _result(job, ends, causal_lm, tokenizer)

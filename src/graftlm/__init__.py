@@ -1,0 +1,72 @@
+"""graftlm: small, exact, comparable ways to adapt a pretrained language model. The command is `graft`.
+
+    import graftlm
+
+    loaded = graftlm.load("smollm2-135m")
+    graftlm.generate(loaded.model, loaded.tokenizer, ["The film was"], max_new_tokens=20)
+
+The public names are below. They are imported when they are first used (PEP 562), so that `import graftlm` costs
+nothing; in particular it does not import torch, and it never changes a setting of the process.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EvaluateConfig",
+    "GenerateConfig",
+    "GraftError",
+    "InputError",
+    "LoRALinear",
+    "TrainConfig",
+    "__version__",
+    "evaluate",
+    "generate",
+    "get_sentiment_prompt",
+    "load",
+    "mark_only_lora_as_trainable",
+    "predict_labels",
+    "train",
+]
+
+_HOMES = {
+    "EvaluateConfig": "config",
+    "GenerateConfig": "config",
+    "GraftError": "errors",
+    "InputError": "errors",
+    "LoRALinear": "methods.lora",
+    "TrainConfig": "config",
+    "evaluate": "inference.evaluate",
+    "generate": "inference.generate",
+    "get_sentiment_prompt": "text.template",
+    "load": "exchange.load",
+    "mark_only_lora_as_trainable": "methods.lora",
+    "predict_labels": "inference.evaluate",
+    "train": "training.train",
+}
+
+if TYPE_CHECKING:
+    from graftlm.config import EvaluateConfig, GenerateConfig, TrainConfig
+    from graftlm.errors import GraftError, InputError
+    from graftlm.exchange.load import load
+    from graftlm.inference.evaluate import evaluate, predict_labels
+    from graftlm.inference.generate import generate
+    from graftlm.methods.lora import LoRALinear, mark_only_lora_as_trainable
+    from graftlm.text.template import get_sentiment_prompt
+    from graftlm.training.train import train
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name's module at the name's first use, and keep the name."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names, used or not."""
+    return sorted(__all__)

@@ -1,0 +1,18 @@
+"""`graft` and `python -m graftlm`: the same command. What it does is in `cli.py`."""
+
+import sys
+
+
+def main() -> int:
+    """Run the command with the words it was given; the exit status."""
+    from graftlm.cli import internal_error, run
+    from graftlm.flags import wants_debug
+
+    words = sys.argv[1:]
+    if not wants_debug(words):
+        sys.excepthook = internal_error  # the exit status stays Python's own for an exception: 1
+    return run(words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,279 @@
+"""The command `graft`: verbs -> one call each. The only place that exits; with `render.py` the only one that prints.
+
+What is unusual here: the verbs are a table and are dispatched by hand, and everything heavy is imported inside the
+handler that needs it, so that `graft --help` answers before torch could even be found on the disk.
+
+Exit status: 0 done, 1 a run failed, 2 wrong input, 130 interrupted. A mistake is one line on the standard error.
+"""
+
+import errno
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from graftlm import render
+from graftlm.config import EvaluateConfig, FetchConfig, GenerateConfig, TrainConfig
+from graftlm.errors import GraftError, InputError, unknown
+from graftlm.flags import Parsed, parse, show_help, wants_debug, wants_help
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from graftlm.exchange.load import Loaded
+    from graftlm.text.data import Example
+    from graftlm.text.template import Template
+
+Result = dict[str, Any]
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+# Verbs ----------------------------------------------------------------------------------------------------------------
+# Each reads its config, writes notes and progress to the given console (standard error) and returns its JSON object.
+
+
+def _train(parsed: Parsed, notes: "Console") -> Result:
+    from graftlm.training.train import train
+
+    config: TrainConfig = parsed.config
+    if config.rank == 0 and "method" in parsed.given and config.method != "full":
+        raise InputError(f"--rank 0 means full fine-tuning and contradicts --method {config.method}: leave one out")
+    return train(config, given=parsed.given, console=notes)
+
+
+def _evaluate(parsed: Parsed, notes: "Console") -> Result:
+    from graftlm.exchange.load import load
+    from graftlm.inference.evaluate import evaluate, write_predictions
+
+    config: EvaluateConfig = parsed.config
+    loaded = load(config.init_from, config.out_dir, config.checkpoint, config.device, config.dtype)
+    template, examples = _examples(loaded, config, notes)
+    readings = 2 if config.read == "both" else 1
+    with render.progress(notes, "evaluate", readings * len(examples)) as progress:
+        evaluation = evaluate(
+            loaded.model,
+            loaded.tokenizer,
+            template,
+            examples,
+            read=config.read,
+            batch_size=config.batch_size,
+            progress=progress,
+        )
+    if config.predictions:
+        write_predictions(config.predictions, evaluation)
+    return {**evaluation.to_json(), "labels": list(template.labels)}
+
+
+def _generate(parsed: Parsed, notes: "Console") -> Result:
+    from graftlm.exchange.load import load
+
+    config: GenerateConfig = parsed.config
+    prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
+    loaded = load(config.init_from, config.out_dir, config.checkpoint, config.device, config.dtype)
+    return _classify(loaded, config, notes) if prompt is None else _continue(loaded, config, prompt)
+
+
+def _continue(loaded: "Loaded", config: GenerateConfig, prompt: str) -> Result:
+    from graftlm.inference.generate import generate
+
+    texts = generate(
+        loaded.model,
+        loaded.tokenizer,
+        [prompt] * config.num_samples,
+        max_new_tokens=config.max_new_tokens or 64,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        seed=config.seed,
+        batch_size=config.batch_size,
+    )
+    return {"prompt": prompt, "texts": texts}
+
+
+def _classify(loaded: "Loaded", config: GenerateConfig, notes: "Console") -> Result:
+    """What the course handout's generate.py does: the test split by generation, with the given sampling."""
+    import time
+
+    from graftlm.inference.evaluate import answer_length, read_label
+    from graftlm.inference.generate import generate_ids
+    from graftlm.inference.statistics import Reading
+
+    template, examples = _examples(loaded, EvaluateConfig(data=config.data, limit=config.limit), notes)
+    start = time.perf_counter()
+    with render.progress(notes, "classify", len(examples)) as progress:
+        new = generate_ids(
+            loaded.model,
+            [example.prompt_ids for example in examples],
+            max_new_tokens=config.max_new_tokens or answer_length(template, loaded.tokenizer),
+            eot=loaded.tokenizer.eot,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            progress=progress,
+        )
+    seconds = time.perf_counter() - start
+    predicted = [read_label(loaded.tokenizer.decode(ids), template.labels) for ids in new]
+    true = [example.label for example in examples if example.label is not None]
+    if len(true) < len(predicted):
+        raise InputError("--data: a row has no label, so there is no accuracy; give --prompt to generate text")
+    reading = Reading.make("generate", true, predicted, len(template.labels), seconds)
+    return {**reading.to_json(), "labels": list(template.labels)}
+
+
+def _examples(loaded: "Loaded", config: EvaluateConfig, notes: "Console") -> tuple["Template", list["Example"]]:
+    """The examples to read: as the flags say, else as the run says that is being read, else the defaults."""
+    from graftlm.text.data import encode_rows, load_dataset, sample
+    from graftlm.text.template import load_template
+
+    run: Result = (loaded.run or {}).get("config", {})
+    template = loaded.template
+    if template is None or config.template or config.labels:
+        template = load_template(
+            config.template or run.get("template", TrainConfig.template),
+            config.labels or run.get("labels", TrainConfig.labels),
+        )
+    names = ("data", "val", "test", "text_field", "label_field")
+    source = {name: getattr(config, name) for name in names}
+    if not config.data:
+        source |= {name: run.get(name, getattr(TrainConfig, name)) for name in names}
+    dataset = load_dataset(**source, labels=template.labels)
+    for note in dataset.notes:
+        notes.print(note, soft_wrap=True)
+    rows = dataset.splits.get(config.split, [])
+    if not rows:
+        raise InputError(
+            f"--split {config.split}: {dataset.name} has no such split; it has {', '.join(dataset.splits)}"
+        )
+    max_length = config.max_length or run.get("max_length") or loaded.model.shape.context
+    examples, cut = encode_rows(sample(rows, config.limit), template, loaded.tokenizer, max_length)
+    if cut:
+        notes.print(f"{cut} of {len(examples)} texts were cut to fit {max_length} tokens", soft_wrap=True)
+    return template, examples
+
+
+def _fetch(parsed: Parsed, notes: "Console") -> Result:
+    from graftlm.files.assets import fetch
+
+    return {"name": parsed.config.name, "path": str(fetch(parsed.config.name))}
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One row of the table: what its flags are, what it calls, and how its result is shown to people."""
+
+    config: type
+    run: Callable[[Parsed, "Console"], Result]
+    show: Callable[["Console", Result], None]
+    positional: str = ""
+    """The field that may be given as a word without dashes."""
+    computes: bool = True
+    """Whether it will work with large tensors."""
+
+    @property
+    def summary(self) -> str:
+        """The first line of the config's docstring."""
+        return (self.config.__doc__ or "").partition("\n")[0]
+
+
+VERBS = {
+    "train": Verb(TrainConfig, _train, render.train),
+    "generate": Verb(GenerateConfig, _generate, render.generate),
+    "evaluate": Verb(EvaluateConfig, _evaluate, render.evaluate),
+    "fetch": Verb(FetchConfig, _fetch, render.fetch, positional="name", computes=False),
+}
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+def run(words: Sequence[str]) -> int:
+    """Do what the words behind `graft` say; the exit status. Whatever is no GraftError passes through."""
+    try:
+        status = _dispatch(list(words))
+        sys.stdout.flush()  # here, so that a closed pipe is met here
+        return status
+    except GraftError as error:
+        return _fail(words, str(error), error.exit_status)
+    except KeyboardInterrupt:
+        return _fail(words, "interrupted", 130)
+    except BrokenPipeError:  # the reader has left, as in `graft --help | head -1`: no one to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            return _fail(words, f"disk full: {error.filename or 'the output'} could not be written", 2)
+        if error.filename is None:
+            raise
+        return _fail(words, f"{error.filename}: {(error.strerror or str(error)).lower()}", 2)
+
+
+def _dispatch(words: list[str]) -> int:
+    name, rest = (words[0], words[1:]) if words else ("--help", [])
+    if name in ("--help", "-h", "help"):
+        print(_help())
+        return 0
+    if name == "--version":
+        from graftlm import __version__
+
+        print(f"graft {__version__}")
+        return 0
+    if name.startswith("-"):
+        raise InputError(f"{name}: a verb comes first: graft {' | '.join(VERBS)} (see graft --help)")
+    if name not in VERBS:
+        raise unknown("verb", name, VERBS)
+    verb = VERBS[name]
+    if wants_help(rest):
+        show_help(name, verb.config)
+        return 0
+    _run_verb(verb, parse(name, verb.config, rest, verb.positional))
+    return 0
+
+
+def _run_verb(verb: Verb, parsed: Parsed) -> None:
+    if verb.computes:
+        from graftlm.process import keep_memory
+
+        keep_memory()
+    # With --json the standard output is one object, whatever a library down the line may print.
+    with redirect_stdout(sys.stderr) if parsed.every.json else nullcontext(), render.library_notes():
+        result = verb.run(parsed, render.notes())
+    if parsed.every.json:
+        print(json.dumps(result, ensure_ascii=False, allow_nan=False))
+    else:
+        verb.show(render.screen(), result)
+
+
+def _help() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items())
+    return (
+        "usage: graft VERB [--flag value]...\n\n"
+        "Adapt a pretrained language model, measure it, and talk to it.\n\n"
+        f"{verbs}\n\n"
+        "graft VERB --help lists a verb's flags. Every verb also takes --config recipe.toml (keys are flags; flags\n"
+        "given beside it win), --json (one JSON object on the standard output) and --debug (tracebacks).\n"
+        "graft --version prints the version."
+    )
+
+
+def _fail(words: Sequence[str], line: str, status: int) -> int:
+    if wants_debug(words):
+        traceback.print_exc()
+    print(f"graft: {' '.join(line.split())}", file=sys.stderr)
+    return status
+
+
+def internal_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """The process's last word on an exception nobody expected, instead of a traceback (see `__main__.py`)."""
+    if issubclass(kind, KeyboardInterrupt):  # so early or so late that `run` was not there to see it
+        print("graft: interrupted", file=sys.stderr)
+        return
+    what = " ".join(f"{kind.__name__}: {error}".split())
+    print(f"graft: internal error: {what} (run again with --debug for the traceback)", file=sys.stderr)

@@ -1,0 +1,218 @@
+"""What a user can set: one frozen dataclass a verb, one documented field a flag.
+
+The string under a field is its help text on the command line and its entry in the reference.
+A default of None means "decided by the method or the run"; `run.json` records what was decided.
+No torch here: `graft --help` must answer at once.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from graftlm.errors import InputError
+
+Device = str
+Dtype = Literal["auto", "float32", "bfloat16"]
+Checkpoint = Literal["best", "last"]
+
+
+def _require(ok: bool, flag: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise InputError(f"--{flag} {value}: must be {allowed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Adapt a pretrained model to labelled text; writes a run folder."""
+
+    init_from: str = "smollm2-135m"
+    """The base model: a built-in name, a hub id (with @revision), a local folder or a .gguf file."""
+    data: str = "rotten-tomatoes-pypi"
+    """The data: a built-in name, a hub name, a folder with train/validation/test files, or one file."""
+    val: str = ""
+    """A file with the validation split, beside --data FILE."""
+    test: str = ""
+    """A file with the test split, beside --data FILE."""
+    out_dir: str = "graft-run"
+    """The run folder to create; it must not hold another run unless --resume is given."""
+    method: str = "lora"
+    """How to adapt: lora, or full (all weights)."""
+    rank: int | None = None
+    """LoRA's rank r; 0 means full fine-tuning. Default: the method's (LoRA: 128)."""
+    alpha: float | None = None
+    """LoRA's alpha; the update is scaled by alpha / rank. Default: the method's (LoRA: 512)."""
+    targets: str = "q,k,v"
+    """The linears to adapt, by role: q, k, v, o, up, gate, down."""
+    lr: float | None = None
+    """Peak learning rate of AdamW. Default: the method's (LoRA: 2.5e-4, full: 2e-5)."""
+    dropout: float = 0.0
+    """Dropout on embeddings, attention probabilities and residual branches; a probability."""
+    lora_dropout: float = 0.05
+    """Dropout on the input of LoRA's A; a probability."""
+    batch_size: int = 16
+    """Examples in one forward and backward pass."""
+    grad_accum: int = 1
+    """Passes added up before one optimiser step; a step sees batch_size * grad_accum examples."""
+    micro_tokens: int | None = None
+    """Most tokens in one forward and backward pass, padding counted, shared ones not: a larger batch runs in parts
+    whose gradients add up, which bounds the memory. Default: 640 on a CPU, 0 (no bound) elsewhere."""
+    max_iters: int | None = None
+    """Optimiser steps of the whole run. Default: as many as --epochs need."""
+    epochs: float | None = None
+    """Passes over the training split. Default: 2, unless --max_iters is given."""
+    eval_every: int | None = None
+    """Steps between validations, each followed by a checkpoint. Default: a tenth of the run."""
+    val_limit: int = 512
+    """Validation examples read each time (a fixed, label-blind sample); 0 means all."""
+    seed: int = 0
+    """Seed of initial weights, data order and dropout."""
+    device: Device = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:N or mps."""
+    dtype: Dtype = "auto"
+    """Number format of the frozen base and of the arithmetic; trained weights are kept in float32."""
+    loss_on: Literal["completion", "all"] = "completion"
+    """Tokens that are trained on: the completion with its end-of-text, or every token."""
+    shared_prefix: bool = True
+    """Run the instruction that all prompts of a batch begin with once per batch; same gradients."""
+    template: str = "sentiment"
+    """The prompt: a built-in name, a file, or a string with {text} in it."""
+    labels: str = "negative,positive"
+    """The label words, by label number."""
+    text_field: str = "text"
+    """The field of the data that holds the text."""
+    label_field: str = "label"
+    """The field of the data that holds the label."""
+    max_length: int | None = None
+    """Longest example in tokens; longer texts are cut inside the template. Default: the model's context."""
+    warmup: int | None = None
+    """Steps over which the learning rate rises from lr/warmup to lr. Default: 6% of the run, at most 100."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay, applied to matrices only."""
+    clip: float = 1.0
+    """Largest global norm of a step's gradient; 0 turns clipping off."""
+    patience: int = 0
+    """Stop after so many validations without a better loss; 0 never stops early."""
+    wandb_project: str = ""
+    """Log to this Weights & Biases project too (needs the extra: pip install 'graftlm[wandb]')."""
+    resume: bool = False
+    """Go on with the run in --out_dir from its last checkpoint, exact to the bit."""
+
+    def __post_init__(self) -> None:
+        _require(self.rank is None or self.rank >= 0, "rank", self.rank, "0 (full fine-tuning) or more")
+        _require(self.alpha is None or self.alpha > 0, "alpha", self.alpha, "greater than 0")
+        _require(self.lr is None or self.lr > 0, "lr", self.lr, "greater than 0")
+        for flag in ("dropout", "lora_dropout"):
+            value = getattr(self, flag)
+            _require(0 <= value < 1, flag, value, "at least 0 and below 1")
+        for flag in ("batch_size", "grad_accum"):
+            _require(getattr(self, flag) >= 1, flag, getattr(self, flag), "1 or more")
+        for flag in ("max_iters", "epochs", "eval_every", "max_length"):
+            value = getattr(self, flag)
+            _require(value is None or value > 0, flag, value, "greater than 0")
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "0 or more, and below 2**32")
+        for flag in ("val_limit", "weight_decay", "clip", "patience"):
+            _require(getattr(self, flag) >= 0, flag, getattr(self, flag), "0 or more")
+        _require(self.micro_tokens is None or self.micro_tokens >= 0, "micro_tokens", self.micro_tokens, "0 or more")
+        _require(self.warmup is None or self.warmup >= 0, "warmup", self.warmup, "0 or more")
+        _require(bool(self.out_dir.strip()), "out_dir", repr(self.out_dir), "a folder's name")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Continue a prompt; without --prompt, classify the test split by generation."""
+
+    init_from: str = "resume"
+    """"resume" for the run in --out_dir, or a model's name, folder or .gguf file."""
+    out_dir: str = "graft-run"
+    """The run folder to read when --init_from is resume."""
+    checkpoint: Checkpoint = "best"
+    """Which checkpoint of the run."""
+    prompt: str | None = None
+    """The text to continue; - reads standard input. Without it, the test split is classified."""
+    data: str = ""
+    """The data to classify when no prompt is given. Default: the run's, else rotten-tomatoes-pypi."""
+    limit: int = 0
+    """Classify so many examples only (a fixed, label-blind sample); 0 means all."""
+    batch_size: int = 32
+    """Prompts decoded together."""
+    device: Device = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:N or mps."""
+    dtype: Dtype = "auto"
+    """Number format of the weights and of the arithmetic."""
+    max_new_tokens: int | None = None
+    """Longest continuation in tokens. Default: 64 for a prompt; to classify 5, or the longest label's."""
+    temperature: float = 0.0
+    """Divides the logits before sampling; 0 always takes the likeliest token (greedy)."""
+    top_k: int = 0
+    """Sample among the k likeliest tokens; 0 means all."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that together have this probability."""
+    seed: int = 0
+    """Seed of the sampling."""
+    num_samples: int = 1
+    """Continuations of the prompt."""
+
+    def __post_init__(self) -> None:
+        _require(self.temperature >= 0, "temperature", self.temperature, "0 or more")
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        for flag in ("limit", "top_k", "seed"):
+            _require(getattr(self, flag) >= 0, flag, getattr(self, flag), "0 or more")
+        for flag in ("batch_size", "num_samples"):
+            _require(getattr(self, flag) >= 1, flag, getattr(self, flag), "1 or more")
+        _require(
+            self.max_new_tokens is None or self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "1 or more"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Measure a model or a run on labelled text."""
+
+    init_from: str = "resume"
+    """"resume" for the run in --out_dir, or a model's name for its zero-shot accuracy."""
+    out_dir: str = "graft-run"
+    """The run folder to read when --init_from is resume."""
+    checkpoint: Checkpoint = "best"
+    """Which checkpoint of the run."""
+    data: str = ""
+    """The data to read. Default: the run's, else rotten-tomatoes-pypi."""
+    val: str = ""
+    """A file with the validation split, beside --data FILE."""
+    test: str = ""
+    """A file with the test split, beside --data FILE."""
+    split: Literal["train", "validation", "test"] = "test"
+    """The split to read."""
+    limit: int = 0
+    """Read so many examples only (a fixed, label-blind sample); 0 means all."""
+    batch_size: int = 32
+    """Examples computed together."""
+    read: Literal["both", "score", "generate"] = "both"
+    """How an answer is read: by the labels' scores, in the generated text, or both side by side."""
+    predictions: str = ""
+    """A jsonl file to write, one row an example."""
+    template: str = ""
+    """The prompt. Default: the run's, else sentiment."""
+    labels: str = ""
+    """The label words by label number. Default: the run's, else negative,positive."""
+    text_field: str = "text"
+    """The field of the data that holds the text."""
+    label_field: str = "label"
+    """The field of the data that holds the label."""
+    max_length: int | None = None
+    """Longest example in tokens; longer texts are cut inside the template. Default: the model's context."""
+    device: Device = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:N or mps."""
+    dtype: Dtype = "auto"
+    """Number format of the weights and of the arithmetic."""
+
+    def __post_init__(self) -> None:
+        _require(self.limit >= 0, "limit", self.limit, "0 or more")
+        _require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        _require(self.max_length is None or self.max_length > 0, "max_length", self.max_length, "greater than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchConfig:
+    """Fetch a model or a data set and print its local folder."""
+
+    name: str
+    """A model's or a data set's name."""

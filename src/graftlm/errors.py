@@ -1,0 +1,38 @@
+"""The errors a user may meet. Each is one line: what is wrong, where, and what to do.
+
+    GraftError            a run failed                          exit status 1
+    ├── InputError        what was typed or given is wrong      exit status 2
+    └── Interrupted       stopped by the user, all saved        exit status 130
+
+`cli.py` prints the line and exits; a library caller catches `GraftError` for both. Mistakes only a
+programmer can make are assertions instead.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class GraftError(Exception):
+    """A run failed: NaN loss, a peer that broke, a disk that vanished. One line, exit status 1."""
+
+    exit_status = 1
+
+
+class InputError(GraftError):
+    """Wrong input: a name, a flag, a file, a value. One line, exit status 2."""
+
+    exit_status = 2
+
+
+class Interrupted(GraftError):
+    """Stopped by Ctrl-C or SIGTERM, after a checkpoint. One line that says how to go on, exit status 130."""
+
+    exit_status = 130
+
+
+def unknown(what: str, given: str, known: Iterable[str]) -> InputError:
+    """An error for a name that matches nothing: the nearest name first, then all of them."""
+    names = list(known)
+    near = get_close_matches(given, names, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return InputError(f"unknown {what} {given!r}: {hint}known are {', '.join(names)}")

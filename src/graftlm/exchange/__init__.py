@@ -1,0 +1,1 @@
+"""In and out of the ecosystem: PEFT and Hugging Face folders, and loading anything by its name."""

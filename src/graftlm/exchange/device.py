@@ -1,0 +1,41 @@
+"""Where to compute and in which number format, each with the reason, because both change what a run costs."""
+
+import torch
+
+from graftlm.errors import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called auto, cpu, cuda, cuda:N or mps; an InputError if this machine does not have it."""
+    if name == "auto":
+        kinds = [("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())]
+        return torch.device(next((kind for kind, there in kinds if there), "cpu"))
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (number and not (kind == "cuda" and number.isdigit())):
+        raise InputError(f"unknown --device {name!r}: known are auto, cpu, cuda, cuda:N, mps")
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
+    if int(number or 0) >= there:
+        raise InputError(f"--device {name}: this machine has {there or 'no'} {kind} device(s); use --device auto")
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype of base and arithmetic, and why; `auto` takes bfloat16 only where the hardware multiplies it."""
+    if name != "auto":
+        if name not in DTYPES:
+            raise InputError(f"unknown --dtype {name!r}: known are auto, {', '.join(DTYPES)}")
+        return DTYPES[name], "asked for"
+    if device.type == "cuda":
+        # Without including_emulation=False a T4, which has none, would be counted.
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "this GPU multiplies bfloat16 natively"
+        return torch.float32, "this GPU has no native bfloat16"
+    if device.type == "cpu":
+        flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        for flag in ("amx_bf16", "amx_tile", "avx512_bf16"):
+            if flags.get(flag):
+                return torch.bfloat16, f"this processor multiplies bfloat16 natively ({flag})"
+        return torch.float32, "this processor has no native bfloat16"
+    return torch.float32, f"bfloat16 is not relied on for {device.type}"

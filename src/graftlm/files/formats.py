@@ -1,0 +1,365 @@
+"""File formats and the two promises they keep: a reader never trusts a file, a writer never leaves half of one.
+
+Reads and writes json, text and safetensors; hashes files and tensors. What is unusual:
+
+- Everything is written beside its target under a name `.{target}.tmp-…`, flushed to the disk and renamed, so that
+  a reader sees the old file, the new one, or none; a killed process leaves only a temp (`remove_leftovers`).
+- safetensors are *read* by the safetensors package (memory-mapped) but *written* here, tensor by tensor: the package
+  wants all tensors in memory at once and hides a full disk in an error of its own. The bytes are the same.
+- Nothing is read through pickle: a folder that holds only .bin, .pt or .pth weights is refused.
+
+torch is imported only by the functions that handle tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from graftlm.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
+TEMP = re.compile(r"\.([^/]+)\.tmp-\d+-[0-9a-f]{8}(?=/|$)")  # what `temp_beside` makes of a name
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+# safetensors' name of a dtype -> torch's name and bytes per value, in safetensors' own order (its files are sorted
+# by it, the last of this table first).
+DTYPES = {
+    "BOOL": ("bool", 1),
+    "U8": ("uint8", 1),
+    "I8": ("int8", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "I16": ("int16", 2),
+    "U16": ("uint16", 2),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "I32": ("int32", 4),
+    "U32": ("uint32", 4),
+    "F32": ("float32", 4),
+    "F64": ("float64", 8),
+    "I64": ("int64", 8),
+    "U64": ("uint64", 8),
+}
+
+
+# --------------------------------------------------------------------------------------------------------- writing
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path | str) -> Iterator[None]:
+    """Turn a full disk, or a place that may not be written, into one `InputError` line that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        place = TEMP.sub(r"\1", str(path))  # the temp that it stands in is gone when the line is read
+        if error.errno in DISK_FULL:
+            raise InputError(
+                f"disk full: cannot write {place} ({error.strerror}): free some space or choose another folder"
+            ) from error
+        if error.errno in NOT_ALLOWED:
+            raise InputError(
+                f"cannot write {place}: {error.strerror}: choose a folder that you may write to"
+            ) from error
+        raise
+
+
+def temp_beside(target: Path) -> Path:
+    """A name beside `target` for what is still being made; `remove_leftovers` knows it."""
+    return target.parent / f".{target.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def file_atomically(path: Path) -> Iterator[BinaryIO]:
+    """Yield a binary file that takes the place of `path` when the block ends, and vanishes when it raises."""
+    path = Path(path)
+    temp = temp_beside(path)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temp, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temp, path)
+            _fsync(path.parent)
+        finally:
+            temp.unlink(missing_ok=True)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write `text` as UTF-8, atomically; line ends stay as they are."""
+    with file_atomically(Path(path)) as file:
+        file.write(text.encode("utf-8"))
+
+
+def write_json(path: Path | str, obj: Any) -> None:
+    """Write `obj` as indented JSON (NaN is refused: it would not be JSON), atomically."""
+    write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def folder_atomically(target: Path | str) -> Iterator[Path]:
+    """Yield a temp folder beside `target`; flush and rename it there on success, remove it on any exception.
+
+    An existing `target` is moved aside first and removed after; killed in between, `remove_leftovers` puts it back.
+    """
+    target = Path(target)
+    temp, aside = temp_beside(target), target.parent / f".{target.name}.old-{secrets.token_hex(4)}"
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temp.mkdir()
+        try:
+            yield temp
+            for path in sorted(temp.rglob("*"), reverse=True):
+                if not path.is_symlink():
+                    _fsync(path)
+            _fsync(temp)
+            if target.exists():
+                os.rename(target, aside)
+            os.rename(temp, target)
+            _fsync(target.parent)
+        finally:
+            if aside.exists() and not target.exists():
+                os.rename(aside, target)
+            shutil.rmtree(temp, ignore_errors=True)
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_leftovers(target: Path | str) -> None:
+    """Clean up what a killed process left while writing `target`; call it only when no other process can write it."""
+    target = Path(target)
+    if not target.parent.is_dir():
+        return
+    for old in sorted(target.parent.glob(f".{glob_escape(target.name)}.old-*")):
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(old, target)
+    for temp in target.parent.glob(f".{glob_escape(target.name)}.tmp-*"):
+        if temp.is_dir() and not temp.is_symlink():
+            shutil.rmtree(temp, ignore_errors=True)
+        else:
+            temp.unlink(missing_ok=True)
+
+
+def glob_escape(name: str) -> str:
+    """`name` with the characters that mean something to glob taken literally."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def link_atomically(link: Path | str, target_name: str) -> None:
+    """Make `link` a relative symbolic link to its sibling `target_name`, swapped in one step."""
+    link = Path(link)
+    temp = temp_beside(link)
+    with disk_errors(link):
+        try:
+            os.symlink(target_name, temp)
+            os.replace(temp, link)
+            _fsync(link.parent)
+        finally:
+            temp.unlink(missing_ok=True)
+
+
+# ----------------------------------------------------------------------------------------------- json and hashes
+
+
+def read_json(path: Path | str) -> Any:
+    """Read one JSON value; `InputError` names the file, and the line where it is broken."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_bytes().decode("utf-8"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, line {error.lineno}: broken JSON: {error.msg}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start}): write it again as UTF-8") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot read it: {error.strerror}") from error
+
+
+def sha256_file(path: Path | str) -> str:
+    """sha256 of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tensors_sha256(items: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """sha256 over sorted names, shapes, dtypes and bytes: one hash for a set of weights, whatever file they are in."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(items, key=lambda item: item[0]):
+        header = [name, list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
+        digest.update(json.dumps(header).encode("utf-8"))
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The tensor's values as raw bytes, in row-major order, without a copy where it is contiguous on the CPU."""
+    import torch
+
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+# ------------------------------------------------------------------------------------------------- safetensors
+
+
+def write_safetensors(path: Path | str, entries: Sequence[tuple[str, str, Sequence[int], Iterable[Any]]]) -> None:
+    """Write a safetensors file atomically from (name, dtype such as "F32", shape, chunks of bytes) entries.
+
+    Chunks are asked for one after the other, so only one need be in memory. Their lengths must add up to the shape.
+    """
+    ranks = {name: rank for rank, name in enumerate(DTYPES)}
+    ordered = sorted(entries, key=lambda entry: (-ranks[entry[1]], entry[0]))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # a single key: several make the bytes vary
+    offset = 0
+    for name, dtype, shape, _ in ordered:
+        size = DTYPES[dtype][1]
+        for side in shape:
+            size *= side
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    head += b" " * (-len(head) % 8)
+    with file_atomically(Path(path)) as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for name, _, _, chunks in ordered:
+            for chunk in chunks:
+                file.write(chunk)
+            end = 8 + len(head) + header[name]["data_offsets"][1]
+            assert file.tell() == end, f"{name}: chunks end at byte {file.tell()}, not {end}"
+
+
+def save_safetensors(path: Path | str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write `tensors` as one safetensors file with metadata {"format": "pt"}, atomically."""
+    names = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
+    entries = []
+    for name, tensor in tensors.items():
+        dtype = names.get(str(tensor.dtype).removeprefix("torch."))
+        assert dtype is not None, f"{name}: safetensors has no dtype for {tensor.dtype}"
+        entries.append((name, dtype, tuple(tensor.shape), (tensor_bytes(t) for t in [tensor])))
+    write_safetensors(path, entries)
+
+
+class LazyTensors(Mapping[str, "torch.Tensor"]):
+    """Name -> tensor over one or more safetensors files, memory-mapped: a tensor is read when it is asked for."""
+
+    def __init__(self, paths: Mapping[str, Path], handles: Mapping[Path, Any]) -> None:
+        self._paths = dict(paths)
+        self._handles = dict(handles)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        path = self._paths[name]
+        with _reading(path):
+            return self._handles[path].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape, from the file's header alone."""
+        path = self._paths[name]
+        with _reading(path):
+            return tuple(self._handles[path].get_slice(name).get_shape())
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: corrupted or truncated safetensors file ({reason}): fetch it again") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot read it: {error.strerror or error}") from error
+
+
+def open_safetensors(path: Path | str) -> LazyTensors:
+    """Open a safetensors file, memory-mapped; `InputError` when it is missing, corrupted or truncated."""
+    from safetensors import safe_open
+
+    path = Path(path)
+    with _reading(path):
+        handle = safe_open(path, framework="pt")
+        return LazyTensors(dict.fromkeys(handle.keys(), path), {path: handle})
+
+
+def load_safetensors(path: Path | str) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file, in memory of their own."""
+    return {name: tensor.clone() for name, tensor in open_safetensors(path).items()}
+
+
+def weight_files(folder: Path | str) -> list[Path]:
+    """The safetensors files that hold a model folder's weights; `InputError` where there are none that we read."""
+    return sorted(set(_weight_map(Path(folder)).values()))
+
+
+def read_weights(folder: Path | str) -> LazyTensors:
+    """A model folder's weights by name, from model.safetensors or the shards of model.safetensors.index.json."""
+    folder = Path(folder)
+    if (folder / "model.safetensors").exists():
+        return open_safetensors(folder / "model.safetensors")
+    paths = _weight_map(folder)
+    opened = {path: open_safetensors(path) for path in sorted(set(paths.values()))}
+    for name, path in paths.items():
+        if name not in opened[path]:
+            raise InputError(f"{path}: has no tensor {name!r}, though the folder's index says so: fetch it again")
+    return LazyTensors(paths, {path: tensors._handles[path] for path, tensors in opened.items()})
+
+
+def _weight_map(folder: Path) -> dict[str, Path]:
+    """Tensor name -> file of a folder's index; for a single file the one entry "" -> file."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return {"": single}
+    if not index.exists():
+        raise _no_weights(folder)
+    content = read_json(index)
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not names:
+        raise InputError(f"{index}: has no weight_map that names the shards: fetch the folder again")
+    for name, file in names.items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise InputError(f"{index}: shard {file!r} of {name!r} is not a safetensors file of this folder")
+        if not (folder / file).exists():
+            raise InputError(f"{folder}: shard {file} is missing: fetch the folder again")
+    return {name: folder / file for name, file in names.items()}
+
+
+def _no_weights(folder: Path) -> InputError:
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if pickled := [name for name in names if name.endswith(PICKLED)]:
+        return InputError(
+            f"{folder}: holds only {pickled[0]}: only safetensors and gguf are read (a pickle can run code): "
+            "convert it to model.safetensors"
+        )
+    if gguf := [name for name in names if name.endswith(".gguf")]:
+        return InputError(f"{folder}: holds no model.safetensors: name the file itself, {folder / gguf[0]}")
+    return InputError(f"{folder}: holds no model.safetensors (only safetensors and gguf weights are read)")

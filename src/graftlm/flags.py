@@ -1,0 +1,201 @@
+"""Words on the command line and keys of a recipe -> a verb's frozen dataclass.
+
+What is unusual here: tyro writes the help page (from the string under each field), but reading the words is done here,
+since flags and the recipe's keys must meet the same checks, and every mistake must be one line that names the flag or
+the file, says what is allowed and offers the nearest name. A field's type is bool, int, float, str or a Literal, maybe
+with None.
+
+Left out: short flags, abbreviated flags, several values for one flag.
+"""
+
+import math
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from graftlm.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EveryVerb:
+    """The flags that every verb has, besides --help."""
+
+    config: str = ""
+    """A recipe: a TOML file whose keys are flags. Flags given beside it win."""
+    json: bool = False
+    """Print exactly one JSON object on stdout."""
+    debug: bool = False
+    """When something fails, show the traceback too."""
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What was typed, checked."""
+
+    config: Any
+    """An instance of the verb's dataclass."""
+    every: EveryVerb
+    given: frozenset[str] = field(default_factory=frozenset)
+    """The fields that were set by a flag or by the recipe, rather than left at their defaults."""
+
+
+def wants_help(words: Sequence[str]) -> bool:
+    """Whether a help page is asked for, at any place."""
+    return "--help" in words or "-h" in words
+
+
+def wants_debug(words: Sequence[str]) -> bool:
+    """Whether tracebacks are asked for: needed when the words cannot be parsed, too."""
+    return any(word in ("--debug", "--debug=true") for word in words)
+
+
+def parse(verb: str, config: type, words: Sequence[str], positional: str = "") -> Parsed:
+    """Read the words behind `graft VERB` into `config`, with the recipe of --config below them.
+
+    positional: the field that a word without dashes sets. Raises InputError.
+    """
+    types = {**get_type_hints(EveryVerb), **get_type_hints(config)}
+    typed = _split(verb, types, words, positional)
+    values = {name: _from_word(name, text, types[name]) for name, text in typed.items()}
+    every = EveryVerb(**{f.name: values.pop(f.name) for f in fields(EveryVerb) if f.name in values})
+    recipe = _read_recipe(every.config, get_type_hints(config)) if every.config else {}
+    given = {**recipe, **values}
+    for f in fields(config):
+        if f.default is MISSING and f.name not in given:
+            name = f.name.upper() if f.name == positional else f"--{f.name}"
+            raise InputError(f"graft {verb} needs {name} (see graft {verb} --help)")
+    try:
+        return Parsed(config(**given), every, frozenset(given))
+    except InputError as error:  # its line begins with the flag; say when that stands in the recipe
+        flag = str(error).split()[0].removeprefix("--")
+        if flag in recipe and flag not in values:
+            raise InputError(f"{every.config}: {str(error).removeprefix('--')}") from None
+        raise
+
+
+def show_help(verb: str, config: type) -> None:
+    """Print the help page of a verb: the string under each field, by tyro."""
+    import tyro
+
+    page = make_dataclass(config.__name__, [], bases=(EveryVerb, config), frozen=True, kw_only=True)
+    with suppress(SystemExit):
+        tyro.cli(
+            page,
+            prog=f"graft {verb}",
+            description=config.__doc__,
+            use_underscores=True,
+            args=["--help"],
+            config=(tyro.conf.PositionalRequiredArgs,),
+        )
+
+
+# Flags ----------------------------------------------------------------------------------------------------------------
+
+
+def _split(verb: str, types: Mapping[str, Any], words: Sequence[str], positional: str) -> dict[str, str]:
+    """The text given for each field. A value that begins with two dashes must be joined by `=`."""
+    typed: dict[str, str] = {}
+    rest = iter(words)
+    for word in rest:
+        if not word.startswith("--"):
+            if not positional or positional in typed:
+                raise InputError(f"unexpected {word!r}: flags begin with two dashes (see graft {verb} --help)")
+            typed[positional] = word
+            continue
+        flag, joined, value = word.partition("=")
+        name = flag[2:].replace("-", "_")
+        switch = name.removeprefix("no_")
+        if name not in types and types.get(switch) is bool and not joined:
+            typed[switch] = "false"
+        elif name not in types:
+            raise InputError(f"unknown flag {flag}: {_near(name, types, '--')}see graft {verb} --help")
+        elif joined or types[name] is bool:
+            typed[name] = value if joined else "true"
+        else:
+            following = next(rest, None)
+            if following is None or following.startswith("--"):
+                tip = f" (a value that begins with dashes is written {flag}={following})" if following else ""
+                raise InputError(f"{flag} needs a value{tip}")
+            typed[name] = following
+    return typed
+
+
+def _near(name: str, known: Iterable[str], dashes: str) -> str:
+    near = get_close_matches(name, list(known), n=1)
+    return f"did you mean {dashes}{near[0]}? " if near else ""
+
+
+def _parts(kind: Any) -> tuple[Any, bool]:
+    """A field's type without None, and whether None is allowed."""
+    if get_origin(kind) in (UnionType, Union):
+        (inner,) = (part for part in get_args(kind) if part is not NoneType)
+        return inner, True
+    return kind, False
+
+
+def _from_word(name: str, text: str, kind: Any) -> Any:
+    """The typed value of the text behind a flag; InputError names the flag and what would do."""
+    inner, optional = _parts(kind)
+    if optional and inner is not str and text.lower() == "none":
+        return None
+    value: Any = text
+    try:
+        if inner is bool:
+            value = {"true": True, "false": False}[text.lower()]
+        elif inner in (int, float):
+            value = inner(text)
+    except (ValueError, KeyError):
+        raise InputError(f"--{name} {text}: not {_wanted(inner)}") from None
+    return _checked(f"--{name} {text}", value, inner)
+
+
+def _checked(where: str, value: Any, inner: Any) -> Any:
+    if get_origin(inner) is Literal and value not in get_args(inner):
+        choices = get_args(inner)
+        raise InputError(f"{where}: not one of {', '.join(choices)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{where}: not a finite number")
+    return value
+
+
+def _wanted(inner: Any) -> str:
+    return {bool: "true or false", int: "a whole number", float: "a number"}.get(inner, "a text in quotes")
+
+
+# Recipes --------------------------------------------------------------------------------------------------------------
+
+
+def _read_recipe(file: str, types: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a recipe by field; InputError names the file and the key."""
+    try:
+        table = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"--config {file}: no such file") from None
+    except IsADirectoryError:
+        raise InputError(f"--config {file}: a folder, not a TOML file") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{file}: not a TOML file (it is not UTF-8 text)") from None
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{file}: not a TOML file: {error}") from None
+    values = {}
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        if name not in types:
+            raise InputError(f"{file}: unknown key {key!r}: {_near(name, types, '')}keys are the verb's flags")
+        values[name] = _from_toml(f"{file}: {key} = {value!r}", value, types[name])
+    return values
+
+
+def _from_toml(where: str, value: Any, kind: Any) -> Any:
+    inner, _ = _parts(kind)
+    exact = str if get_origin(inner) is Literal else inner
+    if exact is float and type(value) is int:
+        value = float(value)
+    if type(value) is not exact:
+        raise InputError(f"{where}: not {_wanted(inner)}")
+    return _checked(where, value, inner)

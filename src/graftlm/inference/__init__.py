@@ -1,0 +1,1 @@
+"""What a model says: `generate.py` continues prompts, `evaluate.py` reads labels from scores and from text."""

@@ -1,0 +1,279 @@
+"""Continue prompts: read each once (prefill), then one token a step with a cache of keys and values (decode).
+
+What is unusual here:
+- Rows are padded on the right only. Each row decodes at its own position, so a ragged batch needs no mask and no
+  position correction, and gives what its rows give alone.
+- What all prompts begin with is run once for the whole call and never copied (a shared `Segment`).
+- A row that has ended leaves the batch: the cache is compacted in place, and a step costs what its living rows cost.
+- The cache grows as rows do: a large `max_new_tokens` costs nothing where rows end early.
+- The sample of a row is a pure function of (seed, row, step) and of the row's own logits. Batch size and the other
+  prompts have no say in it.
+
+Left out: beam search, repetition penalties, speculative decoding.
+
+Letters: B rows, T tokens at hand, V tokens of the vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from hashlib import blake2b
+
+import torch
+from torch import Tensor, nn
+
+from graftlm.errors import GraftError, InputError
+from graftlm.models import CausalLM, Segment
+from graftlm.text.data import common_prefix
+from graftlm.text.tokenizer import Tokenizer
+
+SHORTEST_SHARED = 4
+"""A common prefix of fewer tokens is not worth a forward pass of its own."""
+
+FIRST_ROOM = 32
+"""New tokens that the cache has room for at first; when they are used up the room is doubled."""
+
+Progress = Callable[[int], object]
+"""Called with the number of examples that were just finished."""
+
+
+def generate(
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+) -> list[str]:
+    """The continuation of each prompt, without the prompt and without the end-of-text token.
+
+    See `generate_ids` for the settings. Raises InputError for an empty prompt or one longer than the context.
+    """
+    ids = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
+    new = generate_ids(
+        model,
+        ids,
+        max_new_tokens=max_new_tokens,
+        eot=tokenizer.eot,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return [tokenizer.decode(tokens) for tokens in new]
+
+
+def generate_ids(
+    model: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    eot: int,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+) -> list[list[int]]:
+    """The tokens that follow each prompt, in the order given, without the end-of-text token `eot` that ended them.
+
+    A continuation ends at `eot`, after `max_new_tokens`, or where prompt and continuation fill the model's context.
+    temperature: divides the logits; 0 takes the likeliest token (greedy), and the other settings then mean nothing.
+    top_k: sample among the k likeliest tokens; 0 means all. top_p: and of these, among the fewest likeliest that
+    together have this probability (Holtzman et al. 2020, "nucleus sampling"); 1 means all.
+    seed: with it, a row's index and the step, the sample is decided.
+
+    Raises InputError for an empty prompt or one longer than the context, GraftError where the logits are NaN.
+    """
+    assert max_new_tokens >= 1 and batch_size >= 1 and temperature >= 0 and top_k >= 0 and 0 < top_p <= 1
+    _check(prompts, model.shape.context)
+
+    def pick(logits: Tensor, rows: Sequence[int], step: int) -> list[int]:
+        if temperature == 0:
+            return _likeliest(logits)
+        return sample(logits, [uniform(seed, row, step) for row in rows], temperature, top_k, top_p)
+
+    new: list[list[int]] = [[] for _ in prompts]
+    with evaluating(model):
+        shared, skip = read_shared(model, prompts)
+        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # neighbours differ little: less padding
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            room = [min(max_new_tokens, model.shape.context - len(prompts[row])) for row in rows]
+            continuations = _continue(model, [prompts[row][skip:] for row in rows], rows, shared, room, eot, pick)
+            for row, tokens in zip(rows, continuations, strict=True):
+                new[row] = tokens
+            if progress is not None:
+                progress(len(rows))
+    return new
+
+
+def _continue(
+    model: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    names: Sequence[int],
+    shared: Sequence[Segment],
+    room: Sequence[int],
+    eot: int,
+    pick: Callable[[Tensor, Sequence[int], int], list[int]],
+) -> list[list[int]]:
+    """One batch: at most `room` tokens for each of the B prompts; `names` are the rows' numbers in the whole call."""
+    new: list[list[int]] = [[] for _ in prompts]
+    live = [row for row in range(len(prompts)) if room[row] > 0]
+    if not live:
+        return new
+    ids, lengths = right_pad([prompts[row] for row in live], model.device)
+    # The last token that a row samples is never fed and needs no place.
+    most = max(ids.shape[1], *(len(prompts[row]) + room[row] - 1 for row in live))
+    capacity = min(most, ids.shape[1] + FIRST_ROOM)
+    cache = Segment.cache(model.shape, len(live), capacity, model.device, model.dtype)
+    last = torch.arange(len(live), device=model.device) * ids.shape[1] + lengths - 1
+    logits = model(ids, past=shared, keep=cache, at=last)
+    advance(cache, lengths)
+    step = 0
+    while True:
+        tokens = pick(logits, [names[row] for row in live], step)
+        for row, token in zip(live, tokens, strict=True):
+            if token != eot:
+                new[row].append(token)
+        goes_on = [token != eot and len(new[row]) < room[row] for row, token in zip(live, tokens, strict=True)]
+        if not any(goes_on):
+            return new
+        slots = compact(cache, goes_on)
+        live, tokens = [live[slot] for slot in slots], [tokens[slot] for slot in slots]
+        if max(len(prompts[row]) + len(new[row]) for row in live) > cache.size:
+            grow(cache, min(most, 2 * cache.size))
+        ids = torch.tensor(tokens, device=model.device)[:, None]
+        logits = model(ids, past=[*shared, cache], keep=cache)[:, 0]
+        advance(cache, 1)
+        step += 1
+
+
+def compact(cache: Segment, stays: Sequence[bool]) -> list[int]:
+    """Drop rows of a cache in place: the last rows that stay move into the places of those that go.
+
+    Returns which old row each new row is. Only as many rows are copied as there are holes to fill; the tensors become
+    views of their first rows.
+    """
+    assert cache.lengths is not None
+    n = sum(stays)
+    slots = list(range(n))
+    holes = [row for row in range(n) if not stays[row]]
+    movers = [row for row in range(n, len(stays)) if stays[row]]
+    for hole, mover in zip(holes, movers, strict=True):
+        slots[hole] = mover
+    if n < len(stays):
+        for tensors in (cache.keys, cache.values):
+            for layer, tensor in enumerate(tensors):
+                tensor[holes] = tensor[movers]
+                tensors[layer] = tensor[:n]
+        cache.lengths = cache.lengths[torch.tensor(slots, device=cache.lengths.device)]
+    return slots
+
+
+def grow(cache: Segment, capacity: int) -> None:
+    """Give a cache's rows room for `capacity` tokens."""
+    for tensors in (cache.keys, cache.values):
+        for layer, tensor in enumerate(tensors):
+            tensors[layer] = torch.nn.functional.pad(tensor, (0, 0, 0, capacity - tensor.shape[2]))
+
+
+def advance(cache: Segment, by: Tensor | int) -> None:
+    """A cache's rows hold `by` more tokens, [B] or the same number for all."""
+    assert cache.lengths is not None
+    cache.lengths = cache.lengths + by
+
+
+def uniform(seed: int, row: int, step: int) -> float:
+    """A number in [0, 1) that depends on nothing else: no state, no device, the same on every machine."""
+    digest = blake2b(f"{seed} {row} {step}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 11) * 2.0**-53  # the 53 bits that a float keeps
+
+
+def sample(logits: Tensor, u: Sequence[float], temperature: float, top_k: int = 0, top_p: float = 1.0) -> list[int]:
+    """One token for each row of logits [B, V], by inverting the cumulative distribution at u [B], each in [0, 1).
+
+    The order is temperature, top_k, top_p. All arithmetic is in float32 and above, whatever the model computes in.
+    """
+    logits = logits.float()
+    best = logits.max(dim=-1, keepdim=True).values
+    _refuse_nan(best)
+    # The largest is now 0, so that no temperature overflows; and below `tiny` a temperature would be 0 in float32.
+    logits = (logits - best) / max(temperature, torch.finfo(torch.float32).tiny)
+    ids = None
+    if top_p < 1 or 0 < top_k < logits.shape[-1]:
+        logits, ids = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]), dim=-1)  # likeliest first
+    weights = torch.softmax(logits, dim=-1).double()
+    cumulative = weights.cumsum(dim=-1)
+    if top_p < 1:
+        # A token stays when those before it do not yet reach top_p; so the first always stays.
+        weights = weights.masked_fill(cumulative - weights >= top_p, 0)
+        cumulative = weights.cumsum(dim=-1)
+    target = torch.tensor(u, dtype=torch.float64, device=logits.device)[:, None] * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, target, right=True)  # the first whose cumulative weight exceeds it
+    return (index if ids is None else ids.gather(-1, index))[:, 0].tolist()
+
+
+def _likeliest(logits: Tensor) -> list[int]:
+    best = logits.max(dim=-1)
+    _refuse_nan(best.values)
+    return best.indices.tolist()
+
+
+def _refuse_nan(best: Tensor) -> None:
+    if bool(best.isnan().any()):
+        raise GraftError("the model's logits are NaN: its weights are broken, or overflow in this --dtype; try float32")
+
+
+def _check(prompts: Sequence[Sequence[int]], context: int) -> None:
+    for number, prompt in enumerate(prompts, start=1):
+        which = f"prompt {number} of {len(prompts)}" if len(prompts) > 1 else "the prompt"
+        if not len(prompt):
+            raise InputError(f"{which} is empty: give at least one token to continue")
+        if len(prompt) > context:
+            raise InputError(f"{which} has {len(prompt)} tokens, the model reads at most {context}: shorten it")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within it the model is in evaluation mode and without gradients; after it, every module's mode is as before.
+
+    Not `inference_mode`: a tensor that a module keeps from it could never take part in training again.
+    """
+    before = {module: module.training for module in model.modules()}
+    if any(before.values()):
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in before.items():  # parents first, and each `train` reaches the children
+            if module.training != training:
+                module.train(training)
+
+
+def read_shared(model: CausalLM, prompts: Sequence[Sequence[int]]) -> tuple[tuple[Segment, ...], int]:
+    """What all prompts begin with, as a past that was run once, and how many tokens it is.
+
+    It leaves every prompt at least its last token. Nothing, and 0, where that would not pay.
+    """
+    length = common_prefix(prompts) if len(prompts) > 1 else 0
+    if length < SHORTEST_SHARED:
+        return (), 0
+    segment = Segment()
+    model.hidden(torch.tensor([list(prompts[0][:length])], device=model.device), keep=segment)
+    return (segment,), length
+
+
+def right_pad(rows: Sequence[Sequence[int]], device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Token ids [B, T], filled up with zeros on the right, and the rows' lengths [B]. The zeros mean nothing."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+    return ids, torch.tensor([len(row) for row in rows], device=device)

@@ -1,0 +1,237 @@
+"""Causal self-attention over what stands before and what is at hand.
+
+What is unusual here: *the past is an argument*. A `Segment` holds keys and values of tokens that stand before the
+tokens at hand, either shared by all rows or a row's own, and `Attention` reads any number of them:
+
+    softmax([Q K_1^T, Q K_2^T, …, Q K^T] / sqrt(D)) [V_1; V_2; …; V]
+
+One idea serves the key/value cache of generation (a row's own, extended in place), the instruction all prompts of a
+batch begin with (shared, with gradient), few-shot demonstrations (shared, without), and prefix tuning (learned).
+
+Left out: masks for padding. Rows are padded on the right, where causal attention never looks.
+
+Letters: B rows, T tokens at hand, S tokens of one segment, H query heads, K key/value heads, G = H / K query heads
+that share one, D width of a head, L layers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graftlm.models.layers import Dropout, Linear, rotate
+
+if TYPE_CHECKING:
+    from graftlm.models.base import Shape
+
+# The fused kernel never materialises the [T, T] scores, but is slower on a CPU for rows as short as reviews. From this
+# many tokens on it is used for the memory's sake; where the two are equally fast has not been measured.
+FUSED_FROM = 512
+
+
+class Segment:
+    """Keys and values of tokens that stand before the tokens at hand, for every layer.
+
+    Shared: `Segment()` is empty until a forward pass is told to `keep` into it; each tensor is then [1, K, S, D], or
+    [B, K, S, D] when it was filled from several rows of the same length.
+    A row's own: `Segment.cache(...)` is preallocated with room for `capacity` tokens, and `lengths` [B] says how many
+    of them each row holds. A forward pass that keeps into it writes behind each row's length; the caller then adds to
+    `lengths` (right-padded rows differ in how many of the new tokens were real).
+    """
+
+    def __init__(
+        self,
+        keys: list[Tensor] | None = None,
+        values: list[Tensor] | None = None,
+        lengths: Tensor | None = None,
+    ) -> None:
+        self.keys = keys if keys is not None else []
+        self.values = values if values is not None else []
+        self.lengths = lengths
+
+    @classmethod
+    def cache(
+        cls,
+        shape: "Shape",
+        rows: int,
+        capacity: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> "Segment":
+        """An empty cache of `rows` rows with room for `capacity` tokens each."""
+
+        def empty() -> list[Tensor]:
+            size = (rows, shape.kv_heads, capacity, shape.head_dim)
+            return [torch.zeros(size, device=device, dtype=dtype) for _ in range(shape.layers)]
+
+        return cls(empty(), empty(), torch.zeros(rows, dtype=torch.long, device=device))
+
+    @property
+    def size(self) -> int:
+        """S: the tokens it holds, or has room for."""
+        return self.keys[0].shape[2] if self.keys else 0
+
+    @property
+    def start(self) -> int | Tensor:
+        """How far it moves the position of what follows: S, or each row's length [B]."""
+        return self.size if self.lengths is None else self.lengths
+
+    def put(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Keep layer `layer`'s new keys and values, each [B, K, T, D]."""
+        if self.lengths is None:
+            assert len(self.keys) == layer, "a shared segment is filled once, layer by layer"
+            self.keys.append(k)
+            self.values.append(v)
+            return
+        rows = torch.arange(k.shape[0], device=k.device)[:, None]
+        at = self.lengths[:, None] + torch.arange(k.shape[2], device=k.device)
+        self.keys[layer][rows, :, at] = k.transpose(1, 2)
+        self.values[layer][rows, :, at] = v.transpose(1, 2)
+
+    def select(self, rows: Tensor) -> "Segment":
+        """A cache that holds only these rows, in this order."""
+        assert self.lengths is not None
+        return Segment([k[rows] for k in self.keys], [v[rows] for v in self.values], self.lengths[rows])
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a forward pass's tokens stand in; computed once and read by every layer."""
+
+    past: Sequence[Segment] = ()
+    keep: Segment | None = None
+    rope: tuple[Tensor, Tensor] | None = None
+    """Cosine and sine, each [T, D/2] or [B, T, D/2]; None for learned positions."""
+    bias: Tensor | None = None
+    """Added to the scores: 0 where a token may look, -inf where not, [1|B, 1, 1, T, ΣS]; None: everywhere."""
+    lead: "Lead | None" = None
+    """Set when the tokens are the flat [N, d] of `CausalLM.hidden_behind` instead of [B, T, d]."""
+
+
+@dataclass(frozen=True)
+class Lead:
+    """How a flat [N, d] is made up: P tokens that stand before every row, then B rows of T tokens, N = P + B T."""
+
+    p: int
+    b: int
+    t: int
+    bias: Tensor | None
+    """The lead's own causal bias [1, 1, 1, P, P]; `Context.bias` is the rows', [1, 1, 1, T, P + T]."""
+
+
+def causal_bias(t: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The bias of t tokens that look at themselves and those before: [1, 1, 1, T, T]."""
+    return torch.full((1, 1, 1, t, t), float("-inf"), device=device, dtype=dtype).triu_(1)
+
+
+def score_bias(past: Sequence[Segment], t: int, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+    """The bias of `Context` for t tokens behind this past: causal among themselves, each row up to its own length."""
+    causal = torch.ones(1, t, t, dtype=torch.bool, device=device).triu(1)
+    ignored = []
+    for segment in past:
+        if segment.lengths is None:
+            ignored.append(torch.zeros(1, 1, segment.size, dtype=torch.bool, device=device))
+        else:
+            ignored.append((torch.arange(segment.size, device=device) >= segment.lengths[:, None])[:, None])
+    if t == 1 and all(segment.lengths is None for segment in past):
+        return None
+    rows = max((i.shape[0] for i in ignored), default=1)
+    ignore = torch.cat([i.expand(rows, t, -1) for i in [*ignored, causal]], dim=-1)
+    return torch.zeros(ignore.shape, device=device, dtype=dtype).masked_fill_(ignore, float("-inf"))[:, None, None]
+
+
+class Attention(nn.Module):
+    """Causal self-attention with K key/value heads for H query heads (K = H: plain; K < H: grouped-query)."""
+
+    def __init__(self, shape: "Shape") -> None:
+        super().__init__()
+        d, hd = shape.d_model, shape.head_dim
+        self.heads, self.kv_heads, self.head_dim = shape.heads, shape.kv_heads, hd
+        self.q = Linear(d, shape.heads * hd, bias=shape.qkv_bias)
+        self.k = Linear(d, shape.kv_heads * hd, bias=shape.qkv_bias)
+        self.v = Linear(d, shape.kv_heads * hd, bias=shape.qkv_bias)
+        self.o = Linear(shape.heads * hd, d, bias=shape.out_bias)
+        self.drop = Dropout()
+
+    def forward(self, x: Tensor, layer: int, context: Context) -> Tensor:
+        """[B, T, d] -> [B, T, d], or [N, d] -> [N, d] with a lead."""
+        q = self.q(x).unflatten(-1, (self.heads, self.head_dim))
+        k = self.k(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        v = self.v(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        if context.rope is not None:
+            q, k = rotate(q, *context.rope), rotate(k, *context.rope)
+        if context.lead is not None:
+            return self.o(self._behind(q, k, v, context.lead, context.bias).flatten(-2))
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+        b, t = q.shape[:2]
+        if not context.past and t >= FUSED_FROM:
+            p = self.drop.p if self.training else 0.0
+            y = F.scaled_dot_product_attention(
+                q.transpose(1, 2), k, v, dropout_p=p, is_causal=True, enable_gqa=self.kv_heads < self.heads
+            ).transpose(1, 2)
+        else:
+            parts = [(segment.keys[layer], segment.values[layer]) for segment in context.past]
+            y = attend(q, [*parts, (k, v)], context.bias, self.drop)
+        if context.keep is not None:
+            context.keep.put(layer, k, v)
+        return self.o(y.reshape(b, t, -1))
+
+    def _behind(self, q: Tensor, k: Tensor, v: Tensor, lead: Lead, bias: Tensor | None) -> Tensor:
+        """The lead among itself, each row over the lead and itself; q [N, H, D], k and v [N, K, D] -> [N, H, D]."""
+
+        def apart(x: Tensor) -> tuple[Tensor, Tensor]:
+            first, rest = x.split([lead.p, lead.b * lead.t])
+            return first[None], rest.unflatten(0, (lead.b, lead.t))
+
+        (q1, q2), (k1, k2), (v1, v2) = apart(q), apart(k), apart(v)
+        before, own = (k1.transpose(1, 2), v1.transpose(1, 2)), (k2.transpose(1, 2), v2.transpose(1, 2))
+        y1 = attend(q1, [before], lead.bias, self.drop)
+        y2 = attend(q2, [before, own], bias, self.drop)
+        return torch.cat([y1.flatten(0, 1), y2.flatten(0, 1)])
+
+
+def attend(q: Tensor, parts: list[tuple[Tensor, Tensor]], bias: Tensor | None, drop: Dropout) -> Tensor:
+    """Attention of q [B, T, H, D] over parts of keys and values, each [1|B, K, S, D]; returns [B, T, H, D].
+
+    A product of scores for each part, one softmax over all of them, a product of values for each part. With gradient
+    the parts are joined first: one large product is then faster than several small
+    ones; without, a part shared by all rows is read in place.
+    """
+    b, t, heads, d = q.shape
+    kv = parts[0][0].shape[1]
+    q = (q * d**-0.5).view(b, t, kv, heads // kv, d)
+    if torch.is_grad_enabled() and len(parts) > 1:
+        parts = [(_join([k for k, _ in parts], b), _join([v for _, v in parts], b))]
+    scores = torch.cat([_scores(q, k) for k, _ in parts], dim=-1)
+    if bias is not None:
+        scores = scores + bias
+    weights = drop(torch.softmax(scores, dim=-1)).split([k.shape[2] for k, _ in parts], dim=-1)
+    y = sum(_weighted(w, v) for w, (_, v) in zip(weights, parts, strict=True))
+    assert isinstance(y, Tensor)
+    return y.permute(0, 3, 1, 2, 4).reshape(b, t, heads, d)
+
+
+def _join(parts: list[Tensor], b: int) -> Tensor:
+    return torch.cat([p.expand(b, -1, -1, -1) for p in parts], dim=2)
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    """q [B, T, K, G, D] times k [1|B, K, S, D] -> [B, K, G, T, S]."""
+    b, t, kv, g, d = q.shape
+    if k.shape[0] == 1 and b > 1:
+        rows = q.permute(2, 0, 3, 1, 4).reshape(kv, b * g * t, d)
+        return torch.bmm(rows, k[0].transpose(1, 2)).view(kv, b, g, t, -1).transpose(0, 1)
+    rows = q.permute(0, 2, 3, 1, 4).reshape(b * kv, g * t, d)
+    return torch.bmm(rows, k.reshape(b * kv, -1, d).transpose(1, 2)).view(b, kv, g, t, -1)
+
+
+def _weighted(w: Tensor, v: Tensor) -> Tensor:
+    """w [B, K, G, T, S] times v [1|B, K, S, D] -> [B, K, G, T, D]."""
+    b, kv, g, t, s = w.shape
+    if v.shape[0] == 1 and b > 1:
+        rows = w.transpose(0, 1).reshape(kv, b * g * t, s)
+        return torch.bmm(rows, v[0]).view(kv, b, g, t, -1).transpose(0, 1)
+    return torch.bmm(w.reshape(b * kv, g * t, s), v.reshape(b * kv, s, -1)).view(b, kv, g, t, -1)

@@ -1,0 +1,29 @@
+"""Settings of the whole process, made by the `graft` command before torch is loaded and never by importing graftlm.
+
+A library must leave its caller's process alone; a command owns its process and may arrange it for the work at hand.
+"""
+
+import ctypes
+import os
+import sys
+
+M_TRIM_THRESHOLD = -1
+M_MMAP_MAX = -4
+
+
+def keep_memory() -> bool:
+    """Tell the C library to keep freed memory instead of giving it back; True where it agreed.
+
+    glibc maps every large block afresh from the kernel and unmaps it when it is freed, so each large tensor is paid
+    for in page faults, again in every step: half the time of a training step that makes logits for a whole batch.
+    Without mapped blocks (M_MMAP_MAX 0) and without trimming (M_TRIM_THRESHOLD -1, the largest size there is) memory
+    once touched is used again. THP_MEM_ALLOC_ENABLE lets PyTorch ask for huge pages. All of it must come before the
+    first large allocation. glibc ignores settings it dislikes, so what it answers is looked at: 1 is yes.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if not sys.platform.startswith("linux"):
+        return False
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "gnu_get_libc_version"):  # musl has neither the trouble nor the knobs
+        return False
+    return libc.mallopt(M_MMAP_MAX, 0) == 1 and libc.mallopt(M_TRIM_THRESHOLD, -1) == 1

@@ -1,0 +1,321 @@
+"""Rows -> examples (prompt tokens, completion tokens) -> batches whose order is a pure function of seed and epoch.
+
+Unusual: prompt and completion are tokenised apart, so where the answer begins is known and never searched for; the
+end-of-text token is the completion's last token and is learned like any other; only the text inside the template is
+ever cut; and `preflight` looks at what training will really see, before step 1. No torch here, and no padding:
+lengths say where a row ends.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+from graftlm.errors import InputError
+from graftlm.text.records import Dataset, Row, load_dataset, text_hash
+from graftlm.text.template import Template
+from graftlm.text.tokenizer import Tokenizer
+
+__all__ = [
+    "Dataset",
+    "Example",
+    "Row",
+    "common_prefix",
+    "encode_rows",
+    "epoch_batches",
+    "label_ids",
+    "load_dataset",
+    "marked",
+    "preflight",
+    "sample",
+]
+
+WINDOW = 64  # batches that are sorted by length together: little padding, and still well mixed
+PEEK = 5  # characters a token: what English takes, and a little more
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One example as training and evaluation see it; the end-of-text token is the last of `completion_ids`."""
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    label: int | None
+    text: str
+    """The record's text, whole, also where the prompt holds only its beginning."""
+    instr_tuned_text: str
+    """Prompt and completion as one string, as the course handout names it."""
+    where: str
+
+
+class _HasText(Protocol):
+    @property
+    def text(self) -> str: ...
+
+
+Texted = TypeVar("Texted", bound=_HasText)
+
+
+# ------------------------------------------------------------------------------------------------ examples
+
+
+def encode_rows(
+    rows: Sequence[Row], template: Template, tokenizer: Tokenizer, max_length: int
+) -> tuple[list[Example], int]:
+    """Tokenise rows, prompt and completion apart, into at most `max_length` tokens each.
+
+    A text that is too long loses its end, inside the template; a prompt of the user's own is never cut. Beside a text
+    there is room for the longest label's completion, whichever its own label is: so any label can be scored, and how
+    much of a text is seen tells nothing about its label.
+
+    Returns the examples in the rows' order, and how many texts were cut.
+    Raises InputError when template and completion leave no room for the text, or a row's own prompt is too long.
+    """
+    longest = _longest(template, tokenizer, max_length) if any(row.prompt is None for row in rows) else 0
+    completions = [_completion(row, template) for row in rows]
+    different = sorted(set(completions))
+    encoded = tokenizer.encode_batch(different)
+    endings = {text: (*ids, tokenizer.eot) for text, ids in zip(different, encoded, strict=True)}
+    kept = [len(endings[c]) if row.prompt is not None else longest for row, c in zip(rows, completions, strict=True)]
+    texts, prompts = _fit(rows, [max_length - tokens for tokens in kept], template, tokenizer)
+    examples = [
+        Example(
+            prompt_ids=tuple(ids),
+            completion_ids=endings[completion],
+            label=row.label,
+            text=row.text,
+            instr_tuned_text=_prompt(row, text, template) + completion,
+            where=row.where,
+        )
+        for row, text, ids, completion in zip(rows, texts, prompts, completions, strict=True)
+    ]
+    return examples, sum(text != row.text for text, row in zip(texts, rows, strict=True))
+
+
+def _prompt(row: Row, text: str, template: Template) -> str:
+    return template.prompt(text) if row.prompt is None else row.prompt.rstrip(" ")
+
+
+def _completion(row: Row, template: Template) -> str:
+    """What is to be answered; in a pair of the user's own, too, spaces at the boundary belong to the completion."""
+    if row.prompt is not None and row.completion is not None:
+        return row.prompt[len(row.prompt.rstrip(" ")) :] + row.completion
+    assert row.label is not None, f"{row.where}: neither a label nor a completion"
+    return template.completion(row.label)
+
+
+def _longest(template: Template, tokenizer: Tokenizer, max_length: int) -> int:
+    """Tokens of the longest label's completion; an error unless it and the template leave one for the text."""
+    instruction = len(tokenizer.encode(template.head.rstrip(" ") + template.tail, bos=True))
+    words = [template.completion(number) for number in range(len(template.labels))]
+    longest, word = max((len(ids) + 1, word) for word, ids in zip(words, tokenizer.encode_batch(words), strict=True))
+    if longest >= max_length:
+        raise InputError(
+            f"completion longer than the context: {word!r} and end-of-text take {longest} tokens, and {max_length} "
+            "fit with the prompt: use a shorter label word, or raise --max_length"
+        )
+    if instruction + longest >= max_length:
+        raise InputError(
+            f"no room for the text: template {template.name!r} takes {instruction} tokens and its completion "
+            f"{longest}, and {max_length} fit: use a shorter template, or raise --max_length"
+        )
+    return longest
+
+
+def _fit(
+    rows: Sequence[Row], rooms: Sequence[int], template: Template, tokenizer: Tokenizer
+) -> tuple[list[str], list[list[int]]]:
+    """Each row's text, shortened where its prompt would take more tokens than its room, and the prompts' tokens.
+
+    The end of a cut text may take more tokens than it took inside the whole, so a second round is sometimes needed;
+    every round shortens what is left, so it ends.
+    """
+    # Of a text that cannot fit by far, only the beginning is read: tokens hold fewer than 5 characters on average.
+    texts = [row.text[: PEEK * room] if row.prompt is None else row.text for row, room in zip(rows, rooms, strict=True)]
+    prompts: list[list[int]] = [[]] * len(rows)
+
+    def encode(which: Sequence[int]) -> None:
+        strings = [_prompt(rows[n], texts[n], template) for n in which]
+        for n, ids in zip(which, tokenizer.encode_batch(strings, bos=True), strict=True):
+            prompts[n] = ids
+
+    encode(range(len(rows)))
+    misjudged = [n for n, row in enumerate(rows) if texts[n] != row.text and len(prompts[n]) <= rooms[n]]
+    for n in misjudged:
+        texts[n] = rows[n].text
+    encode(misjudged)
+    over = [n for n in range(len(rows)) if len(prompts[n]) > rooms[n]]
+    while over:
+        for n in over:
+            if rows[n].prompt is not None:
+                raise InputError(f"{rows[n].where}: {_too_long(len(prompts[n]), rooms[n])}")
+            texts[n] = _without_end(texts[n], len(prompts[n]) - rooms[n], template, tokenizer)
+            if not texts[n]:
+                raise InputError(f"{rows[n].where}: nothing of the text fits beside the template: raise --max_length")
+        encode(over)
+        over = [n for n in over if len(prompts[n]) > rooms[n]]
+    return texts, prompts
+
+
+def _too_long(prompt: int, room: int) -> str:
+    what = "completion longer than the context" if room < 1 else "prompt and completion longer than the context"
+    return f"{what}: the prompt takes {prompt} tokens, and {max(room, 0)} fit before its completion: shorten the row"
+
+
+def _without_end(text: str, tokens: int, template: Template, tokenizer: Tokenizer) -> str:
+    """The text without its last `tokens` tokens, counted inside the prompt, and without space at its end."""
+    _, spans = tokenizer.encode_with_offsets(template.prompt(text))
+    first, end = len(template.head), len(template.head) + len(text)
+    starts = [start for start, stop in spans if stop > first and start < end]
+    keep = len(starts) - tokens
+    return text[: max(0, starts[keep] - first)].rstrip() if keep > 0 else ""
+
+
+def sample(items: Sequence[Texted], limit: int) -> list[Texted]:
+    """A fixed, label-blind sample of rows or examples: the `limit` first by a hash of the text, in the data's order.
+
+    Official files list one label first, so the first N of a split would be of one class. A limit of 0 means all.
+    The hash is salted: derived splits are cut by the plain one, label by label, and would give a lopsided sample.
+    """
+    if limit <= 0 or limit >= len(items):
+        return list(items)
+    chosen = sorted(range(len(items)), key=lambda n: (text_hash("sample\n" + items[n].text), n))[:limit]
+    return [items[n] for n in sorted(chosen)]
+
+
+# ------------------------------------------------------------------------------------------------ batches
+
+
+def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The batches of one epoch, as indices into `lengths` [tokens]: every index once, equal lengths together.
+
+    A pure function of its arguments, so that a resumed run needs to remember only how many steps it made. Shuffled,
+    then sorted by length within windows of 64 batches (ties stay shuffled), cut into batches, and the batches
+    shuffled. The last batch of the last window holds what is left over, and may come at any place.
+    """
+    assert batch_size >= 1
+    # Only raw random numbers are taken from numpy: its shuffles may change between releases, these may not.
+    random = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch]))).random
+    order = np.argsort(random(len(lengths)), kind="stable")
+    sizes = np.asarray(lengths, dtype=np.int64)
+    batches: list[list[int]] = []
+    for start in range(0, len(order), WINDOW * batch_size):
+        window = order[start : start + WINDOW * batch_size]
+        window = window[np.argsort(sizes[window], kind="stable")]
+        batches += [window[n : n + batch_size].tolist() for n in range(0, len(window), batch_size)]
+    return [batches[n] for n in np.argsort(random(len(batches)), kind="stable")]
+
+
+def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """How many first tokens all prompts share, at most the shortest prompt less one.
+
+    That one token stays with each row: its position predicts the row's first target.
+    """
+    if not prompts:
+        return 0
+    low, high = min(map(tuple, prompts)), max(map(tuple, prompts))  # what the outermost share, all share
+    shared = next((n for n, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
+    return max(0, min(shared, min(map(len, prompts)) - 1))
+
+
+# ------------------------------------------------------------------------------------------------ labels, preflight
+
+
+def label_ids(template: Template, tokenizer: Tokenizer) -> list[list[int]]:
+    """The tokens to score for each label: its completion's, without end-of-text.
+
+    Where one label's tokens begin another's ("good", "good enough") the longer could never win, so then end-of-text
+    is scored too, for all labels. Raises InputError when two labels have equal tokens.
+    """
+    words = [template.completion(number) for number in range(len(template.labels))]
+    ids = tokenizer.encode_batch(words)
+    begins = False
+    for n, own in enumerate(ids):
+        if not own:
+            raise InputError(f"label word {template.labels[n]!r} has no tokens for this model: choose other --labels")
+        for m, other in enumerate(ids[:n]):
+            if own == other:
+                pair = f"{template.labels[m]!r} and {template.labels[n]!r}"
+                raise InputError(f"label words {pair} have equal tokens for this model: choose other --labels")
+            begins |= own == other[: len(own)] or other == own[: len(other)]
+    return [[*own, tokenizer.eot] for own in ids] if begins else ids
+
+
+def preflight(
+    splits: Mapping[str, Sequence[Example]],
+    template: Template,
+    tokenizer: Tokenizer,
+    max_length: int,
+    cut: Mapping[str, int],
+) -> list[str]:
+    """Look at what a run will read, before its first step.
+
+    Args:
+        splits: the encoded examples by split; cut: how many of their texts were cut, by split.
+
+    Returns lines to show: what is unusual but may be meant (texts in two splits, cut texts, one-sided labels), and
+    last one example with each target token in ⟦brackets⟧. Raises InputError for what cannot be meant: a split without
+    examples, an empty text, an unknown label, label words with equal tokens, a completion that is cut away or too long.
+    """
+    if any(example.label is not None for examples in splits.values() for example in examples):
+        label_ids(template, tokenizer)
+    for split, examples in splits.items():
+        if not examples:
+            raise InputError(f"split {split} has no examples")
+        for example in examples:
+            _check(example, template, tokenizer.eot, max_length)
+    notes = _duplicates(splits)
+    for split, examples in splits.items():
+        if cut.get(split):
+            notes.append(f"{cut[split]} of {len(examples)} texts in {split} are cut to fit {max_length} tokens")
+        labels = Counter(example.label for example in examples)
+        if len(labels) == 1 and len(examples) > 1 and examples[0].label is not None:
+            notes.append(f"every example in {split} is labelled {template.labels[examples[0].label]!r}")
+    if "\\n" in template.text:
+        notes.append("the template holds a backslash and an n, not a line break: in a shell, write $'…\\n…'")
+    shown = next((example for examples in splits.values() for example in examples), None)
+    return [*notes, f"example: {marked(shown, tokenizer)}"] if shown else notes
+
+
+def marked(example: Example, tokenizer: Tokenizer, width: int = 160) -> str:
+    """An example as its tokens say it, in one line: the end of the prompt, then every target token in ⟦brackets⟧."""
+    prompt = tokenizer.decode(list(example.prompt_ids), skip_special=False)
+    prompt = prompt if len(prompt) <= width else "… " + prompt[-width:].partition(" ")[2]
+    targets = "".join(f"⟦{tokenizer.token(token)}⟧" for token in example.completion_ids)
+    return (prompt + targets).replace("\r", "\\r").replace("\n", "\\n")
+
+
+def _check(example: Example, template: Template, eot: int, max_length: int) -> None:
+    where, prompt, completion = example.where, len(example.prompt_ids), len(example.completion_ids)
+    if not example.text.strip():
+        raise InputError(f"{where}: empty text")
+    if example.label is not None and not 0 <= example.label < len(template.labels):
+        raise InputError(f"{where}: unknown label {example.label}: the labels are {', '.join(template.labels)}")
+    if not prompt:
+        raise InputError(f"{where}: the prompt has no tokens")
+    if completion < 2 or example.completion_ids[-1] != eot:
+        raise InputError(f"{where}: the completion is cut away, or lacks its end-of-text token")
+    if prompt + completion > max_length:
+        raise InputError(f"{where}: {_too_long(prompt, max_length - completion)}")
+
+
+def _duplicates(splits: Mapping[str, Sequence[Example]]) -> list[str]:
+    notes, names = [], list(splits)
+    texts = {split: {example.text for example in examples} for split, examples in splits.items()}
+    for n, first in enumerate(names):
+        for second in names[n + 1 :]:
+            if both := len(texts[first] & texts[second]):
+                notes.append(f"{_texts(both)} in both {first} and {second}")
+    for split, examples in splits.items():
+        seen: dict[str, set[object]] = {}
+        for example in examples:
+            seen.setdefault(example.text, set()).add(example.completion_ids)
+        if both := sum(len(answers) > 1 for answers in seen.values()):
+            notes.append(f"{_texts(both)} in {split} with different answers")
+    return notes
+
+
+def _texts(count: int) -> str:
+    return "1 text is" if count == 1 else f"{count} texts are"

@@ -1,0 +1,374 @@
+"""Files of records -> rows: jsonl, json, csv and parquet, in splits, every value checked where it stands.
+
+A row is either a text and its label, or a prompt and its completion as they are. Unusual: lines end at "\\n" alone
+(reviews contain U+0085, at which `str.splitlines` would break them); a wrong byte or value is an error that names its
+file and line; and a split that is not there is cut by a hash of the text, so that no text is in two splits.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from graftlm.errors import InputError
+from graftlm.files.assets import data_folder
+from graftlm.files.formats import read_json
+
+SPLITS = ("train", "validation", "test")
+_SYNONYMS = {"training": "train", "val": "validation", "valid": "validation", "dev": "validation", "testing": "test"}
+_NAMES = "|".join((*SPLITS, *_SYNONYMS))
+_STEM = re.compile(rf"({_NAMES})([-_](\d+)(-of-(\d+))?(-[0-9a-f]+)?)?", re.IGNORECASE)  # train-00000-of-00002
+
+Record = tuple[str, dict[str, Any]]  # where it stands, and its fields
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One record: `text` and `label`, or `prompt` and `completion` (then `text` is the prompt and `label` is None)."""
+
+    text: str
+    label: int | None
+    prompt: str | None = None
+    completion: str | None = None
+    where: str = ""
+    """The file and line it came from, for errors."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Rows by split. `notes` tell the user what was decided; `fingerprint` is a sha256 over all texts and labels."""
+
+    name: str
+    splits: dict[str, list[Row]]
+    notes: list[str]
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """Where a row's values stand in a record, and which labels there are."""
+
+    text: str
+    label: str
+    numbers: dict[str, int]
+    words: tuple[str, ...]
+
+
+def load_dataset(
+    data: str,
+    val: str = "",
+    test: str = "",
+    text_field: str = "text",
+    label_field: str = "label",
+    labels: Sequence[str] = (),
+) -> Dataset:
+    """Read a data set by name, folder or file.
+
+    Args:
+        data: what `files.assets.data_folder` knows: a built-in name, a hub name, a local folder or file.
+        val, test: files with these splits, beside `data`.
+        text_field, label_field: the fields that hold a row's text and label.
+        labels: the label words by label number. A label in the data is one of them, whatever its case, or a number
+            from 0 on; without words any number will do.
+
+    Returns the splits that there are. With a train split there is always a validation split: what is missing is cut
+    from train by hash (a tenth), and so is test when neither was named. Raises InputError naming file, line and value.
+    """
+    path = data_folder(data)
+    files = _split_files(path) if path.is_dir() else {"train": [path]}
+    for split, flag, given in (("validation", "val", val), ("test", "test", test)):
+        if not given:
+            continue
+        if split in files:
+            raise InputError(f"--{flag} {given}: {path} has a {split} split already, {files[split][0].name}")
+        files[split] = [Path(given).expanduser()]
+        if not files[split][0].is_file():
+            raise InputError(f"--{flag} {given}: no such file")
+    files = {split: files[split] for split in SPLITS if split in files}
+    fields = _Fields(text_field, label_field, _label_numbers(labels), tuple(labels))
+    splits = {split: [row for file in files[split] for row in _rows(file, fields)] for split in files}
+    notes = _about(path, data)
+    if "train" in splits and "validation" not in splits:
+        wanted = ("validation",) if "test" in splits else ("validation", "test")
+        splits = _hold_out(splits, wanted, str(path))
+        sizes = ", ".join(f"{split} {len(splits[split])}" for split in SPLITS)
+        notes.append(f"{data} names no {' or '.join(wanted)} split: cut from train by hash of the text ({sizes} rows)")
+    return Dataset(data, splits, notes, fingerprint(splits))
+
+
+def fingerprint(splits: dict[str, list[Row]]) -> str:
+    """sha256 over the splits' names, texts, labels and completions in order; paths and file formats do not matter."""
+    digest = hashlib.sha256()
+    for split, rows in splits.items():
+        for row in rows:
+            digest.update(json.dumps([split, row.text, row.label, row.completion]).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def text_hash(text: str) -> str:
+    """sha256 of a text: the order for samples and splits, blind to the data's order and labels."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------ splits
+
+
+def _about(path: Path, data: str) -> list[str]:
+    """The note that an unpacked built-in data set carries."""
+    card = path / "graft.json"
+    about = read_json(card) if card.is_file() else None
+    if isinstance(about, dict) and about.get("derived_splits") is True:
+        return [f"{data}: its splits are derived by hash of the text; they are not the official ones"]
+    return []
+
+
+def _hold_out(splits: dict[str, list[Row]], wanted: tuple[str, ...], where: str) -> dict[str, list[Row]]:
+    """Cut a tenth of train's texts, those first by hash, for each wanted split; equal texts stay together."""
+    texts = sorted({row.text for row in splits["train"]}, key=text_hash)
+    if len(texts) <= len(wanted):
+        raise InputError(
+            f"{where}: too few different texts ({len(texts)}) to cut {' and '.join(wanted)} from: "
+            f"name {'it' if len(wanted) == 1 else 'them'} with --val FILE{' and --test FILE' * (len(wanted) > 1)}"
+        )
+    share = max(1, round(len(texts) / 10))
+    owner = {text: split for n, split in enumerate(reversed(wanted)) for text in texts[n * share : (n + 1) * share]}
+    cut: dict[str, list[Row]] = {split: [] for split in ("train", *wanted)}
+    for row in splits["train"]:
+        cut[owner.get(row.text, "train")].append(row)
+    cut = {**splits, **cut}
+    return {split: cut[split] for split in SPLITS if split in cut}
+
+
+def _split_files(folder: Path) -> dict[str, list[Path]]:
+    """The files of each split: in the folder itself, else in its data/, else in its only subfolder that has any."""
+    if found := _splits_in(folder):
+        return found
+    inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    inside = {path.name: splits for path in inner if (splits := _splits_in(path))}
+    if "data" in inside or len(inside) == 1:
+        return inside.get("data") or next(iter(inside.values()))
+    if inside:
+        raise InputError(f"{folder}: holds several data sets, {', '.join(inside)}: name one of these folders")
+    there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+    kinds = ", ".join(_READERS)
+    raise InputError(f"{folder}: no train, validation or test file ({kinds}) in this folder; it holds {there}")
+
+
+def _splits_in(folder: Path) -> dict[str, list[Path]]:
+    """The files that are named after a split; the parts of a split (train-00000-of-00002) must be complete."""
+    found: dict[str, dict[str, list[Path]]] = {}  # split -> what tells one set of files from another -> files
+    for path in sorted(folder.iterdir()):
+        match = _STEM.fullmatch(path.stem)
+        if path.suffix.lower() in _READERS and match and path.is_file():
+            name, _, part, _, total, _ = match.groups()
+            split = _SYNONYMS.get(name.lower(), name.lower())
+            kind = f"{name} {path.suffix} {total if part else 'whole'}"
+            found.setdefault(split, {}).setdefault(kind, []).append(path)
+    for split, sets in found.items():
+        if len(sets) > 1:
+            names = " and ".join(paths[0].name for paths in sets.values())
+            raise InputError(f"{folder}: {names} both say they are the {split} split: keep one")
+        ((kind, paths),) = sets.items()
+        total = kind.rpartition(" ")[2]
+        if total.isdecimal() and len(paths) != int(total):
+            raise InputError(f"{folder}: split {split} has {len(paths)} of its {int(total)} files: fetch the rest")
+    return {split: next(iter(found[split].values())) for split in SPLITS if split in found}
+
+
+# ------------------------------------------------------------------------------------------------ rows
+
+
+def _rows(path: Path, fields: _Fields) -> list[Row]:
+    """All rows of one file. Its first record decides whether it holds texts and labels or prompts and completions."""
+    read = _READERS.get(path.suffix.lower())
+    if read is None:
+        raise InputError(f"{path}: unknown kind of file {path.suffix!r}: {', '.join(_READERS)} are read")
+    rows: list[Row] = []
+    pairs = False
+    for where, record in read(path):
+        if not rows:
+            pairs = _holds_pairs(path, record, fields)
+        rows.append(_pair(where, record) if pairs else _labelled(where, record, fields))
+    if not rows:
+        raise InputError(f"{path}: no records in this file: write some, or name another")
+    return rows
+
+
+def _holds_pairs(path: Path, record: dict[str, Any], fields: _Fields) -> bool:
+    renamed = (fields.text, fields.label) != ("text", "label")
+    if fields.text in record and fields.label in record:
+        return False
+    if "prompt" in record and "completion" in record and not renamed:
+        return True
+    flag, missing = ("text", fields.text) if fields.text not in record else ("label", fields.label)
+    near = get_close_matches(missing, [str(name) for name in record], n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    there = ", ".join(str(name) for name in record) or "none"
+    raise InputError(f"{path}: no field {missing!r}: {hint}the fields are {there}; name it with --{flag}_field")
+
+
+def _labelled(where: str, record: dict[str, Any], fields: _Fields) -> Row:
+    text = _string(where, record, fields.text)
+    value = record.get(fields.label)
+    if value is None or value == "":
+        raise InputError(f"{where}: no label (field {fields.label!r} is missing or empty): every row needs one")
+    return Row(text, _label(where, value, fields), where=where)
+
+
+def _pair(where: str, record: dict[str, Any]) -> Row:
+    prompt, completion = _string(where, record, "prompt"), _string(where, record, "completion")
+    return Row(prompt, None, prompt, completion, where)
+
+
+def _string(where: str, record: dict[str, Any], field: str) -> str:
+    value = record.get(field)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise InputError(
+            f"{where}: empty {field}: fill it in, or leave the row out"
+            if field in record
+            else f"{where}: no field {field!r}: every row needs it"
+        )
+    if not isinstance(value, str):
+        raise InputError(f"{where}: {field} must be text, not {_short(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        bad = f"U+{ord(value[error.start]):04X}"
+        raise InputError(f"{where}: {field} holds half a character ({bad} alone); write the whole one") from None
+    return value
+
+
+def _label_numbers(words: Sequence[str]) -> dict[str, int]:
+    """What may stand for a label -> its number. A word wins over a number, so that words "1", "2", "3" work too."""
+    numbers = {str(number): number for number in range(len(words))}
+    return {**numbers, **{word.casefold(): number for number, word in enumerate(words)}}
+
+
+def _label(where: str, value: object, fields: _Fields) -> int:
+    """A label's number, from 1, "1" or "Positive"; true only where it is a label word, and 1.0 never."""
+    text = str(value).strip().casefold() if isinstance(value, int | str) else ""
+    if not fields.words and text.isascii() and text.isdecimal() and len(text) < 10:
+        return int(text)
+    if text not in fields.numbers:
+        allowed = ", ".join(f"{number} or {word!r}" for number, word in enumerate(fields.words))
+        what = f"allowed are {allowed}" if allowed else "a number from 0 on is needed, or --labels with the words"
+        raise InputError(f"{where}: unknown label {_short(value)}: {what}")
+    return fields.numbers[text]
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+# ------------------------------------------------------------------------------------------------ formats
+
+
+def _text(path: Path) -> str:
+    """The file's text; a byte order mark is dropped, and a byte that is not UTF-8 is an error with its line."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        start = error.start + (3 if content.startswith(b"\xef\xbb\xbf") else 0)  # counted behind the mark
+        line, byte = content.count(b"\n", 0, start) + 1, start - content.rfind(b"\n", 0, start)
+        kind = "it looks like UTF-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else f"0x{content[start]:02x}"
+        raise InputError(f"{path}:{line}: byte {byte} is not UTF-8 ({kind}); save the file as UTF-8") from None
+    if not text.strip():
+        raise InputError(f"{path}: the file is empty: write one record a line")
+    return text
+
+
+def _json(where: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: broken JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+        raise InputError(f"{where}: broken JSON: {str(error).partition(';')[0]}") from None
+
+
+def _object(where: str, value: object) -> Record:
+    if not isinstance(value, dict):
+        raise InputError(f'{where}: a record must be a JSON object like {{"text": …}}, not {_short(value)}')
+    return where, value
+
+
+def _read_jsonl(path: Path) -> Iterator[Record]:
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if line.strip():
+            where = f"{path}:{number}"
+            yield _object(where, _json(where, line))
+
+
+def _read_json(path: Path) -> Iterator[Record]:
+    """One array of objects, or, as many a hub file named .json is, one object a line."""
+    text = _text(path)
+    if not text.lstrip().startswith("["):
+        yield from _read_jsonl(path)
+        return
+    try:
+        items = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: broken JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: broken JSON: {str(error).partition(';')[0]}") from None
+    for number, item in enumerate(items, start=1):
+        yield _object(f"{path}: item {number}", item)
+
+
+def _read_csv(path: Path) -> Iterator[Record]:
+    limit = csv.field_size_limit(sys.maxsize)  # of the process: put back below
+    lines = csv.reader(io.StringIO(_text(path), newline="\n"), strict=True)
+    header: list[str] | None = None
+    start = 1
+    try:
+        for values in lines:
+            where, start = f"{path}:{start}", lines.line_num + 1
+            if not values:
+                continue
+            if header is None:
+                header = values
+                if twice := [name for name in header if header.count(name) > 1]:
+                    raise InputError(f"{where}: the header names field {twice[0]!r} twice")
+            elif len(values) != len(header):
+                raise InputError(f"{where}: {len(values)} values, but the header names {len(header)} fields")
+            else:
+                yield where, dict(zip(header, values, strict=True))
+    except csv.Error as error:
+        raise InputError(f"{path}:{start}: broken csv: {str(error).partition(' - ')[0]}") from None
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _read_parquet(path: Path) -> Iterator[Record]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise InputError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise InputError(f"{path}: not a whole parquet file: {reason}") from None
+    for number, record in enumerate(table.to_pylist(), start=1):
+        yield f"{path}: row {number}", record
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+    ".jsonl": _read_jsonl,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+    ".json": _read_json,
+}

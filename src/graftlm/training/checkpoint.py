@@ -1,0 +1,174 @@
+"""Atomic checkpoints, exact resume, best and last.
+
+    out_dir/checkpoints/step-N/   an exchange folder (PEFT's, or Hugging Face's for full fine-tuning), and beside it
+        optimizer.safetensors     AdamW's two moments of every trained tensor, float32
+        progress.json             where the run stands: step, examples, best so far, times
+    out_dir/best, out_dir/last    links to two of them
+
+What is unusual here: nothing random has to be saved. Data order, dropout and initial weights are pure functions of
+(seed, step), so weights, moments and the step number are the whole state, and a resumed run equals one that never
+stopped, to the bit. A folder appears under its name only when it is complete, links are swapped atomically, and a run
+killed between two of these steps is put right by `repair`.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftlm.errors import InputError
+from graftlm.exchange.huggingface import save_model
+from graftlm.exchange.peft import read_adapter, save_adapter
+from graftlm.files.formats import (
+    folder_atomically,
+    link_atomically,
+    load_safetensors,
+    read_json,
+    read_weights,
+    save_safetensors,
+    write_json,
+    write_text,
+)
+from graftlm.methods import LoRA, Method
+from graftlm.methods.base import delta_state, load_delta, trainable
+from graftlm.models.base import CausalLM
+from graftlm.models.names import file_names, stored_name
+from graftlm.text.tokenizer import Tokenizer
+
+OPTIMIZER, PROGRESS = "optimizer.safetensors", "progress.json"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class Progress:
+    """Where a run stands after `step` optimiser steps."""
+
+    step: int = 0
+    examples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    """Wall seconds since the first start, pauses between a stop and its resume apart."""
+    timed_examples: int = 0
+    """Examples of the steps that count for examples_per_s: all but the first 5%."""
+    timed_seconds: float = 0.0
+    seconds_to_first_step: float = 0.0
+    last: dict[str, Any] = field(default_factory=dict)
+    """step, val_loss, val_accuracy of the latest validation."""
+    best: dict[str, Any] = field(default_factory=dict)
+    """The same of the validation with the lowest loss."""
+    stale: int = 0
+    """Validations since the best."""
+
+    def judge(self, loss: float, accuracy: float | None) -> bool:
+        """Take note of a validation at the present step; True if it is the best so far."""
+        self.last = {"step": self.step, "val_loss": loss, "val_accuracy": accuracy}
+        better = not self.best or loss < self.best["val_loss"]
+        self.stale = 0 if better else self.stale + 1
+        if better:
+            self.best = dict(self.last)
+        return better
+
+
+@dataclass(frozen=True)
+class Store:
+    """The checkpoints of one run folder."""
+
+    out_dir: Path
+    method: Method
+    base_name: str
+    revision: str | None
+    base_folder: Path
+    tokenizer: Tokenizer
+
+    @property
+    def _folder(self) -> Path:
+        return self.out_dir / "checkpoints"
+
+    def save(self, model: CausalLM, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
+        """Write checkpoints/step-N, swing `last` to it, and `best` if it is; returns the folder."""
+        target = self._folder / f"step-{progress.step}"
+        with folder_atomically(target) as temp:
+            self._save_weights(temp, model)
+            save_safetensors(temp / OPTIMIZER, _moments(model, optimizer))
+            write_json(temp / PROGRESS, asdict(progress))
+        link_atomically(self.out_dir / "last", f"checkpoints/{target.name}")
+        self.repair(progress)
+        return target
+
+    def _save_weights(self, folder: Path, model: CausalLM) -> None:
+        if isinstance(self.method, LoRA):
+            save_adapter(folder, model.shape, self.method, delta_state(model), self.base_name, self.revision)
+            return
+        save_model(folder, model, dict(model.named_parameters()), read_json(self.base_folder / "config.json"))
+        self.tokenizer.save(folder)
+
+    def repair(self, progress: Progress) -> None:
+        """Make `best` and the set of folders what `progress`, the newest checkpoint's, says they are; repeatable."""
+        last, best = f"step-{progress.step}", f"step-{progress.best['step']}" if progress.best else ""
+        if best:
+            link_atomically(self.out_dir / "best", f"checkpoints/{best}")
+        for folder in self._folder.iterdir():
+            if folder.name not in (last, best):
+                shutil.rmtree(folder)
+        if best and best != last:
+            # Only the newest can be resumed from, and moments take twice the room of the weights.
+            (self._folder / best / OPTIMIZER).unlink(missing_ok=True)
+
+    def newest(self) -> Path | None:
+        """The folder `last` points to; None if the run has saved nothing yet."""
+        return self.out_dir / "last" if (self.out_dir / "last" / PROGRESS).is_file() else None
+
+    def restore(self, model: CausalLM, optimizer: torch.optim.Optimizer) -> Progress:
+        """Set model and optimiser to the newest checkpoint; a fresh Progress if there is none."""
+        at = self.newest()
+        if at is None:
+            return Progress()
+        progress = Progress(**read_json(at / PROGRESS))
+        if isinstance(self.method, LoRA):
+            state = read_adapter(at, model.shape, self.method)
+        else:
+            stored = read_weights(at)
+            keys = {n: (stored_name(theirs, stored), read) for n, (theirs, read) in file_names(model.shape).items()}
+            state = {n: read(stored[key]) for n, (key, read) in keys.items() if key is not None}
+        load_delta(model, state, str(at))
+        _set_moments(model, optimizer, load_safetensors(at / OPTIMIZER), progress.step, str(at / OPTIMIZER))
+        self.repair(progress)
+        return progress
+
+
+def _moments(model: CausalLM, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {f"{name}.{m}": optimizer.state[p][m] for name, p in trainable(model).items() for m in _MOMENTS}
+
+
+def _set_moments(
+    model: CausalLM, optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor], step: int, where: str
+) -> None:
+    for name, p in trainable(model).items():
+        for m in _MOMENTS:
+            key = f"{name}.{m}"
+            if key not in saved or saved[key].shape != p.shape:
+                raise InputError(f"{where}: {key} is missing or has another shape; this checkpoint is of another run")
+        optimizer.state[p] = {
+            "step": torch.tensor(float(step), device=p.device),
+            **{m: saved[f"{name}.{m}"].to(p.device, p.dtype) for m in _MOMENTS},
+        }
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Drop the rows of metrics.jsonl behind `step`, and a half-written last line."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        try:
+            row = json.loads(line)
+        except ValueError:  # the line a killed process was writing, or the empty one behind the last
+            continue
+        if row["step"] <= step:
+            kept.append(line + "\n")
+    write_text(path, "".join(kept))

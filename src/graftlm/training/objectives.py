@@ -1,0 +1,121 @@
+"""Model + batch -> (sum of losses, weight). A step divides the sum by the weight of all its batches.
+
+    completion   -sum of log p(token | what stands before it) over the completion and its end-of-text
+    all          the same over every token but the first
+
+What is unusual here: the tokens that all prompts of a batch begin with run once, with gradient, and every row reads
+their keys and values (`CausalLM.hidden_behind`); and the head is applied only at the positions that are trained on.
+Neither changes the gradient (tests/training/test_objectives.py); with dropout on, the rows share the masks of the
+shared tokens.
+
+Letters: B rows, T longest row in tokens behind the P shared ones, N targets, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from graftlm.models.base import CausalLM
+from graftlm.text.data import Example, common_prefix
+
+Objective = Callable[[CausalLM, "Batch"], Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows ready for a forward pass; made on the CPU, padded on the right with token 0, which nothing ever reads."""
+
+    shared: Tensor
+    """[1, P] tokens that stand before every row; P may be 0."""
+    ids: Tensor
+    """[B, T] each row's own tokens, without its last, which nothing follows."""
+    at: Tensor
+    """[N] flat positions in `ids` whose next token is a target."""
+    targets: Tensor
+    """[N] those next tokens."""
+    weight: int
+    """Target tokens of all rows, the shared ones counted once for each row."""
+    tokens: int
+    """Tokens of all rows as the data has them: shared and repeated, last and first, no padding."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device."""
+        shared, ids, at, targets = (t.to(device) for t in (self.shared, self.ids, self.at, self.targets))
+        return Batch(shared, ids, at, targets, self.weight, self.tokens)
+
+
+def make_batch(examples: Sequence[Example], loss_on: Literal["completion", "all"], share: bool = True) -> Batch:
+    """The batch of these examples; with `share`, their longest common prompt prefix is taken out (when P >= 4)."""
+    p = common_prefix([e.prompt_ids for e in examples]) if share and len(examples) > 1 else 0
+    p = p if p >= 4 else 0  # the attention of its own costs more than a few tokens do
+    rows = [(*e.prompt_ids[p:], *e.completion_ids) for e in examples]
+    width = max(len(row) for row in rows) - 1
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    at: list[int] = []
+    targets: list[int] = []
+    for b, (example, row) in enumerate(zip(examples, rows, strict=True)):
+        ids[b, : len(row) - 1] = torch.tensor(row[:-1])
+        first = len(example.prompt_ids) - p if loss_on == "completion" else 1
+        at += [b * width + t - 1 for t in range(first, len(row))]
+        targets += row[first:]
+    shared = torch.tensor(examples[0].prompt_ids[:p], dtype=torch.long)[None]
+    # loss_on all: the shared tokens but the first, and each row's own first token, which the last shared one predicts.
+    weight = len(targets) + (p * len(rows) if loss_on == "all" else 0)
+    return Batch(
+        shared,
+        ids,
+        torch.tensor(at, dtype=torch.long),
+        torch.tensor(targets, dtype=torch.long),
+        weight=weight,
+        tokens=sum(p + len(row) for row in rows),
+    )
+
+
+def make_batches(
+    examples: Sequence[Example], loss_on: Literal["completion", "all"], share: bool = True, most_tokens: int = 0
+) -> list[Batch]:
+    """The examples as one batch, or, where `ids` would have more than `most_tokens`, as several of about equal size.
+
+    Their losses, and so their gradients, add up to the one batch's. 0 is no bound; a single row is never split.
+    """
+    whole = make_batch(examples, loss_on, share)
+    if whole.ids.numel() <= most_tokens or not most_tokens:
+        return [whole]
+    fit = max(1, most_tokens // whole.ids.shape[1])
+    parts = math.ceil(len(examples) / fit)
+    rows = math.ceil(len(examples) / parts)  # as even as can be: a small last part would waste its pass
+    return [make_batch(examples[i : i + rows], loss_on, share) for i in range(0, len(examples), rows)]
+
+
+def _read(model: CausalLM, batch: Batch) -> tuple[Tensor | None, Tensor]:
+    """The shared tokens' hidden states [P, d] (None without) and those at the targets [N, d]."""
+    if batch.shared.shape[1] == 0:
+        return None, model.hidden(batch.ids).flatten(0, 1)[batch.at]
+    shared, h = model.hidden_behind(batch.shared, batch.ids)
+    return shared, h.flatten(0, 1)[batch.at]
+
+
+def completion(model: CausalLM, batch: Batch) -> Tensor:
+    """Sum of the completion tokens' losses; the batch was made with loss_on="completion"."""
+    _, h = _read(model, batch)
+    return F.cross_entropy(model.logits(h), batch.targets, reduction="sum")
+
+
+def all_tokens(model: CausalLM, batch: Batch) -> Tensor:
+    """Sum of all tokens' losses; the batch was made with loss_on="all"."""
+    shared, h = _read(model, batch)
+    loss = F.cross_entropy(model.logits(h), batch.targets, reduction="sum")
+    if shared is None:
+        return loss
+    log_p = model.logits(shared).log_softmax(-1)  # [P, V]
+    rows = batch.ids.shape[0]
+    inside = F.nll_loss(log_p[:-1], batch.shared[0, 1:], reduction="sum")
+    return loss + rows * inside - log_p[-1, batch.ids[:, 0]].sum()
+
+
+OBJECTIVES: dict[str, Objective] = {"completion": completion, "all": all_tokens}

@@ -1,0 +1,212 @@
+"""Everything before step 1: resolve the flags, load, install the method, read and check the data.
+
+Nothing is written here, so a run that cannot start leaves nothing behind. On --resume the flags of the first start
+hold; a flag given anew must agree with them (only --max_iters and --epochs may change the end of the run).
+"""
+
+import math
+import os
+import platform
+import secrets
+import subprocess
+from collections.abc import Set
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graftlm.config import TrainConfig
+from graftlm.errors import InputError
+from graftlm.exchange.device import pick_device, pick_dtype
+from graftlm.exchange.huggingface import base_hash, load_model
+from graftlm.exchange.load import Loaded, check_base, read_run, read_tokenizer
+from graftlm.files.assets import model_folder
+from graftlm.methods import LoRA, Method, method_from_flags
+from graftlm.methods.base import totals
+from graftlm.text.data import Example, encode_rows, label_ids, load_dataset, preflight, sample
+from graftlm.text.template import load_template
+from graftlm.training.logs import check_wandb
+
+# May differ between a start and its resume; all else decides the numbers.
+FREE_ON_RESUME = {"resume", "max_iters", "epochs", "wandb_project"}
+
+# Tokens of one pass on a CPU: a typical batch of 16 reviews fits, a long one runs in parts. Not tuned beyond that.
+CPU_TOKENS = 640
+
+
+@dataclass
+class Prepared:
+    """A run that is ready to start."""
+
+    config: TrainConfig
+    """Resolved: rank, alpha, lr, max_iters, eval_every, warmup and max_length are set."""
+    method: Method
+    loaded: Loaded
+    train: list[Example]
+    validation: list[Example]
+    label_ids: list[list[int]]
+    """The tokens scored for each label; empty where the data has no labels."""
+    notes: list[str]
+    run: dict[str, Any]
+    """What run.json will hold."""
+
+    @property
+    def out_dir(self) -> Path:
+        """The run folder."""
+        return Path(self.config.out_dir)
+
+
+def prepare(config: TrainConfig, given: Set[str] | None = None) -> Prepared:
+    """Check and load everything a run needs; `given` are the flags typed, None for those that differ from defaults."""
+    out_dir = Path(config.out_dir)
+    previous = None
+    if config.resume:
+        previous = read_run(out_dir)
+        config = _resumed(config, previous["config"], given)
+    else:
+        _check_out_dir(out_dir)
+    check_wandb(config.wandb_project)
+    method = method_from_flags(
+        config.method, rank=config.rank, alpha=config.alpha, targets=config.targets, lora_dropout=config.lora_dropout
+    )
+    template = load_template(config.template, config.labels)
+    device = pick_device(config.device)
+    dtype, reason = pick_dtype(config.dtype, device)
+    folder = model_folder(config.init_from)
+    data = load_dataset(
+        config.data, config.val, config.test, config.text_field, config.label_field, labels=template.labels
+    )
+    tokenizer = read_tokenizer(folder)
+    if previous is not None:
+        check_base(folder, previous, out_dir)
+        _check_data(data.fingerprint, previous, out_dir)
+    model = load_model(folder, device, dtype)
+    max_length = min(config.max_length or model.shape.context, model.shape.context)
+    rows = {"train": data.splits["train"], "validation": sample(data.splits["validation"], config.val_limit)}
+    encoded = {split: encode_rows(some, template, tokenizer, max_length) for split, some in rows.items()}
+    examples = {split: some for split, (some, _) in encoded.items()}
+    cut = {split: n for split, (_, n) in encoded.items()}
+    notes = [*data.notes, *preflight(examples, template, tokenizer, max_length, cut)]
+    method.install(model, torch.Generator().manual_seed(config.seed))
+    model.set_dropout(config.dropout)
+    if config.micro_tokens is None:
+        config = replace(config, micro_tokens=CPU_TOKENS if device.type == "cpu" else 0)
+    config = _resolved(config, method, len(examples["train"]), max_length)
+    labelled = all(e.label is not None for some in examples.values() for e in some)
+    loaded = Loaded(model, tokenizer, config.init_from, folder, reason, template)
+    trained, total = totals(model)
+    run = {
+        "config": asdict(config),
+        "method": method.to_json(),
+        "base": {
+            "name": _base_name(config.init_from),
+            "sha256": previous["base"]["sha256"] if previous else base_hash(folder),
+        },
+        "data": {"name": data.name, "fingerprint": data.fingerprint, "examples": {k: len(v) for k, v in rows.items()}},
+        "template": {"name": template.name, "text": template.text, "labels": list(template.labels)},
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "dtype_reason": reason,
+        "trainable": trained,
+        "total": total,
+        "versions": _versions(),
+        "git": _git_state(),
+        "wandb_id": previous["wandb_id"] if previous else secrets.token_hex(8),
+        "notes": notes,
+        "resumed": [*previous["resumed"], _changes(previous["config"], config)] if previous else [],
+        "results": None,
+    }
+    ids = label_ids(template, tokenizer) if labelled else []
+    return Prepared(config, method, loaded, examples["train"], examples["validation"], ids, notes, run)
+
+
+def _check_out_dir(out_dir: Path) -> None:
+    if (out_dir / "run.json").exists():
+        raise InputError(f"--out_dir {out_dir}: holds a run already; add --resume to go on with it, or name another")
+    if out_dir.exists() and not out_dir.is_dir():
+        raise InputError(f"--out_dir {out_dir}: is a file; name a folder")
+    if out_dir.is_dir() and any(not p.name.startswith(".run.json.tmp-") for p in out_dir.iterdir()):
+        raise InputError(f"--out_dir {out_dir}: holds other files; name a folder that is empty or does not exist")
+
+
+def _resumed(config: TrainConfig, recorded: dict[str, Any], given: Set[str] | None) -> TrainConfig:
+    """The recorded flags with the new end of the run; an InputError if a flag given anew contradicts them."""
+    changes: dict[str, Any] = {"resume": True}
+    for f in fields(TrainConfig):
+        value = getattr(config, f.name)
+        was = recorded.get(f.name, None if f.default is MISSING else f.default)
+        said = value != f.default if given is None else f.name in given
+        if f.name in FREE_ON_RESUME:
+            if f.name != "resume" and said:
+                changes[f.name] = value
+        elif said and f.name != "out_dir" and value != was:
+            raise InputError(f"--resume with --{f.name} {value}: the run has {was}; leave it out, or start a new run")
+    if "epochs" in changes and "max_iters" not in changes:
+        changes["max_iters"] = None
+    kept = {f.name: recorded[f.name] for f in fields(TrainConfig) if f.name in recorded}
+    return replace(TrainConfig(**{**kept, "out_dir": config.out_dir}), **changes)
+
+
+def _changes(recorded: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
+    """What this resume changed: {flag: [before, now]}; a new end plans the learning rate's schedule anew."""
+    return {k: [recorded.get(k), v] for k, v in asdict(config).items() if k != "resume" and recorded.get(k) != v}
+
+
+def _check_data(fingerprint: str, previous: dict[str, Any], out_dir: Path) -> None:
+    if fingerprint != previous["data"]["fingerprint"]:
+        raise InputError(
+            f"{out_dir}: was trained on other data (fingerprint {previous['data']['fingerprint'][:12]}, "
+            f"now {fingerprint[:12]}); restore the data, or start a new run"
+        )
+
+
+def _resolved(config: TrainConfig, method: Method, examples: int, max_length: int) -> TrainConfig:
+    """Every None decided."""
+    per_epoch = math.ceil(examples / config.batch_size)
+    epochs = config.epochs
+    if config.max_iters is None:
+        epochs = 2.0 if epochs is None else epochs
+        steps = max(1, math.ceil(epochs * per_epoch / config.grad_accum))
+    else:
+        steps = config.max_iters
+    return replace(
+        config,
+        method=method.name,
+        rank=method.rank if isinstance(method, LoRA) else 0,
+        alpha=method.alpha if isinstance(method, LoRA) else config.alpha,
+        lr=config.lr if config.lr is not None else method.default_lr,
+        max_iters=steps,
+        epochs=epochs,
+        eval_every=config.eval_every or max(1, math.ceil(steps / 10)),
+        warmup=min(100, math.ceil(0.06 * steps)) if config.warmup is None else config.warmup,
+        max_length=max_length,
+    )
+
+
+def _base_name(name: str) -> str:
+    """A local path is recorded whole, so that the run can be loaded from any folder."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
+def _versions() -> dict[str, str]:
+    packages = {name: version(name) for name in ("graftlm", "torch", "tokenizers", "safetensors", "numpy")}
+    return {"python": platform.python_version(), "platform": platform.platform(), **packages}
+
+
+def _git_state() -> str | None:
+    """Commit and dirtiness of the checkout graftlm runs from; None when it is installed elsewhere."""
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None

@@ -1,0 +1,378 @@
+"""One loop for every method and every objective.
+
+    for step in 1 … max_iters:
+        gradient of (sum of losses) / (weight of the step's batches)  ->  clip  ->  AdamW at lr(step)
+        a row to metrics.jsonl;  every eval_every steps a validation and an atomic checkpoint
+
+What is unusual here: everything random is a pure function of (seed, step), so a run that is killed at any moment and
+resumed ends with the same bits. Ctrl-C finishes the step, saves, and says how to go on.
+"""
+
+import math
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from graftlm.config import TrainConfig
+from graftlm.errors import GraftError, Interrupted
+from graftlm.files.formats import remove_leftovers, write_json
+from graftlm.inference.evaluate import score
+from graftlm.inference.generate import evaluating
+from graftlm.methods.base import trainable
+from graftlm.models.base import CausalLM
+from graftlm.text.data import Example, epoch_batches
+from graftlm.training.checkpoint import Progress, Store, cut_metrics
+from graftlm.training.logs import Metrics, start_wandb
+from graftlm.training.objectives import OBJECTIVES, make_batch, make_batches
+from graftlm.training.prepare import Prepared, prepare
+
+VALIDATION_BATCH = 32
+
+
+def train(config: TrainConfig, *, given: Set[str] | None = None, console: Console | None = None) -> dict[str, Any]:
+    """Adapt a model as `config` says and leave a run folder; returns the object of `graft train --json`.
+
+    Args:
+        config: what to do.
+        given: names of the fields a user typed, which --resume holds against the recorded ones; None: all that
+            differ from the defaults.
+        console: where progress and notes go; None for silence.
+
+    Raises InputError for wrong input, before anything is written; GraftError when the loss is not a number;
+    Interrupted after Ctrl-C or SIGTERM, with a checkpoint saved.
+    """
+    console = console or Console(quiet=True)
+    started = time.perf_counter()
+    prepared = prepare(config, given)
+    _announce(prepared, console)
+    return Trainer(prepared, console, started).run()
+
+
+def _announce(prepared: Prepared, console: Console) -> None:
+    run, config = prepared.run, prepared.config
+    console.print(
+        f"{run['base']['name']} in {run['dtype']} on {run['device']}: {prepared.loaded.dtype_reason}", highlight=False
+    )
+    console.print(
+        f"{prepared.method.name} trains {run['trainable']:,} of {run['total']:,} parameters "
+        f"({run['trainable'] / run['total']:.2%})",
+        highlight=False,
+    )
+    if line := prepared.method.explain(prepared.loaded.model, config.lr or 0.0):
+        console.print(line, highlight=False)
+    for note in prepared.notes:
+        console.print(note, markup=False, highlight=False)
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """The rate of `step` (1 is the first): linear to the peak over `warmup` steps, then a cosine to zero.
+
+    It is never zero: the first step already moves every weight, and the last one still does.
+    """
+    assert config.lr is not None and config.warmup is not None and config.max_iters is not None
+    if step <= config.warmup:
+        return config.lr * step / config.warmup
+    part = (step - config.warmup) / (config.max_iters - config.warmup + 1)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * part))
+
+
+def batch_stream(lengths: list[int], config: TrainConfig, first: int) -> Iterator[list[int]]:
+    """The endless stream of batches (lists of example numbers) from number `first` on; a function of the seed alone."""
+    per_epoch = math.ceil(len(lengths) / config.batch_size)
+    epoch, skip = divmod(first, per_epoch)
+    while True:
+        yield from epoch_batches(lengths, config.batch_size, config.seed, epoch)[skip:]
+        epoch, skip = epoch + 1, 0
+
+
+def make_optimizer(model: CausalLM, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019) with fused steps; weight decay on matrices only."""
+    params = list(trainable(model).values())
+    groups = [
+        {"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr or 0.0, fused=True)
+
+
+def peak_rss_mb() -> float:
+    """The most memory this process has held so far, in MB (10^6 bytes)."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        return round(int(line.split()[1]) * 1024 / 1e6, 1)
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimiser step did."""
+
+    loss: float
+    """Mean over the step's target tokens, before the update."""
+    lr: float
+    examples: int
+    tokens: int
+    seconds: float
+
+    @property
+    def examples_per_s(self) -> float:
+        """Wall time of this step alone."""
+        return self.examples / self.seconds
+
+
+@dataclass
+class Trainer:
+    """A prepared run's loop and its state."""
+
+    prepared: Prepared
+    console: Console
+    started: float
+    """time.perf_counter() at the command's start."""
+    progress: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        self.config, self.model = self.prepared.config, self.prepared.loaded.model
+        run, loaded = self.prepared.run, self.prepared.loaded
+        self.out_dir = self.prepared.out_dir
+        name, _, revision = run["base"]["name"].partition("@")
+        self.store = Store(self.out_dir, self.prepared.method, name, revision or None, loaded.folder, loaded.tokenizer)
+        self.optimizer = make_optimizer(self.model, self.config)
+        self.steps = self.config.max_iters or 0
+
+    def run(self) -> dict[str, Any]:
+        """From the newest checkpoint to the end; returns the results."""
+        with self._nothing_half_made():
+            return self._run()
+
+    @contextmanager
+    def _nothing_half_made(self) -> Iterator[None]:
+        """Take the run folder away again when a first start fails before its first checkpoint.
+
+        There would be nothing to load and nothing to go on with, and the same command could not be given again.
+        """
+        existed = self.out_dir.is_dir()  # then it was empty, and is the user's
+        try:
+            yield
+        finally:  # a run that ends well has saved its last step
+            if not self.config.resume and self.store.newest() is None and self.out_dir.is_dir():
+                for path in self.out_dir.iterdir():
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+                if not existed:
+                    self.out_dir.rmdir()
+                self.console.print(f"nothing was saved: {self.out_dir} is cleared again", markup=False, highlight=False)
+
+    def _run(self) -> dict[str, Any]:
+        for name in ("run.json", "metrics.jsonl", "best", "last"):
+            remove_leftovers(self.out_dir / name)  # of a process that was killed while it wrote
+        if self.config.resume:
+            self.progress = self.store.restore(self.model, self.optimizer)
+            cut_metrics(self.out_dir / "metrics.jsonl", self.progress.step)
+            self.console.print(f"resumed behind step {self.progress.step}", highlight=False)
+        write_json(self.out_dir / "run.json", self.prepared.run)
+        wandb_run = start_wandb(
+            self.config.wandb_project, self.prepared.run["wandb_id"], self.out_dir, self.prepared.run["config"]
+        )
+        metrics = Metrics(self.out_dir / "metrics.jsonl", wandb_run)
+        try:
+            with _stop_on_signal() as stop, self._bar() as bar:
+                self._loop(metrics, stop, bar)
+        finally:
+            metrics.close()
+        results = self._results()
+        write_json(self.out_dir / "run.json", {**self.prepared.run, "results": results})
+        return results
+
+    def _loop(self, metrics: Metrics, stop: threading.Event, bar: Bar) -> None:
+        config, progress = self.config, self.progress
+        lengths = [len(e.prompt_ids) + len(e.completion_ids) for e in self.prepared.train]
+        stream = batch_stream(lengths, config, progress.step * config.grad_accum)
+        offset = progress.seconds - time.perf_counter()
+        task = bar.add_task("train", total=self.steps, completed=progress.step, info="")
+        self.model.train()
+        while progress.step < self.steps and not self._exhausted():
+            step = progress.step + 1
+            done = self._step(step, [next(stream) for _ in range(config.grad_accum)])
+            self._count(done)
+            judged = step % (config.eval_every or 1) == 0 or step == self.steps
+            new_best = self._validate() if judged else False
+            progress.seconds = offset + time.perf_counter()
+            row = self._row(done, judged)
+            metrics.write(row)
+            bar.update(task, completed=step, info=f"loss {done.loss:.3f}  {done.examples_per_s:.1f} examples/s")
+            if judged:
+                self._say(row, new_best)
+            if judged or stop.is_set():
+                self.store.save(self.model, self.optimizer, progress)
+            if stop.is_set() and step < self.steps:
+                raise Interrupted(
+                    f"interrupted; step {step} is saved in {self.out_dir / 'last'}: go on with graft train --resume "
+                    f"--out_dir {self.out_dir}"
+                )
+
+    def _exhausted(self) -> bool:
+        return 0 < self.config.patience <= self.progress.stale
+
+    def _step(self, step: int, batches: list[list[int]]) -> Step:
+        """Optimiser step number `step` on these batches of example numbers; their gradients add up."""
+        began, config = time.perf_counter(), self.config
+        torch.manual_seed(config.seed * 1_000_003 + step)  # dropout masks
+        examples = self.prepared.train
+        how = (config.loss_on, config.shared_prefix, config.micro_tokens or 0)
+        made = [part for b in batches for part in make_batches([examples[i] for i in b], *how)]
+        weight = sum(batch.weight for batch in made)
+        total = 0.0
+        for batch in made:
+            loss = OBJECTIVES[config.loss_on](self.model, batch.to(self.model.device)) / weight
+            loss.backward()
+            total += loss.item()
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(params, config.clip or math.inf)
+        if not math.isfinite(total):
+            raise GraftError(self._not_finite(step, "loss", total))
+        if not math.isfinite(norm.item()):
+            raise GraftError(self._not_finite(step, "gradient's norm", norm.item()))
+        lr = learning_rate(step, config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        tokens = sum(batch.tokens for batch in made)
+        return Step(total, lr, sum(map(len, batches)), tokens, time.perf_counter() - began)
+
+    def _not_finite(self, step: int, what: str, value: float) -> str:
+        newest = self.store.newest()
+        good = f"the last good checkpoint is {newest.resolve()}" if newest else "no checkpoint was saved before"
+        return f"step {step}: the {what} is {value}; {good}; try a lower --lr or --alpha, or --dtype float32"
+
+    def _count(self, done: Step) -> None:
+        progress = self.progress
+        progress.step += 1
+        progress.examples += done.examples
+        progress.tokens += done.tokens
+        if progress.seconds_to_first_step == 0:
+            progress.seconds_to_first_step = round(time.perf_counter() - self.started, 3)
+        if progress.step > math.floor(0.05 * self.steps):
+            progress.timed_examples += done.examples
+            progress.timed_seconds += done.seconds
+
+    def _validate(self) -> bool:
+        loss, accuracy = validate(self.model, self.prepared.validation, self.prepared.label_ids, self.config)
+        if not math.isfinite(loss):
+            raise GraftError(self._not_finite(self.progress.step, "validation loss", loss))
+        return self.progress.judge(loss, accuracy)
+
+    def _row(self, done: Step, judged: bool) -> dict[str, Any]:
+        progress = self.progress
+        row = {
+            "step": progress.step,
+            "examples": progress.examples,
+            "tokens": progress.tokens,
+            "train_loss": done.loss,
+            "val_loss": progress.last["val_loss"] if judged else None,
+            "val_accuracy": progress.last["val_accuracy"] if judged else None,
+            "lr": done.lr,
+            "examples_per_s": round(done.examples_per_s, 3),
+            "tokens_per_s": round(done.tokens / done.seconds, 1),
+            "peak_rss_mb": peak_rss_mb(),
+            "seconds": round(progress.seconds, 3),
+        }
+        if self.model.device.type == "cuda":
+            row["peak_cuda_mb"] = round(torch.cuda.max_memory_allocated() / 1e6, 1)
+        return row
+
+    def _bar(self) -> Bar:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[info]}"),
+        )
+        return Bar(*columns, TimeRemainingColumn(), console=self.console, transient=True)
+
+    def _say(self, row: dict[str, Any], new_best: bool) -> None:
+        accuracy = "" if row["val_accuracy"] is None else f"  val accuracy {row['val_accuracy']:.3f}"
+        self.console.print(
+            f"step {row['step']:>5}  train loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}{accuracy}"
+            + ("  best" if new_best else ""),
+            highlight=False,
+        )
+
+    def _results(self) -> dict[str, Any]:
+        progress, run = self.progress, self.prepared.run
+        speed = progress.timed_examples / progress.timed_seconds if progress.timed_seconds else 0.0
+        results = {
+            "steps": progress.step,
+            "examples": progress.examples,
+            "seconds": round(progress.seconds, 3),
+            "seconds_to_first_step": progress.seconds_to_first_step,
+            "examples_per_s": round(speed, 3),
+            "peak_rss_mb": peak_rss_mb(),
+            "trainable": run["trainable"],
+            "total": run["total"],
+            "share_trained": run["trainable"] / run["total"],
+            "best": progress.best,
+            "last": progress.last,
+            "out_dir": str(self.out_dir),
+        }
+        if self.model.device.type == "cuda":
+            results["peak_cuda_mb"] = round(torch.cuda.max_memory_allocated() / 1e6, 1)
+        return results
+
+
+def validate(
+    model: CausalLM, examples: list[Example], label_ids: list[list[int]], config: TrainConfig
+) -> tuple[float, float | None]:
+    """Mean loss a target token, and the share of examples whose own label scores highest (None without labels)."""
+    scores = score(model, examples, label_ids, batch_size=VALIDATION_BATCH)
+    accuracy = None
+    if label_ids:
+        own = torch.tensor([e.label for e in examples])
+        accuracy = (scores.labels.argmax(-1) == own).double().mean().item()
+    if config.loss_on == "completion":
+        return -scores.completion.sum().item() / int(scores.completion_tokens.sum()), accuracy
+    total, weight = 0.0, 0
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt_ids))
+    with evaluating(model):
+        for at in range(0, len(order), VALIDATION_BATCH):
+            batch = make_batch([examples[i] for i in order[at : at + VALIDATION_BATCH]], "all")
+            total += OBJECTIVES["all"](model, batch.to(model.device)).item()
+            weight += batch.weight
+    return total / weight, accuracy
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C or SIGTERM sets; a second one interrupts at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,51 @@
+"""What every test may rely on: no network but loopback, and a way to run the command as a user does.
+
+The built-in models and data sets come from the cache that `graft fetch` (`make test`) has filled.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SRC = str(Path(__file__).parent.parent / "src")
+
+Graft = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def loopback_only() -> Any:
+    """A test of ours that reaches for the network fails at once and says where it wanted to go."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: Any) -> None:
+        if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise AssertionError(f"a test reached for the network: {address}")
+        connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", guarded)
+        yield
+
+
+def child_environment(**changes: str) -> dict[str, str]:
+    """This process's environment for a child that imports graftlm from this checkout, offline unless told otherwise."""
+    path = os.pathsep.join(filter(None, [SRC, os.environ.get("PYTHONPATH", "")]))
+    return {**os.environ, "PYTHONPATH": path, "COLUMNS": "100", "HF_HUB_OFFLINE": "1", **changes}
+
+
+@pytest.fixture(scope="session")
+def graft() -> Graft:
+    """Run `python -m graftlm WORDS` in a process of its own; keyword arguments are environment variables and `cwd`."""
+
+    def run(*words: str, cwd: Path | None = None, stdin: str = "", **environment: str) -> Any:
+        command = [sys.executable, "-m", "graftlm", *words]
+        env = child_environment(**environment)
+        return subprocess.run(command, cwd=cwd, env=env, input=stdin, capture_output=True, text=True, timeout=300)
+
+    return run

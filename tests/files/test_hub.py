@@ -1,0 +1,183 @@
+"""Names on the model hub, against a mirror on loopback: what is fetched, what is not, and each way it can fail."""
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from graftlm.errors import InputError
+from graftlm.files.assets import data_folder, fetch, model_folder
+from graftlm.files.formats import save_safetensors, write_json
+from graftlm.files.hub import NotOnHub
+from hub_mirror import serve
+
+
+@pytest.fixture(autouse=True)
+def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "1")
+
+
+@pytest.fixture
+def repo(tmp_path: Path) -> Path:
+    folder = tmp_path / "repo"
+    (folder / "onnx").mkdir(parents=True)
+    write_json(folder / "config.json", {"model_type": "gpt2"})
+    write_json(folder / "onnx" / "config.json", {})
+    save_safetensors(folder / "model.safetensors", {"a": torch.arange(3.0)})
+    for name in ("pytorch_model.bin", "tf_model.h5", "run.py", "vocab.json", "merges.txt", "README.md"):
+        (folder / name).write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def reviews(tmp_path: Path) -> Path:
+    folder = tmp_path / "reviews"
+    (folder / "data").mkdir(parents=True)
+    (folder / "data" / "train.jsonl").write_text('{"text": "fine", "label": 1}\n')
+    (folder / "loader.py").write_text("raise SystemExit")
+    return folder
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_only_safe_files_of_a_model_are_fetched(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve(models={"gpt2-medium": repo, "org/name": repo}) as mirror:
+        monkeypatch.setenv("HF_ENDPOINT", mirror.url)
+        for name in ("gpt2-medium", "org/name", "org/name@main"):
+            assert files(model_folder(name)) == {"config.json", "model.safetensors", "vocab.json", "merges.txt"}
+        assert not any("pytorch_model" in request for request in mirror.requests)
+
+
+def test_a_data_set_of_the_hub_is_never_the_built_in_one(reviews: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve(datasets={"rotten_tomatoes": reviews}) as mirror:
+        monkeypatch.setenv("HF_ENDPOINT", mirror.url)
+        assert files(data_folder("rotten_tomatoes")) == {"data/train.jsonl"}
+        assert data_folder("rotten_tomatoes") == fetch("rotten_tomatoes")
+        with pytest.raises(
+            NotOnHub, match=r"unknown data set 'imdb': .* use the built-in rotten-tomatoes-pypi or imdb"
+        ):
+            data_folder("imdb")
+
+
+def test_a_snapshot_is_used_offline(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve(models={"gpt2": repo}) as mirror:
+        monkeypatch.setenv("HF_ENDPOINT", mirror.url)
+        online = model_folder("gpt2")
+    assert model_folder("gpt2") == online  # the hub is gone, the snapshot is not
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert model_folder("gpt2") == online
+    with pytest.raises(
+        InputError, match=r"model 'gpt2-xl' is not \(all\) in the local cache, and HF_HUB_OFFLINE is set"
+    ):
+        model_folder("gpt2-xl")
+
+
+def test_what_the_hub_does_not_have(repo: Path, reviews: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve(models={"gpt2": repo}, datasets={"org/rows": reviews}) as mirror:
+        monkeypatch.setenv("HF_ENDPOINT", mirror.url)
+        with pytest.raises(NotOnHub, match=r"unknown model 'org/none': the hub http://127\.0\.0\.1:\d+ has none"):
+            model_folder("org/none")
+        with pytest.raises(InputError, match="model 'gpt2' has no revision 'nope'"):
+            model_folder("gpt2@nope")
+        with pytest.raises(NotOnHub, match="unknown data set 'org/none'"):
+            fetch("org/none")
+        assert files(fetch("org/rows")) == {"data/train.jsonl"}
+
+
+def test_pickled_weights_alone_are_no_model(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (repo / "model.safetensors").unlink()
+    with serve(models={"org/old": repo}) as mirror:
+        monkeypatch.setenv("HF_ENDPOINT", mirror.url)
+        with pytest.raises(InputError, match=r"only safetensors and gguf"):
+            model_folder("org/old")
+
+
+def test_a_data_set_that_is_only_a_script_is_refused(reviews: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (reviews / "data" / "train.jsonl").unlink()
+    with serve(datasets={"org/script": reviews}) as mirror:
+        monkeypatch.setenv("HF_ENDPOINT", mirror.url)
+        with pytest.raises(InputError, match=r"no data file"):
+            data_folder("org/script")
+
+
+def assert_one_line_soon(name: str, message: str, seconds: float) -> None:
+    start = time.monotonic()
+    with pytest.raises(InputError, match=message) as caught:
+        model_folder(name)
+    assert time.monotonic() - start < seconds and "\n" not in str(caught.value)
+    assert "use the built-in smollm2-135m" in str(caught.value)
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield bound
+
+
+def test_a_closed_port(listener: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{listener.getsockname()[1]}")
+    assert_one_line_soon("gpt2", r"the hub http.* did not answer for model 'gpt2' \(ConnectError: .*refused", 5)
+
+
+def test_a_hub_that_accepts_and_never_replies(listener: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    listener.listen()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{listener.getsockname()[1]}")
+    assert_one_line_soon("org/name@v1", r"did not answer for model 'org/name' \(ReadTimeout", 5)
+
+
+def test_a_hub_that_falls_silent_after_its_first_answers(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import hub_mirror
+
+    def silent(self: Any, *_: Any) -> None:
+        time.sleep(3)
+
+    with serve(models={"gpt2": repo}) as mirror:
+        monkeypatch.setenv("HF_ENDPOINT", mirror.url)
+        monkeypatch.setattr(hub_mirror._Handler, "_send_file", silent)
+        assert_one_line_soon("gpt2", "did not answer for model 'gpt2'", 10)
+
+
+@pytest.mark.parametrize("status", [500, 401, 403])
+def test_a_hub_that_answers_with_an_error(repo: Path, monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+    import hub_mirror
+
+    def refuse(self: Any) -> None:
+        self._send(status, b"", False)
+
+    with serve(models={"gpt2": repo}) as mirror:
+        monkeypatch.setenv("HF_ENDPOINT", mirror.url)
+        monkeypatch.setattr(hub_mirror._Handler, "do_GET", refuse)
+        assert_one_line_soon("gpt2", rf"answered {status} for model 'gpt2'|unknown model 'gpt2': the hub", 5)
+
+
+def test_the_package_s_own_settings_are_as_before(listener: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import get_session
+
+    before = {when: list(hooks) for when, hooks in get_session().event_hooks.items()}
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{listener.getsockname()[1]}")
+    with pytest.raises(InputError):
+        model_folder("gpt2")
+    assert {when: list(hooks) for when, hooks in get_session().event_hooks.items()} == before
+
+
+def test_telemetry_is_off_before_the_package_is_imported(
+    child: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (
+        "from graftlm.files.assets import model_folder\n"
+        "try: model_folder('gpt2')\n"
+        "except Exception as error: print(type(error).__name__)\n"
+        "from huggingface_hub import constants; print(constants.HF_HUB_DISABLE_TELEMETRY)"
+    )
+    monkeypatch.delenv("HF_HUB_DISABLE_TELEMETRY", raising=False)
+    assert child(code, HF_ENDPOINT="http://127.0.0.1:9").communicate() == ("InputError\nTrue\n", "")

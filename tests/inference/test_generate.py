@@ -1,0 +1,256 @@
+"""Generation: the cache, ragged batches and the shared prefix change nothing; sampling is what it says it is."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from graftlm.errors import GraftError, InputError
+from graftlm.inference import generate as module
+from graftlm.inference.generate import (
+    compact,
+    evaluating,
+    generate,
+    generate_ids,
+    read_shared,
+    sample,
+    uniform,
+)
+from graftlm.models import CausalLM, Segment
+from inference.tiny import CONTEXT, full_logits, ragged, tiny, words
+
+FAMILIES = pytest.mark.parametrize("family", ["gpt2", "llama"])
+
+
+def naive(model: CausalLM, prompt: Sequence[int], new: int, eot: int) -> list[int]:
+    """Greedy, by a full forward pass for every token."""
+    ids = list(prompt)
+    while len(ids) < min(len(prompt) + new, model.shape.context):
+        token = int(full_logits(model, ids)[-1].argmax())
+        if token == eot:
+            break
+        ids.append(token)
+    return ids[len(prompt) :]
+
+
+def an_ending(model: CausalLM, prompts: Sequence[Sequence[int]], new: int) -> int:
+    """A token that ends rows at several different steps, and not all of them."""
+    runs = [naive(model, prompt, new, eot=-1) for prompt in prompts]
+    ends = {token: {run.index(token) if token in run else new for run in runs} for run in runs for token in run}
+    token = max(ends, key=lambda token: len(ends[token]))
+    assert len(ends[token]) >= 3
+    return token
+
+
+@FAMILIES
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+@pytest.mark.parametrize("shared", [0, 5])
+def test_greedy_equals_full_forwards(family: str, batch_size: int, shared: int) -> None:
+    model = tiny(family)
+    prompts = ragged([9, 6, 17, 7, 6, 12, 28], shared)
+    eot = an_ending(model, prompts, 12)
+    expected = [naive(model, prompt, 12, eot) for prompt in prompts]
+    assert generate_ids(model, prompts, max_new_tokens=12, eot=eot, batch_size=batch_size) == expected
+
+
+def test_the_prefix_is_run_once_and_shared() -> None:
+    model = tiny("llama")
+    seen: list[tuple[int, int]] = []
+    with evaluating(model):
+        past, length = read_shared(model, ragged([8, 11, 9], shared=7))
+        assert (length, past[0].size, past[0].keys[0].shape[0]) == (7, 7, 1)
+        assert read_shared(model, ragged([8, 11, 9], shared=3)) == ((), 0)  # too short to pay
+        assert read_shared(model, ragged([8])) == ((), 0)  # nobody to share with
+        past, length = read_shared(model, [[1, 2, 3, 4, 5, 6]] * 4)
+        assert length == 5  # each row keeps its last token
+    model.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape)))
+    generate_ids(model, ragged([8, 11, 9, 30], shared=7), max_new_tokens=1, eot=-1, batch_size=2)
+    assert seen == [(2, 2), (2, 23)]  # the rest of the prompts alone, sorted by length
+
+
+def test_ended_rows_leave_the_batch() -> None:
+    model = tiny("gpt2")
+    prompts = ragged([9, 6, 17, 7, 6, 12])
+    eot = an_ending(model, prompts, 12)
+    rows: list[int] = []
+    model.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[0]))
+    new = generate_ids(model, prompts, max_new_tokens=12, eot=eot)
+    # A row takes part in the step behind each of its tokens, but not in one behind its last.
+    alive = [sum(len(tokens) > step for tokens in new) for step in range(12)]
+    full = sum(len(tokens) == 12 for tokens in new)
+    assert rows == [6, *[n for n in alive[:11] if n]]
+    assert 0 < full < 6
+
+
+def test_generation_stops_when_all_have_ended() -> None:
+    model = tiny("llama")
+    [[first]] = generate_ids(model, [[3, 1, 4]], max_new_tokens=1, eot=-1)
+    calls: list[int] = []
+    model.register_forward_pre_hook(lambda _, args: calls.append(1))
+    assert generate_ids(model, [[3, 1, 4]] * 2, max_new_tokens=30, eot=first) == [[], []]
+    assert len(calls) == 1
+
+
+def test_a_small_cache_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    prompts = ragged([4, 9, 6])
+    expected = generate_ids(model, prompts, max_new_tokens=25, eot=-1)
+    monkeypatch.setattr(module, "FIRST_ROOM", 1)
+    assert generate_ids(model, prompts, max_new_tokens=25, eot=-1) == expected
+    assert expected[0] == naive(model, prompts[0], 25, eot=-1)
+
+
+def test_compact_moves_the_last_rows_into_the_holes() -> None:
+    cache = Segment.cache(tiny("llama").shape, rows=5, capacity=3)
+    for row in range(5):
+        cache.keys[1][row], cache.values[0][row] = row, 10 + row
+    cache.lengths = torch.tensor([0, 1, 2, 3, 4])
+    order = compact(cache, [False, True, False, True, True])
+    assert sorted(order) == [1, 3, 4]
+    assert order[1] == 1  # a row that can stay where it is does
+    assert cache.lengths.tolist() == order
+    assert cache.keys[1][:, 0, 0, 0].tolist() == order
+    assert cache.values[0][:, 1, 2, 3].tolist() == [10 + row for row in order]
+    assert compact(cache, [True, True, True]) == [0, 1, 2]
+
+
+@FAMILIES
+def test_the_context_ends_a_continuation(family: str) -> None:
+    model = tiny(family)
+    prompts = ragged([CONTEXT - 2, CONTEXT, 5, CONTEXT - 1])
+    new = generate_ids(model, prompts, max_new_tokens=9, eot=-1)
+    assert [len(tokens) for tokens in new] == [2, 0, 9, 1]
+    assert new == [naive(model, prompt, 9, eot=-1) for prompt in prompts]
+
+
+def test_prompts_that_cannot_be_read() -> None:
+    model = tiny("gpt2")
+    with pytest.raises(InputError, match=r"^the prompt has 41 tokens, the model reads at most 40: shorten it$"):
+        generate_ids(model, ragged([41]), max_new_tokens=1, eot=0)
+    with pytest.raises(InputError, match=r"^prompt 2 of 3 is empty: give at least one token to continue$"):
+        generate_ids(model, [[1], [], [2]], max_new_tokens=1, eot=0)
+
+
+def test_no_prompts() -> None:
+    assert generate_ids(tiny("gpt2"), [], max_new_tokens=3, eot=0) == []
+
+
+def test_nan_is_an_error_not_a_token() -> None:
+    model = tiny("gpt2")
+    nn.init.constant_(next(model.norm.parameters()), float("nan"))
+    for temperature in (0.0, 1.0):
+        with pytest.raises(GraftError, match="logits are NaN"):
+            generate_ids(model, [[1, 2]], max_new_tokens=1, eot=0, temperature=temperature)
+
+
+def test_strings() -> None:
+    model, tokenizer = tiny("gpt2"), words(*[f"w{n}" for n in range(1, 48)])
+    prompts = ["w3 w1 w4", "w1 w5 w9 w2"]
+    expected = [naive(model, ids, 6, eot=0) for ids in ([3, 1, 4], [1, 5, 9, 2])]
+    done: list[int] = []
+    texts = generate(model, tokenizer, prompts, max_new_tokens=6, batch_size=1, progress=done.append)
+    assert texts == ["".join(f" w{n}" for n in ids) for ids in expected]
+    assert done == [1, 1]
+
+
+# Sampling -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_sample_depends_on_seed_row_and_step_alone() -> None:
+    model = tiny("llama")
+    prompts = ragged([9, 6, 17, 7, 6, 12], shared=4)
+
+    def run(prompts: Sequence[Sequence[int]], seed: int = 7, batch_size: int = 32) -> list[list[int]]:
+        return generate_ids(
+            model, prompts, max_new_tokens=10, eot=5, temperature=1.5, top_k=20, seed=seed, batch_size=batch_size
+        )
+
+    expected = run(prompts)
+    assert run(prompts) == expected
+    assert run(prompts, batch_size=1) == expected
+    assert run(prompts, batch_size=4) == expected
+    assert run(prompts[:3]) == expected[:3]  # the other rows have no say
+    assert run(prompts, seed=8) != expected
+    same = run([prompts[0]] * 5)
+    assert len({tuple(tokens) for tokens in same}) == 5  # rows with the same prompt draw apart
+
+
+def test_uniform_is_uniform() -> None:
+    draws = [uniform(seed, row, step) for seed in range(10) for row in range(20) for step in range(50)]
+    assert len(set(draws)) == len(draws)
+    assert 0 <= min(draws) < max(draws) < 1
+    buckets = torch.histc(torch.tensor(draws), bins=10, min=0, max=1)
+    assert (buckets - 1000).abs().max() < 4 * 1000**0.5
+    assert uniform(0, 1, 2) == 0.9302973074308816  # the same on every machine and in every release
+
+
+def frequencies(logits: Sequence[float], temperature: float, top_k: int = 0, top_p: float = 1.0) -> list[float]:
+    """How often each token comes when u walks evenly through [0, 1)."""
+    n = 20_000
+    rows = torch.tensor([list(logits)]).expand(n, -1)
+    tokens = sample(rows, [(i + 0.5) / n for i in range(n)], temperature, top_k, top_p)
+    return [tokens.count(token) / n for token in range(len(logits))]
+
+
+P = [0.05, 0.4, 0.1, 0.25, 0.2]
+LOG_P = torch.tensor(P).log().tolist()
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"temperature": 1.0}, P),
+        ({"temperature": 0.5}, [p * p / 0.275 for p in P]),  # 0.0025 + 0.16 + 0.01 + 0.0625 + 0.04
+        ({"temperature": 1e-9}, [0, 1, 0, 0, 0]),
+        ({"temperature": 1.0, "top_k": 1}, [0, 1, 0, 0, 0]),
+        ({"temperature": 1.0, "top_k": 3}, [0, 0.4 / 0.85, 0, 0.25 / 0.85, 0.2 / 0.85]),
+        ({"temperature": 1.0, "top_k": 99}, P),
+        ({"temperature": 1.0, "top_p": 0.39}, [0, 1, 0, 0, 0]),
+        ({"temperature": 1.0, "top_p": 0.6}, [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0]),  # the one that reaches 0.6 stays
+        ({"temperature": 1.0, "top_p": 0.7}, [0, 0.4 / 0.85, 0, 0.25 / 0.85, 0.2 / 0.85]),
+        # Of the three kept by top_k, two reach 0.7 when renormalised: 0.65 / 0.85 = 0.76.
+        ({"temperature": 1.0, "top_k": 3, "top_p": 0.7}, [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0]),
+        # The temperature comes first: squared and renormalised, 0.58 and 0.23 reach 0.8.
+        ({"temperature": 0.5, "top_p": 0.8}, [0, 0.16 / 0.2225, 0, 0.0625 / 0.2225, 0]),
+    ],
+)
+def test_sampling_distributions(settings: dict[str, Any], expected: list[float]) -> None:
+    assert frequencies(LOG_P, **settings) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-300])
+def test_no_temperature_is_too_small(temperature: float) -> None:
+    assert sample(torch.tensor([[100.0, 3e10, 2e10]]), [0.999], temperature) == [1]
+
+
+def test_a_token_without_probability_never_comes() -> None:
+    logits = torch.tensor([[float("-inf"), 0.0, 0.0, float("-inf")]] * 2)
+    assert sample(logits, [0.0, 1 - 2**-53], temperature=1.0) == [1, 2]
+
+
+# Evaluation mode ------------------------------------------------------------------------------------------------------
+
+
+def test_every_modules_mode_comes_back() -> None:
+    frozen = nn.Dropout()
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(frozen, nn.Linear(2, 2)))
+    model.train()
+    frozen.eval()
+    flags = [m.training for m in model.modules()]
+    with pytest.raises(ZeroDivisionError), evaluating(model):
+        assert not any(m.training for m in model.modules())
+        assert not torch.is_grad_enabled()
+        raise ZeroDivisionError
+    assert [m.training for m in model.modules()] == flags
+    assert torch.is_grad_enabled()
+
+
+def test_generation_switches_dropout_off_and_back_on() -> None:
+    model = tiny("gpt2")
+    expected = generate_ids(model, [[1, 2, 3]], max_new_tokens=8, eot=-1)
+    model.set_dropout(0.9)
+    model.train()
+    assert generate_ids(model, [[1, 2, 3]], max_new_tokens=8, eot=-1) == expected
+    assert model.training

@@ -1,0 +1,56 @@
+"""Wilson's interval against published and independently computed values; counts against a hand-made table."""
+
+import pytest
+
+from graftlm.inference.statistics import Reading, confusion, macro_f1, wilson
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "low", "high"),
+    [
+        (81, 263, 0.2553, 0.3662),  # Newcombe (1998), Table I, method 3 (score)
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (29, 29, 0.8830, 1.0),
+    ],
+)
+def test_wilson(right: int, n: int, low: float, high: float) -> None:
+    assert wilson(right, n) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_wilson_reaches_its_ends_exactly() -> None:
+    assert [wilson(0, n)[0] for n in range(1, 50)] == [0.0] * 49
+    assert [wilson(n, n)[1] for n in range(1, 50)] == [1.0] * 49
+
+
+TRUE = [0, 0, 0, 0, 1, 1, 1, 2, 2, 2]
+SAID = [0, 0, 1, -1, 1, 1, 0, 2, -1, -1]
+
+
+def test_confusion_has_a_column_for_garbage() -> None:
+    assert confusion(TRUE, SAID, 3) == [[2, 1, 0, 1], [1, 2, 0, 0], [0, 0, 1, 2]]
+
+
+def test_macro_f1() -> None:
+    # 2TP / (true + said): 4 / (4 + 3), 4 / (3 + 3), 2 / (3 + 1)
+    assert macro_f1(confusion(TRUE, SAID, 3)) == pytest.approx((4 / 7 + 2 / 3 + 1 / 2) / 3)
+    assert macro_f1(confusion([0, 0], [0, 0], 3)) == 1.0  # two labels that nobody has or names have no F1
+    assert macro_f1(confusion([0, 0], [0, 1], 2)) == pytest.approx((2 / 3 + 0) / 2)  # a false alarm has an F1, of 0
+    assert macro_f1(confusion([0, 0], [1, 1], 2)) == 0.0
+    assert macro_f1(confusion([0, 1], [-1, -1], 2)) == 0.0
+
+
+def test_a_reading_counts_garbage_as_wrong() -> None:
+    reading = Reading.make("generate", TRUE, SAID, labels=3, seconds=2.0)
+    assert reading.to_json() == {
+        "n": 10,
+        "accuracy": 0.5,
+        "low": pytest.approx(0.2366, abs=5e-5),
+        "high": pytest.approx(0.7634, abs=5e-5),
+        "read": "generate",
+        "garbage_rate": 0.3,
+        "macro_f1": pytest.approx((4 / 7 + 2 / 3 + 1 / 2) / 3),
+        "confusion": [[2, 1, 0, 1], [1, 2, 0, 0], [0, 0, 1, 2]],
+        "examples_per_s": 5.0,
+    }

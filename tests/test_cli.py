@@ -1,0 +1,351 @@
+"""The command line as a user meets it: what is read, what is refused with which words, and where output goes."""
+
+import errno
+import json
+import logging
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import Graft, child_environment
+from graftlm import __version__, cli
+from graftlm.config import FetchConfig, GenerateConfig, TrainConfig
+from graftlm.errors import GraftError, InputError, Interrupted
+from graftlm.flags import EveryVerb, parse
+
+HANDOUT_TRAIN = [
+    "--init_from=gpt2-medium",
+    "--out_dir=gpt_lora_default",
+    "--device=cuda",
+    "--rank=128",
+    "--alpha=256",
+    "--lr=2e-5",
+    "--dropout=0.05",
+    "--lora_dropout=0.05",
+    "--max_iters=80",
+    "--wandb_project=HW3_lora_finetune_handout",
+]
+
+
+def fake(monkeypatch: pytest.MonkeyPatch, run: Callable[..., Any], name: str = "fetch") -> None:
+    """Put `run` in place of a verb's handler."""
+    verb = cli.VERBS[name]
+    row = cli.Verb(verb.config, run, verb.show, verb.positional, computes=False)
+    monkeypatch.setitem(cli.VERBS, name, row)
+
+
+def refuse(words: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line with which wrong input is refused."""
+    assert cli.run(words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("graft: ") and err.count("\n") == 1 and err.endswith("\n")
+    return err.removeprefix("graft: ").rstrip("\n")
+
+
+# Reading flags
+
+
+def test_the_handouts_flags_are_read_as_it_prints_them() -> None:
+    config = parse("train", TrainConfig, HANDOUT_TRAIN).config
+    assert config == TrainConfig(
+        init_from="gpt2-medium",
+        out_dir="gpt_lora_default",
+        device="cuda",
+        rank=128,
+        alpha=256.0,
+        lr=2e-5,
+        dropout=0.05,
+        lora_dropout=0.05,
+        max_iters=80,
+        wandb_project="HW3_lora_finetune_handout",
+    )
+    words = ["--init-from=resume", "--out_dir=gpt_lora_default", "--device=cuda", "--max_new_tokens=5"]
+    config = parse("generate", GenerateConfig, [*words, "--temperature=0.6", "--top_k=200"]).config
+    assert config == GenerateConfig(
+        out_dir="gpt_lora_default", device="cuda", max_new_tokens=5, temperature=0.6, top_k=200
+    )
+
+
+@pytest.mark.parametrize("words", [["--lora_dropout", "0.5"], ["--lora-dropout", "0.5"], ["--lora-dropout=0.5"]])
+def test_underscores_and_hyphens_blank_and_equals_sign_read_the_same(words: list[str]) -> None:
+    parsed = parse("train", TrainConfig, words)
+    assert parsed.config.lora_dropout == 0.5
+    assert parsed.given == {"lora_dropout"}
+
+
+def test_switches_turn_on_and_off_and_the_last_word_wins() -> None:
+    def read(*words: str) -> tuple[bool, bool]:
+        config = parse("train", TrainConfig, words).config
+        return config.resume, config.shared_prefix
+
+    assert read() == (False, True)
+    assert read("--resume", "--no-shared_prefix") == (True, False)
+    assert read("--resume=true", "--shared-prefix=False") == (True, False)
+    assert read("--resume", "--no_resume") == (False, True)
+
+
+def test_values_may_look_like_anything_a_user_types() -> None:
+    words = ["--prompt=--debug", "--data", "-", "--out_dir", "a=b c", "--top_k=1", "--top_k", "2"]
+    parsed = parse("generate", GenerateConfig, words)
+    assert (parsed.config.prompt, parsed.config.data, parsed.config.out_dir) == ("--debug", "-", "a=b c")
+    assert parsed.config.top_k == 2
+    assert not parsed.every.debug
+    assert parse("train", TrainConfig, ["--rank", "none"]).config.rank is None
+
+
+def test_fetch_takes_its_name_with_and_without_the_flag() -> None:
+    assert parse("fetch", FetchConfig, ["gpt2", "--json"], "name").config.name == "gpt2"
+    assert parse("fetch", FetchConfig, ["--json", "--name", "gpt2"], "name").config.name == "gpt2"
+
+
+# Refusing
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["trian"], "unknown verb 'trian': did you mean 'train'? known are train, generate, evaluate, fetch"),
+        (["--rank", "4"], "--rank: a verb comes first: graft train | generate | evaluate | fetch (see graft --help)"),
+        (["train", "--rnak", "4"], "unknown flag --rnak: did you mean --rank? see graft train --help"),
+        (["train", "--zzz=4"], "unknown flag --zzz: see graft train --help"),
+        (["train", "--no-rank"], "unknown flag --no-rank: did you mean --rank? see graft train --help"),
+        (["train", "more"], "unexpected 'more': flags begin with two dashes (see graft train --help)"),
+        (["train", "--rank", "abc"], "--rank abc: not a whole number"),
+        (["train", "--rank", "1.5"], "--rank 1.5: not a whole number"),
+        (["train", "--rank="], "--rank : not a whole number"),
+        (["train", "--lr", "fast"], "--lr fast: not a number"),
+        (["train", "--lr=nan"], "--lr nan: not a finite number"),
+        (["train", "--clip=inf"], "--clip inf: not a finite number"),
+        (["train", "--resume=maybe"], "--resume maybe: not true or false"),
+        (["train", "--dtype", "float16"], "--dtype float16: not one of auto, float32, bfloat16"),
+        (["train", "--rank"], "--rank needs a value"),
+        (
+            ["generate", "--prompt", "--seed=1"],
+            "--prompt needs a value (a value that begins with dashes is written --prompt=--seed=1)",
+        ),
+        (["train", "--rank", "-3"], "--rank -3: must be 0 (full fine-tuning) or more"),
+        (["train", "--batch-size=0"], "--batch_size 0: must be 1 or more"),
+        (
+            ["train", "--rank=0", "--method=lora"],
+            "--rank 0 means full fine-tuning and contradicts --method lora: leave one out",
+        ),
+        (["fetch"], "graft fetch needs NAME (see graft fetch --help)"),
+        (["fetch", "gpt2", "more"], "unexpected 'more': flags begin with two dashes (see graft fetch --help)"),
+    ],
+)
+def test_wrong_flags_are_refused_in_one_line(words: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refuse(words, capsys) == line
+
+
+# Recipes
+
+
+def test_a_recipe_sets_flags_and_flags_beside_it_win(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('rank = 4\nlr = 1\nlora-dropout = 0.5\nresume = true\ndtype = "float32"\ntemplate = "a {text}"\n')
+    parsed = parse("train", TrainConfig, ["--rank=8", "--config", str(recipe), "--no-resume"])
+    assert parsed.config == TrainConfig(rank=8, lr=1.0, lora_dropout=0.5, dtype="float32", template="a {text}")
+    assert type(parsed.config.lr) is float
+    assert parsed.given == {"rank", "lr", "lora_dropout", "resume", "dtype", "template"}
+
+
+def test_a_recipe_can_name_what_fetch_needs(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('name = "gpt2"\n')
+    assert parse("fetch", FetchConfig, [f"--config={recipe}"], "name").config.name == "gpt2"
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b"rnak = 4\n", "{file}: unknown key 'rnak': did you mean rank? keys are the verb's flags"),
+        (b"[zzz]\nrank = 4\n", "{file}: unknown key 'zzz': keys are the verb's flags"),
+        (b"json = true\n", "{file}: unknown key 'json': keys are the verb's flags"),
+        (b'rank = "4"\n', "{file}: rank = '4': not a whole number"),
+        (b"rank = 4.0\n", "{file}: rank = 4.0: not a whole number"),
+        (b"rank = true\n", "{file}: rank = True: not a whole number"),
+        (b"lr = '1'\n", "{file}: lr = '1': not a number"),
+        (b"lr = inf\n", "{file}: lr = inf: not a finite number"),
+        (b"resume = 1\n", "{file}: resume = 1: not true or false"),
+        (b"data = 3\n", "{file}: data = 3: not a text in quotes"),
+        (b'targets = ["q"]\n', "{file}: targets = ['q']: not a text in quotes"),
+        (b'dtype = "half"\n', "{file}: dtype = 'half': not one of auto, float32, bfloat16"),
+        (b"rank = -3\n", "{file}: rank -3: must be 0 (full fine-tuning) or more"),
+        (b"rank = \n", "{file}: not a TOML file: Invalid value (at line 1, column 8)"),
+        (b'data = "\xff"\n', "{file}: not a TOML file (it is not UTF-8 text)"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_by_file_and_key(
+    content: bytes, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_bytes(content)
+    assert refuse(["train", "--config", str(file)], capsys) == line.format(file=file)
+
+
+def test_a_recipe_that_is_not_there_or_a_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refuse(["train", "--config", "no.toml"], capsys) == "--config no.toml: no such file"
+    assert refuse(["train", f"--config={tmp_path}"], capsys) == f"--config {tmp_path}: a folder, not a TOML file"
+
+
+def test_a_wrong_flag_is_not_blamed_on_the_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text("rank = 4\n")
+    line = refuse(["train", "--config", str(file), "--rank=-1"], capsys)
+    assert line == "--rank -1: must be 0 (full fine-tuning) or more"
+
+
+# Output and exit status
+
+
+def test_json_is_exactly_one_object_on_the_standard_output(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def chatty(parsed: Any, notes: Any) -> dict[str, Any]:
+        print("a library that prints")
+        notes.print("a note")
+        logging.getLogger("graftlm.files").info("fetching")
+        return {"name": parsed.config.name, "path": "/größe"}
+
+    fake(monkeypatch, chatty)
+    assert cli.run(["fetch", "gpt2", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert out == '{"name": "gpt2", "path": "/größe"}\n'
+    assert err == "a library that prints\na note\ngraft: fetching\n"
+
+
+def test_without_json_the_result_is_for_people(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake(monkeypatch, lambda parsed, notes: {"name": "x", "path": "/a/" + "long/" * 60})
+    assert cli.run(["fetch", "x"]) == 0
+    assert capsys.readouterr().out == "/a/" + "long/" * 60 + "\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (InputError("data.csv: empty\n file"), 2, "graft: data.csv: empty file"),
+        (GraftError("step 3: the loss is nan"), 1, "graft: step 3: the loss is nan"),
+        (Interrupted("interrupted; step 3 is saved"), 130, "graft: interrupted; step 3 is saved"),
+        (KeyboardInterrupt(), 130, "graft: interrupted"),
+        (OSError(errno.ENOSPC, "No space left on device", "a/b"), 2, "graft: disk full: a/b could not be written"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "graft: disk full: the output could not be written"),
+        (PermissionError(errno.EACCES, "Permission denied", "a/b"), 2, "graft: a/b: permission denied"),
+    ],
+)
+def test_an_error_is_one_line_and_its_exit_status(
+    error: BaseException, status: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(parsed: Any, notes: Any) -> dict[str, Any]:
+        raise error
+
+    fake(monkeypatch, fail)
+    assert cli.run(["fetch", "x", "--json"]) == status
+    assert capsys.readouterr() == ("", line + "\n")
+    assert cli.run(["fetch", "x", "--debug"]) == status
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback") and err.endswith(line + "\n")
+
+
+FAKE_FETCH = """
+import sys, time
+from graftlm import __main__, cli
+def handler(parsed, notes):
+    {body}
+verb = cli.VERBS["fetch"]
+cli.VERBS["fetch"] = cli.Verb(verb.config, handler, verb.show, verb.positional, computes=False)
+sys.argv = ["graft", "fetch", "x", *sys.argv[1:]]
+sys.exit(__main__.main())
+"""
+
+
+def test_an_exception_nobody_expected_is_one_line_without_debug() -> None:
+    def broken(*words: str) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-c", FAKE_FETCH.format(body='raise ZeroDivisionError("by\\nzero")'), *words]
+        return subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=60)
+
+    done = broken()
+    assert done.returncode == 1
+    line = "graft: internal error: ZeroDivisionError: by zero (run again with --debug for the traceback)\n"
+    assert (done.stdout, done.stderr) == ("", line)
+    done = broken("--debug")
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback") and "in handler" in done.stderr
+
+
+def test_a_reader_who_leaves_is_no_error() -> None:
+    command = [sys.executable, "-m", "graftlm", "train", "--help"]
+    with subprocess.Popen(
+        command, env=child_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None and child.stderr is not None
+        child.stdout.close()
+        assert child.stderr.read() == ""
+        assert child.wait(60) == 1
+
+
+def test_ctrl_c_ends_with_130() -> None:
+    command = [sys.executable, "-c", FAKE_FETCH.format(body='print("ready", flush=True); time.sleep(60)')]
+    with subprocess.Popen(
+        command, env=child_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None and child.stderr is not None
+        assert child.stdout.readline() == "ready\n"
+        child.send_signal(signal.SIGINT)
+        assert child.stderr.read() == "graft: interrupted\n"
+        assert child.wait(60) == 130
+
+
+# Help
+
+
+def test_help_lists_the_verbs_and_every_verb_its_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["--help"]) == 0
+    page = capsys.readouterr().out
+    assert cli.run([]) == 0
+    assert capsys.readouterr().out == page
+    for name, verb in cli.VERBS.items():
+        assert f"  {name}" in page and verb.summary in page
+        assert cli.run([name, "--help"]) == 0
+        help_page = capsys.readouterr().out
+        assert help_page.startswith(f"usage: graft {name} ")
+        for field in (*fields(verb.config), *fields(EveryVerb)):
+            assert field.name == verb.positional or f"--{field.name}" in help_page
+        assert "The base model: a built-in name" in help_page or name != "train"
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["--version"]) == 0
+    assert capsys.readouterr().out == f"graft {__version__}\n"
+
+
+def test_help_answers_within_a_third_of_a_second_of_cpu_time(graft: Graft) -> None:
+    def seconds() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    graft("--help")  # compiles the modules' bytecode, once
+    times = []
+    for _ in range(3):
+        before = seconds()
+        assert graft("--help").returncode == 0
+        times.append(seconds() - before)
+    assert min(times) <= 0.3
+
+
+def test_json_of_a_real_fetch_is_one_object(graft: Graft, tmp_path: Path) -> None:
+    done = graft("fetch", "--json", "no-such-thing", GRAFT_HOME=str(tmp_path))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1 and "no-such-thing" in done.stderr
+    done = graft("fetch", "rotten-tomatoes-pypi", "--json")
+    assert done.returncode == 0, done.stderr
+    assert Path(json.loads(done.stdout)["path"], "train.jsonl").is_file()

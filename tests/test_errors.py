@@ -1,0 +1,636 @@
+"""What goes wrong, through the real command: one line that says what, where and what to do, and no half-made folder.
+
+Most commands run in this process (torch is loaded once); what needs limits, signals or a connection of its own runs in
+a real one. Every refusal is held to the same: exit status 2 (1 for a failed run, 130 when interrupted), nothing on the
+standard output, one line on the standard error, and not a file more or less than before.
+"""
+
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import Graft, child_environment
+from graftlm import cli
+from graftlm.files.assets import model_folder as asset_folder
+from graftlm.training import train as train_module
+from hub_mirror import serve
+from tiny import TEMPLATE, data_folder, model_folder
+
+ROW = '{"text": "good fun", "label": 1}\n'
+Refuse = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two tiny models that differ in their weights, data, the head of a real gguf file, and a finished run."""
+    folder = tmp_path_factory.mktemp("assets")
+    model_folder(folder / "model")
+    model_folder(folder / "other", seed=5)
+    data_folder(folder / "data")
+    with open(next(asset_folder("smollm2-135m").glob("*.gguf")), "rb") as file:
+        (folder / "head.gguf").write_bytes(file.read(100_000))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(assets: Path) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("graftlm.process.keep_memory", lambda: False)
+        assert cli.run(train(assets, "--out_dir", str(assets / "run"), "--json")) == 0
+    return assets / "run"
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty working directory and empty caches; one thread, and this process's memory left as it is."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("GRAFT_HOME", str(tmp_path / "graft"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "1")
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("graftlm.process.keep_memory", lambda: False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tmp_path / "work"
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def refuse(place: Path, capsys: pytest.CaptureFixture[str]) -> Refuse:
+    """Give the command words that it must refuse; returns its one line."""
+
+    def refused(*words: str) -> str:
+        before = snapshot(place.parent)
+        assert cli.run(words) == 2
+        assert snapshot(place.parent) == before
+        return one_line(*capsys.readouterr())
+
+    return refused
+
+
+def train(assets: Path, *more: str) -> list[str]:
+    """A run of two steps in out_dir "run"; of a flag given twice the last one counts."""
+    flags = {
+        "init_from": str(assets / "model"),
+        "data": str(assets / "data"),
+        "out_dir": "run",
+        "template": TEMPLATE,
+        "rank": "4",
+        "max_iters": "2",
+        "batch_size": "4",
+        "dtype": "float32",
+        "device": "cpu",
+    }
+    return ["train", *(f"--{name}={value}" for name, value in flags.items()), *more]
+
+
+def snapshot(folder: Path) -> dict[str, int]:
+    """Every file, folder and link below with its time of change; locks and empty cache folders are no leftovers."""
+    paths = (p for p in folder.rglob("*") if "locks" not in p.parts)
+    found = {str(p.relative_to(folder)): p for p in paths}
+    return {
+        name: 0 if path.is_dir() else path.lstat().st_mtime_ns
+        for name, path in found.items()
+        if name.startswith("work") or not path.is_dir()
+    }
+
+
+def one_line(out: str, err: str) -> str:
+    assert out == ""
+    assert err.startswith("graft: ") and err.endswith("\n") and err.count("\n") == 1, err
+    return err.removeprefix("graft: ").rstrip("\n")
+
+
+def last_line(out: str, err: str) -> str:
+    """The error's line behind the notes of a run that had begun."""
+    assert out == "" and "Traceback" not in err
+    lines = err.splitlines()
+    assert [line.startswith("graft: ") for line in lines] == [False] * (len(lines) - 1) + [True], err
+    return lines[-1].removeprefix("graft: ")
+
+
+def has(line: str, *parts: str) -> None:
+    for part in parts:
+        assert part in line, line
+
+
+# Names ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["trian"], "unknown verb 'trian': did you mean 'train'? known are train, generate, evaluate, fetch"),
+        (["train", "--rnk=4"], "unknown flag --rnk: did you mean --rank? see graft train --help"),
+        (["train", "--method=lra"], "unknown --method 'lra': did you mean 'lora'? known are lora, full"),
+        (["train", "--targets=q,w"], "unknown target 'w': known are q, k, v, o, up, gate, down"),
+        (["train", "--targets=,"], "--targets is empty: name at least one of q, k, v, o, up, gate, down"),
+        (["train", "--device=gpu"], "unknown --device 'gpu': known are auto, cpu, cuda, cuda:N, mps"),
+        (["train", "--device=cuda:99"], "--device cuda:99: this machine has "),
+        (["train", "--dtype=fp16"], "--dtype fp16: not one of auto, float32, bfloat16"),
+        (["train", "--rank=abc"], "--rank abc: not a whole number"),
+        (["train", "--init_from=gpt3"], "unknown model 'gpt3': did you mean 'gpt2'? known are smollm2-135m, gpt2, "),
+        (["train", "--init_from="], "unknown model '': known are smollm2-135m, "),
+        (["train", "--init_from=./nope"], "./nope: no such file or folder: check the path, or use smollm2-135m"),
+        (
+            ["train", "--data=rotten-tomatos"],
+            "unknown data set 'rotten-tomatos': did you mean 'rotten_tomatoes'? known ",
+        ),
+        (["train", "--data=nope.csv"], "nope.csv: no such file or folder: check the path, or use rotten-tomatoes-pypi"),
+        (
+            ["train", "--template=no field"],
+            "unknown template 'no field': known are sentiment, question, plain; or give ",
+        ),
+        (["train", "--template={text} {text}"], "template '{text} {text}' has {text} 2 times: write it once"),
+        (["train", "--labels=good"], "--labels 'good': name two label words or more, as in negative,positive"),
+        (["train", "--labels=good,"], "--labels 'good,': an empty label word; name them as in negative,positive"),
+        (["train", "--out_dir="], "--out_dir '': must be a folder's name"),
+        (["train", "--resume"], "run: holds no run (no run.json); train one with graft train --out_dir run"),
+        (["evaluate"], "graft-run: holds no run (no run.json); train one with graft train --out_dir graft-run"),
+        (["evaluate", "--checkpoint"], "--checkpoint needs a value"),
+        (["evaluate", "--checkpoint=lst"], "--checkpoint lst: not one of best, last"),
+        (["generate", "--prompt=hello"], "graft-run: holds no run (no run.json); train one with graft train"),
+    ],
+)
+def test_names_and_values_that_mean_nothing(words: list[str], line: str, assets: Path, refuse: Refuse) -> None:
+    if words[0] == "train":
+        words = train(assets, *words[1:])
+    assert refuse(*words).startswith(line)
+
+
+def test_names_that_the_hub_does_not_know(
+    assets: Path, refuse: Refuse, monkeypatch: pytest.MonkeyPatch, place: Path
+) -> None:
+    with serve() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        line = refuse(*train(assets, "--init_from=org/nope"))
+        has(line, f"unknown model 'org/nope': the hub {hub.url} has none of that name", "use the built-in smollm2-135m")
+        line = refuse(*train(assets, "--data=org/nope"))
+        has(
+            line, f"unknown data set 'org/nope': the hub {hub.url} has none", "use the built-in rotten-tomatoes-pypi or"
+        )
+        has(refuse("fetch", "org/nope"), "unknown data set 'org/nope'", "use the built-in")
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield bound
+
+
+def test_a_hub_that_does_not_answer(
+    assets: Path, refuse: Refuse, graft: Graft, listener: socket.socket, monkeypatch: pytest.MonkeyPatch, place: Path
+) -> None:
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    done = graft(*train(assets, "--init_from=gpt2"), cwd=place, HF_ENDPOINT=url, HF_HUB_OFFLINE="0")
+    has(one_line(done.stdout, done.stderr), f"the hub {url} did not answer for model 'gpt2' (ConnectError: ", "refused")
+    assert done.returncode == 2 and not list(place.iterdir())
+    listener.listen()  # now it accepts, and says nothing
+    monkeypatch.setenv("HF_ENDPOINT", url)
+    line = refuse(*train(assets, "--data=org/reviews"))
+    has(line, "did not answer for data set 'org/reviews'", "check the connection or HF_ENDPOINT, or use the built-in")
+
+
+def test_ctrl_c_while_a_model_is_loaded(assets: Path, listener: socket.socket, place: Path) -> None:
+    listener.listen()
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    environment = child_environment(HF_ENDPOINT=url, HF_HUB_OFFLINE="0", HF_HUB_ETAG_TIMEOUT="60")
+    command = [sys.executable, "-m", "graftlm", *train(assets, "--init_from=gpt2")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as child:
+        connection, _ = listener.accept()  # it waits for the hub's answer now
+        with connection:
+            child.send_signal(signal.SIGINT)
+            assert child.communicate(timeout=60) == ("", "graft: interrupted\n")
+    assert child.returncode == 130 and not list(place.iterdir())
+
+
+# Sizes ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flag", "line"),
+    [
+        ("--rank=-1", "--rank -1: must be 0 (full fine-tuning) or more"),
+        ("--rank=33", "--rank 33: above the width of blocks.0.attn.q: choose at most 32"),
+        ("--alpha=0", "--alpha 0.0: must be greater than 0"),
+        ("--lr=-1", "--lr -1.0: must be greater than 0"),
+        ("--lr=nan", "--lr nan: not a finite number"),
+        ("--dropout=1", "--dropout 1.0: must be at least 0 and below 1"),
+        ("--lora_dropout=-0.1", "--lora_dropout -0.1: must be at least 0 and below 1"),
+        ("--batch_size=0", "--batch_size 0: must be 1 or more"),
+        ("--grad_accum=-2", "--grad_accum -2: must be 1 or more"),
+        ("--max_iters=0", "--max_iters 0: must be greater than 0"),
+        ("--epochs=-1", "--epochs -1.0: must be greater than 0"),
+        ("--eval_every=0", "--eval_every 0: must be greater than 0"),
+        ("--val_limit=-1", "--val_limit -1: must be 0 or more"),
+        ("--seed=-1", "--seed -1: must be 0 or more, and below 2**32"),
+        ("--seed=99999999999999999999", "--seed 99999999999999999999: must be 0 or more, and below 2**32"),
+        ("--max_length=0", "--max_length 0: must be greater than 0"),
+        ("--warmup=-1", "--warmup -1: must be 0 or more"),
+        ("--weight_decay=-1", "--weight_decay -1.0: must be 0 or more"),
+        ("--clip=-1", "--clip -1.0: must be 0 or more"),
+        ("--patience=-1", "--patience -1: must be 0 or more"),
+    ],
+)
+def test_sizes_of_a_run_that_cannot_be(flag: str, line: str, assets: Path, refuse: Refuse) -> None:
+    assert refuse(*train(assets, flag)) == line
+
+
+@pytest.mark.parametrize(
+    ("verb", "flag", "line"),
+    [
+        ("evaluate", "--limit=-1", "--limit -1: must be 0 or more"),
+        ("evaluate", "--batch_size=0", "--batch_size 0: must be 1 or more"),
+        ("evaluate", "--max_length=-5", "--max_length -5: must be greater than 0"),
+        ("generate", "--max_new_tokens=0", "--max_new_tokens 0: must be 1 or more"),
+        ("generate", "--num_samples=0", "--num_samples 0: must be 1 or more"),
+        ("generate", "--batch_size=-1", "--batch_size -1: must be 1 or more"),
+        ("generate", "--temperature=-1", "--temperature -1.0: must be 0 or more"),
+        ("generate", "--top_k=-1", "--top_k -1: must be 0 or more"),
+        ("generate", "--top_p=0", "--top_p 0.0: must be above 0 and at most 1"),
+        ("generate", "--limit=-1", "--limit -1: must be 0 or more"),
+        ("generate", "--prompt=", "the prompt is empty: give at least one token to continue"),
+        ("generate", f"--prompt={'x' * 97}", "the prompt has 97 tokens, the model reads at most 96: shorten it"),
+    ],
+)
+def test_sizes_of_reading_and_writing_that_cannot_be(
+    verb: str, flag: str, line: str, assets: Path, refuse: Refuse
+) -> None:
+    assert refuse(verb, f"--init_from={assets / 'model'}", flag) == line
+
+
+# Data files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ("", "x.jsonl: the file is empty: write one record a line"),
+        (" \n\n", "x.jsonl: the file is empty: write one record a line"),
+        (
+            '{"txt": "a", "label": 1}\n',
+            "x.jsonl: no field 'text': did you mean 'txt'? the fields are txt, label; name ",
+        ),
+        (ROW + '{"label": 1}\n', "x.jsonl:2: no field 'text': every row needs it"),
+        (
+            ROW + '{"text": "a", \n',
+            "x.jsonl:2: broken JSON: Expecting property name enclosed in double quotes at column",
+        ),
+        (ROW + "[1]\n", 'x.jsonl:2: a record must be a JSON object like {"text": …}, not [1]'),
+        (
+            ROW + '{"text": "a", "label": 7}\n',
+            "x.jsonl:2: unknown label 7: allowed are 0 or 'negative', 1 or 'positive'",
+        ),
+        (ROW + '{"text": "a", "label": "meh"}\n', "x.jsonl:2: unknown label 'meh': allowed are 0 or 'negative', 1 or "),
+        (ROW + '{"text": "a"}\n', "x.jsonl:2: no label (field 'label' is missing or empty): every row needs one"),
+        (ROW + '{"text": "café", "label": 1}\n', "x.jsonl:2: byte 14 is not UTF-8 (0xe9); save the file as UTF-8"),
+        (ROW + '{"text": " ", "label": 1}\n', "x.jsonl:2: empty text: fill it in, or leave the row out"),
+        (ROW + '{"text": null, "label": 1}\n', "x.jsonl:2: empty text: fill it in, or leave the row out"),
+        (ROW, "x.jsonl: too few different texts (1) to cut validation and test from: name them with --val FILE and "),
+    ],
+)
+def test_a_data_file_with_a_fault(content: str, line: str, assets: Path, refuse: Refuse) -> None:
+    Path("x.jsonl").write_bytes(content.encode("latin-1" if "é" in content else "utf-8"))
+    assert refuse(*train(assets, "--data=x.jsonl")).startswith(line)
+    evaluation = ["evaluate", f"--init_from={assets / 'model'}", f"--template={TEMPLATE}", "--data=x.jsonl"]
+    assert refuse(*evaluation).startswith(line)
+
+
+def test_data_that_is_not_there(assets: Path, refuse: Refuse) -> None:
+    Path("hollow").mkdir()
+    line = "hollow: holds no data file: use .jsonl, .json, .csv, .parquet"
+    assert refuse(*train(assets, "--data=hollow")) == line
+    Path("hollow", "thesis.docx").write_text("x")
+    assert refuse(*train(assets, "--data=hollow")) == line
+    assert refuse(*train(assets, "--data=hollow/thesis.docx")).startswith("hollow/thesis.docx: is no data file that we")
+    Path("hollow", "reviews.jsonl").write_text(ROW)
+    has(refuse(*train(assets, "--data=hollow")), "hollow: no train, validation or test file", "it holds reviews.jsonl")
+    has(refuse(*train(assets, "--data=hollow/reviews.jsonl", "--val=no.csv")), "--val no.csv: no such file")
+    has(
+        refuse(*train(assets, "--text_field=body")), "no field 'body': the fields are text, label; name it with --text_"
+    )
+    has(
+        refuse(*train(assets, "--label_field=stars")),
+        "no field 'stars': the fields are text, label; name it with --lab",
+    )
+
+
+def test_label_words_with_equal_tokens(assets: Path, refuse: Refuse) -> None:
+    shutil.copytree(assets / "model", "composing")
+    file = Path("composing", "tokenizer.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "normalizer": {"type": "NFC"}}))
+    labels = "caf\u00e9,cafe\u0301"
+    for words in (train(assets), ["evaluate", f"--data={assets / 'data'}", f"--template={TEMPLATE}"]):
+        line = refuse(*words, "--init_from=composing", f"--labels={labels}")
+        assert (
+            line == "label words 'caf\u00e9' and 'cafe\u0301' have equal tokens for this model: choose other --labels"
+        )
+
+
+def test_a_completion_longer_than_the_context(assets: Path, refuse: Refuse) -> None:
+    line = refuse(*train(assets, f"--labels=good,{'x' * 99}"))
+    has(
+        line, "completion longer than the context: ' xxx", "take 101 tokens, and 96 fit", "use a shorter label word, or"
+    )
+    line = refuse(*train(assets, "--max_length=9"))
+    has(line, "completion longer than the context: ' positive' and end-of-text take 10 tokens, and 9 fit")
+    line = refuse(*train(assets, f"--template={'Tell me. ' * 11}{{text}}"))
+    has(
+        line, "no room for the text: template 'custom' takes 98 tokens", "use a shorter template, or raise --max_length"
+    )
+    Path("pairs.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b" * 99}) + "\n")
+    line = refuse(*train(assets, "--data=pairs.jsonl", "--val=pairs.jsonl"))
+    has(line, "pairs.jsonl:1: completion longer than the context", "shorten the row")
+
+
+# Model files ----------------------------------------------------------------------------------------------------------
+
+
+def damaged(assets: Path, file: str, content: bytes) -> str:
+    """A copy of the model in which one file is another."""
+    shutil.rmtree("broken", ignore_errors=True)
+    shutil.copytree(assets / "model", "broken")
+    Path("broken", file).write_bytes(content)
+    return "--init_from=broken"
+
+
+def test_corrupted_and_truncated_safetensors(assets: Path, refuse: Refuse) -> None:
+    whole = (assets / "model" / "model.safetensors").read_bytes()
+    start = "broken/model.safetensors: corrupted or truncated safetensors file ("
+    for content in (b"", whole[:100], whole[:-1], b"\xff" * 8 + whole[8:], whole[:8] + b"junk" + whole[12:]):
+        broken = damaged(assets, "model.safetensors", content)
+        for words in (train(assets, broken), ["generate", broken, "--prompt=a"]):
+            line = refuse(*words)
+            assert line.startswith(start) and line.endswith("): fetch it again")
+
+
+def test_a_broken_run_folder(assets: Path, finished: Path, refuse: Refuse) -> None:
+    shutil.copytree(finished, "run", symlinks=True)
+    for name in ("best", "last"):
+        file = Path("run", name, "adapter_model.safetensors")
+        file.write_bytes(file.read_bytes()[:-7])
+        words = ["evaluate", "--out_dir=run", f"--checkpoint={name}"]
+        assert refuse(*words).startswith(f"{file}: corrupted or truncated safetensors file (")
+    Path("run", "run.json").write_text("{}")
+    line = "run/run.json: is no record of a run; restore it, or train again in another folder"
+    assert refuse("evaluate", "--out_dir=run") == refuse("train", "--out_dir=run", "--resume") == line
+    Path("run", "run.json").write_text("{")
+    assert refuse("evaluate", "--out_dir=run").startswith("run/run.json, line 1: broken JSON: ")
+
+
+@pytest.mark.parametrize("command", ["train", "fetch"])
+def test_corrupted_and_truncated_gguf(command: str, assets: Path, refuse: Refuse, tmp_path: Path) -> None:
+    head = (assets / "head.gguf").read_bytes()
+    for content in (b"", head[:3], head, b"JUNK" + head[4:], head[:200] + bytes(2000) + head[2200:]):
+        Path("x.gguf").write_bytes(content)
+        line = refuse(*(train(assets, "--init_from=x.gguf") if command == "train" else ["fetch", "x.gguf"]))
+        assert line.startswith("x.gguf: ") and line.endswith(": fetch it again"), line
+    assert not list((tmp_path / "graft" / "gguf").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "line"),
+    [
+        ("config.json", "{", "broken/config.json, line 1: broken JSON: "),
+        ("config.json", "[]", "broken/config.json: is no JSON object: fetch it again"),
+        (
+            "config.json",
+            {"model_type": "bert"},
+            "broken/config.json: model_type 'bert' is not supported; supported are ",
+        ),
+        (
+            "config.json",
+            {"hidden_size": 0},
+            "broken/config.json: hidden_size = 0 is no size; it must be a whole number",
+        ),
+        ("config.json", {"hidden_size": "8"}, "broken/config.json: hidden_size = '8' is no size; it must be a whole "),
+        (
+            "config.json",
+            {"num_attention_heads": -4},
+            "broken/config.json: num_attention_heads = -4 is no size; it must",
+        ),
+        ("config.json", {"max_position_embeddings": None}, "broken/config.json: max_position_embeddings = None is no "),
+        ("config.json", {"num_hidden_layers": 3}, "broken: the tensor model.layers.2."),
+        (
+            "config.json",
+            {"vocab_size": 300},
+            "broken: model.embed_tokens.weight gives shape [257, 32], the config wants",
+        ),
+        ("tokenizer.json", "{}", "broken/tokenizer.json: is no tokenizer that tokenizers reads ("),
+    ],
+)
+def test_other_files_of_a_model(file: str, change: Any, line: str, assets: Path, refuse: Refuse) -> None:
+    if isinstance(change, dict):
+        change = json.dumps({**json.loads((assets / "model" / file).read_text()), **change})
+    broken = damaged(assets, file, change.encode())
+    assert refuse(*train(assets, broken)).startswith(line)
+    assert refuse("generate", broken, "--prompt=a").startswith(line)
+
+
+def test_a_tokenizer_of_another_model(assets: Path, refuse: Refuse) -> None:
+    tokenizer = json.loads((assets / "model" / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = {token: index + 500 * (index > 0) for token, index in vocab.items()}
+    broken = damaged(assets, "tokenizer.json", json.dumps(tokenizer).encode())
+    line = "broken: its tokenizer has a token 756, its model embeds 257: the files are of two models; fetch them again"
+    assert refuse(*train(assets, broken)) == refuse("generate", broken, "--prompt=a") == line
+
+
+def test_a_model_folder_without_weights_that_we_read(assets: Path, refuse: Refuse) -> None:
+    damaged(assets, "pytorch_model.bin", b"a pickle")
+    Path("broken", "model.safetensors").unlink()
+    line = (
+        "broken: holds only pytorch_model.bin: only safetensors and gguf are read (a pickle can run code): convert it"
+    )
+    assert refuse(*train(assets, "--init_from=broken")).startswith(line)
+    Path("broken", "pytorch_model.bin").unlink()
+    assert refuse(*train(assets, "--init_from=broken")).startswith("broken: holds no model.safetensors")
+    Path("broken", "config.json").unlink()
+    assert refuse(*train(assets, "--init_from=broken")).startswith("broken: holds no config.json: is it a Hugging Face")
+
+
+# Run folders ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_out_dir_that_holds_another_run_or_other_files(assets: Path, finished: Path, refuse: Refuse) -> None:
+    shutil.copytree(finished, "run", symlinks=True)
+    line = refuse(*train(assets))
+    assert line == "--out_dir run: holds a run already; add --resume to go on with it, or name another"
+    Path("thesis").mkdir()
+    Path("thesis", "thesis.txt").write_text("years of work")
+    line = refuse(*train(assets, "--out_dir=thesis"))
+    assert line == "--out_dir thesis: holds other files; name a folder that is empty or does not exist"
+    assert (
+        refuse(*train(assets, "--out_dir=thesis/thesis.txt")) == "--out_dir thesis/thesis.txt: is a file; name a folder"
+    )
+
+
+def test_resuming_with_a_changed_base_rank_or_data(assets: Path, finished: Path, refuse: Refuse) -> None:
+    shutil.copytree(finished, "run", symlinks=True)
+    resume, model, data = ["train", "--out_dir=run", "--resume"], assets / "model", assets / "data"
+    line = refuse(*resume, "--rank=8")
+    assert line == "--resume with --rank 8: the run has 4; leave it out, or start a new run"
+    line = refuse(*resume, f"--init_from={assets / 'other'}")
+    has(line, f"--resume with --init_from {assets / 'other'}: the run has {model}; leave it out, or start a new run")
+    line = refuse(*resume, f"--data={assets / 'nope'}")
+    has(line, f"--resume with --data {assets / 'nope'}: the run has {data}; leave it out, or start a new run")
+    with changed(model / "model.safetensors", (assets / "other" / "model.safetensors").read_bytes()):
+        for words in (resume, ["evaluate", "--out_dir=run"]):
+            has(refuse(*words), "run: was trained on ", "with weights ", "use the base it was trained on")
+    with changed(data / "train.jsonl", (data / "train.jsonl").read_bytes() + ROW.encode()):
+        has(refuse(*resume), "run: was trained on other data (fingerprint ", "restore the data, or start a new run")
+
+
+class changed:
+    """Within the block a file holds something else."""
+
+    def __init__(self, path: Path, content: bytes) -> None:
+        self.path, self.content = path, content
+
+    def __enter__(self) -> None:
+        self.before = self.path.read_bytes()
+        self.path.write_bytes(self.content)
+
+    def __exit__(self, *_: object) -> None:
+        self.path.write_bytes(self.before)
+
+
+# Failures under way ---------------------------------------------------------------------------------------------------
+
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+from graftlm.__main__ import main
+sys.argv[1:] = sys.argv[2:]
+sys.exit(main())
+"""
+
+
+def limited(size: int, *words: str) -> "subprocess.CompletedProcess[str]":
+    """The command in a process that may write no file of more than `size` bytes: a disk that is full after them."""
+    command = [sys.executable, "-c", LIMITED, str(size), *words]
+    environment = child_environment(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("size", "file", "existed"),
+    [
+        (1000, "run.json", False),
+        (16_000, "checkpoints/step-1/adapter_model.safetensors", False),
+        (16_000, "checkpoints/step-1/adapter_model.safetensors", True),
+    ],
+)
+def test_a_disk_too_full_for_a_first_checkpoint_leaves_no_run_folder(
+    size: int, file: str, existed: bool, assets: Path, place: Path
+) -> None:
+    if existed:
+        Path("run").mkdir()  # the user's own empty folder stays, empty
+    done = limited(size, *train(assets, "--rank=16"))
+    line = last_line(done.stdout, done.stderr)
+    assert done.returncode == 2
+    has(line, f"disk full: cannot write run/{file} (File too large): free some space or choose another folder")
+    assert [str(p) for p in Path().rglob("*")] == ["run"] * existed
+    has(done.stderr, "nothing was saved: run is cleared again\n")
+
+
+def test_a_disk_that_fills_up_later_leaves_a_run_that_can_be_resumed(assets: Path, place: Path) -> None:
+    done = limited(16_000, *train(assets, "--max_iters=120", "--eval_every=10"))
+    has(last_line(done.stdout, done.stderr), "disk full: cannot write run/metrics.jsonl (File too large): free some ")
+    assert done.returncode == 2
+    step = int(Path("run/last").resolve().name.removeprefix("step-"))
+    assert 0 < step < 120 and not list(Path().rglob("*.tmp-*"))
+    assert cli.run(["train", "--out_dir=run", "--resume", "--json"]) == 0
+    rows = [json.loads(row)["step"] for row in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert rows == list(range(1, 121))
+
+
+def test_predictions_that_cannot_be_written(assets: Path, refuse: Refuse) -> None:
+    words = ["evaluate", f"--init_from={assets / 'model'}", f"--data={assets / 'data'}", f"--template={TEMPLATE}"]
+    Path("taken").mkdir()
+    line = refuse(*words, "--limit=2", "--predictions=taken")
+    assert line == "cannot write taken: Is a directory: choose a folder that you may write to"
+
+
+def break_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the loss of the `step`-th batch from now on be NaN."""
+    real, numbers = train_module.OBJECTIVES["completion"], count(1)
+
+    def loss(model: Any, batch: Any) -> Any:
+        return real(model, batch) * (math.nan if next(numbers) == step else 1.0)
+
+    monkeypatch.setitem(train_module.OBJECTIVES, "completion", loss)
+
+
+def test_a_loss_that_is_nan_names_the_step_and_the_last_good_checkpoint(
+    assets: Path, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    break_at(7, monkeypatch)
+    words = train(assets, "--max_iters=12", "--eval_every=2")
+    assert cli.run(words) == 1
+    good = place / "run" / "checkpoints" / "step-6"
+    line = last_line(*capsys.readouterr())
+    assert line == (
+        f"step 7: the loss is nan; the last good checkpoint is {good}; try a lower --lr or --alpha, or --dtype float32"
+    )
+    assert Path("run/last").resolve() == good and not list(Path().rglob("*.tmp-*"))
+    monkeypatch.undo()
+    os.chdir(place)
+    assert cli.run(["evaluate", "--out_dir=run", "--checkpoint=last", "--limit=2", "--json"]) == 0
+
+
+def test_a_loss_that_is_nan_before_the_first_checkpoint_leaves_no_run_folder(
+    assets: Path, graft: Graft, place: Path
+) -> None:
+    done = graft(*train(assets, "--lr=1e38", "--clip=0"), cwd=place, OMP_NUM_THREADS="1")
+    assert done.returncode == 1
+    line = last_line(done.stdout, done.stderr)
+    assert line.startswith("step 1: the validation loss is nan; no checkpoint was saved before; try a lower --lr")
+    assert not list(place.iterdir())
+
+
+def test_a_resumed_run_that_fails_before_its_first_checkpoint_is_kept(
+    assets: Path, place: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed before it had saved anything, a run has a record to go on with: only a first start clears its folder."""
+    Path("run").mkdir()
+    shutil.copyfile(finished / "run.json", "run/run.json")
+    break_at(1, monkeypatch)
+    assert cli.run(["train", "--out_dir=run", "--resume"]) == 1
+    has(last_line(*capsys.readouterr()), "step 1: the loss is nan; no checkpoint was saved before")
+    assert Path("run/run.json").is_file()
+
+
+# What answers need ----------------------------------------------------------------------------------------------------
+
+
+def test_classifying_by_generation_leaves_room_for_the_longest_label(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ " negative" has nine tokens here: five could never name it."""
+    asked = []
+
+    def spy(model: Any, prompts: Any, *, max_new_tokens: int, **_: Any) -> list[list[int]]:
+        asked.append(max_new_tokens)
+        return [[] for _ in prompts]
+
+    monkeypatch.setattr("graftlm.inference.generate.generate_ids", spy)
+    for more in ([], ["--max_new_tokens=3"]):
+        assert cli.run(["generate", f"--out_dir={finished}", "--limit=2", *more]) == 0
+    assert asked == [9, 3]

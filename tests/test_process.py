@@ -1,0 +1,63 @@
+"""Settings of the process belong to the command: graftlm as a library makes none."""
+
+import subprocess
+import sys
+
+import pytest
+
+from conftest import child_environment
+
+LIBRARY = """
+import ctypes, os
+asked = []
+class Spy(ctypes.CDLL):
+    def __getattr__(self, name):
+        asked.append(name)
+        return super().__getattr__(name)
+ctypes.CDLL = Spy
+before = dict(os.environ)
+import graftlm, graftlm.cli, graftlm.process
+graftlm.load, graftlm.train, graftlm.LoRALinear
+assert "mallopt" not in asked, asked
+changed = {name for name, value in os.environ.items() if before.get(name) != value}
+assert "THP_MEM_ALLOC_ENABLE" not in changed and not any(name.startswith("MALLOC") for name in changed), changed
+assert graftlm.process.keep_memory()
+assert "mallopt" in asked
+assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
+"""
+
+FREED = """
+import sys
+from graftlm.process import keep_memory
+if sys.argv[1] == "keep":
+    assert keep_memory()
+import torch
+def resident_mb():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096 / 1e6
+before = resident_mb()
+for _ in range(3):
+    x = torch.ones(16_000_000)
+    del x
+print(resident_mb() - before)
+"""
+
+
+def child(program: str, *words: str) -> str:
+    env = child_environment(OMP_NUM_THREADS="1")
+    env.pop("THP_MEM_ALLOC_ENABLE", None)
+    done = subprocess.run([sys.executable, "-c", program, *words], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_graftlm_leaves_the_process_alone_and_only_the_command_asks_glibc() -> None:
+    child(LIBRARY)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc and glibc's settings are Linux's")
+def test_freed_memory_is_kept_for_the_next_tensor() -> None:
+    # A tensor of 64 MB is made and freed three times. Kept, its pages stay with the process, once; without the setting
+    # they go back to the kernel. Page faults would tell the same, but how many there are depends on huge pages.
+    kept, given_back = float(child(FREED, "keep")), float(child(FREED, "leave"))
+    assert 60 < kept < 120 and given_back < 30, (kept, given_back)

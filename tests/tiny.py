@@ -1,0 +1,113 @@
+"""Tiny models and folders for the tests that train: random weights, a byte-level tokenizer, reviews one can learn."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from graftlm.models import CausalLM, Shape, random_model
+from graftlm.models.names import to_file
+
+FAMILIES = ("gpt2", "llama", "llama-biased")
+
+
+def shape_of(kind: str, vocab: int = 61, context: int = 96, layers: int = 2) -> Shape:
+    """GPT-2; Llama with grouped queries and tied head; Llama with biases on q, k, v and its own head (Qwen2)."""
+    gpt2, biased = kind == "gpt2", kind == "llama-biased"
+    return Shape(
+        family="gpt2" if gpt2 else "llama",
+        layers=layers,
+        heads=4,
+        kv_heads=4 if gpt2 else 2,
+        d_model=32,
+        head_dim=8,
+        d_ff=48,
+        vocab=vocab,
+        context=context,
+        norm_eps=1e-5,
+        tied=not biased,
+        qkv_bias=gpt2 or biased,
+        out_bias=gpt2,
+        mlp_bias=gpt2,
+    )
+
+
+def model_of(kind: str, seed: int = 0, dtype: torch.dtype = torch.float64, **sizes: int) -> CausalLM:
+    return random_model(shape_of(kind, **sizes), seed=seed, std=0.2, dtype=dtype)
+
+
+def config_json(shape: Shape, kind: str) -> dict[str, Any]:
+    """The config.json transformers and we read as this shape."""
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    if shape.family == "gpt2":
+        return {
+            "model_type": "gpt2",
+            "architectures": ["GPT2LMHeadModel"],
+            "n_layer": shape.layers,
+            "n_head": shape.heads,
+            "n_embd": shape.d_model,
+            "n_inner": shape.d_ff,
+            "n_positions": shape.context,
+            "vocab_size": shape.vocab,
+            "layer_norm_epsilon": shape.norm_eps,
+            **ends,
+        }
+    return {
+        "model_type": "qwen2" if kind == "llama-biased" else "llama",
+        "architectures": ["Qwen2ForCausalLM" if kind == "llama-biased" else "LlamaForCausalLM"],
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "hidden_size": shape.d_model,
+        "intermediate_size": shape.d_ff,
+        "max_position_embeddings": shape.context,
+        "vocab_size": shape.vocab,
+        "rms_norm_eps": shape.norm_eps,
+        "rope_theta": shape.rope_theta,
+        "tie_word_embeddings": shape.tied,
+        **ends,
+    }
+
+
+def byte_tokenizer(folder: Path) -> int:
+    """Write a tokenizer.json whose tokens are bytes, <|endoftext|> first; returns its size."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<|endoftext|>": 0} | {c: i + 1 for i, c in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    return len(vocab)
+
+
+def model_folder(folder: Path, kind: str = "llama", seed: int = 0, layers: int = 2) -> Path:
+    """A Hugging Face folder with a tiny random model."""
+    folder.mkdir(parents=True)
+    vocab = byte_tokenizer(folder)
+    model = model_of(kind, seed, torch.float32, vocab=vocab, layers=layers)
+    (folder / "config.json").write_text(json.dumps(config_json(model.shape, kind)))
+    tensors = to_file(model.shape, dict(model.named_parameters()))
+    save_file({n: t.detach().clone() for n, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def data_folder(folder: Path, train: int = 48, other: int = 12) -> Path:
+    """Short reviews whose label can be learned, in three jsonl files."""
+    folder.mkdir(parents=True)
+    words = (("bad", "dull", "weak"), ("good", "fun", "fine"))
+    for split, count, start in (("train", train, 0), ("validation", other, 1000), ("test", other, 2000)):
+        rows = []
+        for i in range(start, start + count):
+            label = i % 2
+            rows.append({"text": f"{words[label][i % 3]} {'x' * (i % 7)}{i}", "label": label})
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+TEMPLATE = "Review: {text}\nIs it:"

@@ -1,0 +1,86 @@
+"""Losses against plain ones written out here, with and without the shared prefix."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from graftlm.models import CausalLM
+from graftlm.text.data import Example
+from graftlm.training.objectives import OBJECTIVES, make_batch, make_batches
+from tiny import model_of
+
+HEAD = (7, 3, 9, 11, 30)
+ROWS = [((*HEAD, 5, 8), (4, 0)), ((*HEAD, 2), (6, 6, 0)), ((*HEAD, 1, 12, 13, 14), (5, 0))]
+EXAMPLES = [Example(p, c, None, "", "", "") for p, c in ROWS]
+
+
+def plain(model: CausalLM, loss_on: str) -> torch.Tensor:
+    """Row by row: -sum of log p(next token) over the targets, each from a softmax written out."""
+    total = torch.zeros((), dtype=torch.float64)
+    for prompt, completion in ROWS:
+        ids = torch.tensor([*prompt, *completion])
+        log_p = model(ids[None, :-1])[0].log_softmax(-1)
+        first = len(prompt) if loss_on == "completion" else 1
+        for t in range(first, len(ids)):
+            total = total - log_p[t - 1, ids[t]]
+    return total
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("loss_on", ["completion", "all"])
+@pytest.mark.parametrize("share", [False, True])
+def test_loss_and_gradient_equal_the_plain_way(kind: str, loss_on: str, share: bool) -> None:
+    model = model_of(kind)
+    expected = plain(model, loss_on)
+    want = torch.autograd.grad(expected, list(model.parameters()), allow_unused=True)
+    batch = make_batch(EXAMPLES, "completion" if loss_on == "completion" else "all", share)
+    assert batch.shared.shape == (1, 5 if share else 0)
+    loss = OBJECTIVES[loss_on](model, batch)
+    assert abs(loss.item() - expected.item()) <= 1e-9 * expected.item()
+    got = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    zero = torch.zeros(())
+    norm = sum((g if g is not None else zero).norm().item() ** 2 for g in want) ** 0.5
+    pairs = zip(got, want, strict=True)
+    difference = sum((a if b is None else a - b).norm().item() ** 2 for a, b in pairs if a is not None) ** 0.5
+    assert difference <= 1e-9 * norm
+
+
+@pytest.mark.parametrize("loss_on", ["completion", "all"])
+@pytest.mark.parametrize(("most", "parts"), [(0, 1), (15, 1), (14, 2), (10, 2), (9, 3), (1, 3)])
+def test_a_large_batch_runs_in_parts_that_add_up(loss_on: Any, most: int, parts: int) -> None:
+    model = model_of("llama")
+    expected = torch.autograd.grad(plain(model, loss_on), list(model.parameters()), allow_unused=True)
+    made = make_batches(EXAMPLES, loss_on, most_tokens=most)
+    assert len(made) == parts and sum(b.ids.shape[0] for b in made) == 3
+    assert sum(b.weight for b in made) == make_batch(EXAMPLES, loss_on).weight
+    for batch in made:
+        OBJECTIVES[loss_on](model, batch).backward()
+    norm = sum(g.norm().item() ** 2 for g in expected if g is not None) ** 0.5
+    for p, g in zip(model.parameters(), expected, strict=True):
+        assert g is not None and p.grad is not None and (p.grad - g).norm() <= 1e-9 * norm
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_the_weight_counts_the_targets_of_all_rows(share: bool) -> None:
+    completion = make_batch(EXAMPLES, "completion", share)
+    assert completion.weight == 2 + 3 + 2
+    every = make_batch(EXAMPLES, "all", share)
+    assert every.weight == sum(len(p) + len(c) - 1 for p, c in ROWS)
+    assert completion.tokens == every.tokens == sum(len(p) + len(c) for p, c in ROWS)
+
+
+def test_the_end_of_text_is_a_target() -> None:
+    for share in (False, True):
+        batch = make_batch(EXAMPLES, "completion", share)
+        assert batch.targets.tolist() == [4, 0, 6, 6, 0, 5, 0]
+
+
+def test_a_prompt_keeps_the_token_that_predicts_its_first_target() -> None:
+    same = [Example((*HEAD, 1), (c, 0), None, "", "", "") for c in (2, 3)]
+    batch = make_batch(same, "completion")
+    assert batch.shared.tolist() == [list(HEAD)] and batch.ids[:, 0].tolist() == [1, 1]
+
+
+def test_a_single_row_shares_nothing() -> None:
+    assert make_batch(EXAMPLES[:1], "completion").shared.shape == (1, 0)

@@ -1,0 +1,281 @@
+"""The loop on a tiny model: what it learns, writes and refuses; accumulation; schedules; stopping."""
+
+import json
+import math
+import signal
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from graftlm.config import TrainConfig
+from graftlm.errors import GraftError, InputError, Interrupted
+from graftlm.exchange.load import load
+from graftlm.files.formats import load_safetensors
+from graftlm.training import train as train_module
+from graftlm.training.train import batch_stream, learning_rate, train
+from tiny import TEMPLATE, data_folder, model_folder
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("assets")
+    model_folder(folder / "model")
+    model_folder(folder / "gpt2", "gpt2")
+    model_folder(folder / "other", seed=5)
+    data_folder(folder / "data")
+    data_folder(folder / "less", train=40)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def config(assets: Path, out_dir: Path, **changes: Any) -> TrainConfig:
+    plain = TrainConfig(
+        init_from=str(assets / "model"),
+        data=str(assets / "data"),
+        out_dir=str(out_dir),
+        template=TEMPLATE,
+        rank=4,
+        alpha=16.0,
+        lr=1e-2,
+        max_iters=12,
+        eval_every=4,
+        batch_size=8,
+        dtype="float32",
+        device="cpu",
+    )
+    return replace(plain, **changes)
+
+
+def rows(out_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(out_dir: Path) -> list[dict[str, Any]]:
+    """The rows without what a clock or the memory says."""
+    apart = {"examples_per_s", "tokens_per_s", "seconds", "peak_rss_mb"}
+    return [{k: v for k, v in row.items() if k not in apart} for row in rows(out_dir)]
+
+
+def test_a_run_folder(assets: Path, tmp_path: Path) -> None:
+    results = train(config(assets, tmp_path / "run", max_iters=60, eval_every=20))
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["results"] == results
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 61))
+    keys = "step examples tokens train_loss val_loss val_accuracy lr examples_per_s tokens_per_s peak_rss_mb seconds"
+    assert set(rows(tmp_path / "run")[0]) == set(keys.split())
+    assert rows(tmp_path / "run")[0]["train_loss"] > 1.5 * rows(tmp_path / "run")[-1]["train_loss"]
+    assert 0 <= results["best"]["val_accuracy"] <= 1
+    assert results["examples"] == 480 and results["steps"] == 60 and results["last"]["step"] == 60
+    assert results["share_trained"] == results["trainable"] / results["total"]
+    assert results["examples_per_s"] > 0 and results["seconds_to_first_step"] > 0 and results["peak_rss_mb"] > 0
+    losses = {row["step"]: row["val_loss"] for row in rows(tmp_path / "run") if row["val_loss"] is not None}
+    assert set(losses) == {20, 40, 60} and results["best"]["val_loss"] == min(losses.values())
+    best = (tmp_path / "run" / "best").resolve().name
+    assert best == f"step-{results['best']['step']}" and (tmp_path / "run" / "last").resolve().name == "step-60"
+    assert {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()} == {best, "step-60"}
+    assert {"python", "torch", "graftlm"} <= set(run["versions"]) and len(run["base"]["sha256"]) == 64
+    assert run["config"]["warmup"] == 4 and run["template"]["labels"] == ["negative", "positive"]
+
+
+def test_full_fine_tuning_leaves_a_folder_that_transformers_loads(assets: Path, tmp_path: Path) -> None:
+    for kind in ("model", "gpt2"):
+        out = tmp_path / kind
+        results = train(config(assets, out, init_from=str(assets / kind), rank=0, lr=3e-3))
+        assert results["trainable"] == results["total"]
+        reference = transformers.AutoModelForCausalLM.from_pretrained(out / "best", dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(out / "best")
+        ids = tokenizer("Review: good fun", return_tensors="pt").input_ids
+        loaded = load("resume", out, "best", dtype="float32")
+        assert loaded.tokenizer.encode("Review: good fun") == ids[0].tolist()
+        with torch.no_grad():
+            assert (loaded.model(ids) - reference(ids).logits).abs().max() <= 1e-4
+            base = load(str(assets / kind), dtype="float32").model
+            assert (loaded.model(ids) - base(ids)).abs().max() > 1e-3
+
+
+def test_accumulated_batches_are_one_large_batch(assets: Path, tmp_path: Path) -> None:
+    """Different token counts in the two halves: dividing by each half's own count would differ."""
+    from graftlm.training.prepare import prepare
+    from graftlm.training.train import Trainer
+
+    trained = {}
+    for name, accumulate in (("one", False), ("two", True)):
+        prepared = prepare(config(assets, tmp_path / name, loss_on="all", lora_dropout=0.0))
+        trainer = Trainer(prepared, train_module.Console(quiet=True), 0.0)
+        trainer.model.train()
+        batch = list(range(16))
+        loss = trainer._step(1, [batch[:5], batch[5:]] if accumulate else [batch]).loss
+        trained[name] = (loss, {n: p.detach().clone() for n, p in trainer.model.named_parameters()})
+    assert abs(trained["one"][0] - trained["two"][0]) < 1e-5
+    for n, p in trained["one"][1].items():
+        torch.testing.assert_close(p, trained["two"][1][n], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss_on", ["completion", "all"])
+def test_sharing_the_prefix_can_be_switched_off(loss_on: Any, assets: Path, tmp_path: Path) -> None:
+    losses = []
+    for share in (True, False):
+        out = tmp_path / str(share)
+        changes = {"shared_prefix": share, "lora_dropout": 0.0, "loss_on": loss_on, "max_iters": 6, "eval_every": 3}
+        train(config(assets, out, **changes))
+        losses.append([row["train_loss"] for row in rows(out)] + [rows(out)[-1]["val_loss"]])
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-3, atol=1e-4)
+
+
+def test_the_seed_decides_everything(assets: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(config(assets, tmp_path / name, seed=seed, dropout=0.1))
+    assert timeless(tmp_path / "a") == timeless(tmp_path / "b") != timeless(tmp_path / "c")
+
+
+def test_warm_up_never_starts_at_zero_and_the_cosine_ends_above_it() -> None:
+    plan = TrainConfig(lr=1.0, warmup=4, max_iters=10)
+    rates = [learning_rate(step, plan) for step in range(1, 11)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4:] == [0.5 * (1 + math.cos(math.pi * n / 7)) for n in range(1, 7)]
+    assert all(a > b > 0 for a, b in pairwise(rates[3:]))
+    assert learning_rate(1, replace(plan, warmup=0)) > 0.9
+
+
+def test_the_stream_continues_where_it_is_entered() -> None:
+    plan, lengths = TrainConfig(batch_size=3, seed=4), [5, 9, 2, 7, 7, 3, 8]
+    whole = batch_stream(lengths, plan, 0)
+    first = [next(whole) for _ in range(8)]
+    entered = batch_stream(lengths, plan, 4)
+    assert [next(entered) for _ in range(4)] == first[4:]
+    assert sorted(i for batch in first[:3] for i in batch) == list(range(7))
+
+
+def test_patience_stops_a_run_that_no_longer_gets_better(assets: Path, tmp_path: Path) -> None:
+    results = train(config(assets, tmp_path / "run", lr=1e-9, max_iters=40, eval_every=2, patience=2, dtype="bfloat16"))
+    assert results["steps"] < 40 and results["last"]["step"] - results["best"]["step"] == 4
+    again = train(config(assets, tmp_path / "run", resume=True), given=set())
+    assert again["steps"] == results["steps"]
+
+
+def test_a_loss_that_is_not_a_number_names_the_step_and_the_last_good_checkpoint(
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = train_module.OBJECTIVES["completion"]
+    calls = iter(range(1, 100))
+    broken = {"completion": lambda model, batch: real(model, batch) * (math.nan if next(calls) == 7 else 1.0)}
+    monkeypatch.setattr(train_module, "OBJECTIVES", broken)
+    with pytest.raises(GraftError) as caught:
+        train(config(assets, tmp_path / "run", eval_every=2))
+    good = (tmp_path / "run" / "last").resolve()
+    assert caught.value.exit_status == 1 and good.name == "step-6"
+    assert str(caught.value).startswith(
+        f"step 7: the loss is nan; the last good checkpoint is {good}; try a lower --lr"
+    )
+    for tensor in load_safetensors(good / "adapter_model.safetensors").values():
+        assert torch.isfinite(tensor).all()
+
+
+def test_weights_that_went_to_infinity_are_not_saved(assets: Path, tmp_path: Path) -> None:
+    with pytest.raises(GraftError, match=r"the validation loss is nan; no checkpoint was saved before"):
+        train(config(assets, tmp_path / "run", lr=1e38, eval_every=1, clip=0.0))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_an_interrupted_run_saves_its_step_and_goes_on_to_the_same_end(
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(config(assets, tmp_path / "whole"))
+    real = train_module.Trainer._step
+
+    def interrupted(self: Any, step: int, batches: Any) -> Any:
+        if step == 6:
+            signal.raise_signal(signal.SIGINT)
+        return real(self, step, batches)
+
+    monkeypatch.setattr(train_module.Trainer, "_step", interrupted)
+    with pytest.raises(Interrupted, match=r"step 6 is saved in .*: go on with graft train --resume") as caught:
+        train(config(assets, tmp_path / "parts"))
+    assert caught.value.exit_status == 130
+    assert (tmp_path / "parts" / "last").resolve().name == "step-6"
+    monkeypatch.undo()
+    train(config(assets, tmp_path / "parts", resume=True))
+    assert timeless(tmp_path / "parts") == timeless(tmp_path / "whole")
+    for at in ("best", "last"):
+        for file in (tmp_path / "whole" / at).glob("*.safetensors"):
+            assert (tmp_path / "parts" / at / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_resumed_run_may_be_longer_and_says_so(assets: Path, tmp_path: Path) -> None:
+    train(config(assets, tmp_path / "run"))
+    results = train(config(assets, tmp_path / "run", resume=True, max_iters=20), given={"resume", "max_iters"})
+    assert results["steps"] == 20 and [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 21))
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["resumed"] == [{"max_iters": [12, 20]}]
+
+
+CHANGED = [
+    ({"rank": 8}, "--resume with --rank 8: the run has 4"),
+    ({"init_from": "other"}, "--resume with --init_from"),
+    ({"data": "less"}, "--resume with --data"),
+    ({"lr": 1.0}, "--resume with --lr 1.0: the run has 0.01"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGED)
+def test_resuming_with_a_changed_flag_is_an_error(
+    change: dict[str, Any], message: str, assets: Path, tmp_path: Path
+) -> None:
+    train(config(assets, tmp_path / "run", max_iters=2, eval_every=1))
+    before = sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*"))
+    change = {k: str(assets / v) if isinstance(v, str) else v for k, v in change.items()}
+    with pytest.raises(InputError) as caught:
+        train(config(assets, tmp_path / "run", resume=True, **change))
+    assert message in str(caught.value)
+    assert sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*")) == before
+
+
+def test_resuming_on_changed_files_is_an_error(assets: Path, tmp_path: Path) -> None:
+    import shutil
+
+    base, data = tmp_path / "base", tmp_path / "data"
+    shutil.copytree(assets / "model", base)
+    shutil.copytree(assets / "data", data)
+    plan = config(assets, tmp_path / "run", max_iters=2, eval_every=1, init_from=str(base), data=str(data))
+    train(plan)
+    resume = replace(plan, resume=True)
+    shutil.copyfile(assets / "other" / "model.safetensors", base / "model.safetensors")
+    with pytest.raises(InputError, match=r"was trained on .* with weights [0-9a-f]{12}, but .* holds [0-9a-f]{12}"):
+        train(resume)
+    with pytest.raises(InputError, match="use the base it was trained on"):
+        load("resume", tmp_path / "run")
+    shutil.copyfile(assets / "model" / "model.safetensors", base / "model.safetensors")
+    shutil.copyfile(assets / "less" / "train.jsonl", data / "train.jsonl")
+    with pytest.raises(InputError, match="was trained on other data"):
+        train(resume)
+
+
+def test_a_folder_that_holds_something_is_left_alone(assets: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="holds other files"):
+        train(config(assets, tmp_path))
+    with pytest.raises(InputError, match="holds no run"):
+        train(config(assets, tmp_path, resume=True))
+    train(config(assets, tmp_path / "run", max_iters=1))
+    with pytest.raises(InputError, match="holds a run already; add --resume"):
+        train(config(assets, tmp_path / "run"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "thesis.txt"]
+
+
+def test_prompt_and_completion_data_has_a_loss_and_no_accuracy(assets: Path, tmp_path: Path) -> None:
+    lines = [json.dumps({"prompt": f"say {i}: ", "completion": "x" * (1 + i % 3)}) + "\n" for i in range(30)]
+    (tmp_path / "pairs.jsonl").write_text("".join(lines))
+    results = train(config(assets, tmp_path / "run", data=str(tmp_path / "pairs.jsonl")))
+    assert results["last"]["val_accuracy"] is None and results["last"]["val_loss"] > 0
