@@ -73,6 +73,12 @@ class TrainConfig:
     """Tokens that are trained on: the completion with its end-of-text, or every token."""
     shared_prefix: bool = True
     """Run the instruction that all prompts of a batch begin with once per batch; same gradients."""
+    target_positions: bool = True
+    """Run the head, and in the last layer all but keys and values, only where a target is predicted; same gradients."""
+    fused: bool = True
+    """Use gradients written out by hand (norms, rotations, gated MLP, LoRA, head and loss), equal to autograd's own."""
+    buckets: bool = True
+    """Put examples of similar length into a batch; without, a batch takes them as the shuffle gives them."""
     template: str = "sentiment"
     """The prompt: a built-in name, a file, or a string with {text} in it."""
     labels: str = "negative,positive"

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from graftlm.errors import InputError
 from graftlm.methods.lora import LoRA, LoRALinear, mark_only_lora_as_trainable
 from graftlm.models import Linear
+from graftlm.models.layers import project
 from tiny import model_of
 
 
@@ -100,6 +101,48 @@ def test_dropout_acts_on_the_input_of_a_and_only_in_training() -> None:
     torch.testing.assert_close(lora(x), expected, rtol=0, atol=1e-12)
     lora.eval()
     assert torch.equal(lora(x), lora(x))
+
+
+def frozen(**fields: float) -> list[Linear]:
+    """q, k and v as they stand in a model: the weights frozen, k without an update."""
+    rng, linears = torch.Generator().manual_seed(0), [Linear(7, out, bias=out == 5).double() for out in (5, 3, 4)]
+    loras = [LoRALinear.around(m, 2, 6.0, fields.get("dropout", 0.0), rng) for m in linears[::2]]
+    for lora in loras:
+        torch.nn.init.normal_(lora.lora_B, generator=rng)
+        lora.weight.requires_grad_(False)
+        if lora.bias is not None:
+            lora.bias.requires_grad_(False)
+    return [loras[0], linears[1].requires_grad_(False), loras[1]]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("needs_x", [False, True])
+def test_several_of_one_input_share_their_work_and_keep_their_gradients(dropout: float, needs_x: bool) -> None:
+    linears = frozen(dropout=dropout)
+    x = inputs().requires_grad_(needs_x)
+    wanted = [p for m in linears for p in m.parameters() if p.requires_grad] + ([x] if needs_x else [])
+    assert len(wanted) == 4 + needs_x
+    results = []
+    for fused in (True, False):
+        for m in linears[::2]:
+            m.fused = fused
+        torch.manual_seed(3)
+        ys = project(x, *linears)
+        loss = sum((y * y.detach().roll(1, 0)).sum() for y in ys)
+        results.append([*ys, *torch.autograd.grad(loss, wanted)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_one_dropout_mask_serves_all_linears_of_one_input() -> None:
+    linears, x = frozen(dropout=0.5), inputs()
+    torch.manual_seed(3)
+    y, _, z = project(x, *linears)
+    torch.manual_seed(3)
+    mask = linears[0].lora_drop(torch.ones_like(x))
+    for out, lora in ((y, linears[0]), (z, linears[2])):
+        update = 3.0 * (x * mask) @ lora.lora_A.T @ lora.lora_B.T
+        torch.testing.assert_close(out, F.linear(x, lora.weight, lora.bias) + update, rtol=0, atol=1e-12)
 
 
 def test_around_takes_the_weight_over_without_a_copy() -> None:

@@ -51,6 +51,49 @@ def test_a_lead_beside_its_rows_equals_a_segment_before_them(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("p", [0, 7])
+def test_only_the_positions_that_are_wanted_behind_a_lead(kind: str, p: int) -> None:
+    model, ids = model_of(kind), ids_of(3, 20, shared=7)
+    at = torch.tensor([[12, 0], [3, 3], [0, 11]])  # in any order, also twice
+    whole = model.hidden(ids)[torch.arange(3)[:, None], p + at]
+    lead, rows = model.hidden_behind(ids[:1, :p], ids[:, p:], at)
+    assert lead is None
+    torch.testing.assert_close(rows, whole, rtol=0, atol=1e-9)
+    weights = torch.randn(rows.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    expected = gradients(model, (whole * weights).sum())
+    got = gradients(model, (rows * weights).sum())
+    assert got.keys() == expected.keys()
+    assert global_norm({name: got[name] - expected[name] for name in got}) <= 1e-9 * global_norm(expected)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_only_the_positions_that_are_wanted_behind_a_past(kind: str) -> None:
+    model, ids = model_of(kind), ids_of(3, 20, shared=7)
+    at = torch.tensor([[12, 0], [3, 3], [0, 11]])
+    shared, cache = Segment(), Segment.cache(model.shape, 3, 9, dtype=torch.float64)
+    assert cache.lengths is not None
+    with torch.no_grad():
+        model.hidden(ids[:1, :7], keep=shared)
+        model.hidden(ids_of(3, 9, seed=4), past=(shared,), keep=cache)
+        cache.lengths += torch.tensor([9, 1, 4])
+        whole = model.hidden(ids[:, 7:], past=(shared, cache))
+        some = model.hidden(ids[:, 7:], past=(shared, cache), at=at)
+    torch.testing.assert_close(some, whole[torch.arange(3)[:, None], at], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("p", [0, 7])
+@pytest.mark.parametrize("layers", [0, 1, 2])
+def test_the_lower_layers_first_and_the_others_behind_them(kind: str, p: int, layers: int) -> None:
+    model, ids = model_of(kind), ids_of(3, 20, shared=7)
+    lead, rows = ids[:1, :p], ids[:, p:]
+    x = model.lower(lead, rows, layers)
+    assert x.shape == (p + 3 * (20 - p), 32)
+    for a, b in zip(model.hidden_behind(lead, rows, below=(layers, x)), model.hidden_behind(lead, rows), strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("gradient", [False, True])
 def test_segments_of_every_kind_together(kind: str, gradient: bool) -> None:
     """Shared instruction, then a cache that holds another number of tokens for each row, then new tokens."""

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from graftlm.errors import InputError
@@ -487,3 +488,16 @@ def test_control_tokens_in_a_review_are_text(smollm: Tokenizer):
 def test_no_torch_in_text():
     code = "import sys, graftlm.text.data; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
+
+
+def test_without_buckets_the_shuffle_stands() -> None:
+    lengths = [int(n) for n in np.random.Generator(np.random.PCG64(0)).integers(5, 60, 100)]
+    order = [i for batch in epoch_batches(lengths, 7, 3, 0, buckets=False) for i in batch]
+    sizes = [len(batch) for batch in epoch_batches(lengths, 7, 3, 0, buckets=False)]
+    assert sorted(order) == list(range(100)) and sorted(sizes) == [2, *[7] * 14]
+
+    def spread(buckets: bool) -> int:
+        batches = epoch_batches(lengths, 7, 3, 0, buckets)
+        return sum(max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in batches)
+
+    assert spread(False) > 3 * spread(True)

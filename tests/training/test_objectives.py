@@ -30,11 +30,17 @@ def plain(model: CausalLM, loss_on: str) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize("loss_on", ["completion", "all"])
 @pytest.mark.parametrize("share", [False, True])
-def test_loss_and_gradient_equal_the_plain_way(kind: str, loss_on: str, share: bool) -> None:
+@pytest.mark.parametrize("targets_only", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_loss_and_gradient_equal_the_plain_way(
+    kind: str, loss_on: str, share: bool, targets_only: bool, fused: bool
+) -> None:
     model = model_of(kind)
+    model.set_fused(False)
     expected = plain(model, loss_on)
     want = torch.autograd.grad(expected, list(model.parameters()), allow_unused=True)
-    batch = make_batch(EXAMPLES, "completion" if loss_on == "completion" else "all", share)
+    model.set_fused(fused)
+    batch = make_batch(EXAMPLES, "completion" if loss_on == "completion" else "all", share, targets_only)
     assert batch.shared.shape == (1, 5 if share else 0)
     loss = OBJECTIVES[loss_on](model, batch)
     assert abs(loss.item() - expected.item()) <= 1e-9 * expected.item()

@@ -1,5 +1,7 @@
 """Where to compute and in which number format, each with the reason, because both change what a run costs."""
 
+import time
+
 import torch
 
 from graftlm.errors import InputError
@@ -22,7 +24,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype of base and arithmetic, and why; `auto` takes bfloat16 only where the hardware multiplies it."""
+    """The dtype of base and arithmetic, and why; `auto` takes bfloat16 only where the hardware multiplies it faster."""
     if name != "auto":
         if name not in DTYPES:
             raise InputError(f"unknown --dtype {name!r}: known are auto, {', '.join(DTYPES)}")
@@ -34,8 +36,22 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
         return torch.float32, "this GPU has no native bfloat16"
     if device.type == "cpu":
         flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        for flag in ("amx_bf16", "amx_tile", "avx512_bf16"):
-            if flags.get(flag):
-                return torch.bfloat16, f"this processor multiplies bfloat16 natively ({flag})"
-        return torch.float32, "this processor has no native bfloat16"
+        if not any(flags.get(flag) for flag in ("amx_bf16", "amx_tile", "avx512_bf16")):
+            return torch.float32, "this processor has no native bfloat16"
+        # Having the instructions is not enough: some processors with avx512_bf16 multiply float32 twice as fast.
+        gain = _product_seconds(torch.float32) / _product_seconds(torch.bfloat16)
+        if gain >= 1:
+            return torch.bfloat16, f"this processor multiplies it {gain:.1f} times as fast as float32"
+        return torch.float32, f"this processor multiplies it {1 / gain:.1f} times as fast as bfloat16"
     return torch.float32, f"bfloat16 is not relied on for {device.type}"
+
+
+def _product_seconds(dtype: torch.dtype, width: int = 512, tries: int = 5) -> float:
+    """Wall seconds of one square matrix product on the CPU: the best of some, behind one to warm up."""
+    x = torch.ones(width, width, dtype=dtype)
+    seconds = []
+    for _ in range(tries + 1):
+        began = time.perf_counter()
+        x @ x
+        seconds.append(time.perf_counter() - began)
+    return min(seconds[1:])

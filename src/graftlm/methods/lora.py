@@ -9,6 +9,7 @@ Letters: r rank, N tokens.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,7 +21,7 @@ from graftlm.errors import InputError
 from graftlm.methods.accounting import linear_size
 from graftlm.methods.base import Method, freeze, master_dtype, replace_linears
 from graftlm.models import CausalLM, Linear, Shape
-from graftlm.models.layers import Dropout
+from graftlm.models.layers import Dropout, keep_mask
 
 
 class LoRALinear(Linear):
@@ -32,6 +33,9 @@ class LoRALinear(Linear):
         alpha: the update is scaled by alpha / rank.
         lora_dropout: dropout on the input of A, a probability.
     """
+
+    fused = True
+    """Whether the gradient written out in `_Updated` may be used; `CausalLM.set_fused` decides."""
 
     def __init__(
         self,
@@ -89,14 +93,39 @@ class LoRALinear(Linear):
         """Whether the weight holds the update at the moment."""
         return self._pristine is not None
 
+    @property
+    def active(self) -> bool:
+        """Whether forward has an update to add to the weight's own product."""
+        return self.rank > 0 and not self.merged
+
+    @property
+    def drop_rate(self) -> float:
+        """The probability of dropout on A's input at the moment: 0 in evaluation."""
+        return self.lora_drop.p if self.lora_drop.training else 0.0
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
-        y = super().forward(x)
-        if not self.rank or self.merged:
-            return y
-        thin = F.linear(self.lora_drop(x), self.lora_A.to(x.dtype))
+        return self.together([self], x)[0]
+
+    @staticmethod
+    def together(linears: Sequence[Linear], x: Tensor) -> list[Tensor]:
+        """Each linear of the same x: W_i x + (alpha_i / r_i) B_i A_i dropout(x); they share one dropout mask."""
+        adapted = [m for m in linears if isinstance(m, LoRALinear) and m.active]
+        rates = {m.drop_rate for m in adapted}
+        if len(rates) > 1:
+            return [LoRALinear.together([m], x)[0] for m in linears]
+        kept, rescale = keep_mask(x, rates.pop()) if adapted else (None, 1.0)
+        frozen = not any(p.requires_grad for m in adapted for p in (m.weight, m.bias) if p is not None)
+        if adapted and frozen and all(m.fused for m in adapted):
+            ys = iter(_together(adapted, x, kept, rescale))
+            return [next(ys) if m in adapted else Linear.forward(m, x) for m in linears]
+        dropped = x if kept is None else torch.where(kept, x, 0) * rescale
+        return [Linear.forward(m, x) + m._update(dropped) if m in adapted else Linear.forward(m, x) for m in linears]
+
+    def _update(self, x: Tensor) -> Tensor:
+        thin = F.linear(x, self.lora_A.to(x.dtype))
         # Scaling B costs out x r products, scaling the update would cost N x out.
-        return y + F.linear(thin, (self.lora_B * self.scale).to(x.dtype))
+        return F.linear(thin, (self.lora_B * self.scale).to(x.dtype))
 
     def train(self, mode: bool = True) -> "LoRALinear":
         """Unmerge for training, merge for evaluation; either may be repeated without effect."""
@@ -138,6 +167,59 @@ class LoRALinear(Linear):
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha:g}, merged={self.merged}"
+
+
+def _together(adapted: list["LoRALinear"], x: Tensor, kept: Tensor | None, rescale: float) -> list[Tensor]:
+    flat = x.flatten(0, -2)
+    kept = None if kept is None else kept.flatten(0, -2)
+    tensors = [t for m in adapted for t in (m.weight, m.bias, m.lora_A, m.lora_B)]
+    ys = _Updated.apply(flat, kept, rescale, [m.scale for m in adapted], *tensors)
+    return [y.unflatten(0, x.shape[:-1]) for y in ys]
+
+
+class _Updated(torch.autograd.Function):
+    """y_i = W_i x + b_i + s_i B_i A_i D x for several linears of the same x, W_i and b_i frozen; D is the dropout.
+
+    With A all A_i below one another and t = A D x, cut into t_i, and the gradient g_i of y_i:
+
+        dB_i = s_i g_i^T t_i     dt_i = s_i g_i B_i     dA = dt^T (D x)     dx = sum_i g_i W_i + D (dt A)
+
+    Autograd's own way would keep a mask and a D x for each linear, and add up six pieces of dx one by one.
+    D multiplies by 0 or by 1 / (1 - p); the latter is left to A, which is small.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, kept: Tensor | None, rescale: float, scales: list[float], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        weights, biases, a_s, b_s = (tensors[i::4] for i in range(4))
+        a = torch.cat([t * rescale for t in a_s]).to(x.dtype)
+        b_t = [(b * s).to(x.dtype) for b, s in zip(b_s, scales, strict=True)]
+        dropped = x if kept is None else torch.where(kept, x, 0)
+        thin = dropped @ a.T
+        ys = []
+        for weight, bias, b, t in zip(weights, biases, b_t, thin.split([len(t) for t in a_s], dim=-1), strict=True):
+            y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+            ys.append(y.addmm_(t, b.T))
+        ctx.save_for_backward(dropped, thin, kept, *weights, *a_s, *b_s)
+        ctx.rescale, ctx.scales = rescale, scales
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx: Any, *g_s: Tensor) -> tuple[Tensor | None, ...]:
+        (dropped, thin, kept, *rest), n = ctx.saved_tensors, len(ctx.scales)
+        weights, a_s, b_s, dtype = rest[:n], rest[n : 2 * n], rest[2 * n :], dropped.dtype
+        thins = thin.split([len(a) for a in a_s], dim=-1)
+        d_b = [(g.T @ t).to(b.dtype).mul_(s) for g, t, b, s in zip(g_s, thins, b_s, ctx.scales, strict=True)]
+        d_thin = torch.cat([g @ (b * s).to(dtype) for g, b, s in zip(g_s, b_s, ctx.scales, strict=True)], dim=-1)
+        d_a = (d_thin.T @ dropped).to(a_s[0].dtype).mul_(ctx.rescale).split([len(a) for a in a_s])
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            d_x = d_thin @ torch.cat([a * ctx.rescale for a in a_s]).to(dtype)
+            d_x = d_x if kept is None else torch.where(kept, d_x, 0)
+            for g, weight in zip(g_s, weights, strict=True):
+                d_x.addmm_(g, weight.to(dtype))
+        return d_x, None, None, None, *(t for a, b in zip(d_a, d_b, strict=True) for t in (None, None, a, b))
 
 
 def mark_only_lora_as_trainable(model: nn.Module) -> None:

@@ -15,14 +15,14 @@ that share one, D width of a head, L layers.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graftlm.models.layers import Dropout, Linear, rotate
+from graftlm.models.layers import Dropout, Linear, project, rotate
 
 if TYPE_CHECKING:
     from graftlm.models.base import Shape
@@ -106,9 +106,33 @@ class Context:
     rope: tuple[Tensor, Tensor] | None = None
     """Cosine and sine, each [T, D/2] or [B, T, D/2]; None for learned positions."""
     bias: Tensor | None = None
-    """Added to the scores: 0 where a token may look, -inf where not, [1|B, 1, 1, T, ΣS]; None: everywhere."""
+    """Added to the scores: 0 where a query may look, -inf where not, [1|B, 1, 1, T, ΣS]; None: everywhere."""
     lead: "Lead | None" = None
     """Set when the tokens are the flat [N, d] of `CausalLM.hidden_behind` instead of [B, T, d]."""
+    at: Tensor | None = None
+    """[B, M] positions of each row that are still wanted, in the last layer; None: all of them."""
+
+    def only(self, at: Tensor) -> "Context":
+        """The same, of a layer of which only the positions `at` [B, M] of each row are wanted."""
+        bias = self.bias
+        if bias is not None:
+            rows = torch.arange(bias.shape[0], device=at.device)[:, None]
+            bias = bias[rows, :, :, at].movedim(1, 3)
+        return replace(self, bias=bias, at=at)
+
+    def wanted(self, x: Tensor) -> Tensor:
+        """x at the positions that are wanted, [B, M, …]; x itself where all are. The lead is never wanted then."""
+        if self.at is None:
+            return x
+        if self.lead is not None:
+            x = x[self.lead.p :].unflatten(0, (self.lead.b, self.lead.t))
+        return x[torch.arange(x.shape[0], device=x.device)[:, None], self.at]
+
+    def for_queries(self, table: Tensor) -> Tensor:
+        """A table by position, [T, D/2], [B, T, D/2] or with a lead [N, D/2], at the positions that are wanted."""
+        if self.at is None or self.lead is not None or table.dim() > 2:
+            return self.wanted(table)
+        return table[self.at]
 
 
 @dataclass(frozen=True)
@@ -146,6 +170,8 @@ def score_bias(past: Sequence[Segment], t: int, device: torch.device, dtype: tor
 class Attention(nn.Module):
     """Causal self-attention with K key/value heads for H query heads (K = H: plain; K < H: grouped-query)."""
 
+    fused = True
+
     def __init__(self, shape: "Shape") -> None:
         super().__init__()
         d, hd = shape.d_model, shape.head_dim
@@ -157,17 +183,21 @@ class Attention(nn.Module):
         self.drop = Dropout()
 
     def forward(self, x: Tensor, layer: int, context: Context) -> Tensor:
-        """[B, T, d] -> [B, T, d], or [N, d] -> [N, d] with a lead."""
-        q = self.q(x).unflatten(-1, (self.heads, self.head_dim))
-        k = self.k(x).unflatten(-1, (self.kv_heads, self.head_dim))
-        v = self.v(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        """[B, T, d] -> [B, T, d], or [N, d] -> [N, d] with a lead; [B, M, d] where only some positions are wanted."""
+        if context.at is None:
+            q, k, v = project(x, self.q, self.k, self.v)
+        else:
+            (q,), (k, v) = project(context.wanted(x), self.q), project(x, self.k, self.v)
+        q = q.unflatten(-1, (self.heads, self.head_dim))
+        k, v = (y.unflatten(-1, (self.kv_heads, self.head_dim)) for y in (k, v))
         if context.rope is not None:
-            q, k = rotate(q, *context.rope), rotate(k, *context.rope)
+            cos, sin = context.rope
+            q = rotate(q, context.for_queries(cos), context.for_queries(sin), self.fused)
+            k = rotate(k, cos, sin, self.fused)
         if context.lead is not None:
-            return self.o(self._behind(q, k, v, context.lead, context.bias).flatten(-2))
+            return self.o(self._behind(q, k, v, context.lead, context).flatten(-2))
         k, v = k.transpose(1, 2), v.transpose(1, 2)
-        b, t = q.shape[:2]
-        if not context.past and t >= FUSED_FROM:
+        if not context.past and context.at is None and q.shape[1] >= FUSED_FROM:
             p = self.drop.p if self.training else 0.0
             y = F.scaled_dot_product_attention(
                 q.transpose(1, 2), k, v, dropout_p=p, is_causal=True, enable_gqa=self.kv_heads < self.heads
@@ -177,19 +207,25 @@ class Attention(nn.Module):
             y = attend(q, [*parts, (k, v)], context.bias, self.drop)
         if context.keep is not None:
             context.keep.put(layer, k, v)
-        return self.o(y.reshape(b, t, -1))
+        return self.o(y.flatten(-2))
 
-    def _behind(self, q: Tensor, k: Tensor, v: Tensor, lead: Lead, bias: Tensor | None) -> Tensor:
-        """The lead among itself, each row over the lead and itself; q [N, H, D], k and v [N, K, D] -> [N, H, D]."""
+    def _behind(self, q: Tensor, k: Tensor, v: Tensor, lead: Lead, context: Context) -> Tensor:
+        """The lead among itself, each row over the lead and itself; q [N, H, D], k and v [N, K, D] -> [N, H, D].
+
+        Where only some positions are wanted, q is [B, M, H, D] and so is the result.
+        """
 
         def apart(x: Tensor) -> tuple[Tensor, Tensor]:
             first, rest = x.split([lead.p, lead.b * lead.t])
             return first[None], rest.unflatten(0, (lead.b, lead.t))
 
-        (q1, q2), (k1, k2), (v1, v2) = apart(q), apart(k), apart(v)
+        (k1, k2), (v1, v2) = apart(k), apart(v)
         before, own = (k1.transpose(1, 2), v1.transpose(1, 2)), (k2.transpose(1, 2), v2.transpose(1, 2))
+        if context.at is not None:
+            return attend(q, [before, own], context.bias, self.drop)
+        q1, q2 = apart(q)
         y1 = attend(q1, [before], lead.bias, self.drop)
-        y2 = attend(q2, [before, own], bias, self.drop)
+        y2 = attend(q2, [before, own], context.bias, self.drop)
         return torch.cat([y1.flatten(0, 1), y2.flatten(0, 1)])
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graftlm.models.attention import Context, Lead, Segment, causal_bias, score_bias
+from graftlm.models.gradients import HeadLoss
 from graftlm.models.layers import Dropout, Embedding, Linear
 
 ROLES = ("q", "k", "v", "o", "up", "gate", "down")
@@ -55,6 +56,8 @@ class Shape:
 class CausalLM(nn.Module):
     """A decoder-only language model; `gpt2.GPT2` and `llama.Llama` fill in the parts."""
 
+    fused = True
+
     def __init__(self, shape: Shape, blocks: Sequence[nn.Module], norm: nn.Module) -> None:
         super().__init__()
         self.shape = shape
@@ -81,6 +84,12 @@ class CausalLM(nn.Module):
             if type(module) is Dropout and not name.endswith("lora_drop"):
                 module.p = p
 
+    def set_fused(self, fused: bool) -> None:
+        """Whether modules use gradients written out by hand, or autograd's own; the same numbers but for rounding."""
+        for module in self.modules():
+            if hasattr(module, "fused"):
+                vars(module)["fused"] = fused
+
     def place(self, x: Tensor, positions: Tensor) -> Tensor:
         """Add learned positions to the embedded tokens, where a family has them."""
         return x
@@ -89,41 +98,91 @@ class CausalLM(nn.Module):
         """Cosine and sine of the positions, where a family rotates."""
         return None
 
-    def hidden(self, ids: Tensor, past: Sequence[Segment] = (), keep: Segment | None = None) -> Tensor:
-        """[B, T] ids behind `past` -> [B, T, d] after the last norm; the new keys and values go to `keep`."""
+    def hidden(
+        self, ids: Tensor, past: Sequence[Segment] = (), keep: Segment | None = None, at: Tensor | None = None
+    ) -> Tensor:
+        """[B, T] ids behind `past` -> [B, T, d] after the last norm; the new keys and values go to `keep`.
+
+        With `at` [B, M], positions in each row: [B, M, d], the same as all of them indexed with `at`; in the last layer
+        all that follows keys and values is then computed there only.
+        """
         t = ids.shape[1]
         positions = torch.arange(t, device=ids.device)
         for segment in past:
             start = segment.start
             positions = positions + (start if isinstance(start, int) else start[:, None])
         context = Context(past, keep, self.rope(positions), score_bias(past, t, ids.device, self.dtype))
-        x = self.drop(self.place(self.embed.look_up(ids, self.dtype), positions))
-        for layer, block in enumerate(self.blocks):
-            x = block(x, layer, context)
-        return self.norm(x)
+        return self.norm(self._walk(self._embedded(ids, positions), context, at))
 
-    def hidden_behind(self, lead: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def hidden_behind(
+        self,
+        lead: Tensor,
+        ids: Tensor,
+        at: Tensor | None = None,
+        below: tuple[int, Tensor] | None = None,
+    ) -> tuple[Tensor | None, Tensor]:
         """[1, P] ids that stand before every row of [B, T] ids -> [P, d] and [B, T, d] after the last norm.
 
         The same as a pass over `lead` kept in a Segment and one over `ids` behind it, but side by side in one flat
         [P + B T, d], so that each layer's products are one, and large: half the calls, no thin matrices.
+
+        With `at` [B, M]: None and [B, M, d], as in `hidden`. With `below` = (L, x): the first L blocks are not run, x
+        is what `lower(lead, ids, L)` gives.
         """
+        (p, (b, t)) = (lead.shape[1], ids.shape)
+        context = self._behind(lead, ids)
+        first, x = below if below is not None else (0, self.lower(lead, ids, 0))
+        if p == 0:
+            x = x.unflatten(0, (b, t))
+        x = self.norm(self._walk(x, context, at, first))
+        if p == 0 or at is not None:
+            return None, x
+        own, rest = x.split([p, b * t])
+        return own, rest.unflatten(0, (b, t))
+
+    def lower(self, lead: Tensor, ids: Tensor, layers: int) -> Tensor:
+        """[1, P] and [B, T] ids -> what enters block `layers`: [P + B T, d], the lead first, P may be 0."""
         (p, (b, t)), device = (lead.shape[1], ids.shape), ids.device
-        positions = torch.cat([torch.arange(p, device=device), torch.arange(p, p + t, device=device).repeat(b)])
+        x = self._embedded(torch.cat([lead.flatten(), ids.flatten()]), _positions(p, b, t, device))
+        if layers:
+            context = self._behind(lead, ids)
+            x = self._walk(x if p else x.unflatten(0, (b, t)), context, None, 0, layers)
+        return x if x.dim() == 2 else x.flatten(0, 1)
+
+    def _behind(self, lead: Tensor, ids: Tensor) -> Context:
+        """The context of a flat [P + B T, d], or of [B, T, d] where P is 0."""
+        (p, (b, t)), device = (lead.shape[1], ids.shape), ids.device
+        if p == 0:
+            positions = torch.arange(t, device=device)
+            return Context(rope=self.rope(positions), bias=causal_bias(t, device, self.dtype))
         bias = F.pad(causal_bias(t, device, self.dtype), (p, 0))
         parts = Lead(p, b, t, causal_bias(p, device, self.dtype))
-        context = Context(rope=self.rope(positions), bias=bias, lead=parts)
-        x = self.embed.look_up(torch.cat([lead.flatten(), ids.flatten()]), self.dtype)
-        x = self.drop(self.place(x, positions))
-        for layer, block in enumerate(self.blocks):
-            x = block(x, layer, context)
-        first, rest = self.norm(x).split([p, b * t])
-        return first, rest.unflatten(0, (b, t))
+        return Context(rope=self.rope(_positions(p, b, t, device)), bias=bias, lead=parts)
+
+    def _embedded(self, ids: Tensor, positions: Tensor) -> Tensor:
+        return self.drop(self.place(self.embed.look_up(ids, self.dtype), positions))
+
+    def _walk(self, x: Tensor, context: Context, at: Tensor | None, first: int = 0, end: int | None = None) -> Tensor:
+        """Through the blocks first … end - 1; in the model's last one, what follows keys and values at `at` only."""
+        end = len(self.blocks) if end is None else end
+        for layer in range(first, end):
+            if at is not None and layer == len(self.blocks) - 1:
+                context = context.only(at)
+            x = self.blocks[layer](x, layer, context)
+        return x
 
     def logits(self, h: Tensor) -> Tensor:
         """[..., d] -> [..., V] in float32 (float64 stays float64)."""
         weight = self.embed.weight if self.head is None else self.head.weight
         return F.linear(h, weight.to(h.dtype)).to(torch.promote_types(h.dtype, torch.float32))
+
+    def loss(self, h: Tensor, rows: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """The sum of weights[k] * -log p(targets[k] | h[rows[k]]): h [N, d], the rest [K]; float32 or wider."""
+        if self.fused:
+            head = self.embed.weight if self.head is None else self.head.weight
+            return HeadLoss.apply(h, head, rows, targets, weights)
+        log_p = self.logits(h).log_softmax(-1)
+        return -(log_p[rows, targets] * weights.to(log_p.dtype)).sum()
 
     def forward(
         self,
@@ -133,5 +192,28 @@ class CausalLM(nn.Module):
         at: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, T, V], or [N, V] at the flat positions `at` [N] (row * T + token)."""
-        h = self.hidden(ids, past, keep)
-        return self.logits(h if at is None else h.flatten(0, 1)[at])
+        if at is None:
+            return self.logits(self.hidden(ids, past, keep))
+        where, pick = by_row(at, *ids.shape)
+        return self.logits(self.hidden(ids, past, keep, where).flatten(0, 1)[pick])
+
+
+def by_row(at: Tensor, b: int, t: int) -> tuple[Tensor, Tensor]:
+    """Flat positions [N] in [B, T] -> (the same row by row [B, M], where each of the N is in that, flat [N]).
+
+    M is the most that one row has; rows with fewer are filled up with their position 0.
+    """
+    rows = at // t
+    counts = torch.bincount(rows, minlength=b)
+    order = rows.argsort(stable=True)
+    slots = torch.empty_like(at)
+    slots[order] = torch.arange(len(at), device=at.device) - (counts.cumsum(0) - counts)[rows[order]]
+    m = int(counts.max())
+    where = torch.zeros(b, m, dtype=torch.long, device=at.device)
+    where[rows, slots] = at % t
+    return where, rows * m + slots
+
+
+def _positions(p: int, b: int, t: int, device: torch.device) -> Tensor:
+    """0 … P-1 and then P … P+T-1 for each of B rows: [P + B T]."""
+    return torch.cat([torch.arange(p, device=device), torch.arange(p, p + t, device=device).repeat(b)])

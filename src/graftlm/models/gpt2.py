@@ -39,8 +39,8 @@ class Block(nn.Module):
         self.drop = Dropout()
 
     def forward(self, x: Tensor, layer: int, context: Context) -> Tensor:
-        """[B, T, d] -> [B, T, d]."""
-        x = x + self.drop(self.attn(self.norm1(x), layer, context))
+        """[B, T, d] -> [B, T, d], or whatever else `context` says x is."""
+        x = context.wanted(x) + self.drop(self.attn(self.norm1(x), layer, context))
         return x + self.drop(self.mlp(self.norm2(x)))
 
 

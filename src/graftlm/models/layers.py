@@ -6,11 +6,13 @@ base's dtype; each forward casts the weight to the dtype of its input (no copy w
 Letters: N tokens, d width, H heads, D width of a head.
 """
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from graftlm.models import gradients
 
 
 class Linear(nn.Linear):
@@ -19,6 +21,17 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    @staticmethod
+    def together(linears: "Sequence[Linear]", x: Tensor) -> list[Tensor]:
+        """Each linear of the same x. A method whose linears can share work does so in its own subclass."""
+        return [linear(x) for linear in linears]
+
+
+def project(x: Tensor, *linears: Linear) -> list[Tensor]:
+    """What `linears` make of the same x, by the rule of the first that is not plain."""
+    kind = next((type(linear) for linear in linears if type(linear) is not Linear), Linear)
+    return kind.together(linears, x)
 
 
 class Embedding(nn.Embedding):
@@ -40,6 +53,8 @@ class LayerNorm(nn.LayerNorm):
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation (Zhang & Sennrich 2019): w * x / sqrt(mean(x^2) + eps)."""
 
+    fused = True
+
     def __init__(self, d: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(d))
@@ -47,36 +62,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] -> [..., d]. The statistics are float32 (float64 for float64 inputs)."""
-        return _RMSNorm.apply(x, self.weight.to(x.dtype), self.eps)
-
-
-class _RMSNorm(torch.autograd.Function):
-    """RMSNorm with its gradient written out: a third of the passes over memory that autograd's own would make.
-
-    With s = 1 / sqrt(mean(x^2) + eps) and n = s x:   dw = sum(g n),   dx = s (g w - n mean(g w n)).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        exact = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)
-        s = torch.rsqrt(norm.square() / x.shape[-1] + eps)
-        n = (x * s).to(x.dtype)
-        ctx.save_for_backward(n, weight, s)
-        return n * weight
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (g,) = grads
-        n, weight, s = ctx.saved_tensors
-        gn = g * weight
-        dx = dw = None
-        if ctx.needs_input_grad[0]:
-            mean = (gn * n).mean(dim=-1, keepdim=True, dtype=s.dtype)
-            dx = torch.addcmul(gn, n, mean.to(n.dtype), value=-1).mul_(s.to(n.dtype))
-        if ctx.needs_input_grad[1]:
-            dw = (g * n).flatten(0, -2).sum(0)
-        return dx, dw, None
+        if self.fused:
+            return gradients.RMSNorm.apply(x, self.weight.to(x.dtype), self.eps)
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        n = exact * torch.rsqrt(exact.square().mean(dim=-1, keepdim=True) + self.eps)
+        return n.to(x.dtype) * self.weight.to(x.dtype)
 
 
 class Dropout(nn.Module):
@@ -94,19 +84,27 @@ class Dropout(nn.Module):
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """Dropout of x with probability p, rounded to a multiple of 2^-16 on a CPU.
-
-    PyTorch's CPU kernel draws a 64-bit number for each element, one after the other, which takes long; here
-    each draw of 64 bits serves four elements.
-    """
+    """Dropout of x with probability p, rounded to a multiple of 2^-16 on a CPU."""
     if x.device.type != "cpu":
         return F.dropout(x, p)
+    kept, scale = keep_mask(x, p)
+    return x if kept is None else x * kept.to(x.dtype).mul_(scale)
+
+
+def keep_mask(x: Tensor, p: float) -> tuple[Tensor | None, float]:
+    """Which elements of x dropout keeps (bool; None: all), and what it multiplies them by.
+
+    PyTorch's CPU kernel draws a 64-bit number for each element, one after the other, which takes long; on a CPU
+    each draw of 64 bits serves four elements here, and p is rounded to a multiple of 2^-16.
+    """
+    if x.device.type != "cpu":
+        return (torch.rand(x.shape, device=x.device) >= p, 1 / (1 - p)) if p else (None, 1.0)
     drop_below = round(p * 65536)
     if drop_below == 0:
-        return x
+        return None, 1.0
     draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     kept = draws.view(torch.int16)[: x.numel()].view(x.shape) >= drop_below - 32768
-    return x * kept.to(x.dtype).mul_(65536 / (65536 - drop_below))
+    return kept, 65536 / (65536 - drop_below)
 
 
 def rope_table(positions: Tensor, inverse_frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -115,33 +113,13 @@ def rope_table(positions: Tensor, inverse_frequencies: Tensor, dtype: torch.dtyp
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, fused: bool = True) -> Tensor:
     """Rotate the pairs (x_i, x_{i + D/2}) of each head by their position's angles.
 
     x [B, T, H, D]; cos, sin [T, D/2] or [B, T, D/2]. Or x [N, H, D] and cos, sin [N, D/2].
     """
-    return _Rotate.apply(x, cos.unsqueeze(-2), sin.unsqueeze(-2))
-
-
-class _Rotate(torch.autograd.Function):
-    """A rotation; its gradient is the rotation back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (g,) = grads
-        cos, sin = ctx.saved_tensors
-        return _rotated(g, cos, -sin), None, None
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    x1, x2 = x[..., :half], x[..., half:]
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    torch.sub(x1 * cos, x2 * sin, out=y[..., :half])
-    torch.add(x2 * cos, x1 * sin, out=y[..., half:])
-    return y
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    if fused:
+        return gradients.Rotate.apply(x, cos, sin)
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)

@@ -14,11 +14,14 @@ from torch import Tensor, nn
 
 from graftlm.models.attention import Attention, Context
 from graftlm.models.base import CausalLM, Shape
-from graftlm.models.layers import Dropout, Linear, RMSNorm, rope_table
+from graftlm.models.gradients import Gated
+from graftlm.models.layers import Dropout, Linear, RMSNorm, project, rope_table
 
 
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    fused = True
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -28,7 +31,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, d] -> [B, T, d]."""
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        gate, up = project(x, self.gate, self.up)
+        return self.down(Gated.apply(gate, up) if self.fused else F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -43,8 +47,8 @@ class Block(nn.Module):
         self.drop = Dropout()
 
     def forward(self, x: Tensor, layer: int, context: Context) -> Tensor:
-        """[B, T, d] -> [B, T, d]."""
-        x = x + self.drop(self.attn(self.norm1(x), layer, context))
+        """[B, T, d] -> [B, T, d], or whatever else `context` says x is."""
+        x = context.wanted(x) + self.drop(self.attn(self.norm1(x), layer, context))
         return x + self.drop(self.mlp(self.norm2(x)))
 
 

@@ -188,12 +188,15 @@ def sample(items: Sequence[Texted], limit: int) -> list[Texted]:
 # ------------------------------------------------------------------------------------------------ batches
 
 
-def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+def epoch_batches(
+    lengths: Sequence[int], batch_size: int, seed: int, epoch: int, buckets: bool = True
+) -> list[list[int]]:
     """The batches of one epoch, as indices into `lengths` [tokens]: every index once, equal lengths together.
 
     A pure function of its arguments, so that a resumed run needs to remember only how many steps it made. Shuffled,
     then sorted by length within windows of 64 batches (ties stay shuffled), cut into batches, and the batches
-    shuffled. The last batch of the last window holds what is left over, and may come at any place.
+    shuffled. The last batch of the last window holds what is left over, and may come at any place. Without `buckets`
+    nothing is sorted.
     """
     assert batch_size >= 1
     # Only raw random numbers are taken from numpy: its shuffles may change between releases, these may not.
@@ -203,7 +206,8 @@ def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int
     batches: list[list[int]] = []
     for start in range(0, len(order), WINDOW * batch_size):
         window = order[start : start + WINDOW * batch_size]
-        window = window[np.argsort(sizes[window], kind="stable")]
+        if buckets:
+            window = window[np.argsort(sizes[window], kind="stable")]
         batches += [window[n : n + batch_size].tolist() for n in range(0, len(window), batch_size)]
     return [batches[n] for n in np.argsort(random(len(batches)), kind="stable")]
 

@@ -13,14 +13,13 @@ Letters: B rows, T longest row in tokens behind the P shared ones, N targets, V 
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from graftlm.models.base import CausalLM
+from graftlm.models.base import CausalLM, by_row
 from graftlm.text.data import Example, common_prefix
 
 Objective = Callable[[CausalLM, "Batch"], Tensor]
@@ -34,23 +33,33 @@ class Batch:
     """[1, P] tokens that stand before every row; P may be 0."""
     ids: Tensor
     """[B, T] each row's own tokens, without its last, which nothing follows."""
-    at: Tensor
-    """[N] flat positions in `ids` whose next token is a target."""
+    at: Tensor | None
+    """[B, M] the positions of each row whose next token is a target, filled up with 0; None: every position."""
+    pick: Tensor
+    """[N] where the targets' positions are in `at`, or in `ids` where that is None; flat."""
     targets: Tensor
     """[N] those next tokens."""
     weight: int
     """Target tokens of all rows, the shared ones counted once for each row."""
     tokens: int
     """Tokens of all rows as the data has them: shared and repeated, last and first, no padding."""
+    everywhere: bool = False
+    """Whether the head runs at every position, also where there is no target: the plain way."""
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
-        shared, ids, at, targets = (t.to(device) for t in (self.shared, self.ids, self.at, self.targets))
-        return Batch(shared, ids, at, targets, self.weight, self.tokens)
+        at = None if self.at is None else self.at.to(device)
+        shared, ids, pick, targets = (t.to(device) for t in (self.shared, self.ids, self.pick, self.targets))
+        return replace(self, shared=shared, ids=ids, at=at, pick=pick, targets=targets)
 
 
-def make_batch(examples: Sequence[Example], loss_on: Literal["completion", "all"], share: bool = True) -> Batch:
-    """The batch of these examples; with `share`, their longest common prompt prefix is taken out (when P >= 4)."""
+def make_batch(
+    examples: Sequence[Example], loss_on: Literal["completion", "all"], share: bool = True, targets_only: bool = True
+) -> Batch:
+    """The batch of these examples; with `share`, their longest common prompt prefix is taken out (when P >= 4).
+
+    With `targets_only`, what follows the last layer's keys and values is computed only where there is a target.
+    """
     p = common_prefix([e.prompt_ids for e in examples]) if share and len(examples) > 1 else 0
     p = p if p >= 4 else 0  # the attention of its own costs more than a few tokens do
     rows = [(*e.prompt_ids[p:], *e.completion_ids) for e in examples]
@@ -66,56 +75,73 @@ def make_batch(examples: Sequence[Example], loss_on: Literal["completion", "all"
     shared = torch.tensor(examples[0].prompt_ids[:p], dtype=torch.long)[None]
     # loss_on all: the shared tokens but the first, and each row's own first token, which the last shared one predicts.
     weight = len(targets) + (p * len(rows) if loss_on == "all" else 0)
+    pick = torch.tensor(at, dtype=torch.long)
+    where = None
+    if loss_on == "completion" and targets_only:
+        where, pick = by_row(pick, *ids.shape)
     return Batch(
         shared,
         ids,
-        torch.tensor(at, dtype=torch.long),
+        where,
+        pick,
         torch.tensor(targets, dtype=torch.long),
         weight=weight,
         tokens=sum(p + len(row) for row in rows),
+        everywhere=not targets_only,
     )
 
 
 def make_batches(
-    examples: Sequence[Example], loss_on: Literal["completion", "all"], share: bool = True, most_tokens: int = 0
+    examples: Sequence[Example],
+    loss_on: Literal["completion", "all"],
+    share: bool = True,
+    most_tokens: int = 0,
+    targets_only: bool = True,
 ) -> list[Batch]:
     """The examples as one batch, or, where `ids` would have more than `most_tokens`, as several of about equal size.
 
     Their losses, and so their gradients, add up to the one batch's. 0 is no bound; a single row is never split.
     """
-    whole = make_batch(examples, loss_on, share)
+    whole = make_batch(examples, loss_on, share, targets_only)
     if whole.ids.numel() <= most_tokens or not most_tokens:
         return [whole]
     fit = max(1, most_tokens // whole.ids.shape[1])
     parts = math.ceil(len(examples) / fit)
     rows = math.ceil(len(examples) / parts)  # as even as can be: a small last part would waste its pass
-    return [make_batch(examples[i : i + rows], loss_on, share) for i in range(0, len(examples), rows)]
+    return [make_batch(examples[i : i + rows], loss_on, share, targets_only) for i in range(0, len(examples), rows)]
 
 
-def _read(model: CausalLM, batch: Batch) -> tuple[Tensor | None, Tensor]:
-    """The shared tokens' hidden states [P, d] (None without) and those at the targets [N, d]."""
-    if batch.shared.shape[1] == 0:
-        return None, model.hidden(batch.ids).flatten(0, 1)[batch.at]
-    shared, h = model.hidden_behind(batch.shared, batch.ids)
-    return shared, h.flatten(0, 1)[batch.at]
+def _read(model: CausalLM, batch: Batch) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Hidden states of the shared tokens [P, d] (None: not asked for), of the rows [R, d], and pick [N] in those."""
+    shared, h = model.hidden_behind(batch.shared, batch.ids, batch.at)
+    h = h.flatten(0, 1)
+    if batch.everywhere:
+        return shared, h, batch.pick
+    return shared, h[batch.pick], torch.arange(len(batch.pick), device=h.device)
 
 
 def completion(model: CausalLM, batch: Batch) -> Tensor:
     """Sum of the completion tokens' losses; the batch was made with loss_on="completion"."""
-    _, h = _read(model, batch)
-    return F.cross_entropy(model.logits(h), batch.targets, reduction="sum")
+    _, h, pick = _read(model, batch)
+    return model.loss(h, pick, batch.targets, torch.ones(len(pick), device=h.device))
 
 
 def all_tokens(model: CausalLM, batch: Batch) -> Tensor:
     """Sum of all tokens' losses; the batch was made with loss_on="all"."""
-    shared, h = _read(model, batch)
-    loss = F.cross_entropy(model.logits(h), batch.targets, reduction="sum")
+    shared, h, pick = _read(model, batch)
+    ones = torch.ones(len(pick), device=h.device)
     if shared is None:
-        return loss
-    log_p = model.logits(shared).log_softmax(-1)  # [P, V]
-    rows = batch.ids.shape[0]
-    inside = F.nll_loss(log_p[:-1], batch.shared[0, 1:], reduction="sum")
-    return loss + rows * inside - log_p[-1, batch.ids[:, 0]].sum()
+        return model.loss(h, pick, batch.targets, ones)
+    # Each shared token is predicted by the one before it, once for every row; and the last one predicts what each
+    # row begins with.
+    rows, p, begins = batch.ids.shape[0], len(shared), batch.ids[:, 0]
+    inside = torch.arange(p - 1, device=h.device)
+    return model.loss(
+        torch.cat([shared, h]),
+        torch.cat([inside, torch.full_like(begins, p - 1), p + pick]),
+        torch.cat([batch.shared[0, 1:], begins, batch.targets]),
+        torch.cat([torch.full((p - 1,), float(rows), device=h.device), torch.ones(rows, device=h.device), ones]),
+    )
 
 
 OBJECTIVES: dict[str, Objective] = {"completion": completion, "all": all_tokens}

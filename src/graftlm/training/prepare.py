@@ -73,7 +73,10 @@ def prepare(config: TrainConfig, given: Set[str] | None = None) -> Prepared:
     )
     template = load_template(config.template, config.labels)
     device = pick_device(config.device)
-    dtype, reason = pick_dtype(config.dtype, device)
+    if previous is not None and config.dtype == "auto":  # what auto found then, so that the bits go on
+        dtype, reason = pick_dtype(previous["dtype"], device)[0], previous["dtype_reason"]
+    else:
+        dtype, reason = pick_dtype(config.dtype, device)
     folder = model_folder(config.init_from)
     data = load_dataset(
         config.data, config.val, config.test, config.text_field, config.label_field, labels=template.labels
@@ -91,6 +94,7 @@ def prepare(config: TrainConfig, given: Set[str] | None = None) -> Prepared:
     notes = [*data.notes, *preflight(examples, template, tokenizer, max_length, cut)]
     method.install(model, torch.Generator().manual_seed(config.seed))
     model.set_dropout(config.dropout)
+    model.set_fused(config.fused)
     if config.micro_tokens is None:
         config = replace(config, micro_tokens=CPU_TOKENS if device.type == "cpu" else 0)
     config = _resolved(config, method, len(examples["train"]), max_length)

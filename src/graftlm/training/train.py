@@ -93,7 +93,7 @@ def batch_stream(lengths: list[int], config: TrainConfig, first: int) -> Iterato
     per_epoch = math.ceil(len(lengths) / config.batch_size)
     epoch, skip = divmod(first, per_epoch)
     while True:
-        yield from epoch_batches(lengths, config.batch_size, config.seed, epoch)[skip:]
+        yield from epoch_batches(lengths, config.batch_size, config.seed, epoch, config.buckets)[skip:]
         epoch, skip = epoch + 1, 0
 
 
@@ -234,7 +234,7 @@ class Trainer:
         began, config = time.perf_counter(), self.config
         torch.manual_seed(config.seed * 1_000_003 + step)  # dropout masks
         examples = self.prepared.train
-        how = (config.loss_on, config.shared_prefix, config.micro_tokens or 0)
+        how = (config.loss_on, config.shared_prefix, config.micro_tokens or 0, config.target_positions)
         made = [part for b in batches for part in make_batches([examples[i] for i in b], *how)]
         weight = sum(batch.weight for batch in made)
         total = 0.0

@@ -1,0 +1,35 @@
+"""The device and the number format are picked by what the machine does, and the reason is told."""
+
+import pytest
+import torch
+
+from graftlm.errors import InputError
+from graftlm.exchange import device
+
+
+@pytest.mark.parametrize(("float32", "bfloat16"), [(3.0, 1.0), (1.0, 2.0)])
+def test_auto_takes_the_format_that_is_multiplied_faster(
+    float32: float, bfloat16: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = {torch.float32: float32, torch.bfloat16: bfloat16}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(device, "_product_seconds", seconds.__getitem__)
+    dtype, reason = device.pick_dtype("auto", torch.device("cpu"))
+    assert dtype == min(seconds, key=seconds.__getitem__)
+    assert f"{max(seconds.values()) / min(seconds.values()):.1f} times as fast" in reason
+
+
+def test_auto_is_float32_without_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    dtype, reason = device.pick_dtype("auto", torch.device("cpu"))
+    assert dtype == torch.float32 and "no native bfloat16" in reason
+
+
+def test_the_probe_times_a_product() -> None:
+    assert device._product_seconds(torch.float32, width=64, tries=2) > 0
+
+
+def test_what_is_asked_for_is_not_second_guessed() -> None:
+    assert device.pick_dtype("bfloat16", torch.device("cpu")) == (torch.bfloat16, "asked for")
+    with pytest.raises(InputError, match="unknown --dtype 'int8'"):
+        device.pick_dtype("int8", torch.device("cpu"))
