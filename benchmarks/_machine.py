@@ -5,9 +5,11 @@ subtracts the CPU seconds of the child (and of this process) from all CPU second
 others, stolen time included. No torch here: the process that starts and watches the runs should itself stay small.
 """
 
+import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -56,6 +58,26 @@ def peak_rss_mb() -> float:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024 / 1e6
     raise RuntimeError("/proc/self/status has no VmHWM line")
+
+
+PEAKS = """
+import json, time, torch
+peaks = {}
+for dtype in (torch.float32, torch.bfloat16):
+    x, seconds = torch.ones(2048, 2048, dtype=dtype), []
+    for _ in range(8):
+        began = time.perf_counter()
+        x @ x
+        seconds.append(time.perf_counter() - began)
+    peaks[str(dtype).removeprefix("torch.")] = 2 * 2048**3 / min(seconds[1:]) / 1e9
+print(json.dumps(peaks))
+"""
+
+
+def matrix_peaks(folder: Path) -> dict[str, float]:
+    """GFLOP/s of a product of two matrices of 2,048 in float32 and bfloat16, the best of seven, all cores."""
+    done = subprocess.run([sys.executable, "-c", PEAKS], cwd=folder, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
 
 
 def busy_seconds(stat: str, ticks_per_second: int) -> float:

@@ -20,7 +20,8 @@ from _machine import peak_rss_mb
 if TYPE_CHECKING:
     import torch
 
-PRECISIONS = ("autocast", "autocast-fp32-base", "bf16")
+PRECISIONS = ("fp32", "autocast", "autocast-fp32-base", "bf16")
+TRL_PRECISIONS = ("fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,11 @@ class Job:
     warmup: int
     untimed_steps: int
     precision: str
+    trl_precision: str
+    loss_on: str
     seed: int
+    trial: bool = False
+    """A few steps to see which number format is fastest here: no validation behind them."""
 
 
 class Encoded(NamedTuple):
@@ -80,8 +85,11 @@ def encode(rows: Sequence[dict[str, str]], tokenizer: Any) -> list[Encoded]:
     return [Encoded(p, [*c, tokenizer.eos_token_id]) for p, c in zip(prompts, completions, strict=True)]
 
 
-def collate(rows: Sequence[Encoded]) -> Batch:
-    """Pad on the right (causal attention makes that invisible, no mask needed); point at the targets' predecessors."""
+def collate(rows: Sequence[Encoded], loss_on: str = "completion") -> Batch:
+    """Pad on the right (causal attention makes that invisible, no mask needed); point at the targets' predecessors.
+
+    The targets are the completion, or with loss_on "all" every token but the first.
+    """
     import torch
 
     width = max(row.length for row in rows)
@@ -90,17 +98,17 @@ def collate(rows: Sequence[Encoded]) -> Batch:
     targets: list[int] = []
     for b, row in enumerate(rows):
         ids[b, : row.length] = torch.tensor(row.prompt + row.completion)
-        first = b * width + len(row.prompt) - 1
-        at.extend(range(first, first + len(row.completion)))
-        targets.extend(row.completion)
+        first = len(row.prompt) if loss_on == "completion" else 1
+        at.extend(range(b * width + first - 1, b * width + row.length - 1))
+        targets.extend((row.prompt + row.completion)[first:])
     return Batch(ids, torch.tensor(at), torch.tensor(targets))
 
 
-def length_batches(rows: Sequence[Encoded], batch_size: int) -> Iterator[Batch]:
+def length_batches(rows: Sequence[Encoded], batch_size: int, loss_on: str = "completion") -> Iterator[Batch]:
     """Batches of similar length, shortest first."""
     ordered = sorted(rows, key=lambda row: row.length)
     for start in range(0, len(ordered), batch_size):
-        yield collate(ordered[start : start + batch_size])
+        yield collate(ordered[start : start + batch_size], loss_on)
 
 
 def summed_loss(causal_lm: Any, batch: Batch) -> "torch.Tensor":
@@ -112,14 +120,15 @@ def summed_loss(causal_lm: Any, batch: Batch) -> "torch.Tensor":
     return cross_entropy(logits.float(), batch.targets, reduction="sum")
 
 
-def validation_loss(causal_lm: Any, rows: Sequence[Encoded], batch_size: int) -> float:
-    """Mean loss of all target tokens of `rows`, in bf16 as trained."""
+def validation_loss(causal_lm: Any, rows: Sequence[Encoded], job: Job, precision: str) -> float:
+    """Mean loss of all target tokens of `rows`, in the number format of the training."""
     import torch
 
     causal_lm.eval()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        total = sum(summed_loss(causal_lm, batch).item() for batch in length_batches(rows, batch_size))
-    return total / sum(len(row.completion) for row in rows)
+    batches = list(length_batches(rows, job.batch_size, job.loss_on))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32"):
+        total = sum(summed_loss(causal_lm, batch).item() for batch in batches)
+    return total / sum(len(batch.targets) for batch in batches)
 
 
 def speed(ends: Sequence[float], job: Job) -> dict[str, float]:
@@ -133,13 +142,14 @@ def speed(ends: Sequence[float], job: Job) -> dict[str, float]:
     return {"examples": len(ends) * job.batch_size, "seconds": seconds, "examples_per_s": examples / seconds}
 
 
-def _result(job: Job, ends: Sequence[float], causal_lm: Any, tokenizer: Any) -> dict[str, float]:
+def _result(job: Job, ends: Sequence[float], causal_lm: Any, tokenizer: Any, precision: str) -> dict[str, Any]:
     """Memory is read before validation, so that a peer is charged for training alone."""
-    peak = peak_rss_mb()
-    validation = encode(load_examples(job, "validation"), tokenizer)
-    loss = validation_loss(causal_lm, validation, job.batch_size)
-    trainable = sum(p.numel() for p in causal_lm.parameters() if p.requires_grad)
-    return {**speed(ends, job), "peak_rss_mb": peak, "val_loss": loss, "trainable": trainable}
+    figures: dict[str, Any] = {**speed(ends, job), "precision": precision, "peak_rss_mb": peak_rss_mb()}
+    if not job.trial:
+        validation = encode(load_examples(job, "validation"), tokenizer)
+        figures["val_loss"] = validation_loss(causal_lm, validation, job, precision)
+    figures["trainable"] = sum(p.numel() for p in causal_lm.parameters() if p.requires_grad)
+    return figures
 
 
 def _lora(job: Job) -> Any:
@@ -154,10 +164,11 @@ def _lora(job: Job) -> Any:
     )
 
 
-def run_trl(job: Job) -> dict[str, float]:
+def run_trl(job: Job) -> dict[str, Any]:
     """SFTTrainer as its documentation has a user run it; only what the comparison fixes is set, the rest is default.
 
-    Defaults include activation checkpointing and bf16 mixed precision. Timed by a callback at the end of every step.
+    Defaults include activation checkpointing and bf16 mixed precision; the latter is switched off where float32 is
+    faster on this machine. Timed by a callback at the end of every step.
     """
     import torch
     from datasets import Dataset
@@ -175,13 +186,16 @@ def run_trl(job: Job) -> dict[str, float]:
 
     tokenizer = load_tokenizer(job)
     trainer = SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.bfloat16),
+        model=AutoModelForCausalLM.from_pretrained(
+            job.model, dtype=torch.bfloat16 if job.trl_precision == "bf16" else torch.float32
+        ),
         args=SFTConfig(
             output_dir="trl-run",
             use_cpu=True,
             per_device_train_batch_size=job.batch_size,
-            num_train_epochs=1,
-            completion_only_loss=True,
+            max_steps=job.steps,
+            bf16=job.trl_precision == "bf16",
+            completion_only_loss=job.loss_on == "completion",
             train_sampling_strategy="group_by_length",
             learning_rate=job.lr,
             lr_scheduler_type="cosine",
@@ -197,14 +211,14 @@ def run_trl(job: Job) -> dict[str, float]:
     )
     trainer.train()
     model: Any = trainer.model
-    return _result(job, ends, model.get_base_model(), tokenizer)
+    return _result(job, ends, model.get_base_model(), tokenizer, job.trl_precision)
 
 
-def run_peft(job: Job) -> dict[str, float]:
+def run_peft(job: Job) -> dict[str, Any]:
     """A plain PEFT loop with what makes it fast on a CPU; timed at the end of every step.
 
     Kept memory, no activation checkpointing, no attention mask, batches cut from all examples sorted by length (in
-    random order), the head at completion tokens only, fused AdamW, clipping.
+    random order), the head at target tokens only, fused AdamW, clipping.
     """
     from graftlm.process import keep_memory
 
@@ -216,9 +230,10 @@ def run_peft(job: Job) -> dict[str, float]:
 
     torch.manual_seed(job.seed)
     tokenizer = load_tokenizer(job)
-    batches = list(length_batches(encode(load_examples(job, "train"), tokenizer), job.batch_size))
+    batches = list(length_batches(encode(load_examples(job, "train"), tokenizer), job.batch_size, job.loss_on))
     random.Random(job.seed).shuffle(batches)
-    base_dtype = torch.float32 if job.precision == "autocast-fp32-base" else torch.bfloat16
+    base_dtype = torch.float32 if job.precision in ("autocast-fp32-base", "fp32") else torch.bfloat16
+    mixed = job.precision.startswith("autocast")
     base = AutoModelForCausalLM.from_pretrained(job.model, dtype=base_dtype)
     model: Any = get_peft_model(base, _lora(job), autocast_adapter_dtype=job.precision != "bf16")
     causal_lm = model.get_base_model()
@@ -227,8 +242,8 @@ def run_peft(job: Job) -> dict[str, float]:
     schedule = get_cosine_schedule_with_warmup(optimizer, job.warmup, job.steps)
     model.train()
     ends: list[float] = []
-    for batch in batches:
-        with torch.autocast("cpu", torch.bfloat16, enabled=job.precision != "bf16"):
+    for batch in batches[: job.steps]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
             loss = summed_loss(causal_lm, batch) / len(batch.targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -236,4 +251,4 @@ def run_peft(job: Job) -> dict[str, float]:
         schedule.step()
         optimizer.zero_grad()
         ends.append(time.perf_counter())
-    return _result(job, ends, causal_lm, tokenizer)
+    return _result(job, ends, causal_lm, tokenizer, job.precision)

@@ -1,10 +1,13 @@
 """Training speed and memory: graft against TRL's SFTTrainer and against the strongest peer, on this machine, in turn.
 
-    python benchmarks/train_vs_peers.py [--rounds 3] [--steps 40] [--only trl,peft,graft] [--json-out FILE]
+    python benchmarks/train_vs_peers.py [--loss_on all] [--rounds 3] [--steps 40] [--only peft,graft] [--json-out FILE]
 
-    trl     TRL's SFTTrainer as a user runs it (bf16, completion-only loss, grouped by length, defaults otherwise)
-    peft    the strongest peer: a hand-written PEFT loop in bf16 with every trick that needs no new mathematics
+    trl     TRL's SFTTrainer as a user runs it (grouped by length, defaults otherwise)
+    peft    the strongest peer: a hand-written PEFT loop with every trick that needs no new mathematics
     graft   `python -m graftlm train … --json` of this checkout
+
+Which number format is fastest differs from processor to processor: a few steps of each peer in each format come first,
+and the fastest is the one that is measured; graft chooses for itself, as its user would have it.
 
 All three see the same steps x batch examples once, as the same strings and tokens, and train the same LoRA. Each run is
 a process of its own, in the order A B C A B C …, so that slow drift of the machine meets all alike; ratios are formed
@@ -26,22 +29,19 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
-from statistics import median
-from typing import Any
 
-from _machine import describe, run_measured
-from _peers import PRECISIONS, Job, run_peft, run_trl
+from _machine import describe, matrix_peaks, run_measured
+from _peers import PRECISIONS, TRL_PRECISIONS, Job, run_peft, run_trl
+from _rounds import CLAIMS, CONTENDERS, Run, accepted_run, shares, summarise, table
 
 ROOT = Path(__file__).resolve().parents[1]
-CONTENDERS = ("trl", "peft", "graft")
-PAIRS = (("graft", "trl"), ("graft", "peft"), ("peft", "trl"))
 VALIDATION_EXAMPLES = 128
-SAME_LOSS = 0.05  # nats a target token by which the contenders' final losses may differ: another order, another dropout
+TRIAL_STEPS = 6
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -49,81 +49,10 @@ OFFLINE = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "WANDB_MODE": "disabled",
 }
-Run = dict[str, Any]  # one run's figures
-Round = Mapping[str, Run]  # contender -> its accepted run of this round
 
 
 class BenchmarkError(Exception):
     """A contender failed or trained something else than the others."""
-
-
-# ------------------------------------------------------------------------------------------------------- statistics
-
-
-def accepted_run(measure: Callable[[], Run], limit: float, attempts: int) -> tuple[Run | None, list[Run]]:
-    """The first of `attempts` runs with others at `limit` of the cores or less (or None), and the rejected ones."""
-    rejected: list[Run] = []
-    for _ in range(attempts):
-        run = measure()
-        if run["other_cpu_share"] <= limit:
-            return run, rejected
-        rejected.append(run)
-    return None, rejected
-
-
-def ratios(rounds: Sequence[Round], key: str, top: str, bottom: str) -> list[float]:
-    """`top`'s figure over `bottom`'s, round by round, where the round has both."""
-    return [each[top][key] / each[bottom][key] for each in rounds if top in each and bottom in each]
-
-
-def summarise(rounds: Sequence[Round]) -> dict[str, Any]:
-    """Medians of each contender, the ratios with their medians, and whether the claims hold (null: not measured)."""
-    contenders = {
-        name: {
-            key: [each[name][key] for each in rounds if name in each]
-            for key in ("examples_per_s", "peak_rss_mb", "val_loss", "other_cpu_share")
-        }
-        for name in CONTENDERS
-        if any(name in each for each in rounds)
-    }
-    medians = {name: {key: median(values) for key, values in runs.items()} for name, runs in contenders.items()}
-    compared: dict[str, dict[str, Any]] = {}
-    for top, bottom in PAIRS:
-        for key in ("examples_per_s", "peak_rss_mb"):
-            if found := ratios(rounds, key, top, bottom):
-                compared[f"{key} {top}/{bottom}"] = {"rounds": found, "median": median(found)}
-    losses = [figures["val_loss"] for figures in medians.values()]
-    return {
-        "rounds": contenders,
-        "medians": medians,
-        "ratios": compared,
-        "claims": {
-            "at least 3 times as fast as trl": _holds(compared, "examples_per_s graft/trl", lambda x: x >= 3),
-            "faster than the strongest peer": _holds(compared, "examples_per_s graft/peft", lambda x: x > 1),
-            "at most 0.65 of trl's peak memory": _holds(compared, "peak_rss_mb graft/trl", lambda x: x <= 0.65),
-            "the same loss at the end": max(losses) - min(losses) <= SAME_LOSS if len(losses) > 1 else None,
-        },
-    }
-
-
-def _holds(compared: Mapping[str, Mapping[str, Any]], ratio: str, claim: Callable[[float], bool]) -> bool | None:
-    return claim(compared[ratio]["median"]) if ratio in compared else None
-
-
-def table(summary: Mapping[str, Any]) -> str:
-    """The summary for a reader."""
-    lines = [f"{'':8}{'examples/s':>12}{'peak MB':>10}{'val loss':>10}{'others':>8}   examples/s of every round"]
-    for name, medians in summary["medians"].items():
-        each = "  ".join(f"{speed:.2f}" for speed in summary["rounds"][name]["examples_per_s"])
-        lines.append(
-            f"{name:8}{medians['examples_per_s']:12.2f}{medians['peak_rss_mb']:10.0f}{medians['val_loss']:10.4f}"
-            f"{medians['other_cpu_share']:8.1%}   {each}"
-        )
-    for name, ratio in summary["ratios"].items():
-        lines.append(f"{name:28}{ratio['median']:7.3f}   ({'  '.join(f'{x:.3f}' for x in ratio['rounds'])})")
-    words = {True: "yes", False: "NO", None: "not measured"}
-    lines += [f"{claim + '?':40}{words[holds]}" for claim, holds in summary["claims"].items()]
-    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------------------ what is trained on
@@ -167,6 +96,8 @@ def prepare(args: argparse.Namespace, work: Path) -> tuple[Job, dict[str, str]]:
         warmup=max(1, round(0.06 * args.steps)),
         untimed_steps=max(1, int(0.05 * args.steps)),
         precision=args.precision,
+        trl_precision=args.trl_precision,
+        loss_on=args.loss_on,
         seed=0,
     )
     with (model / "model.safetensors").open("rb") as weights:
@@ -194,6 +125,7 @@ def graft_command(job: Job, work: Path, out_dir: Path) -> list[str]:
         "eval_every": job.steps,
         "val_limit": 0,
         "seed": job.seed,
+        "loss_on": job.loss_on,
     }
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     return [sys.executable, "-m", "graftlm", "train", *words, "--json"]
@@ -211,6 +143,8 @@ def graft_figures(stdout: str, out_dir: Path, job: Job) -> Run:
         "peak_rss_mb": result["peak_rss_mb"],
         "val_loss": result["last"]["val_loss"],
         "trainable": result["trainable"],
+        "precision": json.loads((out_dir / "run.json").read_text(encoding="utf-8"))["dtype"],
+        "needed_gflops": result["needed_gflops"],
     }
 
 
@@ -250,6 +184,33 @@ def run_child(contender: str, job_file: Path) -> None:
     fields = json.loads(job_file.read_text(encoding="utf-8"))
     job = Job(**{**fields, "targets": tuple(fields["targets"])})
     print(json.dumps({"trl": run_trl, "peft": run_peft}[contender](job)))
+
+
+def choose(job: Job, args: argparse.Namespace, work: Path) -> tuple[Job, dict[str, float]]:
+    """The job with each peer's fastest number format on this machine, and the examples/s of every short trial."""
+    tried: dict[str, float] = {}
+    for contender, said, formats in (
+        ("peft", job.precision, PRECISIONS),
+        ("trl", job.trl_precision, TRL_PRECISIONS),
+    ):
+        if contender not in args.only or said != "best":
+            continue
+        speeds: dict[str, float] = {}
+        for name in formats:
+            trial = _in_format(
+                replace(job, steps=min(TRIAL_STEPS, job.steps), untimed_steps=1, trial=True), contender, name
+            )
+            (work / "job.json").write_text(json.dumps(asdict(trial)), encoding="utf-8")
+            run = measure(contender, trial, work, work / f"trial-{contender}-{name}")
+            speeds[name] = run["examples_per_s"]
+            print(f"trial {contender} {name}: {speeds[name]:.2f} examples/s", file=sys.stderr)
+        tried |= {f"{contender} {name}": speed for name, speed in speeds.items()}
+        job = _in_format(job, contender, max(speeds, key=speeds.__getitem__))
+    return job, tried
+
+
+def _in_format(job: Job, contender: str, name: str) -> Job:
+    return replace(job, precision=name) if contender == "peft" else replace(job, trl_precision=name)
 
 
 # ------------------------------------------------------------------------------------------------------- all of them
@@ -307,7 +268,12 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-other", type=float, default=0.03, help="share of the cores others may use (0.03)")
     parser.add_argument("--attempts", type=int, default=3, help="runs until one is quiet enough (default 3)")
     parser.add_argument("--batch-size", type=int, default=16, help="examples in a step (default 16)")
-    parser.add_argument("--precision", choices=PRECISIONS, default="autocast", help="the peft loop's bf16 (autocast)")
+    parser.add_argument(
+        "--precision", choices=(*PRECISIONS, "best"), default="best", help="the peft loop's format (the fastest)"
+    )
+    trl_formats = (*TRL_PRECISIONS, "best")
+    parser.add_argument("--trl-precision", choices=trl_formats, default="best", help="TRL's format (the fastest)")
+    parser.add_argument("--loss_on", choices=tuple(CLAIMS), default="completion", help="tokens that are trained on")
     parser.add_argument("--model", default="smollm2-135m", help="base model (default smollm2-135m)")
     parser.add_argument("--data", default="rotten-tomatoes-pypi", help="data with train, validation and test jsonl")
     parser.add_argument("--run", choices=("trl", "peft"), help=argparse.SUPPRESS)  # the child's mode
@@ -333,6 +299,9 @@ def main(words: Sequence[str] | None = None) -> int:
         work = Path(name)
         try:
             job, hashes = prepare(args, work)
+            peaks = matrix_peaks(work)
+            print("matrix peak", {name: f"{peak:.0f} GFLOP/s" for name, peak in peaks.items()}, file=sys.stderr)
+            job, trials = choose(job, args, work)
             (work / "job.json").write_text(json.dumps(asdict(job)), encoding="utf-8")
             rounds, rejected = run_rounds(args, job, work)
         except (BenchmarkError, GraftError) as error:
@@ -341,11 +310,13 @@ def main(words: Sequence[str] | None = None) -> int:
     if not any(rounds):
         print("error: no run was quiet enough; stop other work on this machine or raise --max-other", file=sys.stderr)
         return 1
-    summary = summarise(rounds)
-    print(table(summary), file=sys.stderr)
+    summary = summarise(rounds, job.loss_on)
+    summary["share_of_peak"] = shares(rounds, peaks)
+    print(table(summary), summary["share_of_peak"], sep="\n", file=sys.stderr)
     local = {"model": args.model, "examples": f"first {job.steps * job.batch_size} of {args.data}"}
     config = {**asdict(job), **local, **hashes, "max_other": args.max_other, "attempts": args.attempts}
-    about = {"machine": describe(), "graftlm": git_state(), "config": config}
+    about = {"machine": {**describe(), "matrix_peak_gflops": peaks}, "graftlm": git_state(), "config": config}
+    about |= {"trials": trials}
     report = {**about, **summary, "runs": rounds, "rejected": rejected}
     if args.json_out:
         args.json_out.parent.mkdir(parents=True, exist_ok=True)

@@ -47,7 +47,7 @@ def job(peers: ModuleType, **changes: Any) -> Any:
     fields: dict[str, Any] = {
         "model": "model", "eot": 2, "examples": "examples.json", "steps": 10, "batch_size": 16, "rank": 16, "alpha": 64,
         "lora_dropout": 0.05, "targets": ("q", "k", "v"), "lr": 2.5e-4, "warmup": 1, "untimed_steps": 2,
-        "precision": "autocast", "seed": 0,
+        "precision": "autocast", "trl_precision": "bf16", "loss_on": "completion", "seed": 0,
     }  # fmt: skip
     return peers.Job(**{**fields, **changes})
 
@@ -104,7 +104,6 @@ def test_ratios_are_formed_within_a_round(bench: ModuleType) -> None:
         {"trl": run(6), "graft": run(12)},
         {"trl": run(1)},  # graft had no quiet run
     ]
-    assert bench.ratios(rounds, "examples_per_s", "graft", "trl") == [4, 4, 2]
     summary = bench.summarise(rounds)
     assert summary["ratios"]["examples_per_s graft/trl"] == {"rounds": [4, 4, 2], "median": 4}
     assert summary["medians"]["graft"]["examples_per_s"] == 12
@@ -113,13 +112,21 @@ def test_ratios_are_formed_within_a_round(bench: ModuleType) -> None:
 
 
 def test_claims(bench: ModuleType) -> None:
-    good = {"trl": run(5, 3000), "peft": run(14, 2300), "graft": run(15, 1950)}
+    good = {"trl": run(2, 3000), "peft": run(6, 2300), "graft": run(13.8, 1500)}
     claims = bench.summarise([good])["claims"]
-    assert list(claims.values()) == [True, True, True, True]
-    bad = {"trl": run(5, 3000), "peft": run(14.5, 2300), "graft": run(14.4, 1951, loss=0.36)}
-    assert list(bench.summarise([bad])["claims"].values()) == [False, False, False, False]
+    assert list(claims.values()) == [True] * 5
+    bad = {"trl": run(2.2, 3000), "peft": run(6, 2100), "graft": run(13.7, 1501, loss=0.36)}
+    assert list(bench.summarise([bad])["claims"].values()) == [False] * 5
+    assert list(bench.summarise([bad], "all")["claims"].values()) == [False, True, False]
     alone = bench.summarise([{"graft": run(15)}])
-    assert list(alone["claims"].values()) == [None, None, None, None]
+    assert list(alone["claims"].values()) == [None] * 5
+
+
+def test_the_share_of_the_peak_is_told_for_both_formats(bench: ModuleType) -> None:
+    rounds = [{"graft": {"needed_gflops": done, "precision": "float32"}} for done in (90.0, 100.0, 300.0)]
+    share = bench.shares(rounds, {"float32": 200.0, "bfloat16": 400.0})
+    assert share["of_bfloat16_peak"] == 0.25 and share["of_its_formats_peak"] == 0.5
+    assert bench.shares([{}], {}) == {}
 
 
 def test_the_table_names_every_figure(bench: ModuleType) -> None:
@@ -127,7 +134,7 @@ def test_the_table_names_every_figure(bench: ModuleType) -> None:
     text = bench.table(bench.summarise(rounds))
     assert "15.00  16.00" in text
     assert "3.500   (3.000  4.000)" in text
-    assert "faster than the strongest peer?" in text
+    assert "at least 6.5 times trl?" in text
     assert "not measured" in text
 
 
@@ -184,11 +191,13 @@ def test_graft_figures(bench: ModuleType, peers: ModuleType, tmp_path: Path) -> 
     clock = [30.0, 31.0, *(33.0 + 2 * i for i in range(7)), 99.0]
     rows = [json.dumps({"examples": 16 * (i + 1), "seconds": seconds}) + "\n" for i, seconds in enumerate(clock)]
     (tmp_path / "metrics.jsonl").write_text("".join(rows))
+    (tmp_path / "run.json").write_text(json.dumps({"dtype": "float32"}))
     result = {"examples": 160, "examples_per_s": 8.5, "peak_rss_mb": 1500.0, "trainable": 7, "last": {"val_loss": 0.4}}
+    result["needed_gflops"] = 99.0
     figures = bench.graft_figures(json.dumps(result) + "\n", tmp_path, job(peers))
     assert figures["examples_per_s_by_clock"] == pytest.approx(112 / 14)
     assert figures["examples_per_s"] == 8.5
-    assert figures["val_loss"] == 0.4
+    assert figures["val_loss"] == 0.4 and figures["precision"] == "float32" and figures["needed_gflops"] == 99
     with pytest.raises(json.JSONDecodeError):
         bench.graft_figures("a note\n" + json.dumps(result), tmp_path, job(peers))
 

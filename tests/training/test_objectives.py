@@ -74,6 +74,7 @@ def test_the_weight_counts_the_targets_of_all_rows(share: bool) -> None:
     every = make_batch(EXAMPLES, "all", share)
     assert every.weight == sum(len(p) + len(c) - 1 for p, c in ROWS)
     assert completion.tokens == every.tokens == sum(len(p) + len(c) for p, c in ROWS)
+    assert completion.own_tokens == sum(len(p) + len(c) - (len(HEAD) if share else 0) for p, c in ROWS)
 
 
 def test_the_end_of_text_is_a_target() -> None:

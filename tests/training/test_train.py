@@ -80,6 +80,9 @@ def test_a_run_folder(assets: Path, tmp_path: Path) -> None:
     assert results["examples"] == 480 and results["steps"] == 60 and results["last"]["step"] == 60
     assert results["share_trained"] == results["trainable"] / results["total"]
     assert results["examples_per_s"] > 0 and results["seconds_to_first_step"] > 0 and results["peak_rss_mb"] > 0
+    assert results["share_of_peak"] == pytest.approx(
+        results["needed_gflops"] / results["matrix_peak_gflops"], abs=0.1 / results["matrix_peak_gflops"]
+    )
     losses = {row["step"]: row["val_loss"] for row in rows(tmp_path / "run") if row["val_loss"] is not None}
     assert set(losses) == {20, 40, 60} and results["best"]["val_loss"] == min(losses.values())
     best = (tmp_path / "run" / "best").resolve().name

@@ -46,12 +46,20 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     return torch.float32, f"bfloat16 is not relied on for {device.type}"
 
 
-def _product_seconds(dtype: torch.dtype, width: int = 512, tries: int = 5) -> float:
-    """Wall seconds of one square matrix product on the CPU: the best of some, behind one to warm up."""
-    x = torch.ones(width, width, dtype=dtype)
+def matrix_peak(device: torch.device, dtype: torch.dtype, width: int = 1024) -> float:
+    """FLOP/s of square matrix products: the best of some, what this device reaches at most in this dtype."""
+    return 2 * width**3 / _product_seconds(dtype, width, tries=10, device=device)
+
+
+def _product_seconds(dtype: torch.dtype, width: int = 512, tries: int = 5, device: torch.device | str = "cpu") -> float:
+    """Wall seconds of one square matrix product: the best of some, behind one to warm up."""
+    x = torch.ones(width, width, dtype=dtype, device=device)
+    wait = torch.cuda.synchronize if x.is_cuda else lambda: None
     seconds = []
     for _ in range(tries + 1):
+        wait()
         began = time.perf_counter()
         x @ x
+        wait()
         seconds.append(time.perf_counter() - began)
     return min(seconds[1:])

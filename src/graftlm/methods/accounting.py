@@ -1,4 +1,4 @@
-"""How many parameters, in closed form from the shape alone; nothing is loaded."""
+"""How many parameters and how much needed work, in closed form from the shape alone; nothing is loaded."""
 
 from graftlm.models.base import Shape
 
@@ -21,3 +21,19 @@ def parameters(shape: Shape) -> int:
     embeddings = shape.vocab * shape.d_model * (1 if shape.tied else 2)
     positions = shape.context * shape.d_model if shape.family == "gpt2" else 0
     return embeddings + positions + shape.layers * (block + 2 * norm) + norm
+
+
+def layer_weights(shape: Shape) -> int:
+    """Elements of the matrices of all layers: what every token is multiplied with; no embedding, head or bias."""
+    sizes = (linear_size(shape, role) for role in shape.roles)
+    return shape.layers * sum(n_in * n_out for n_in, n_out in sizes)
+
+
+def needed_flops(shape: Shape, tokens: int, *, weights_trained: bool = False) -> int:
+    """The floating-point operations that training on `tokens` cannot do without, in the layers' matrices.
+
+    A multiplication and an addition for each weight and token, once forward and once for the input's gradient; once
+    more for the weights' gradient where the weights themselves are trained. Head, attention's own products, norms and
+    an adapter's thin matrices are left out, so the share of a machine's peak that is made of this is a lower bound.
+    """
+    return (6 if weights_trained else 4) * layer_weights(shape) * tokens

@@ -69,8 +69,8 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     x1, x2 = x[..., :half], x[..., half:]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    torch.sub(x1 * cos, x2 * sin, out=y[..., :half])
-    torch.add(x2 * cos, x1 * sin, out=y[..., half:])
+    torch.mul(x1, cos, out=y[..., :half]).addcmul_(x2, sin, value=-1)
+    torch.mul(x2, cos, out=y[..., half:]).addcmul_(x1, sin)
     return y
 
 

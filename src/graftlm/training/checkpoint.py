@@ -56,6 +56,8 @@ class Progress:
     timed_examples: int = 0
     """Examples of the steps that count for examples_per_s: all but the first 5%."""
     timed_seconds: float = 0.0
+    timed_needed: int = 0
+    """Tokens of the same steps, what a batch's prompts begin with counted once for each batch."""
     seconds_to_first_step: float = 0.0
     last: dict[str, Any] = field(default_factory=dict)
     """step, val_loss, val_accuracy of the latest validation."""

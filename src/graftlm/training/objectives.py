@@ -46,6 +46,11 @@ class Batch:
     everywhere: bool = False
     """Whether the head runs at every position, also where there is no target: the plain way."""
 
+    @property
+    def own_tokens(self) -> int:
+        """Tokens of all rows without the shared ones."""
+        return self.tokens - self.ids.shape[0] * self.shared.shape[1]
+
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
         at = None if self.at is None else self.at.to(device)

@@ -27,9 +27,12 @@ from rich.progress import Progress as Bar
 
 from graftlm.config import TrainConfig
 from graftlm.errors import GraftError, Interrupted
+from graftlm.exchange.device import matrix_peak
 from graftlm.files.formats import remove_leftovers, write_json
 from graftlm.inference.evaluate import score
 from graftlm.inference.generate import evaluating
+from graftlm.methods import Full
+from graftlm.methods.accounting import needed_flops
 from graftlm.methods.base import trainable
 from graftlm.models.base import CausalLM
 from graftlm.text.data import Example, epoch_batches
@@ -129,6 +132,8 @@ class Step:
     lr: float
     examples: int
     tokens: int
+    needed: int
+    """Tokens that cannot be done without: what a batch's prompts begin with is counted once."""
     seconds: float
 
     @property
@@ -235,7 +240,8 @@ class Trainer:
         torch.manual_seed(config.seed * 1_000_003 + step)  # dropout masks
         examples = self.prepared.train
         how = (config.loss_on, config.shared_prefix, config.micro_tokens or 0, config.target_positions)
-        made = [part for b in batches for part in make_batches([examples[i] for i in b], *how)]
+        parts = [make_batches([examples[i] for i in b], *how) for b in batches]
+        made = [part for some in parts for part in some]
         weight = sum(batch.weight for batch in made)
         total = 0.0
         for batch in made:
@@ -254,7 +260,8 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         tokens = sum(batch.tokens for batch in made)
-        return Step(total, lr, sum(map(len, batches)), tokens, time.perf_counter() - began)
+        needed = sum(part.own_tokens for part in made) + sum(some[0].shared.shape[1] for some in parts)
+        return Step(total, lr, sum(map(len, batches)), tokens, needed, time.perf_counter() - began)
 
     def _not_finite(self, step: int, what: str, value: float) -> str:
         newest = self.store.newest()
@@ -271,6 +278,7 @@ class Trainer:
         if progress.step > math.floor(0.05 * self.steps):
             progress.timed_examples += done.examples
             progress.timed_seconds += done.seconds
+            progress.timed_needed += done.needed
 
     def _validate(self) -> bool:
         loss, accuracy = validate(self.model, self.prepared.validation, self.prepared.label_ids, self.config)
@@ -324,6 +332,7 @@ class Trainer:
             "seconds_to_first_step": progress.seconds_to_first_step,
             "examples_per_s": round(speed, 3),
             "peak_rss_mb": peak_rss_mb(),
+            **self._share_of_peak(),
             "trainable": run["trainable"],
             "total": run["total"],
             "share_trained": run["trainable"] / run["total"],
@@ -334,6 +343,18 @@ class Trainer:
         if self.model.device.type == "cuda":
             results["peak_cuda_mb"] = round(torch.cuda.max_memory_allocated() / 1e6, 1)
         return results
+
+    def _share_of_peak(self) -> dict[str, float]:
+        """How much of what this machine multiplies at most the timed steps did of needed work; GFLOP/s of both."""
+        full = isinstance(self.prepared.method, Full)
+        done = needed_flops(self.model.shape, self.progress.timed_needed, weights_trained=full)
+        speed = done / self.progress.timed_seconds if self.progress.timed_seconds else 0.0
+        peak = matrix_peak(self.model.device, self.model.dtype)
+        return {
+            "needed_gflops": round(speed / 1e9, 1),
+            "matrix_peak_gflops": round(peak / 1e9, 1),
+            "share_of_peak": round(speed / peak, 4),
+        }
 
 
 def validate(
