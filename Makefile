@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Shortened by .ci/run; empty for the real thing.
 DEMO ?=
 
-.PHONY: demo test check clean
+.PHONY: demo test check bench clean
 
 demo: .venv/core  ## fine-tune a real model on real reviews and show what it learned
 	$(BIN)/graft fetch smollm2-135m
@@ -27,12 +27,36 @@ check: .venv/dev  ## style, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+TODAY := $(shell date +%F)
+RESULT = --json-out benchmarks/results/$(TODAY)-$@.json > /dev/null
+
+bench: .venv/peers train train-all evaluate train-layers startup plan  ## measure all public claims (about an hour)
+	$(BIN)/python benchmarks/page.py
+
+.PHONY: train train-all evaluate train-layers startup plan
+train: .venv/peers
+	$(BIN)/python benchmarks/train_vs_peers.py $(RESULT)
+train-all: .venv/peers
+	$(BIN)/python benchmarks/train_vs_peers.py --loss_on all --steps 20 $(RESULT)
+evaluate: .venv/peers
+	$(BIN)/python benchmarks/evaluate_vs_peers.py $(RESULT)
+train-layers: .venv/peers
+	$(BIN)/python benchmarks/train_layers.py $(RESULT)
+startup: .venv/peers
+	$(BIN)/python benchmarks/startup.py $(RESULT)
+plan: .venv/peers
+	$(BIN)/python benchmarks/plan_vs_run.py $(RESULT)
+
 clean:  ## what make made; the fetched models and data stay in their cache
 	rm -rf .venv runs .mypy_cache .pytest_cache .ruff_cache build src/*.egg-info
 
 .venv/core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt -e .
+	touch $@
+
+.venv/peers: .venv/dev
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[peers]'
 	touch $@
 
 .venv/dev: .venv/core

@@ -24,6 +24,7 @@ import torch
 from conftest import Graft, child_environment
 from graftlm import cli
 from graftlm.files.assets import model_folder as asset_folder
+from graftlm.training import plan as plan_module
 from graftlm.training import train as train_module
 from hub_mirror import serve
 from tiny import TEMPLATE, data_folder, model_folder
@@ -228,6 +229,10 @@ def test_ctrl_c_while_a_model_is_loaded(assets: Path, listener: socket.socket, p
     [
         ("--rank=-1", "--rank -1: must be 0 (full fine-tuning) or more"),
         ("--rank=33", "--rank 33: above the width of blocks.0.attn.q: choose at most 32"),
+        ("--train_layers=1", "--train_layers '1': is no slice such as '1:' or '-4:'"),
+        ("--train_layers=a:", "--train_layers 'a:': is no slice such as '1:' or '-4:'"),
+        ("--train_layers=2:", "--train_layers '2:': holds none of the model's 2 layers, 0 to 1"),
+        ("--frozen_cache_gb=-1", "--frozen_cache_gb -1.0: must be 0 or more"),
         ("--alpha=0", "--alpha 0.0: must be greater than 0"),
         ("--lr=-1", "--lr -1.0: must be greater than 0"),
         ("--lr=nan", "--lr nan: not a finite number"),
@@ -569,8 +574,9 @@ def test_predictions_that_cannot_be_written(assets: Path, refuse: Refuse) -> Non
 
 
 def break_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the loss of the `step`-th batch from now on be NaN."""
+    """Let the loss of the `step`-th batch of a run be NaN; what a plan tries before does not count."""
     real, numbers = train_module.OBJECTIVES["completion"], count(1)
+    monkeypatch.setattr(plan_module, "OBJECTIVES", dict(train_module.OBJECTIVES))
 
     def loss(model: Any, batch: Any) -> Any:
         return real(model, batch) * (math.nan if next(numbers) == step else 1.0)

@@ -89,6 +89,10 @@ class TrainConfig:
     """The field of the data that holds the label."""
     max_length: int | None = None
     """Longest example in tokens; longer texts are cut inside the template. Default: the model's context."""
+    train_layers: str = ""
+    """Layers to adapt, as a Python slice: 20: are all from number 20 (the 21st) on, -4: the last four. Default: all."""
+    frozen_cache_gb: float = 8.0
+    """Room on disk, in GB, for the output of frozen lower layers, computed once for the data; 0: compute each time."""
     warmup: int | None = None
     """Steps over which the learning rate rises from lr/warmup to lr. Default: 6% of the run, at most 100."""
     weight_decay: float = 0.0
@@ -97,6 +101,8 @@ class TrainConfig:
     """Largest global norm of a step's gradient; 0 turns clipping off."""
     patience: int = 0
     """Stop after so many validations without a better loss; 0 never stops early."""
+    plan: bool = False
+    """Say what the run would take (work, speed, minutes, memory; from a short probe of this machine), and stop."""
     wandb_project: str = ""
     """Log to this Weights & Biases project too (needs the extra: pip install 'graftlm[wandb]')."""
     resume: bool = False
@@ -115,7 +121,7 @@ class TrainConfig:
             value = getattr(self, flag)
             _require(value is None or value > 0, flag, value, "greater than 0")
         _require(0 <= self.seed < 2**32, "seed", self.seed, "0 or more, and below 2**32")
-        for flag in ("val_limit", "weight_decay", "clip", "patience"):
+        for flag in ("val_limit", "weight_decay", "clip", "patience", "frozen_cache_gb"):
             _require(getattr(self, flag) >= 0, flag, getattr(self, flag), "0 or more")
         _require(self.micro_tokens is None or self.micro_tokens >= 0, "micro_tokens", self.micro_tokens, "0 or more")
         _require(self.warmup is None or self.warmup >= 0, "warmup", self.warmup, "0 or more")

@@ -56,7 +56,10 @@ def progress(console: "Console", what: str, total: int) -> Iterator[Callable[[in
 
 
 def train(out: "Console", result: Result) -> None:
-    """Best and last checkpoint, and what the run cost."""
+    """Best and last checkpoint, and what the run cost; of --plan, what it would cost."""
+    if "best" not in result:
+        _facts(out, _planned(result))
+        return
     rows = [
         [name, str(point["step"]), f"{point['val_loss']:.4f}", _share(point["val_accuracy"])]
         for name in ("best", "last")
@@ -71,6 +74,21 @@ def train(out: "Console", result: Result) -> None:
         "peak memory": f"{result[memory]:,.0f} MB",
         "run folder": result["out_dir"],
     }
+    _facts(out, facts)
+
+
+def _planned(plan: Result) -> dict[str, str]:
+    return {
+        "steps": f"{plan['steps']:,} ({plan['examples']:,} examples)",
+        "needed work": f"{plan['needed_tflop']:,.1f} TFLOP in the layers' matrices",
+        "speed": f"{plan['examples_per_s']:.1f} examples/s",
+        "minutes": f"{plan['minutes']:.1f} ({plan['train_seconds']:.0f} s of steps, "
+        f"{plan['validation_seconds']:.0f} s of validation, {plan['startup_seconds']:.0f} s before)",
+        "peak memory": f"{plan['peak_rss_mb']:,.0f} MB",
+    }
+
+
+def _facts(out: "Console", facts: dict[str, str]) -> None:
     for name, value in facts.items():
         out.print(f"{name:<12} {value}", markup=False, soft_wrap=True)
 

@@ -36,8 +36,9 @@ TARGETS = {
 def test_peft_computes_what_we_compute(kind: str, tmp_path: Path) -> None:
     base = model_folder(tmp_path / "base", kind)
     ids = torch.randint(0, 200, (2, 12), generator=torch.Generator().manual_seed(0))
-    for n, targets in enumerate(TARGETS[kind]):
-        method = LoRA(rank=3, alpha=7.0, targets=targets, dropout=0.0)
+    spans = [None] * len(TARGETS[kind]) + [(1, 2), (0, 1)]
+    for n, (targets, span) in enumerate(zip(TARGETS[kind] + TARGETS[kind][:2], spans, strict=True)):
+        method = LoRA(rank=3, alpha=7.0, targets=targets, dropout=0.0, layers=span)
         model = load_model(base, torch.device("cpu"), torch.float32)
         method.install(model, torch.Generator().manual_seed(1))
         with torch.no_grad():

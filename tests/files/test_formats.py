@@ -50,7 +50,7 @@ def test_safetensors_come_back_bit_for_bit(tmp_path: Path, tensors: dict[str, to
     for name, tensor in tensors.items():
         assert torch.equal(lazy[name], tensor) and lazy[name].dtype == tensor.dtype
         assert torch.equal(loaded[name], tensor) and lazy.shape(name) == tuple(tensor.shape)
-    assert formats.tensors_sha256(lazy.items()) == formats.tensors_sha256(reversed(tensors.items()))
+    assert formats.tensors_sha256(lazy) == formats.tensors_sha256(dict(reversed(tensors.items())))
 
 
 def test_the_hash_of_tensors_sees_names_shapes_dtypes_and_bytes() -> None:
@@ -62,7 +62,7 @@ def test_the_hash_of_tensors_sees_names_shapes_dtypes_and_bytes() -> None:
         {"a": base["a"] + torch.eye(2, 3) * 1e-30, "b": base["b"]},
         {"a": base["a"]},
     ]
-    hashes = {formats.tensors_sha256(weights.items()) for weights in [base, *others]}
+    hashes = {formats.tensors_sha256(weights) for weights in [base, *others]}
     assert len(hashes) == len(others) + 1
 
 
@@ -254,3 +254,14 @@ def test_importing_the_files_is_light(child: Callable[..., Any]) -> None:
         f"import json; print(json.dumps([name for name in {heavy} if name in sys.modules]))"
     )
     assert child(code).communicate() == ("[]\n", "")
+
+
+def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "REMAP_AFTER", 10)  # so that the file is opened again for the second tensor
+    path = tmp_path / "x.safetensors"
+    formats.save_safetensors(path, {"a": torch.ones(4), "b": torch.ones(4)})
+    lazy = formats.open_safetensors(path)
+    assert torch.equal(lazy["a"], torch.ones(4)) and torch.equal(lazy["b"], torch.ones(4))
+    formats.save_safetensors(path, {"a": torch.zeros(4), "b": torch.zeros(4)})
+    with pytest.raises(InputError, match="was changed while it was read: try again"):
+        _ = lazy["a"]

@@ -43,7 +43,7 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Causal
 
 def base_hash(folder: Path) -> str:
     """sha256 over the sorted names, shapes, dtypes and bytes of the folder's weights, as stored."""
-    return tensors_sha256(read_weights(folder).items())
+    return tensors_sha256(read_weights(folder))
 
 
 def save_model(

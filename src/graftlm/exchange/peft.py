@@ -37,7 +37,7 @@ def to_peft(shape: Shape, method: LoRA, state: Mapping[str, Tensor]) -> dict[str
     """Our trained tensors, by our names -> PEFT's tensors, by its names."""
     out: dict[str, Tensor] = {}
     parts = fused(shape, method)
-    for i in range(shape.layers):
+    for i in method.span(shape):
         layer = f"base_model.model.{layer_prefix(shape.family)}{i}."
         for role in method.targets:
             if role not in parts:
@@ -72,7 +72,7 @@ def from_peft(shape: Shape, method: LoRA, tensors: Mapping[str, Tensor], where: 
         return tensors[key]
 
     sizes = {role: linear_size(shape, role) for role in method.targets}
-    for i in range(shape.layers):
+    for i in method.span(shape):
         layer = f"base_model.model.{layer_prefix(shape.family)}{i}."
         for role in (r for r in method.targets if r not in parts):
             n_in, n_out = sizes[role]
@@ -114,6 +114,7 @@ def config_json(shape: Shape, method: LoRA, base: str, revision: str | None) -> 
         "r": method.rank * times,
         "lora_alpha": method.alpha * times,
         "target_modules": names,
+        "layers_to_transform": list(method.span(shape)) if method.layers else None,
         "fan_in_fan_out": shape.family == "gpt2",
         "bias": "none",
         "lora_dropout": method.dropout,
@@ -140,7 +141,7 @@ def read_adapter(folder: Path, shape: Shape, method: LoRA) -> dict[str, Tensor]:
     if not isinstance(config, dict):
         raise InputError(f"{folder / CONFIG}: is no JSON object; use the folder as it was written")
     expected = config_json(shape, method, "", None)
-    for key in ("peft_type", "r", "lora_alpha", "target_modules", "use_rslora", "use_dora"):
+    for key in ("peft_type", "r", "lora_alpha", "target_modules", "layers_to_transform", "use_rslora", "use_dora"):
         if config.get(key) != expected[key]:
             raise InputError(f"{folder / CONFIG}: {key} is {config.get(key)!r}, the run says {expected[key]!r}")
     return from_peft(shape, method, load_safetensors(folder / WEIGHTS), str(folder / WEIGHTS))

@@ -204,10 +204,11 @@ def sha256_file(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def tensors_sha256(items: Iterable[tuple[str, torch.Tensor]]) -> str:
+def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
     """sha256 over sorted names, shapes, dtypes and bytes: one hash for a set of weights, whatever file they are in."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(items, key=lambda item: item[0]):
+    for name in sorted(tensors):
+        tensor = tensors[name]  # one at a time: all of them may be more than there is memory for
         header = [name, list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
         digest.update(json.dumps(header).encode("utf-8"))
         digest.update(tensor_bytes(tensor))
@@ -261,17 +262,29 @@ def save_safetensors(path: Path | str, tensors: Mapping[str, torch.Tensor]) -> N
     write_safetensors(path, entries)
 
 
-class LazyTensors(Mapping[str, "torch.Tensor"]):
-    """Name -> tensor over one or more safetensors files, memory-mapped: a tensor is read when it is asked for."""
+REMAP_AFTER = 64_000_000
 
-    def __init__(self, paths: Mapping[str, Path], handles: Mapping[Path, Any]) -> None:
+
+class LazyTensors(Mapping[str, "torch.Tensor"]):
+    """Name -> tensor over one or more safetensors files, memory-mapped: a tensor is read when it is asked for.
+
+    A file is mapped anew after every REMAP_AFTER bytes, so that what was read before no longer counts as this process's
+    memory: one mapping for all would stay resident until the last, a second copy of the weights beside the one made of
+    it. A file that changes in between is an error.
+    """
+
+    def __init__(self, paths: Mapping[str, Path]) -> None:
         self._paths = dict(paths)
-        self._handles = dict(handles)
+        self._states = {path: _state(path) for path in set(self._paths.values())}
+        self._open: tuple[Path, Any, int] | None = None  # the file that is mapped, its handle, the bytes read from it
 
     def __getitem__(self, name: str) -> torch.Tensor:
         path = self._paths[name]
         with _reading(path):
-            return self._handles[path].get_tensor(name)
+            handle, read = self._handle(path)
+            tensor = handle.get_tensor(name)
+        self._open = (path, handle, read + tensor.nbytes)
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._paths)
@@ -283,7 +296,23 @@ class LazyTensors(Mapping[str, "torch.Tensor"]):
         """The tensor's shape, from the file's header alone."""
         path = self._paths[name]
         with _reading(path):
-            return tuple(self._handles[path].get_slice(name).get_shape())
+            return tuple(self._handle(path)[0].get_slice(name).get_shape())
+
+    def _handle(self, path: Path) -> tuple[Any, int]:
+        from safetensors import safe_open
+
+        if self._open is None or self._open[0] != path or self._open[2] > REMAP_AFTER:
+            self._open = None  # the old mapping goes before the new one comes
+            if _state(path) != self._states[path]:
+                raise InputError(f"{path}: was changed while it was read: try again")
+            self._open = (path, safe_open(path, framework="pt"), 0)
+        return self._open[1], self._open[2]
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    with _reading(path):
+        found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 @contextlib.contextmanager
@@ -306,9 +335,9 @@ def open_safetensors(path: Path | str) -> LazyTensors:
     from safetensors import safe_open
 
     path = Path(path)
-    with _reading(path):
-        handle = safe_open(path, framework="pt")
-        return LazyTensors(dict.fromkeys(handle.keys(), path), {path: handle})
+    with _reading(path), safe_open(path, framework="pt") as handle:
+        names = list(handle.keys())
+    return LazyTensors(dict.fromkeys(names, path))
 
 
 def load_safetensors(path: Path | str) -> dict[str, torch.Tensor]:
@@ -331,7 +360,7 @@ def read_weights(folder: Path | str) -> LazyTensors:
     for name, path in paths.items():
         if name not in opened[path]:
             raise InputError(f"{path}: has no tensor {name!r}, though the folder's index says so: fetch it again")
-    return LazyTensors(paths, {path: tensors._handles[path] for path, tensors in opened.items()})
+    return LazyTensors(paths)
 
 
 def _weight_map(folder: Path) -> dict[str, Path]:

@@ -10,30 +10,43 @@ def linear_size(shape: Shape, role: str) -> tuple[int, int]:
     return sizes[role]
 
 
-def parameters(shape: Shape) -> int:
-    """All parameters of a model of this shape; a tied head counts once."""
+def block_parameters(shape: Shape) -> int:
+    """All parameters of one block."""
     biased = {"q": shape.qkv_bias, "k": shape.qkv_bias, "v": shape.qkv_bias, "o": shape.out_bias}
-    block = 0
+    linears = 0
     for role in shape.roles:
         n_in, n_out = linear_size(shape, role)
-        block += n_in * n_out + n_out * biased.get(role, shape.mlp_bias)
-    norm = shape.d_model * (2 if shape.family == "gpt2" else 1)
+        linears += n_in * n_out + n_out * biased.get(role, shape.mlp_bias)
+    return linears + 2 * norm_parameters(shape)
+
+
+def norm_parameters(shape: Shape) -> int:
+    """Parameters of one norm."""
+    return shape.d_model * (2 if shape.family == "gpt2" else 1)
+
+
+def parameters(shape: Shape) -> int:
+    """All parameters of a model of this shape; a tied head counts once."""
     embeddings = shape.vocab * shape.d_model * (1 if shape.tied else 2)
     positions = shape.context * shape.d_model if shape.family == "gpt2" else 0
-    return embeddings + positions + shape.layers * (block + 2 * norm) + norm
+    return embeddings + positions + shape.layers * block_parameters(shape) + norm_parameters(shape)
 
 
 def layer_weights(shape: Shape) -> int:
-    """Elements of the matrices of all layers: what every token is multiplied with; no embedding, head or bias."""
-    sizes = (linear_size(shape, role) for role in shape.roles)
-    return shape.layers * sum(n_in * n_out for n_in, n_out in sizes)
+    """Elements of one block's matrices: what every token is multiplied with."""
+    return sum(n_in * n_out for n_in, n_out in (linear_size(shape, role) for role in shape.roles))
 
 
-def needed_flops(shape: Shape, tokens: int, *, weights_trained: bool = False) -> int:
+def needed_flops(
+    shape: Shape, tokens: int, *, first_trained: int = 0, below_kept: bool = False, weights_trained: bool = False
+) -> int:
     """The floating-point operations that training on `tokens` cannot do without, in the layers' matrices.
 
     A multiplication and an addition for each weight and token, once forward and once for the input's gradient; once
-    more for the weights' gradient where the weights themselves are trained. Head, attention's own products, norms and
-    an adapter's thin matrices are left out, so the share of a machine's peak that is made of this is a lower bound.
+    more for the weights' gradient where the weights themselves are trained. Blocks below `first_trained` need only the
+    forward pass, and nothing where their output is kept from before. Head, attention's own products, norms and an
+    adapter's thin matrices are left out, so the share of a machine's peak that is made of this is a lower bound.
     """
-    return (6 if weights_trained else 4) * layer_weights(shape) * tokens
+    above = (6 if weights_trained else 4) * (shape.layers - first_trained)
+    below = 0 if below_kept else 2 * first_trained
+    return (above + below) * layer_weights(shape) * tokens

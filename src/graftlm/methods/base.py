@@ -7,7 +7,7 @@ frozen ones keep the base's dtype.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -22,8 +22,15 @@ from graftlm.models.names import module_of
 class Method(ABC):
     """A way to adapt a model. Subclasses are frozen dataclasses of plain values."""
 
+    layers: tuple[int, int] | None = field(default=None, kw_only=True)
+    """The blocks it adapts: from the first number up to but without the second; None: all."""
+
     name: ClassVar[str]
     default_lr: ClassVar[float]
+
+    def span(self, shape: Shape) -> range:
+        """The numbers of the blocks it adapts."""
+        return range(*self.layers) if self.layers else range(shape.layers)
 
     @abstractmethod
     def install(self, model: CausalLM, rng: torch.Generator) -> None:
@@ -63,8 +70,25 @@ def totals(model: nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in trainable(model).values()), sum(p.numel() for p in model.parameters())
 
 
-def replace_linears(model: CausalLM, targets: tuple[str, ...], make: Callable[[Linear, str], Linear]) -> None:
-    """Put `make(linear, its name)` in place of the targeted role in every block.
+def layer_span(text: str, layers: int) -> tuple[int, int] | None:
+    """What --train_layers says of a model of so many layers; None for all. An InputError for what is no slice."""
+    if not text.strip():
+        return None
+    first, colon, end = (part.strip() for part in text.partition(":"))
+    try:
+        assert colon
+        start, stop, _ = slice(int(first) if first else None, int(end) if end else None).indices(layers)
+    except (ValueError, AssertionError):
+        raise InputError(f"--train_layers {text!r}: is no slice such as '{layers * 2 // 3}:' or '-4:'") from None
+    if start >= stop:
+        raise InputError(f"--train_layers {text!r}: holds none of the model's {layers} layers, 0 to {layers - 1}")
+    return start, stop
+
+
+def replace_linears(
+    model: CausalLM, targets: tuple[str, ...], make: Callable[[Linear, str], Linear], span: range
+) -> None:
+    """Put `make(linear, its name)` in place of the targeted role in every block of the span.
 
     An unknown role, or none at all, is an InputError that lists those the model has; so is a linear that was
     replaced before.
@@ -74,7 +98,8 @@ def replace_linears(model: CausalLM, targets: tuple[str, ...], make: Callable[[L
     for role in targets:
         if role not in model.shape.roles:
             raise unknown("target", role, model.shape.roles)
-    for i, block in enumerate(model.blocks):
+    for i in span:
+        block = model.blocks[i]
         for role in targets:
             parent_name, child = module_of(role).split(".")
             parent = block.get_submodule(parent_name)

@@ -1,29 +1,42 @@
-"""Full fine-tuning: every weight is trained. The baseline all other methods are compared with."""
+"""Full fine-tuning: every weight is trained. The baseline all other methods are compared with.
+
+With a span of layers only their blocks are, and the final norm if the span reaches the last one; never the embedding,
+which stands below everything (and is the head, where it is tied).
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import nn
 
-from graftlm.methods.accounting import parameters
-from graftlm.methods.base import Method, master_dtype
+from graftlm.methods.accounting import block_parameters, norm_parameters, parameters
+from graftlm.methods.base import Method, freeze, master_dtype
 from graftlm.models.base import CausalLM, Shape
 
 
 @dataclass(frozen=True)
 class Full(Method):
-    """Train all weights, kept in float32 and cast to the arithmetic's dtype in each forward."""
+    """Train all weights or a span's, kept in float32 and cast to the arithmetic's dtype in each forward."""
 
     name: ClassVar[str] = "full"
     default_lr: ClassVar[float] = 2e-5
 
     def install(self, model: CausalLM, rng: torch.Generator) -> None:
-        """Mark every parameter; the arithmetic's dtype stays what the base was loaded in."""
+        """Mark every parameter of the span; the arithmetic's dtype stays what the base was loaded in."""
         model.compute_dtype = model.dtype
-        for p in model.parameters():
+        trained: list[nn.Module] = [model]
+        if self.layers:
+            freeze(model)
+            trained = [model.blocks[i] for i in self.span(model.shape)]
+            trained += [model.norm] if self.layers[1] == model.shape.layers else []
+        for p in (p for module in trained for p in module.parameters()):
             p.data = p.data.to(master_dtype(p.dtype))
             p.requires_grad_(True)
 
     def count(self, shape: Shape) -> int:
-        """All parameters of the shape."""
-        return parameters(shape)
+        """All parameters of the shape, or those of the span's blocks."""
+        if not self.layers:
+            return parameters(shape)
+        norm = norm_parameters(shape) if self.layers[1] == shape.layers else 0
+        return len(self.span(shape)) * block_parameters(shape) + norm

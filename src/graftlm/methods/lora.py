@@ -251,12 +251,12 @@ class LoRA(Method):
                 raise InputError(f"--rank {self.rank}: above the width of {name}: choose at most {linear.in_features}")
             return LoRALinear.around(linear, self.rank, self.alpha, self.dropout, rng)
 
-        replace_linears(model, self.targets, wrap)
+        replace_linears(model, self.targets, wrap, self.span(model.shape))
         mark_only_lora_as_trainable(model)
 
     def count(self, shape: Shape) -> int:
-        """r (in + out) for each targeted linear, times the layers."""
-        return shape.layers * sum(self.rank * sum(linear_size(shape, role)) for role in self.targets)
+        """r (in + out) for each targeted linear, times the adapted layers."""
+        return len(self.span(shape)) * sum(self.rank * sum(linear_size(shape, role)) for role in self.targets)
 
     def explain(self, model: CausalLM, lr: float) -> str:
         """What alpha, rank and lr together make of one step.

@@ -136,7 +136,8 @@ class Store:
         else:
             stored = read_weights(at)
             keys = {n: (stored_name(theirs, stored), read) for n, (theirs, read) in file_names(model.shape).items()}
-            state = {n: read(stored[key]) for n, (key, read) in keys.items() if key is not None}
+            wanted = trainable(model)
+            state = {n: read(stored[key]) for n, (key, read) in keys.items() if key is not None and n in wanted}
         load_delta(model, state, str(at))
         _set_moments(model, optimizer, load_safetensors(at / OPTIMIZER), progress.step, str(at / OPTIMIZER))
         self.repair(progress)

@@ -45,6 +45,8 @@ class Batch:
     """Tokens of all rows as the data has them: shared and repeated, last and first, no padding."""
     everywhere: bool = False
     """Whether the head runs at every position, also where there is no target: the plain way."""
+    below: tuple[int, Tensor] | None = None
+    """(L, x): what enters block L, [P + B T, d] as `CausalLM.lower` gives it, where that is known already."""
 
     @property
     def own_tokens(self) -> int:
@@ -54,19 +56,26 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
         at = None if self.at is None else self.at.to(device)
+        below = None if self.below is None else (self.below[0], self.below[1].to(device))
         shared, ids, pick, targets = (t.to(device) for t in (self.shared, self.ids, self.pick, self.targets))
-        return replace(self, shared=shared, ids=ids, at=at, pick=pick, targets=targets)
+        return replace(self, shared=shared, ids=ids, at=at, pick=pick, targets=targets, below=below)
 
 
 def make_batch(
-    examples: Sequence[Example], loss_on: Literal["completion", "all"], share: bool = True, targets_only: bool = True
+    examples: Sequence[Example],
+    loss_on: Literal["completion", "all"],
+    share: bool = True,
+    targets_only: bool = True,
+    prefix: int | None = None,
 ) -> Batch:
     """The batch of these examples; with `share`, their longest common prompt prefix is taken out (when P >= 4).
 
     With `targets_only`, what follows the last layer's keys and values is computed only where there is a target.
+    With `prefix`, P is that number of tokens, which all prompts must begin with.
     """
     p = common_prefix([e.prompt_ids for e in examples]) if share and len(examples) > 1 else 0
     p = p if p >= 4 else 0  # the attention of its own costs more than a few tokens do
+    p = p if prefix is None else prefix
     rows = [(*e.prompt_ids[p:], *e.completion_ids) for e in examples]
     width = max(len(row) for row in rows) - 1
     ids = torch.zeros(len(rows), width, dtype=torch.long)
@@ -102,23 +111,25 @@ def make_batches(
     share: bool = True,
     most_tokens: int = 0,
     targets_only: bool = True,
+    prefix: int | None = None,
 ) -> list[Batch]:
     """The examples as one batch, or, where `ids` would have more than `most_tokens`, as several of about equal size.
 
     Their losses, and so their gradients, add up to the one batch's. 0 is no bound; a single row is never split.
     """
-    whole = make_batch(examples, loss_on, share, targets_only)
+    whole = make_batch(examples, loss_on, share, targets_only, prefix)
     if whole.ids.numel() <= most_tokens or not most_tokens:
         return [whole]
     fit = max(1, most_tokens // whole.ids.shape[1])
     parts = math.ceil(len(examples) / fit)
     rows = math.ceil(len(examples) / parts)  # as even as can be: a small last part would waste its pass
-    return [make_batch(examples[i : i + rows], loss_on, share, targets_only) for i in range(0, len(examples), rows)]
+    cuts = [examples[i : i + rows] for i in range(0, len(examples), rows)]
+    return [make_batch(some, loss_on, share, targets_only, prefix) for some in cuts]
 
 
 def _read(model: CausalLM, batch: Batch) -> tuple[Tensor | None, Tensor, Tensor]:
     """Hidden states of the shared tokens [P, d] (None: not asked for), of the rows [R, d], and pick [N] in those."""
-    shared, h = model.hidden_behind(batch.shared, batch.ids, batch.at)
+    shared, h = model.hidden_behind(batch.shared, batch.ids, batch.at, batch.below)
     h = h.flatten(0, 1)
     if batch.everywhere:
         return shared, h, batch.pick

@@ -24,13 +24,13 @@ from graftlm.exchange.huggingface import base_hash, load_model
 from graftlm.exchange.load import Loaded, check_base, read_run, read_tokenizer
 from graftlm.files.assets import model_folder
 from graftlm.methods import LoRA, Method, method_from_flags
-from graftlm.methods.base import totals
+from graftlm.methods.base import layer_span, totals
 from graftlm.text.data import Example, encode_rows, label_ids, load_dataset, preflight, sample
 from graftlm.text.template import load_template
 from graftlm.training.logs import check_wandb
 
 # May differ between a start and its resume; all else decides the numbers.
-FREE_ON_RESUME = {"resume", "max_iters", "epochs", "wandb_project"}
+FREE_ON_RESUME = {"resume", "plan", "max_iters", "epochs", "wandb_project"}
 
 # Tokens of one pass on a CPU: a typical batch of 16 reviews fits, a long one runs in parts. Not tuned beyond that.
 CPU_TOKENS = 640
@@ -92,6 +92,7 @@ def prepare(config: TrainConfig, given: Set[str] | None = None) -> Prepared:
     examples = {split: some for split, (some, _) in encoded.items()}
     cut = {split: n for split, (_, n) in encoded.items()}
     notes = [*data.notes, *preflight(examples, template, tokenizer, max_length, cut)]
+    method = replace(method, layers=layer_span(config.train_layers, model.shape.layers))
     method.install(model, torch.Generator().manual_seed(config.seed))
     model.set_dropout(config.dropout)
     model.set_fused(config.fused)
@@ -119,6 +120,7 @@ def prepare(config: TrainConfig, given: Set[str] | None = None) -> Prepared:
         "git": _git_state(),
         "wandb_id": previous["wandb_id"] if previous else secrets.token_hex(8),
         "notes": notes,
+        "plan": previous.get("plan") if previous else None,
         "resumed": [*previous["resumed"], _changes(previous["config"], config)] if previous else [],
         "results": None,
     }

@@ -15,8 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
 
@@ -28,6 +27,7 @@ from rich.progress import Progress as Bar
 from graftlm.config import TrainConfig
 from graftlm.errors import GraftError, Interrupted
 from graftlm.exchange.device import matrix_peak
+from graftlm.files.assets import cache_home
 from graftlm.files.formats import remove_leftovers, write_json
 from graftlm.inference.evaluate import score
 from graftlm.inference.generate import evaluating
@@ -35,11 +35,15 @@ from graftlm.methods import Full
 from graftlm.methods.accounting import needed_flops
 from graftlm.methods.base import trainable
 from graftlm.models.base import CausalLM
-from graftlm.text.data import Example, epoch_batches
+from graftlm.text.data import Example
 from graftlm.training.checkpoint import Progress, Store, cut_metrics
+from graftlm.training.frozen import Frozen, open_frozen
 from graftlm.training.logs import Metrics, start_wandb
-from graftlm.training.objectives import OBJECTIVES, make_batch, make_batches
+from graftlm.training.memory import peak_rss_mb
+from graftlm.training.objectives import OBJECTIVES, Batch, make_batch, make_batches
+from graftlm.training.plan import make_plan
 from graftlm.training.prepare import Prepared, prepare
+from graftlm.training.schedule import batch_stream, learning_rate
 
 VALIDATION_BATCH = 32
 
@@ -60,6 +64,8 @@ def train(config: TrainConfig, *, given: Set[str] | None = None, console: Consol
     started = time.perf_counter()
     prepared = prepare(config, given)
     _announce(prepared, console)
+    if config.plan:
+        return make_plan(prepared, time.perf_counter() - started).to_json()
     return Trainer(prepared, console, started).run()
 
 
@@ -79,27 +85,6 @@ def _announce(prepared: Prepared, console: Console) -> None:
         console.print(note, markup=False, highlight=False)
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """The rate of `step` (1 is the first): linear to the peak over `warmup` steps, then a cosine to zero.
-
-    It is never zero: the first step already moves every weight, and the last one still does.
-    """
-    assert config.lr is not None and config.warmup is not None and config.max_iters is not None
-    if step <= config.warmup:
-        return config.lr * step / config.warmup
-    part = (step - config.warmup) / (config.max_iters - config.warmup + 1)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * part))
-
-
-def batch_stream(lengths: list[int], config: TrainConfig, first: int) -> Iterator[list[int]]:
-    """The endless stream of batches (lists of example numbers) from number `first` on; a function of the seed alone."""
-    per_epoch = math.ceil(len(lengths) / config.batch_size)
-    epoch, skip = divmod(first, per_epoch)
-    while True:
-        yield from epoch_batches(lengths, config.batch_size, config.seed, epoch, config.buckets)[skip:]
-        epoch, skip = epoch + 1, 0
-
-
 def make_optimizer(model: CausalLM, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019) with fused steps; weight decay on matrices only."""
     params = list(trainable(model).values())
@@ -108,19 +93,6 @@ def make_optimizer(model: CausalLM, config: TrainConfig) -> torch.optim.AdamW:
         {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr or 0.0, fused=True)
-
-
-def peak_rss_mb() -> float:
-    """The most memory this process has held so far, in MB (10^6 bytes)."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
-        return round(int(line.split()[1]) * 1024 / 1e6, 1)
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)
 
 
 @dataclass(frozen=True)
@@ -159,6 +131,7 @@ class Trainer:
         name, _, revision = run["base"]["name"].partition("@")
         self.store = Store(self.out_dir, self.prepared.method, name, revision or None, loaded.folder, loaded.tokenizer)
         self.optimizer = make_optimizer(self.model, self.config)
+        self.frozen: Frozen | None = None
         self.steps = self.config.max_iters or 0
 
     def run(self) -> dict[str, Any]:
@@ -190,7 +163,12 @@ class Trainer:
             self.progress = self.store.restore(self.model, self.optimizer)
             cut_metrics(self.out_dir / "metrics.jsonl", self.progress.step)
             self.console.print(f"resumed behind step {self.progress.step}", highlight=False)
-        write_json(self.out_dir / "run.json", self.prepared.run)
+        run = self.prepared.run
+        if run["plan"] is None:  # a resumed run keeps what was said of it at its start
+            run["plan"] = make_plan(self.prepared, time.perf_counter() - self.started, repeats=1).to_json()
+            self.console.print(self._promise(), highlight=False)
+        write_json(self.out_dir / "run.json", run)
+        self.frozen = self._open_frozen()
         wandb_run = start_wandb(
             self.config.wandb_project, self.prepared.run["wandb_id"], self.out_dir, self.prepared.run["config"]
         )
@@ -238,9 +216,7 @@ class Trainer:
         """Optimiser step number `step` on these batches of example numbers; their gradients add up."""
         began, config = time.perf_counter(), self.config
         torch.manual_seed(config.seed * 1_000_003 + step)  # dropout masks
-        examples = self.prepared.train
-        how = (config.loss_on, config.shared_prefix, config.micro_tokens or 0, config.target_positions)
-        parts = [make_batches([examples[i] for i in b], *how) for b in batches]
+        parts = [self._made(b) for b in batches]
         made = [part for some in parts for part in some]
         weight = sum(batch.weight for batch in made)
         total = 0.0
@@ -262,6 +238,40 @@ class Trainer:
         tokens = sum(batch.tokens for batch in made)
         needed = sum(part.own_tokens for part in made) + sum(some[0].shared.shape[1] for some in parts)
         return Step(total, lr, sum(map(len, batches)), tokens, needed, time.perf_counter() - began)
+
+    def _made(self, rows: list[int]) -> list[Batch]:
+        """The batches of these example numbers, with what frozen lower layers make of them where that is kept."""
+        config, frozen = self.config, self.frozen
+        how = (config.loss_on, config.shared_prefix, config.micro_tokens or 0, config.target_positions)
+        examples = [self.prepared.train[i] for i in rows]
+        if frozen is None:
+            return make_batches(examples, *how)
+        made, batches, at = make_batches(examples, *how, prefix=frozen.prefix), [], 0
+        for batch in made:
+            b, t = batch.ids.shape
+            batches.append(replace(batch, below=(frozen.layers, frozen.read(rows[at : at + b], t))))
+            at += b
+        return batches
+
+    def _open_frozen(self) -> Frozen | None:
+        """The store of what the lower layers make of the data, where some are frozen, and a note about it."""
+        config, first = self.config, self.prepared.method.span(self.model.shape).start
+        if first == 0 or config.frozen_cache_gb == 0:
+            return None
+        if config.dropout:
+            self.console.print("--dropout acts in the frozen lower layers too: they are computed anew in each step")
+            return None
+        frozen, note = open_frozen(
+            cache_home(),
+            self.model,
+            self.prepared.train,
+            first,
+            self.prepared.run["base"]["sha256"],
+            share=config.shared_prefix,
+            most_bytes=config.frozen_cache_gb * 1e9,
+        )
+        self.console.print(note, markup=False, highlight=False)
+        return frozen
 
     def _not_finite(self, step: int, what: str, value: float) -> str:
         newest = self.store.newest()
@@ -333,6 +343,7 @@ class Trainer:
             "examples_per_s": round(speed, 3),
             "peak_rss_mb": peak_rss_mb(),
             **self._share_of_peak(),
+            "plan": self._plan_and_measurement(speed),
             "trainable": run["trainable"],
             "total": run["total"],
             "share_trained": run["trainable"] / run["total"],
@@ -344,10 +355,36 @@ class Trainer:
             results["peak_cuda_mb"] = round(torch.cuda.max_memory_allocated() / 1e6, 1)
         return results
 
+    def _promise(self) -> str:
+        plan = self.prepared.run["plan"]
+        return (
+            f"plan: {plan['steps']:,} steps at about {plan['examples_per_s']:.1f} examples/s, {plan['minutes']:.1f} "
+            f"minutes with validations, {plan['peak_rss_mb']:,.0f} MB"
+        )
+
+    def _plan_and_measurement(self, speed: float) -> dict[str, Any]:
+        """What the plan said at the start of the run beside what came, and measured / planned."""
+        plan = self.prepared.run["plan"]
+        pairs = {
+            "examples_per_s": (plan["examples_per_s"], speed),
+            "seconds": (plan["train_seconds"] + plan["validation_seconds"], self.progress.seconds),
+            "peak_rss_mb": (plan["peak_rss_mb"], peak_rss_mb()),
+        }
+        return {
+            key: {"planned": planned, "measured": round(came, 3), "ratio": round(came / planned, 3)}
+            for key, (planned, came) in pairs.items()
+        }
+
     def _share_of_peak(self) -> dict[str, float]:
         """How much of what this machine multiplies at most the timed steps did of needed work; GFLOP/s of both."""
-        full = isinstance(self.prepared.method, Full)
-        done = needed_flops(self.model.shape, self.progress.timed_needed, weights_trained=full)
+        method, shape = self.prepared.method, self.model.shape
+        done = needed_flops(
+            shape,
+            self.progress.timed_needed,
+            first_trained=method.span(shape).start,
+            below_kept=self.frozen is not None,
+            weights_trained=isinstance(method, Full),
+        )
         speed = done / self.progress.timed_seconds if self.progress.timed_seconds else 0.0
         peak = matrix_peak(self.model.device, self.model.dtype)
         return {

@@ -1,0 +1,126 @@
+"""benchmarks/results/*.json -> docs/benchmarks.md: the newest result of each kind, its table, its claims and a picture.
+
+    python benchmarks/page.py
+
+A result's file is called DATE-KIND.json and holds "machine", "graftlm", "claims" and either "medians" (contender ->
+figures) or "found" (run -> figures). The same results always give the same page. Pictures are plain SVG.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import escape
+
+ROOT = Path(__file__).resolve().parents[1]
+KINDS = {  # kind -> (title, script and flags, the figure that is drawn)
+    "train": ("Training, loss on the completion", "train_vs_peers.py", "examples_per_s"),
+    "train-all": ("Training, loss on every token", "train_vs_peers.py --loss_on all", "examples_per_s"),
+    "evaluate": ("Reading labels", "evaluate_vs_peers.py", "examples_per_s"),
+    "train-layers": ("Upper layers only, the lower ones computed once", "train_layers.py", "later_epochs"),
+    "startup": ("Start-up", "startup.py", "cpu_seconds"),
+    "plan": ("What the plan says, and what comes", "plan_vs_run.py", ""),
+}
+
+
+def newest(folder: Path, kind: str) -> tuple[str, dict[str, Any]] | None:
+    """(date, result) of the newest file of a kind, None where there is none."""
+    files = [p for p in sorted(folder.glob("????-??-??-*.json")) if p.stem[11:] == kind]
+    return (files[-1].stem[:10], json.loads(files[-1].read_text(encoding="utf-8"))) if files else None
+
+
+def page(folder: Path) -> tuple[str, dict[str, str]]:
+    """The page's text, and its pictures: file name -> SVG."""
+    parts, pictures = [INTRODUCTION], {}
+    for kind, (title, script, drawn) in KINDS.items():
+        found = newest(folder, kind)
+        if found is None:
+            continue
+        date, result = found
+        parts += [f"## {title}", f"`python benchmarks/{script}`, {date}. {machine(result)}"]
+        rows = result.get("medians") or {name: _flat(run) for name, run in result["found"].items()}
+        parts.append(table(rows))
+        if drawn:
+            pictures[f"{kind}.svg"] = bars({name: figures[drawn] for name, figures in rows.items()}, drawn)
+            parts.append(f"![{escape(drawn)} of each](benchmarks/{kind}.svg)")
+        for name, ratio in result.get("ratios", {}).items():
+            each = ", ".join(f"{x:.2f}" for x in ratio["rounds"])
+            parts.append(f"- {name}: **{ratio['median']:.2f}** (rounds: {each})")
+        words = {True: "holds", False: "does **not** hold", None: "was not measured"}
+        parts += [f"- *{claim}*: {words[holds]}" for claim, holds in result["claims"].items()]
+    return "\n\n".join(parts).replace("\n\n- ", "\n- ") + "\n", pictures
+
+
+INTRODUCTION = """# Benchmarks
+
+Made by `python benchmarks/page.py` from the dated files under `benchmarks/results/`; `make bench` measures anew.
+Ratios are formed within a round, side by side in one run; a line of figures without its machine says little."""
+
+
+def machine(result: Mapping[str, Any]) -> str:
+    """The machine in a line."""
+    about = result["machine"]
+    flags = [flag for flag in about["flags"] if flag in ("avx2", "avx512_bf16", "amx_bf16")]
+    return (
+        f"{about['cores']} cores of {about['cpu']} (family/model/stepping {about['family_model_stepping']}, "
+        f"{', '.join(flags)}), {about['memory_gb']:.0f} GB, torch {about['torch']}; graftlm at {result['graftlm']}."
+    )
+
+
+def _flat(run: Mapping[str, Any]) -> dict[str, float]:
+    """{"seconds": {"planned": 1, …}} -> {"seconds planned": 1, …}."""
+    pairs = {key: value for key, value in run.items() if isinstance(value, dict)}
+    return {f"{key} {side}": figure for key, pair in pairs.items() for side, figure in pair.items()}
+
+
+def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """A Markdown table: a line for each contender, a column for each figure that any of them has."""
+    columns = list(dict.fromkeys(key for figures in rows.values() for key in figures))
+    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    for name, figures in rows.items():
+        lines.append(f"| {name} | " + " | ".join(_cell(figures.get(column)) for column in columns) + " |")
+    return "\n".join(lines)
+
+
+def _cell(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.3g}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def bars(values: Mapping[str, float], what: str) -> str:
+    """Horizontal bars from zero, each with its name and value; readable in light and dark surroundings."""
+    left, width, line = 220, 420, 26
+    height, most = line * (len(values) + 1) + 8, max(values.values())
+    body = []
+    for i, (name, value) in enumerate(values.items()):
+        y = line * (i + 1)
+        colour = "#c2571a" if name.startswith(("graft", "upper")) else "#6b7f99"
+        body.append(
+            f'<text x="{left - 8}" y="{y + 16}" text-anchor="end">{escape(name)}</text>'
+            f'<rect x="{left}" y="{y + 3}" width="{width * value / most:.1f}" height="{line - 8}" fill="{colour}"/>'
+            f'<text x="{left + width * value / most + 6:.1f}" y="{y + 16}">{value:.3g}</text>'
+        )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 70} {height}" role="img" '
+        f'font-family="sans-serif" font-size="13" fill="#777"><title>{escape(what)}</title>'
+        f'<text x="{left}" y="17">{escape(what)}</text>{"".join(body)}</svg>\n'
+    )
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Write the page and its pictures under docs/."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(words)
+    text, pictures = page(ROOT / "benchmarks" / "results")
+    (ROOT / "docs" / "benchmarks").mkdir(parents=True, exist_ok=True)
+    (ROOT / "docs" / "benchmarks.md").write_text(text, encoding="utf-8")
+    for name, svg in pictures.items():
+        (ROOT / "docs" / "benchmarks" / name).write_text(svg, encoding="utf-8")
+    print(f"docs/benchmarks.md: {len(pictures)} pictures", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

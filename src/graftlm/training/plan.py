@@ -1,0 +1,236 @@
+"""What a run will take, before it starts: work, speed, minutes and memory, from a short probe of this machine.
+
+What is unusual here: *the probe is the step itself on a lower building*. All blocks are alike, so the model with its
+last block alone, and with its last three, is run forward and backward on batches of this very run; what two more
+blocks add, times the layers, and what is left at none are the step's time. The bytes autograd keeps are counted alike.
+So whatever a step does, with this method, objective and number format, is in the figure without being described twice.
+
+    seconds(batch) = head(n) + layers * block(n)      each linear between a small and a large batch of n tokens
+
+Left out: the time of checkpoints.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftlm.config import TrainConfig
+from graftlm.inference.evaluate import score
+from graftlm.methods import Full
+from graftlm.methods.accounting import needed_flops
+from graftlm.methods.base import trainable
+from graftlm.models.base import CausalLM
+from graftlm.text.data import Example
+from graftlm.training.memory import peak_rss_mb, rss_mb
+from graftlm.training.objectives import OBJECTIVES, Batch, make_batches
+from graftlm.training.prepare import Prepared
+from graftlm.training.schedule import batch_stream
+
+FEW, MANY = 1, 3  # blocks of the two lower buildings
+PROBED = 64  # batches that are looked at to find a small and a large one; the rest of the run is like them
+VALIDATED = 32  # examples that are scored together
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A prediction. Seconds are wall seconds on this machine as it is now."""
+
+    steps: int
+    examples: int
+    needed_tflop: float
+    """Work in the layers' matrices that cannot be done without (`accounting.needed_flops`), 10^12 operations."""
+    examples_per_s: float
+    train_seconds: float
+    validation_seconds: float
+    startup_seconds: float
+    """What had passed when this was predicted: loading and checking."""
+    minutes: float
+    """All three together."""
+    peak_rss_mb: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields."""
+        return asdict(self)
+
+
+def make_plan(prepared: Prepared, startup_seconds: float, repeats: int = 3) -> Plan:
+    """Predict a prepared run. Leaves no trace: no gradient, no change of random numbers or of the model's mode."""
+    config, model = prepared.config, prepared.loaded.model
+    steps, device = config.max_iters or 0, model.device
+    made = _batches(prepared, min(steps * config.grad_accum, PROBED))
+    sizes = [[computed(part) for part in parts] for parts in made]
+    flat = sorted((computed(part), i, j) for i, parts in enumerate(made) for j, part in enumerate(parts))
+    ends = [made[i][j].to(device) for _, i, j in (flat[len(flat) // 10], flat[-1])]
+    first, layers = prepared.method.span(model.shape).start, model.shape.layers
+    with _no_trace(model):
+        times = [_step_seconds(model, batch, config, layers, first, repeats) for batch in ends]
+        saved = _saved_mb(model, ends[-1], config, layers - first)
+        validation = _validation_seconds(model, prepared)
+    (n0, t0), (n1, t1) = ((computed(batch), seconds) for batch, seconds in zip(ends, times, strict=True))
+    slope = (t1 - t0) / (n1 - n0) if n1 > n0 else 0.0
+    per_batch = sum(t0 + slope * (n - n0) for parts in sizes for n in parts) / len(sizes)
+    update = _update_seconds(sum(p.numel() for p in trainable(model).values()))
+    train_seconds = steps * (config.grad_accum * per_batch + update)
+    judged = -(-steps // (config.eval_every or steps))
+    needed = sum(part.own_tokens for parts in made for part in parts) + sum(p[0].shared.shape[1] for p in made)
+    full = isinstance(prepared.method, Full)
+    flops = needed_flops(model.shape, needed, first_trained=first, weights_trained=full)
+    examples = steps * config.grad_accum * min(config.batch_size, len(prepared.train))
+    return Plan(
+        steps=steps,
+        examples=examples,
+        needed_tflop=flops / len(made) * steps * config.grad_accum / 1e12,
+        examples_per_s=examples / train_seconds,
+        train_seconds=train_seconds,
+        validation_seconds=judged * validation,
+        startup_seconds=startup_seconds,
+        minutes=(startup_seconds + train_seconds + judged * validation) / 60,
+        peak_rss_mb=round(_peak_mb(model, saved, max(n for parts in sizes for n in parts)), 0),
+    )
+
+
+def computed(batch: Batch) -> int:
+    """Tokens a pass computes: shared ones once, padding too."""
+    return batch.shared.shape[1] + batch.ids.numel()
+
+
+def _batches(prepared: Prepared, count: int) -> list[list[Batch]]:
+    config, examples = prepared.config, prepared.train
+    lengths = [len(e.prompt_ids) + len(e.completion_ids) for e in examples]
+    how = (config.loss_on, config.shared_prefix, config.micro_tokens or 0, config.target_positions)
+    stream = islice(batch_stream(lengths, config, 0), count)
+    return [make_batches([examples[i] for i in rows], *how) for rows in stream]
+
+
+@contextmanager
+def _no_trace(model: CausalLM) -> Iterator[None]:
+    state, training = torch.get_rng_state(), model.training
+    model.train()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+        model.zero_grad(set_to_none=True)
+        model.train(training)
+
+
+@contextmanager
+def _blocks(model: CausalLM, blocks: Sequence[nn.Module]) -> Iterator[None]:
+    whole = model.blocks
+    model.blocks = nn.ModuleList(blocks)
+    try:
+        yield
+    finally:
+        model.blocks = whole
+
+
+def _step_seconds(model: CausalLM, batch: Batch, config: TrainConfig, layers: int, first: int, repeats: int) -> float:
+    """Forward and backward of one batch: blocks from `first` on with gradient, those below forward only."""
+
+    def both() -> None:
+        shared, h = model.hidden_behind(batch.shared, batch.ids, batch.at)
+        (h.sum() if shared is None else h.sum() + shared.sum()).backward()
+
+    # The head apart, on hidden states of the size the final norm gives: those that a few blocks alone make have
+    # likelihoods so small that arithmetic with them is many times slower.
+    n = batch.pick.numel() + (batch.shared.numel() + len(batch.ids) if batch.at is None else 0)
+    h = torch.randn(n, model.shape.d_model, dtype=model.dtype, device=model.device, requires_grad=True)
+    rows = torch.arange(n, device=model.device)
+
+    def head() -> None:
+        model.loss(h, rows, rows % model.shape.vocab, torch.ones(n, device=model.device)).backward()
+
+    upper = _extrapolated(model, both, layers - first, model.blocks[first:], repeats) + _best(head, repeats)
+    if not first:
+        return upper
+
+    def lower() -> None:
+        with torch.no_grad():
+            model.lower(batch.shared, batch.ids, len(model.blocks))
+
+    return upper + _extrapolated(model, lower, first, model.blocks[:first], repeats)
+
+
+def _extrapolated(model: CausalLM, run: Callable[[], None], count: int, blocks: nn.ModuleList, repeats: int) -> float:
+    """Seconds of `run` with `count` blocks, from its seconds with the last FEW and MANY of `blocks`."""
+    seconds = {}
+    for k in (min(FEW, count), min(MANY, count)):
+        with _blocks(model, list(blocks)[-k:]):
+            seconds[k] = _best(run, repeats)
+    few, many = min(seconds), max(seconds)
+    each = (seconds[many] - seconds[few]) / (many - few) if many > few else 0.0
+    return seconds[few] + each * (count - few)
+
+
+def _best(run: Callable[[], None], repeats: int) -> float:
+    """The least of the seconds it takes, behind one run to warm up."""
+    run()
+    found = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        run()
+        found.append(time.perf_counter() - began)
+    return min(found)
+
+
+def _saved_mb(model: CausalLM, batch: Batch, config: TrainConfig, layers: int) -> float:
+    """MB that autograd keeps from forward to backward: every storage once, parameters not at all."""
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    found = []
+    for k in (min(FEW, layers), min(MANY, layers)):
+        kept.clear()
+        with _blocks(model, list(model.blocks)[-k:]), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            loss = OBJECTIVES[config.loss_on](model, batch)
+            found.append((k, sum(kept.values()) / 1e6))
+            del loss
+    (few, least), (many, most) = found
+    each = (most - least) / (many - few) if many > few else 0.0
+    return least + each * (layers - few)
+
+
+def _validation_seconds(model: CausalLM, prepared: Prepared) -> float:
+    """One validation, from the scores of a few examples of middling length."""
+    examples = sorted(prepared.validation, key=lambda e: len(e.prompt_ids))
+    middle = len(examples) // 2
+    some: list[Example] = examples[max(0, middle - VALIDATED // 2) :][:VALIDATED]
+
+    def read() -> None:
+        score(model, some, prepared.label_ids, batch_size=VALIDATED)
+
+    seconds = _extrapolated(model, read, model.shape.layers, model.blocks, 1)
+    return seconds * len(examples) / len(some)
+
+
+def _update_seconds(trained: int, sample: int = 1_000_000) -> float:
+    """Clipping and AdamW's step on so many parameters, from a small sample of its own."""
+    p = nn.Parameter(torch.zeros(min(trained, sample)))
+    optimizer = torch.optim.AdamW([p], lr=1e-3, fused=True)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    began = time.perf_counter()
+    torch.nn.utils.clip_grad_norm_([p], 1.0)
+    optimizer.step()
+    return (time.perf_counter() - began) * trained / p.numel()
+
+
+def _peak_mb(model: CausalLM, saved_mb: float, tokens: int) -> float:
+    """What stands in memory at the height of the largest step, and at least what has been reached already."""
+    now, highest = rss_mb(), peak_rss_mb()
+    trained = sum(p.numel() * p.element_size() for p in trainable(model).values())
+    item = torch.empty(0, dtype=model.dtype).element_size()
+    working = 4 * tokens * model.shape.d_ff * item  # the gradients in flight of the widest part, the MLP
+    return max(highest, now + saved_mb + (3 * trained + working) / 1e6)
