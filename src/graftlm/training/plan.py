@@ -73,8 +73,8 @@ def make_plan(prepared: Prepared, startup_seconds: float, repeats: int = 3) -> P
         saved = _saved_mb(model, ends[-1], config, layers - first)
         validation = _validation_seconds(model, prepared)
     (n0, t0), (n1, t1) = ((computed(batch), seconds) for batch, seconds in zip(ends, times, strict=True))
-    slope = (t1 - t0) / (n1 - n0) if n1 > n0 else 0.0
-    per_batch = sum(t0 + slope * (n - n0) for parts in sizes for n in parts) / len(sizes)
+    slope = max(0.0, t1 - t0) / (n1 - n0) if n1 > n0 else 0.0
+    per_batch = sum(max(0.0, t0 + slope * (n - n0)) for parts in sizes for n in parts) / len(sizes)
     update = _update_seconds(sum(p.numel() for p in trainable(model).values()))
     train_seconds = steps * (config.grad_accum * per_batch + update)
     judged = -(-steps // (config.eval_every or steps))
@@ -164,7 +164,8 @@ def _extrapolated(model: CausalLM, run: Callable[[], None], count: int, blocks: 
         with _blocks(model, list(blocks)[-k:]):
             seconds[k] = _best(run, repeats)
     few, many = min(seconds), max(seconds)
-    each = (seconds[many] - seconds[few]) / (many - few) if many > few else 0.0
+    # A noisy moment may let three blocks look cheaper than one; no block takes less than no time.
+    each = max(0.0, seconds[many] - seconds[few]) / (many - few) if many > few else 0.0
     return seconds[few] + each * (count - few)
 
 

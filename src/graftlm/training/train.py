@@ -26,16 +26,14 @@ from rich.progress import Progress as Bar
 
 from graftlm.config import TrainConfig
 from graftlm.errors import GraftError, Interrupted
-from graftlm.exchange.device import matrix_peak
 from graftlm.files.assets import cache_home
 from graftlm.files.formats import remove_leftovers, write_json
 from graftlm.inference.evaluate import score
 from graftlm.inference.generate import evaluating
-from graftlm.methods import Full
-from graftlm.methods.accounting import needed_flops
 from graftlm.methods.base import trainable
 from graftlm.models.base import CausalLM
 from graftlm.text.data import Example
+from graftlm.training.account import beside_plan, promise, share_of_peak
 from graftlm.training.checkpoint import Progress, Store, cut_metrics
 from graftlm.training.frozen import Frozen, open_frozen
 from graftlm.training.logs import Metrics, start_wandb
@@ -165,8 +163,9 @@ class Trainer:
             self.console.print(f"resumed behind step {self.progress.step}", highlight=False)
         run = self.prepared.run
         if run["plan"] is None:  # a resumed run keeps what was said of it at its start
-            run["plan"] = make_plan(self.prepared, time.perf_counter() - self.started, repeats=1).to_json()
-            self.console.print(self._promise(), highlight=False)
+            plan = make_plan(self.prepared, time.perf_counter() - self.started, repeats=1).to_json()
+            self.console.print(promise(plan), highlight=False)
+            run["plan"] = plan
         write_json(self.out_dir / "run.json", run)
         self.frozen = self._open_frozen()
         wandb_run = start_wandb(
@@ -342,8 +341,8 @@ class Trainer:
             "seconds_to_first_step": progress.seconds_to_first_step,
             "examples_per_s": round(speed, 3),
             "peak_rss_mb": peak_rss_mb(),
-            **self._share_of_peak(),
-            "plan": self._plan_and_measurement(speed),
+            **share_of_peak(self.model, self.prepared.method, progress, below_kept=self.frozen is not None),
+            "plan": beside_plan(run["plan"], speed, progress.seconds),
             "trainable": run["trainable"],
             "total": run["total"],
             "share_trained": run["trainable"] / run["total"],
@@ -354,44 +353,6 @@ class Trainer:
         if self.model.device.type == "cuda":
             results["peak_cuda_mb"] = round(torch.cuda.max_memory_allocated() / 1e6, 1)
         return results
-
-    def _promise(self) -> str:
-        plan = self.prepared.run["plan"]
-        return (
-            f"plan: {plan['steps']:,} steps at about {plan['examples_per_s']:.1f} examples/s, {plan['minutes']:.1f} "
-            f"minutes with validations, {plan['peak_rss_mb']:,.0f} MB"
-        )
-
-    def _plan_and_measurement(self, speed: float) -> dict[str, Any]:
-        """What the plan said at the start of the run beside what came, and measured / planned."""
-        plan = self.prepared.run["plan"]
-        pairs = {
-            "examples_per_s": (plan["examples_per_s"], speed),
-            "seconds": (plan["train_seconds"] + plan["validation_seconds"], self.progress.seconds),
-            "peak_rss_mb": (plan["peak_rss_mb"], peak_rss_mb()),
-        }
-        return {
-            key: {"planned": planned, "measured": round(came, 3), "ratio": round(came / planned, 3)}
-            for key, (planned, came) in pairs.items()
-        }
-
-    def _share_of_peak(self) -> dict[str, float]:
-        """How much of what this machine multiplies at most the timed steps did of needed work; GFLOP/s of both."""
-        method, shape = self.prepared.method, self.model.shape
-        done = needed_flops(
-            shape,
-            self.progress.timed_needed,
-            first_trained=method.span(shape).start,
-            below_kept=self.frozen is not None,
-            weights_trained=isinstance(method, Full),
-        )
-        speed = done / self.progress.timed_seconds if self.progress.timed_seconds else 0.0
-        peak = matrix_peak(self.model.device, self.model.dtype)
-        return {
-            "needed_gflops": round(speed / 1e9, 1),
-            "matrix_peak_gflops": round(peak / 1e9, 1),
-            "share_of_peak": round(speed / peak, 4),
-        }
 
 
 def validate(

@@ -1,0 +1,49 @@
+"""What a run came to, beside what its plan said and what the machine could have done."""
+
+from typing import Any
+
+from graftlm.exchange.device import matrix_peak
+from graftlm.methods import Full, Method
+from graftlm.methods.accounting import needed_flops
+from graftlm.models.base import CausalLM
+from graftlm.training.checkpoint import Progress
+from graftlm.training.memory import peak_rss_mb
+
+
+def promise(plan: dict[str, Any]) -> str:
+    """The plan of a run that is about to start, in a line."""
+    return (
+        f"plan: {plan['steps']:,} steps at about {plan['examples_per_s']:.1f} examples/s, {plan['minutes']:.1f} "
+        f"minutes with validations, {plan['peak_rss_mb']:,.0f} MB"
+    )
+
+
+def beside_plan(plan: dict[str, Any], examples_per_s: float, seconds: float) -> dict[str, dict[str, float]]:
+    """What the plan said at the start of the run beside what came, and measured / planned."""
+    pairs = {
+        "examples_per_s": (plan["examples_per_s"], examples_per_s),
+        "seconds": (plan["train_seconds"] + plan["validation_seconds"], seconds),
+        "peak_rss_mb": (plan["peak_rss_mb"], peak_rss_mb()),
+    }
+    return {
+        key: {"planned": round(planned, 3), "measured": round(came, 3), "ratio": round(came / planned, 3)}
+        for key, (planned, came) in pairs.items()
+    }
+
+
+def share_of_peak(model: CausalLM, method: Method, progress: Progress, *, below_kept: bool) -> dict[str, float]:
+    """How much of what this machine multiplies at most the timed steps did of needed work; GFLOP/s of both."""
+    done = needed_flops(
+        model.shape,
+        progress.timed_needed,
+        first_trained=method.span(model.shape).start,
+        below_kept=below_kept,
+        weights_trained=isinstance(method, Full),
+    )
+    speed = done / progress.timed_seconds if progress.timed_seconds else 0.0
+    peak = matrix_peak(model.device, model.dtype)
+    return {
+        "needed_gflops": round(speed / 1e9, 1),
+        "matrix_peak_gflops": round(peak / 1e9, 1),
+        "share_of_peak": round(speed / peak, 4),
+    }
