@@ -57,8 +57,8 @@ def test_importing_graftlm_leaves_the_process_alone_and_only_the_command_asks_gl
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc and glibc's settings are Linux's")
 def test_freed_memory_is_kept_for_the_next_tensor() -> None:
-    # A tensor of 64 MB is made and freed three times. Kept, its pages stay with the process; without the setting they go
-    # back to the kernel. Whether the second tensor finds the hole of the first depends on what small thing was put there
-    # in between, so only the lower bound is a promise. Nor are page faults: huge pages change their number.
+    # A tensor of 64 MB is made and freed three times. Kept, its pages stay with the process; without the setting they
+    # go back to the kernel. Whether the second tensor finds the hole of the first depends on what small thing was put
+    # there in between, so only the lower bound is a promise. Nor are page faults: huge pages change their number.
     kept, given_back = float(child(FREED, "keep")), float(child(FREED, "leave"))
     assert kept > 60 and given_back < 30, (kept, given_back)
