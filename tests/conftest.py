@@ -4,6 +4,7 @@ The built-in models and data sets come from the cache that `graft fetch` (`make 
 """
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +15,9 @@ from typing import Any
 import pytest
 
 SRC = str(Path(__file__).parent.parent / "src")
+
+# A shell that starts the suite in the background has it ignore Ctrl-C, and every child would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Graft = Callable[..., "subprocess.CompletedProcess[str]"]
 

@@ -216,6 +216,25 @@ def test_an_interrupted_run_saves_its_step_and_goes_on_to_the_same_end(
             assert (tmp_path / "parts" / at / file.name).read_bytes() == file.read_bytes()
 
 
+def test_a_signal_that_the_caller_ignores_stays_ignored(
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `nohup` and a script's background jobs have it."""
+    real = train_module.Trainer._step
+
+    def interrupted(self: Any, step: int, batches: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return real(self, step, batches)
+
+    monkeypatch.setattr(train_module.Trainer, "_step", interrupted)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert train(config(assets, tmp_path / "run"))["steps"] == 12
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_resumed_run_may_be_longer_and_says_so(assets: Path, tmp_path: Path) -> None:
     train(config(assets, tmp_path / "run"))
     results = train(config(assets, tmp_path / "run", resume=True, max_iters=20), given={"resume", "max_iters"})
