@@ -77,6 +77,9 @@ class TrainConfig:
     """Run the head, and in the last layer all but keys and values, only where a target is predicted; same gradients."""
     fused: bool = True
     """Use gradients written out by hand (norms, rotations, gated MLP, LoRA, head and loss), equal to autograd's own."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Train with kernels compiled by this machine's C++ compiler (about a second, once): auto, from step 11 on where
+    there is one; on, from the first step; off. The same gradients, rounded elsewhere."""
     buckets: bool = True
     """Put examples of similar length into a batch; without, a batch takes them as the shuffle gives them."""
     template: str = "sentiment"

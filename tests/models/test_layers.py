@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from graftlm.models.gradients import Mask
 from graftlm.models.layers import Dropout, RMSNorm, dropout, rope_table, rotate
 
 
@@ -41,6 +42,15 @@ def test_dropout_has_its_rate_and_keeps_the_mean(p: float) -> None:
     # Neighbours are independent: four of them come from one draw.
     both = ((y[:, :-1] == 0) & (y[:, 1:] == 0)).double().mean().item()
     assert abs(both - p * p) < 0.005
+
+
+def test_masks_are_made_of_splitmix64() -> None:
+    published = [6457827717110365317, 3203168211198807973, 9817491932198370423]  # its first three for 1234567
+    draws = [(z >> 16 * lane) % 65536 for z in published for lane in range(4)]
+    signed = [d - 65536 if d >= 32768 else d for d in draws]
+    for below in (1000, 20000, 50000):
+        kept = Mask(1234567, below).kept(torch.zeros(11))
+        assert kept.tolist() == [d >= below - 32768 for d in signed[:11]]
 
 
 def test_dropout_is_a_function_of_the_seed_and_off_in_evaluation() -> None:

@@ -21,10 +21,11 @@ from graftlm.errors import InputError
 from graftlm.methods.accounting import linear_size
 from graftlm.methods.base import Method, freeze, master_dtype, replace_linears
 from graftlm.models import CausalLM, Linear, Shape
-from graftlm.models.layers import Dropout, keep_mask
+from graftlm.models.gradients import TORCH, Mask, TorchKernels
+from graftlm.models.layers import ByHand, Dropout, draw_mask
 
 
-class LoRALinear(Linear):
+class LoRALinear(ByHand, Linear):
     """A linear layer with a low-rank update; rank 0 is a plain linear.
 
     Args:
@@ -33,9 +34,6 @@ class LoRALinear(Linear):
         alpha: the update is scaled by alpha / rank.
         lora_dropout: dropout on the input of A, a probability.
     """
-
-    fused = True
-    """Whether the gradient written out in `_Updated` may be used; `CausalLM.set_fused` decides."""
 
     def __init__(
         self,
@@ -114,12 +112,12 @@ class LoRALinear(Linear):
         rates = {m.drop_rate for m in adapted}
         if len(rates) > 1:
             return [LoRALinear.together([m], x)[0] for m in linears]
-        kept, rescale = keep_mask(x, rates.pop()) if adapted else (None, 1.0)
+        mask = draw_mask(rates.pop()) if adapted else None
         frozen = not any(p.requires_grad for m in adapted for p in (m.weight, m.bias) if p is not None)
         if adapted and frozen and all(m.fused for m in adapted):
-            ys = iter(_together(adapted, x, kept, rescale))
+            ys = iter(_together(adapted, x, mask))
             return [next(ys) if m in adapted else Linear.forward(m, x) for m in linears]
-        dropped = x if kept is None else torch.where(kept, x, 0) * rescale
+        dropped = x if mask is None else TORCH.masked(x, mask) * mask.rescale
         return [Linear.forward(m, x) + m._update(dropped) if m in adapted else Linear.forward(m, x) for m in linears]
 
     def _update(self, x: Tensor) -> Tensor:
@@ -169,11 +167,10 @@ class LoRALinear(Linear):
         return f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha:g}, merged={self.merged}"
 
 
-def _together(adapted: list["LoRALinear"], x: Tensor, kept: Tensor | None, rescale: float) -> list[Tensor]:
-    flat = x.flatten(0, -2)
-    kept = None if kept is None else kept.flatten(0, -2)
+def _together(adapted: list["LoRALinear"], x: Tensor, mask: Mask | None) -> list[Tensor]:
     tensors = [t for m in adapted for t in (m.weight, m.bias, m.lora_A, m.lora_B)]
-    ys = _Updated.apply(flat, kept, rescale, [m.scale for m in adapted], *tensors)
+    scales, kernels = [m.scale for m in adapted], adapted[0].kernels_now
+    ys = _Updated.apply(x.flatten(0, -2), mask, scales, kernels, *tensors)
     return [y.unflatten(0, x.shape[:-1]) for y in ys]
 
 
@@ -190,24 +187,25 @@ class _Updated(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, kept: Tensor | None, rescale: float, scales: list[float], *tensors: Tensor
+        ctx: Any, x: Tensor, mask: Mask | None, scales: list[float], kernels: TorchKernels, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
+        rescale = mask.rescale if mask is not None else 1.0
         weights, biases, a_s, b_s = (tensors[i::4] for i in range(4))
         a = torch.cat([t * rescale for t in a_s]).to(x.dtype)
         b_t = [(b * s).to(x.dtype) for b, s in zip(b_s, scales, strict=True)]
-        dropped = x if kept is None else torch.where(kept, x, 0)
+        dropped = x if mask is None else kernels.masked(x, mask)
         thin = dropped @ a.T
         ys = []
         for weight, bias, b, t in zip(weights, biases, b_t, thin.split([len(t) for t in a_s], dim=-1), strict=True):
             y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
             ys.append(y.addmm_(t, b.T))
-        ctx.save_for_backward(dropped, thin, kept, *weights, *a_s, *b_s)
-        ctx.rescale, ctx.scales = rescale, scales
+        ctx.save_for_backward(dropped, thin, *weights, *a_s, *b_s)
+        ctx.mask, ctx.rescale, ctx.scales, ctx.kernels = mask, rescale, scales, kernels
         return tuple(ys)
 
     @staticmethod
     def backward(ctx: Any, *g_s: Tensor) -> tuple[Tensor | None, ...]:
-        (dropped, thin, kept, *rest), n = ctx.saved_tensors, len(ctx.scales)
+        (dropped, thin, *rest), n = ctx.saved_tensors, len(ctx.scales)
         weights, a_s, b_s, dtype = rest[:n], rest[n : 2 * n], rest[2 * n :], dropped.dtype
         thins = thin.split([len(a) for a in a_s], dim=-1)
         d_b = [(g.T @ t).to(b.dtype).mul_(s) for g, t, b, s in zip(g_s, thins, b_s, ctx.scales, strict=True)]
@@ -216,7 +214,7 @@ class _Updated(torch.autograd.Function):
         d_x = None
         if ctx.needs_input_grad[0]:
             d_x = d_thin @ torch.cat([a * ctx.rescale for a in a_s]).to(dtype)
-            d_x = d_x if kept is None else torch.where(kept, d_x, 0)
+            d_x = d_x if ctx.mask is None else ctx.kernels.masked(d_x, ctx.mask)
             for g, weight in zip(g_s, weights, strict=True):
                 d_x.addmm_(g, weight.to(dtype))
         return d_x, None, None, None, *(t for a, b in zip(d_a, d_b, strict=True) for t in (None, None, a, b))

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from graftlm.models.layers import Dropout, Linear, project, rotate
+from graftlm.models.layers import ByHand, Dropout, Linear, project, rotate
 
 if TYPE_CHECKING:
     from graftlm.models.base import Shape
@@ -167,10 +167,8 @@ def score_bias(past: Sequence[Segment], t: int, device: torch.device, dtype: tor
     return torch.zeros(ignore.shape, device=device, dtype=dtype).masked_fill_(ignore, float("-inf"))[:, None, None]
 
 
-class Attention(nn.Module):
+class Attention(ByHand):
     """Causal self-attention with K key/value heads for H query heads (K = H: plain; K < H: grouped-query)."""
-
-    fused = True
 
     def __init__(self, shape: "Shape") -> None:
         super().__init__()
@@ -192,8 +190,9 @@ class Attention(nn.Module):
         k, v = (y.unflatten(-1, (self.kv_heads, self.head_dim)) for y in (k, v))
         if context.rope is not None:
             cos, sin = context.rope
-            q = rotate(q, context.for_queries(cos), context.for_queries(sin), self.fused)
-            k = rotate(k, cos, sin, self.fused)
+            how = (self.fused, self.kernels_now)
+            q = rotate(q, context.for_queries(cos), context.for_queries(sin), *how)
+            k = rotate(k, cos, sin, *how)
         if context.lead is not None:
             return self.o(self._behind(q, k, v, context.lead, context).flatten(-2))
         k, v = k.transpose(1, 2), v.transpose(1, 2)

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graftlm.models.attention import Context, Lead, Segment, causal_bias, score_bias
-from graftlm.models.gradients import HeadLoss
-from graftlm.models.layers import Dropout, Embedding, Linear
+from graftlm.models.gradients import HeadLoss, TorchKernels
+from graftlm.models.layers import ByHand, Dropout, Embedding, Linear
 
 ROLES = ("q", "k", "v", "o", "up", "gate", "down")
 
@@ -53,10 +53,8 @@ class Shape:
         return ROLES if self.family == "llama" else tuple(r for r in ROLES if r != "gate")
 
 
-class CausalLM(nn.Module):
+class CausalLM(ByHand):
     """A decoder-only language model; `gpt2.GPT2` and `llama.Llama` fill in the parts."""
-
-    fused = True
 
     def __init__(self, shape: Shape, blocks: Sequence[nn.Module], norm: nn.Module) -> None:
         super().__init__()
@@ -87,8 +85,14 @@ class CausalLM(nn.Module):
     def set_fused(self, fused: bool) -> None:
         """Whether modules use gradients written out by hand, or autograd's own; the same numbers but for rounding."""
         for module in self.modules():
-            if hasattr(module, "fused"):
+            if isinstance(module, ByHand):
                 vars(module)["fused"] = fused
+
+    def set_kernels(self, kernels: TorchKernels) -> None:
+        """With what modules whose gradients are written out by hand compute while they train."""
+        for module in self.modules():
+            if isinstance(module, ByHand):
+                vars(module)["kernels"] = kernels
 
     def place(self, x: Tensor, positions: Tensor) -> Tensor:
         """Add learned positions to the embedded tokens, where a family has them."""

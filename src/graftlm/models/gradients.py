@@ -10,6 +10,7 @@ Each is tested against what autograd makes of the plain formula (tests/models/te
 Letters: N tokens, d width, H heads, D width of a head, V vocabulary, K targets.
 """
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,81 +18,137 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class RMSNorm(torch.autograd.Function):
-    """RMSNorm with its gradient written out: a third of the passes over memory that autograd's own would make.
+@dataclass
+class Mask:
+    """Which elements dropout keeps: a function of a seed and an element's place, so it need not be stored.
 
-    With s = 1 / sqrt(mean(x^2) + eps) and n = s x:   dw = sum(g n),   dx = s (g w - n mean(g w n)).
+    PyTorch's CPU kernel draws a 64-bit number for each element, one after the other, which takes long; here the place
+    is mixed with the seed (SplitMix64, Steele et al. 2014), and each 64 bits serve four elements. The probability is
+    rounded to a multiple of 2^-16.
     """
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """[..., d], [d] -> [..., d]. The statistics are float32 or wider."""
+    seed: int
+    """Any 64 bits."""
+    below: int
+    """Of the 65,536 values of 16 bits, those below this one drop an element."""
+    _kept: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def rescale(self) -> float:
+        """1 / (1 - p)."""
+        return 65536 / (65536 - self.below)
+
+    def kept(self, x: Tensor) -> Tensor:
+        """Bool, of x's shape and device; computed once."""
+        if self._kept is None:
+            places = torch.arange(1, (x.numel() + 3) // 4 + 1, device=x.device)
+            z = places.mul_(_signed(0x9E3779B97F4A7C15)).add_(self.seed)
+            for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+                # torch shifts in copies of the sign; they are taken away again
+                z.bitwise_xor_((z >> shift).bitwise_and_((1 << (64 - shift)) - 1)).mul_(_signed(factor))
+            self._kept = z.view(torch.int16)[: x.numel()].view(x.shape) >= self.below - 32768
+        return self._kept
+
+
+def _signed(bits: int) -> int:
+    return bits - (1 << 64) if bits >> 63 else bits
+
+
+class TorchKernels:
+    """What stands between the matrix products, in torch's own operations; `kernels.CompiledKernels` does it faster."""
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """[..., d], [d] -> w x s and s = 1 / sqrt(mean(x^2) + eps), [..., 1] in float32 or wider."""
         exact = torch.promote_types(x.dtype, torch.float32)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)
         s = torch.rsqrt(norm.square() / x.shape[-1] + eps)
-        n = (x * s).to(x.dtype)
-        ctx.save_for_backward(n, weight, s)
-        return n * weight
+        return (x * s).to(x.dtype).mul_(weight), s
+
+    def norm_back(self, g: Tensor, x: Tensor, weight: Tensor, s: Tensor) -> Tensor:
+        """dx = s (g w - x s^2 mean(g w x))."""
+        gw = g * weight
+        share = (gw * x).mean(dim=-1, keepdim=True, dtype=s.dtype) * s.square()
+        return torch.addcmul(gw, x, share.to(x.dtype), value=-1).mul_(s.to(x.dtype))
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
+        """Pairs (x_i, x_{i + D/2}) of [..., H, D] turned by the angles of [..., 1, D/2], or turned back."""
+        half, sign = x.shape[-1] // 2, -1 if back else 1
+        x1, x2 = x[..., :half], x[..., half:]
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        torch.mul(x1, cos, out=y[..., :half]).addcmul_(x2, sin, value=-sign)
+        torch.mul(x2, cos, out=y[..., half:]).addcmul_(x1, sin, value=sign)
+        return y
+
+    def gated(self, g: Tensor, u: Tensor) -> Tensor:
+        """silu(g) u."""
+        return F.silu(g).mul_(u)
+
+    def gated_back(self, y: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """With s = sigmoid(g): dg = y u s (1 + g (1 - s)), du = y s g."""
+        return torch.ops.aten.silu_backward(y * u, g), F.silu(g).mul_(y)
+
+    def masked(self, x: Tensor, mask: Mask) -> Tensor:
+        """x where dropout keeps it, 0 elsewhere; the same elements for the gradient."""
+        return torch.where(mask.kept(x), x, 0)
+
+
+TORCH = TorchKernels()
+
+
+class RMSNorm(torch.autograd.Function):
+    """RMSNorm with its gradient written out: a third of the passes over memory that autograd's own would make.
+
+    With s = 1 / sqrt(mean(x^2) + eps):   dw = sum(g x s),   dx = s (g w - x s^2 mean(g w x)).
+    """
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, kernels: TorchKernels = TORCH) -> Tensor:
+        """[..., d], [d] -> [..., d]. The statistics are float32 or wider."""
+        y, s = kernels.norm(x, weight, eps)
+        ctx.save_for_backward(x, weight, s)
+        ctx.kernels = kernels
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         """The gradients of x and of the weight, where they are asked for."""
         (g,) = grads
-        n, weight, s = ctx.saved_tensors
-        gn = g * weight
-        dx = dw = None
-        if ctx.needs_input_grad[0]:
-            mean = (gn * n).mean(dim=-1, keepdim=True, dtype=s.dtype)
-            dx = torch.addcmul(gn, n, mean.to(n.dtype), value=-1).mul_(s.to(n.dtype))
-        if ctx.needs_input_grad[1]:
-            dw = (g * n).flatten(0, -2).sum(0)
-        return dx, dw, None
+        x, weight, s = ctx.saved_tensors
+        dx = ctx.kernels.norm_back(g, x, weight, s) if ctx.needs_input_grad[0] else None
+        dw = (g * (x * s).to(x.dtype)).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return dx, dw, None, None
 
 
 class Rotate(torch.autograd.Function):
     """A rotation; its gradient is the rotation back."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, kernels: TorchKernels = TORCH) -> Tensor:
         """[..., H, D] by [..., 1, D/2] -> [..., H, D]."""
         ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin)
+        ctx.kernels = kernels
+        return kernels.rotate(x, cos, sin)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         """The gradient of x."""
-        (g,) = grads
-        cos, sin = ctx.saved_tensors
-        return _rotated(g, cos, -sin), None, None
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    x1, x2 = x[..., :half], x[..., half:]
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    torch.mul(x1, cos, out=y[..., :half]).addcmul_(x2, sin, value=-1)
-    torch.mul(x2, cos, out=y[..., half:]).addcmul_(x1, sin)
-    return y
+        return ctx.kernels.rotate(grads[0], *ctx.saved_tensors, back=True), None, None, None
 
 
 class Gated(torch.autograd.Function):
-    """silu(g) u (Shazeer 2020), which keeps g and u only.
-
-    With s = sigmoid(g):   du = y s g,   dg = y u s (1 + g (1 - s))   for the gradient y of the result.
-    """
+    """silu(g) u (Shazeer 2020), which keeps g and u only."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, u: Tensor) -> Tensor:
+    def forward(ctx: Any, g: Tensor, u: Tensor, kernels: TorchKernels = TORCH) -> Tensor:
         """Two [..., d] -> [..., d]."""
         ctx.save_for_backward(g, u)
-        return F.silu(g).mul_(u)
+        ctx.kernels = kernels
+        return kernels.gated(g, u)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         """The gradients of g and u."""
-        (y,) = grads
-        g, u = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(y * u, g), F.silu(g).mul_(y)
+        return *ctx.kernels.gated_back(grads[0], *ctx.saved_tensors), None
 
 
 class HeadLoss(torch.autograd.Function):

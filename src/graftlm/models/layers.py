@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graftlm.models import gradients
+from graftlm.models.gradients import TORCH, Mask, TorchKernels
 
 
 class Linear(nn.Linear):
@@ -50,10 +51,22 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square normalisation (Zhang & Sennrich 2019): w * x / sqrt(mean(x^2) + eps)."""
+class ByHand(nn.Module):
+    """A module that has gradients written out by hand; `CausalLM.set_fused` and `set_kernels` reach all of them."""
 
     fused = True
+    """Whether they are used, or autograd's own."""
+    kernels: TorchKernels = TORCH
+    """What they are computed with in training."""
+
+    @property
+    def kernels_now(self) -> TorchKernels:
+        """In evaluation torch's: scores do not depend on how a model was trained."""
+        return self.kernels if self.training else TORCH
+
+
+class RMSNorm(ByHand):
+    """Root-mean-square normalisation (Zhang & Sennrich 2019): w * x / sqrt(mean(x^2) + eps)."""
 
     def __init__(self, d: int, eps: float) -> None:
         super().__init__()
@@ -63,7 +76,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] -> [..., d]. The statistics are float32 (float64 for float64 inputs)."""
         if self.fused:
-            return gradients.RMSNorm.apply(x, self.weight.to(x.dtype), self.eps)
+            return gradients.RMSNorm.apply(x, self.weight.to(x.dtype), self.eps, self.kernels_now)
         exact = x.to(torch.promote_types(x.dtype, torch.float32))
         n = exact * torch.rsqrt(exact.square().mean(dim=-1, keepdim=True) + self.eps)
         return n.to(x.dtype) * self.weight.to(x.dtype)
@@ -87,24 +100,14 @@ def dropout(x: Tensor, p: float) -> Tensor:
     """Dropout of x with probability p, rounded to a multiple of 2^-16 on a CPU."""
     if x.device.type != "cpu":
         return F.dropout(x, p)
-    kept, scale = keep_mask(x, p)
-    return x if kept is None else x * kept.to(x.dtype).mul_(scale)
+    mask = draw_mask(p)
+    return x if mask is None else x * mask.kept(x).to(x.dtype).mul_(mask.rescale)
 
 
-def keep_mask(x: Tensor, p: float) -> tuple[Tensor | None, float]:
-    """Which elements of x dropout keeps (bool; None: all), and what it multiplies them by.
-
-    PyTorch's CPU kernel draws a 64-bit number for each element, one after the other, which takes long; on a CPU
-    each draw of 64 bits serves four elements here, and p is rounded to a multiple of 2^-16.
-    """
-    if x.device.type != "cpu":
-        return (torch.rand(x.shape, device=x.device) >= p, 1 / (1 - p)) if p else (None, 1.0)
-    drop_below = round(p * 65536)
-    if drop_below == 0:
-        return None, 1.0
-    draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    kept = draws.view(torch.int16)[: x.numel()].view(x.shape) >= drop_below - 32768
-    return kept, 65536 / (65536 - drop_below)
+def draw_mask(p: float) -> Mask | None:
+    """A mask that drops with probability p, seeded from torch's generator; None: keeps all."""
+    below = round(p * 65536)
+    return Mask(int(torch.randint(-(2**62), 2**62, ())), below) if below else None
 
 
 def rope_table(positions: Tensor, inverse_frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -113,13 +116,13 @@ def rope_table(positions: Tensor, inverse_frequencies: Tensor, dtype: torch.dtyp
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, fused: bool = True) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, fused: bool = True, kernels: TorchKernels = TORCH) -> Tensor:
     """Rotate the pairs (x_i, x_{i + D/2}) of each head by their position's angles.
 
     x [B, T, H, D]; cos, sin [T, D/2] or [B, T, D/2]. Or x [N, H, D] and cos, sin [N, D/2].
     """
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     if fused:
-        return gradients.Rotate.apply(x, cos, sin)
+        return gradients.Rotate.apply(x, cos, sin, kernels)
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)

@@ -15,13 +15,11 @@ from torch import Tensor, nn
 from graftlm.models.attention import Attention, Context
 from graftlm.models.base import CausalLM, Shape
 from graftlm.models.gradients import Gated
-from graftlm.models.layers import Dropout, Linear, RMSNorm, project, rope_table
+from graftlm.models.layers import ByHand, Dropout, Linear, RMSNorm, project, rope_table
 
 
-class MLP(nn.Module):
+class MLP(ByHand):
     """down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
-
-    fused = True
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -32,7 +30,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, d] -> [B, T, d]."""
         gate, up = project(x, self.gate, self.up)
-        return self.down(Gated.apply(gate, up) if self.fused else F.silu(gate) * up)
+        return self.down(Gated.apply(gate, up, self.kernels_now) if self.fused else F.silu(gate) * up)
 
 
 class Block(nn.Module):

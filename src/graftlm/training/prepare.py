@@ -121,6 +121,7 @@ def prepare(config: TrainConfig, given: Set[str] | None = None) -> Prepared:
         "wandb_id": previous["wandb_id"] if previous else secrets.token_hex(8),
         "notes": notes,
         "plan": previous.get("plan") if previous else None,
+        "compile": previous.get("compile") if previous else None,
         "resumed": [*previous["resumed"], _changes(previous["config"], config)] if previous else [],
         "results": None,
     }

@@ -25,16 +25,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from graftlm.config import TrainConfig
-from graftlm.errors import GraftError, Interrupted
+from graftlm.errors import GraftError, InputError, Interrupted
 from graftlm.files.assets import cache_home
 from graftlm.files.formats import remove_leftovers, write_json
 from graftlm.inference.evaluate import score
 from graftlm.inference.generate import evaluating
 from graftlm.methods.base import trainable
 from graftlm.models.base import CausalLM
+from graftlm.models.kernels import NoKernels
 from graftlm.text.data import Example
 from graftlm.training.account import beside_plan, promise, share_of_peak
 from graftlm.training.checkpoint import Progress, Store, cut_metrics
+from graftlm.training.compiled import FIRST_STEPS, Compiling, Switch
 from graftlm.training.frozen import Frozen, open_frozen
 from graftlm.training.logs import Metrics, start_wandb
 from graftlm.training.memory import peak_rss_mb
@@ -166,6 +168,12 @@ class Trainer:
             plan = make_plan(self.prepared, time.perf_counter() - self.started, repeats=1).to_json()
             self.console.print(promise(plan), highlight=False)
             run["plan"] = plan
+        if run["compile"] is None:
+            switch = Switch.decide(self.config, self.model.device)
+            if self.config.compile == "auto" and switch.from_step is None and self.steps > FIRST_STEPS:
+                self.console.print(f"not compiled: {switch.reason}", markup=False, highlight=False)
+            run["compile"] = switch.to_json()
+        self.compiling = Compiling(Switch(**run["compile"]), self.model)
         write_json(self.out_dir / "run.json", run)
         self.frozen = self._open_frozen()
         wandb_run = start_wandb(
@@ -190,6 +198,7 @@ class Trainer:
         self.model.train()
         while progress.step < self.steps and not self._exhausted():
             step = progress.step + 1
+            self._compile(step)
             done = self._step(step, [next(stream) for _ in range(config.grad_accum)])
             self._count(done)
             judged = step % (config.eval_every or 1) == 0 or step == self.steps
@@ -207,6 +216,21 @@ class Trainer:
                     f"interrupted; step {step} is saved in {self.out_dir / 'last'}: go on with graft train --resume "
                     f"--out_dir {self.out_dir}"
                 )
+
+    def _compile(self, step: int) -> None:
+        """Go over to compiled kernels if the run does so at this step, or note that it cannot and never will."""
+        try:
+            self.compiling.before(step)
+        except NoKernels as error:
+            switch = Switch(**self.prepared.run["compile"])
+            if self.config.compile == "on" or step != switch.from_step:
+                raise InputError(
+                    f"{self.out_dir}: computes with compiled kernels from step {switch.from_step} on, and {error}"
+                ) from error
+            self.console.print(f"not compiled: {error}", markup=False, highlight=False)
+            self.prepared.run["compile"] = Switch(None, str(error)).to_json()
+            self.compiling = Compiling(Switch(None, str(error)), self.model)
+            write_json(self.out_dir / "run.json", self.prepared.run)
 
     def _exhausted(self) -> bool:
         return 0 < self.config.patience <= self.progress.stale

@@ -1,0 +1,205 @@
+"""kernels.cpp, compiled by this machine's own C++ compiler, once for each processor, and called through ctypes.
+
+What is unusual here: *plain C++ with a plain C interface*. Without torch's headers it compiles in about a second, where
+torch.compile takes minutes for the same blocks, and one object serves every shape: nothing is compiled anew when a
+batch is longer, and a resumed run computes the bits of the one it goes on with.
+
+    GRAFT_HOME/compiled/kernels-KEY.so      KEY: hash of the source, the compiler, its flags and the processor
+
+The objects are loaded as code, so their folder is the user's alone (mode 0700), and one that is somebody else's is
+refused. Left out: GPUs, whose tensors go torch's own way, and silu(g) u forward, which torch does as fast.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import re
+import shutil
+import stat
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from graftlm.errors import GraftError
+from graftlm.files.assets import cache_home
+from graftlm.files.formats import file_atomically
+from graftlm.models.gradients import Mask, TorchKernels
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+TIMEOUT_S = 120
+_P, _I, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+SIGNATURES = {
+    "norm": (_P, _P, _I, _I, _D, _P, _P),
+    "norm_back": (_P, _P, _P, _P, _I, _I, _P),
+    "gated_back": (_P, _P, _P, _I, _P, _P),
+    "rotate": (_P, _P, _P, _I, _I, _I, _I, _D, _P),
+    "masked": (_P, _I, _I, _I, _P),
+}
+DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
+
+
+class NoKernels(GraftError):
+    """They cannot be had on this machine; the text says why."""
+
+
+def compiler() -> str:
+    """The C++ compiler's path: $CXX, else g++; raises NoKernels."""
+    asked = os.environ.get("CXX") or "g++"
+    found = shutil.which(asked)
+    if not platform.system() == "Linux":
+        raise NoKernels("kernels are compiled on Linux only")
+    if found is None:
+        raise NoKernels(f"no C++ compiler is found ({asked})")
+    return found
+
+
+def load_kernels() -> "CompiledKernels":
+    """Compile what has not been compiled yet, and load it. Raises NoKernels; takes about a second the first time."""
+    cxx = compiler()
+    version = _run([cxx, "--version"]).splitlines()[0]
+    openmp = _openmp()
+    parts = (SOURCE.read_text(encoding="utf-8"), version, *FLAGS, str(openmp), _processor())
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+    path = _own_folder(cache_home() / "compiled") / f"kernels-{key}.so"
+    if not path.is_file():
+        _compile(cxx, openmp, path)
+    return CompiledKernels(path)
+
+
+def _own_folder(folder: Path) -> Path:
+    """The folder, made if need be; code is loaded from it, so it must be ours and closed to others."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.stat().st_uid != os.getuid():
+            raise NoKernels(f"{folder} belongs to another user, and code would be loaded from it")
+        if stat.S_IMODE(folder.stat().st_mode) != 0o700:
+            folder.chmod(0o700)
+    except OSError as error:
+        raise NoKernels(f"cannot use {folder}: {error.strerror}") from error
+    return folder
+
+
+def _compile(cxx: str, openmp: Path, path: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="graft-") as scratch:
+        part, whole = Path(scratch) / "kernels.o", Path(scratch) / "kernels.so"
+        _run([cxx, *FLAGS, "-c", str(SOURCE), "-o", str(part)])
+        # Linked against the OpenMP that torch has loaded: a second one would bring threads of its own, and the two
+        # sets would keep each other from the cores.
+        _run([cxx, "-shared", str(part), str(openmp), "-o", str(whole)])
+        try:
+            with file_atomically(path) as file:
+                file.write(whole.read_bytes())
+        except GraftError as error:
+            raise NoKernels(str(error)) from error
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S, stdin=subprocess.DEVNULL
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NoKernels(f"the C++ compiler {command[0]} cannot be run: {error}") from error
+    if done.returncode:
+        said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
+        raise NoKernels(f"the C++ compiler {command[0]} failed: {said.strip()}")
+    return done.stdout
+
+
+@cache
+def _processor() -> str:
+    """What -march=native depends on."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    told = {line.split(":")[0].strip(): line for line in lines if ":" in line}
+    return "\n".join(told.get(name, "") for name in ("vendor_id", "cpu family", "model", "flags", "Features"))
+
+
+def _openmp() -> Path:
+    """The OpenMP library that this process has loaded with torch."""
+    torch.get_num_threads()
+    lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+    paths = sorted({line.split(maxsplit=5)[5] for line in lines if re.search(r"/lib(gomp|iomp5)[^/]*\.so", line)})
+    if len(paths) != 1:
+        raise NoKernels(f"torch has loaded {len(paths)} GNU-compatible OpenMP libraries, not one")
+    return Path(paths[0])
+
+
+class CompiledKernels(TorchKernels):
+    """The same results as torch's to rounding, each in one pass; what they do not take goes torch's way."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            library = ctypes.CDLL(str(path))
+            for name, dtype, signature in _entries():
+                function = getattr(library, f"{name}_{dtype}")
+                function.argtypes, function.restype = signature, None
+        except (OSError, AttributeError) as error:
+            raise NoKernels(f"{path} cannot be loaded: {error}") from error
+        self._library = library
+
+    def _call(self, name: str, x: Tensor, *arguments: Tensor | float) -> None:
+        function = getattr(self._library, f"{name}_{DTYPES[x.dtype]}")
+        function(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """As in TorchKernels."""
+        if not _takes(x, weight):
+            return super().norm(x, weight, eps)
+        x, weight, y = x.contiguous(), weight.contiguous(), torch.empty(x.shape, dtype=x.dtype)
+        s = torch.empty((*x.shape[:-1], 1), dtype=torch.promote_types(x.dtype, torch.float32))
+        self._call("norm", x, x, weight, s.numel(), x.shape[-1], eps, y, s)
+        return y, s
+
+    def norm_back(self, g: Tensor, x: Tensor, weight: Tensor, s: Tensor) -> Tensor:
+        """As in TorchKernels."""
+        if not _takes(g, x, weight):
+            return super().norm_back(g, x, weight, s)
+        g, x, weight, dx = g.contiguous(), x.contiguous(), weight.contiguous(), torch.empty(x.shape, dtype=x.dtype)
+        self._call("norm_back", x, g, x, weight, s, s.numel(), x.shape[-1], dx)
+        return dx
+
+    def gated_back(self, y: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """As in TorchKernels."""
+        if not _takes(y, g, u):
+            return super().gated_back(y, g, u)
+        y, g, u = y.contiguous(), g.contiguous(), u.contiguous()
+        dg, du = torch.empty(g.shape, dtype=g.dtype), torch.empty(g.shape, dtype=g.dtype)
+        self._call("gated_back", g, y, g, u, g.numel(), dg, du)
+        return dg, du
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
+        """As in TorchKernels."""
+        heads, half, places = x.shape[-2], x.shape[-1] // 2, cos.numel() // max(1, cos.shape[-1])
+        # The table is [..., 1, D/2] for the last axes of x's [..., H, D]: of all rows, or repeated for each sequence.
+        if not _takes(x, cos, sin) or cos.shape[:-2] != x.shape[x.dim() - cos.dim() : -2]:
+            return super().rotate(x, cos, sin, back)
+        x, cos, sin, y = x.contiguous(), cos.contiguous(), sin.contiguous(), torch.empty(x.shape, dtype=x.dtype)
+        rows = x.numel() // (heads * 2 * half)
+        self._call("rotate", x, x, cos, sin, rows, heads, half, places, -1.0 if back else 1.0, y)
+        return y
+
+    def masked(self, x: Tensor, mask: Mask) -> Tensor:
+        """As in TorchKernels; which elements are kept is worked out again each time instead of being stored."""
+        if not _takes(x):
+            return super().masked(x, mask)
+        x, y = x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
+        self._call("masked", x, x, mask.seed, mask.below - 32768, x.numel(), y)
+        return y
+
+
+def _entries() -> Iterator[tuple[str, str, tuple[type, ...]]]:
+    for name, signature in SIGNATURES.items():
+        for dtype in DTYPES.values():
+            yield name, dtype, signature
+
+
+def _takes(*tensors: Tensor) -> bool:
+    first = tensors[0].dtype
+    return first in DTYPES and all(t.device.type == "cpu" and t.dtype == first for t in tensors)
