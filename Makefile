@@ -30,14 +30,16 @@ check: .venv/dev  ## style, format and types
 TODAY := $(shell date +%F)
 RESULT = --json-out benchmarks/results/$(TODAY)-$@.json > /dev/null
 
-bench: .venv/peers train train-all evaluate train-layers startup plan  ## measure all public claims (about an hour)
+bench: .venv/peers train train-all scaling evaluate train-layers startup plan  ## measure all public claims (some hours)
 	$(BIN)/python benchmarks/page.py
 
-.PHONY: train train-all evaluate train-layers startup plan
+.PHONY: train train-all scaling evaluate train-layers startup plan
 train: .venv/peers
 	$(BIN)/python benchmarks/train_vs_peers.py $(RESULT)
 train-all: .venv/peers
 	$(BIN)/python benchmarks/train_vs_peers.py --loss_on all --steps 20 $(RESULT)
+scaling: .venv/peers
+	$(BIN)/python benchmarks/scaling.py $(RESULT)
 evaluate: .venv/peers
 	$(BIN)/python benchmarks/evaluate_vs_peers.py $(RESULT)
 train-layers: .venv/peers

@@ -10,8 +10,11 @@ from types import ModuleType
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
 from graftlm.config import EvaluateConfig, TrainConfig
+from graftlm.exchange.huggingface import load_model
+from tiny import model_folder
 
 BENCHMARKS = str(Path(__file__).parent.parent / "benchmarks")
 
@@ -81,6 +84,40 @@ def test_one_figure_beyond_a_fifth_breaks_the_plans_claim(load: type[ModuleType]
     assert summary["claims"].popitem()[1] is False
     assert "1.19" in bench.table(bench.summarise({"a": run(119, 900)}))
     assert all(set(flags) <= {f.name for f in dataclasses.fields(TrainConfig)} for flags in bench.RUNS.values())
+
+
+def test_scaling_compares_within_rounds_at_every_setting(load: type[ModuleType], tmp_path: Path) -> None:
+    bench = load("scaling")
+
+    def each(speed: float, memory: float) -> dict[str, float]:
+        return {"examples_per_s": speed, "peak_rss_mb": memory}
+
+    rounds = [{"peft": each(5, 2000), "graft": each(speed, 1000)} for speed in (10, 20, 15)]
+    summary = bench.summarise({"as it is": rounds, "rank 4": [{"peft": each(5, 2000), "graft": each(6, 2100)}]})
+    assert summary["found"]["as it is"]["examples_per_s"] == {"peft": 5, "graft": 15, "ratio": 3}
+    assert list(summary["claims"].values()) == [True, False]
+    assert "3.00" in bench.table(summary)
+    data = tmp_path / "data"
+    data.mkdir()
+    for split in ("train", "validation", "test"):
+        (data / f"{split}.jsonl").write_text("".join(json.dumps({"text": "x" * n}) + "\n" for n in (2, 3, 1)))
+    for texts, first in (("shortest", 1), ("longest", 3)):
+        folder = bench.source(texts, data, tmp_path / texts)
+        lines = (folder / "train.jsonl").read_text().splitlines()
+        assert len(lines) == 3 and len(json.loads(lines[0])["text"]) == first
+        assert (folder / "test.jsonl").read_text() == (data / "test.jsonl").read_text()
+    assert bench.source("", data, tmp_path / "none") == data
+
+
+def test_a_model_with_its_first_layers_only(load: type[ModuleType], tmp_path: Path) -> None:
+    bench = load("scaling")
+    model_folder(tmp_path / "model")
+    whole = load_model(tmp_path / "model", torch.device("cpu"), torch.float32)
+    lower = load_model(bench.lower(1, tmp_path / "model", tmp_path / "lower"), torch.device("cpu"), torch.float32)
+    assert (whole.shape.layers, lower.shape.layers) == (2, 1)
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(lower.lower(ids[:, :0], ids, 1), whole.lower(ids[:, :0], ids, 1))
+    assert bench.lower(0, tmp_path / "model", tmp_path / "none") == tmp_path / "model"
 
 
 def test_the_page_shows_the_newest_result_of_each_kind(load: type[ModuleType], tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Literal
 from graftlm.errors import InputError
 
 Device = str
-Dtype = Literal["auto", "float32", "bfloat16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Checkpoint = Literal["best", "last"]
 
 

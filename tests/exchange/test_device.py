@@ -33,3 +33,11 @@ def test_what_is_asked_for_is_not_second_guessed() -> None:
     assert device.pick_dtype("bfloat16", torch.device("cpu")) == (torch.bfloat16, "asked for")
     with pytest.raises(InputError, match="unknown --dtype 'int8'"):
         device.pick_dtype("int8", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_a_gpu_without_bfloat16_gets_float16(
+    native: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    assert device.pick_dtype("auto", torch.device("cuda"))[0] == expected

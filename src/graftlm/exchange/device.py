@@ -6,7 +6,7 @@ import torch
 
 from graftlm.errors import InputError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def pick_device(name: str) -> torch.device:
@@ -33,7 +33,7 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
         # Without including_emulation=False a T4, which has none, would be counted.
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "this GPU multiplies bfloat16 natively"
-        return torch.float32, "this GPU has no native bfloat16"
+        return torch.float16, "this GPU has no native bfloat16; its loss is scaled"
     if device.type == "cpu":
         flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
         if not any(flags.get(flag) for flag in ("amx_bf16", "amx_tile", "avx512_bf16")):

@@ -41,6 +41,7 @@ from graftlm.models.names import file_names, stored_name
 from graftlm.text.tokenizer import Tokenizer
 
 OPTIMIZER, PROGRESS = "optimizer.safetensors", "progress.json"
+FIRST_SCALE, GROWTH_STEPS = 2.0**16, 2000
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -65,6 +66,20 @@ class Progress:
     """The same of the validation with the lowest loss."""
     stale: int = 0
     """Validations since the best."""
+    loss_scale: float = 1.0
+    """What the loss is multiplied by in float16, so that small gradients do not vanish (Micikevicius et al. 2018)."""
+    clean_steps: int = 0
+    """Steps since the scale last changed."""
+    skipped: int = 0
+    """Steps whose gradient overflowed at the scale they had: they changed no weight."""
+
+    def rescale(self, finite: bool) -> None:
+        """Take note of a float16 step: half the scale behind an overflow, twice behind GROWTH_STEPS without one."""
+        self.clean_steps += 1
+        if not finite:
+            self.loss_scale, self.clean_steps, self.skipped = self.loss_scale / 2, 0, self.skipped + 1
+        elif self.clean_steps == GROWTH_STEPS:
+            self.loss_scale, self.clean_steps = self.loss_scale * 2, 0
 
     def judge(self, loss: float, accuracy: float | None) -> bool:
         """Take note of a validation at the present step; True if it is the best so far."""
@@ -139,13 +154,18 @@ class Store:
             wanted = trainable(model)
             state = {n: read(stored[key]) for n, (key, read) in keys.items() if key is not None and n in wanted}
         load_delta(model, state, str(at))
-        _set_moments(model, optimizer, load_safetensors(at / OPTIMIZER), progress.step, str(at / OPTIMIZER))
+        updates = progress.step - progress.skipped
+        _set_moments(model, optimizer, load_safetensors(at / OPTIMIZER), updates, str(at / OPTIMIZER))
         self.repair(progress)
         return progress
 
 
 def _moments(model: CausalLM, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {f"{name}.{m}": optimizer.state[p][m] for name, p in trainable(model).items() for m in _MOMENTS}
+    def moment(p: Tensor, m: str) -> Tensor:  # there is none before the first update
+        found: Tensor = optimizer.state[p][m] if p in optimizer.state else torch.zeros_like(p)
+        return found
+
+    return {f"{name}.{m}": moment(p, m) for name, p in trainable(model).items() for m in _MOMENTS}
 
 
 def _set_moments(

@@ -10,13 +10,11 @@ resumed ends with the same bits. Ctrl-C finishes the step, saves, and says how t
 
 import math
 import shutil
-import signal
 import threading
 import time
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from types import FrameType
 from typing import Any
 
 import torch
@@ -28,24 +26,21 @@ from graftlm.config import TrainConfig
 from graftlm.errors import GraftError, InputError, Interrupted
 from graftlm.files.assets import cache_home
 from graftlm.files.formats import remove_leftovers, write_json
-from graftlm.inference.evaluate import score
-from graftlm.inference.generate import evaluating
 from graftlm.methods.base import trainable
 from graftlm.models.base import CausalLM
 from graftlm.models.kernels import NoKernels
-from graftlm.text.data import Example
 from graftlm.training.account import beside_plan, promise, share_of_peak
-from graftlm.training.checkpoint import Progress, Store, cut_metrics
+from graftlm.training.checkpoint import FIRST_SCALE, Progress, Store, cut_metrics
 from graftlm.training.compiled import FIRST_STEPS, Compiling, Switch
 from graftlm.training.frozen import Frozen, open_frozen
+from graftlm.training.interrupt import stop_on_signal
 from graftlm.training.logs import Metrics, start_wandb
 from graftlm.training.memory import peak_rss_mb
-from graftlm.training.objectives import OBJECTIVES, Batch, make_batch, make_batches
+from graftlm.training.objectives import OBJECTIVES, Batch, make_batches
 from graftlm.training.plan import make_plan
 from graftlm.training.prepare import Prepared, prepare
 from graftlm.training.schedule import batch_stream, learning_rate
-
-VALIDATION_BATCH = 32
+from graftlm.training.validate import validate
 
 
 def train(config: TrainConfig, *, given: Set[str] | None = None, console: Console | None = None) -> dict[str, Any]:
@@ -163,6 +158,8 @@ class Trainer:
             self.progress = self.store.restore(self.model, self.optimizer)
             cut_metrics(self.out_dir / "metrics.jsonl", self.progress.step)
             self.console.print(f"resumed behind step {self.progress.step}", highlight=False)
+        if self.progress.step == 0 and self.model.dtype == torch.float16:
+            self.progress.loss_scale = FIRST_SCALE
         run = self.prepared.run
         if run["plan"] is None:  # a resumed run keeps what was said of it at its start
             plan = make_plan(self.prepared, time.perf_counter() - self.started, repeats=1).to_json()
@@ -181,7 +178,7 @@ class Trainer:
         )
         metrics = Metrics(self.out_dir / "metrics.jsonl", wandb_run)
         try:
-            with _stop_on_signal() as stop, self._bar() as bar:
+            with stop_on_signal() as stop, self._bar() as bar:
                 self._loop(metrics, stop, bar)
         finally:
             metrics.close()
@@ -242,21 +239,30 @@ class Trainer:
         parts = [self._made(b) for b in batches]
         made = [part for some in parts for part in some]
         weight = sum(batch.weight for batch in made)
-        total = 0.0
+        losses, scale = [], self.progress.loss_scale
         for batch in made:
             loss = OBJECTIVES[config.loss_on](self.model, batch.to(self.model.device)) / weight
-            loss.backward()
-            total += loss.item()
+            (loss * scale).backward()
+            losses.append(loss.detach())
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(params, config.clip or math.inf)
+        if scale != 1:
+            torch._foreach_mul_([p.grad for p in params if p.grad is not None], 1 / scale)
+        gradient = torch.nn.utils.clip_grad_norm_(params, config.clip or math.inf)
+        # Read together, so that a GPU is waited for once a step.
+        *parts_of_loss, norm = torch.stack([t.to(gradient.dtype) for t in (*losses, gradient)]).tolist()
+        total = sum(parts_of_loss)
         if not math.isfinite(total):
             raise GraftError(self._not_finite(step, "loss", total))
-        if not math.isfinite(norm.item()):
-            raise GraftError(self._not_finite(step, "gradient's norm", norm.item()))
+        scaled, finite = self.model.dtype == torch.float16, math.isfinite(norm)
+        if not finite and not (scaled and scale > 1):
+            raise GraftError(self._not_finite(step, "gradient's norm", norm))
+        if scaled:
+            self.progress.rescale(finite)
         lr = learning_rate(step, config)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
+        if finite:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         tokens = sum(batch.tokens for batch in made)
         needed = sum(part.own_tokens for part in made) + sum(some[0].shared.shape[1] for some in parts)
@@ -374,50 +380,8 @@ class Trainer:
             "last": progress.last,
             "out_dir": str(self.out_dir),
         }
+        if self.model.dtype == torch.float16:
+            results["skipped_steps"] = progress.skipped
         if self.model.device.type == "cuda":
             results["peak_cuda_mb"] = round(torch.cuda.max_memory_allocated() / 1e6, 1)
         return results
-
-
-def validate(
-    model: CausalLM, examples: list[Example], label_ids: list[list[int]], config: TrainConfig
-) -> tuple[float, float | None]:
-    """Mean loss a target token, and the share of examples whose own label scores highest (None without labels)."""
-    scores = score(model, examples, label_ids, batch_size=VALIDATION_BATCH)
-    accuracy = None
-    if label_ids:
-        own = torch.tensor([e.label for e in examples])
-        accuracy = (scores.labels.argmax(-1) == own).double().mean().item()
-    if config.loss_on == "completion":
-        return -scores.completion.sum().item() / int(scores.completion_tokens.sum()), accuracy
-    total, weight = 0.0, 0
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt_ids))
-    with evaluating(model):
-        for at in range(0, len(order), VALIDATION_BATCH):
-            batch = make_batch([examples[i] for i in order[at : at + VALIDATION_BATCH]], "all")
-            total += OBJECTIVES["all"](model, batch.to(model.device)).item()
-            weight += batch.weight
-    return total / weight, accuracy
-
-
-@contextmanager
-def _stop_on_signal() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C or SIGTERM sets; a second one interrupts at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    # What the caller has told us to ignore (nohup, a script's background job) stays ignored.
-    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, on_signal) for number in numbers}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
