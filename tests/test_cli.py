@@ -125,7 +125,7 @@ def test_fetch_takes_its_name_with_and_without_the_flag() -> None:
         (["train", "--lr=nan"], "--lr nan: not a finite number"),
         (["train", "--clip=inf"], "--clip inf: not a finite number"),
         (["train", "--resume=maybe"], "--resume maybe: not true or false"),
-        (["train", "--dtype", "float16"], "--dtype float16: not one of auto, float32, bfloat16"),
+        (["train", "--dtype", "float8"], "--dtype float8: not one of auto, float32, bfloat16, float16"),
         (["train", "--rank"], "--rank needs a value"),
         (
             ["generate", "--prompt", "--seed=1"],
@@ -177,7 +177,7 @@ def test_a_recipe_can_name_what_fetch_needs(tmp_path: Path) -> None:
         (b"resume = 1\n", "{file}: resume = 1: not true or false"),
         (b"data = 3\n", "{file}: data = 3: not a text in quotes"),
         (b'targets = ["q"]\n', "{file}: targets = ['q']: not a text in quotes"),
-        (b'dtype = "half"\n', "{file}: dtype = 'half': not one of auto, float32, bfloat16"),
+        (b'dtype = "half"\n', "{file}: dtype = 'half': not one of auto, float32, bfloat16, float16"),
         (b"rank = -3\n", "{file}: rank -3: must be 0 (full fine-tuning) or more"),
         (b"rank = \n", "{file}: not a TOML file: Invalid value (at line 1, column 8)"),
         (b'data = "\xff"\n', "{file}: not a TOML file (it is not UTF-8 text)"),
