@@ -1,13 +1,18 @@
 """`graft` and `python -m graftlm`: the same command. What it does is in `cli.py`."""
 
 import sys
+import time
+
+BEGAN = time.perf_counter()
 
 
 def main() -> int:
     """Run the command with the words it was given; the exit status."""
+    from graftlm import process
     from graftlm.cli import internal_error, run
     from graftlm.flags import wants_debug
 
+    process.BEGAN = BEGAN
     words = sys.argv[1:]
     if not wants_debug(words):
         sys.excepthook = internal_error  # the exit status stays Python's own for an exception: 1

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from graftlm import render
+from graftlm import process, render
 from graftlm.config import EvaluateConfig, FetchConfig, GenerateConfig, TrainConfig
 from graftlm.errors import GraftError, InputError, unknown
 from graftlm.flags import Parsed, parse, show_help, wants_debug, wants_help
@@ -43,7 +43,7 @@ def _train(parsed: Parsed, notes: "Console") -> Result:
     config: TrainConfig = parsed.config
     if config.rank == 0 and "method" in parsed.given and config.method != "full":
         raise InputError(f"--rank 0 means full fine-tuning and contradicts --method {config.method}: leave one out")
-    return train(config, given=parsed.given, console=notes)
+    return train(config, given=parsed.given, console=notes, started=process.BEGAN)
 
 
 def _evaluate(parsed: Parsed, notes: "Console") -> Result:
@@ -238,9 +238,7 @@ def _dispatch(words: list[str]) -> int:
 
 def _run_verb(verb: Verb, parsed: Parsed) -> None:
     if verb.computes:
-        from graftlm.process import keep_memory
-
-        keep_memory()
+        process.keep_memory()
     # With --json the standard output is one object, whatever a library down the line may print.
     with redirect_stdout(sys.stderr) if parsed.every.json else nullcontext(), render.library_notes():
         result = verb.run(parsed, render.notes())

@@ -7,6 +7,9 @@ import ctypes
 import os
 import sys
 
+BEGAN: float | None = None
+"""time.perf_counter() when the command began; None where graftlm is used as a library."""
+
 M_TRIM_THRESHOLD = -1
 M_MMAP_MAX = -4
 

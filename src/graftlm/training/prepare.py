@@ -10,6 +10,7 @@ import platform
 import secrets
 import subprocess
 from collections.abc import Set
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -85,7 +86,9 @@ def prepare(config: TrainConfig, given: Set[str] | None = None) -> Prepared:
     if previous is not None:
         check_base(folder, previous, out_dir)
         _check_data(data.fingerprint, previous, out_dir)
-    model = load_model(folder, device, dtype)
+    with ThreadPoolExecutor(1) as beside:  # hashing takes one core, loading mostly the other
+        hashing = beside.submit(lambda: previous["base"]["sha256"] if previous else base_hash(folder))
+        model = load_model(folder, device, dtype)
     max_length = min(config.max_length or model.shape.context, model.shape.context)
     rows = {"train": data.splits["train"], "validation": sample(data.splits["validation"], config.val_limit)}
     encoded = {split: encode_rows(some, template, tokenizer, max_length) for split, some in rows.items()}
@@ -107,7 +110,7 @@ def prepare(config: TrainConfig, given: Set[str] | None = None) -> Prepared:
         "method": method.to_json(),
         "base": {
             "name": _base_name(config.init_from),
-            "sha256": previous["base"]["sha256"] if previous else base_hash(folder),
+            "sha256": hashing.result(),
         },
         "data": {"name": data.name, "fingerprint": data.fingerprint, "examples": {k: len(v) for k, v in rows.items()}},
         "template": {"name": template.name, "text": template.text, "labels": list(template.labels)},

@@ -43,7 +43,13 @@ from graftlm.training.schedule import batch_stream, learning_rate
 from graftlm.training.validate import validate
 
 
-def train(config: TrainConfig, *, given: Set[str] | None = None, console: Console | None = None) -> dict[str, Any]:
+def train(
+    config: TrainConfig,
+    *,
+    given: Set[str] | None = None,
+    console: Console | None = None,
+    started: float | None = None,
+) -> dict[str, Any]:
     """Adapt a model as `config` says and leave a run folder; returns the object of `graft train --json`.
 
     Args:
@@ -51,12 +57,13 @@ def train(config: TrainConfig, *, given: Set[str] | None = None, console: Consol
         given: names of the fields a user typed, which --resume holds against the recorded ones; None: all that
             differ from the defaults.
         console: where progress and notes go; None for silence.
+        started: time.perf_counter() when the command began, for the time to the first step; None: now.
 
     Raises InputError for wrong input, before anything is written; GraftError when the loss is not a number;
     Interrupted after Ctrl-C or SIGTERM, with a checkpoint saved.
     """
     console = console or Console(quiet=True)
-    started = time.perf_counter()
+    started = time.perf_counter() if started is None else started
     prepared = prepare(config, given)
     _announce(prepared, console)
     if config.plan:
