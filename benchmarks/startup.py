@@ -52,8 +52,8 @@ def measure(runs: int, work: Path) -> dict[str, list[dict[str, float]]]:
     """All kinds in turn, `runs` times; one run of each comes before, to fill the page cache."""
     found: dict[str, list[dict[str, float]]] = {}
     for number in range(runs + 1):
-        for name, command in COMMANDS.items():
-            found.setdefault(name, []).append(timed(command, work / f"{len(found)}-{number}-{name[:5].strip()}")[0])
+        for at, (name, command) in enumerate(COMMANDS.items()):
+            found.setdefault(name, []).append(timed(command, work / f"command-{number}-{at}")[0])
         for name, compile_ in TRAININGS.items() if number <= TRAINED else ():
             words = ["--compile", compile_, "--out_dir", str(work / f"out-{number}-{compile_}")]
             figures, out = timed([*FIRST_STEP, *words], work / f"train-{number}-{compile_}")

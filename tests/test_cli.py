@@ -112,8 +112,11 @@ def test_fetch_takes_its_name_with_and_without_the_flag() -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["trian"], "unknown verb 'trian': did you mean 'train'? known are train, generate, evaluate, fetch"),
-        (["--rank", "4"], "--rank: a verb comes first: graft train | generate | evaluate | fetch (see graft --help)"),
+        (["trian"], "unknown verb 'trian': did you mean 'train'? known are train, generate, evaluate, compare, fetch"),
+        (
+            ["--rank", "4"],
+            "--rank: a verb comes first: graft train | generate | evaluate | compare | fetch (see graft --help)",
+        ),
         (["train", "--rnak", "4"], "unknown flag --rnak: did you mean --rank? see graft train --help"),
         (["train", "--zzz=4"], "unknown flag --zzz: see graft train --help"),
         (["train", "--no-rank"], "unknown flag --no-rank: did you mean --rank? see graft train --help"),

@@ -11,8 +11,10 @@ def main() -> int:
     from graftlm import process
     from graftlm.cli import internal_error, run
     from graftlm.flags import wants_debug
+    from graftlm.training.interrupt import obey_leash
 
     process.BEGAN = BEGAN
+    obey_leash()
     words = sys.argv[1:]
     if not wants_debug(words):
         sys.excepthook = internal_error  # the exit status stays Python's own for an exception: 1

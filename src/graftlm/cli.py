@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from graftlm import process, render
-from graftlm.config import EvaluateConfig, FetchConfig, GenerateConfig, TrainConfig
+from graftlm.config import CompareConfig, EvaluateConfig, FetchConfig, GenerateConfig, TrainConfig
 from graftlm.errors import GraftError, InputError, unknown
 from graftlm.flags import Parsed, parse, show_help, wants_debug, wants_help
 
@@ -158,6 +158,12 @@ def _examples(loaded: "Loaded", config: EvaluateConfig, notes: "Console") -> tup
     return template, examples
 
 
+def _compare(parsed: Parsed, notes: "Console") -> Result:
+    from graftlm.studies.compare import compare
+
+    return compare(parsed.config, parsed.every.config, notes)
+
+
 def _fetch(parsed: Parsed, notes: "Console") -> Result:
     from graftlm.files.assets import fetch
 
@@ -186,6 +192,7 @@ VERBS = {
     "train": Verb(TrainConfig, _train, render.train),
     "generate": Verb(GenerateConfig, _generate, render.generate),
     "evaluate": Verb(EvaluateConfig, _evaluate, render.evaluate),
+    "compare": Verb(CompareConfig, _compare, render.compare, computes=False),
     "fetch": Verb(FetchConfig, _fetch, render.fetch, positional="name", computes=False),
 }
 

@@ -5,8 +5,10 @@ A default of None means "decided by the method or the run"; `run.json` records w
 No torch here: `graft --help` must answer at once.
 """
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin
 
 from graftlm.errors import InputError
 
@@ -231,3 +233,78 @@ class FetchConfig:
 
     name: str
     """A model's or a data set's name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Train and measure many settings under one budget; makes one table."""
+
+    TABLES: ClassVar[tuple[str, ...]] = ("train", "grid", "rows")
+
+    out_dir: str = "graft-compare"
+    """The folder that holds the runs and the table. Given again, what is done there is not done again."""
+    budget_steps: int | None = None
+    """Optimiser steps of each run."""
+    budget_seconds: float | None = None
+    """Seconds of optimiser steps of each run, as --plan sees this machine before the run's start."""
+    budget_tflop: float | None = None
+    """Needed work of each run in the layers' matrices, 10^12 operations, as --plan counts it."""
+    checkpoint: Literal["best", "last", "both"] = "best"
+    """Which checkpoints are measured on the test split."""
+    read: Literal["both", "score", "generate"] = "score"
+    """How an answer is read: by the labels' scores, in the generated text, or both."""
+    limit: int = 0
+    """Measure on so many examples of the test split only (a fixed, label-blind sample); 0 means all."""
+    jobs: int = 1
+    """Runs at the same time, each a process; the processor's cores are divided between them."""
+    init_from: str = ""
+    """The base model of all rows, whatever the sweep says."""
+    device: str = ""
+    """Where all rows compute, whatever the sweep says."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.out_dir.strip()), "out_dir", repr(self.out_dir), "a folder's name")
+        budgets = {f: v for f in ("steps", "seconds", "tflop") if (v := getattr(self, f"budget_{f}")) is not None}
+        for unit, value in budgets.items():
+            _require(value > 0, f"budget_{unit}", value, "greater than 0")
+        if len(budgets) > 1:
+            raise InputError(f"--budget_{' and --budget_'.join(budgets)}: one budget holds for all; give one of them")
+        _require(self.limit >= 0, "limit", self.limit, "0 or more")
+        _require(self.jobs >= 1, "jobs", self.jobs, "1 or more")
+
+
+# Values of fields -----------------------------------------------------------------------------------------------------
+
+
+def split_optional(kind: Any) -> tuple[Any, bool]:
+    """A field's type without None, and whether None is allowed."""
+    if get_origin(kind) in (UnionType, Union):
+        (inner,) = (part for part in get_args(kind) if part is not NoneType)
+        return inner, True
+    return kind, False
+
+
+def checked_value(where: str, value: Any, kind: Any) -> Any:
+    """A recipe's value as a field of type `kind` takes it; an InputError that begins with `where`."""
+    inner, _ = split_optional(kind)
+    exact = str if get_origin(inner) is Literal else inner
+    if exact is float and type(value) is int:
+        value = float(value)
+    if type(value) is not exact:
+        raise InputError(f"{where}: not {wanted(inner)}")
+    return allowed_value(where, value, inner)
+
+
+def allowed_value(where: str, value: Any, inner: Any) -> Any:
+    """The value, if a field of type `inner` may have it; an InputError that begins with `where`."""
+    if get_origin(inner) is Literal and value not in get_args(inner):
+        choices = get_args(inner)
+        raise InputError(f"{where}: not one of {', '.join(choices)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{where}: not a finite number")
+    return value
+
+
+def wanted(inner: Any) -> str:
+    """What a field of type `inner` takes, in words."""
+    return {bool: "true or false", int: "a whole number", float: "a number"}.get(inner, "a text in quotes")

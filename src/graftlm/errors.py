@@ -33,6 +33,10 @@ class Interrupted(GraftError):
 def unknown(what: str, given: str, known: Iterable[str]) -> InputError:
     """An error for a name that matches nothing: the nearest name first, then all of them."""
     names = list(known)
-    near = get_close_matches(given, names, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return InputError(f"unknown {what} {given!r}: {hint}known are {', '.join(names)}")
+    return InputError(f"unknown {what} {given!r}: {nearest(given, names)}known are {', '.join(names)}")
+
+
+def nearest(given: str, known: Iterable[str], dashes: str | None = None) -> str:
+    """A question with the nearest known name, or nothing; quoted, or as a flag or key behind its `dashes`."""
+    found = get_close_matches(given, list(known), n=1)
+    return f"did you mean {repr(found[0]) if dashes is None else dashes + found[0]}? " if found else ""

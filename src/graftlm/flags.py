@@ -8,17 +8,15 @@ with None.
 Left out: short flags, abbreviated flags, several values for one flag.
 """
 
-import math
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
-from difflib import get_close_matches
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
-from graftlm.errors import InputError
+from graftlm.config import allowed_value, checked_value, split_optional, wanted
+from graftlm.errors import InputError, nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +61,7 @@ def parse(verb: str, config: type, words: Sequence[str], positional: str = "") -
     typed = _split(verb, types, words, positional)
     values = {name: _from_word(name, text, types[name]) for name, text in typed.items()}
     every = EveryVerb(**{f.name: values.pop(f.name) for f in fields(EveryVerb) if f.name in values})
-    recipe = _read_recipe(every.config, get_type_hints(config)) if every.config else {}
+    recipe = _read_recipe(every.config, get_type_hints(config), getattr(config, "TABLES", ())) if every.config else {}
     given = {**recipe, **values}
     for f in fields(config):
         if f.default is MISSING and f.name not in given:
@@ -113,7 +111,7 @@ def _split(verb: str, types: Mapping[str, Any], words: Sequence[str], positional
         if name not in types and types.get(switch) is bool and not joined:
             typed[switch] = "false"
         elif name not in types:
-            raise InputError(f"unknown flag {flag}: {_near(name, types, '--')}see graft {verb} --help")
+            raise InputError(f"unknown flag {flag}: {nearest(name, types, '--')}see graft {verb} --help")
         elif joined or types[name] is bool:
             typed[name] = value if joined else "true"
         else:
@@ -125,22 +123,9 @@ def _split(verb: str, types: Mapping[str, Any], words: Sequence[str], positional
     return typed
 
 
-def _near(name: str, known: Iterable[str], dashes: str) -> str:
-    near = get_close_matches(name, list(known), n=1)
-    return f"did you mean {dashes}{near[0]}? " if near else ""
-
-
-def _parts(kind: Any) -> tuple[Any, bool]:
-    """A field's type without None, and whether None is allowed."""
-    if get_origin(kind) in (UnionType, Union):
-        (inner,) = (part for part in get_args(kind) if part is not NoneType)
-        return inner, True
-    return kind, False
-
-
 def _from_word(name: str, text: str, kind: Any) -> Any:
     """The typed value of the text behind a flag; InputError names the flag and what would do."""
-    inner, optional = _parts(kind)
+    inner, optional = split_optional(kind)
     if optional and inner is not str and text.lower() == "none":
         return None
     value: Any = text
@@ -150,28 +135,15 @@ def _from_word(name: str, text: str, kind: Any) -> Any:
         elif inner in (int, float):
             value = inner(text)
     except (ValueError, KeyError):
-        raise InputError(f"--{name} {text}: not {_wanted(inner)}") from None
-    return _checked(f"--{name} {text}", value, inner)
-
-
-def _checked(where: str, value: Any, inner: Any) -> Any:
-    if get_origin(inner) is Literal and value not in get_args(inner):
-        choices = get_args(inner)
-        raise InputError(f"{where}: not one of {', '.join(choices)}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise InputError(f"{where}: not a finite number")
-    return value
-
-
-def _wanted(inner: Any) -> str:
-    return {bool: "true or false", int: "a whole number", float: "a number"}.get(inner, "a text in quotes")
+        raise InputError(f"--{name} {text}: not {wanted(inner)}") from None
+    return allowed_value(f"--{name} {text}", value, inner)
 
 
 # Recipes --------------------------------------------------------------------------------------------------------------
 
 
-def _read_recipe(file: str, types: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a recipe by field; InputError names the file and the key."""
+def _read_recipe(file: str, types: Mapping[str, Any], tables: Sequence[str]) -> dict[str, Any]:
+    """The values of a recipe by field; InputError names the file and the key. `tables` are read by the verb itself."""
     try:
         table = tomllib.loads(Path(file).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -185,17 +157,9 @@ def _read_recipe(file: str, types: Mapping[str, Any]) -> dict[str, Any]:
     values = {}
     for key, value in table.items():
         name = key.replace("-", "_")
+        if key in tables:
+            continue
         if name not in types:
-            raise InputError(f"{file}: unknown key {key!r}: {_near(name, types, '')}keys are the verb's flags")
-        values[name] = _from_toml(f"{file}: {key} = {value!r}", value, types[name])
+            raise InputError(f"{file}: unknown key {key!r}: {nearest(name, types, '')}keys are the verb's flags")
+        values[name] = checked_value(f"{file}: {key} = {value!r}", value, types[name])
     return values
-
-
-def _from_toml(where: str, value: Any, kind: Any) -> Any:
-    inner, _ = _parts(kind)
-    exact = str if get_origin(inner) is Literal else inner
-    if exact is float and type(value) is int:
-        value = float(value)
-    if type(value) is not exact:
-        raise InputError(f"{where}: not {_wanted(inner)}")
-    return _checked(where, value, inner)

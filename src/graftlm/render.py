@@ -125,6 +125,17 @@ def generate(out: "Console", result: Result) -> None:
         out.print(text, markup=False, emoji=False, soft_wrap=True)
 
 
+def compare(out: "Console", result: Result) -> None:
+    """The table, what failed, and where all of it is."""
+    from graftlm.studies.table import COLUMNS, failures, words
+
+    several = len({row["checkpoint"] for row in result["rows"] if row["checkpoint"]}) > 1
+    _table(out, COLUMNS, [words(row, several) for row in result["rows"]])
+    for line in dict.fromkeys(failures(result["rows"])):
+        out.print(f"failed: {line}", markup=False, soft_wrap=True)
+    _facts(out, {"table": f"{result['out_dir']}/table.md"})
+
+
 def fetch(out: "Console", result: Result) -> None:
     """The folder, alone on its line."""
     out.print(result["path"], markup=False, emoji=False, soft_wrap=True)
@@ -137,6 +148,7 @@ def _share(value: float | None, digits: int = 1) -> str:
 def _table(out: "Console", columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
     from rich import box
     from rich.markup import escape
+    from rich.measure import Measurement
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left")
@@ -144,4 +156,6 @@ def _table(out: "Console", columns: Sequence[str], rows: Sequence[Sequence[str]]
         table.add_column(escape(name), justify="right" if number else "left", no_wrap=True)
     for row in rows:
         table.add_row(*map(escape, row))
-    out.print(table)
+    # Never cut: in a narrow window, or a log, long lines go on in the next.
+    wide = Measurement.get(out, out.options.update(width=10_000), table).maximum
+    out.print(table, width=max(out.width, wide), crop=False)

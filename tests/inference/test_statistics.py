@@ -1,8 +1,10 @@
 """Wilson's interval against published and independently computed values; counts against a hand-made table."""
 
+from itertools import product
+
 import pytest
 
-from graftlm.inference.statistics import Reading, confusion, macro_f1, wilson
+from graftlm.inference.statistics import Reading, confusion, macro_f1, over_seeds, sign_flip, wilson
 
 
 @pytest.mark.parametrize(
@@ -54,3 +56,24 @@ def test_a_reading_counts_garbage_as_wrong() -> None:
         "confusion": [[2, 1, 0, 1], [1, 2, 0, 0], [0, 0, 1, 2]],
         "examples_per_s": 5.0,
     }
+
+
+def test_the_paired_test_is_mcnemars_where_answers_are_right_or_wrong() -> None:
+    # 9 better, 2 worse, 5 alike: two-sided binomial, 2 * (C(11,0) + C(11,1) + C(11,2)) / 2^11.
+    differences = [1] * 9 + [-1] * 2 + [0] * 5
+    assert sign_flip(differences) == pytest.approx(2 * (1 + 11 + 55) / 2**11, rel=1e-12)
+    assert sign_flip([-d for d in differences]) == sign_flip(differences)
+    assert sign_flip([0, 0]) == sign_flip([]) == sign_flip([1, -1]) == 1.0
+
+
+def test_the_paired_test_counts_every_choice_of_signs() -> None:
+    differences = [3, -1, 2, 2, 0, 1]
+    sums = [sum(s * d for s, d in zip(signs, differences, strict=True)) for signs in product((1, -1), repeat=6)]
+    assert sign_flip(differences) == pytest.approx(sum(abs(s) >= 7 for s in sums) / len(sums), rel=1e-12)
+
+
+def test_the_interval_over_seeds() -> None:
+    low, high = over_seeds([0.8, 0.84, 0.82])
+    assert (low, high) == pytest.approx((0.82 - 4.303 * 0.02 / 3**0.5, 0.82 + 4.303 * 0.02 / 3**0.5))
+    assert over_seeds([0.0, 1.0]) == (0.0, 1.0)
+    assert over_seeds([0.5] * 40) == (0.5, 0.5)

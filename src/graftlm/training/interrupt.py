@@ -1,5 +1,6 @@
-"""Ctrl-C and SIGTERM as something a loop can look at between two steps."""
+"""Ctrl-C and SIGTERM as something a loop can look at between two steps; and a process that ends with its parent."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -28,3 +29,22 @@ def stop_on_signal() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+LEASH = "GRAFT_LEASH"
+"""Set in the environment of a process that must not outlive the one that started it."""
+
+
+def obey_leash() -> None:
+    """If LEASH is set, end this process, at once and as it stands, when its standard input ends.
+
+    What started it holds the other end of that pipe, and the system lets go of it even behind a SIGKILL.
+    """
+
+    def wait() -> None:
+        while os.read(0, 4096):
+            pass
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if os.environ.pop(LEASH, ""):
+        threading.Thread(target=wait, daemon=True).start()

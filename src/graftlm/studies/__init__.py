@@ -1,0 +1,1 @@
+"""Many runs beside each other: a sweep, its table, its page."""

@@ -1,0 +1,311 @@
+"""Many runs, one table: every cell of a sweep trained and measured, each a process of its own.
+
+    out_dir/
+      sweep.json                what is compared
+      table.json, table.md      what came of it, made anew after every cell
+      {row}-seed{n}-{hash}/     one cell
+        run/                      a run folder like any other
+        test-best.json(l)         what `graft evaluate` read, and each prediction
+        steps.json                the steps that a budget in seconds or TFLOP comes to, decided once
+        log.txt, failed.json      what the commands said; why there is nothing more
+
+What is unusual here: a cell is nothing but `graft train` and `graft evaluate`, two lines that a user could type, and
+nothing is known about it that is not in its folder. So killing a comparison at any moment and giving the same command
+again goes on where it stopped and ends with the same table. A process it started ends with it, even behind a SIGKILL.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from graftlm.config import CompareConfig, TrainConfig
+from graftlm.errors import GraftError, InputError, Interrupted
+from graftlm.files.formats import disk_errors, read_json, remove_leftovers, write_json, write_text
+from graftlm.studies.sweep import Cell, read_sweep
+from graftlm.studies.table import FAILED, Outcome, failures, make_rows, markdown
+from graftlm.training.interrupt import LEASH, stop_on_signal
+
+PLANNED_STEPS = 100  # steps of the plan that tells what one of them takes
+PATIENCE = 5.0  # seconds that another comparison's last process may take to end
+
+
+class CellFailed(Exception):
+    """A command of a cell failed; the text says why."""
+
+
+def compare(config: CompareConfig, sweep: str, console: Console | None = None) -> dict[str, Any]:
+    """Train and measure all cells of the sweep file that are not done yet; returns the table.
+
+    Raises InputError for a wrong sweep before anything is written, GraftError when no cell came to anything, and
+    Interrupted after Ctrl-C or SIGTERM, with every run's last step saved.
+    """
+    console = console or Console(quiet=True)
+    if not sweep:
+        raise InputError(
+            "graft compare needs --config SWEEP.toml, which says what to compare (see graft compare --help)"
+        )
+    overrides = {name: value for name in ("init_from", "device") if (value := getattr(config, name))}
+    budget = {name: value for name, value in asdict(config).items() if name.startswith("budget_") and value is not None}
+    if "budget_steps" in budget:
+        overrides["max_iters"] = budget.pop("budget_steps")
+    cells = read_sweep(sweep, overrides, budget)
+    with _alone(Path(config.out_dir)) as lock:
+        return _Comparison(config, cells, budget, console, lock).run()
+
+
+@contextlib.contextmanager
+def _alone(out_dir: Path) -> Iterator[int]:
+    """Hold the folder's lock; yields its file descriptor. The commands inherit it: none of them outlives the lock."""
+    import fcntl
+
+    if out_dir.exists() and not out_dir.is_dir():
+        raise InputError(f"--out_dir {out_dir}: is a file; name a folder")
+    if out_dir.is_dir() and any(out_dir.iterdir()) and not (out_dir / ".lock").exists():
+        raise InputError(f"--out_dir {out_dir}: holds other files; name a folder that is empty or does not exist")
+    with disk_errors(out_dir):
+        out_dir.mkdir(parents=True, exist_ok=True)
+        file = open(out_dir / ".lock", "a")  # noqa: SIM115 - closed by the next line
+    with file:
+        until = time.monotonic() + PATIENCE
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise InputError(
+                        f"--out_dir {out_dir}: another graft compare is at work there; wait for it, or name another"
+                    ) from None
+                time.sleep(0.1)
+        yield file.fileno()
+
+
+@dataclass
+class _Comparison:
+    config: CompareConfig
+    cells: Sequence[Cell]
+    budget: Mapping[str, float]
+    console: Console
+    lock: int
+    children: set["subprocess.Popen[str]"] = field(default_factory=set)
+    stopping: threading.Event = field(default_factory=threading.Event)
+    starting: threading.Lock = field(default_factory=threading.Lock)
+    writing: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.out_dir = Path(self.config.out_dir)
+        self.checkpoints = ["best", "last"] if self.config.checkpoint == "both" else [self.config.checkpoint]
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        each = str(max(1, cores // self.config.jobs))
+        threads = {"OMP_NUM_THREADS": each, "RAYON_NUM_THREADS": each} if self.config.jobs > 1 else {}
+        self.environment = {**os.environ, **threads, LEASH: "1"}
+
+    def run(self) -> dict[str, Any]:
+        """All cells, `jobs` at a time; the table."""
+        remove_leftovers(self.out_dir / "sweep.json")
+        write_json(self.out_dir / "sweep.json", {"cells": [{**asdict(c), "folder": c.folder} for c in self.cells]})
+        with stop_on_signal() as stop, self._bar() as bar, ThreadPoolExecutor(self.config.jobs) as pool:
+            tasks: dict[str, TaskID] = {}
+            futures = [pool.submit(self._cell, cell) for cell in self.cells]
+            while not self._over(futures):
+                self._show(bar, tasks)
+                if stop.is_set() and not self.stopping.is_set():
+                    self._stop()
+        if self.stopping.is_set():
+            raise Interrupted("interrupted; every run has saved its last step: go on with the same command")
+        table = self._table()
+        if not any("accuracy" in row for row in table["rows"]):
+            raise GraftError(f"every row failed: {failures(table['rows'])[0]}")
+        return table
+
+    def _over(self, futures: Sequence["Future[None]"]) -> bool:
+        done, running = wait(futures, timeout=0.3)
+        for future in done:
+            if error := future.exception():
+                self._stop()
+                raise error
+        return not running
+
+    def _stop(self) -> None:
+        """Let every command finish its step and save, and begin no other."""
+        with self.starting:
+            self.stopping.set()
+            for child in self.children:
+                child.send_signal(signal.SIGINT)
+
+    # One cell -----------------------------------------------------------------------------------------------------
+
+    def _cell(self, cell: Cell) -> None:
+        folder = self.out_dir / cell.folder
+        with disk_errors(folder):
+            folder.mkdir(exist_ok=True)
+        if self._done(cell):
+            return
+        began = time.monotonic()
+        try:
+            if self.stopping.is_set():
+                return
+            (folder / FAILED).unlink(missing_ok=True)
+            if cell.trains:
+                self._train(cell, folder)
+            for checkpoint in self._measured(cell):
+                self._measure(cell, folder, checkpoint)
+        except CellFailed as failure:
+            if self.stopping.is_set():
+                return
+            write_json(folder / FAILED, {"reason": str(failure)})
+        if not self.stopping.is_set():
+            self._say(cell, time.monotonic() - began)
+            self._table()
+
+    def _measured(self, cell: Cell) -> Sequence[str]:
+        return self.checkpoints if cell.trains else [""]
+
+    def _asked(self) -> dict[str, Any]:
+        return {"read": self.config.read, "limit": self.config.limit}
+
+    def _done(self, cell: Cell) -> bool:
+        folder = self.out_dir / cell.folder
+        found = [folder / f"test-{checkpoint}.json" for checkpoint in self._measured(cell)]
+        return all(path.is_file() and read_json(path)["asked"] == self._asked() for path in found)
+
+    def _train(self, cell: Cell, folder: Path) -> None:
+        run = folder / "run"
+        record = read_json(run / "run.json") if (run / "run.json").is_file() else None
+        if record is not None and record["results"] is not None:
+            return
+        if record is None and run.is_dir():  # killed before it had written anything
+            shutil.rmtree(run)
+        flags = {**cell.flags, **self._budgeted(cell, folder), "out_dir": str(run)}
+        self._graft(["train", *_words(flags), *(["--resume"] if record is not None else []), "--json"], folder)
+
+    def _budgeted(self, cell: Cell, folder: Path) -> dict[str, int]:
+        """The steps that a budget in seconds or TFLOP comes to for this cell; decided once, so that a resume agrees."""
+        if not self.budget:
+            return {}
+        steps = folder / "steps.json"
+        if not steps.is_file():
+            ((name, most),) = self.budget.items()
+            flags = {**cell.flags, "max_iters": PLANNED_STEPS, "out_dir": str(folder / "planned")}
+            plan = json.loads(self._graft(["train", *_words(flags), "--plan", "--json"], folder))
+            each = plan["train_seconds" if name == "budget_seconds" else "needed_tflop"] / PLANNED_STEPS
+            write_json(steps, {"max_iters": max(1, int(most / each)), name: most})
+        return {"max_iters": read_json(steps)["max_iters"]}
+
+    def _measure(self, cell: Cell, folder: Path, checkpoint: str) -> None:
+        rows = folder / f"test-{checkpoint}.jsonl"
+        words = ["--read", self.config.read, "--limit", str(self.config.limit), f"--predictions={rows}"]
+        if cell.trains:
+            words += [f"--out_dir={folder / 'run'}", "--checkpoint", checkpoint]
+            words += _words({name: cell.flags[name] for name in ("device", "dtype") if name in cell.flags})
+        else:
+            flags = {name: value for name, value in cell.flags.items() if name != "method"}
+            words += _words({"init_from": TrainConfig.init_from, **flags})
+        reading = json.loads(self._graft(["evaluate", *words, "--json"], folder))
+        write_json(folder / f"test-{checkpoint}.json", {"asked": self._asked(), "reading": reading})
+
+    def _graft(self, words: Sequence[str], folder: Path) -> str:
+        """What the command prints; CellFailed with its last line if it fails."""
+        command = [sys.executable, "-m", "graftlm", *words]
+        with disk_errors(folder), open(folder / "log.txt", "a+", encoding="utf-8") as log:
+            log.write(f"$ graft {' '.join(words)}\n")
+            log.flush()
+            with self.starting:
+                if self.stopping.is_set():
+                    raise CellFailed("stopped")
+                child = subprocess.Popen(  # in a session of its own: Ctrl-C reaches it through `_stop`, once
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                    env=self.environment,
+                    start_new_session=True,
+                    pass_fds=(self.lock,),
+                )
+                self.children.add(child)
+            with child:
+                assert child.stdout is not None
+                out = child.stdout.read()  # not communicate(): it would close the input, and end the child
+                status = child.wait()
+                self.children.discard(child)
+            if status:
+                raise CellFailed(_reason(folder / "log.txt", status))
+        return out
+
+    # What is shown ------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _bar(self) -> Iterator[Progress]:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
+            yield bar
+
+    def _show(self, bar: Progress, tasks: dict[str, TaskID]) -> None:
+        """A line of progress for each run at work."""
+        for cell in self.cells:
+            rows, run = (
+                self.out_dir / cell.folder / "run" / "metrics.jsonl",
+                self.out_dir / cell.folder / "run/run.json",
+            )
+            if bar.disable or not rows.is_file() or not run.is_file():
+                continue
+            if cell.id not in tasks:
+                total = read_json(run)["config"]["max_iters"]
+                tasks[cell.id] = bar.add_task(f"{cell.row}, seed {cell.seed}", total=total)
+            bar.update(tasks[cell.id], completed=rows.read_bytes().count(b"\n"))
+
+    def _say(self, cell: Cell, seconds: float) -> None:
+        done = sum(self._done(each) or (self.out_dir / each.folder / FAILED).is_file() for each in self.cells)
+        found = [self._outcome(cell, checkpoint) for checkpoint in self._measured(cell)]
+        what = found[0].reason or " and ".join(f"{o.reading['accuracy']:.3f}" for o in found)
+        self.console.print(
+            f"{done} of {len(self.cells)}: {cell.row}, seed {cell.seed}: {what} ({seconds / 60:.1f} min)",
+            markup=False,
+            highlight=False,
+        )
+
+    # The table ----------------------------------------------------------------------------------------------------
+
+    def _outcome(self, cell: Cell, checkpoint: str) -> Outcome:
+        folder, reason = self.out_dir / cell.folder, ""
+        if not self._done(cell):
+            failed = folder / FAILED
+            reason = read_json(failed)["reason"] if failed.is_file() else "not done yet"
+        return Outcome(cell, checkpoint, folder, reason)
+
+    def _table(self) -> dict[str, Any]:
+        """Made from what is on the disk, and written there."""
+        with self.writing:
+            rows = make_rows([self._outcome(cell, c) for cell in self.cells for c in self._measured(cell)])
+            failed = sum((self.out_dir / cell.folder / FAILED).is_file() for cell in self.cells)
+            table = {"rows": rows, "failed": failed, "out_dir": str(self.out_dir)}
+            write_json(self.out_dir / "table.json", table)
+            write_text(self.out_dir / "table.md", markdown(rows))
+        return table
+
+
+def _words(flags: Mapping[str, Any]) -> list[str]:
+    return [f"--{name}={str(v).lower() if isinstance(v, bool) else v}" for name, v in flags.items()]
+
+
+def _reason(log: Path, status: int) -> str:
+    """The last line of what a failed command said."""
+    if status < 0:
+        return f"killed by signal {-status} ({signal.Signals(-status).name}): out of memory?"
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1].removeprefix("graft: ") if lines and not lines[-1].startswith("$ ") else f"exit status {status}"
