@@ -28,7 +28,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from _machine import describe, run_measured
+from _machine import describe, run_measured, worth_trying
 from _rounds import Round, Run, accepted_run, ratios
 from train_vs_peers import OFFLINE, ROOT, BenchmarkError, git_state
 
@@ -158,9 +158,9 @@ def choose(task: Task, work: Path) -> tuple[Task, dict[str, float]]:
             work / f"trial-{contender}-{name}",
         )["examples_per_s"]
         for contender in PEERS
-        for name in FORMATS
+        for name in worth_trying(FORMATS)
     }
-    best = {peer: max(FORMATS, key=lambda name: tried[peer, name]) for peer in PEERS}
+    best = {peer: max(worth_trying(FORMATS), key=lambda name: tried[peer, name]) for peer in PEERS}
     return replace(task, formats=best), {f"{peer} {name}": speed for (peer, name), speed in tried.items()}
 
 

@@ -35,7 +35,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
-from _machine import describe, matrix_peaks, run_measured
+from _machine import describe, matrix_peaks, run_measured, worth_trying
 from _peers import PRECISIONS, TRL_PRECISIONS, Job, run_peft, run_trl
 from _rounds import CLAIMS, CONTENDERS, Run, accepted_run, shares, summarise, table
 
@@ -196,7 +196,7 @@ def choose(job: Job, args: argparse.Namespace, work: Path) -> tuple[Job, dict[st
         if contender not in args.only or said != "best":
             continue
         speeds: dict[str, float] = {}
-        for name in formats:
+        for name in worth_trying(formats):
             trial = _in_format(
                 replace(job, steps=min(TRIAL_STEPS, job.steps), untimed_steps=1, trial=True), contender, name
             )

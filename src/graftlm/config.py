@@ -110,6 +110,8 @@ class TrainConfig:
     """Say what the run would take (work, speed, minutes, memory; from a short probe of this machine), and stop."""
     wandb_project: str = ""
     """Log to this Weights & Biases project too (needs the extra: pip install 'graftlm[wandb]')."""
+    tensorboard: bool = False
+    """Write event files for TensorBoard to the run folder too (needs the extra: pip install 'graftlm[tensorboard]')."""
     resume: bool = False
     """Go on with the run in --out_dir from its last checkpoint, exact to the bit."""
 

@@ -93,6 +93,14 @@ def test_generation_stops_when_all_have_ended() -> None:
     assert len(calls) == 1
 
 
+def test_batches_are_continued_together_while_their_prompts_are_few_and_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = [1, 1, 2, 2, 3, 3, 9, 9, 9]
+    assert list(module._groups(range(9), lengths, 2)) == [[0, 1, 2, 3, 4, 5, 6, 7], [8]]  # TOGETHER = 4 batches
+    monkeypatch.setattr(module, "MOST_CACHED", 18)
+    assert list(module._groups(range(9), lengths, 2)) == [[0, 1, 2, 3, 4, 5], [6, 7], [8]]
+    assert list(module._groups(range(9), lengths, 9)) == [[*range(9)]]  # one batch is never split
+
+
 def test_a_small_cache_grows(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama")
     prompts = ragged([4, 9, 6])
@@ -152,7 +160,7 @@ def test_strings() -> None:
     done: list[int] = []
     texts = generate(model, tokenizer, prompts, max_new_tokens=6, batch_size=1, progress=done.append)
     assert texts == ["".join(f" w{n}" for n in ids) for ids in expected]
-    assert done == [1, 1]
+    assert done == [2]  # read one at a time, continued together
 
 
 # Sampling -------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ What is unusual here:
   position correction, and gives what its rows give alone.
 - What all prompts begin with is run once for the whole call and never copied (a shared `Segment`).
 - A row that has ended leaves the batch: the cache is compacted in place, and a step costs what its living rows cost.
+- Prompts are read a batch at a time and continued several batches together: a step of decoding reads every weight for
+  one token a row, so it costs little more for more rows.
 - The cache grows as rows do: a large `max_new_tokens` costs nothing where rows end early.
 - The sample of a row is a pure function of (seed, row, step) and of the row's own logits. Batch size and the other
   prompts have no say in it.
@@ -31,6 +33,9 @@ SHORTEST_SHARED = 4
 
 FIRST_ROOM = 32
 """New tokens that the cache has room for at first; when they are used up the room is doubled."""
+
+TOGETHER, MOST_CACHED = 4, 8192
+"""So many batches are decoded together, unless their prompts have more tokens than this (200 MB of a small model)."""
 
 Progress = Callable[[int], object]
 """Called with the number of examples that were just finished."""
@@ -104,15 +109,29 @@ def generate_ids(
     with evaluating(model):
         shared, skip = read_shared(model, prompts)
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # neighbours differ little: less padding
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
+        for rows in _groups(order, [len(prompt) - skip for prompt in prompts], batch_size):
             room = [min(max_new_tokens, model.shape.context - len(prompts[row])) for row in rows]
-            continuations = _continue(model, [prompts[row][skip:] for row in rows], rows, shared, room, eot, pick)
+            own = [prompts[row][skip:] for row in rows]
+            continuations = _continue(model, own, rows, shared, room, eot, pick, batch_size)
             for row, tokens in zip(rows, continuations, strict=True):
                 new[row] = tokens
             if progress is not None:
                 progress(len(rows))
     return new
+
+
+def _groups(order: Sequence[int], lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Rows to decode together: up to TOGETHER batches, as long as they stay below MOST_CACHED tokens."""
+    group: list[int] = []
+    for start in range(0, len(order), batch_size):
+        batch = list(order[start : start + batch_size])
+        rows = len(group) + len(batch)
+        if group and (rows > TOGETHER * batch_size or rows * max(lengths[row] for row in batch) > MOST_CACHED):
+            yield group
+            group = []
+        group += batch
+    if group:
+        yield group
 
 
 def _continue(
@@ -123,23 +142,28 @@ def _continue(
     room: Sequence[int],
     eot: int,
     pick: Callable[[Tensor, Sequence[int], int], list[int]],
+    batch_size: int,
 ) -> list[list[int]]:
-    """One batch: at most `room` tokens for each of the B prompts; `names` are the rows' numbers in the whole call."""
+    """At most `room` tokens for each of the B prompts, which are read `batch_size` at a time and decoded together.
+
+    `names` are the rows' numbers in the whole call.
+    """
     new: list[list[int]] = [[] for _ in prompts]
     live = [row for row in range(len(prompts)) if room[row] > 0]
     if not live:
         return new
-    ids, lengths = right_pad([prompts[row] for row in live], model.device)
+    longest = max(len(prompts[row]) for row in live)
     # The last token that a row samples is never fed and needs no place.
-    most = max(ids.shape[1], *(len(prompts[row]) + room[row] - 1 for row in live))
-    capacity = min(most, ids.shape[1] + FIRST_ROOM)
+    most = max(longest, *(len(prompts[row]) + room[row] - 1 for row in live))
+    capacity = min(most, longest + FIRST_ROOM)
     cache = Segment.cache(model.shape, len(live), capacity, model.device, model.dtype)
-    last = torch.arange(len(live), device=model.device) * ids.shape[1] + lengths - 1
-    logits = model(ids, past=shared, keep=cache, at=last)
-    advance(cache, lengths)
+    tokens: list[int] = []
+    for start in range(0, len(live), batch_size):
+        rows = live[start : start + batch_size]
+        logits = _prefill(model, [prompts[row] for row in rows], shared, cache, start)
+        tokens += pick(logits, [names[row] for row in rows], 0)
     step = 0
     while True:
-        tokens = pick(logits, [names[row] for row in live], step)
         for row, token in zip(live, tokens, strict=True):
             if token != eot:
                 new[row].append(token)
@@ -154,6 +178,21 @@ def _continue(
         logits = model(ids, past=[*shared, cache], keep=cache)[:, 0]
         advance(cache, 1)
         step += 1
+        tokens = pick(logits, [names[row] for row in live], step)
+
+
+def _prefill(
+    model: CausalLM, prompts: Sequence[Sequence[int]], shared: Sequence[Segment], cache: Segment, start: int
+) -> Tensor:
+    """Read B prompts into the cache's rows from `start` on; the logits [B, V] behind each one's last token."""
+    ids, lengths = right_pad(prompts, model.device)
+    here = slice(start, start + len(prompts))
+    assert cache.lengths is not None
+    part = Segment([k[here] for k in cache.keys], [v[here] for v in cache.values], cache.lengths[here])
+    last = torch.arange(len(prompts), device=model.device) * ids.shape[1] + lengths - 1
+    logits = model(ids, past=shared, keep=part, at=last)
+    cache.lengths[here] = lengths
+    return logits
 
 
 def compact(cache: Segment, stays: Sequence[bool]) -> list[int]:

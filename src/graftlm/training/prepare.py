@@ -28,10 +28,10 @@ from graftlm.methods import LoRA, Method, method_from_flags
 from graftlm.methods.base import layer_span, totals
 from graftlm.text.data import Example, encode_rows, label_ids, load_dataset, preflight, sample
 from graftlm.text.template import load_template
-from graftlm.training.logs import check_wandb
+from graftlm.training.logs import check_loggers
 
 # May differ between a start and its resume; all else decides the numbers.
-FREE_ON_RESUME = {"resume", "plan", "max_iters", "epochs", "wandb_project"}
+FREE_ON_RESUME = {"resume", "plan", "max_iters", "epochs", "wandb_project", "tensorboard"}
 
 # Tokens of one pass on a CPU: a typical batch of 16 reviews fits, a long one runs in parts. Not tuned beyond that.
 CPU_TOKENS = 640
@@ -68,7 +68,7 @@ def prepare(config: TrainConfig, given: Set[str] | None = None) -> Prepared:
         config = _resumed(config, previous["config"], given)
     else:
         _check_out_dir(out_dir)
-    check_wandb(config.wandb_project)
+    check_loggers(config)
     method = method_from_flags(
         config.method, rank=config.rank, alpha=config.alpha, targets=config.targets, lora_dropout=config.lora_dropout
     )

@@ -34,7 +34,7 @@ from graftlm.training.checkpoint import FIRST_SCALE, Progress, Store, cut_metric
 from graftlm.training.compiled import FIRST_STEPS, Compiling, Switch
 from graftlm.training.frozen import Frozen, open_frozen
 from graftlm.training.interrupt import stop_on_signal
-from graftlm.training.logs import Metrics, start_wandb
+from graftlm.training.logs import Metrics, start_loggers
 from graftlm.training.memory import peak_rss_mb
 from graftlm.training.objectives import OBJECTIVES, Batch, make_batches
 from graftlm.training.plan import make_plan
@@ -180,10 +180,8 @@ class Trainer:
         self.compiling = Compiling(Switch(**run["compile"]), self.model)
         write_json(self.out_dir / "run.json", run)
         self.frozen = self._open_frozen()
-        wandb_run = start_wandb(
-            self.config.wandb_project, self.prepared.run["wandb_id"], self.out_dir, self.prepared.run["config"]
-        )
-        metrics = Metrics(self.out_dir / "metrics.jsonl", wandb_run)
+        loggers = start_loggers(self.config, run, self.progress.step, self._warn)
+        metrics = Metrics(self.out_dir / "metrics.jsonl", loggers, self._warn)
         try:
             with stop_on_signal() as stop, self._bar() as bar:
                 self._loop(metrics, stop, bar)
@@ -192,6 +190,9 @@ class Trainer:
         results = self._results()
         write_json(self.out_dir / "run.json", {**self.prepared.run, "results": results})
         return results
+
+    def _warn(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False)
 
     def _loop(self, metrics: Metrics, stop: threading.Event, bar: Bar) -> None:
         config, progress = self.config, self.progress
