@@ -1,9 +1,10 @@
-"""benchmarks/results/*.json -> docs/benchmarks.md: the newest result of each kind, its table, its claims and a picture.
+"""benchmarks/results/*.json -> docs/benchmarks.md: each kind's newest result on each processor: table, claims, picture.
 
     python benchmarks/page.py
 
-A result's file is called DATE-KIND.json and holds "machine", "graftlm", "claims" and either "medians" (contender ->
-figures) or "found" (run -> figures). The same results always give the same page. Pictures are plain SVG.
+A result's file is called DATE-KIND.json, or DATE-KIND.MACHINE.json, and holds "machine", "graftlm", "claims" and either
+"medians" (contender -> figures) or "found" (run -> figures). The same results always give the same page. Pictures are
+plain SVG.
 """
 
 import argparse
@@ -26,32 +27,41 @@ KINDS = {  # kind -> (title, script and flags, the figure that is drawn)
 }
 
 
-def newest(folder: Path, kind: str) -> tuple[str, dict[str, Any]] | None:
-    """(date, result) of the newest file of a kind, None where there is none."""
-    files = [p for p in sorted(folder.glob("????-??-??-*.json")) if p.stem[11:] == kind]
-    return (files[-1].stem[:10], json.loads(files[-1].read_text(encoding="utf-8"))) if files else None
+def newest(folder: Path, kind: str) -> dict[str, dict[str, Any]]:
+    """File name without .json -> result: the newest of a kind on each processor."""
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    for path in sorted(folder.glob("????-??-??-*.json")):
+        if path.stem[11:].partition(".")[0] == kind:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            found[result["machine"]["family_model_stepping"]] = (path.stem, result)
+    return dict(sorted(found.values(), reverse=True))
 
 
 def page(folder: Path) -> tuple[str, dict[str, str]]:
     """The page's text, and its pictures: file name -> SVG."""
     parts, pictures = [INTRODUCTION], {}
     for kind, (title, script, drawn) in KINDS.items():
-        found = newest(folder, kind)
-        if found is None:
-            continue
-        date, result = found
-        parts += [f"## {title}", f"`python benchmarks/{script}`, {date}. {machine(result)}"]
-        rows = result.get("medians") or {name: _flat(run) for name, run in result["found"].items()}
-        parts.append(table(rows))
-        if drawn:
-            pictures[f"{kind}.svg"] = bars({name: figures[drawn] for name, figures in rows.items()}, drawn)
-            parts.append(f"![{escape(drawn)} of each](benchmarks/{kind}.svg)")
-        for name, ratio in result.get("ratios", {}).items():
-            each = ", ".join(f"{x:.2f}" for x in ratio["rounds"])
-            parts.append(f"- {name}: **{ratio['median']:.2f}** (rounds: {each})")
-        words = {True: "holds", False: "does **not** hold", None: "was not measured"}
-        parts += [f"- *{claim}*: {words[holds]}" for claim, holds in result["claims"].items()]
+        results = newest(folder, kind)
+        parts += [f"## {title}", f"`python benchmarks/{script}`"] if results else []
+        for name, result in results.items():
+            rows = result.get("medians") or {name: _flat(run) for name, run in result["found"].items()}
+            parts += [f"{name[:10]}. {machine(result)}", table(rows)]
+            if drawn:
+                figures = {row: each[drawn] for row, each in rows.items() if drawn in each}
+                pictures[f"{name}.svg"] = bars(figures, drawn)
+                parts.append(f"![{escape(drawn)} of each](benchmarks/{name}.svg)")
+            parts += _judged(result)
     return "\n\n".join(parts).replace("\n\n- ", "\n- ") + "\n", pictures
+
+
+def _judged(result: Mapping[str, Any]) -> list[str]:
+    """Ratios and claims, a line each."""
+    lines = []
+    for name, ratio in result.get("ratios", {}).items():
+        each = ", ".join(f"{x:.2f}" for x in ratio["rounds"])
+        lines.append(f"- {name}: **{ratio['median']:.2f}** (rounds: {each})")
+    words = {True: "holds", False: "does **not** hold", None: "was not measured"}
+    return lines + [f"- *{claim}*: {words[holds]}" for claim, holds in result["claims"].items()]
 
 
 INTRODUCTION = """# Benchmarks

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -121,7 +122,9 @@ def test_a_model_with_its_first_layers_only(load: type[ModuleType], tmp_path: Pa
     assert bench.lower(0, tmp_path / "model", tmp_path / "none") == tmp_path / "model"
 
 
-def test_the_page_shows_the_newest_result_of_each_kind(load: type[ModuleType], tmp_path: Path) -> None:
+def test_the_page_shows_the_newest_result_of_each_kind_on_each_processor(
+    load: type[ModuleType], tmp_path: Path
+) -> None:
     page = load("page")
     machine = {
         "cores": 2,
@@ -140,11 +143,16 @@ def test_the_page_shows_the_newest_result_of_each_kind(load: type[ModuleType], t
     }
     for date, name in (("2026-01-02", "new"), ("2026-01-01", "old")):
         (tmp_path / f"{date}-train.json").write_text(json.dumps({**result, "graftlm": name}))
+    other = {**machine, "family_model_stepping": "7/1/1"}
+    (tmp_path / "2026-01-01-train.seven.json").write_text(
+        json.dumps({**result, "graftlm": "elsewhere", "machine": other})
+    )
     text, pictures = page.page(tmp_path)
-    assert "graftlm at new." in text and "graftlm at old" not in text and list(pictures) == ["train.svg"]
+    assert list(pictures) == ["2026-01-02-train.svg", "2026-01-01-train.seven.svg"]
+    assert "graftlm at new." in text and "graftlm at old" not in text and "graftlm at elsewhere." in text
     assert "| graft | 20 | 1,500 |" in text and "**2.00** (rounds: 1.90, 2.10)" in text
-    assert "- *small*: does **not** hold" in text and "(benchmarks/train.svg)" in text
-    root = ElementTree.fromstring(pictures["train.svg"])
+    assert "- *small*: does **not** hold" in text and "(benchmarks/2026-01-02-train.svg)" in text
+    root = ElementTree.fromstring(pictures["2026-01-02-train.svg"])
     widths = [float(each.attrib["width"]) for each in root.iter("{http://www.w3.org/2000/svg}rect")]
     assert widths == [420.0, 210.0]
 
@@ -155,3 +163,53 @@ def test_the_committed_page_is_what_the_committed_results_give(load: type[Module
     docs = page.ROOT / "docs"
     assert (docs / "benchmarks.md").read_text(encoding="utf-8") == text
     assert {p.name: p.read_text(encoding="utf-8") for p in (docs / "benchmarks").iterdir()} == pictures
+
+
+# The course handout's experiments
+
+
+def handout_result() -> dict[str, Any]:
+    row = {
+        "name": "a|b",
+        "checkpoint": "best",
+        "seeds": [0],
+        "accuracy": 0.8,
+        "low": 0.7,
+        "high": 0.9,
+        "val_loss": 0.5,
+        "trainable": 10,
+        "share_trained": 0.1,
+        "steps": 4,
+        "seconds": 60.0,
+        "planned": {"seconds": 90.0},
+        "examples_per_s": 2.0,
+        "peak_rss_mb": 1.0,
+    }
+    curve = [{"step": 2, "val_loss": 0.7, "val_accuracy": 0.6}, {"step": 4, "val_loss": 0.5, "val_accuracy": 0.8}]
+    machine = {"cores": 2, "cpu": "A", "family_model_stepping": "6/1/1", "flags": [], "memory_gb": 24, "torch": "2"}
+    return {
+        "machine": machine,
+        "graftlm": "abc",
+        "config": {"budget_steps": 4, "jobs": 2},
+        "share": {"trainable": 10, "total": 100, "share_trained": 0.1},
+        "tables": {"ranks": [row], "zero_shot": [{**row, "steps": None}]},
+        "curves": {"ranks": {"a|b": curve}, "zero_shot": {}},
+    }
+
+
+def test_the_handouts_page_is_filled_between_its_marks(load: type[ModuleType]) -> None:
+    bench = load("handout")
+    found, pictures = bench.blocks(handout_result(), "2026-01-02")
+    assert found["share"] == "10 of 100 parameters: **10.00%**."
+    assert found["machine"].startswith("2026-01-02, 4 steps of 16 reviews a run, 2 at a time. 2 cores of A")
+    assert "80.0%" in found["ranks"] and "1.0 (1.5)" in found["ranks"] and "![" not in found["zero_shot"]
+    assert set(pictures) == {"ranks-val_loss.svg", "ranks-val_accuracy.svg"}
+    lines = ElementTree.fromstring(pictures["ranks-val_loss.svg"]).iter("{http://www.w3.org/2000/svg}polyline")
+    (points,) = [line.attrib["points"].split() for line in lines]
+    assert points[0].startswith("336.0,") and points[1].startswith("616.0,")
+    assert float(points[0].split(",")[1]) < float(points[1].split(",")[1])  # the larger loss stands higher
+    page = "".join(f"before\n<!-- {name} -->\nold\n<!-- end -->\nafter\n" for name in found)
+    filled = bench.fill(page, found)
+    assert "old" not in filled and filled.count("after") == len(found) and bench.fill(filled, found) == filled
+    with pytest.raises(bench.BenchmarkError, match="marks"):
+        bench.fill(page.replace("<!-- ranks -->", "<!-- rnaks -->"), found)

@@ -56,7 +56,7 @@ class TrainConfig:
     """Passes added up before one optimiser step; a step sees batch_size * grad_accum examples."""
     micro_tokens: int | None = None
     """Most tokens in one forward and backward pass, padding counted, shared ones not: a larger batch runs in parts
-    whose gradients add up, which bounds the memory. Default: 640 on a CPU, 0 (no bound) elsewhere."""
+    whose gradients add up, which bounds the memory. Default: 512 on a CPU, 0 (no bound) elsewhere."""
     max_iters: int | None = None
     """Optimiser steps of the whole run. Default: as many as --epochs need."""
     epochs: float | None = None

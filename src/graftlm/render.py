@@ -68,7 +68,7 @@ def train(out: "Console", result: Result) -> None:
     _table(out, ["checkpoint", "step", "validation loss", "validation accuracy"], rows)
     memory = "peak_cuda_mb" if result.get("peak_cuda_mb") else "peak_rss_mb"
     facts = {
-        "trained": f"{result['trainable']:,} of {result['total']:,} parameters ({_share(result['share_trained'], 2)})",
+        "trained": _trained(result),
         "steps": f"{result['steps']:,} ({result['examples']:,} examples in {result['seconds']:.0f} s)",
         "speed": f"{result['examples_per_s']:.1f} examples/s",
         "peak memory": f"{result[memory]:,.0f} MB",
@@ -77,8 +77,13 @@ def train(out: "Console", result: Result) -> None:
     _facts(out, facts)
 
 
+def _trained(result: Result) -> str:
+    return f"{result['trainable']:,} of {result['total']:,} parameters ({_share(result['share_trained'], 2)})"
+
+
 def _planned(plan: Result) -> dict[str, str]:
     return {
+        "trained": _trained(plan),
         "steps": f"{plan['steps']:,} ({plan['examples']:,} examples)",
         "needed work": f"{plan['needed_tflop']:,.1f} TFLOP in the layers' matrices",
         "speed": f"{plan['examples_per_s']:.1f} examples/s",

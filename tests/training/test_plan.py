@@ -109,5 +109,6 @@ def test_the_flag_says_what_a_run_would_take_and_writes_nothing(assets: Path, tm
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
     assert plan["steps"] == 5 and plan["examples_per_s"] > 0 and not (tmp_path / "run").exists()
+    assert plan["share_trained"] == plan["trainable"] / plan["total"] > 0
     shown = graft(*words)
     assert shown.returncode == 0 and "needed work" in shown.stdout and "peak memory" in shown.stdout

@@ -47,3 +47,9 @@ def share_of_peak(model: CausalLM, method: Method, progress: Progress, *, below_
         "matrix_peak_gflops": round(peak / 1e9, 1),
         "share_of_peak": round(speed / peak, 4),
     }
+
+
+def share_trained(run: dict[str, Any]) -> dict[str, Any]:
+    """What run.json says of the parameters: how many are trained, of how many."""
+    trainable, total = run["trainable"], run["total"]
+    return {"trainable": trainable, "total": total, "share_trained": trainable / total}

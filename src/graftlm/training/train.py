@@ -29,7 +29,7 @@ from graftlm.files.formats import remove_leftovers, write_json
 from graftlm.methods.base import trainable
 from graftlm.models.base import CausalLM
 from graftlm.models.kernels import NoKernels
-from graftlm.training.account import beside_plan, promise, share_of_peak
+from graftlm.training.account import beside_plan, promise, share_of_peak, share_trained
 from graftlm.training.checkpoint import FIRST_SCALE, Progress, Store, cut_metrics
 from graftlm.training.compiled import FIRST_STEPS, Compiling, Switch
 from graftlm.training.frozen import Frozen, open_frozen
@@ -67,7 +67,8 @@ def train(
     prepared = prepare(config, given)
     _announce(prepared, console)
     if config.plan:
-        return make_plan(prepared, time.perf_counter() - started).to_json()
+        plan = make_plan(prepared, time.perf_counter() - started).to_json()
+        return {**plan, **share_trained(prepared.run)}
     return Trainer(prepared, console, started).run()
 
 
@@ -381,9 +382,7 @@ class Trainer:
             "peak_rss_mb": peak_rss_mb(),
             **share_of_peak(self.model, self.prepared.method, progress, below_kept=self.frozen is not None),
             "plan": beside_plan(run["plan"], speed, progress.seconds),
-            "trainable": run["trainable"],
-            "total": run["total"],
-            "share_trained": run["trainable"] / run["total"],
+            **share_trained(run),
             "best": progress.best,
             "last": progress.last,
             "out_dir": str(self.out_dir),

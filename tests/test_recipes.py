@@ -1,0 +1,40 @@
+"""Recipes hold what a verb takes, and those of the course handout share their runs."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from graftlm.config import CompareConfig, TrainConfig
+from graftlm.flags import parse
+from graftlm.studies.sweep import Cell, read_sweep
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes").rglob("*.toml"))
+SWEEPS = [path for path in RECIPES if "rows" in tomllib.loads(path.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize("path", [p for p in RECIPES if p not in SWEEPS], ids=lambda path: path.name)
+def test_a_recipe_for_train_holds_nothing_but_its_flags(path: Path) -> None:
+    keys = set(tomllib.loads(path.read_text(encoding="utf-8")))
+    assert parse("train", TrainConfig, ["--config", str(path)]).given == keys
+
+
+def cells(path: Path) -> list[Cell]:
+    return read_sweep(str(path), {}, {})
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.name)
+def test_a_recipe_for_compare_is_a_sweep(path: Path) -> None:
+    config = parse("compare", CompareConfig, ["--config", str(path)]).config
+    assert config.out_dir == "runs/handout" and len(cells(path)) >= 2
+
+
+def test_the_handouts_recipes_are_all_there_and_share_their_runs() -> None:
+    assert [path.stem for path in SWEEPS] == ["alpha", "alpha_or_lr", "ranks", "templates", "zero_shot"]
+    found = [cell for path in SWEEPS for cell in cells(path)]
+    folders = {cell.folder for cell in found}
+    assert len(folders) == len({cell.id for cell in found}) == 9 and len(found) == 14
+    ranks = {cell.row: cell.flags for cell in cells(ROOT / "recipes" / "handout" / "ranks.toml")}
+    assert {flags["alpha"] / flags["rank"] for flags in ranks.values() if flags["rank"]} == {4}
+    assert ranks["full"]["dropout"] == 0.05
