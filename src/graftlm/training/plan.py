@@ -4,8 +4,10 @@ What is unusual here: *the probe is the step itself on a lower building*. All bl
 last block alone, and with its last three, is run forward and backward on batches of this very run; what two more
 blocks add, times the layers, and what is left at none are the step's time. The bytes autograd keeps are counted alike.
 So whatever a step does, with this method, objective and number format, is in the figure without being described twice.
+One pass through the whole building, of the small batch, then says by how much the sum of its parts is wrong: a few
+blocks find their weights in the processor's caches, thirty do not.
 
-    seconds(batch) = head(n) + layers * block(n)      each linear between a small and a large batch of n tokens
+    seconds(batch) = f (head(n) + layers * block(n))      each linear between a small and a large batch of n tokens
 
 Left out: the time of checkpoints.
 """
@@ -15,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
+from statistics import median
 from typing import Any
 
 import torch
@@ -72,7 +75,9 @@ def make_plan(prepared: Prepared, startup_seconds: float, repeats: int = 3) -> P
         times = [_step_seconds(model, batch, config, layers, first, repeats) for batch in ends]
         saved = _saved_mb(model, ends[-1], config, layers - first)
         validation = _validation_seconds(model, prepared)
-    (n0, t0), (n1, t1) = ((computed(batch), seconds) for batch, seconds in zip(ends, times, strict=True))
+        held = rss_mb()  # before the whole pass, whose memory the process keeps for the steps to come
+        wrong = _whole_seconds(model, ends[0], config, repeats) / times[0]
+    (n0, t0), (n1, t1) = ((computed(batch), wrong * seconds) for batch, seconds in zip(ends, times, strict=True))
     slope = max(0.0, t1 - t0) / (n1 - n0) if n1 > n0 else 0.0
     per_batch = sum(max(0.0, t0 + slope * (n - n0)) for parts in sizes for n in parts) / len(sizes)
     update = _update_seconds(sum(p.numel() for p in trainable(model).values()))
@@ -91,7 +96,7 @@ def make_plan(prepared: Prepared, startup_seconds: float, repeats: int = 3) -> P
         validation_seconds=judged * validation,
         startup_seconds=startup_seconds,
         minutes=(startup_seconds + train_seconds + judged * validation) / 60,
-        peak_rss_mb=round(_peak_mb(model, saved, max(n for parts in sizes for n in parts)), 0),
+        peak_rss_mb=round(_peak_mb(model, held, saved, max(n for parts in sizes for n in parts)), 0),
     )
 
 
@@ -146,7 +151,7 @@ def _step_seconds(model: CausalLM, batch: Batch, config: TrainConfig, layers: in
     def head() -> None:
         model.loss(h, rows, rows % model.shape.vocab, torch.ones(n, device=model.device)).backward()
 
-    upper = _extrapolated(model, both, layers - first, model.blocks[first:], repeats) + _best(head, repeats)
+    upper = _extrapolated(model, both, layers - first, model.blocks[first:], repeats) + _typical(head, repeats)
     if not first:
         return upper
 
@@ -162,22 +167,38 @@ def _extrapolated(model: CausalLM, run: Callable[[], None], count: int, blocks: 
     seconds = {}
     for k in (min(FEW, count), min(MANY, count)):
         with _blocks(model, list(blocks)[-k:]):
-            seconds[k] = _best(run, repeats)
+            seconds[k] = _typical(run, repeats)
     few, many = min(seconds), max(seconds)
     # A noisy moment may let three blocks look cheaper than one; no block takes less than no time.
     each = max(0.0, seconds[many] - seconds[few]) / (many - few) if many > few else 0.0
     return seconds[few] + each * (count - few)
 
 
-def _best(run: Callable[[], None], repeats: int) -> float:
-    """The least of the seconds it takes, behind one run to warm up."""
+def _whole_seconds(model: CausalLM, batch: Batch, config: TrainConfig, repeats: int) -> float:
+    """Forward and backward of one batch through all blocks, with head and loss."""
+
+    def whole() -> None:
+        OBJECTIVES[config.loss_on](model, batch).backward()
+
+    return _typical(whole, repeats - 1) if repeats > 1 else _seconds(whole)
+
+
+def _typical(run: Callable[[], None], repeats: int) -> float:
+    """The middle of the seconds it takes, behind one run to warm up."""
     run()
-    found = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        run()
-        found.append(time.perf_counter() - began)
-    return min(found)
+    return median(_seconds(run) for _ in range(repeats))
+
+
+def _seconds(run: Callable[[], None]) -> float:
+    began = _now()
+    run()
+    return _now() - began
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # what was asked of a GPU is only queued
+    return time.perf_counter()
 
 
 def _saved_mb(model: CausalLM, batch: Batch, config: TrainConfig, layers: int) -> float:
@@ -222,16 +243,17 @@ def _update_seconds(trained: int, sample: int = 1_000_000) -> float:
     optimizer = torch.optim.AdamW([p], lr=1e-3, fused=True)
     p.grad = torch.ones_like(p)
     optimizer.step()
-    began = time.perf_counter()
-    torch.nn.utils.clip_grad_norm_([p], 1.0)
-    optimizer.step()
-    return (time.perf_counter() - began) * trained / p.numel()
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_([p], 1.0)
+        optimizer.step()
+
+    return _seconds(update) * trained / p.numel()
 
 
-def _peak_mb(model: CausalLM, saved_mb: float, tokens: int) -> float:
+def _peak_mb(model: CausalLM, held_mb: float, saved_mb: float, tokens: int) -> float:
     """What stands in memory at the height of the largest step, and at least what has been reached already."""
-    now, highest = rss_mb(), peak_rss_mb()
     trained = sum(p.numel() * p.element_size() for p in trainable(model).values())
     item = torch.empty(0, dtype=model.dtype).element_size()
     working = 4 * tokens * model.shape.d_ff * item  # the gradients in flight of the widest part, the MLP
-    return max(highest, now + saved_mb + (3 * trained + working) / 1e6)
+    return max(peak_rss_mb(), held_mb + saved_mb + (3 * trained + working) / 1e6)
