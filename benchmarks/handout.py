@@ -140,8 +140,8 @@ def fill(text: str, found: Mapping[str, str]) -> str:
     if sorted(m for m in marks if m != "end") != sorted(found):
         raise BenchmarkError(f"docs/handout.md marks {', '.join(marks)}; the result has {', '.join(found)}")
     for name, block in found.items():
-        pattern = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end -->)", re.DOTALL)
-        text = pattern.sub(lambda _, block=block: f"{block}\n", text)  # a function: no backslash is special
+        before, mark, rest = text.partition(f"<!-- {name} -->\n")
+        text = before + mark + block + "\n" + rest[rest.index("<!-- end -->") :]
     return text
 
 

@@ -4,6 +4,7 @@ The built-in models and data sets come from the cache that `graft fetch` (`make 
 """
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +21,18 @@ SRC = str(Path(__file__).parent.parent / "src")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Graft = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+CHROMIUM = shutil.which("chromium")
+"""Debian's browser, for the tests of the report."""
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What did not run for want of a browser is said last, where it cannot be overlooked."""
+    if CHROMIUM is None:
+        terminalreporter.write_line(
+            "The report's page was NOT tested: there is no chromium here (apt-get install chromium).", yellow=True
+        )
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,6 +1,7 @@
 """The command line as a user meets it: what is read, what is refused with which words, and where output goes."""
 
 import errno
+import io
 import json
 import logging
 import resource
@@ -13,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from conftest import Graft, child_environment
-from graftlm import __version__, cli
-from graftlm.config import FetchConfig, GenerateConfig, TrainConfig
+from graftlm import __version__, cli, render
+from graftlm.config import FetchConfig, GenerateConfig, ReportConfig, TrainConfig
 from graftlm.errors import GraftError, InputError, Interrupted
 from graftlm.flags import EveryVerb, parse
 
@@ -106,16 +108,29 @@ def test_fetch_takes_its_name_with_and_without_the_flag() -> None:
     assert parse("fetch", FetchConfig, ["--json", "--name", "gpt2"], "name").config.name == "gpt2"
 
 
+def test_report_takes_any_number_of_folders_with_and_without_the_flag() -> None:
+    def read(*words: str) -> tuple[str, ...]:
+        folders: tuple[str, ...] = parse("report", ReportConfig, words, "folders").config.folders
+        return folders
+
+    assert read("a", "--out", "b.html", "c") == read("--folders=a", "--folders", "c") == read("a", "--folders=c")
+    assert read("a", "c", "a") == ("a", "c", "a")
+
+
 # Refusing
 
 
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["trian"], "unknown verb 'trian': did you mean 'train'? known are train, generate, evaluate, compare, fetch"),
+        (
+            ["trian"],
+            "unknown verb 'trian': did you mean 'train'? known are train, generate, evaluate, compare, report, fetch",
+        ),
         (
             ["--rank", "4"],
-            "--rank: a verb comes first: graft train | generate | evaluate | compare | fetch (see graft --help)",
+            "--rank: a verb comes first: graft train | generate | evaluate | compare | report | fetch "
+            "(see graft --help)",
         ),
         (["train", "--rnak", "4"], "unknown flag --rnak: did you mean --rank? see graft train --help"),
         (["train", "--zzz=4"], "unknown flag --zzz: see graft train --help"),
@@ -141,6 +156,9 @@ def test_fetch_takes_its_name_with_and_without_the_flag() -> None:
             "--rank 0 means full fine-tuning and contradicts --method lora: leave one out",
         ),
         (["fetch"], "graft fetch needs NAME (see graft fetch --help)"),
+        (["report"], "graft report needs FOLDERS (see graft report --help)"),
+        (["report", "a", "--out=page.txt"], "--out 'page.txt': must be a file's name that ends in .html"),
+        (["report", "a", ""], "--folders '': must be folders' names"),
         (["fetch", "gpt2", "more"], "unexpected 'more': flags begin with two dashes (see graft fetch --help)"),
     ],
 )
@@ -164,6 +182,18 @@ def test_a_recipe_can_name_what_fetch_needs(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('name = "gpt2"\n')
     assert parse("fetch", FetchConfig, [f"--config={recipe}"], "name").config.name == "gpt2"
+
+
+def test_a_recipe_lists_the_folders_of_a_report_and_words_beside_it_win(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('folders = ["a", "b"]\n')
+    words = [f"--config={recipe}"]
+    assert parse("report", ReportConfig, words, "folders").config.folders == ("a", "b")
+    assert parse("report", ReportConfig, [*words, "c"], "folders").config.folders == ("c",)
+    for wrong in ('"a"', "[1]", "[]"):
+        recipe.write_text(f"folders = {wrong}\n")
+        with pytest.raises(InputError, match=r"recipe\.toml: folders"):
+            parse("report", ReportConfig, words, "folders")
 
 
 @pytest.mark.parametrize(
@@ -231,6 +261,12 @@ def test_without_json_the_result_is_for_people(
     fake(monkeypatch, lambda parsed, notes: {"name": "x", "path": "/a/" + "long/" * 60})
     assert cli.run(["fetch", "x"]) == 0
     assert capsys.readouterr().out == "/a/" + "long/" * 60 + "\n"
+
+
+def test_a_table_is_never_cut_however_narrow_the_window() -> None:
+    file = io.StringIO()
+    render._table(Console(file=file, width=20), ["name", "figures"], [["n" * 30, "f" * 40]])
+    assert f"  {'n' * 30}   {'f' * 40}  " in file.getvalue().splitlines()
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,10 @@ def has(line: str, *parts: str) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["trian"], "unknown verb 'trian': did you mean 'train'? known are train, generate, evaluate, compare, fetch"),
+        (
+            ["trian"],
+            "unknown verb 'trian': did you mean 'train'? known are train, generate, evaluate, compare, report, fetch",
+        ),
         (["train", "--rnk=4"], "unknown flag --rnk: did you mean --rank? see graft train --help"),
         (["train", "--method=lra"], "unknown --method 'lra': did you mean 'lora'? known are lora, full"),
         (["train", "--targets=q,w"], "unknown target 'w': known are q, k, v, o, up, gate, down"),

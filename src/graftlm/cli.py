@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from graftlm import process, render
-from graftlm.config import CompareConfig, EvaluateConfig, FetchConfig, GenerateConfig, TrainConfig
+from graftlm.config import CompareConfig, EvaluateConfig, FetchConfig, GenerateConfig, ReportConfig, TrainConfig
 from graftlm.errors import GraftError, InputError, unknown
 from graftlm.flags import Parsed, parse, show_help, wants_debug, wants_help
 
@@ -164,6 +164,12 @@ def _compare(parsed: Parsed, notes: "Console") -> Result:
     return compare(parsed.config, parsed.every.config, notes)
 
 
+def _report(parsed: Parsed, notes: "Console") -> Result:
+    from graftlm.studies.report import report
+
+    return report(parsed.config)
+
+
 def _fetch(parsed: Parsed, notes: "Console") -> Result:
     from graftlm.files.assets import fetch
 
@@ -178,7 +184,7 @@ class Verb:
     run: Callable[[Parsed, "Console"], Result]
     show: Callable[["Console", Result], None]
     positional: str = ""
-    """The field that may be given as a word without dashes."""
+    """The field that may be given as a word without dashes, or as several where it takes several."""
     computes: bool = True
     """Whether it will work with large tensors."""
 
@@ -193,6 +199,7 @@ VERBS = {
     "generate": Verb(GenerateConfig, _generate, render.generate),
     "evaluate": Verb(EvaluateConfig, _evaluate, render.evaluate),
     "compare": Verb(CompareConfig, _compare, render.compare, computes=False),
+    "report": Verb(ReportConfig, _report, render.report, positional="folders", computes=False),
     "fetch": Verb(FetchConfig, _fetch, render.fetch, positional="name", computes=False),
 }
 

@@ -275,6 +275,25 @@ class CompareConfig:
         _require(self.jobs >= 1, "jobs", self.jobs, "1 or more")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Show runs beside each other on one page of HTML: curves, tables, where they disagree; needs no network."""
+
+    folders: tuple[str, ...]
+    """Run folders, and folders of graft compare, which stand for all their runs."""
+    out: str = "report.html"
+    """The page to write; a file of that name is replaced."""
+    title: str = "graft report"
+    """The page's title."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.folders) and all(map(str.strip, self.folders)), "folders", "''", "folders' names")
+        _require(
+            self.out.lower().endswith((".html", ".htm")), "out", repr(self.out), "a file's name that ends in .html"
+        )
+        _require(bool(self.title.strip()), "title", repr(self.title), "a text")
+
+
 # Values of fields -----------------------------------------------------------------------------------------------------
 
 
@@ -286,8 +305,17 @@ def split_optional(kind: Any) -> tuple[Any, bool]:
     return kind, False
 
 
+def takes_several(kind: Any) -> bool:
+    """Whether a field's type is tuple[str, ...]: any number of texts."""
+    return get_origin(kind) is tuple
+
+
 def checked_value(where: str, value: Any, kind: Any) -> Any:
     """A recipe's value as a field of type `kind` takes it; an InputError that begins with `where`."""
+    if takes_several(kind):
+        if type(value) is not list or not all(type(text) is str for text in value):
+            raise InputError(f"{where}: not a list of texts in quotes")
+        return tuple(value)
     inner, _ = split_optional(kind)
     exact = str if get_origin(inner) is Literal else inner
     if exact is float and type(value) is int:

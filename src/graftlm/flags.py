@@ -3,9 +3,9 @@
 What is unusual here: tyro writes the help page (from the string under each field), but reading the words is done here,
 since flags and the recipe's keys must meet the same checks, and every mistake must be one line that names the flag or
 the file, says what is allowed and offers the nearest name. A field's type is bool, int, float, str or a Literal, maybe
-with None.
+with None, or tuple[str, ...], which takes every text given for it; of the others the last one given counts.
 
-Left out: short flags, abbreviated flags, several values for one flag.
+Left out: short flags, abbreviated flags, several values behind one flag.
 """
 
 import tomllib
@@ -15,7 +15,7 @@ from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from graftlm.config import allowed_value, checked_value, split_optional, wanted
+from graftlm.config import allowed_value, checked_value, split_optional, takes_several, wanted
 from graftlm.errors import InputError, nearest
 
 
@@ -59,7 +59,7 @@ def parse(verb: str, config: type, words: Sequence[str], positional: str = "") -
     """
     types = {**get_type_hints(EveryVerb), **get_type_hints(config)}
     typed = _split(verb, types, words, positional)
-    values = {name: _from_word(name, text, types[name]) for name, text in typed.items()}
+    values = {name: _from_words(name, texts, types[name]) for name, texts in typed.items()}
     every = EveryVerb(**{f.name: values.pop(f.name) for f in fields(EveryVerb) if f.name in values})
     recipe = _read_recipe(every.config, get_type_hints(config), getattr(config, "TABLES", ())) if every.config else {}
     given = {**recipe, **values}
@@ -95,32 +95,37 @@ def show_help(verb: str, config: type) -> None:
 # Flags ----------------------------------------------------------------------------------------------------------------
 
 
-def _split(verb: str, types: Mapping[str, Any], words: Sequence[str], positional: str) -> dict[str, str]:
-    """The text given for each field. A value that begins with two dashes must be joined by `=`."""
-    typed: dict[str, str] = {}
+def _split(verb: str, types: Mapping[str, Any], words: Sequence[str], positional: str) -> dict[str, list[str]]:
+    """The texts given for each field, in order. A value that begins with two dashes must be joined by `=`."""
+    typed: dict[str, list[str]] = {}
     rest = iter(words)
     for word in rest:
         if not word.startswith("--"):
-            if not positional or positional in typed:
+            if not positional or (positional in typed and not takes_several(types[positional])):
                 raise InputError(f"unexpected {word!r}: flags begin with two dashes (see graft {verb} --help)")
-            typed[positional] = word
+            typed.setdefault(positional, []).append(word)
             continue
         flag, joined, value = word.partition("=")
         name = flag[2:].replace("-", "_")
         switch = name.removeprefix("no_")
         if name not in types and types.get(switch) is bool and not joined:
-            typed[switch] = "false"
+            typed.setdefault(switch, []).append("false")
         elif name not in types:
             raise InputError(f"unknown flag {flag}: {nearest(name, types, '--')}see graft {verb} --help")
         elif joined or types[name] is bool:
-            typed[name] = value if joined else "true"
+            typed.setdefault(name, []).append(value if joined else "true")
         else:
             following = next(rest, None)
             if following is None or following.startswith("--"):
                 tip = f" (a value that begins with dashes is written {flag}={following})" if following else ""
                 raise InputError(f"{flag} needs a value{tip}")
-            typed[name] = following
+            typed.setdefault(name, []).append(following)
     return typed
+
+
+def _from_words(name: str, texts: Sequence[str], kind: Any) -> Any:
+    """The typed value of all texts given for a field."""
+    return tuple(texts) if takes_several(kind) else _from_word(name, texts[-1], kind)
 
 
 def _from_word(name: str, text: str, kind: Any) -> Any:

@@ -141,6 +141,11 @@ def compare(out: "Console", result: Result) -> None:
     _facts(out, {"table": f"{result['out_dir']}/table.md"})
 
 
+def report(out: "Console", result: Result) -> None:
+    """The page, alone on its line."""
+    out.print(result["path"], markup=False, emoji=False, soft_wrap=True)
+
+
 def fetch(out: "Console", result: Result) -> None:
     """The folder, alone on its line."""
     out.print(result["path"], markup=False, emoji=False, soft_wrap=True)
@@ -152,6 +157,7 @@ def _share(value: float | None, digits: int = 1) -> str:
 
 def _table(out: "Console", columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
     from rich import box
+    from rich.console import Console
     from rich.markup import escape
     from rich.measure import Measurement
     from rich.table import Table
@@ -161,6 +167,6 @@ def _table(out: "Console", columns: Sequence[str], rows: Sequence[Sequence[str]]
         table.add_column(escape(name), justify="right" if number else "left", no_wrap=True)
     for row in rows:
         table.add_row(*map(escape, row))
-    # Never cut: in a narrow window, or a log, long lines go on in the next.
+    # Never cut: in a narrow window, or a log, long lines go on in the next. A console makes nothing wider than itself.
     wide = Measurement.get(out, out.options.update(width=10_000), table).maximum
-    out.print(table, width=max(out.width, wide), crop=False)
+    Console(file=out.file, highlight=False, width=max(out.width, wide)).print(table, crop=False)

@@ -1,0 +1,104 @@
+// What moves in a report: its charts (report_chart.js, which stands before this in the page), the legend that switches
+// runs on and off, sorting, the filter, and what is folded on paper. The tables are in the page; nothing is added here.
+
+function drawCharts() {
+  for (const figure of document.querySelectorAll("figure[data-chart]")) {
+    const series = data.charts[figure.dataset.chart].filter((s) => s.points.length);
+    if (series.length) charts.push(new Chart(figure, KINDS[figure.dataset.chart], series));
+    else if (!figure.querySelector("p, details")) figure.append(node("p", {}, "There is nothing to show."));
+  }
+}
+
+// The legend ----------------------------------------------------------------------------------------------------------
+
+function drawLegend() {
+  const legend = document.getElementById("legend");
+  const buttons = data.runs.map((name, run) => {
+    const button = node("button", { type: "button", "aria-pressed": "true" }, swatch(run), name);
+    button.addEventListener("click", () => flip([run], off.has(run)));
+    return button;
+  });
+  const flip = (runs, on) => {
+    for (const run of runs) {
+      on ? off.delete(run) : off.add(run);
+      buttons[run].setAttribute("aria-pressed", String(on));
+    }
+    for (const chart of charts) chart.draw();
+  };
+  legend.append(...buttons);
+  if (buttons.length < 3) return;
+  for (const [name, on] of [["Show all", true], ["Hide all", false]]) {
+    const button = node("button", { type: "button", class: "all" }, name);
+    button.addEventListener("click", () => flip(buttons.keys(), on));
+    legend.append(button);
+  }
+}
+
+// Tables --------------------------------------------------------------------------------------------------------------
+
+function makeSortable(table) {
+  const heads = [...table.tHead.rows[0].cells];
+  heads.forEach((head, column) => {
+    const button = node("button", { type: "button" }, ...head.childNodes);
+    head.replaceChildren(button);
+    head.setAttribute("aria-sort", "none");
+    button.addEventListener("click", () => {
+      const up = head.getAttribute("aria-sort") !== "ascending";
+      for (const other of heads) other.setAttribute("aria-sort", "none");
+      head.setAttribute("aria-sort", up ? "ascending" : "descending");
+      sort(table.tBodies[0], column, up);
+      say(`sorted by ${button.textContent}, ${up ? "ascending" : "descending"}`);
+    });
+  });
+}
+
+// Numbers by value, names by letter; what was not measured stays at the end either way.
+function sort(body, column, up) {
+  const numbers = [...body.rows].some((row) => "value" in row.cells[column].dataset);
+  const key = (row) => {
+    const cell = row.cells[column];
+    return numbers ? ("value" in cell.dataset ? +cell.dataset.value : null) : cell.textContent;
+  };
+  const order = (a, b) => (numbers ? a - b : a.localeCompare(b, "en", { numeric: true }));
+  const rows = [...body.rows].sort((p, q) => {
+    const [a, b] = [key(p), key(q)];
+    if (a === null || b === null) return (a === null) - (b === null);
+    return up ? order(a, b) : order(b, a);
+  });
+  body.append(...rows);
+}
+
+function makeFilter(table) {
+  const input = node("input", { type: "search", id: "filter", autocomplete: "off" });
+  const count = node("span", { class: "note" });
+  const rows = [...table.tBodies[0].rows];
+  const label = node("label", { for: "filter" }, "Reviews with the words");
+  table.parentElement.before(node("div", { class: "filter" }, label, input, count));
+  input.addEventListener("input", () => {
+    const words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
+    for (const row of rows) {
+      const text = row.cells[0].textContent.toLowerCase();
+      row.hidden = !words.every((word) => text.includes(word));
+    }
+    count.textContent = `${rows.filter((row) => !row.hidden).length} of ${rows.length} shown`;
+    say(count.textContent);
+  });
+}
+
+// Paper: what is folded is opened, and folded again.
+function onPaper() {
+  let opened = [];
+  addEventListener("beforeprint", () => {
+    opened = [...document.querySelectorAll("details:not([open])")];
+    for (const details of opened) details.open = true;
+  });
+  addEventListener("afterprint", () => {
+    for (const details of opened) details.open = false;
+  });
+}
+
+drawCharts();
+drawLegend();
+document.querySelectorAll("table.results").forEach(makeSortable);
+document.querySelectorAll("table.reviews").forEach(makeFilter);
+onPaper();

@@ -1,0 +1,229 @@
+"""The notebook runs from top to bottom, on the CPU and offline with its small settings; committed without outputs.
+
+It runs in a process and a home folder of its own, by the command that a user would type (`jupyter execute`).
+"""
+
+import ast
+import base64
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import nbformat
+import pytest
+from IPython.core.inputtransformer2 import TransformerManager
+
+from conftest import child_environment
+from graftlm import process
+from graftlm.cli import VERBS
+from graftlm.config import TrainConfig
+from graftlm.flags import parse
+from tiny import data_folder, model_folder, shape_of
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOK = ROOT / "notebooks" / "run_in_colab.ipynb"
+JUPYTER_EXECUTE = "from nbclient.cli import main; main()"
+RANK = 8  # of the small settings
+SHAPE = shape_of("llama")
+NOISE = ("/.", "/__pycache__")  # what tools keep in a checkout
+
+
+class Ran(NamedTuple):
+    """The notebook after its run, and the folder in which it ran."""
+
+    folder: Path
+    cells: dict[str, Any]
+    new_in_checkout: set[str]
+
+    def text(self, cell: str) -> str:
+        return "".join(out["text"] for out in self.cells[cell]["outputs"] if out["output_type"] == "stream")
+
+
+def lora_parameters(rank: int) -> int:
+    """r (in + out) for each of q, k and v, in every layer."""
+    q, kv = SHAPE.heads * SHAPE.head_dim, SHAPE.kv_heads * SHAPE.head_dim
+    return SHAPE.layers * rank * (3 * SHAPE.d_model + q + 2 * kv)
+
+
+def files_of(folder: Path) -> set[str]:
+    found = (str(path.relative_to(folder)) for path in [*folder.iterdir(), *(folder / "notebooks").rglob("*")])
+    return {name for name in found if not any(noise in f"/{name}" for noise in NOISE)}
+
+
+def home_of_its_own(folder: Path) -> dict[str, str]:
+    """An environment in which what any tool keeps for its user lands in `folder`."""
+    theirs = ("JUPYTER", "IPYTHON", "XDG_", "MPL", "GRAFT_", "FORCE_COLOR")
+    kept = {name: value for name, value in child_environment().items() if not name.startswith(theirs)}
+    (folder / "tmp").mkdir()
+    own = {"HOME": str(folder), "GRAFT_HOME": str(folder / "graft"), "TMPDIR": str(folder / "tmp")}
+    return {**kept, **own, "OMP_NUM_THREADS": "1"}  # what is so small only waits for a second thread
+
+
+def roomy_model(folder: Path) -> Path:
+    """A tiny model with room for the built-in template in bytes."""
+    model_folder(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 256}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    folder = tmp_path_factory.mktemp("notebook")
+    (folder / "home").mkdir()
+    environment = {
+        **home_of_its_own(folder / "home"),
+        "GRAFT_NOTEBOOK_SMALL": "1",
+        "GRAFT_NOTEBOOK_MODEL": str(roomy_model(folder / "model")),
+        "GRAFT_NOTEBOOK_DATA": str(data_folder(folder / "data", train=192, other=64)),
+    }
+    shutil.copyfile(NOTEBOOK, folder / NOTEBOOK.name)
+    before = files_of(ROOT)
+    command = [sys.executable, "-c", JUPYTER_EXECUTE, "--inplace", "--timeout=300", NOTEBOOK.name]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    cells = {cell["id"]: cell for cell in nbformat.read(folder / NOTEBOOK.name, as_version=4).cells}
+    return Ran(folder, cells, files_of(ROOT) - before)
+
+
+def test_every_cell_ran_without_an_error_or_a_warning(ran: Ran) -> None:
+    code = [cell for cell in ran.cells.values() if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    for cell in code:
+        for out in cell["outputs"]:
+            assert out["output_type"] in ("stream", "display_data", "execute_result"), (cell["id"], out)
+            assert out.get("name") != "stderr", (cell["id"], out["text"])
+            assert "\x1b" not in out.get("text", ""), f"{cell['id']}: a terminal's control codes"
+
+
+def test_the_share_trained_is_the_closed_form(ran: Ran) -> None:
+    run = json.loads((ran.folder / "runs/notebook/lora/run.json").read_text())
+    assert run["trainable"] == lora_parameters(RANK) == 2560
+    share = f"{run['trainable']:,} of {run['total']:,} parameters"
+    assert f"by hand: {share} would be trained" in ran.text("share")
+    assert f"trained: {share}" in ran.text("train")
+
+
+def test_progress_shows_and_the_model_learns(ran: Ran) -> None:
+    assert "step    24  train loss" in ran.text("train")
+    rows = [json.loads(line) for line in (ran.folder / "runs/notebook/lora/metrics.jsonl").read_text().splitlines()]
+    judged = [row["val_loss"] for row in rows if row["val_loss"] is not None]
+    assert len(rows) == 24 and len(judged) == 6 and judged[-1] < judged[0]
+    assert "before: accuracy 0." in ran.text("before") and "64 reviews)" in ran.text("before")
+    assert ran.text("after").count("95% interval") == 2
+    assert "differ by at most" in ran.text("merge")
+
+
+@pytest.mark.parametrize("cell", ["curves", "after", "table"])
+def test_pictures_are_drawn(ran: Ran, cell: str) -> None:
+    pictures = [out["data"]["image/png"] for out in ran.cells[cell]["outputs"] if "image/png" in out.get("data", {})]
+    assert len(pictures) == 1
+    png = base64.b64decode(pictures[0])
+    assert png.startswith(b"\x89PNG") and int.from_bytes(png[16:20]) > 400  # its width
+
+
+def test_the_comparison_has_its_three_rows_and_its_page(ran: Ran) -> None:
+    rows = json.loads((ran.folder / "runs/notebook/compare/table.json").read_text())["rows"]
+    total = json.loads((ran.folder / "runs/notebook/lora/run.json").read_text())["total"]
+    assert "3 of 3: " in ran.text("compare")
+    trained = {row["name"]: row["trainable"] for row in rows}
+    assert trained == {
+        "r = 4": lora_parameters(4),
+        "r = 16": lora_parameters(16),
+        "full": total - lora_parameters(RANK),
+    }
+    assert all(row["n"] == 64 and row["low"] <= row["accuracy"] <= row["high"] for row in rows)
+    assert "r = 16" in (ran.folder / "runs/notebook/report.html").read_text(encoding="utf-8")
+
+
+def test_nothing_is_written_beside_its_own_folder(ran: Ran) -> None:
+    assert not ran.new_in_checkout
+    mine = {"home", "model", "data", "runs", NOTEBOOK.name}
+    assert set(os.listdir(ran.folder)) - {".ipynb_checkpoints"} == mine
+    assert os.listdir(ran.folder / "runs") == ["notebook"]
+
+
+# As it is committed
+
+
+COMMITTED = nbformat.from_dict(json.loads(NOTEBOOK.read_text(encoding="utf-8")))
+CODE = {cell["id"]: cell["source"] for cell in COMMITTED.cells if cell["cell_type"] == "code"}
+LINES = [line for cell in COMMITTED.cells for line in "".join(cell["source"]).splitlines()]
+SHOWN = [line for line in LINES if line.startswith("!graft ")]
+
+
+def test_the_committed_notebook_is_valid_and_has_no_outputs() -> None:
+    nbformat.validate(COMMITTED)
+    assert (COMMITTED.nbformat, COMMITTED.nbformat_minor) == (4, 5)
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in COMMITTED.cells if "outputs" in cell)
+    assert COMMITTED.metadata["accelerator"] == "GPU" and COMMITTED.metadata["colab"]["gpuType"] == "T4"
+    assert COMMITTED.metadata["kernelspec"]["name"] == "python3"
+
+
+@pytest.mark.parametrize("cell", CODE)
+def test_every_code_cell_compiles(cell: str) -> None:
+    compile(TransformerManager().transform_cell("".join(CODE[cell])), cell, "exec")
+
+
+def test_the_lines_that_it_shows_are_lines_that_graft_takes() -> None:
+    assert len(SHOWN) == 4
+    for line in SHOWN:
+        verb, *words = shlex.split(line.removeprefix("!graft "))
+        assert parse(verb, VERBS[verb].config, words).given
+
+
+@pytest.mark.parametrize(
+    ("gpu", "names", "lora"),
+    [
+        (True, ("gpt2-medium", "rotten_tomatoes"), (128, 512)),
+        (False, ("smollm2-135m", "rotten-tomatoes-pypi"), (16, 64)),
+    ],
+)
+def test_the_settings_that_no_test_runs_are_settings(gpu: bool, names: tuple[str, str], lora: tuple[int, int]) -> None:
+    (choice,) = (node for node in ast.parse("".join(CODE["settings"])).body if isinstance(node, ast.If))
+    chosen = {"SMALL": False, "torch": SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: gpu))}
+    exec(compile(ast.Module([choice], []), "settings", "exec"), chosen)
+    assert (chosen["MODEL"], chosen["DATA"]) == names
+    config = TrainConfig(out_dir="run", **chosen["TRAIN"])
+    assert (config.rank, config.alpha) == lora
+
+
+@pytest.mark.parametrize(
+    ("project", "here", "found"),
+    [
+        ("", "", "."),
+        ("", "notebooks", ".."),
+        ("graftlm", "", "graftlm"),
+        ("graftlm.zip", "", "graftlm.zip"),
+        ("elsewhere/project", "", None),
+    ],
+)
+def test_the_project_is_found_and_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, project: str, here: str, found: str | None
+) -> None:
+    for folder in (project if not project.endswith(".zip") else "", here):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    if project.endswith(".zip"):
+        (tmp_path / project).touch()
+    else:
+        shutil.copyfile(ROOT / "pyproject.toml", tmp_path / project / "pyproject.toml")
+    monkeypatch.chdir(tmp_path / here)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: SimpleNamespace(origin=None))  # a folder, no package
+    monkeypatch.setattr(process, "keep_memory", lambda: None)
+    installed: list[tuple[str, str]] = []
+    shell = SimpleNamespace(run_line_magic=lambda *words: installed.append(words))
+    names: dict[str, Any] = {"get_ipython": lambda: shell}
+    cell = compile(TransformerManager().transform_cell("".join(CODE["install"])), "install", "exec")
+    if found is None:
+        with pytest.raises(FileNotFoundError, match="clone the project, or upload it as a zip"):
+            exec(cell, names)
+        return
+    exec(cell, names)
+    assert installed == [("pip", 'install --quiet "{source}[notebook]"')]
+    assert names["source"] == (tmp_path / here / found).resolve()
