@@ -213,3 +213,12 @@ def test_the_handouts_page_is_filled_between_its_marks(load: type[ModuleType]) -
     assert "old" not in filled and filled.count("after") == len(found) and bench.fill(filled, found) == filled
     with pytest.raises(bench.BenchmarkError, match="marks"):
         bench.fill(page.replace("<!-- ranks -->", "<!-- rnaks -->"), found)
+
+
+def test_the_committed_page_of_the_handout_is_what_its_result_gives(load: type[ModuleType]) -> None:
+    bench = load("handout")
+    newest = max((bench.ROOT / "benchmarks" / "results").glob("*-handout*.json"))
+    found, pictures = bench.blocks(json.loads(newest.read_text(encoding="utf-8")), newest.stem[:10])
+    text = bench.PAGE.read_text(encoding="utf-8")
+    assert bench.fill(text, found) == text
+    assert {p.name: p.read_text(encoding="utf-8") for p in (bench.PAGE.parent / "handout").iterdir()} == pictures
