@@ -31,9 +31,9 @@ def cpu_description(cpuinfo: str) -> dict[str, object]:
     return {"cpu": fields.get("model name", platform.machine()), "family_model_stepping": family, "flags": present}
 
 
-def worth_trying(formats: Sequence[str]) -> list[str]:
+def worth_trying(formats: Sequence[str], cpuinfo: str = "") -> list[str]:
     """Those of the number formats that this processor has instructions for: without, one step takes minutes."""
-    flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    flags = set((cpuinfo or Path("/proc/cpuinfo").read_text(encoding="utf-8")).split())
     native = bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
     return [name for name in formats if native or name in ("fp32", "float32")]
 

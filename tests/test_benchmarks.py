@@ -158,6 +158,12 @@ def test_cpu_description(machine: ModuleType) -> None:
     }  # fmt: skip
 
 
+def test_a_format_is_only_tried_where_there_are_instructions_for_it(machine: ModuleType) -> None:
+    formats = ("fp32", "autocast", "bf16")
+    assert machine.worth_trying(formats, "flags\t\t: fpu avx2 avx512f\n") == ["fp32"]
+    assert machine.worth_trying(formats, "flags\t\t: fpu avx2 avx512_bf16\n") == list(formats)
+
+
 def test_the_description_can_be_written_and_names_no_user_or_host(machine: ModuleType) -> None:
     about = machine.describe()
     assert about["cores"] >= 1
