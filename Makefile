@@ -30,10 +30,12 @@ check: .venv/dev  ## style, format and types
 TODAY := $(shell date +%F)
 RESULT = --json-out benchmarks/results/$(TODAY)-$@.json > /dev/null
 
-bench: .venv/peers train train-all scaling evaluate train-layers startup plan  ## measure all public claims (some hours)
+BENCHES := train train-all scaling evaluate train-layers startup memory time-to-accuracy plan
+
+bench: .venv/peers $(BENCHES)  ## measure all public claims (some hours)
 	$(BIN)/python benchmarks/page.py
 
-.PHONY: train train-all scaling evaluate train-layers startup plan
+.PHONY: $(BENCHES)
 train: .venv/peers
 	$(BIN)/python benchmarks/train_vs_peers.py $(RESULT)
 train-all: .venv/peers
@@ -46,6 +48,10 @@ train-layers: .venv/peers
 	$(BIN)/python benchmarks/train_layers.py $(RESULT)
 startup: .venv/peers
 	$(BIN)/python benchmarks/startup.py $(RESULT)
+memory: .venv/peers
+	$(BIN)/python benchmarks/memory.py $(RESULT)
+time-to-accuracy: .venv/peers
+	$(BIN)/python benchmarks/time_to_accuracy.py $(RESULT)
 plan: .venv/peers
 	$(BIN)/python benchmarks/plan_vs_run.py $(RESULT)
 

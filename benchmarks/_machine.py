@@ -8,14 +8,16 @@ others, stolen time included. No torch here: the process that starts and watches
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from resource import struct_rusage
 
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
 PACKAGES = ("torch", "transformers", "peft", "trl", "tokenizers")
@@ -65,6 +67,26 @@ def peak_rss_mb() -> float:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024 / 1e6
     raise RuntimeError("/proc/self/status has no VmHWM line")
+
+
+def descendants_mb(pid: int) -> float:
+    """Resident memory of all processes below `pid` at this moment, in MB; pages that they share count for each."""
+    parents: dict[int, int] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            stat = (folder / "stat").read_text(encoding="utf-8", errors="replace")
+        except OSError:  # it has ended
+            continue
+        parents[int(folder.name)] = int(stat.rpartition(")")[2].split()[1])  # behind the name, which may hold anything
+    below, pages = {pid}, 0
+    while more := {child for child, parent in parents.items() if parent in below} - below:
+        below |= more
+    for each in below - {pid}:
+        try:
+            pages += int(Path(f"/proc/{each}/statm").read_text(encoding="utf-8").split()[1])
+        except OSError:
+            continue
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 PEAKS = """
@@ -124,14 +146,34 @@ def others_share(other_cpu_seconds: float, seconds: float, cores: int) -> float:
     return other_cpu_seconds / (seconds * cores)
 
 
-def run_measured(command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> Measured:
+Watch = Callable[[int], bool]
+"""Called with a running process's id a few times a second; True ends the process by SIGTERM."""
+LOOK_EVERY_S = 0.2
+
+
+def _wait(pid: int, watch: Watch | None) -> tuple[int, struct_rusage]:
+    """A child's status and what it used."""
+    while watch is not None:
+        ended, status, usage = os.wait4(pid, os.WNOHANG)
+        if ended:
+            return status, usage
+        if watch(pid):
+            os.kill(pid, signal.SIGTERM)
+            break
+        time.sleep(LOOK_EVERY_S)
+    return os.wait4(pid, 0)[1:]
+
+
+def run_measured(
+    command: Sequence[str], folder: Path, environment: Mapping[str, str], watch: Watch | None = None
+) -> Measured:
     """Run `command` to its end in `folder`, with its output kept there too; never raises for a failed process."""
     out, err = folder / "stdout", folder / "stderr"
     own_before, busy_before, began = time.process_time(), _machine_busy_seconds(), time.perf_counter()
     with out.open("wb") as stdout, err.open("wb") as stderr:
         child = subprocess.Popen(command, cwd=folder, env=environment, stdout=stdout, stderr=stderr)
         try:
-            _, status, usage = os.wait4(child.pid, 0)
+            status, usage = _wait(child.pid, watch)
             child.returncode = exit_status = os.waitstatus_to_exitcode(status)
         finally:
             if child.returncode is None:  # interrupted: leave no training run behind

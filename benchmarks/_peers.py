@@ -45,7 +45,9 @@ class Job:
     loss_on: str
     seed: int
     trial: bool = False
-    """A few steps to see which number format is fastest here: no validation behind them."""
+    """A few steps, for the fastest number format here or for the memory: no validation behind them."""
+    first_layer: int = 0
+    """LoRA in the layers from this number on."""
 
 
 class Encoded(NamedTuple):
@@ -155,11 +157,13 @@ def _result(job: Job, ends: Sequence[float], causal_lm: Any, tokenizer: Any, pre
 def _lora(job: Job) -> Any:
     from peft import LoraConfig
 
+    layers = json.loads((Path(job.model) / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
     return LoraConfig(
         r=job.rank,
         lora_alpha=job.alpha,
         lora_dropout=job.lora_dropout,
         target_modules=[f"{target}_proj" for target in job.targets],
+        layers_to_transform=list(range(job.first_layer, layers)) if job.first_layer else None,
         task_type="CAUSAL_LM",
     )
 
@@ -214,41 +218,61 @@ def run_trl(job: Job) -> dict[str, Any]:
     return _result(job, ends, model.get_base_model(), tokenizer, job.trl_precision)
 
 
-def run_peft(job: Job) -> dict[str, Any]:
-    """A plain PEFT loop with what makes it fast on a CPU; timed at the end of every step.
+class StrongPeer:
+    """A PEFT model and its optimiser, with what makes a step fast on a CPU; the process must keep its memory.
 
-    Kept memory, no activation checkpointing, no attention mask, batches cut from all examples sorted by length (in
-    random order), the head at target tokens only, fused AdamW, clipping.
+    No activation checkpointing, no attention mask, the head at target tokens only, fused AdamW, clipping. The schedule
+    and the order of the batches are its caller's.
     """
+
+    def __init__(self, job: Job) -> None:
+        import torch
+        from peft import get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        torch.manual_seed(job.seed)
+        base_dtype = torch.float32 if job.precision in ("autocast-fp32-base", "fp32") else torch.bfloat16
+        self.mixed = job.precision.startswith("autocast")
+        base = AutoModelForCausalLM.from_pretrained(job.model, dtype=base_dtype)
+        self.model: Any = get_peft_model(base, _lora(job), autocast_adapter_dtype=job.precision != "bf16")
+        self.causal_lm = self.model.get_base_model()
+        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=job.lr, weight_decay=0.0, fused=True)
+        self.model.train()
+
+    def step(self, batch: Batch) -> None:
+        """One optimiser step."""
+        import torch
+
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.mixed):
+            loss = summed_loss(self.causal_lm, batch) / len(batch.targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def keep_memory_or_fail() -> None:
+    """Tell glibc to keep its memory, before torch is imported: without, the peer would not be the strongest."""
     from graftlm.process import keep_memory
 
     if not keep_memory():
         raise RuntimeError("the C library refused to keep memory: this would be a weaker peer than the one promised")
-    import torch
-    from peft import get_peft_model
-    from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
-    torch.manual_seed(job.seed)
+
+def run_peft(job: Job) -> dict[str, Any]:
+    """The strong peer on batches cut from all examples sorted by length, in random order; timed at every step's end."""
+    keep_memory_or_fail()
+    from transformers import get_cosine_schedule_with_warmup
+
     tokenizer = load_tokenizer(job)
     batches = list(length_batches(encode(load_examples(job, "train"), tokenizer), job.batch_size, job.loss_on))
     random.Random(job.seed).shuffle(batches)
-    base_dtype = torch.float32 if job.precision in ("autocast-fp32-base", "fp32") else torch.bfloat16
-    mixed = job.precision.startswith("autocast")
-    base = AutoModelForCausalLM.from_pretrained(job.model, dtype=base_dtype)
-    model: Any = get_peft_model(base, _lora(job), autocast_adapter_dtype=job.precision != "bf16")
-    causal_lm = model.get_base_model()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=job.lr, weight_decay=0.0, fused=True)
-    schedule = get_cosine_schedule_with_warmup(optimizer, job.warmup, job.steps)
-    model.train()
+    peer = StrongPeer(job)
+    schedule = get_cosine_schedule_with_warmup(peer.optimizer, job.warmup, job.steps)
     ends: list[float] = []
     for batch in batches[: job.steps]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-            loss = summed_loss(causal_lm, batch) / len(batch.targets)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
+        peer.step(batch)
         schedule.step()
-        optimizer.zero_grad()
         ends.append(time.perf_counter())
-    return _result(job, ends, causal_lm, tokenizer, job.precision)
+    return _result(job, ends, peer.causal_lm, tokenizer, job.precision)

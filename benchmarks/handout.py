@@ -1,10 +1,10 @@
-"""The course handout's experiments -> a dated result, and the tables and curves of docs/handout.md.
+"""A folder of recipes -> a dated result, and the tables and curves of its page: the course handout's, and all methods'.
 
-    python benchmarks/handout.py [--out_dir runs/handout] [--budget_steps 128] [--jobs 2] [--json-out FILE]
-    python benchmarks/handout.py --page FILE
+    python benchmarks/handout.py [--study methods] [--budget_steps 128] [--jobs 2] [--json-out FILE]
+    python benchmarks/handout.py [--study methods] --page FILE
 
-Runs `graft compare` on each recipe of recipes/handout, all in one folder, so that a run which stands in two recipes is
-made once; killed and given again it goes on. With --page only docs/handout.md is made anew from a result: what stands
+Runs `graft compare` on each recipe of recipes/handout (or recipes/methods), so that a run which stands in two recipes
+is made once; killed and given again it goes on. With --page only docs/STUDY.md is made anew from a result: what stands
 between `<!-- NAME -->` and `<!-- end -->` there is replaced, the words around it are written by hand.
 One JSON object goes to the last line of stdout.
 """
@@ -14,7 +14,9 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
@@ -23,10 +25,44 @@ from _machine import describe
 from page import machine
 from train_vs_peers import ROOT, BenchmarkError, git_state
 
-RECIPES = ROOT / "recipes" / "handout"
-COMPARED = ("zero_shot", "ranks", "alpha", "alpha_or_lr", "templates")
-PAGE = ROOT / "docs" / "handout.md"
 Curve = list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A folder of recipes and its page."""
+
+    name: str
+    compared: tuple[str, ...]
+    """Recipes of `graft compare`."""
+    share: bool
+    """Whether share.toml, a recipe of `graft train`, is run for the share of the parameters that it trains."""
+
+    @property
+    def recipes(self) -> Path:
+        """Their folder."""
+        return ROOT / "recipes" / self.name
+
+    @property
+    def page(self) -> Path:
+        """The page that shows them."""
+        return ROOT / "docs" / f"{self.name}.md"
+
+    def recipe(self, name: str) -> dict[str, Any]:
+        """What stands in one of them."""
+        return tomllib.loads((self.recipes / f"{name}.toml").read_text(encoding="utf-8"))
+
+    @property
+    def batch_size(self) -> int:
+        """Reviews in a step, the same in every recipe."""
+        (size,) = {self.recipe(name)["train"].get("batch_size", 16) for name in self.compared}
+        return size
+
+
+STUDIES = {
+    "handout": Study("handout", ("zero_shot", "ranks", "alpha", "alpha_or_lr", "templates"), share=True),
+    "methods": Study("methods", ("all", "search"), share=False),
+}
 
 
 def graft(*words: str) -> Any:
@@ -50,24 +86,26 @@ def curves(out_dir: Path) -> dict[str, Curve]:
     return found
 
 
-def run_all(args: argparse.Namespace) -> dict[str, Any]:
+def run_all(study: Study, args: argparse.Namespace) -> dict[str, Any]:
     """Every recipe's table and curves."""
-    words = ["--out_dir", args.out_dir, "--jobs", str(args.jobs)]
-    words += [f"--budget_steps={args.budget_steps}"] if args.budget_steps else []
-    share = graft("train", "--config", str(RECIPES / "share.toml"), "--out_dir", f"{args.out_dir}-share")
-    tables, drawn = {}, {}
-    for name in COMPARED:
+    tables, drawn, found = {}, {}, {}
+    if study.share:
+        out_dir = f"runs/{study.name}-share"
+        found["share"] = graft("train", "--config", str(study.recipes / "share.toml"), "--out_dir", out_dir)
+    for name in study.compared:
         print(f"{name}:", file=sys.stderr)
-        tables[name] = graft("compare", "--config", str(RECIPES / f"{name}.toml"), *words)["rows"]
-        drawn[name] = curves(ROOT / args.out_dir)
-    return {"share": share, "tables": tables, "curves": drawn}
+        words = ["--config", str(study.recipes / f"{name}.toml"), "--jobs", str(args.jobs)]
+        words += [f"--budget_steps={args.budget_steps}"] if args.budget_steps and name != "search" else []
+        tables[name] = graft("compare", *words)["rows"]
+        drawn[name] = curves(ROOT / study.recipe(name)["out_dir"])
+    return {**found, "tables": tables, "curves": drawn}
 
 
 # ---------------------------------------------------------------------------------------------------------- the page
 
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#a5548b")  # Okabe and Ito's, a little darker
-DASHES = ("none", "7 3", "2 3", "9 3 2 3")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#a5548b", "#56b4e9", "#7f7f7f")  # Okabe and Ito's, a little darker
+DASHES = ("none", "7 3", "2 3", "9 3 2 3", "none", "7 3")
 
 
 def picture(series: Mapping[str, Curve], what: str) -> str:
@@ -95,7 +133,7 @@ def picture(series: Mapping[str, Curve], what: str) -> str:
         body.append(f'<text x="{x(step):.1f}" y="{top + height + 18}" text-anchor="middle">{step:g}</text>')
     for i, (name, curve) in enumerate(series.items()):
         points = " ".join(f"{x(p['step']):.1f},{y(p[what]):.1f}" for p in curve)
-        look = f'stroke="{COLOURS[i % 4]}" stroke-dasharray="{DASHES[i % 4]}" stroke-width="2"'
+        look = f'stroke="{COLOURS[i % 6]}" stroke-dasharray="{DASHES[i % 6]}" stroke-width="2"'
         below = top + height + 44 + 18 * i
         body.append(
             f'<polyline points="{points}" fill="none" {look}/>'
@@ -110,26 +148,25 @@ def picture(series: Mapping[str, Curve], what: str) -> str:
     )
 
 
-def blocks(result: Mapping[str, Any], date: str) -> tuple[dict[str, str], dict[str, str]]:
+def blocks(study: Study, result: Mapping[str, Any], date: str) -> tuple[dict[str, str], dict[str, str]]:
     """What belongs between the page's marks, and the pictures: file name -> SVG."""
     from graftlm.studies.table import markdown
 
     steps = result["config"]["budget_steps"]
-    budget = f"{steps} steps of 16 reviews a run" if steps else "two epochs a run"
+    size = study.batch_size
+    budget = f"{steps} steps of {size} reviews a run" if steps else f"two epochs a run in batches of {size}"
     jobs = f"{result['config']['jobs']} at a time" if result["config"]["jobs"] > 1 else "one after the other"
-    share = result["share"]
-    found = {
-        "machine": f"{date}, {budget}, {jobs}. {machine(result)}",
-        "share": f"{share['trainable']:,} of {share['total']:,} parameters: **{share['share_trained']:.2%}**.",
-    }
+    found = {"machine": f"{date}, {budget}, {jobs}. {machine(result)}"}
+    if share := result.get("share"):
+        found["share"] = f"{share['trainable']:,} of {share['total']:,} parameters: **{share['share_trained']:.2%}**."
     pictures = {}
     for name, rows in result["tables"].items():
         parts = [markdown(rows).rstrip("\n")]
         for what in ("val_loss", "val_accuracy"):
-            if result["curves"][name]:
+            if result["curves"][name] and name != "search":  # whose runs are judged at their end only
                 pictures[f"{name}-{what}.svg"] = picture(result["curves"][name], what)
                 words = what.replace("val_", "validation ")
-                parts.append(f"![{words} against the step](handout/{name}-{what}.svg)")
+                parts.append(f"![{words} against the step]({study.name}/{name}-{what}.svg)")
         found[name] = "\n\n".join(parts)
     return found, pictures
 
@@ -138,38 +175,40 @@ def fill(text: str, found: Mapping[str, str]) -> str:
     """The page with each marked part replaced; a mark that is missing or unknown is an error."""
     marks = re.findall(r"<!-- (\w+) -->\n", text)
     if sorted(m for m in marks if m != "end") != sorted(found):
-        raise BenchmarkError(f"docs/handout.md marks {', '.join(marks)}; the result has {', '.join(found)}")
+        raise BenchmarkError(f"the page marks {', '.join(marks)}; the result has {', '.join(found)}")
     for name, block in found.items():
         before, mark, rest = text.partition(f"<!-- {name} -->\n")
         text = before + mark + block + "\n" + rest[rest.index("<!-- end -->") :]
     return text
 
 
-def write_page(file: Path) -> None:
-    """docs/handout.md and its pictures from a result's file."""
-    found, pictures = blocks(json.loads(file.read_text(encoding="utf-8")), file.stem[:10])
-    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
-    (PAGE.parent / "handout").mkdir(exist_ok=True)
+def write_page(study: Study, file: Path) -> None:
+    """The study's page and its pictures from a result's file."""
+    found, pictures = blocks(study, json.loads(file.read_text(encoding="utf-8")), file.stem[:10])
+    study.page.write_text(fill(study.page.read_text(encoding="utf-8"), found), encoding="utf-8")
+    folder = study.page.with_suffix("")
+    folder.mkdir(exist_ok=True)
     for name, svg in pictures.items():
-        (PAGE.parent / "handout" / name).write_text(svg, encoding="utf-8")
+        (folder / name).write_text(svg, encoding="utf-8")
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the experiments, or make the page; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out_dir", default="runs/handout", help="the folder of the runs (default runs/handout)")
+    parser.add_argument("--study", choices=tuple(STUDIES), default="handout", help="the folder of recipes")
     parser.add_argument("--budget_steps", type=int, default=0, help="steps of each run (default: two epochs)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (default 1)")
     parser.add_argument("--json-out", type=Path, help="write the JSON object to this file too")
-    parser.add_argument("--page", type=Path, help="only make docs/handout.md from this result")
+    parser.add_argument("--page", type=Path, help="only make the study's page from this result")
     args = parser.parse_args(words)
+    study = STUDIES[args.study]
     sys.path.insert(0, str(ROOT / "src"))
     try:
         if args.page:
-            write_page(args.page)
+            write_page(study, args.page)
             return 0
         config = {"budget_steps": args.budget_steps, "jobs": args.jobs}
-        report = {"machine": describe(), "graftlm": git_state(), "config": config, **run_all(args)}
+        report = {"machine": describe(), "graftlm": git_state(), "config": config, **run_all(study, args)}
     except BenchmarkError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -23,6 +23,8 @@ KINDS = {  # kind -> (title, script and flags, the figure that is drawn)
     "evaluate": ("Reading labels", "evaluate_vs_peers.py", "examples_per_s"),
     "train-layers": ("Upper layers only, the lower ones computed once", "train_layers.py", "later_epochs"),
     "startup": ("Start-up", "startup.py", "cpu_seconds"),
+    "memory": ("Memory", "memory.py", "peak_rss_mb graft"),
+    "time-to-accuracy": ("Time to an accuracy", "time_to_accuracy.py", "seconds"),
     "plan": ("What the plan says, and what comes", "plan_vs_run.py", ""),
 }
 

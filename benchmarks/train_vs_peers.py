@@ -35,7 +35,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
-from _machine import describe, matrix_peaks, run_measured, worth_trying
+from _machine import Watch, describe, matrix_peaks, run_measured, worth_trying
 from _peers import PRECISIONS, TRL_PRECISIONS, Job, run_peft, run_trl
 from _rounds import CLAIMS, CONTENDERS, Run, accepted_run, shares, summarise, table
 
@@ -127,6 +127,8 @@ def graft_command(job: Job, work: Path, out_dir: Path) -> list[str]:
         "seed": job.seed,
         "loss_on": job.loss_on,
     }
+    if job.first_layer:
+        flags["train_layers"] = f"{job.first_layer}:"
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     return [sys.executable, "-m", "graftlm", "train", *words, "--json"]
 
@@ -148,7 +150,7 @@ def graft_figures(stdout: str, out_dir: Path, job: Job) -> Run:
     }
 
 
-def measure(contender: str, job: Job, work: Path, folder: Path) -> Run:
+def measure(contender: str, job: Job, work: Path, folder: Path, watch: Watch | None = None, **environment: str) -> Run:
     """Run one contender in its own process in the new folder `folder`; its figures, inside and outside ones."""
     folder.mkdir()
     out_dir = folder / "graft-run"
@@ -157,8 +159,8 @@ def measure(contender: str, job: Job, work: Path, folder: Path) -> Run:
     else:
         command = [sys.executable, str(Path(__file__).resolve()), "--run", contender, "--job", str(work / "job.json")]
     paths = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, **OFFLINE, "HF_HOME": str(work / "hf"), "PYTHONPATH": os.pathsep.join(paths)}
-    seen = run_measured(command, folder, environment)
+    about = {"HF_HOME": str(work / "hf"), "PYTHONPATH": os.pathsep.join(paths), **environment}
+    seen = run_measured(command, folder, {**os.environ, **OFFLINE, **about}, watch)
     if seen.status != 0:
         tail = "\n".join(seen.stderr.splitlines()[-15:])
         raise BenchmarkError(f"{contender} failed with status {seen.status}; the end of its messages:\n{tail}")

@@ -180,6 +180,22 @@ def test_run_measured_sees_its_child(machine: ModuleType, tmp_path: Path) -> Non
     assert seen.other_cpu_seconds >= 0
 
 
+def test_a_watch_can_end_a_process_and_sees_those_below_it(machine: ModuleType, tmp_path: Path) -> None:
+    child = "x = bytearray(100_000_000); print('made', flush=True); import time; time.sleep(10)"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    seen: list[float] = []
+
+    def watch(pid: int) -> bool:
+        seen.append(machine.descendants_mb(pid))
+        return seen[-1] > 100
+
+    done = machine.run_measured([sys.executable, "-c", code], tmp_path, {}, watch)
+    assert done.status == -15
+    assert seen[-1] > 100 and max(seen) < 200
+    quick = machine.run_measured([sys.executable, "-c", "print(1)"], tmp_path, {}, lambda pid: False)
+    assert (quick.status, quick.stdout) == (0, "1\n")
+
+
 # ------------------------------------------------------------------------------------------------ graft's own command
 
 
@@ -190,6 +206,11 @@ def test_graft_is_called_with_flags_that_exist(bench: ModuleType, peers: ModuleT
     flags = [word.removeprefix("--") for word in words[4:-1:2]]
     assert set(flags) <= {each.name for each in dataclasses.fields(TrainConfig)}
     assert dict(zip(flags, words[5:-1:2], strict=True))["targets"] == "q,k,v"
+    assert "--train_layers" not in words
+    upper = bench.graft_command(job(peers, first_layer=20), tmp_path, tmp_path / "run")
+    assert upper[upper.index("--train_layers") + 1] == "20:" and "train_layers" in {
+        each.name for each in dataclasses.fields(TrainConfig)
+    }
 
 
 def test_graft_figures(bench: ModuleType, peers: ModuleType, tmp_path: Path) -> None:

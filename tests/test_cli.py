@@ -22,6 +22,7 @@ from graftlm.config import FetchConfig, GenerateConfig, ReportConfig, TrainConfi
 from graftlm.errors import GraftError, InputError, Interrupted
 from graftlm.flags import EveryVerb, parse
 
+VERBS = ("train", "generate", "evaluate", "compare", "report", "account", "export", "import", "fetch")
 HANDOUT_TRAIN = [
     "--init_from=gpt2-medium",
     "--out_dir=gpt_lora_default",
@@ -125,12 +126,11 @@ def test_report_takes_any_number_of_folders_with_and_without_the_flag() -> None:
     [
         (
             ["trian"],
-            "unknown verb 'trian': did you mean 'train'? known are train, generate, evaluate, compare, report, fetch",
+            f"unknown verb 'trian': did you mean 'train'? known are {', '.join(VERBS)}",
         ),
         (
             ["--rank", "4"],
-            "--rank: a verb comes first: graft train | generate | evaluate | compare | report | fetch "
-            "(see graft --help)",
+            f"--rank: a verb comes first: graft {' | '.join(VERBS)} (see graft --help)",
         ),
         (["train", "--rnak", "4"], "unknown flag --rnak: did you mean --rank? see graft train --help"),
         (["train", "--zzz=4"], "unknown flag --zzz: see graft train --help"),
@@ -157,6 +157,11 @@ def test_report_takes_any_number_of_folders_with_and_without_the_flag() -> None:
         ),
         (["fetch"], "graft fetch needs NAME (see graft fetch --help)"),
         (["report"], "graft report needs FOLDERS (see graft report --help)"),
+        (["export"], "--to: name the folder to create, as in --to my-model"),
+        (["export", "--to= "], "--to: name the folder to create, as in --to my-model"),
+        (["export", "--to=a", "--dtype=float64"], "--dtype float64: not one of float32, bfloat16, float16"),
+        (["import"], "graft import needs FOLDER (see graft import --help)"),
+        (["import", "a", "--out_dir="], "--out_dir '': must be a folder's name"),
         (["report", "a", "--out=page.txt"], "--out 'page.txt': must be a file's name that ends in .html"),
         (["report", "a", ""], "--folders '': must be folders' names"),
         (["fetch", "gpt2", "more"], "unexpected 'more': flags begin with two dashes (see graft fetch --help)"),
@@ -345,6 +350,10 @@ def test_ctrl_c_ends_with_130() -> None:
 
 
 # Help
+
+
+def test_the_verbs_are_those_promised() -> None:
+    assert tuple(cli.VERBS) == VERBS
 
 
 def test_help_lists_the_verbs_and_every_verb_its_flags(capsys: pytest.CaptureFixture[str]) -> None:

@@ -137,10 +137,10 @@ def has(line: str, *parts: str) -> None:
     [
         (
             ["trian"],
-            "unknown verb 'trian': did you mean 'train'? known are train, generate, evaluate, compare, report, fetch",
+            "unknown verb 'trian': did you mean 'train'? known are train, generate, evaluate, compare, report, ",
         ),
         (["train", "--rnk=4"], "unknown flag --rnk: did you mean --rank? see graft train --help"),
-        (["train", "--method=lra"], "unknown --method 'lra': did you mean 'lora'? known are lora, full"),
+        (["train", "--method=lra"], "unknown --method 'lra': did you mean 'lora'? known are lora, dora, bitfit, "),
         (["train", "--targets=q,w"], "unknown target 'w': known are q, k, v, o, up, gate, down"),
         (["train", "--targets=,"], "--targets is empty: name at least one of q, k, v, o, up, gate, down"),
         (["train", "--device=gpu"], "unknown --device 'gpu': known are auto, cpu, cuda, cuda:N, mps"),
@@ -281,6 +281,45 @@ def test_sizes_of_reading_and_writing_that_cannot_be(
     verb: str, flag: str, line: str, assets: Path, refuse: Refuse
 ) -> None:
     assert refuse(verb, f"--init_from={assets / 'model'}", flag) == line
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("--init_from=gpt3", "unknown model 'gpt3': did you mean 'gpt2'? known are smollm2-135m, gpt2, "),
+        ("--init_from=./nope", "./nope: no such file or folder: check the path, or use smollm2-135m"),
+        ("--init_from=work", "work: holds no config.json: is it a Hugging Face folder?"),
+        ("--method=lra", "unknown --method 'lra': did you mean 'lora'? known are lora, dora, bitfit, "),
+        ("--method=lora --rank=0", "--rank 0 means full fine-tuning and contradicts --method lora: leave one out"),
+        ("--rank=577", "--rank 577: above the width of blocks.0.attn.q: choose at most 576"),
+        ("--targets=q,w", "unknown target 'w': known are q, k, v, o, up, gate, down"),
+        ("--targets=gate --init_from=gpt2", "unknown target 'gate': known are q, k, v, o, up, down"),
+        ("--targets=,", "--targets is empty: name at least one of q, k, v, o, up, gate, down"),
+        ("--method=bitfit", "--method bitfit: this llama model has no biases to train: add --add_biases, which "),
+        ("--method=bitfit --rank=4", "--method bitfit takes no --rank 4: leave it out, or use lora or dora or adapter"),
+        ("--method=prefix --prefix_length=8192", "--prefix_length 8192: the model reads at most 8192 tokens; shorten"),
+        ("--method=prefix --train_layers=2:", "--method prefix learns keys and values for every layer: leave out --tr"),
+        ("--train_layers=30:", "--train_layers '30:': holds none of the model's 30 layers, 0 to 29"),
+        ("--max_length=8193", "--max_length 8193: the model reads at most 8192 tokens of a text"),
+        ("--max_length=0", "--max_length 0: must be greater than 0"),
+        ("--gflops=0", "--gflops 0.0: must be greater than 0"),
+        ("--dtype=int4", "--dtype int4: not one of float32, bfloat16, float16"),
+        ("--ffn=", "--ffn '': must be two or more whole numbers above 0, as in 1024,512,1"),
+        ("--ffn=1024", "--ffn '1024': must be two or more whole numbers above 0, as in 1024,512,1"),
+        ("--ffn=8,four", "--ffn '8,four': must be two or more whole numbers above 0, as in 1024,512,1"),
+        ("--ffn=8,0,1", "--ffn '8,0,1': must be two or more whole numbers above 0, as in 1024,512,1"),
+        (
+            "--ffn=8,1 --init_from=gpt2",
+            "--init_from: says something of a language model, --ffn is a net of its own; leave one out",
+        ),
+        ("--ffn=8,1 --targets=q", "--targets: says something of a language model, --ffn is a net of its own; leave "),
+        ("--ffn=8,1 --method=lora", "--method lora: with --ffn choose full, bitfit or adapter"),
+        ("--ffn=8,1 --rank=4", "--method full takes no --rank 4: leave it out, or use lora or dora or adapter"),
+    ],
+)
+def test_accounts_that_cannot_be(words: str, line: str, refuse: Refuse) -> None:
+    Path("work").mkdir()
+    assert refuse("account", *words.split()).startswith(line)
 
 
 # Data files -----------------------------------------------------------------------------------------------------------
@@ -503,6 +542,99 @@ def test_resuming_with_a_changed_base_rank_or_data(assets: Path, finished: Path,
             has(refuse(*words), "run: was trained on ", "with weights ", "use the base it was trained on")
     with changed(data / "train.jsonl", (data / "train.jsonl").read_bytes() + ROW.encode()):
         has(refuse(*resume), "run: was trained on other data (fingerprint ", "restore the data, or start a new run")
+
+
+def folders(assets: Path, finished: Path) -> dict[str, str]:
+    """What an adapter's folder may be mistaken for; made in the working directory."""
+    shutil.copytree(finished, "run", symlinks=True)
+    shutil.copytree(finished / "best", "adapter")
+    shutil.copytree(finished / "best", "pickled")
+    Path("pickled", "adapter_model.safetensors").rename("pickled/adapter_model.bin")
+    Path("thesis").mkdir()
+    Path("thesis", "thesis.txt").write_text("years of work")
+    return {"model": str(assets / "model")}
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["export", "--to=out", "--out_dir=nope"], "nope: holds no run (no run.json); train one with graft train --o"),
+        (["export", "--to=thesis"], "--to thesis: holds other files; name a folder that is empty or does not exist"),
+        (["export", "--to=thesis/thesis.txt"], "--to thesis/thesis.txt: is a file; name a folder"),
+        (["export", "--to=run"], "--to run: holds other files; name a folder that is empty or does not exist"),
+        (["export", "--to=a/b", "--checkpoint=lst"], "--checkpoint lst: not one of best, last"),
+        (
+            ["export", "--to=a/b", "--dtype=float16"],
+            "--dtype float16: an adapter is kept in float32; add --merged, or ",
+        ),
+        (["import", "nope"], "nope: no such folder; name the folder of an adapter"),
+        (["import", "thesis"], "thesis: holds no adapter (neither adapter_config.json nor graft_adapter.json)"),
+        (["import", "{model}"], "{model}: is a model, not an adapter; use it as it is with --init_from {model}"),
+        (["import", "run"], "run: is a run folder already; use it with --out_dir run"),
+        (
+            ["import", "pickled"],
+            "pickled: holds only adapter_model.bin: a pickle can run code, so only safetensors are",
+        ),
+        (["import", "adapter", "--out_dir=run"], "--out_dir run: holds other files; name a folder that is empty or do"),
+        (
+            ["import", "adapter", "--init_from=gpt3"],
+            "unknown model 'gpt3': did you mean 'gpt2'? known are smollm2-135m",
+        ),
+        (["import", "adapter", "--template=no field"], "unknown template 'no field': known are sentiment, question, "),
+        (["import", "adapter", "--labels=good"], "--labels 'good': name two label words or more, as in negative,posit"),
+    ],
+)
+def test_exports_and_imports_that_cannot_be(
+    words: list[str], line: str, assets: Path, finished: Path, refuse: Refuse
+) -> None:
+    names = folders(assets, finished)
+    out_dir = {"export": "run", "import": "new"}[words[0]]
+    line = line.format(**names)
+    assert refuse(words[0], f"--out_dir={out_dir}", *(word.format(**names) for word in words[1:])).startswith(line)
+
+
+def test_an_export_or_import_of_broken_files(assets: Path, finished: Path, refuse: Refuse) -> None:
+    folders(assets, finished)
+    for folder, words in {
+        "run/best": ["export", "--out_dir=run", "--to=a/b"],
+        "adapter": ["import", "adapter"],
+    }.items():
+        file = Path(folder, "adapter_model.safetensors")
+        file.write_bytes(file.read_bytes()[:-7])
+        assert refuse(*words).startswith(f"{file}: corrupted or truncated safetensors file (")
+        Path(folder, "adapter_config.json").write_text("[]")
+        assert refuse(*words).endswith("is no JSON object; use the folder as it was written")
+    with changed(assets / "model" / "model.safetensors", (assets / "other" / "model.safetensors").read_bytes()):
+        has(refuse("export", "--out_dir=run", "--to=a/b"), "run: was trained on ", "use the base it was trained on")
+    Path("run/best").unlink()
+    has(refuse("export", "--out_dir=run", "--to=a/b"), "run/best: no such checkpoint; the run has not saved one yet")
+
+
+@pytest.mark.parametrize("method", ["adapter", "prefix"])
+def test_what_cannot_be_merged(
+    method: str, assets: Path, refuse: Refuse, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [word for word in train(assets, f"--method={method}", "--json") if not word.startswith("--rank")]
+    assert cli.run(words) == 0
+    capsys.readouterr()
+    line = refuse("export", "--out_dir=run", "--to=out", "--merged")
+    assert line == (
+        f"--merged: what {method} adds is no change of the base's weights, so it cannot be merged into them; leave out "
+        "--merged for the adapter's folder, which graft import puts onto its base"
+    )
+
+
+@pytest.mark.parametrize("words", [["export", "--to=out", "--merged"], ["export", "--to=out"], ["import", "adapter"]])
+def test_a_disk_too_full_for_an_export_or_import_leaves_nothing(
+    words: list[str], assets: Path, finished: Path, place: Path
+) -> None:
+    folders(assets, finished)
+    before = snapshot(place)
+    given = ["--out_dir=run"] if words[0] == "export" else ["--out_dir=out", f"--init_from={assets / 'model'}"]
+    done = limited(3000, *words, *given)
+    assert done.returncode == 2
+    has(last_line(done.stdout, done.stderr), "disk full: cannot write ")
+    assert snapshot(place) == before
 
 
 class changed:

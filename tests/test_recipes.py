@@ -7,6 +7,7 @@ import pytest
 
 from graftlm.config import CompareConfig, TrainConfig
 from graftlm.flags import parse
+from graftlm.methods import METHODS
 from graftlm.studies.sweep import Cell, read_sweep
 
 ROOT = Path(__file__).parent.parent
@@ -27,14 +28,20 @@ def cells(path: Path) -> list[Cell]:
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.name)
 def test_a_recipe_for_compare_is_a_sweep(path: Path) -> None:
     config = parse("compare", CompareConfig, ["--config", str(path)]).config
-    assert config.out_dir == "runs/handout" and len(cells(path)) >= 2
+    assert config.out_dir.startswith(f"runs/{path.parent.name}") and len(cells(path)) >= 2
 
 
 def test_the_handouts_recipes_are_all_there_and_share_their_runs() -> None:
-    assert [path.stem for path in SWEEPS] == ["alpha", "alpha_or_lr", "ranks", "templates", "zero_shot"]
-    found = [cell for path in SWEEPS for cell in cells(path)]
+    handout = [path for path in SWEEPS if path.parent.name == "handout"]
+    assert [path.stem for path in handout] == ["alpha", "alpha_or_lr", "ranks", "templates", "zero_shot"]
+    found = [cell for path in handout for cell in cells(path)]
     folders = {cell.folder for cell in found}
     assert len(folders) == len({cell.id for cell in found}) == 9 and len(found) == 14
     ranks = {cell.row: cell.flags for cell in cells(ROOT / "recipes" / "handout" / "ranks.toml")}
     assert {flags["alpha"] / flags["rank"] for flags in ranks.values() if flags["rank"]} == {4}
     assert ranks["full"]["dropout"] == 0.05
+
+
+def test_every_method_has_its_row() -> None:
+    found = [cell.flags["method"] for cell in cells(ROOT / "recipes" / "methods" / "all.toml")]
+    assert sorted(found) == sorted(METHODS)

@@ -18,7 +18,17 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from graftlm import process, render
-from graftlm.config import CompareConfig, EvaluateConfig, FetchConfig, GenerateConfig, ReportConfig, TrainConfig
+from graftlm.config import (
+    AccountConfig,
+    CompareConfig,
+    EvaluateConfig,
+    ExportConfig,
+    FetchConfig,
+    GenerateConfig,
+    ImportConfig,
+    ReportConfig,
+    TrainConfig,
+)
 from graftlm.errors import GraftError, InputError, unknown
 from graftlm.flags import Parsed, parse, show_help, wants_debug, wants_help
 
@@ -40,10 +50,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def _train(parsed: Parsed, notes: "Console") -> Result:
     from graftlm.training.train import train
 
-    config: TrainConfig = parsed.config
-    if config.rank == 0 and "method" in parsed.given and config.method != "full":
-        raise InputError(f"--rank 0 means full fine-tuning and contradicts --method {config.method}: leave one out")
-    return train(config, given=parsed.given, console=notes, started=process.BEGAN)
+    return train(parsed.config, given=parsed.given, console=notes, started=process.BEGAN)
 
 
 def _evaluate(parsed: Parsed, notes: "Console") -> Result:
@@ -151,7 +158,7 @@ def _examples(loaded: "Loaded", config: EvaluateConfig, notes: "Console") -> tup
         raise InputError(
             f"--split {config.split}: {dataset.name} has no such split; it has {', '.join(dataset.splits)}"
         )
-    max_length = config.max_length or run.get("max_length") or loaded.model.shape.context
+    max_length = config.max_length or run.get("max_length") or loaded.model.room
     examples, cut = encode_rows(sample(rows, config.limit), template, loaded.tokenizer, max_length)
     if cut:
         notes.print(f"{cut} of {len(examples)} texts were cut to fit {max_length} tokens", soft_wrap=True)
@@ -168,6 +175,24 @@ def _report(parsed: Parsed, notes: "Console") -> Result:
     from graftlm.studies.report import report
 
     return report(parsed.config)
+
+
+def _account(parsed: Parsed, notes: "Console") -> Result:
+    from graftlm.studies.account import account
+
+    return account(parsed.config, parsed.given)
+
+
+def _export(parsed: Parsed, notes: "Console") -> Result:
+    from graftlm.exchange.exporting import export
+
+    return export(parsed.config, lambda line: notes.print(line, markup=False))
+
+
+def _import(parsed: Parsed, notes: "Console") -> Result:
+    from graftlm.exchange.importing import import_adapter
+
+    return import_adapter(parsed.config, lambda line: notes.print(line, markup=False))
 
 
 def _fetch(parsed: Parsed, notes: "Console") -> Result:
@@ -200,6 +225,9 @@ VERBS = {
     "evaluate": Verb(EvaluateConfig, _evaluate, render.evaluate),
     "compare": Verb(CompareConfig, _compare, render.compare, computes=False),
     "report": Verb(ReportConfig, _report, render.report, positional="folders", computes=False),
+    "account": Verb(AccountConfig, _account, render.account, computes=False),
+    "export": Verb(ExportConfig, _export, render.exchanged),
+    "import": Verb(ImportConfig, _import, render.exchanged, positional="folder"),
     "fetch": Verb(FetchConfig, _fetch, render.fetch, positional="name", computes=False),
 }
 

@@ -23,11 +23,52 @@ def _require(ok: bool, flag: str, value: object, allowed: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Adapt a pretrained model to labelled text; writes a run folder."""
+class MethodFlags:
+    """A base model and how it is adapted."""
 
     init_from: str = "smollm2-135m"
     """The base model: a built-in name, a hub id (with @revision), a local folder or a .gguf file."""
+    method: str = "lora"
+    """How to adapt: lora, dora, bitfit, adapter, prefix, or full (all weights)."""
+    rank: int | None = None
+    """LoRA's rank r, or the width of an adapter's bottleneck; 0 means full fine-tuning. Default: the method's (lora:
+    128, dora: 16, adapter: 64)."""
+    alpha: float | None = None
+    """LoRA's alpha; the update is scaled by alpha / rank. Default: the method's (lora: 512, dora: 64)."""
+    targets: str = "q,k,v"
+    """The linears that LoRA and DoRA adapt, by role: q, k, v, o, up, gate, down."""
+    rslora: bool = False
+    """Scale the update by alpha / sqrt(rank) instead (rsLoRA)."""
+    lora_plus_ratio: float = 1.0
+    """Learning rate of LoRA's B as a multiple of A's (LoRA+; its paper finds 16 good)."""
+    placement: Literal["houlsby", "pfeiffer"] = "houlsby"
+    """Where bottleneck adapters stand: behind attention and MLP (houlsby), or behind the MLP only (pfeiffer)."""
+    add_biases: bool = False
+    """For bitfit: give every linear a bias that starts at zero, in models that have none."""
+    prefix_length: int = 20
+    """Positions of the learned prefix."""
+    prefix_hidden: int = 0
+    """Width of the network that makes the prefix while it is trained; 0: the keys and values themselves are trained."""
+    prefix_init: str = ""
+    """A text whose tokens the prefix starts as, or random. Default: what the run's prompts begin with."""
+    lora_dropout: float = 0.05
+    """Dropout on the input of LoRA's A; a probability."""
+    train_layers: str = ""
+    """Layers to adapt, as a Python slice: 20: are all from number 20 (the 21st) on, -4: the last four. Default: all."""
+
+    def __post_init__(self) -> None:
+        _require(self.rank is None or self.rank >= 0, "rank", self.rank, "0 (full fine-tuning) or more")
+        _require(self.alpha is None or self.alpha > 0, "alpha", self.alpha, "greater than 0")
+        _require(self.lora_plus_ratio > 0, "lora_plus_ratio", self.lora_plus_ratio, "greater than 0")
+        _require(self.prefix_length >= 1, "prefix_length", self.prefix_length, "1 or more")
+        _require(self.prefix_hidden >= 0, "prefix_hidden", self.prefix_hidden, "0 (no network) or more")
+        _require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "at least 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(MethodFlags):
+    """Adapt a pretrained model to labelled text; writes a run folder."""
+
     data: str = "rotten-tomatoes-pypi"
     """The data: a built-in name, a hub name, a folder with train/validation/test files, or one file."""
     val: str = ""
@@ -36,20 +77,11 @@ class TrainConfig:
     """A file with the test split, beside --data FILE."""
     out_dir: str = "graft-run"
     """The run folder to create; it must not hold another run unless --resume is given."""
-    method: str = "lora"
-    """How to adapt: lora, or full (all weights)."""
-    rank: int | None = None
-    """LoRA's rank r; 0 means full fine-tuning. Default: the method's (LoRA: 128)."""
-    alpha: float | None = None
-    """LoRA's alpha; the update is scaled by alpha / rank. Default: the method's (LoRA: 512)."""
-    targets: str = "q,k,v"
-    """The linears to adapt, by role: q, k, v, o, up, gate, down."""
     lr: float | None = None
-    """Peak learning rate of AdamW. Default: the method's (LoRA: 2.5e-4, full: 2e-5)."""
+    """Peak learning rate of AdamW. Default: the method's (lora: 2.5e-4, dora: 2.5e-4, bitfit: 2e-3, adapter: 1e-3,
+    prefix: 1e-2, full: 2e-5)."""
     dropout: float = 0.0
     """Dropout on embeddings, attention probabilities and residual branches; a probability."""
-    lora_dropout: float = 0.05
-    """Dropout on the input of LoRA's A; a probability."""
     batch_size: int = 16
     """Examples in one forward and backward pass."""
     grad_accum: int = 1
@@ -94,8 +126,6 @@ class TrainConfig:
     """The field of the data that holds the label."""
     max_length: int | None = None
     """Longest example in tokens; longer texts are cut inside the template. Default: the model's context."""
-    train_layers: str = ""
-    """Layers to adapt, as a Python slice: 20: are all from number 20 (the 21st) on, -4: the last four. Default: all."""
     frozen_cache_gb: float = 8.0
     """Room on disk, in GB, for the output of frozen lower layers, computed once for the data; 0: compute each time."""
     warmup: int | None = None
@@ -116,12 +146,9 @@ class TrainConfig:
     """Go on with the run in --out_dir from its last checkpoint, exact to the bit."""
 
     def __post_init__(self) -> None:
-        _require(self.rank is None or self.rank >= 0, "rank", self.rank, "0 (full fine-tuning) or more")
-        _require(self.alpha is None or self.alpha > 0, "alpha", self.alpha, "greater than 0")
+        super().__post_init__()
         _require(self.lr is None or self.lr > 0, "lr", self.lr, "greater than 0")
-        for flag in ("dropout", "lora_dropout"):
-            value = getattr(self, flag)
-            _require(0 <= value < 1, flag, value, "at least 0 and below 1")
+        _require(0 <= self.dropout < 1, "dropout", self.dropout, "at least 0 and below 1")
         for flag in ("batch_size", "grad_accum"):
             _require(getattr(self, flag) >= 1, flag, getattr(self, flag), "1 or more")
         for flag in ("max_iters", "epochs", "eval_every", "max_length"):
@@ -227,6 +254,67 @@ class EvaluateConfig:
         _require(self.limit >= 0, "limit", self.limit, "0 or more")
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         _require(self.max_length is None or self.max_length > 0, "max_length", self.max_length, "greater than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccountConfig(MethodFlags):
+    """Count a method's parameters, work and memory by formula; no weights are loaded."""
+
+    ffn: str = ""
+    """Instead of a model a plain feed-forward net with biases: the widths of its layers, the input's first, as in
+    1024,512,1. --method is then full (the default), bitfit or adapter (behind every layer)."""
+    max_length: int | None = None
+    """Tokens of a text, on which attention's own products depend. Default: all that the model reads."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Number format of the frozen weights; trained weights are kept in float32."""
+    gflops: float | None = None
+    """Predict times at this speed, in 10^9 operations a second. Default: no prediction, as no speed is known."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.max_length is None or self.max_length > 0, "max_length", self.max_length, "greater than 0")
+        _require(self.gflops is None or self.gflops > 0, "gflops", self.gflops, "greater than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write a run as a folder that PEFT or transformers loads, and prove that it is the same model."""
+
+    out_dir: str = "graft-run"
+    """The run folder to export."""
+    to: str = ""
+    """The folder to create; it must not exist, or be empty. Must be given."""
+    merged: bool = False
+    """Write a whole model, the update merged into its weights, rather than the adapter alone."""
+    checkpoint: Checkpoint = "best"
+    """Which checkpoint of the run."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the written weights of a whole model; an adapter's are always float32."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.out_dir.strip()), "out_dir", repr(self.out_dir), "a folder's name")
+        if not self.to.strip():
+            raise InputError("--to: name the folder to create, as in --to my-model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """Make a run folder of an adapter's folder, PEFT's or our own, and prove that it is the same model."""
+
+    folder: str
+    """The adapter's folder."""
+    out_dir: str = "graft-run"
+    """The run folder to create; it must not exist, or be empty."""
+    init_from: str = ""
+    """The base model: a built-in name, a hub id, a local folder or a .gguf file. Default: what the adapter names."""
+    template: str = "sentiment"
+    """The prompt the adapter was trained with: a built-in name, a file, or a string with {text} in it."""
+    labels: str = "negative,positive"
+    """The label words, by label number."""
+
+    def __post_init__(self) -> None:
+        for flag in ("folder", "out_dir"):
+            _require(bool(getattr(self, flag).strip()), flag, repr(getattr(self, flag)), "a folder's name")
 
 
 @dataclass(frozen=True, kw_only=True)

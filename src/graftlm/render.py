@@ -78,7 +78,8 @@ def train(out: "Console", result: Result) -> None:
 
 
 def _trained(result: Result) -> str:
-    return f"{result['trainable']:,} of {result['total']:,} parameters ({_share(result['share_trained'], 2)})"
+    share = result["trainable"] / result["total"]
+    return f"{result['trainable']:,} of {result['total']:,} parameters ({_share(share, 2)})"
 
 
 def _planned(plan: Result) -> dict[str, str]:
@@ -146,6 +147,49 @@ def report(out: "Console", result: Result) -> None:
     out.print(result["path"], markup=False, emoji=False, soft_wrap=True)
 
 
+def account(out: "Console", result: Result) -> None:
+    """What is counted, how many, by which formula; then the shares, the times and what a paper says."""
+    each = "an example" if "units" in result else "a token"
+    titles = {
+        "model": f"parameters of {result['model']}",
+        "trained": f"trained by {result['method']['method']}",
+        "forward": f"operations {each}, forward",
+        "training": f"operations {each}, training",
+        "bytes": "bytes held in training",
+    }
+    sums = {"trained": result["trainable"], "bytes": result["bytes"]["total"]}
+    sums |= {way: counts["total"] for way, counts in result["flops_per_token"].items()}
+    for name, title in titles.items():
+        lines = result["formulas"][name]
+        rows = [[line["what"], f"{line['count']:,}", line["formula"]] for line in lines]
+        rows.append(["sum", f"{sums.get(name, sum(line['count'] for line in lines)):,}", ""])
+        _table(out, ["what", "count", "formula"], rows, title=title, left=("formula",))
+    facts = {"trained": f"{_trained(result)}, {_share(result['share_of_base'], 2)} of the {result['base']:,} before"}
+    if "units" in result:
+        facts["units"] = "{hidden:,} hidden, {hidden_and_output:,} hidden and output".format(**result["units"])
+    if "tokens" in result:
+        facts["text"] = f"{result['tokens']:,} tokens"
+    memory = f"{sums['bytes'] / 1e9:.3g} GB with frozen weights in {result['dtype']}, activations apart"
+    facts["memory"] = memory
+    if "gflops" in result:
+        times = " and ".join(f"{s:,.3g} s {way}" for way, s in result["seconds_per_million_tokens"].items())
+        facts["time"] = f"{times} for a million of them, at {result['gflops']:g} GFLOP/s"
+    if result.get("paper"):
+        facts["paper"] = result["paper"]["note"]
+    _facts(out, facts)
+
+
+def exchanged(out: "Console", result: Result) -> None:
+    """Where the folder is, what it is, and how far its model's logits lie from the run's or the adapter's."""
+    formats = {"peft": "an adapter that PEFT loads", "graft": "an adapter in graftlm's own format"}
+    facts = {
+        "folder": result["path"],
+        "format": formats.get(result["format"], "a model that transformers loads"),
+        "proof": f"read back, the largest difference of a logit is {result['max_abs_logit_diff']:.1e}",
+    }
+    _facts(out, facts)
+
+
 def fetch(out: "Console", result: Result) -> None:
     """The folder, alone on its line."""
     out.print(result["path"], markup=False, emoji=False, soft_wrap=True)
@@ -155,7 +199,9 @@ def _share(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{100 * value:.{digits}f}%"
 
 
-def _table(out: "Console", columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
+def _table(
+    out: "Console", columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "", left: Sequence[str] = ()
+) -> None:
     from rich import box
     from rich.console import Console
     from rich.markup import escape
@@ -164,7 +210,7 @@ def _table(out: "Console", columns: Sequence[str], rows: Sequence[Sequence[str]]
 
     table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left")
     for number, name in enumerate(columns):
-        table.add_column(escape(name), justify="right" if number else "left", no_wrap=True)
+        table.add_column(escape(name), justify="right" if number and name not in left else "left", no_wrap=True)
     for row in rows:
         table.add_row(*map(escape, row))
     # Never cut: in a narrow window, or a log, long lines go on in the next. A console makes nothing wider than itself.

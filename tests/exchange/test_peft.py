@@ -1,70 +1,239 @@
-"""PEFT loads our folders, and its logits equal ours: GPT-2 with its fused c_attn, and the Llama family."""
+"""PEFT's folders and ours, both ways, against PEFT itself: what is trained there loads here, and the other way round.
+
+In float64 to 1e-9. transformers computes Llama's norms in float32 whatever the model is in, so the reference gets them
+in float64 here; all else in it is as it comes.
+"""
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
+from safetensors import safe_open
+from torch import Tensor, nn
 
 from graftlm.errors import InputError
+from graftlm.exchange.adapters import adopt, save_adapter
 from graftlm.exchange.huggingface import load_model
-from graftlm.exchange.peft import read_adapter, save_adapter
-from graftlm.methods.base import delta_state, trainable
-from graftlm.methods.lora import LoRA
+from graftlm.exchange.load import put_on
+from graftlm.files import assets
+from graftlm.files.formats import load_safetensors
+from graftlm.methods import DoRA, LoRA, Method, PrefixTuning
+from graftlm.methods.base import trainable
+from graftlm.models import CausalLM
 from tiny import FAMILIES, model_folder
 
-TARGETS = {
-    "gpt2": [
-        ("q", "k", "v"),
-        ("q", "v"),
-        ("k",),
-        ("q", "v", "o"),
-        ("o",),
-        ("down", "up"),
-        ("q", "k", "v", "o", "up", "down"),
-    ],
-    "llama": [("q", "k", "v"), ("q", "v"), ("o", "gate", "down")],
-    "llama-biased": [("q", "k", "v"), ("v", "up")],
+pytestmark = [
+    # PEFT reads an attribute that the newest transformers has renamed.
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+]
+CPU = torch.device("cpu")
+IDS = torch.randint(0, 200, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def float64() -> Iterator[None]:
+    """What PEFT creates, it creates in the default dtype; and one thread is faster for models so small."""
+    threads = torch.get_num_threads()
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bases")
+    return {kind: model_folder(folder / kind, kind) for kind in FAMILIES}
+
+
+class ExactNorm(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.variance_epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+
+
+def reference(folder: Path) -> nn.Module:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    for name, module in list(model.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, ExactNorm(module))
+    return model
+
+
+def three_steps(parameters: list[nn.Parameter], logits: Callable[[], Tensor]) -> None:
+    """From weights that are surely not zero, three steps of AdamW."""
+    rng = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in parameters:
+            p.add_(torch.empty_like(p).normal_(std=0.1, generator=rng))
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(logits()[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()).backward()
+        optimizer.step()
+
+
+def near(got: Tensor, expected: Tensor, plain: Tensor) -> None:
+    assert got.dtype == expected.dtype == torch.float64
+    assert (expected - plain).abs().max() > 0.1, "an adapter that does nothing proves nothing"
+    assert (got - expected).abs().max() <= 1e-9
+
+
+# Trained by PEFT ------------------------------------------------------------------------------------------------------
+
+
+def lora(kind: str, *targets: str, target: str = "all-linear", **more: Any) -> peft.PeftConfig:
+    values = {"r": 3, "lora_alpha": 7, "fan_in_fan_out": kind == "gpt2", "task_type": "CAUSAL_LM", **more}
+    return peft.LoraConfig(target_modules=list(targets) or target, **values)
+
+
+def prefix(**more: Any) -> peft.PeftConfig:
+    return peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM", **more)
+
+
+QKV = {"gpt2": ("c_attn",), "llama": ("q_proj", "k_proj", "v_proj"), "llama-biased": ("q_proj", "k_proj", "v_proj")}
+OTHERS = {"gpt2": ("c_attn", "mlp.c_proj"), "llama": ("q_proj", "v_proj"), "llama-biased": ("q_proj", "v_proj")}
+THEIRS: dict[str, Callable[[str], peft.PeftConfig]] = {
+    "q,k,v": lambda kind: lora(kind, *QKV[kind]),
+    "some": lambda kind: lora(kind, *OTHERS[kind]),
+    "all linears": lambda kind: lora(kind),
+    "an expression": lambda kind: lora(kind, target=r".*\.(c_attn|[qv]_proj)"),
+    "all but one": lambda kind: lora(kind, exclude_modules=["c_fc", "up_proj"]),
+    "one layer": lambda kind: lora(kind, *QKV[kind], layers_to_transform=[1]),
+    "rslora": lambda kind: lora(kind, *QKV[kind], use_rslora=True),
+    "equal patterns": lambda kind: lora(kind, *QKV[kind], rank_pattern={".*": 2}, alpha_pattern={".*": 5}),
+    "gaussian start": lambda kind: lora(kind, *QKV[kind], init_lora_weights="gaussian"),
+    "dora": lambda kind: lora(kind, *QKV[kind], use_dora=True),
+    "dora all linears": lambda kind: lora(kind, use_dora=True, use_rslora=True),
+    "prefix": lambda kind: prefix(),
+    "prefix with its network": lambda kind: prefix(prefix_projection=True, encoder_hidden_size=9),
 }
 
 
-# PEFT reads an attribute that the newest transformers has renamed.
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def trained_there(base: Path, config: peft.PeftConfig, folder: Path) -> tuple[Tensor, Tensor]:
+    """Logits with and without the adapter that is left in `folder`."""
+    plain_model = reference(base)
+    with torch.no_grad():
+        plain = plain_model(IDS).logits
+    model = peft.get_peft_model(plain_model, config)
+    three_steps([p for p in model.parameters() if p.requires_grad], lambda: model(IDS).logits)
+    model.eval().save_pretrained(folder)
+    with torch.no_grad():
+        return model(IDS).logits, plain
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_peft_computes_what_we_compute(kind: str, tmp_path: Path) -> None:
-    base = model_folder(tmp_path / "base", kind)
-    ids = torch.randint(0, 200, (2, 12), generator=torch.Generator().manual_seed(0))
-    spans = [None] * len(TARGETS[kind]) + [(1, 2), (0, 1)]
-    for n, (targets, span) in enumerate(zip(TARGETS[kind] + TARGETS[kind][:2], spans, strict=True)):
-        method = LoRA(rank=3, alpha=7.0, targets=targets, dropout=0.0, layers=span)
-        model = load_model(base, torch.device("cpu"), torch.float32)
-        method.install(model, torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("name", THEIRS)
+def test_what_peft_trained_is_the_same_here(kind: str, name: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    expected, plain = trained_there(bases[kind], THEIRS[name](kind), tmp_path / "theirs")
+    for folds in (False, True):
+        model = load_model(bases[kind], CPU, torch.float64)
+        method, state = adopt(tmp_path / "theirs", model.shape)
+        put_on(model, method, state, "theirs", folds)
         with torch.no_grad():
-            for p in trainable(model).values():
-                p.normal_(std=0.2, generator=torch.Generator().manual_seed(n))
-        folder = tmp_path / f"adapter-{n}"
+            near(model(IDS), expected, plain)
+    # And written again it is the same adapter, of the same size, for PEFT too.
+    (tmp_path / "again").mkdir()
+    save_adapter(tmp_path / "again", model, method, str(bases[kind]))
+    was, now = (load_safetensors(tmp_path / f / "adapter_model.safetensors") for f in ("theirs", "again"))
+    assert now.keys() == was.keys() and all(torch.equal(now[key], was[key]) for key in was)
+    with torch.no_grad():
+        near(read_by_peft(bases[kind], tmp_path / "again"), expected, plain)
+
+
+# Trained here ---------------------------------------------------------------------------------------------------------
+
+ALL = {"gpt2": ("q", "k", "v", "o", "up", "down")}
+OURS: dict[str, Callable[[str], Method]] = {
+    "q,k,v": lambda kind: LoRA(rank=3, alpha=7.0, dropout=0.0),
+    "q,v": lambda kind: LoRA(rank=3, alpha=5.0, targets=("q", "v"), dropout=0.0),
+    "k": lambda kind: LoRA(rank=3, alpha=7.0, targets=("k",), dropout=0.0),
+    "k,v,o": lambda kind: LoRA(rank=3, alpha=3.3, targets=("v", "k", "o"), dropout=0.0),
+    "down,up": lambda kind: LoRA(rank=3, alpha=7.0, targets=("down", "up"), dropout=0.0),
+    "all linears": lambda kind: LoRA(
+        rank=3, alpha=0.7, targets=ALL.get(kind, ("q", "k", "v", "o", "gate", "up", "down")), dropout=0.0
+    ),
+    "upper layer": lambda kind: LoRA(rank=3, alpha=7.0, dropout=0.0, layers=(1, 2)),
+    "lower layer": lambda kind: LoRA(rank=3, alpha=7.0, targets=("q", "v"), dropout=0.0, layers=(0, 1)),
+    "rslora": lambda kind: LoRA(rank=3, alpha=7.0, rslora=True, dropout=0.0),
+    "rslora with others": lambda kind: LoRA(rank=3, alpha=7.0, rslora=True, targets=("q", "v", "o"), dropout=0.0),
+    "dora": lambda kind: DoRA(rank=3, alpha=7.0, dropout=0.0),
+    "dora q,v": lambda kind: DoRA(rank=4, alpha=7.0, targets=("q", "v"), dropout=0.0),
+    "dora with others": lambda kind: DoRA(rank=3, alpha=7.0, targets=("q", "k", "v", "down"), dropout=0.0),
+    "prefix": lambda kind: PrefixTuning(length=4, init="random"),
+    "prefix of tokens": lambda kind: PrefixTuning(length=4, tokens=(9, 8, 7, 6)),
+    "prefix with its network": lambda kind: PrefixTuning(length=4, init="random", hidden=9),
+}
+
+
+def trained_here(base: Path, method: Method, folder: Path) -> CausalLM:
+    model = load_model(base, CPU, torch.float64)
+    method.install(model, torch.Generator().manual_seed(2))
+    model.train()
+    three_steps(list(trainable(model).values()), lambda: model(IDS))
+    folder.mkdir()
+    assert save_adapter(folder, model, method, str(base)) == "peft"
+    return model
+
+
+def read_by_peft(base: Path, folder: Path) -> Tensor:
+    with torch.no_grad():
+        return peft.PeftModel.from_pretrained(reference(base), folder).eval()(IDS).logits
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("name", OURS)
+def test_what_is_trained_here_is_the_same_in_peft(kind: str, name: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    method = OURS[name](kind)
+    model = trained_here(bases[kind], method, tmp_path / "ours")
+    with torch.no_grad():
+        plain = reference(bases[kind])(IDS).logits
+        expected = read_by_peft(bases[kind], tmp_path / "ours")
+        near(model(IDS), expected, plain)
+        near(model.eval()(IDS), expected, plain)
+    # Read as a folder of unknown origin it is the same method, but for what only training needs.
+    fresh = load_model(bases[kind], CPU, torch.float64)
+    found, state = adopt(tmp_path / "ours", fresh.shape)
+    put_on(fresh, found, state, "ours", folds=False)
+    with torch.no_grad():
+        near(fresh(IDS), expected, plain)
+    if (kind, name) != ("gpt2", "dora q,v"):  # PEFT's c_attn has lengths for k, too, and so have we then
+        assert found.count(fresh.shape) == method.for_inference.count(fresh.shape)
+    if isinstance(method, LoRA) and isinstance(found, LoRA):
+        assert found.alpha == pytest.approx(method.alpha, rel=1e-12) and found.layers == method.layers
+
+
+def test_round_trips_of_a_fused_dora_do_not_grow(bases: dict[str, Path], tmp_path: Path) -> None:
+    """q and v alone cannot be said in PEFT, which has lengths for k too: one trip adds k, and no further one adds."""
+    trained_here(bases["gpt2"], DoRA(rank=4, alpha=7.0, targets=("q", "v"), dropout=0.0), tmp_path / "0")
+    sizes = []
+    for trip in range(3):
+        model = load_model(bases["gpt2"], CPU, torch.float64)
+        method, state = adopt(tmp_path / str(trip), model.shape)
+        put_on(model, method, state, "", folds=False)
+        folder = tmp_path / str(trip + 1)
         folder.mkdir()
-        save_adapter(folder, model.shape, method, delta_state(model), str(base))
-        reference = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        plain = reference(ids).logits
-        adapted = peft.PeftModel.from_pretrained(reference, folder).eval()
-        with torch.no_grad():
-            expected = adapted(ids).logits
-            assert (expected - plain).abs().max() > 0.1, "an adapter that does nothing proves nothing"
-            assert (model.train()(ids) - expected).abs().max() <= 1e-4
-            assert (model.eval()(ids) - expected).abs().max() <= 1e-4
+        save_adapter(folder, model, method, "base")
+        sizes.append(json.loads((folder / "adapter_config.json").read_text())["r"])
+    assert sizes == [12, 12, 12]
 
 
-def test_the_files_hold_what_the_format_says(tmp_path: Path) -> None:
-    from safetensors import safe_open
-
-    base = model_folder(tmp_path / "base", "gpt2")
-    model = load_model(base, torch.device("cpu"), torch.float32)
+def test_the_files_hold_what_the_format_says(bases: dict[str, Path], tmp_path: Path) -> None:
+    model = load_model(bases["gpt2"], CPU, torch.float64)
     method = LoRA(rank=3, alpha=7.0)
     method.install(model, torch.Generator())
-    save_adapter(tmp_path, model.shape, method, delta_state(model), "some/base", "abc")
+    save_adapter(tmp_path, model, method, "some/base", "abc")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     expected = {
         "peft_type": "LORA",
@@ -88,15 +257,98 @@ def test_the_files_hold_what_the_format_says(tmp_path: Path) -> None:
         assert f.get_tensor(f"{key}A.weight").shape == (9, 32) and f.get_tensor(f"{key}B.weight").shape == (96, 9)
 
 
-def test_a_folder_of_another_adapter_is_refused(tmp_path: Path) -> None:
-    base = model_folder(tmp_path / "base", "llama")
-    model = load_model(base, torch.device("cpu"), torch.float32)
-    method = LoRA(rank=3, alpha=7.0)
-    method.install(model, torch.Generator())
-    save_adapter(tmp_path, model.shape, method, delta_state(model), "base")
-    read_adapter(tmp_path, model.shape, method)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    for key, value in {"use_dora": True, "lora_alpha": 8, "peft_type": "IA3"}.items():
-        (tmp_path / "adapter_config.json").write_text(json.dumps({**config, key: value}))
-        with pytest.raises(InputError, match=f"adapter_config.json: {key} is {value!r}, the run says"):
-            read_adapter(tmp_path, model.shape, method)
+# Real weights ---------------------------------------------------------------------------------------------------------
+
+
+def test_real_weights_in_float32(tmp_path: Path) -> None:
+    """LoRA on all linears of SmolLM2, started by PEFT and with a B that is not zero."""
+    torch.set_default_dtype(torch.float32)
+    folder = assets.model_folder("smollm2-135m")
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.tensor([[1, 506, 2966, 436, 253, 1195, 28, 284, 2642, 314, 4384, 30]])
+    with torch.no_grad():
+        plain = base(ids).logits
+        theirs = peft.get_peft_model(base, lora("llama")).eval()
+        for name, p in theirs.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.01)
+        expected = theirs(ids).logits
+        assert (expected - plain).abs().max() > 1e-2
+        theirs.save_pretrained(tmp_path)
+        del theirs, base
+        model = load_model(folder, CPU, torch.float32)
+        method, state = adopt(tmp_path, model.shape)
+        put_on(model, method, state, "theirs", folds=False)
+        assert (model(ids) - expected).abs().max() <= 1e-4
+
+
+# Refused --------------------------------------------------------------------------------------------------------------
+
+LORA_CHANGES: list[tuple[str, dict[str, Any]]] = [
+    ("modules_to_save", {"modules_to_save": ["lm_head"]}),
+    ("bias", {"bias": "all"}),
+    ("bias", {"bias": "lora_only"}),
+    ("layer_replication", {"layer_replication": [[0, 2], [1, 2]]}),
+    ("target_parameters", {"target_parameters": ["mlp.down_proj.weight"]}),
+    ("lora_bias", {"lora_bias": True}),
+    ("trainable_token_indices", {"trainable_token_indices": [1, 2]}),
+    ("init_lora_weights", {"init_lora_weights": "pissa"}),
+    ("init_lora_weights", {"init_lora_weights": "pissa_niter_4"}),
+    ("init_lora_weights", {"init_lora_weights": "olora"}),
+    ("use_qalora", {"use_qalora": True}),
+    ("megatron_config", {"megatron_config": {"a": 1}}),
+    ("alora_invocation_tokens", {"alora_invocation_tokens": [3]}),
+    ("invented", {"invented": None}),
+    ("rank_pattern", {"rank_pattern": {"q_proj": 2}}),
+    ("rank_pattern", {"rank_pattern": ["q_proj"]}),
+    ("alpha_pattern", {"alpha_pattern": {"q_proj": 2}}),
+    ("layers_to_transform", {"layers_to_transform": [0, 7]}),
+    ("layers_to_transform", {"layers_to_transform": "all"}),
+    ("layers_pattern", {"layers_to_transform": [0], "layers_pattern": "h"}),
+    ("target_modules", {"target_modules": ["q_proj", "lm_head"]}),
+    ("target_modules", {"target_modules": None}),
+    ("target_modules", {"target_modules": "lm_head"}),
+    ("regular expression", {"target_modules": "(q_proj"}),
+    ("r =", {"r": 0}),
+    ("r =", {"r": 2.5}),
+    ("lora_alpha", {"lora_alpha": "7"}),
+    ("lora_dropout", {"lora_dropout": 1.5}),
+    ("peft_type", {"peft_type": "IA3"}),
+    ("lora_magnitude_vector is missing", {"use_dora": True}),
+    ("has shape", {"r": 4}),
+    ("k_proj.lora_A.weight is missing", {"target_modules": ["q_proj", "k_proj", "v_proj"]}),
+    ("v_proj.lora_A.weight belongs to no target", {"target_modules": ["q_proj"]}),
+]
+PREFIX_CHANGES: list[tuple[str, dict[str, Any]]] = [
+    ("invented", {"invented": 1}),
+    ("modules_to_save", {"modules_to_save": ["lm_head"]}),
+    ("num_virtual_tokens", {"num_virtual_tokens": 0}),
+    ("prompt_embeddings", {"num_virtual_tokens": 6}),
+    ("num_layers", {"num_layers": 3}),
+    ("token_dim", {"token_dim": 32}),
+    ("num_transformer_submodules", {"num_transformer_submodules": 2}),
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "field", "change"),
+    [("lora", *rest) for rest in LORA_CHANGES] + [("prefix", *rest) for rest in PREFIX_CHANGES],
+)
+def test_a_field_that_is_not_understood_is_named(
+    method: str, field: str, change: dict[str, Any], bases: dict[str, Path], tmp_path: Path
+) -> None:
+    made = LoRA(rank=3, alpha=7.0, targets=("q", "v")) if method == "lora" else PrefixTuning(length=5, init="random")
+    trained_here(bases["llama"], made, tmp_path / "ours")
+    file = tmp_path / "ours" / "adapter_config.json"
+    shape = load_model(bases["llama"], CPU, torch.float64).shape
+    adopt(file.parent, shape)
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(InputError, match=rf"adapter_config\.json: .*{field}") as caught:
+        adopt(file.parent, shape)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_without_such_an_adapter_layout_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    trained_here(bases["gpt2"], LoRA(rank=3, alpha=7.0), tmp_path / "ours")
+    with pytest.raises(InputError, match=r"target_modules names 'attn\.c_attn', which is none of mlp\.down_proj, "):
+        adopt(tmp_path / "ours", load_model(bases["llama"], CPU, torch.float64).shape)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 from dataclasses import replace
 from itertools import pairwise
@@ -16,6 +17,8 @@ from graftlm.config import TrainConfig
 from graftlm.errors import GraftError, InputError, Interrupted
 from graftlm.exchange.load import load
 from graftlm.files.formats import load_safetensors
+from graftlm.inference.evaluate import score
+from graftlm.text.data import encode_rows, label_ids, load_dataset
 from graftlm.training import train as train_module
 from graftlm.training.train import batch_stream, learning_rate, train
 from tiny import TEMPLATE, data_folder, model_folder
@@ -192,10 +195,28 @@ def test_weights_that_went_to_infinity_are_not_saved(assets: Path, tmp_path: Pat
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 4, "alpha": 16.0, "lora_plus_ratio": 4.0},
+    "dora": {"rank": 4, "alpha": 16.0, "rslora": True},
+    "bitfit": {"add_biases": True},
+    "adapter": {"rank": 4, "placement": "pfeiffer"},
+    "prefix": {"prefix_length": 3, "lr": 0.05},
+    "prefix network": {"prefix_length": 3, "prefix_hidden": 5, "prefix_init": "a film", "lr": 0.05},
+    "full": {"lr": 1e-3},
+}
+
+
+def of_method(name: str) -> dict[str, Any]:
+    """The changes to `config` that make it a run of this method."""
+    return {"method": name.partition(" ")[0], "rank": None, "alpha": None, **METHODS[name]}
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_an_interrupted_run_saves_its_step_and_goes_on_to_the_same_end(
-    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train(config(assets, tmp_path / "whole"))
+    changes = of_method(method)
+    train(config(assets, tmp_path / "whole", **changes))
     real = train_module.Trainer._step
 
     def interrupted(self: Any, step: int, batches: Any) -> Any:
@@ -205,15 +226,56 @@ def test_an_interrupted_run_saves_its_step_and_goes_on_to_the_same_end(
 
     monkeypatch.setattr(train_module.Trainer, "_step", interrupted)
     with pytest.raises(Interrupted, match=r"step 6 is saved in .*: go on with graft train --resume") as caught:
-        train(config(assets, tmp_path / "parts"))
+        train(config(assets, tmp_path / "parts", **changes))
     assert caught.value.exit_status == 130
     assert (tmp_path / "parts" / "last").resolve().name == "step-6"
     monkeypatch.undo()
-    train(config(assets, tmp_path / "parts", resume=True))
+    train(config(assets, tmp_path / "parts", resume=True, **changes))
     assert timeless(tmp_path / "parts") == timeless(tmp_path / "whole")
     for at in ("best", "last"):
         for file in (tmp_path / "whole" / at).glob("*.safetensors"):
             assert (tmp_path / "parts" / at / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_of_each_method_can_be_loaded_and_measures_what_it_measured(
+    method: str, assets: Path, tmp_path: Path
+) -> None:
+    results = train(config(assets, tmp_path / "run", **of_method(method)))
+    judged = [row["val_loss"] for row in rows(tmp_path / "run") if row["val_loss"] is not None]
+    assert judged[-1] == results["last"]["val_loss"] < judged[0], "it learns"
+    loaded = load("resume", tmp_path / "run", "last", dtype="float32")
+    assert loaded.template is not None
+    data = load_dataset(str(assets / "data"))
+    examples, _ = encode_rows(data.splits["validation"], loaded.template, loaded.tokenizer, loaded.model.room)
+    scores = score(loaded.model, examples, label_ids(loaded.template, loaded.tokenizer), batch_size=32)
+    loss = -scores.completion.sum().item() / int(scores.completion_tokens.sum())
+    assert loss == pytest.approx(results["last"]["val_loss"], rel=1e-4)
+    if method != "full":
+        base = load(str(assets / "model"), dtype="float32")
+        together = load("resume", tmp_path / "run", "last", onto=base)
+        again = score(together.model, examples, label_ids(loaded.template, loaded.tokenizer), batch_size=32)
+        torch.testing.assert_close(again.labels, scores.labels, rtol=0, atol=1e-4)
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"method": "bitfit", "rank": None, "alpha": None}, "has no biases to train: add --add_biases"),
+    ({"method": "adapter", "rank": 4}, "--method adapter takes no --alpha 16.0: leave it out, or use lora or dora"),
+    ({"method": "lora", "prefix_length": 4}, "--method lora takes no --prefix_length 4: leave it out, or use prefix"),
+    ({"method": "full"}, "--method full takes no --"),
+    ({"method": "prefix", "rank": None, "alpha": None, "prefix_length": 999}, "--prefix_length 999: the model reads"),
+    ({"method": "prefix", "rank": None, "alpha": None, "train_layers": "1:"}, "leave out --train_layers"),
+    ({"method": "lorra"}, "unknown --method 'lorra'"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG)
+def test_flags_that_contradict_the_method_are_errors(
+    changes: dict[str, Any], message: str, assets: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        train(config(assets, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_signal_that_the_caller_ignores_stays_ignored(

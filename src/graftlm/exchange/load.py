@@ -6,21 +6,24 @@
 What is unusual here: loading a run is strict. The base must be, byte for byte, the one the run was trained on.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from graftlm.errors import InputError
+from graftlm.exchange.adapters import read_adapter
 from graftlm.exchange.device import pick_device, pick_dtype
 from graftlm.exchange.huggingface import base_hash, load_model
-from graftlm.exchange.peft import read_adapter
 from graftlm.files.assets import model_folder
 from graftlm.files.formats import read_json
-from graftlm.methods import Full, LoRA, Method, method_from_json
+from graftlm.methods import Method, method_from_json
 from graftlm.methods.base import load_delta
-from graftlm.models.base import CausalLM
+from graftlm.methods.lora import LoRALinear
+from graftlm.models import CausalLM, build
 from graftlm.models.names import read_shape
 from graftlm.text.template import Template
 from graftlm.text.tokenizer import Tokenizer
@@ -50,12 +53,19 @@ def load(
     checkpoint: str = "best",
     device: str = "auto",
     dtype: str = "auto",
+    onto: Loaded | None = None,
 ) -> Loaded:
     """Load a model by name, or with init_from "resume" the model that the run in `out_dir` adapted.
+
+    With `onto`, a loaded base, the run's adapter is put beside it: the new model has the base's very tensors, so that
+    many adapters of one base take hardly more memory than one, and each call names the model it means. Device and
+    dtype are then the base's.
 
     Raises InputError for an unknown name or device, a folder without a run or checkpoint, and a base whose weights
     are not those the run was trained on.
     """
+    if onto is not None:
+        device, dtype = str(onto.model.device), str(onto.model.dtype).removeprefix("torch.")
     target = pick_device(device)
     number_format, reason = pick_dtype(dtype, target)
     if init_from != "resume":
@@ -70,7 +80,12 @@ def load(
     folder = model_folder(run["base"]["name"])
     check_base(folder, run, run_dir)
     method = method_from_json(run["method"])
-    model = restore(at, folder, method, target, number_format)
+    if onto is not None:
+        if onto.folder != folder or onto.run is not None:
+            raise InputError(f"{run_dir}: is an adapter of {run['base']['name']}; load that first, and put it onto it")
+        model = beside(onto.model, at, method)
+    else:
+        model = restore(at, folder, method, target, number_format)
     template = Template(run["template"]["name"], run["template"]["text"], tuple(run["template"]["labels"]))
     return Loaded(model, read_tokenizer(folder), run["base"]["name"], folder, reason, template, run)
 
@@ -83,6 +98,17 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     if not isinstance(run, dict) or not {"config", "method", "base", "data", "template"} <= run.keys():
         raise InputError(f"{run_dir / 'run.json'}: is no record of a run; restore it, or train again in another folder")
     return run
+
+
+def recorded_name(name: str) -> str:
+    """A base model's name as run.json keeps it: a local path whole, so that the run can be loaded from any folder."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
+def hub_revision(name: str) -> tuple[str, str | None]:
+    """A base model's name without its @revision, and that; a local path has none."""
+    repo, _, revision = (name, "", "") if Path(name).exists() else name.partition("@")
+    return repo, revision or None
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
@@ -110,10 +136,32 @@ def check_base(folder: Path, run: dict[str, Any], run_dir: Path) -> None:
 
 def restore(checkpoint: Path, base: Path, method: Method, device: torch.device, dtype: torch.dtype) -> CausalLM:
     """The model of a checkpoint folder, in evaluation mode."""
-    if isinstance(method, Full):
+    if method.stores_model:
         return load_model(checkpoint, device, dtype)
-    assert isinstance(method, LoRA)
-    model = load_model(base, device, dtype)
+    return _adapted(load_model(base, device, dtype), checkpoint, method.for_inference)
+
+
+def beside(base: CausalLM, checkpoint: Path, method: Method) -> CausalLM:
+    """An adapted model, in evaluation mode, that has the tensors of `base`, which stays as it is."""
+    if method.stores_model:
+        raise InputError(f"{checkpoint}: full fine-tuning trained the base's own weights; load it on its own")
+    with torch.device("meta"):
+        model = build(base.shape)
+    for name, p in base.named_parameters():
+        module, attribute = name.rsplit(".", 1)
+        setattr(model.get_submodule(module), attribute, torch.nn.Parameter(p.data, requires_grad=False))
+    return _adapted(model, checkpoint, method.for_inference, folds=False)
+
+
+def _adapted(model: CausalLM, checkpoint: Path, method: Method, folds: bool = True) -> CausalLM:
+    return put_on(model, method, read_adapter(checkpoint, model.shape, method), str(checkpoint), folds)
+
+
+def put_on(model: CausalLM, method: Method, state: Mapping[str, Tensor], where: str, folds: bool) -> CausalLM:
+    """The model adapted by a method with these trained tensors, in evaluation mode; `folds`: merged where possible."""
     method.install(model, torch.Generator().manual_seed(0))
-    load_delta(model, read_adapter(checkpoint, model.shape, method), str(checkpoint))
+    load_delta(model, state, where)
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            module.folds = folds
     return model.eval()

@@ -179,9 +179,29 @@ def model_folder(name: str) -> Path:
         return _converted(path)
     if name and path.exists():
         return _checked_model(path)
+    return _checked_model(_on_hub(name))
+
+
+def _on_hub(name: str, only: str | None = None) -> Path:
+    """The local snapshot of a model on the hub, or of the one file of it that is wanted."""
     _refuse_no_hub_name("model", name, [*BUILTIN_MODELS, *HUB_MODELS], (".gguf", ".safetensors"))
     instead = f"use the built-in {', '.join(BUILTIN_MODELS)}, a local Hugging Face folder or a .gguf file"
-    return _checked_model(hub_folder(name, "model", instead))
+    return hub_folder(name, "model", instead, only)
+
+
+def model_config(name: str) -> tuple[dict[str, Any], str]:
+    """What a model's config.json says, and where; of the hub that one file is fetched, and no weights are read."""
+    from graftlm.files.gguf import gguf_config
+
+    path = Path(name).expanduser()
+    if asset := {**BUILTIN_MODELS, **INTERNAL}.get(name):
+        folder = _unpacked(name, asset)
+    elif path.is_file() and path.suffix == ".gguf":
+        return gguf_config(path), name
+    else:
+        folder = path if name and path.exists() else _on_hub(name, "config.json")
+    file = _with_config(folder) / "config.json"
+    return read_json(file), str(file)
 
 
 def data_folder(name: str) -> Path:
@@ -194,6 +214,13 @@ def data_folder(name: str) -> Path:
     _refuse_no_hub_name("data set", name, [*BUILTIN_DATA, *HUB_DATA], DATA_SUFFIXES)
     instead = f"use the built-in {' or '.join(BUILTIN_DATA)}, or a local jsonl, csv or parquet file"
     return _checked_data(hub_folder(name, "dataset", instead))
+
+
+def data_at_hand(name: str) -> bool:
+    """Whether `data_folder` would find it on this disk: a local path, or a built-in name that is unpacked already."""
+    if name in BUILTIN_DATA:
+        return _is_complete(cache_home() / "data" / name)
+    return bool(name) and Path(name).expanduser().exists()
 
 
 def fetch(name: str) -> Path:
@@ -227,13 +254,17 @@ def _refuse_no_hub_name(what: str, name: str, known: list[str], suffixes: tuple[
 
 
 def _checked_model(folder: Path) -> Path:
+    weight_files(_with_config(folder))
+    return folder
+
+
+def _with_config(folder: Path) -> Path:
     if not folder.is_dir():
         raise InputError(f"{folder}: is neither a model folder nor a .gguf file: only safetensors and gguf are read")
     if not (folder / "config.json").exists():
         adapter = (folder / "adapter_config.json").exists()
         hint = "it is an adapter: name the model that it was made for" if adapter else "is it a Hugging Face folder?"
         raise InputError(f"{folder}: holds no config.json: {hint}")
-    weight_files(folder)
     return folder
 
 

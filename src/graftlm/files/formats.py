@@ -123,11 +123,13 @@ def write_json(path: Path | str, obj: Any) -> None:
 def folder_atomically(target: Path | str) -> Iterator[Path]:
     """Yield a temp folder beside `target`; flush and rename it there on success, remove it on any exception.
 
+    Parents that had to be made for it go with it.
     An existing `target` is moved aside first and removed after; killed in between, `remove_leftovers` puts it back.
     """
     target = Path(target)
     temp, aside = temp_beside(target), target.parent / f".{target.name}.old-{secrets.token_hex(4)}"
     with disk_errors(target):
+        made = [parent for parent in target.parents if not parent.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
         temp.mkdir()
         try:
@@ -145,6 +147,19 @@ def folder_atomically(target: Path | str) -> Iterator[Path]:
                 os.rename(aside, target)
             shutil.rmtree(temp, ignore_errors=True)
             shutil.rmtree(aside, ignore_errors=True)
+            if not target.exists():
+                with contextlib.suppress(OSError):  # another process may have put something there
+                    for parent in made:
+                        parent.rmdir()
+
+
+def check_new_folder(target: Path | str, flag: str) -> None:
+    """An InputError, which names the flag, unless `target` can become a folder: it is an empty one, or is not there."""
+    target = Path(target)
+    if target.exists() and not target.is_dir():
+        raise InputError(f"--{flag} {target}: is a file; name a folder")
+    if target.is_dir() and any(target.iterdir()):
+        raise InputError(f"--{flag} {target}: holds other files; name a folder that is empty or does not exist")
 
 
 def remove_leftovers(target: Path | str) -> None:

@@ -67,6 +67,16 @@ def gguf_to_folder(gguf_path: Path | str, folder: Path | str) -> None:
     write_json(folder / "generation_config.json", ids)
 
 
+def gguf_config(path: Path | str) -> dict[str, Any]:
+    """The config.json that a .gguf file's header amounts to; the weights are not read."""
+    path = Path(path)
+    reader = _open(path)
+    try:
+        return _config(path, reader)
+    except BROKEN as error:
+        raise _corrupted(path, error) from error
+
+
 def _corrupted(path: Path, error: Exception) -> InputError:
     reason = " ".join(str(error).split()) or type(error).__name__
     return InputError(f"{path}: corrupted or truncated gguf file ({reason[:120]}): fetch it again")

@@ -63,10 +63,11 @@ def _cache() -> str | None:
     return None
 
 
-def hub_folder(name: str, kind: str, instead: str) -> Path:
+def hub_folder(name: str, kind: str, instead: str, only: str | None = None) -> Path:
     """The local snapshot of `org/name`, `name` or either with `@revision`; kind is "model" or "dataset".
 
-    `instead` says in a few words what would work without the hub; it ends the error line.
+    `only` is the one file of it that is wanted; None: all that we read. `instead` says in a few words what would work
+    without the hub; it ends the error line.
     """
     match = HUB_NAME.fullmatch(name)
     assert match is not None, f"{name!r} is no hub name; the caller checks"
@@ -88,7 +89,7 @@ def hub_folder(name: str, kind: str, instead: str) -> Path:
                 endpoint=endpoint(),
                 etag_timeout=seconds,
                 local_files_only=_offline(),
-                allow_patterns=PATTERNS[kind],
+                allow_patterns=only or PATTERNS[kind],
                 ignore_patterns=["*/*"] if kind == "model" else None,  # a model's other forms live in subfolders
             )
     except InputError:

@@ -112,7 +112,7 @@ def score(
     plans = [
         _Plan.make(tuple(e.prompt_ids), (*labels, tuple(e.completion_ids) if completions else ())) for e in examples
     ]
-    _check(plans, examples, model.shape.context)
+    _check(plans, examples, model.room)
     sums = torch.zeros(len(plans), len(labels) + 1, dtype=torch.float64)
     with evaluating(model):
         past, skip = read_shared(model, [plan.prompt for plan in plans]) if shared_prefix else ((), 0)
@@ -249,7 +249,7 @@ def predict_labels(
     read: "generate" looks for a label in the text the model continues with; "score" takes the label whose tokens are
         likeliest, and never gives -1.
     """
-    examples = _encoded(texts, template, tokenizer, model.shape.context)
+    examples = _encoded(texts, template, tokenizer, model.room)
     if not examples:
         return []
     if read == "score":

@@ -98,7 +98,7 @@ def generate_ids(
     Raises InputError for an empty prompt or one longer than the context, GraftError where the logits are NaN.
     """
     assert max_new_tokens >= 1 and batch_size >= 1 and temperature >= 0 and top_k >= 0 and 0 < top_p <= 1
-    _check(prompts, model.shape.context)
+    _check(prompts, model.room)
 
     def pick(logits: Tensor, rows: Sequence[int], step: int) -> list[int]:
         if temperature == 0:
@@ -110,7 +110,7 @@ def generate_ids(
         shared, skip = read_shared(model, prompts)
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # neighbours differ little: less padding
         for rows in _groups(order, [len(prompt) - skip for prompt in prompts], batch_size):
-            room = [min(max_new_tokens, model.shape.context - len(prompts[row])) for row in rows]
+            room = [min(max_new_tokens, model.room - len(prompts[row])) for row in rows]
             own = [prompts[row][skip:] for row in rows]
             continuations = _continue(model, own, rows, shared, room, eot, pick, batch_size)
             for row, tokens in zip(rows, continuations, strict=True):

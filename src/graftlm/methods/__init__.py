@@ -1,33 +1,58 @@
 """Ways to adapt a model, one file each; `base.py` is the contract they keep."""
 
+from collections.abc import Set
+from typing import Any
+
+from graftlm.config import MethodFlags
 from graftlm.errors import InputError, unknown
+from graftlm.methods.adapter import Adapter
 from graftlm.methods.base import Method
+from graftlm.methods.bitfit import BitFit
+from graftlm.methods.dora import DoRA
 from graftlm.methods.full import Full
 from graftlm.methods.lora import LoRA
+from graftlm.methods.prefix import PrefixTuning
 
-METHODS: dict[str, type[Method]] = {"lora": LoRA, "full": Full}
+METHODS: dict[str, type[Method]] = {m.name: m for m in (LoRA, DoRA, BitFit, Adapter, PrefixTuning, Full)}
 
-__all__ = ["METHODS", "Full", "LoRA", "Method", "method_from_flags", "method_from_json"]
-
-
-def method_from_flags(name: str, *, rank: int | None, alpha: float | None, targets: str, lora_dropout: float) -> Method:
-    """The method these flags describe; rank 0 is full fine-tuning."""
-    if name not in METHODS:
-        raise unknown("--method", name, METHODS)
-    if name == "full" and rank:
-        raise InputError(f"--method full takes no --rank {rank}: leave out --rank, or use --method lora")
-    if name == "full" or rank == 0:
-        return Full()
-    roles = tuple(dict.fromkeys(t.strip() for t in targets.split(",") if t.strip()))
-    return LoRA(
-        rank=LoRA.rank if rank is None else rank,
-        alpha=LoRA.alpha if alpha is None else alpha,
-        targets=roles,
-        dropout=lora_dropout,
-    )
+__all__ = [
+    "METHODS",
+    "Adapter",
+    "BitFit",
+    "DoRA",
+    "Full",
+    "LoRA",
+    "Method",
+    "PrefixTuning",
+    "method_from_flags",
+    "method_from_json",
+]
 
 
-def method_from_json(data: dict) -> Method:
+def method_from_flags(config: MethodFlags, given: Set[str]) -> Method:
+    """The method that the flags describe; --rank 0 is full fine-tuning.
+
+    `given` are the flags that were typed: one that means nothing to the method, and something to another, is an
+    InputError. Of the flags at None the method's own default holds.
+    """
+    if config.method not in METHODS:
+        raise unknown("--method", config.method, METHODS)
+    if config.rank == 0 and "method" in given and config.method != "full":
+        raise InputError(f"--rank 0 means full fine-tuning and contradicts --method {config.method}: leave one out")
+    kind = Full if config.rank == 0 else METHODS[config.method]
+    for flag in sorted({flag for m in METHODS.values() for flag in m.flags} - set(kind.flags)):
+        value = getattr(config, flag)
+        if flag in given and value and not (kind is Full and config.method != "full"):
+            users = " or ".join(m.name for m in METHODS.values() if flag in m.flags)
+            raise InputError(f"--method {config.method} takes no --{flag} {value}: leave it out, or use {users}")
+    values = {field: getattr(config, flag) for flag, field in kind.flags.items()}
+    values = {field: value for field, value in values.items() if value is not None}
+    if "targets" in values:
+        values["targets"] = tuple(dict.fromkeys(t.strip() for t in values["targets"].split(",") if t.strip()))
+    return kind(**values)
+
+
+def method_from_json(data: dict[str, Any]) -> Method:
     """The method that `to_json` described."""
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k != "method"}
     return METHODS[data["method"]](**fields)

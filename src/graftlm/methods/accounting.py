@@ -1,6 +1,51 @@
-"""How many parameters and how much needed work, in closed form from the shape alone; nothing is loaded."""
+"""How many parameters and how much needed work, in closed form from the shape alone; nothing is loaded.
+
+What is unusual here: a count is a `Line` that carries its formula, in letters and again in this model's numbers, so
+that what `graft account` shows is what was computed.
+
+Letters: L layers, d model width, V vocabulary, C context, H heads, D width of a head, T tokens of a text, n positions
+that stand before it.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 from graftlm.models.base import Shape
+
+
+@dataclass(frozen=True)
+class Line:
+    """A number, what it counts, and the formula that gave it."""
+
+    what: str
+    count: int
+    formula: str
+
+
+@dataclass(frozen=True)
+class Part(Line):
+    """Some of a model's parameters."""
+
+    module: str
+    """Where they are: a role (q, up), or embedding, positions, norms, head, prefix."""
+    added: bool = False
+    """Whether a method brought them."""
+    weights: int = 0
+    """How many of them a method multiplies every token with."""
+
+
+def spelled(formula: str, **letters: int) -> str:
+    """A formula in letters and in numbers: `L r (in + out)` becomes `L r (in + out) = 24 × 4 × (1,024 + 1,024)`."""
+    numbers = re.sub(r"[^\W\d]\w*", lambda letter: f"{letters[letter[0]]:,}", formula)
+    return f"{formula} = {_PRODUCT.sub(' × ', numbers)}"
+
+
+_PRODUCT = re.compile(r"(?<=[\w)]) (?=[\w(])")
+
+
+# Parameters -----------------------------------------------------------------------------------------------------------
 
 
 def linear_size(shape: Shape, role: str) -> tuple[int, int]:
@@ -10,26 +55,55 @@ def linear_size(shape: Shape, role: str) -> tuple[int, int]:
     return sizes[role]
 
 
-def block_parameters(shape: Shape) -> int:
-    """All parameters of one block."""
-    biased = {"q": shape.qkv_bias, "k": shape.qkv_bias, "v": shape.qkv_bias, "o": shape.out_bias}
-    linears = 0
+def has_bias(shape: Shape, role: str) -> bool:
+    """Whether the role's linear adds a bias."""
+    return {"q": shape.qkv_bias, "k": shape.qkv_bias, "v": shape.qkv_bias, "o": shape.out_bias}.get(
+        role, shape.mlp_bias
+    )
+
+
+def block_parts(shape: Shape, layers: int, last: bool) -> list[Part]:
+    """All parameters of so many blocks, and with `last` of the norm behind them."""
+    parts = []
     for role in shape.roles:
         n_in, n_out = linear_size(shape, role)
-        linears += n_in * n_out + n_out * biased.get(role, shape.mlp_bias)
-    return linears + 2 * norm_parameters(shape)
+        letters = {"L": layers, "in": n_in, "out": n_out}
+        if has_bias(shape, role):
+            count, formula = layers * (n_in * n_out + n_out), spelled("L (in out + out)", **letters)
+        else:
+            count, formula = layers * n_in * n_out, spelled("L in out", **letters)
+        parts.append(Part(f"{role}, weights{' and biases' if has_bias(shape, role) else ''}", count, formula, role))
+    each = "2 d" if shape.family == "gpt2" else "d"  # a weight, and in GPT-2 a bias
+    norms = f"{each} (2 L + 1)" if last else f"{each} 2 L"
+    count = shape.d_model * (2 if shape.family == "gpt2" else 1) * (2 * layers + last)
+    return [*parts, Part("norms", count, spelled(norms, L=layers, d=shape.d_model), "norms")]
 
 
-def norm_parameters(shape: Shape) -> int:
-    """Parameters of one norm."""
-    return shape.d_model * (2 if shape.family == "gpt2" else 1)
+def model_parts(shape: Shape) -> list[Part]:
+    """All parameters of a model of this shape; a tied head counts once, as the embedding."""
+    d, v, c = shape.d_model, shape.vocab, shape.context
+    table = v * d, spelled("V d", V=v, d=d)
+    places = [Part("positions", c * d, spelled("C d", C=c, d=d), "positions")] if shape.family == "gpt2" else []
+    head = [] if shape.tied else [Part("head", *table, "head")]
+    return [Part("embedding", *table, "embedding"), *places, *block_parts(shape, shape.layers, True), *head]
+
+
+def total(parts: Sequence[Line]) -> int:
+    """The sum of the counts."""
+    return sum(part.count for part in parts)
+
+
+def block_parameters(shape: Shape) -> int:
+    """All parameters of one block."""
+    return total(block_parts(shape, 1, False))
 
 
 def parameters(shape: Shape) -> int:
     """All parameters of a model of this shape; a tied head counts once."""
-    embeddings = shape.vocab * shape.d_model * (1 if shape.tied else 2)
-    positions = shape.context * shape.d_model if shape.family == "gpt2" else 0
-    return embeddings + positions + shape.layers * block_parameters(shape) + norm_parameters(shape)
+    return total(model_parts(shape))
+
+
+# Work -----------------------------------------------------------------------------------------------------------------
 
 
 def layer_weights(shape: Shape) -> int:
@@ -50,3 +124,120 @@ def needed_flops(
     above = (6 if weights_trained else 4) * (shape.layers - first_trained)
     below = 0 if below_kept else 2 * first_trained
     return (above + below) * layer_weights(shape) * tokens
+
+
+def forward_flops(shape: Shape, method_weights: int, tokens: int, before: int) -> dict[str, Line]:
+    """What reading a text of so many tokens costs for each of them, behind `before` positions.
+
+    A multiplication and an addition for every weight. Attention: a query meets (T + 1) / 2 keys of its own text on
+    average and those before it, once for the scores and once for the values.
+    """
+    letters = _letters(shape, method_weights, tokens, before)
+    layers, w, (hd, keys) = shape.layers, layer_weights(shape), _attention(shape, tokens, before)
+    return {
+        "layers": Line("layers' matrices", 2 * layers * w, spelled("2 L W", **letters)),
+        "method": Line("the method's matrices", 2 * method_weights, spelled("2 M", **letters)),
+        "attention": Line("attention's own products", 2 * layers * hd * keys, spelled(f"2 L {_KEYS}", **letters)),
+        "head": Line("head", 2 * shape.vocab * shape.d_model, spelled("2 V d", **letters)),
+    }
+
+
+def training_flops(
+    shape: Shape, method_weights: int, tokens: int, before: int, first: int, weights_in: int, head_trained: bool
+) -> dict[str, Line]:
+    """What training on a text of so many tokens costs for each of them: forward, and the gradients that are needed.
+
+    Args:
+        first: the first block that has something trained; those below need no backward pass.
+        weights_in: blocks whose own weights are trained, which takes their gradients too.
+        head_trained: whether the head's are. The head counts where a target is predicted only.
+    """
+    back = shape.layers - first
+    letters = {**_letters(shape, method_weights, tokens, before), "B": back, "G": weights_in}
+    w, (hd, keys) = layer_weights(shape), _attention(shape, tokens, before)
+    matrices = needed_flops(shape, 1, first_trained=first) + 2 * weights_in * w
+    head = (6 if head_trained else 4) * shape.vocab * shape.d_model
+    return {
+        "layers": Line("layers' matrices", matrices, spelled("2 (L + B + G) W", **letters)),
+        "method": Line("the method's matrices", 6 * method_weights, spelled("6 M", **letters)),
+        "attention": Line(
+            "attention's own products",
+            2 * (shape.layers + 2 * back) * hd * keys,
+            spelled(f"2 (L + 2 B) {_KEYS}", **letters),
+        ),
+        "head": Line("head", head, spelled("6 V d" if head_trained else "4 V d", **letters)),
+    }
+
+
+_KEYS = "H D (T + 1 + 2 n)"
+
+
+def _attention(shape: Shape, tokens: int, before: int) -> tuple[int, int]:
+    return shape.heads * shape.head_dim, tokens + 1 + 2 * before
+
+
+def _letters(shape: Shape, method_weights: int, tokens: int, before: int) -> dict[str, int]:
+    sizes = {"L": shape.layers, "W": layer_weights(shape), "M": method_weights, "V": shape.vocab, "d": shape.d_model}
+    return {**sizes, "H": shape.heads, "D": shape.head_dim, "T": tokens, "n": before}
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+
+def memory(trained: int, everything: int, item: int) -> dict[str, Line]:
+    """Bytes that training holds whatever the batch: frozen weights of `item` bytes, all else in float32."""
+    letters = {"N": everything, "t": trained}
+    frozen = spelled(f"{item} (N - t)", **letters)
+    return {
+        "frozen": Line("frozen weights", item * (everything - trained), frozen),
+        "trained": Line("trained weights", 4 * trained, spelled("4 t", **letters)),
+        "gradients": Line("their gradients", 4 * trained, spelled("4 t", **letters)),
+        "moments": Line("Adam's two moments", 8 * trained, spelled("8 t", **letters)),
+    }
+
+
+# A plain feed-forward net ---------------------------------------------------------------------------------------------
+
+
+def ffn_parts(widths: Sequence[int], weights: bool = True) -> list[Part]:
+    """Weights and biases of every layer of a net with these widths, the input's first; or the biases alone."""
+    parts = []
+    for layer, (n_in, n_out) in enumerate(pairwise(widths), 1):
+        count = n_in * n_out + n_out if weights else n_out
+        formula = spelled("in out + out" if weights else "out", **{"in": n_in, "out": n_out})
+        parts.append(Part(f"layer {layer}, {'weights and ' * weights}biases", count, formula, f"layer {layer}"))
+    return parts
+
+
+def ffn_adapters(widths: Sequence[int], rank: int) -> list[Part]:
+    """A bottleneck adapter behind every layer."""
+    return [
+        Part(
+            f"layer {layer}, adapter",
+            2 * d * rank + rank + d,
+            spelled("2 d r + r + d", d=d, r=rank),
+            f"layer {layer}",
+            added=True,
+            weights=2 * d * rank,
+        )
+        for layer, d in enumerate(widths[1:], 1)
+    ]
+
+
+def ffn_flops(widths: Sequence[int], method_weights: int, weights_trained: bool) -> dict[str, dict[str, Line]]:
+    """Forward and training of one example; the first layer (I weights) needs no gradient of its input."""
+    w, first = sum(a * b for a, b in pairwise(widths)), widths[0] * widths[1]
+    letters = {"W": w, "I": first, "M": method_weights}
+    training = 2 * (2 * w - first) + 2 * w * weights_trained
+    return {
+        "forward": {
+            "layers": Line("layers' matrices", 2 * w, spelled("2 W", **letters)),
+            "method": Line("the method's matrices", 2 * method_weights, spelled("2 M", **letters)),
+        },
+        "training": {
+            "layers": Line(
+                "layers' matrices", training, spelled("2 (3 W - I)" if weights_trained else "2 (2 W - I)", **letters)
+            ),
+            "method": Line("the method's matrices", 6 * method_weights, spelled("6 M", **letters)),
+        },
+    }

@@ -6,7 +6,7 @@ frozen ones keep the base's dtype.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -14,8 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.errors import InputError, unknown
+from graftlm.methods.accounting import Part, total
 from graftlm.models import CausalLM, Linear, Shape
 from graftlm.models.names import module_of
+
+PeftFolder = tuple[dict[str, Any], dict[str, Tensor]]
+"""What PEFT's two files hold: adapter_config.json (without the base's name) and adapter_model.safetensors."""
 
 
 @dataclass(frozen=True)
@@ -27,18 +31,45 @@ class Method(ABC):
 
     name: ClassVar[str]
     default_lr: ClassVar[float]
+    flags: ClassVar[Mapping[str, str]] = {}
+    """Flag of `graft train` -> the field it sets, for the flags that mean something to this method."""
+    stores_model: ClassVar[bool] = False
+    """Whether a checkpoint is a whole model, because the base's own weights are what is trained."""
+    mergeable: ClassVar[bool] = True
+    """Whether the adapted model is a plain model with other weights, once `eval()` has merged it."""
 
     def span(self, shape: Shape) -> range:
         """The numbers of the blocks it adapts."""
         return range(*self.layers) if self.layers else range(shape.layers)
+
+    @property
+    def positions(self) -> int:
+        """How many of the context's positions it takes, before every text."""
+        return 0
 
     @abstractmethod
     def install(self, model: CausalLM, rng: torch.Generator) -> None:
         """Replace or add modules, freeze the rest; initial weights come from `rng` (on the CPU)."""
 
     @abstractmethod
+    def parts(self, shape: Shape) -> list[Part]:
+        """All that it trains, each part with its closed form."""
+
     def count(self, shape: Shape) -> int:
-        """How many parameters it trains, in closed form."""
+        """How many parameters it trains."""
+        return total(self.parts(shape))
+
+    def reshaped(self, shape: Shape) -> Shape:
+        """The shape that it gives the model's own parts."""
+        return shape
+
+    def starts_from(self, prompts: Sequence[Sequence[int]], encode: Callable[[str], Sequence[int]]) -> "Method":
+        """The method with whatever it takes from the run's prompts, or from a text of its own, decided."""
+        return self
+
+    def lr_ratio(self, name: str) -> float:
+        """What the learning rate of the trained parameter of this name is multiplied by."""
+        return 1.0
 
     def explain(self, model: CausalLM, lr: float) -> str:
         """One line on how far a step of this method at this rate moves the model; empty where there is none to say."""
@@ -47,6 +78,31 @@ class Method(ABC):
     def to_json(self) -> dict[str, Any]:
         """Its name and fields, for run.json."""
         return {"method": self.name, **asdict(self)}
+
+    # In and out of PEFT, where PEFT has the method ---------------------------------------------------------------
+
+    def to_peft(self, model: CausalLM) -> PeftFolder | None:
+        """What a model that this method adapted is in PEFT; None: PEFT has no such method."""
+        return None
+
+    def from_peft(self, shape: Shape, folder: PeftFolder, where: str) -> dict[str, Tensor]:
+        """The trained tensors, by our names, of a folder that `to_peft` made; an InputError if another method did."""
+        raise NotImplementedError
+
+    @classmethod
+    def adopt(cls, shape: Shape, folder: PeftFolder, where: str) -> "tuple[Method, dict[str, Tensor]] | None":
+        """The method and tensors of any PEFT folder; None: another method's; InputError for what is not understood."""
+        return None
+
+    @property
+    def lossless(self) -> bool:
+        """Whether what is trained can be read back from an adapter folder, so that a run can go on from it."""
+        return True
+
+    @property
+    def for_inference(self) -> "Method":
+        """What to install before an adapter folder is read for inference only."""
+        return self
 
 
 def master_dtype(dtype: torch.dtype) -> torch.dtype:

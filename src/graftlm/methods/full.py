@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from graftlm.methods.accounting import block_parameters, norm_parameters, parameters
+from graftlm.methods.accounting import Part, block_parts, model_parts
 from graftlm.methods.base import Method, freeze, master_dtype
 from graftlm.models.base import CausalLM, Shape
 
@@ -21,6 +21,7 @@ class Full(Method):
 
     name: ClassVar[str] = "full"
     default_lr: ClassVar[float] = 2e-5
+    stores_model: ClassVar[bool] = True
 
     def install(self, model: CausalLM, rng: torch.Generator) -> None:
         """Mark every parameter of the span; the arithmetic's dtype stays what the base was loaded in."""
@@ -34,9 +35,8 @@ class Full(Method):
             p.data = p.data.to(master_dtype(p.dtype))
             p.requires_grad_(True)
 
-    def count(self, shape: Shape) -> int:
+    def parts(self, shape: Shape) -> list[Part]:
         """All parameters of the shape, or those of the span's blocks."""
         if not self.layers:
-            return parameters(shape)
-        norm = norm_parameters(shape) if self.layers[1] == shape.layers else 0
-        return len(self.span(shape)) * block_parameters(shape) + norm
+            return model_parts(shape)
+        return block_parts(shape, len(self.span(shape)), self.layers[1] == shape.layers)

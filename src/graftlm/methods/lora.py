@@ -9,7 +9,7 @@ Letters: r rank, N tokens.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graftlm.errors import InputError
-from graftlm.methods.accounting import linear_size
-from graftlm.methods.base import Method, freeze, master_dtype, replace_linears
+from graftlm.methods.accounting import Part, linear_size, spelled
+from graftlm.methods.base import Method, PeftFolder, freeze, master_dtype, replace_linears
+from graftlm.methods.lora_peft import adopt, from_peft, to_peft
 from graftlm.models import CausalLM, Linear, Shape
 from graftlm.models.gradients import TORCH, Mask, TorchKernels
 from graftlm.models.layers import ByHand, Dropout, draw_mask
@@ -33,7 +34,11 @@ class LoRALinear(ByHand, Linear):
         rank: r, the width of the update.
         alpha: the update is scaled by alpha / rank.
         lora_dropout: dropout on the input of A, a probability.
+        rslora: scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732).
     """
+
+    folds = True
+    """Whether evaluation merges. Models that share one base's tensors do not: each merged weight would be a copy."""
 
     def __init__(
         self,
@@ -43,12 +48,13 @@ class LoRALinear(ByHand, Linear):
         rank: int = 0,
         alpha: float = 1.0,
         lora_dropout: float = 0.0,
+        rslora: bool = False,
     ) -> None:
         if rank < 0 or rank > in_features:
             raise InputError(f"rank {rank}: must be between 0 and the layer's width, {in_features}")
         self.rank = 0  # nn.Linear's constructor calls reset_parameters before A and B exist
         super().__init__(in_features, out_features, bias)
-        self.rank, self.alpha = rank, alpha
+        self.rank, self.alpha, self.rslora = rank, alpha, rslora
         self.lora_drop = Dropout(lora_dropout)
         self._pristine: Tensor | None = None
         if rank:
@@ -58,10 +64,19 @@ class LoRALinear(ByHand, Linear):
             self.reset_lora()
 
     @classmethod
-    def around(cls, linear: Linear, rank: int, alpha: float, lora_dropout: float, rng: torch.Generator) -> "LoRALinear":
+    def around(
+        cls,
+        linear: Linear,
+        rank: int,
+        alpha: float,
+        lora_dropout: float,
+        rng: torch.Generator,
+        rslora: bool = False,
+    ) -> "LoRALinear":
         """A LoRALinear that takes over this linear's weight and bias (no copy); A is drawn from `rng` on the CPU."""
+        sizes = (linear.in_features, linear.out_features, linear.bias is not None)
         with torch.device("meta"):  # no memory, no random numbers: every tensor is given below
-            new = cls(linear.in_features, linear.out_features, linear.bias is not None, rank, alpha, lora_dropout)
+            new = cls(*sizes, rank, alpha, lora_dropout, rslora)
         new.weight, new.bias = linear.weight, linear.bias
         master, device = master_dtype(linear.weight.dtype), linear.weight.device
         a = torch.empty(rank, linear.in_features, dtype=master)
@@ -83,8 +98,8 @@ class LoRALinear(ByHand, Linear):
 
     @property
     def scale(self) -> float:
-        """alpha / r."""
-        return self.alpha / self.rank if self.rank else 0.0
+        """alpha / r, or alpha / sqrt(r)."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank) if self.rank else 0.0
 
     @property
     def merged(self) -> bool:
@@ -115,10 +130,22 @@ class LoRALinear(ByHand, Linear):
         mask = draw_mask(rates.pop()) if adapted else None
         frozen = not any(p.requires_grad for m in adapted for p in (m.weight, m.bias) if p is not None)
         if adapted and frozen and all(m.fused for m in adapted):
-            ys = iter(_together(adapted, x, mask))
-            return [next(ys) if m in adapted else Linear.forward(m, x) for m in linears]
+            ys = iter(updated(adapted, x, mask))
+            return [m.finish(next(ys)) if m in adapted else Linear.forward(m, x) for m in linears]
         dropped = x if mask is None else TORCH.masked(x, mask) * mask.rescale
-        return [Linear.forward(m, x) + m._update(dropped) if m in adapted else Linear.forward(m, x) for m in linears]
+        return [m.plainly(x, dropped) if m in adapted else Linear.forward(m, x) for m in linears]
+
+    def plainly(self, x: Tensor, dropped: Tensor) -> Tensor:
+        """The formula as it stands, with autograd's own gradients."""
+        return self.finish(F.linear(x, self.weight.to(x.dtype), self.inner_bias(x)) + self._update(dropped))
+
+    def inner_bias(self, x: Tensor) -> Tensor | None:
+        """The bias as it is added to the products, in the dtype of x."""
+        return None if self.bias is None else self.bias.to(x.dtype)
+
+    def finish(self, y: Tensor) -> Tensor:
+        """What becomes of the products and the inner bias; here nothing more."""
+        return y
 
     def _update(self, x: Tensor) -> Tensor:
         thin = F.linear(x, self.lora_A.to(x.dtype))
@@ -130,7 +157,7 @@ class LoRALinear(ByHand, Linear):
         super().train(mode)
         if mode:
             self.unmerge()
-        else:
+        elif self.folds:
             self.merge()
         return self
 
@@ -140,8 +167,16 @@ class LoRALinear(ByHand, Linear):
         if not self.rank or self.merged:
             return
         self._pristine = self.weight.data
-        update = (self.lora_B @ self.lora_A).mul_(self.scale)
-        self.weight.data = update.add_(self._pristine).to(self._pristine.dtype)
+        self.weight.data = self._merged().to(self._pristine.dtype)
+
+    def _merged(self) -> Tensor:
+        """The weight with its update, in float32 or wider."""
+        return (self.lora_B @ self.lora_A).mul_(self.scale).add_(self.weight.data)
+
+    @property
+    def pristine(self) -> Tensor:
+        """The base's own weight, whether merged or not."""
+        return self.weight.data if self._pristine is None else self._pristine
 
     def unmerge(self) -> None:
         """Put the pristine weight back."""
@@ -167,8 +202,9 @@ class LoRALinear(ByHand, Linear):
         return f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha:g}, merged={self.merged}"
 
 
-def _together(adapted: list["LoRALinear"], x: Tensor, mask: Mask | None) -> list[Tensor]:
-    tensors = [t for m in adapted for t in (m.weight, m.bias, m.lora_A, m.lora_B)]
+def updated(adapted: list["LoRALinear"], x: Tensor, mask: Mask | None) -> list[Tensor]:
+    """W x + inner bias + s B A D x for each of the linears, by hand."""
+    tensors = [t for m in adapted for t in (m.weight, m.inner_bias(x), m.lora_A, m.lora_B)]
     scales, kernels = [m.scale for m in adapted], adapted[0].kernels_now
     ys = _Updated.apply(x.flatten(0, -2), mask, scales, kernels, *tensors)
     return [y.unflatten(0, x.shape[:-1]) for y in ys]
@@ -237,9 +273,23 @@ class LoRA(Method):
     alpha: float = 512.0
     targets: tuple[str, ...] = ("q", "k", "v")
     dropout: float = 0.05
+    rslora: bool = False
+    plus_ratio: float = 1.0
+    """B's learning rate, in A's (LoRA+, Hayou et al. 2024, arXiv:2402.12354, who find 16 good)."""
 
     name: ClassVar[str] = "lora"
     default_lr: ClassVar[float] = 2.5e-4
+    flags: ClassVar[Mapping[str, str]] = {
+        "rank": "rank",
+        "alpha": "alpha",
+        "targets": "targets",
+        "lora_dropout": "dropout",
+        "rslora": "rslora",
+        "lora_plus_ratio": "plus_ratio",
+    }
+    linear: ClassVar[type[LoRALinear]] = LoRALinear
+    magnitudes: ClassVar[bool] = False
+    """Whether each row of a weight has a learned length (DoRA)."""
 
     def install(self, model: CausalLM, rng: torch.Generator) -> None:
         """Wrap the targeted linears; an InputError names a rank above a layer's width or an unknown target."""
@@ -247,14 +297,24 @@ class LoRA(Method):
         def wrap(linear: Linear, name: str) -> LoRALinear:
             if self.rank > linear.in_features:
                 raise InputError(f"--rank {self.rank}: above the width of {name}: choose at most {linear.in_features}")
-            return LoRALinear.around(linear, self.rank, self.alpha, self.dropout, rng)
+            return self.linear.around(linear, self.rank, self.alpha, self.dropout, rng, self.rslora)
 
         replace_linears(model, self.targets, wrap, self.span(model.shape))
         mark_only_lora_as_trainable(model)
 
-    def count(self, shape: Shape) -> int:
+    def parts(self, shape: Shape) -> list[Part]:
         """r (in + out) for each targeted linear, times the adapted layers."""
-        return len(self.span(shape)) * sum(self.rank * sum(linear_size(shape, role)) for role in self.targets)
+        parts, layers, r = [], len(self.span(shape)), self.rank
+        for role in self.targets:
+            n_in, n_out = linear_size(shape, role)
+            count = layers * r * (n_in + n_out)
+            formula = spelled("L r (in + out)", **{"L": layers, "r": r, "in": n_in, "out": n_out})
+            parts.append(Part(f"{role}, A and B", count, formula, role, added=True, weights=count))
+        return parts
+
+    def lr_ratio(self, name: str) -> float:
+        """LoRA+: B learns faster than A."""
+        return self.plus_ratio if name.endswith("lora_B") else 1.0
 
     def explain(self, model: CausalLM, lr: float) -> str:
         """What alpha, rank and lr together make of one step.
@@ -263,11 +323,30 @@ class LoRA(Method):
         size lr and random sign, each times an element of A, whose root mean square is 1 / sqrt(3 d).
         """
         linears = [m for m in model.modules() if isinstance(m, LoRALinear)]
-        d = linears[0].in_features
-        step = self.alpha * lr / math.sqrt(3 * d * self.rank)
+        d, scale = linears[0].in_features, linears[0].scale
+        step = scale * lr * self.plus_ratio * math.sqrt(self.rank / (3 * d))
         size = math.sqrt(sum(m.weight.float().square().mean().item() for m in linears) / len(linears))
+        shown = "alpha/sqrt(r)" if self.rslora else "alpha/r"
+        formula = "alpha*lr/sqrt(3*d)" if self.rslora else "alpha*lr/sqrt(3*d*r)"
         return (
-            f"effective scale: alpha/r = {self.alpha / self.rank:g}; one step at the full lr moves an adapted weight "
-            f"by about alpha*lr/sqrt(3*d*r) = {step:.1e}, {step / size:.2%} of its size; "
+            f"effective scale: {shown} = {scale:g}; one step at the full lr moves an adapted weight "
+            f"by about {formula} = {step:.1e}, {step / size:.2%} of its size; "
             "alpha and lr count as their product"
         )
+
+    def to_peft(self, model: CausalLM) -> PeftFolder:
+        """PEFT's LORA; GPT-2's q, k and v become its fused c_attn (`lora_peft.py`)."""
+        return to_peft(self, model)
+
+    def from_peft(self, shape: Shape, folder: PeftFolder, where: str) -> dict[str, Tensor]:
+        """The inverse."""
+        return from_peft(self, shape, folder, where)
+
+    @classmethod
+    def adopt(cls, shape: Shape, folder: PeftFolder, where: str) -> tuple[Method, dict[str, Tensor]] | None:
+        """Any LORA folder of PEFT's; with use_dora it is DoRA's."""
+        config, _ = folder
+        if config.get("peft_type") != "LORA" or bool(config.get("use_dora")) != cls.magnitudes:
+            return None
+        fields, state = adopt(shape, folder, where, magnitudes=cls.magnitudes)
+        return cls(**fields), state

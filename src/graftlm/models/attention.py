@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 # many tokens on it is used for the memory's sake; where the two are equally fast has not been measured.
 FUSED_FROM = 512
 
+Pair = tuple[Tensor, Tensor]
+"""Keys and values, each [1|B, K, S, D]."""
+
 
 class Segment:
     """Keys and values of tokens that stand before the tokens at hand, for every layer.
@@ -193,25 +196,25 @@ class Attention(ByHand):
             how = (self.fused, self.kernels_now)
             q = rotate(q, context.for_queries(cos), context.for_queries(sin), *how)
             k = rotate(k, cos, sin, *how)
+        past = [(segment.keys[layer], segment.values[layer]) for segment in context.past]
         if context.lead is not None:
-            return self.o(self._behind(q, k, v, context.lead, context).flatten(-2))
+            return self.o(self._behind(q, k, v, past, context.lead, context).flatten(-2))
         k, v = k.transpose(1, 2), v.transpose(1, 2)
-        if not context.past and context.at is None and q.shape[1] >= FUSED_FROM:
+        if not past and context.at is None and q.shape[1] >= FUSED_FROM:
             p = self.drop.p if self.training else 0.0
             y = F.scaled_dot_product_attention(
                 q.transpose(1, 2), k, v, dropout_p=p, is_causal=True, enable_gqa=self.kv_heads < self.heads
             ).transpose(1, 2)
         else:
-            parts = [(segment.keys[layer], segment.values[layer]) for segment in context.past]
-            y = attend(q, [*parts, (k, v)], context.bias, self.drop)
+            y = attend(q, [*past, (k, v)], context.bias, self.drop)
         if context.keep is not None:
             context.keep.put(layer, k, v)
         return self.o(y.flatten(-2))
 
-    def _behind(self, q: Tensor, k: Tensor, v: Tensor, lead: Lead, context: Context) -> Tensor:
+    def _behind(self, q: Tensor, k: Tensor, v: Tensor, past: list[Pair], lead: Lead, context: Context) -> Tensor:
         """The lead among itself, each row over the lead and itself; q [N, H, D], k and v [N, K, D] -> [N, H, D].
 
-        Where only some positions are wanted, q is [B, M, H, D] and so is the result.
+        Before both stands the past. Where only some positions are wanted, q is [B, M, H, D] and so is the result.
         """
 
         def apart(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,14 +224,14 @@ class Attention(ByHand):
         (k1, k2), (v1, v2) = apart(k), apart(v)
         before, own = (k1.transpose(1, 2), v1.transpose(1, 2)), (k2.transpose(1, 2), v2.transpose(1, 2))
         if context.at is not None:
-            return attend(q, [before, own], context.bias, self.drop)
+            return attend(q, [*past, before, own], context.bias, self.drop)
         q1, q2 = apart(q)
-        y1 = attend(q1, [before], lead.bias, self.drop)
-        y2 = attend(q2, [before, own], context.bias, self.drop)
+        y1 = attend(q1, [*past, before], lead.bias, self.drop)
+        y2 = attend(q2, [*past, before, own], context.bias, self.drop)
         return torch.cat([y1.flatten(0, 1), y2.flatten(0, 1)])
 
 
-def attend(q: Tensor, parts: list[tuple[Tensor, Tensor]], bias: Tensor | None, drop: Dropout) -> Tensor:
+def attend(q: Tensor, parts: list[Pair], bias: Tensor | None, drop: Dropout) -> Tensor:
     """Attention of q [B, T, H, D] over parts of keys and values, each [1|B, K, S, D]; returns [B, T, H, D].
 
     A product of scores for each part, one softmax over all of them, a product of values for each part. With gradient

@@ -53,6 +53,17 @@ class Shape:
         return ROLES if self.family == "llama" else tuple(r for r in ROLES if r != "gate")
 
 
+class Before(nn.Module):
+    """What a method lets stand before all that a model reads: learned keys and values (`methods/prefix.py`)."""
+
+    size = 0
+    """How many positions it takes."""
+
+    def segment(self, dtype: torch.dtype) -> Segment:
+        """The past that it is, shared by all rows, in this dtype."""
+        raise NotImplementedError
+
+
 class CausalLM(ByHand):
     """A decoder-only language model; `gpt2.GPT2` and `llama.Llama` fill in the parts."""
 
@@ -65,6 +76,7 @@ class CausalLM(ByHand):
         self.norm = norm
         self.head = None if shape.tied else Linear(shape.d_model, shape.vocab, bias=False)
         self.compute_dtype: torch.dtype | None = None
+        self.before: Before | None = None
 
     @property
     def device(self) -> torch.device:
@@ -75,6 +87,11 @@ class CausalLM(ByHand):
     def dtype(self) -> torch.dtype:
         """The dtype of the arithmetic: what the base was loaded in, also where trained weights are float32."""
         return self.compute_dtype or self.embed.weight.dtype
+
+    @property
+    def room(self) -> int:
+        """The most tokens that it reads: its context less what stands before every text."""
+        return self.shape.context - self._taken
 
     def set_dropout(self, p: float) -> None:
         """Dropout on embeddings, attention probabilities and residual branches (a method's own is left alone)."""
@@ -110,7 +127,7 @@ class CausalLM(ByHand):
         With `at` [B, M], positions in each row: [B, M, d], the same as all of them indexed with `at`; in the last layer
         all that follows keys and values is then computed there only.
         """
-        t = ids.shape[1]
+        t, past = ids.shape[1], (*self._before(), *past)
         positions = torch.arange(t, device=ids.device)
         for segment in past:
             start = segment.start
@@ -147,7 +164,8 @@ class CausalLM(ByHand):
     def lower(self, lead: Tensor, ids: Tensor, layers: int) -> Tensor:
         """[1, P] and [B, T] ids -> what enters block `layers`: [P + B T, d], the lead first, P may be 0."""
         (p, (b, t)), device = (lead.shape[1], ids.shape), ids.device
-        x = self._embedded(torch.cat([lead.flatten(), ids.flatten()]), _positions(p, b, t, device))
+        positions = _positions(p, b, t, device) + self._taken
+        x = self._embedded(torch.cat([lead.flatten(), ids.flatten()]), positions)
         if layers:
             context = self._behind(lead, ids)
             x = self._walk(x if p else x.unflatten(0, (b, t)), context, None, 0, layers)
@@ -156,12 +174,19 @@ class CausalLM(ByHand):
     def _behind(self, lead: Tensor, ids: Tensor) -> Context:
         """The context of a flat [P + B T, d], or of [B, T, d] where P is 0."""
         (p, (b, t)), device = (lead.shape[1], ids.shape), ids.device
+        past, n = self._before(), self._taken
+        bias = F.pad(causal_bias(t, device, self.dtype), (n + p, 0))
         if p == 0:
-            positions = torch.arange(t, device=device)
-            return Context(rope=self.rope(positions), bias=causal_bias(t, device, self.dtype))
-        bias = F.pad(causal_bias(t, device, self.dtype), (p, 0))
-        parts = Lead(p, b, t, causal_bias(p, device, self.dtype))
-        return Context(rope=self.rope(_positions(p, b, t, device)), bias=bias, lead=parts)
+            return Context(past, rope=self.rope(torch.arange(n, n + t, device=device)), bias=bias)
+        parts = Lead(p, b, t, F.pad(causal_bias(p, device, self.dtype), (n, 0)))
+        return Context(past, rope=self.rope(_positions(p, b, t, device) + n), bias=bias, lead=parts)
+
+    def _before(self) -> tuple[Segment, ...]:
+        return () if self.before is None else (self.before.segment(self.dtype),)
+
+    @property
+    def _taken(self) -> int:
+        return 0 if self.before is None else self.before.size
 
     def _embedded(self, ids: Tensor, positions: Tensor) -> Tensor:
         return self.drop(self.place(self.embed.look_up(ids, self.dtype), positions))

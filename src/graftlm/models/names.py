@@ -7,6 +7,7 @@ not understood is an error, never ignored.
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -158,6 +159,36 @@ def _llama_shape(config: Mapping[str, Any], where: str) -> Shape:
         rope_theta=float(theta),
         rope_scaling=() if kind == "default" else tuple(sorted([("rope_type", kind), *scaling.items()])),
     )
+
+
+# ---- Shape -> config.json: the biases ------------------------------------------------------------------------------
+
+# Settings of Mistral and Qwen2 that Llama lacks; `read_shape` has seen to it that they change nothing.
+_NOT_LLAMAS = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
+
+
+def with_biases(config: Mapping[str, Any], shape: Shape, where: str) -> dict[str, Any]:
+    """The base's config.json, changed to say the biases that `shape` has: the inverse of how `read_shape` reads them.
+
+    Mistral's and Qwen2's configs cannot say that every linear has one; Llama's can, and is the same model otherwise.
+    """
+    base = read_shape(config, where)
+    if base == shape:
+        return dict(config)
+    same = replace(base, qkv_bias=shape.qkv_bias, out_bias=shape.out_bias, mlp_bias=shape.mlp_bias)
+    assert shape == same and shape.family == "llama" and shape.qkv_bias == shape.out_bias
+    return {
+        **{key: value for key, value in config.items() if key not in _NOT_LLAMAS},
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": shape.qkv_bias,
+        "mlp_bias": shape.mlp_bias,
+        # The defaults of the three differ.
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "rms_norm_eps": shape.norm_eps,
+        "tie_word_embeddings": shape.tied,
+    }
 
 
 # ---- tensors: file -> ours -----------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from typing import Any
 
 from graftlm.exchange.device import matrix_peak
-from graftlm.methods import Full, Method
+from graftlm.methods import Method
 from graftlm.methods.accounting import needed_flops
 from graftlm.models.base import CausalLM
 from graftlm.training.checkpoint import Progress
@@ -38,7 +38,7 @@ def share_of_peak(model: CausalLM, method: Method, progress: Progress, *, below_
         progress.timed_needed,
         first_trained=method.span(model.shape).start,
         below_kept=below_kept,
-        weights_trained=isinstance(method, Full),
+        weights_trained=method.stores_model,
     )
     speed = done / progress.timed_seconds if progress.timed_seconds else 0.0
     peak = matrix_peak(model.device, model.dtype)

@@ -3,6 +3,7 @@
     out_dir/checkpoints/step-N/   an exchange folder (PEFT's, or Hugging Face's for full fine-tuning), and beside it
         optimizer.safetensors     AdamW's two moments of every trained tensor, float32
         progress.json             where the run stands: step, examples, best so far, times
+        trained.safetensors       what is trained, where the exchange folder only tells what it comes to
     out_dir/best, out_dir/last    links to two of them
 
 What is unusual here: nothing random has to be saved. Data order, dropout and initial weights are pure functions of
@@ -22,8 +23,8 @@ import torch
 from torch import Tensor
 
 from graftlm.errors import InputError
+from graftlm.exchange.adapters import read_adapter, save_adapter
 from graftlm.exchange.huggingface import save_model
-from graftlm.exchange.peft import read_adapter, save_adapter
 from graftlm.files.formats import (
     folder_atomically,
     link_atomically,
@@ -34,13 +35,13 @@ from graftlm.files.formats import (
     write_json,
     write_text,
 )
-from graftlm.methods import LoRA, Method
+from graftlm.methods import Method
 from graftlm.methods.base import delta_state, load_delta, trainable
 from graftlm.models.base import CausalLM
 from graftlm.models.names import file_names, stored_name
 from graftlm.text.tokenizer import Tokenizer
 
-OPTIMIZER, PROGRESS = "optimizer.safetensors", "progress.json"
+OPTIMIZER, PROGRESS, TRAINED = "optimizer.safetensors", "progress.json", "trained.safetensors"
 FIRST_SCALE, GROWTH_STEPS = 2.0**16, 2000
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -118,8 +119,10 @@ class Store:
         return target
 
     def _save_weights(self, folder: Path, model: CausalLM) -> None:
-        if isinstance(self.method, LoRA):
-            save_adapter(folder, model.shape, self.method, delta_state(model), self.base_name, self.revision)
+        if not self.method.stores_model:
+            save_adapter(folder, model, self.method, self.base_name, self.revision)
+            if not self.method.lossless:
+                save_safetensors(folder / TRAINED, delta_state(model))
             return
         save_model(folder, model, dict(model.named_parameters()), read_json(self.base_folder / "config.json"))
         self.tokenizer.save(folder)
@@ -134,7 +137,8 @@ class Store:
                 shutil.rmtree(folder)
         if best and best != last:
             # Only the newest can be resumed from, and moments take twice the room of the weights.
-            (self._folder / best / OPTIMIZER).unlink(missing_ok=True)
+            for file in (OPTIMIZER, TRAINED):
+                (self._folder / best / file).unlink(missing_ok=True)
 
     def newest(self) -> Path | None:
         """The folder `last` points to; None if the run has saved nothing yet."""
@@ -146,7 +150,9 @@ class Store:
         if at is None:
             return Progress()
         progress = Progress(**read_json(at / PROGRESS))
-        if isinstance(self.method, LoRA):
+        if (at / TRAINED).is_file():
+            state = load_safetensors(at / TRAINED)
+        elif not self.method.stores_model:
             state = read_adapter(at, model.shape, self.method)
         else:
             stored = read_weights(at)

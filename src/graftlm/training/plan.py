@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from graftlm.config import TrainConfig
 from graftlm.inference.evaluate import score
-from graftlm.methods import Full
 from graftlm.methods.accounting import needed_flops
 from graftlm.methods.base import trainable
 from graftlm.models.base import CausalLM
@@ -84,8 +83,7 @@ def make_plan(prepared: Prepared, startup_seconds: float, repeats: int = 3) -> P
     train_seconds = steps * (config.grad_accum * per_batch + update)
     judged = -(-steps // (config.eval_every or steps))
     needed = sum(part.own_tokens for parts in made for part in parts) + sum(p[0].shared.shape[1] for p in made)
-    full = isinstance(prepared.method, Full)
-    flops = needed_flops(model.shape, needed, first_trained=first, weights_trained=full)
+    flops = needed_flops(model.shape, needed, first_trained=first, weights_trained=prepared.method.stores_model)
     examples = steps * config.grad_accum * min(config.batch_size, len(prepared.train))
     return Plan(
         steps=steps,

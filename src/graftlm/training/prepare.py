@@ -22,9 +22,9 @@ from graftlm.config import TrainConfig
 from graftlm.errors import InputError
 from graftlm.exchange.device import pick_device, pick_dtype
 from graftlm.exchange.huggingface import base_hash, load_model
-from graftlm.exchange.load import Loaded, check_base, read_run, read_tokenizer
+from graftlm.exchange.load import Loaded, check_base, read_run, read_tokenizer, recorded_name
 from graftlm.files.assets import model_folder
-from graftlm.methods import LoRA, Method, method_from_flags
+from graftlm.methods import Method, method_from_flags
 from graftlm.methods.base import layer_span, totals
 from graftlm.text.data import Example, encode_rows, label_ids, load_dataset, preflight, sample
 from graftlm.text.template import load_template
@@ -66,13 +66,16 @@ def prepare(config: TrainConfig, given: Set[str] | None = None) -> Prepared:
     previous = None
     if config.resume:
         previous = read_run(out_dir)
+        if "imported" in previous:
+            raise InputError(
+                f"{out_dir}: was imported, without the state of an optimiser, so there is no training to go on with; "
+                f"merge it (graft export --out_dir {out_dir} --merged --to FOLDER) and train that (--init_from FOLDER)"
+            )
         config = _resumed(config, previous["config"], given)
     else:
         _check_out_dir(out_dir)
     check_loggers(config)
-    method = method_from_flags(
-        config.method, rank=config.rank, alpha=config.alpha, targets=config.targets, lora_dropout=config.lora_dropout
-    )
+    method = method_from_flags(config, set() if previous is not None else _typed(config, given))
     template = load_template(config.template, config.labels)
     device = pick_device(config.device)
     if previous is not None and config.dtype == "auto":  # what auto found then, so that the bits go on
@@ -90,13 +93,20 @@ def prepare(config: TrainConfig, given: Set[str] | None = None) -> Prepared:
     with ThreadPoolExecutor(1) as beside:  # hashing takes one core, loading mostly the other
         hashing = beside.submit(lambda: previous["base"]["sha256"] if previous else base_hash(folder))
         model = load_model(folder, device, dtype)
-    max_length = min(config.max_length or model.shape.context, model.shape.context)
+    room = model.shape.context - method.positions
+    if room < 1:
+        raise InputError(
+            f"--prefix_length {config.prefix_length}: the model reads at most {model.shape.context} tokens; shorten it"
+        )
+    max_length = min(config.max_length or room, room)
     rows = {"train": data.splits["train"], "validation": sample(data.splits["validation"], config.val_limit)}
     encoded = {split: encode_rows(some, template, tokenizer, max_length) for split, some in rows.items()}
     examples = {split: some for split, (some, _) in encoded.items()}
     cut = {split: n for split, (_, n) in encoded.items()}
     notes = [*data.notes, *preflight(examples, template, tokenizer, max_length, cut)]
     method = replace(method, layers=layer_span(config.train_layers, model.shape.layers))
+    prompts = [e.prompt_ids for e in examples["train"]]
+    method = method.starts_from(prompts, lambda text: tokenizer.encode(text, bos=True))
     method.install(model, torch.Generator().manual_seed(config.seed))
     model.set_dropout(config.dropout)
     model.set_fused(config.fused)
@@ -110,7 +120,7 @@ def prepare(config: TrainConfig, given: Set[str] | None = None) -> Prepared:
         "config": asdict(config),
         "method": method.to_json(),
         "base": {
-            "name": _base_name(config.init_from),
+            "name": recorded_name(config.init_from),
             "sha256": hashing.result(),
         },
         "data": {"name": data.name, "fingerprint": data.fingerprint, "examples": {k: len(v) for k, v in rows.items()}},
@@ -131,6 +141,11 @@ def prepare(config: TrainConfig, given: Set[str] | None = None) -> Prepared:
     }
     ids = label_ids(template, tokenizer) if labelled else []
     return Prepared(config, method, loaded, examples["train"], examples["validation"], ids, notes, run)
+
+
+def _typed(config: TrainConfig, given: Set[str] | None) -> Set[str]:
+    """The flags that were typed; where that is not known, those that differ from their defaults."""
+    return {f.name for f in fields(config) if getattr(config, f.name) != f.default} if given is None else given
 
 
 def _check_out_dir(out_dir: Path) -> None:
@@ -182,11 +197,12 @@ def _resolved(config: TrainConfig, method: Method, examples: int, max_length: in
         steps = max(1, math.ceil(epochs * per_epoch / config.grad_accum))
     else:
         steps = config.max_iters
+    decided = {flag: getattr(method, field) for flag, field in method.flags.items()}
+    decided |= {"targets": ",".join(decided["targets"])} if "targets" in decided else {}
+    decided |= {"rank": 0} if method.stores_model else {}
     return replace(
         config,
-        method=method.name,
-        rank=method.rank if isinstance(method, LoRA) else 0,
-        alpha=method.alpha if isinstance(method, LoRA) else config.alpha,
+        **{"method": method.name, **decided},
         lr=config.lr if config.lr is not None else method.default_lr,
         max_iters=steps,
         epochs=epochs,
@@ -194,11 +210,6 @@ def _resolved(config: TrainConfig, method: Method, examples: int, max_length: in
         warmup=min(100, math.ceil(0.06 * steps)) if config.warmup is None else config.warmup,
         max_length=max_length,
     )
-
-
-def _base_name(name: str) -> str:
-    """A local path is recorded whole, so that the run can be loaded from any folder."""
-    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def _versions() -> dict[str, str]:

@@ -26,6 +26,7 @@ from graftlm.config import TrainConfig
 from graftlm.errors import GraftError, InputError, Interrupted
 from graftlm.files.assets import cache_home
 from graftlm.files.formats import remove_leftovers, write_json
+from graftlm.methods import Method
 from graftlm.methods.base import trainable
 from graftlm.models.base import CausalLM
 from graftlm.models.kernels import NoKernels
@@ -88,14 +89,19 @@ def _announce(prepared: Prepared, console: Console) -> None:
         console.print(note, markup=False, highlight=False)
 
 
-def make_optimizer(model: CausalLM, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019) with fused steps; weight decay on matrices only."""
-    params = list(trainable(model).values())
-    groups = [
-        {"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr or 0.0, fused=True)
+def make_optimizer(model: CausalLM, config: TrainConfig, method: Method) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019) with fused steps; weight decay on matrices only, rates as the method says."""
+    groups: dict[tuple[bool, float], list[torch.nn.Parameter]] = {}
+    for name, p in trainable(model).items():
+        groups.setdefault((p.dim() < 2, method.lr_ratio(name)), []).append(p)
+    return torch.optim.AdamW(
+        [
+            {"params": params, "weight_decay": 0.0 if thin else config.weight_decay, "ratio": ratio}
+            for (thin, ratio), params in sorted(groups.items(), key=lambda item: item[0])
+        ],
+        lr=config.lr or 0.0,
+        fused=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,7 @@ class Trainer:
         self.out_dir = self.prepared.out_dir
         name, _, revision = run["base"]["name"].partition("@")
         self.store = Store(self.out_dir, self.prepared.method, name, revision or None, loaded.folder, loaded.tokenizer)
-        self.optimizer = make_optimizer(self.model, self.config)
+        self.optimizer = make_optimizer(self.model, self.config, self.prepared.method)
         self.frozen: Frozen | None = None
         self.steps = self.config.max_iters or 0
 
@@ -269,7 +275,7 @@ class Trainer:
             self.progress.rescale(finite)
         lr = learning_rate(step, config)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["ratio"]
         if finite:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,88 @@
+"""BitFit (Ben-Zaken et al. 2021, arXiv:2106.10199): only the bias terms are trained.
+
+    h = W0 x + b        b trained, W0 frozen; the same for the b of layer norms
+
+The Llama family has no biases (Qwen2 some): `add_biases` gives every linear one that starts at zero, which changes
+nothing until it is trained and is exported like any other (attention_bias and mlp_bias in a Hugging Face config).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from graftlm.errors import InputError
+from graftlm.methods.accounting import Part, has_bias, linear_size, spelled
+from graftlm.methods.base import Method, freeze, master_dtype
+from graftlm.models import CausalLM, Linear, Shape
+from graftlm.models.names import module_of
+
+
+@dataclass(frozen=True)
+class BitFit(Method):
+    """Train the biases of linears and norms, kept in float32 and cast to the arithmetic's dtype in each forward."""
+
+    add_biases: bool = False
+    """Give every linear of the adapted blocks' model a zero bias where it has none."""
+
+    name: ClassVar[str] = "bitfit"
+    default_lr: ClassVar[float] = 2e-3
+    flags: ClassVar[Mapping[str, str]] = {"add_biases": "add_biases"}
+
+    def install(self, model: CausalLM, rng: torch.Generator) -> None:
+        """Mark the biases of the span's blocks, and the last norm's if the span reaches it; InputError without any."""
+        freeze(model)
+        if self.add_biases:
+            _add_biases(model)
+        shape = model.shape
+        trained: list[nn.Module] = [model.blocks[i] for i in self.span(shape)]
+        trained += [model.norm] if self.span(shape).stop == shape.layers else []
+        model.compute_dtype = model.dtype
+        found = 0
+        for module in (m for root in trained for m in root.modules()):
+            bias = getattr(module, "bias", None)
+            if isinstance(bias, nn.Parameter):
+                # A copy even where the dtype fits: models may share the base's tensors.
+                module.bias = nn.Parameter(bias.data.to(master_dtype(bias.dtype), copy=True))
+                found += 1
+        if not found:
+            raise InputError(
+                f"--method bitfit: this {shape.family} model has no biases to train: add --add_biases, which gives "
+                "every linear one that starts at zero"
+            )
+
+    def reshaped(self, shape: Shape) -> Shape:
+        """With add_biases, one with a bias on every linear, whatever the span."""
+        return biased(shape) if self.add_biases else shape
+
+    def parts(self, shape: Shape) -> list[Part]:
+        """The widths of all that has a bias: linears, and in GPT-2 the norms."""
+        shape, layers = self.reshaped(shape), len(self.span(shape))
+        parts = []
+        for role in (role for role in shape.roles if has_bias(shape, role)):
+            out = linear_size(shape, role)[1]
+            parts.append(Part(f"{role}, biases", layers * out, spelled("L out", L=layers, out=out), role))
+        if shape.family == "gpt2":
+            d, last = shape.d_model, self.span(shape).stop == shape.layers
+            formula = spelled("d (2 L + 1)" if last else "d 2 L", L=layers, d=d)
+            parts.append(Part("norms, biases", d * (2 * layers + last), formula, "norms"))
+        return parts
+
+
+def biased(shape: Shape) -> Shape:
+    """The shape with a bias on every linear."""
+    return replace(shape, qkv_bias=True, out_bias=True, mlp_bias=True)
+
+
+def _add_biases(model: CausalLM) -> None:
+    """Zero biases, of the base's dtype, where a linear has none."""
+    model.shape = biased(model.shape)
+    for block in model.blocks:
+        for role in model.shape.roles:
+            linear = block.get_submodule(module_of(role))
+            assert isinstance(linear, Linear)
+            if linear.bias is None:
+                zeros = torch.zeros(linear.out_features, dtype=linear.weight.dtype, device=linear.weight.device)
+                linear.bias = nn.Parameter(zeros, requires_grad=False)

@@ -1,0 +1,92 @@
+"""DoRA (Liu et al. 2024, arXiv:2402.09353): a weight's rows get learned lengths and a low-rank change of direction.
+
+    h = m o (W0 x + s B A dropout(x)) / n + b        n = the lengths of the rows of W0 + s B A, m starts as those of W0
+
+n is treated as a constant in the gradient (the paper's section 4.3). What is unusual here: the rows' lengths are found
+without ever making the product B A, from thin matrices:
+
+    n^2 = |W0|^2 + 2 s <W0 A^T, B> + s^2 <B (A A^T), B>        each by row
+
+Letters: r rank, N tokens.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from graftlm.methods.accounting import Part, linear_size, spelled
+from graftlm.methods.lora import LoRA, LoRALinear
+from graftlm.models import CausalLM, Linear, Shape
+
+
+class DoRALinear(LoRALinear):
+    """A LoRALinear whose rows have learned lengths, `magnitude` [out]."""
+
+    magnitude: nn.Parameter
+
+    @classmethod
+    def around(
+        cls,
+        linear: Linear,
+        rank: int,
+        alpha: float,
+        lora_dropout: float,
+        rng: torch.Generator,
+        rslora: bool = False,
+    ) -> "DoRALinear":
+        """As LoRALinear's; the lengths start as those of the linear's rows."""
+        new = super().around(linear, rank, alpha, lora_dropout, rng, rslora)
+        assert isinstance(new, DoRALinear)
+        new.magnitude = nn.Parameter(new.row_lengths())
+        return new
+
+    @torch.no_grad()
+    def row_lengths(self) -> Tensor:
+        """n [out]: the lengths of the rows of W0 + s B A, in float32 or wider."""
+        a, b, s = self.lora_A, self.lora_B, self.scale
+        w = self.pristine.to(a.dtype)
+        squares = w.square().sum(dim=1)
+        squares += 2 * s * ((w @ a.T) * b).sum(dim=1)
+        squares += s**2 * ((b @ (a @ a.T)) * b).sum(dim=1)
+        return squares.sqrt_()
+
+    def inner_bias(self, x: Tensor) -> None:
+        """The bias is added behind the lengths."""
+
+    def finish(self, y: Tensor) -> Tensor:
+        """Give the rows their lengths, and add the bias."""
+        y = y * (self.magnitude / self.row_lengths()).to(y.dtype)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _merged(self) -> Tensor:
+        return super()._merged().mul_((self.magnitude / self.row_lengths())[:, None])
+
+
+@dataclass(frozen=True)
+class DoRA(LoRA):
+    """Low-rank changes of direction and free lengths for the rows of the targeted linears in every block."""
+
+    rank: int = 16
+    alpha: float = 64.0
+
+    name: ClassVar[str] = "dora"
+    linear: ClassVar[type[LoRALinear]] = DoRALinear
+    magnitudes: ClassVar[bool] = True
+
+    def install(self, model: CausalLM, rng: torch.Generator) -> None:
+        """As LoRA's, and the lengths are trained too."""
+        super().install(model, rng)
+        for module in model.modules():
+            if isinstance(module, DoRALinear):
+                module.magnitude.requires_grad_(True)
+
+    def parts(self, shape: Shape) -> list[Part]:
+        """r (in + out) + out for each targeted linear, times the adapted layers."""
+        parts, layers = super().parts(shape), len(self.span(shape))
+        for role in self.targets:
+            out = linear_size(shape, role)[1]
+            formula = spelled("L out", L=layers, out=out)
+            parts.append(Part(f"{role}, lengths of rows", layers * out, formula, role, added=True))
+        return parts

@@ -1,0 +1,398 @@
+"""LoRA and DoRA to and from PEFT's adapter folders, so that PEFT loads `best/` as it is.
+
+What is unusual here: PEFT adapts GPT-2's fused c_attn with one pair (A, B), we adapt q, k and v each with their own.
+Three pairs become one of three times the rank, without loss:
+
+    A = [A_q; A_k; A_v]  [3r, d]      B = diag(B_q, B_k, B_v)  [3d, 3r]      alpha' = 3 alpha, so alpha'/r' = alpha/r
+
+With a part missing it has no columns in A and zero rows in B. Reading cuts the blocks out again. Where the three A are
+the same bits, as after reading a foreign folder, A is written once, so that round trips do not grow. With rsLoRA,
+alpha' = sqrt(3) alpha. A folder of PEFT's own is read by `adopt`; what it says and we do not understand is an error.
+
+Letters: r rank, d model width.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from graftlm.errors import InputError
+from graftlm.methods.accounting import linear_size
+from graftlm.methods.base import PeftFolder, delta_state
+from graftlm.models.base import CausalLM, Shape
+from graftlm.models.layers import Linear
+from graftlm.models.names import file_module, layer_prefix, module_of
+
+if TYPE_CHECKING:
+    from graftlm.methods.lora import LoRA
+
+FUSED = "attn.c_attn"
+PEFT_VERSION = "0.19.0"  # the format's version that is written; newer readers accept it
+
+# What a config may say beside what is read below. These change nothing in what the adapter computes:
+_WITHOUT_EFFECT = {
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"),
+    *("megatron_core", "qalora_group_size", "fan_in_fan_out", "ensure_weight_tying", "eva_config"),
+}
+_READ = {
+    *("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform"),
+    *("layers_pattern", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias", "init_lora_weights"),
+}
+# And these would, so they must be unset:
+_REFUSED = {
+    *("modules_to_save", "megatron_config", "trainable_token_indices", "loftq_config", "corda_config"),
+    *("lora_ga_config", "velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config", "lora_bias"),
+    *("layer_replication", "runtime_config", "target_parameters", "use_bdlora", "arrow_config", "kasa_config"),
+}
+# Starts that leave the base's weights alone; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change them.
+_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+def fused(shape: Shape, targets: tuple[str, ...]) -> tuple[str, ...]:
+    """The targeted parts of GPT-2's c_attn, in its order; none for other families."""
+    return tuple(r for r in "qkv" if r in targets) if shape.family == "gpt2" else ()
+
+
+def _layer(shape: Shape, i: int) -> str:
+    return f"base_model.model.{layer_prefix(shape.family)}{i}."
+
+
+# Ours -> PEFT's -------------------------------------------------------------------------------------------------------
+
+
+def to_peft(method: "LoRA", model: CausalLM) -> PeftFolder:
+    """The config and the tensors that PEFT reads as this model's adapter."""
+    shape, state = model.shape, delta_state(model)
+    parts = fused(shape, method.targets)
+    once = bool(parts) and all(
+        torch.equal(state[f"blocks.{i}.attn.{parts[0]}.lora_A"], state[f"blocks.{i}.attn.{part}.lora_A"])
+        for i in method.span(shape)
+        for part in parts
+    )
+    out: dict[str, Tensor] = {}
+    for i in method.span(shape):
+        for role in (r for r in method.targets if r not in parts):
+            key, ours = f"{_layer(shape, i)}{file_module(shape.family, role)}", f"blocks.{i}.{module_of(role)}"
+            out[f"{key}.lora_A.weight"] = state[f"{ours}.lora_A"]
+            out[f"{key}.lora_B.weight"] = state[f"{ours}.lora_B"]
+            if method.magnitudes:
+                out[f"{key}.lora_magnitude_vector"] = state[f"{ours}.magnitude"]
+        if parts:
+            out |= _fuse(method, model, state, i, parts, once)
+    return _config(shape, method, once), out
+
+
+def _fuse(
+    method: "LoRA", model: CausalLM, state: Mapping[str, Tensor], i: int, parts: tuple[str, ...], once: bool
+) -> dict[str, Tensor]:
+    """c_attn's pair in layer i, and its magnitudes; a part that is not adapted keeps the base's."""
+    d, r, key = model.shape.d_model, method.rank, f"{_layer(model.shape, i)}{FUSED}"
+    a = [state[f"blocks.{i}.attn.{part}.lora_A"] for part in parts]
+    b = [state[f"blocks.{i}.attn.{part}.lora_B"] for part in parts]
+    wide = b[0].new_zeros(3 * d, r if once else r * len(parts))
+    for n, part in enumerate(parts):
+        row, column = "qkv".index(part) * d, 0 if once else n * r
+        wide[row : row + d, column : column + r] = b[n]
+    out = {f"{key}.lora_A.weight": a[0] if once else torch.cat(a), f"{key}.lora_B.weight": wide}
+    if method.magnitudes:
+        attn = model.get_submodule(f"blocks.{i}.attn")
+        lengths = [
+            state[f"blocks.{i}.attn.{part}.magnitude"] if part in parts else row_norms(getattr(attn, part))
+            for part in "qkv"
+        ]
+        out[f"{key}.lora_magnitude_vector"] = torch.cat(lengths)
+    return out
+
+
+def row_norms(linear: Linear) -> Tensor:
+    """The length of each row of a plain linear's weight, in float32 or wider: [out]."""
+    exact = linear.weight.detach().to(torch.promote_types(linear.weight.dtype, torch.float32))
+    return exact.square().sum(dim=1).sqrt()
+
+
+def _config(shape: Shape, method: "LoRA", once: bool) -> dict[str, Any]:
+    """adapter_config.json but for the base's name."""
+    parts = fused(shape, method.targets)
+    groups = 1 if once else max(1, len(parts))
+    rank, alpha = method.rank * groups, method.alpha * (math.sqrt(groups) if method.rslora else groups)
+    patterns: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}}
+    if groups > 1 and len(method.targets) > len(parts):
+        # One rank and alpha hold for all modules of a plain config; the fused one differs, so patterns say so.
+        patterns = {"rank_pattern": {FUSED: rank}, "alpha_pattern": {FUSED: alpha}}
+        rank, alpha = method.rank, method.alpha
+    modules = [file_module(shape.family, role) for role in method.targets]
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": sorted({m if shape.family == "gpt2" else m.split(".")[-1] for m in modules}),
+        "layers_to_transform": list(method.span(shape)) if method.layers else None,
+        "fan_in_fan_out": shape.family == "gpt2",
+        "bias": "none",
+        "lora_dropout": method.dropout,
+        "use_rslora": method.rslora,
+        "use_dora": method.magnitudes,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "peft_version": PEFT_VERSION,
+        **patterns,
+    }
+
+
+# A folder that was written above -> ours ------------------------------------------------------------------------------
+
+
+class _Tensors:
+    """A file's tensors, taken one by one; what is missing, misshapen or left over is an error."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], where: str) -> None:
+        self._tensors, self._unread, self._where = tensors, set(tensors), where
+
+    def take(self, key: str, *size: int) -> Tensor:
+        if key not in self._tensors:
+            raise InputError(f"{self._where}: the tensor {key} is missing")
+        if tuple(self._tensors[key].shape) != size:
+            found = list(self._tensors[key].shape)
+            raise InputError(f"{self._where}: {key} has shape {found}, expected {list(size)}")
+        self._unread.discard(key)
+        return self._tensors[key]
+
+    def all_taken(self) -> None:
+        if self._unread:
+            raise InputError(f"{self._where}: the tensor {min(self._unread)} belongs to no target of this adapter")
+
+
+def from_peft(method: "LoRA", shape: Shape, folder: PeftFolder, where: str) -> dict[str, Tensor]:
+    """The inverse of `to_peft` for a folder written with this method; an InputError for anything else."""
+    config, tensors = folder
+    parts, rank, d = fused(shape, method.targets), method.rank, shape.d_model
+    first = f"{_layer(shape, method.span(shape).start)}{FUSED}.lora_A.weight"
+    once = bool(parts) and first in tensors and len(tensors[first]) == rank
+    expected = _config(shape, method, once)
+    for key in ("peft_type", "r", "lora_alpha", "target_modules", "layers_to_transform", "use_rslora", "use_dora"):
+        if config.get(key) != expected[key]:
+            raise InputError(f"{where}: {key} is {config.get(key)!r}, the run says {expected[key]!r}")
+    out: dict[str, Tensor] = {}
+    file = _Tensors(tensors, where)
+    for i in method.span(shape):
+        for role in (r for r in method.targets if r not in parts):
+            n_in, n_out = linear_size(shape, role)
+            key, ours = f"{_layer(shape, i)}{file_module(shape.family, role)}", f"blocks.{i}.{module_of(role)}"
+            out[f"{ours}.lora_A"] = file.take(f"{key}.lora_A.weight", rank, n_in)
+            out[f"{ours}.lora_B"] = file.take(f"{key}.lora_B.weight", n_out, rank)
+            if method.magnitudes:
+                out[f"{ours}.magnitude"] = file.take(f"{key}.lora_magnitude_vector", n_out)
+        if parts:
+            wide = rank if once else rank * len(parts)
+            key = f"{_layer(shape, i)}{FUSED}"
+            a, b = file.take(f"{key}.lora_A.weight", wide, d), file.take(f"{key}.lora_B.weight", 3 * d, wide)
+            lengths = file.take(f"{key}.lora_magnitude_vector", 3 * d) if method.magnitudes else None
+            for n, part in enumerate(parts):
+                rows = slice("qkv".index(part) * d, ("qkv".index(part) + 1) * d)
+                columns = slice(0, rank) if once else slice(n * rank, (n + 1) * rank)
+                out[f"blocks.{i}.attn.{part}.lora_A"], out[f"blocks.{i}.attn.{part}.lora_B"] = (
+                    a[columns],
+                    b[rows, columns],
+                )
+                if lengths is not None:
+                    out[f"blocks.{i}.attn.{part}.magnitude"] = lengths[rows]
+    file.all_taken()
+    return out
+
+
+# A folder that PEFT wrote -> ours -------------------------------------------------------------------------------------
+
+
+def adopt(shape: Shape, folder: PeftFolder, where: str, magnitudes: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The fields of a LoRA (or DoRA) and its tensors; an InputError names what is not understood."""
+    config, tensors = folder
+    check_fields(config, _READ | _WITHOUT_EFFECT, _REFUSED, where)
+    if config.get("bias", "none") != "none":
+        raise InputError(f"{where}: bias = {config['bias']!r} is not supported; supported: 'none'")
+    if config.get("init_lora_weights", True) not in _STARTS:
+        raise InputError(
+            f"{where}: init_lora_weights = {config['init_lora_weights']!r} is not supported: it may change the base's "
+            "weights; save the adapter with PEFT's path_initial_model_for_weight_conversion"
+        )
+    modules = dict(_targeted(shape, config, where))
+    layers = sorted({i for i, _ in modules.values()})
+    roles = {theirs for _, theirs in modules.values()}
+    if len(modules) != len(layers) * len(roles) or layers != list(range(layers[0], layers[-1] + 1)):
+        raise InputError(
+            f"{where}: target_modules and layers_to_transform adapt layers {layers} unevenly; supported: the same "
+            "modules in each of a span of layers"
+        )
+    wide = [tensors.get(f"base_model.model.{n}.lora_B.weight") for n, (_, theirs) in modules.items() if theirs == FUSED]
+    parts, blocks = _thirds([b for b in wide if b is not None and b.dim() == 2], shape.d_model)
+    rank, alpha = _one_size(config, {n: blocks if theirs == FUSED else 1 for n, (_, theirs) in modules.items()}, where)
+    file, state = _Tensors(tensors, where), dict[str, Tensor]()
+    for name, (i, theirs) in modules.items():
+        key = f"base_model.model.{name}"
+        role = next(r for r in shape.roles if file_module(shape.family, r) == theirs)
+        (n_in, n_out), r = linear_size(shape, role), rank
+        if theirs == FUSED:
+            n_out, r = 3 * n_out, rank * blocks
+        a = file.take(f"{key}.lora_A.weight", r, n_in)
+        b = file.take(f"{key}.lora_B.weight", n_out, r)
+        lengths = file.take(f"{key}.lora_magnitude_vector", n_out) if magnitudes else None
+        if theirs == FUSED:
+            state |= _split(i, a, b, lengths, parts, blocks)
+        else:
+            ours = f"blocks.{i}.{module_of(role)}"
+            state |= {f"{ours}.lora_A": a, f"{ours}.lora_B": b}
+            state |= {} if lengths is None else {f"{ours}.magnitude": lengths}
+    file.all_taken()
+    targets: list[str] = []
+    for role in shape.roles:
+        theirs = file_module(shape.family, role)
+        if theirs in roles and (theirs != FUSED or role in parts or magnitudes):
+            targets.append(role)
+    span = None if len(layers) == shape.layers else (layers[0], layers[-1] + 1)
+    dropout = config.get("lora_dropout", 0.0)
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise InputError(f"{where}: lora_dropout = {dropout!r} must be at least 0 and below 1")
+    return {
+        "rank": rank,
+        "alpha": alpha,
+        "targets": tuple(targets),
+        "dropout": float(dropout),
+        "rslora": bool(config.get("use_rslora", False)),
+        "layers": span,
+    }, state
+
+
+def check_fields(config: Mapping[str, Any], read: set[str], refused: set[str], where: str) -> None:
+    """Every field of a config is one that is read, or one that is known and unset."""
+    for key, value in config.items():
+        if key in refused:
+            if value not in (None, False, [], {}):
+                raise InputError(f"{where}: {key} = {value!r} is not supported; it must be unset")
+        elif key not in read:
+            raise InputError(
+                f"{where}: {key!r} is no field that is understood; remove it, or read the folder with PEFT"
+            )
+
+
+def _targeted(shape: Shape, config: Mapping[str, Any], where: str) -> Iterator[tuple[str, tuple[int, str]]]:
+    """What PEFT would adapt by this config: transformers' module name -> (layer, its name in the layer)."""
+    targets, excluded = config.get("target_modules"), config.get("exclude_modules") or []
+    if not targets or not isinstance(targets, str | list):
+        raise InputError(f"{where}: target_modules is {targets!r}; expected a list of module names")
+    only = _layers(shape, config, where)
+    inside = sorted({file_module(shape.family, role) for role in shape.roles})
+    names = {f"{layer_prefix(shape.family)}{i}.{theirs}": (i, theirs) for i in range(shape.layers) for theirs in inside}
+    if isinstance(targets, list):
+        for target in targets:
+            if not any(_named(name, [target], where) for name in names):
+                raise InputError(f"{where}: target_modules names {target!r}, which is none of {', '.join(inside)}")
+    found = {
+        name: place
+        for name, place in names.items()
+        if _named(name, targets, where) and not _named(name, excluded, where) and place[0] in only
+    }
+    if not found:
+        raise InputError(f"{where}: target_modules {targets!r} names no linear of this {shape.family} model")
+    yield from found.items()
+
+
+def _layers(shape: Shape, config: Mapping[str, Any], where: str) -> range | list[int]:
+    """The layers of layers_to_transform, all where it is unset; layers_pattern must name the list they stand in."""
+    only, pattern = config.get("layers_to_transform"), config.get("layers_pattern")
+    only = [only] if type(only) is int else only
+    if only is None or only == []:
+        return range(shape.layers)
+    if not isinstance(only, list) or not all(type(i) is int for i in only):
+        raise InputError(f"{where}: layers_to_transform = {only!r} must be a list of layers' numbers")
+    if not set(only) <= set(range(shape.layers)):
+        raise InputError(
+            f"{where}: layers_to_transform = {only!r}, but this model's layers are 0 to {shape.layers - 1}"
+        )
+    own = layer_prefix(shape.family).split(".")[1]
+    if pattern and own not in ([pattern] if isinstance(pattern, str) else pattern):
+        raise InputError(f"{where}: layers_pattern = {pattern!r} is not supported; this model's layers are in {own!r}")
+    return only
+
+
+def _named(name: str, patterns: str | list[str], where: str) -> bool:
+    """Whether PEFT's rule matches: a text is a regular expression, a list holds names or their ends."""
+    if isinstance(patterns, str):
+        return patterns.lower() == "all-linear" or _matches(patterns, name, where)
+    return any(name == p or name.endswith(f".{p}") for p in patterns)
+
+
+def _matches(pattern: str, name: str, where: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise InputError(f"{where}: {pattern!r} is no regular expression ({error})") from None
+
+
+def _one_size(config: Mapping[str, Any], blocks: Mapping[str, int], where: str) -> tuple[int, float]:
+    """The rank and alpha that all modules have, of each of the `blocks` that c_attn's pair consists of."""
+    sizes: list[tuple[int, int, float]] = []
+    for name, n in blocks.items():
+        rank, alpha = int(_of_module("r", config, name, where)), _of_module("lora_alpha", config, name, where)
+        sizes.append((n, rank // n, alpha / (math.sqrt(n) if config.get("use_rslora") else n)))
+    _, rank, alpha = min(sizes)  # what is not multiplied and divided again comes first
+    if any(rank != r or not math.isclose(alpha, a, rel_tol=1e-12) for _, r, a in sizes):
+        raise InputError(
+            f"{where}: rank_pattern or alpha_pattern gives modules different ranks or alphas: not supported"
+        )
+    return rank, float(alpha)
+
+
+def _of_module(field: str, config: Mapping[str, Any], name: str, where: str) -> float:
+    """A module's r or lora_alpha: by the pattern that matches it, else the config's; PEFT's own default is 8."""
+    key = "rank_pattern" if field == "r" else "alpha_pattern"
+    patterns = config.get(key) or {}
+    if not isinstance(patterns, dict):
+        raise InputError(f"{where}: {key} = {patterns!r} must be an object of module names")
+    value = next((v for p, v in patterns.items() if _matches(rf"(.*\.)?({p})$", name, where)), config.get(field, 8))
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf or (field == "r" and value % 1):
+        raise InputError(f"{where}: {field} = {value!r} must be a {'whole ' if field == 'r' else ''}number above 0")
+    return value
+
+
+def _thirds(wide: Sequence[Tensor], d: int) -> tuple[tuple[str, ...], int]:
+    """Of every layer's B of c_attn: the parts that are adapted, and into how many blocks their columns fall.
+
+    Blocks mean that each part has rows of A of its own, as `to_peft` writes them; 1 means that all use the whole A.
+    """
+    reached = {part for n, part in enumerate("qkv") if any(bool(b[n * d : (n + 1) * d].any()) for b in wide)}
+    for parts in (p for n in (3, 2) for p in combinations("qkv", n)):
+        if reached and all(_in_blocks(b, parts, d) for b in wide):
+            return parts, len(parts)
+    return tuple(part for part in "qkv" if part in reached or not reached), 1
+
+
+def _in_blocks(b: Tensor, parts: tuple[str, ...], d: int) -> bool:
+    """Whether B [3d, r] is block-diagonal over the parts."""
+    r, rest = divmod(b.shape[1], len(parts))
+    outside = b.clone()
+    for n, part in enumerate(parts):
+        row = "qkv".index(part) * d
+        outside[row : row + d, n * r : (n + 1) * r] = 0
+    return not rest and not bool(outside.any())
+
+
+def _split(
+    i: int, a: Tensor, b: Tensor, lengths: Tensor | None, parts: tuple[str, ...], groups: int
+) -> dict[str, Tensor]:
+    """c_attn's pair as one for each part: blocks cut out, or A whole for each; with magnitudes for all of q, k, v."""
+    d, r = len(b) // 3, len(a) // groups
+    state: dict[str, Tensor] = {}
+    for part in parts if lengths is None else "qkv":
+        row, n = "qkv".index(part) * d, parts.index(part) if part in parts and groups > 1 else 0
+        columns = slice(n * r, (n + 1) * r)
+        mine = b[row : row + d, columns] if part in parts else b.new_zeros(d, r)
+        state |= {f"blocks.{i}.attn.{part}.lora_A": a[columns], f"blocks.{i}.attn.{part}.lora_B": mine}
+        if lengths is not None:
+            state[f"blocks.{i}.attn.{part}.magnitude"] = lengths[row : row + d]
+    return state

@@ -1,0 +1,200 @@
+"""`graft account`: what a method trains, what that costs and what memory it holds, from formulas alone.
+
+What is unusual here: the method is installed too, on a model whose tensors have no memory (PyTorch's meta device). So
+whatever a run would refuse is refused here, in the same words; the numbers are the closed forms', and the tests hold
+the two together.
+
+Left out: activations, whose memory depends on the batch and on what autograd keeps (`graft train --plan` measures
+them), norms, and whatever else is no matrix product.
+"""
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graftlm.config import AccountConfig
+from graftlm.errors import InputError
+from graftlm.files.assets import BUILTIN_MODELS, model_config
+from graftlm.methods import Adapter, Full, LoRA, Method, PrefixTuning, method_from_flags
+from graftlm.methods.accounting import (
+    Line,
+    Part,
+    ffn_adapters,
+    ffn_flops,
+    ffn_parts,
+    forward_flops,
+    memory,
+    model_parts,
+    total,
+    training_flops,
+)
+from graftlm.methods.base import layer_span
+from graftlm.models import Shape, build
+from graftlm.models.names import read_shape
+from graftlm.models.sizes import SHAPES
+
+ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
+WITH_FFN = {"ffn", "method", "rank", "dtype", "gflops"}
+
+Flops = Mapping[str, Mapping[str, Line]]
+
+
+def account(config: AccountConfig, given: Set[str]) -> dict[str, Any]:
+    """The accounts that the flags ask for, with all formulas; `given` are the flags typed."""
+    if "ffn" in given:
+        return _account_ffn(config, given)
+    shape = known_shape(config.init_from)
+    method = method_from_flags(config, given)
+    method = replace(method, layers=layer_span(config.train_layers, shape.layers))
+    with torch.device("meta"):
+        method.install(build(shape), torch.Generator())
+    room = shape.context - method.positions
+    if config.max_length is not None and config.max_length > room:
+        raise InputError(f"--max_length {config.max_length}: the model reads at most {room} tokens of a text")
+    parts, span = method.parts(shape), method.span(shape)
+    weights, text = sum(part.weights for part in parts), (config.max_length or room, method.positions)
+    flops = {
+        "forward": forward_flops(shape, weights, *text),
+        "training": training_flops(
+            shape,
+            weights,
+            *text,
+            first=span.start,
+            weights_in=len(span) if method.stores_model else 0,
+            head_trained=method.stores_model and method.layers is None,
+        ),
+    }
+    about = {"model": config.init_from, "method": method.to_json(), "tokens": text[0]}
+    result = _result(config, about, model_parts(shape), model_parts(method.reshaped(shape)), parts, flops)
+    return {**result, "paper": paper(config.init_from, shape, method)}
+
+
+def known_shape(name: str) -> Shape:
+    """The shape of a model by name: of those with a short name out of a table, else out of its config.json."""
+    if name in SHAPES and (name in BUILTIN_MODELS or not Path(name).exists()):
+        return SHAPES[name]
+    return read_shape(*model_config(name))
+
+
+def _account_ffn(config: AccountConfig, given: Set[str]) -> dict[str, Any]:
+    if spare := sorted(given - WITH_FFN):
+        raise InputError(f"--{spare[0]}: says something of a language model, --ffn is a net of its own; leave one out")
+    widths = layer_widths(config.ffn)
+    if "method" not in given:
+        config = replace(config, method="full")
+    method = method_from_flags(config, given)
+    if method.name not in ("full", "bitfit", "adapter"):
+        raise InputError(f"--method {method.name}: with --ffn choose full, bitfit or adapter")
+    base = ffn_parts(widths)
+    parts = {
+        "full": base,
+        "bitfit": ffn_parts(widths, weights=False),
+        "adapter": ffn_adapters(widths, method.rank if isinstance(method, Adapter) else 0),
+    }[method.name]
+    flops = ffn_flops(widths, sum(part.weights for part in parts), weights_trained=method.stores_model)
+    chosen: dict[str, Any] = {"method": method.name, **({"rank": method.rank} if isinstance(method, Adapter) else {})}
+    units = {"hidden": sum(widths[1:-1]), "hidden_and_output": sum(widths[1:])}
+    about = {"model": f"feed-forward net {config.ffn}", "method": chosen, "units": units}
+    return _result(config, about, base, base, parts, flops)
+
+
+def layer_widths(text: str) -> list[int]:
+    """The widths that --ffn lists: two or more whole numbers above 0."""
+    try:
+        widths = [int(width) for width in text.split(",")]
+    except ValueError:
+        widths = []
+    if len(widths) < 2 or min(widths) < 1:
+        raise InputError(f"--ffn {text!r}: must be two or more whole numbers above 0, as in 1024,512,1")
+    return widths
+
+
+def _result(
+    config: AccountConfig,
+    about: dict[str, Any],
+    base: Sequence[Part],
+    own: Sequence[Part],
+    trained: Sequence[Part],
+    flops: Flops,
+) -> dict[str, Any]:
+    """The JSON object: `base` is the model as it came, `own` the same after installing, `trained` what is trained."""
+    whole = [*own, *(part for part in trained if part.added)]
+    everything, trainable = total(whole), total(trained)
+    by_module: dict[str, dict[str, int]] = {}
+    for key, parts in (("total", whole), ("trainable", trained)):
+        for part in parts:
+            by_module.setdefault(part.module, {"total": 0, "trainable": 0})[key] += part.count
+    held = memory(trainable, everything, ITEM[config.dtype])
+    per_token = {way: _counts(lines) for way, lines in flops.items()}
+    result = {
+        **about,
+        "total": everything,
+        "trainable": trainable,
+        "share": trainable / everything,
+        "base": total(base),
+        "share_of_base": trainable / total(base),
+        "by_module": by_module,
+        "flops_per_token": per_token,
+        "bytes": _counts(held),
+        "dtype": config.dtype,
+        "formulas": {
+            "model": _shown(own),
+            "trained": _shown(trained),
+            **{way: _shown(lines.values()) for way, lines in flops.items()},
+            "bytes": _shown(held.values()),
+        },
+    }
+    if config.gflops is not None:
+        speed = config.gflops * 1e9
+        result["gflops"] = config.gflops
+        result["seconds_per_million_tokens"] = {way: n["total"] * 1e6 / speed for way, n in per_token.items()}
+    return result
+
+
+def _counts(lines: Mapping[str, Line]) -> dict[str, int]:
+    return {**{name: line.count for name, line in lines.items()}, "total": total(list(lines.values()))}
+
+
+def _shown(lines: Any) -> list[dict[str, Any]]:
+    return [{"what": line.what, "count": line.count, "formula": line.formula} for line in lines if line.count]
+
+
+# Beside the LoRA paper ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Published:
+    """A count in Table 3 of the LoRA paper (Hu et al. 2021, arXiv:2106.09685)."""
+
+    model: str
+    method: Method
+    millions: str
+    name: str
+    remark: str = ""
+
+
+_PRELAYER = "; it trains what leaves each layer, keys and values are our nearest"
+TABLE_3 = (
+    Published("gpt2-medium", Full(), "354.92", "FT"),
+    Published("gpt2-medium", Adapter(rank=112), "11.09", "Adapter (Houlsby)", "; no rank is given, 112 is nearest"),
+    Published("gpt2-medium", PrefixTuning(length=7), "0.35", "PreLayer", _PRELAYER),
+    Published("gpt2-medium", LoRA(rank=4, targets=("q", "v")), "0.35", "LoRA"),
+    Published("gpt2-large", Full(), "774.03", "FT"),
+    Published("gpt2-large", LoRA(rank=4, targets=("q", "v")), "0.77", "LoRA"),
+)
+
+
+def paper(name: str, shape: Shape, method: Method) -> dict[str, Any] | None:
+    """What the paper's table says of just this model and method, beside the exact count; None where it says nothing."""
+    for row in TABLE_3:
+        if row.model == name and row.method.parts(shape) == method.parts(shape):
+            exact = method.count(shape)
+            agrees = f"{exact / 1e6:.2f}" == row.millions
+            off = exact / (float(row.millions) * 1e6) - 1
+            verdict = "the same when rounded" if agrees else f"exact: {exact:,}, {off:+.2%}"
+            note = f"LoRA paper, Table 3, {row.name}: {row.millions}M; {verdict}{row.remark}"
+            return {"millions": float(row.millions), "exact": exact, "agrees": agrees, "note": note}
+    return None
