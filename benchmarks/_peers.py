@@ -48,6 +48,10 @@ class Job:
     """A few steps, for the fastest number format here or for the memory: no validation behind them."""
     first_layer: int = 0
     """LoRA in the layers from this number on."""
+    method: str = "lora"
+    """How to adapt, by graft's name of the method; PEFT has lora, dora and prefix."""
+    flags: tuple[tuple[str, str], ...] = ()
+    """What graft is told of another method than lora."""
 
 
 class Encoded(NamedTuple):
@@ -113,11 +117,14 @@ def length_batches(rows: Sequence[Encoded], batch_size: int, loss_on: str = "com
         yield collate(ordered[start : start + batch_size], loss_on)
 
 
-def summed_loss(causal_lm: Any, batch: Batch) -> "torch.Tensor":
-    """Sum of the targets' cross entropies; the head sees only the [N, d] rows that predict a target, not all B*T."""
+def summed_loss(causal_lm: Any, batch: Batch, past: Any = None) -> "torch.Tensor":
+    """Sum of the targets' cross entropies; the head sees only the [N, d] rows that predict a target, not all B*T.
+
+    `past`: the keys and values of a learned prefix, if there is one.
+    """
     from torch.nn.functional import cross_entropy
 
-    hidden = causal_lm.model(input_ids=batch.ids, use_cache=False).last_hidden_state
+    hidden = causal_lm.model(input_ids=batch.ids, past_key_values=past, use_cache=False).last_hidden_state
     logits = causal_lm.lm_head(hidden.flatten(0, 1)[batch.at])
     return cross_entropy(logits.float(), batch.targets, reduction="sum")
 
@@ -154,9 +161,14 @@ def _result(job: Job, ends: Sequence[float], causal_lm: Any, tokenizer: Any, pre
     return figures
 
 
-def _lora(job: Job) -> Any:
-    from peft import LoraConfig
+PREFIX_LENGTH = 20
 
+
+def _adapter(job: Job) -> Any:
+    from peft import LoraConfig, PrefixTuningConfig
+
+    if job.method == "prefix":
+        return PrefixTuningConfig(num_virtual_tokens=PREFIX_LENGTH, task_type="CAUSAL_LM")
     layers = json.loads((Path(job.model) / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
     return LoraConfig(
         r=job.rank,
@@ -165,6 +177,7 @@ def _lora(job: Job) -> Any:
         target_modules=[f"{target}_proj" for target in job.targets],
         layers_to_transform=list(range(job.first_layer, layers)) if job.first_layer else None,
         task_type="CAUSAL_LM",
+        use_dora=job.method == "dora",
     )
 
 
@@ -210,7 +223,7 @@ def run_trl(job: Job) -> dict[str, Any]:
         ),
         train_dataset=Dataset.from_list(load_examples(job, "train")),
         processing_class=tokenizer,
-        peft_config=_lora(job),
+        peft_config=_adapter(job),
         callbacks=[StepEnds()],
     )
     trainer.train()
@@ -232,9 +245,9 @@ class StrongPeer:
 
         torch.manual_seed(job.seed)
         base_dtype = torch.float32 if job.precision in ("autocast-fp32-base", "fp32") else torch.bfloat16
-        self.mixed = job.precision.startswith("autocast")
+        self.mixed, self.prefixed = job.precision.startswith("autocast"), job.method == "prefix"
         base = AutoModelForCausalLM.from_pretrained(job.model, dtype=base_dtype)
-        self.model: Any = get_peft_model(base, _lora(job), autocast_adapter_dtype=job.precision != "bf16")
+        self.model: Any = get_peft_model(base, _adapter(job), autocast_adapter_dtype=job.precision != "bf16")
         self.causal_lm = self.model.get_base_model()
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=job.lr, weight_decay=0.0, fused=True)
@@ -245,7 +258,8 @@ class StrongPeer:
         import torch
 
         with torch.autocast("cpu", torch.bfloat16, enabled=self.mixed):
-            loss = summed_loss(self.causal_lm, batch) / len(batch.targets)
+            past = self.model.get_prompt(batch_size=len(batch.ids)) if self.prefixed else None
+            loss = summed_loss(self.causal_lm, batch, past) / len(batch.targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
         self.optimizer.step()

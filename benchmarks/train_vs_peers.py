@@ -34,6 +34,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from _machine import Watch, describe, matrix_peaks, run_measured, worth_trying
 from _peers import PRECISIONS, TRL_PRECISIONS, Job, run_peft, run_trl
@@ -114,10 +115,7 @@ def graft_command(job: Job, work: Path, out_dir: Path) -> list[str]:
         "init_from": job.model,
         "data": str(work / "data"),
         "out_dir": str(out_dir),
-        "rank": job.rank,
-        "alpha": job.alpha,
-        "targets": ",".join(job.targets),
-        "lora_dropout": job.lora_dropout,
+        **_method(job),
         "lr": job.lr,
         "warmup": job.warmup,
         "batch_size": job.batch_size,
@@ -131,6 +129,14 @@ def graft_command(job: Job, work: Path, out_dir: Path) -> list[str]:
         flags["train_layers"] = f"{job.first_layer}:"
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     return [sys.executable, "-m", "graftlm", "train", *words, "--json"]
+
+
+def _method(job: Job) -> dict[str, Any]:
+    if job.method not in ("lora", "dora"):
+        return {"method": job.method, **dict(job.flags)}
+    targets = ",".join(job.targets)
+    lora = {"rank": job.rank, "alpha": job.alpha, "targets": targets, "lora_dropout": job.lora_dropout}
+    return {"method": job.method, **lora}
 
 
 def graft_figures(stdout: str, out_dir: Path, job: Job) -> Run:
@@ -184,7 +190,7 @@ def _last_json(stdout: str) -> Run:
 def run_child(contender: str, job_file: Path) -> None:
     """The process of one peer: the job's file in, one JSON object out on the last line."""
     fields = json.loads(job_file.read_text(encoding="utf-8"))
-    job = Job(**{**fields, "targets": tuple(fields["targets"])})
+    job = Job(**{**fields, "targets": tuple(fields["targets"]), "flags": ()})
     print(json.dumps({"trl": run_trl, "peft": run_peft}[contender](job)))
 
 
