@@ -15,6 +15,7 @@ import torch
 
 from graftlm.config import EvaluateConfig, TrainConfig
 from graftlm.exchange.huggingface import load_model
+from graftlm.methods import METHODS
 from graftlm.training.train import train
 from tiny import TEMPLATE, data_folder, model_folder
 
@@ -292,6 +293,31 @@ def test_time_to_accuracy_uses_flags_that_exist(load: type[ModuleType], monkeypa
     task, _ = bench.task_of(bench.arguments(["--max-steps", "50"]), Path())
     assert set(task.flags) <= {field.name for field in dataclasses.fields(TrainConfig)}
     assert (task.job.steps, task.job.lr) == (task.flags["max_iters"], task.flags["lr"]) == (50, 1e-3)
+
+
+def test_methods_compare_with_lora_and_with_peft_in_their_round(load: type[ModuleType]) -> None:
+    bench = load("methods")
+
+    def run(speed: float) -> dict[str, float]:
+        return {"examples_per_s": speed, "peak_rss_mb": 1.0, "trainable": 5}
+
+    rounds = [
+        {"graft lora": run(8), "peft lora": run(4), "graft prefix": run(6), "peft prefix": run(4)},
+        {"graft lora": run(10), "peft lora": run(4), "graft full": run(6)},
+    ]
+    summary = bench.summarise(rounds)
+    assert summary["ratios"]["examples/s lora / PEFT's"] == {"rounds": [2.0, 2.5], "median": 2.25}
+    assert summary["ratios"]["examples/s prefix / lora"]["rounds"] == [0.75]
+    claims = summary["claims"]
+    assert claims["prefix / lora: at least 0.8"] is False and claims["full / lora: at least 0.5"] is True
+    assert claims["dora / PEFT's: at least 2"] is None and "graft full" in bench.table(summary)
+
+
+def test_every_method_is_measured_with_flags_that_exist(load: type[ModuleType]) -> None:
+    bench = load("methods")
+    assert sorted(bench.METHODS) == sorted(METHODS)
+    flags = {name for words in bench.METHODS.values() for name, _ in words}
+    assert flags <= {field.name for field in dataclasses.fields(TrainConfig)}
 
 
 # The course handout's experiments

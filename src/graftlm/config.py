@@ -78,7 +78,7 @@ class TrainConfig(MethodFlags):
     out_dir: str = "graft-run"
     """The run folder to create; it must not hold another run unless --resume is given."""
     lr: float | None = None
-    """Peak learning rate of AdamW. Default: the method's (lora: 2.5e-4, dora: 2.5e-4, bitfit: 2e-3, adapter: 1e-3,
+    """Peak learning rate of AdamW. Default: the method's (lora: 2.5e-4, dora: 2.5e-4, bitfit: 2e-3, adapter: 5e-4,
     prefix: 1e-2, full: 2e-5)."""
     dropout: float = 0.0
     """Dropout on embeddings, attention probabilities and residual branches; a probability."""

@@ -63,7 +63,7 @@ class Adapter(Method):
     placement: str = "houlsby"
 
     name: ClassVar[str] = "adapter"
-    default_lr: ClassVar[float] = 1e-3
+    default_lr: ClassVar[float] = 5e-4
     flags: ClassVar[Mapping[str, str]] = {"rank": "rank", "placement": "placement"}
     mergeable: ClassVar[bool] = False
 
