@@ -313,6 +313,36 @@ def test_methods_compare_with_lora_and_with_peft_in_their_round(load: type[Modul
     assert claims["dora / PEFT's: at least 2"] is None and "graft full" in bench.table(summary)
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize("method", ["lora", "dora", "prefix"])
+def test_the_strong_peer_computes_what_its_peft_model_computes(
+    method: str, load: type[ModuleType], tmp_path: Path
+) -> None:
+    """With the head at target tokens only and a prefix handed on by hand: the loss PEFT itself gives the same rows."""
+    peers = load("_peers")
+    job = peers.Job(
+        model=str(model_folder(tmp_path / "model")), eot=0, examples="", steps=1, batch_size=2, rank=4, alpha=16,
+        lora_dropout=0.0, targets=("q", "k", "v"), lr=0.01, warmup=1, untimed_steps=1, precision="fp32",
+        trl_precision="fp32", loss_on="completion", seed=0, method=method,
+    )  # fmt: skip
+    peer = peers.StrongPeer(job)
+    rows = [peers.Encoded([5, 6, 7, 8], [9, 0]), peers.Encoded([5, 9], [11, 0])]
+    labels = torch.full((2, 6), -100)
+    ids, mask = torch.zeros(2, 6, dtype=torch.long), torch.zeros(2, 6, dtype=torch.long)
+    for b, row in enumerate(rows):
+        whole = torch.tensor(row.prompt + row.completion)
+        ids[b, : len(whole)], mask[b, : len(whole)] = whole, 1
+        labels[b, len(row.prompt) : len(whole)] = torch.tensor(row.completion)
+    with torch.no_grad():
+        past = peer.model.get_prompt(batch_size=2) if method == "prefix" else None
+        ours = peers.summed_loss(peer.causal_lm, peers.collate(rows), past) / 4
+        theirs = peer.model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+    before = {n: p.detach().clone() for n, p in peer.trained.items()}
+    peer.step(peers.collate(rows))
+    assert any(not torch.equal(p, before[n]) for n, p in peer.trained.items())
+
+
 def test_every_method_is_measured_with_flags_that_exist(load: type[ModuleType]) -> None:
     bench = load("methods")
     assert sorted(bench.METHODS) == sorted(METHODS)
