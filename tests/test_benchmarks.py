@@ -1,6 +1,5 @@
 """benchmarks/: the figures' arithmetic on made-up runs, the peers' batches, the scripts' help. Nothing is measured."""
 
-import dataclasses
 import importlib
 import importlib.metadata
 import json
