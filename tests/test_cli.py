@@ -22,7 +22,7 @@ from graftlm.config import FetchConfig, GenerateConfig, ReportConfig, TrainConfi
 from graftlm.errors import GraftError, InputError, Interrupted
 from graftlm.flags import EveryVerb, parse
 
-VERBS = ("train", "generate", "evaluate", "compare", "report", "account", "export", "import", "fetch")
+VERBS = ("train", "generate", "evaluate", "prefer", "compare", "report", "account", "export", "import", "fetch")
 HANDOUT_TRAIN = [
     "--init_from=gpt2-medium",
     "--out_dir=gpt_lora_default",
@@ -157,6 +157,31 @@ def test_report_takes_any_number_of_folders_with_and_without_the_flag() -> None:
         ),
         (["fetch"], "graft fetch needs NAME (see graft fetch --help)"),
         (["report"], "graft report needs FOLDERS (see graft report --help)"),
+        (["prefer"], "graft prefer needs PROMPTS (see graft prefer --help)"),
+        (["prefer", "--prompts= "], "--prompts ' ': must be a data set's name, a folder or a file"),
+        (["prefer", "--prompts=a"], "--judge: name a classifier's run folder, or give --judge_command"),
+        (
+            ["prefer", "--prompts=a", "--judge=b", "--judge_command=c"],
+            "--judge and --judge_command: name one of the two",
+        ),
+        (
+            ["prefer", "--prompts=a", "--judge_command=c", "--want=positive"],
+            "--want positive: a label of the classifier that --judge names; --judge_command has none",
+        ),
+        (["prefer", "--prompts=a", "--judge=b", "--n=1"], "--n 1: must be 2 or more, as a pair needs two answers"),
+        (
+            ["prefer", "--prompts=a", "--judge=b", "--temperature=0"],
+            "--temperature 0.0: must be above 0, or all answers would be equal",
+        ),
+        (["prefer", "--prompts=a", "--judge=b", "--top_p=0"], "--top_p 0.0: must be above 0 and at most 1"),
+        (["prefer", "--prompts=a", "--judge=b", "--margin=-1"], "--margin -1.0: must be 0 or more"),
+        (["prefer", "--prompts=a", "--judge=b", "--opening=-1"], "--opening -1: must be 0 or more"),
+        (["prefer", "--prompts=a", "--judge=b", "--max_new_tokens=0"], "--max_new_tokens 0: must be 1 or more"),
+        (["prefer", "--prompts=a", "--judge=b", "--pairs=some"], "--pairs some: not one of best, all"),
+        (
+            ["prefer", "--prompts=a", "--judge=b", "--out=p.json"],
+            "--out 'p.json': must be a file's name that ends in .jsonl",
+        ),
         (["export"], "--to: name the folder to create, as in --to my-model"),
         (["export", "--to= "], "--to: name the folder to create, as in --to my-model"),
         (["export", "--to=a", "--dtype=float64"], "--dtype float64: not one of float32, bfloat16, float16"),

@@ -23,9 +23,10 @@ import torch
 
 from conftest import Graft, child_environment
 from graftlm import cli
+from graftlm.config import TrainConfig
 from graftlm.files.assets import model_folder as asset_folder
-from graftlm.training import plan as plan_module
 from graftlm.training import train as train_module
+from graftlm.training.preferences import loss_of
 from hub_mirror import serve
 from tiny import TEMPLATE, data_folder, model_folder
 
@@ -137,7 +138,7 @@ def has(line: str, *parts: str) -> None:
     [
         (
             ["trian"],
-            "unknown verb 'trian': did you mean 'train'? known are train, generate, evaluate, compare, report, ",
+            "unknown verb 'trian': did you mean 'train'? known are train, generate, evaluate, prefer, compare, ",
         ),
         (["train", "--rnk=4"], "unknown flag --rnk: did you mean --rank? see graft train --help"),
         (["train", "--method=lra"], "unknown --method 'lra': did you mean 'lora'? known are lora, dora, bitfit, "),
@@ -467,6 +468,86 @@ def test_a_completion_longer_than_the_context(assets: Path, refuse: Refuse) -> N
     has(line, "pairs.jsonl:1: completion longer than the context", "shorten the row")
 
 
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--prompts=nope.jsonl"], "nope.jsonl: no such file or folder: check the path, or use rotten-tomatoes-pypi"),
+        (["--prompts=empty.jsonl"], "empty.jsonl: the file is empty: write one record a line"),
+        (["--prompts=hollow.jsonl"], "hollow.jsonl:1: empty prompt: fill it in, or leave the row out"),
+        (
+            ["--prompts=texts.jsonl"],
+            "texts.jsonl:1: no field 'prompt' (the fields are text, label): make prompts of the texts' first words ",
+        ),
+        (["--prompts=others.jsonl"], "others.jsonl:1: no field 'prompt' (the fields are question)"),
+        (
+            ["--prompts=others.jsonl", "--opening=3"],
+            "others.jsonl:1: no field 'text': every row needs it",
+        ),
+        (["--prompts=long.jsonl"], "long.jsonl:1: the prompt has 96 tokens, and the model reads at most 96 with the "),
+        (["--prompts=only", "--split=test"], "--split test: only has no such split; it has train"),
+        (["--out=taken.jsonl"], "--out taken.jsonl: exists already; name a new file"),
+        (["--init_from=gpt3"], "unknown model 'gpt3': did you mean 'gpt2'? known are smollm2-135m, "),
+        (
+            ["--init_from=resume"],
+            "graft-run: holds no run (no run.json); train one with graft train --out_dir graft-run",
+        ),
+        (["--judge=nope"], "nope: holds no run (no run.json); train one with graft train --out_dir nope"),
+        (["--want=meh"], "unknown --want 'meh': known are negative, positive"),
+        (["--want=2"], "unknown --want '2': known are negative, positive"),
+        (
+            ["--judge=", "--judge_command=no-such-judge -x"],
+            "--judge_command no-such-judge -x: no such program 'no-such-judge'; check the name or its path",
+        ),
+        (
+            ["--judge=", "--judge_command=cat '"],
+            "--judge_command cat ': no closing quotation; quote it as a shell would ",
+        ),
+        (["--judge=", "--judge_command=false"], "--judge_command false: ended with status 1"),
+        (
+            ["--judge=", "--judge_command=ls no-such-file"],
+            "--judge_command ls no-such-file: ended with status 2: ls: cannot access 'no-such-file': No such file ",
+        ),
+        (
+            ["--judge=", "--judge_command=true"],
+            "--judge_command true: printed 0 lines for 4 answers: one number a line ",
+        ),
+        (["--judge=", "--judge_command=cat"], '--judge_command cat: line 1 is \'{"prompt": "a", "answer": '),
+        (
+            ["--judge=", "--judge_command=sed s/.*/nan/"],
+            "--judge_command sed s/.*/nan/: line 1 is 'nan', not a finite ",
+        ),
+    ],
+)
+def test_pairs_that_cannot_be_made(words: list[str], line: str, assets: Path, finished: Path, refuse: Refuse) -> None:
+    contents = {
+        "prompts": '{"prompt": "a"}\n{"prompt": "b "}\n',
+        "empty": "",
+        "hollow": '{"prompt": " "}\n',
+        "texts": ROW,
+        "others": '{"question": "a"}\n',
+        "long": json.dumps({"prompt": "x" * 96}) + "\n",
+        "taken": "",
+    }
+    for name, content in contents.items():
+        Path(f"{name}.jsonl").write_text(content)
+    Path("only").mkdir()
+    shutil.copyfile("prompts.jsonl", "only/train.jsonl")
+    given = ["--prompts=prompts.jsonl", f"--init_from={assets / 'model'}", f"--judge={finished}", "--max_new_tokens=3"]
+    assert refuse("prefer", *given, "--dtype=float32", *words).startswith(line)
+
+
+def test_no_pairs_leave_no_file(assets: Path, finished: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("prompts.jsonl").write_text('{"prompt": "a"}\n')
+    given = ["--prompts=prompts.jsonl", f"--init_from={assets / 'model'}", "--max_new_tokens=3", "--dtype=float32"]
+    assert cli.run(["prefer", *given, f"--judge={finished}", "--margin=1"]) == 1
+    line = last_line(*capsys.readouterr())
+    assert line == (
+        "no pairs came of 2 answers to 1 prompts (0 empty, 0 equal to another, 1 ties): raise --n or --temperature, or "
+        "lower --margin"
+    )
+    assert [path.name for path in place.iterdir()] == ["prompts.jsonl"]
+
+
 # Model files ----------------------------------------------------------------------------------------------------------
 
 
@@ -771,13 +852,13 @@ def test_predictions_that_cannot_be_written(assets: Path, refuse: Refuse) -> Non
 
 def break_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the loss of the `step`-th batch of a run be NaN; what a plan tries before does not count."""
-    real, numbers = train_module.OBJECTIVES["completion"], count(1)
-    monkeypatch.setattr(plan_module, "OBJECTIVES", dict(train_module.OBJECTIVES))
+    numbers = count(1)
 
-    def loss(model: Any, batch: Any) -> Any:
-        return real(model, batch) * (math.nan if next(numbers) == step else 1.0)
+    def broken(config: TrainConfig) -> Any:
+        real = loss_of(config)
+        return lambda model, batch: (real(model, batch)[0] * (math.nan if next(numbers) == step else 1.0), {})
 
-    monkeypatch.setitem(train_module.OBJECTIVES, "completion", loss)
+    monkeypatch.setattr(train_module, "loss_of", broken)
 
 
 def test_a_loss_that_is_nan_names_the_step_and_the_last_good_checkpoint(

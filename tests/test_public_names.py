@@ -19,6 +19,7 @@ PUBLIC = {
     "GraftError",
     "InputError",
     "LoRALinear",
+    "PreferConfig",
     "TrainConfig",
     "__version__",
     "evaluate",
@@ -27,6 +28,7 @@ PUBLIC = {
     "load",
     "mark_only_lora_as_trainable",
     "predict_labels",
+    "prefer",
     "train",
 }
 

@@ -20,6 +20,7 @@ __all__ = [
     "GraftError",
     "InputError",
     "LoRALinear",
+    "PreferConfig",
     "TrainConfig",
     "__version__",
     "evaluate",
@@ -28,6 +29,7 @@ __all__ = [
     "load",
     "mark_only_lora_as_trainable",
     "predict_labels",
+    "prefer",
     "train",
 ]
 
@@ -37,6 +39,7 @@ _HOMES = {
     "GraftError": "errors",
     "InputError": "errors",
     "LoRALinear": "methods.lora",
+    "PreferConfig": "config",
     "TrainConfig": "config",
     "evaluate": "inference.evaluate",
     "generate": "inference.generate",
@@ -44,15 +47,17 @@ _HOMES = {
     "load": "exchange.load",
     "mark_only_lora_as_trainable": "methods.lora",
     "predict_labels": "inference.evaluate",
+    "prefer": "inference.prefer",
     "train": "training.train",
 }
 
 if TYPE_CHECKING:
-    from graftlm.config import EvaluateConfig, GenerateConfig, TrainConfig
+    from graftlm.config import EvaluateConfig, GenerateConfig, PreferConfig, TrainConfig
     from graftlm.errors import GraftError, InputError
     from graftlm.exchange.load import load
     from graftlm.inference.evaluate import evaluate, predict_labels
     from graftlm.inference.generate import generate
+    from graftlm.inference.prefer import prefer
     from graftlm.methods.lora import LoRALinear, mark_only_lora_as_trainable
     from graftlm.text.template import get_sentiment_prompt
     from graftlm.training.train import train

@@ -26,6 +26,7 @@ from graftlm.config import (
     FetchConfig,
     GenerateConfig,
     ImportConfig,
+    PreferConfig,
     ReportConfig,
     TrainConfig,
 )
@@ -165,6 +166,16 @@ def _examples(loaded: "Loaded", config: EvaluateConfig, notes: "Console") -> tup
     return template, examples
 
 
+def _prefer(parsed: Parsed, notes: "Console") -> Result:
+    from graftlm.inference.prefer import prefer
+
+    return prefer(
+        parsed.config,
+        lambda line: notes.print(line, markup=False),
+        lambda what, total: render.progress(notes, what, total),
+    )
+
+
 def _compare(parsed: Parsed, notes: "Console") -> Result:
     from graftlm.studies.compare import compare
 
@@ -223,6 +234,7 @@ VERBS = {
     "train": Verb(TrainConfig, _train, render.train),
     "generate": Verb(GenerateConfig, _generate, render.generate),
     "evaluate": Verb(EvaluateConfig, _evaluate, render.evaluate),
+    "prefer": Verb(PreferConfig, _prefer, render.prefer, positional="prompts"),
     "compare": Verb(CompareConfig, _compare, render.compare, computes=False),
     "report": Verb(ReportConfig, _report, render.report, positional="folders", computes=False),
     "account": Verb(AccountConfig, _account, render.account, computes=False),

@@ -156,6 +156,8 @@ class TrainConfig(MethodFlags):
     """Largest global norm of a step's gradient; 0 turns clipping off."""
     patience: int = 0
     """Stop after so many validations without a better loss; 0 never stops early."""
+    keep_checkpoints: bool = False
+    """Keep the checkpoint of every validation, rather than the best and the last."""
     plan: bool = False
     """Say what the run would take (work, speed, minutes, memory; from a short probe of this machine), and stop."""
     wandb_project: str = ""
@@ -288,6 +290,77 @@ class EvaluateConfig:
         _require(self.limit >= 0, "limit", self.limit, "0 or more")
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         _require(self.max_length is None or self.max_length > 0, "max_length", self.max_length, "greater than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferConfig:
+    """Sample answers, judge them by a classifier or a command, and write pairs of a better and a worse one."""
+
+    init_from: str = "resume"
+    """The model that answers: "resume" for the run in --out_dir, or a model's name, folder or .gguf file."""
+    out_dir: str = "graft-run"
+    """The run folder to read when --init_from is resume."""
+    checkpoint: Checkpoint = "best"
+    """Which checkpoint of the run."""
+    prompts: str
+    """What to answer: a data name, folder or file with a field prompt, or with texts for --opening."""
+    split: Literal["train", "validation", "test"] = "train"
+    """The split to read, of data in several files; a single file is read whole."""
+    opening: int = 0
+    """Make prompts of the first so many words of the texts; 0: the data has prompts."""
+    text_field: str = "text"
+    """The field of the data that holds the text, for --opening."""
+    limit: int = 0
+    """Answer so many prompts only (a fixed sample); 0 means all. Equal prompts count once."""
+    n: int = 2
+    """Answers to each prompt."""
+    max_new_tokens: int = 64
+    """Longest answer in tokens; one that has not ended by then is cut, as its row will say."""
+    temperature: float = 1.0
+    """Divides the logits before sampling."""
+    top_k: int = 0
+    """Sample among the k likeliest tokens; 0 means all."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that together have this probability."""
+    seed: int = 0
+    """Seed of the sampling."""
+    batch_size: int = 32
+    """Prompts decoded, and answers judged, together."""
+    judge: str = ""
+    """The run folder of a classifier: the reward is its probability that prompt and answer have the label --want."""
+    want: str = ""
+    """The label to prefer, by word or number. Default: the judge's last, positive."""
+    judge_command: str = ""
+    """Instead of --judge a program (run once, without a shell): reads one {"prompt", "answer"} a line from its
+    standard input and prints one number a line, higher is better."""
+    margin: float = 0.0
+    """Smallest difference of rewards that makes a pair; equal ones never do."""
+    pairs: Literal["best", "all"] = "best"
+    """Of each prompt's answers pair the best with the worst, or each with each."""
+    out: str = "pairs.jsonl"
+    """The jsonl file to write; it must not exist."""
+    device: Device = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:N or mps."""
+    dtype: Dtype = "auto"
+    """Number format of the weights and of the arithmetic."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.prompts.strip()), "prompts", repr(self.prompts), "a data set's name, a folder or a file")
+        if bool(self.judge) == bool(self.judge_command):
+            both = "name one of the two" if self.judge else "name a classifier's run folder, or give --judge_command"
+            raise InputError(f"--judge{' and --judge_command' if self.judge else ''}: {both}")
+        if self.judge_command and self.want:
+            raise InputError(
+                f"--want {self.want}: a label of the classifier that --judge names; --judge_command has none"
+            )
+        _require(self.n >= 2, "n", self.n, "2 or more, as a pair needs two answers")
+        _require(self.temperature > 0, "temperature", self.temperature, "above 0, or all answers would be equal")
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        for flag in ("opening", "limit", "top_k", "seed", "margin"):
+            _require(getattr(self, flag) >= 0, flag, getattr(self, flag), "0 or more")
+        for flag in ("max_new_tokens", "batch_size"):
+            _require(getattr(self, flag) >= 1, flag, getattr(self, flag), "1 or more")
+        _require(self.out.lower().endswith(".jsonl"), "out", repr(self.out), "a file's name that ends in .jsonl")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -131,6 +131,20 @@ def generate(out: "Console", result: Result) -> None:
         out.print(text, markup=False, emoji=False, soft_wrap=True)
 
 
+def prefer(out: "Console", result: Result) -> None:
+    """How many pairs came of how many answers, why not more, and where they are."""
+    refused = {"ties": "ties", "duplicates": "answers equal to another", "empty": "empty"}
+    facts = {
+        "pairs": f"{result['pairs']:,} of {result['answers']:,} answers to {result['prompts']:,} prompts",
+        "refused": ", ".join(f"{result[key]:,} {what}" for key, what in refused.items()),
+        "answers": f"of the pairs {result['cut']:,} did not end, {result['retokenised']:,} are tokenised otherwise",
+        "mean reward": f"{result['mean_reward']:.4f}",
+        "time": f"{result['seconds']:.0f} s",
+        "file": result["out"],
+    }
+    _facts(out, facts)
+
+
 def compare(out: "Console", result: Result) -> None:
     """The table, what failed, and where all of it is."""
     from graftlm.studies.table import COLUMNS, failures, words

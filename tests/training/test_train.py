@@ -96,6 +96,20 @@ def test_a_run_folder(assets: Path, tmp_path: Path) -> None:
     assert run["config"]["warmup"] == 4 and run["template"]["labels"] == ["negative", "positive"]
 
 
+def test_every_checkpoint_is_kept_where_that_is_asked_for(assets: Path, tmp_path: Path) -> None:
+    """Each loads under its name; of the optimiser's moments only the last ones stay; a resumed run adds its own."""
+    out = tmp_path / "run"
+    train(config(assets, out, max_iters=9, eval_every=3, keep_checkpoints=True))
+    (out / "checkpoints" / ".step-10.tmp-1-ab").mkdir()  # what a killed process left
+    train(TrainConfig(out_dir=str(out), resume=True, max_iters=12))
+    steps = ["step-12", "step-3", "step-6", "step-9"]
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == steps
+    assert [p.parent.name for p in out.rglob("optimizer.safetensors") if "checkpoints" in p.parts] == ["step-12"]
+    found = [load("resume", out, f"checkpoints/{step}", dtype="float32").model for step in steps]
+    logits = [model(torch.tensor([[5, 6, 7]])) for model in found]
+    assert all(not torch.equal(logits[0], other) for other in logits[1:])
+
+
 def test_full_fine_tuning_leaves_a_folder_that_transformers_loads(assets: Path, tmp_path: Path) -> None:
     for kind in ("model", "gpt2"):
         out = tmp_path / kind

@@ -281,6 +281,25 @@ def _by_score(
     return labels.argmax(dim=1).tolist(), labels.tolist()
 
 
+def label_probabilities(
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    template: Template,
+    texts: Sequence[str],
+    *,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+) -> list[list[float]]:
+    """For each text the probability of each label, by label number: a softmax over the labels' scores alone.
+
+    The template asks about the text, which loses its end where it is too long for the model. Raises GraftError where
+    the scores are NaN.
+    """
+    examples = _encoded(texts, template, tokenizer, model.room)
+    scores = _by_score(model, tokenizer, template, examples, batch_size, progress)[1]
+    return torch.tensor(scores, dtype=torch.float64).softmax(dim=-1).tolist() if scores else []
+
+
 def answer_length(template: Template, tokenizer: Tokenizer) -> int:
     """How many tokens to generate where a label is looked for: 5, or as many as the longest label has."""
     return max(5, *(len(ids) for ids in label_ids(template, tokenizer)))

@@ -110,6 +110,39 @@ def load_dataset(
     return Dataset(data, splits, notes, fingerprint(splits))
 
 
+def load_prompts(data: str, split: str = "train", opening: int = 0, text_field: str = "text") -> list[Row]:
+    """The prompts of a data set, without space at their ends: rows whose `text` and `prompt` are the same, no label.
+
+    Args:
+        data: what `files.assets.data_folder` knows. Of a folder `split` is read; a single file is read whole.
+        opening: 0: the field `prompt` is the prompt. Else the first so many words of a text are, as they stand there
+            (a shorter text is taken whole).
+
+    Raises InputError naming file, line and value.
+    """
+    path = data_folder(data)
+    files = _split_files(path) if path.is_dir() else {split: [path]}
+    if split not in files:
+        raise InputError(f"--split {split}: {data} has no such split; it has {', '.join(files)}")
+    first = re.compile(rf"(?:\S+\s+){{0,{max(opening - 1, 0)}}}\S+")
+    rows = []
+    for where, record in _records(files[split]):
+        text = _string(where, record, _prompt_field(where, record, opening, text_field)).rstrip(" ")
+        match = first.search(text) if opening else None
+        prompt = text if match is None else match[0]
+        rows.append(Row(prompt, None, prompt, where=where))
+    return rows
+
+
+def _prompt_field(where: str, record: dict[str, Any], opening: int, text_field: str) -> str:
+    """The field that holds the prompt or the text to open it with; an error that says how to get one."""
+    if opening or "prompt" in record:
+        return text_field if opening else "prompt"
+    there = ", ".join(str(name) for name in record) or "none"
+    make = ": make prompts of the texts' first words with --opening 8" if text_field in record else ""
+    raise InputError(f"{where}: no field 'prompt' (the fields are {there}){make}")
+
+
 def fingerprint(splits: dict[str, list[Row]]) -> str:
     """sha256 over the splits' names, texts, labels and completions in order; paths and file formats do not matter."""
     digest = hashlib.sha256()
@@ -199,18 +232,26 @@ _Make = Callable[[str, dict[str, Any], _Fields], Row]
 
 def _rows(path: Path, fields: _Fields) -> list[Row]:
     """All rows of one file. Its first record decides what they are."""
-    read = _READERS.get(path.suffix.lower())
-    if read is None:
-        raise InputError(f"{path}: unknown kind of file {path.suffix!r}: {', '.join(_READERS)} are read")
     rows: list[Row] = []
     make: _Make = _labelled
-    for where, record in read(path):
+    for where, record in _records([path]):
         if not rows:
             make = _kind(path, record, fields)
         rows.append(make(where, record, fields))
-    if not rows:
-        raise InputError(f"{path}: no records in this file: write some, or name another")
     return rows
+
+
+def _records(paths: Sequence[Path]) -> Iterator[Record]:
+    """All records of some files, each of which must have one."""
+    for path in paths:
+        read = _READERS.get(path.suffix.lower())
+        if read is None:
+            raise InputError(f"{path}: unknown kind of file {path.suffix!r}: {', '.join(_READERS)} are read")
+        record = None
+        for record in read(path):
+            yield record
+        if record is None:
+            raise InputError(f"{path}: no records in this file: write some, or name another")
 
 
 def _kind(path: Path, record: dict[str, Any], fields: _Fields) -> _Make:

@@ -102,6 +102,8 @@ class Store:
     revision: str | None
     base_folder: Path
     tokenizer: Tokenizer
+    keep: bool = False
+    """Whether checkpoints that are neither best nor last stay."""
 
     @property
     def _folder(self) -> Path:
@@ -133,12 +135,13 @@ class Store:
         if best:
             link_atomically(self.out_dir / "best", f"checkpoints/{best}")
         for folder in self._folder.iterdir():
-            if folder.name not in (last, best):
+            kept = folder.name in (last, best) or (self.keep and folder.name.startswith("step-"))
+            if not kept:
                 shutil.rmtree(folder)
-        if best and best != last:
-            # Only the newest can be resumed from, and moments take twice the room of the weights.
-            for file in (OPTIMIZER, TRAINED):
-                (self._folder / best / file).unlink(missing_ok=True)
+            elif folder.name != last:
+                # Only the newest can be resumed from, and moments take twice the room of the weights.
+                for file in (OPTIMIZER, TRAINED):
+                    (folder / file).unlink(missing_ok=True)
 
     def newest(self) -> Path | None:
         """The folder `last` points to; None if the run has saved nothing yet."""

@@ -143,7 +143,15 @@ class Trainer:
         run, loaded = self.prepared.run, self.prepared.loaded
         self.out_dir = self.prepared.out_dir
         name, _, revision = run["base"]["name"].partition("@")
-        self.store = Store(self.out_dir, self.prepared.method, name, revision or None, loaded.folder, loaded.tokenizer)
+        self.store = Store(
+            self.out_dir,
+            self.prepared.method,
+            name,
+            revision or None,
+            loaded.folder,
+            loaded.tokenizer,
+            self.config.keep_checkpoints,
+        )
         self.optimizer = make_optimizer(self.model, self.config, self.prepared.method)
         self.loss = loss_of(self.config)
         self.frozen: Frozen | None = None
