@@ -30,6 +30,11 @@ def test_the_equation() -> None:
     lora, x = layer(), inputs()
     expected = x @ lora.weight.T + lora.bias + (6.0 / 3) * (x @ lora.lora_A.T @ lora.lora_B.T)
     torch.testing.assert_close(lora(x), expected, rtol=0, atol=1e-12)
+    mark_only_lora_as_trainable(lora)  # gradients by hand
+    for shape in ((7,), (2, 2, 7), (0, 7)):
+        some = x.flatten()[: math.prod(shape)].view(shape)
+        plain = F.linear(some, lora.weight + 2.0 * lora.lora_B @ lora.lora_A, lora.bias)
+        torch.testing.assert_close(lora(some), plain, rtol=0, atol=1e-12)
 
 
 def test_the_start_is_the_plain_linear() -> None:

@@ -206,8 +206,8 @@ def updated(adapted: list["LoRALinear"], x: Tensor, mask: Mask | None) -> list[T
     """W x + inner bias + s B A D x for each of the linears, by hand."""
     tensors = [t for m in adapted for t in (m.weight, m.inner_bias(x), m.lora_A, m.lora_B)]
     scales, kernels = [m.scale for m in adapted], adapted[0].kernels_now
-    ys = _Updated.apply(x.flatten(0, -2), mask, scales, kernels, *tensors)
-    return [y.unflatten(0, x.shape[:-1]) for y in ys]
+    ys = _Updated.apply(x.reshape(-1, x.shape[-1]), mask, scales, kernels, *tensors)
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 
 class _Updated(torch.autograd.Function):

@@ -1,0 +1,57 @@
+"""Computes both sides of every equation in these pages and writes the numbers under them.
+
+    python docs/theory/checks.py
+
+What stands between `<!-- 3.4 -->` and `<!-- end -->` is replaced, the words around it are written by hand. The tests
+(tests/test_theory.py) compute the same, flip every sign, and want the pages to be what this command would write.
+A page and its checks have one name: preferences.md and preferences.py.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+sys.path[:0] = [str(FOLDER), str(FOLDER.parents[1] / "src")]
+
+import counting  # noqa: E402, F401
+import in_context  # noqa: E402, F401
+import low_rank  # noqa: E402, F401
+import preferences  # noqa: E402, F401
+import prefix  # noqa: E402, F401
+from _equation import BLOCKS, EQUATIONS  # noqa: E402
+
+MARK = re.compile(r"<!-- (?!end)(\S+) -->\n.*?<!-- end -->", re.DOTALL)
+PAGES = ("low_rank.md", "prefix.md", "preferences.md", "counting.md", "in_context.md")
+
+
+def computed() -> dict[str, str]:
+    """Mark -> what belongs there."""
+    tables = {number: equation.table() for number, equation in EQUATIONS.items()}
+    return tables | {name: text() for name, text in BLOCKS.items()}
+
+
+def fill(text: str, found: Mapping[str, str]) -> str:
+    """A page with each marked part replaced; KeyError for a mark that nothing computes."""
+    return MARK.sub(lambda match: f"<!-- {match[1]} -->\n{found[match[1]]}\n<!-- end -->", text)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Check everything, write the pages; status 1 and no page written where an equation does not hold."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(words)
+    wrong = [f"({n}) {row.what}" for n, e in EQUATIONS.items() for row in e.check() if not row.holds]
+    if wrong:
+        print("\n".join(f"error: does not hold: {line}" for line in wrong), file=sys.stderr)
+        return 1
+    found = computed()
+    for page in PAGES:
+        path = FOLDER / page
+        path.write_text(fill(path.read_text(encoding="utf-8"), found), encoding="utf-8")
+    print(f"docs/theory: {len(EQUATIONS)} equations hold, {len(PAGES)} pages written", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
