@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from _equation import Row, descend, drawn, equation, worst
 from torch import Tensor
 
+from graftlm.training.preferences import Preferences, Sums
+
 BETA = 0.5
 REWARD = torch.tensor([-0.6, 0.3, 0.9, 0.0, 1.2], dtype=torch.float64)
 REF = torch.tensor([0.40, 0.25, 0.20, 0.10, 0.05], dtype=torch.float64)
@@ -156,6 +158,13 @@ def pair_loss(theta: Tensor, won: int, lost: int) -> Tensor:
     return -F.logsigmoid(margin(policy(theta), won, lost))
 
 
+def trained_loss(theta: Tensor, won: int, lost: int) -> Tensor:
+    """The same of what `graft train --objective dpo` minimises."""
+    both = torch.tensor([[won, lost]])
+    sums = Sums(policy(theta)[both], REF.log()[both], torch.ones(1, 2))
+    return Preferences("sigmoid", beta=BETA).losses(sums).sum()
+
+
 def gradient_of(value: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
     """By autograd."""
     leaf = theta.clone().requires_grad_()
@@ -166,7 +175,7 @@ def gradient_of(value: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
 @equation("3.7", "autograd", "formula")
 def gradient(weight: float = 1.0, winner: float = 1.0, loser: float = 1.0) -> list[Row]:
     """grad of -log sigma(delta) = sigma(-delta) (-beta grad log pi(w) + beta grad log pi(l)), and with grad pi / pi."""
-    log_pi, rows, gaps, gaps_pi = policy(THETA), [], [], []
+    log_pi, rows, gaps, gaps_pi, gaps_ours = policy(THETA), [], [], [], []
     jacobian = torch.autograd.functional.jacobian
     of_log, of_pi = jacobian(policy, THETA), jacobian(lambda theta: policy(theta).exp(), THETA)
     for won, lost in PAIRS:
@@ -176,12 +185,14 @@ def gradient(weight: float = 1.0, winner: float = 1.0, loser: float = 1.0) -> li
         by_pi = (-winner * BETA * of_pi[won] / log_pi[won].exp()) + (loser * BETA * of_pi[lost] / log_pi[lost].exp())
         gaps.append(worst(left, right))
         gaps_pi.append(worst(left, factor * by_pi))
+        gaps_ours.append(worst(gradient_of(partial(trained_loss, won=won, lost=lost), THETA), right))
         if (won, lost) == (2, 1):
             rows = [Row(f"answer 3 over 2, $\\theta_{i + 1}$", left[i].item(), right[i].item()) for i in range(3)]
     return [
         *rows,
         Row(f"all {len(PAIRS)} ordered pairs: largest difference", max(gaps), 0.0),
         Row("the same with $\\nabla \\pi / \\pi$", max(gaps_pi), 0.0),
+        Row("the same, `graft train --objective dpo` beside the formula", max(gaps_ours), 0.0),
     ]
 
 
