@@ -48,6 +48,9 @@ from train_vs_peers import ROOT, BenchmarkError, git_state
 if TYPE_CHECKING:
     from graftlm.exchange.load import Loaded
 
+TEXTS, JUDGE, START = ("texts",), ("classifier",), ("texts", "sft")
+PAIRS = ("texts", "classifier", "sft", "pairs")
+"""The recipe's tables that decide what the stages give."""
 STAGES = ("texts", "classifier", "sft", "pairs", "dpo", "preferred", "evaluation")
 RECIPE = ROOT / "recipes" / "preferences" / "controlled.toml"
 SENTENCE_END = re.compile(r"[.!?][\"')\]]*$")
@@ -146,27 +149,20 @@ class Experiment:
     recipe: dict[str, Any]
     work: Path
 
-    def check(self) -> None:
-        """A BenchmarkError if the folder holds another recipe's work."""
-        file = self.work / "recipe.json"
-        if file.is_file():
-            was = json.loads(file.read_text(encoding="utf-8"))
-            if other := [name for name in {**was, **self.recipe} if was.get(name) != self.recipe.get(name)]:
-                raise BenchmarkError(f"{self.work} was begun with another [{'], ['.join(other)}]: name another folder")
-        else:
-            from graftlm.files.formats import write_json
-
-            write_json(file, self.recipe)
-
-    def stage(self, name: str, run: Callable[[], Any]) -> Any:
-        """What a stage gives: run now, or read if it was run before."""
+    def stage(self, name: str, tables: Sequence[str], run: Callable[[], Any]) -> Any:
+        """What a stage gives: run now, or read if it was run before with the same values in the recipe's `tables`."""
         from graftlm.files.formats import write_json
 
         file, begun = self.work / f"{name}.json", self.work / f"{name}.begun"
+        # To another list of betas belong the same runs of those that are in both.
+        values = {each: {k: v for k, v in self.recipe[each].items() if k != "betas"} for each in tables}
+        again = begun.is_file()
+        if again and (was := json.loads(begun.read_text(encoding="utf-8"))) != values:
+            other = ", ".join(f"[{each}]" for each in tables if was.get(each) != values[each])
+            raise BenchmarkError(f"{self.work}: {name} was begun with another {other}: name another folder with --work")
         if file.is_file():
             return json.loads(file.read_text(encoding="utf-8"))["result"]
-        again = begun.exists()
-        begun.touch()
+        write_json(begun, values)
         began = time.perf_counter()
         result = run()
         seconds = time.perf_counter() - began
@@ -178,11 +174,10 @@ class Experiment:
         """Seconds of each stage that is done, and whether any part of it had to be begun again."""
         found: dict[str, dict[str, Any]] = {}
         for file in sorted(self.work.glob("*.json"), key=lambda file: file.stat().st_mtime_ns):
-            if file.name != "recipe.json":
-                about = json.loads(file.read_text(encoding="utf-8"))
-                stage = found.setdefault(file.stem.partition(" ")[0], {"seconds": 0.0, "again": False})
-                stage["seconds"] = round(stage["seconds"] + about["seconds"], 1)
-                stage["again"] |= about["again"]
+            about = json.loads(file.read_text(encoding="utf-8"))
+            stage = found.setdefault(file.stem.partition(" ")[0], {"seconds": 0.0, "again": False})
+            stage["seconds"] = round(stage["seconds"] + about["seconds"], 1)
+            stage["again"] |= about["again"]
         return found
 
     def train(self, name: str, values: Mapping[str, Any], **more: Any) -> dict[str, Any]:
@@ -197,16 +192,16 @@ class Experiment:
     def run(self, until: str) -> None:
         """All stages up to `until`."""
         self.work.mkdir(parents=True, exist_ok=True)
-        self.check()
+        own = self.recipe
         stages: dict[str, Callable[[], object]] = {
-            "texts": lambda: self.stage("texts", lambda: make_texts(self.recipe["texts"], self.work)),
-            "classifier": lambda: self.stage("classifier", lambda: self.train("classifier", self.recipe["classifier"])),
+            "texts": lambda: self.stage("texts", TEXTS, lambda: make_texts(own["texts"], self.work)),
+            "classifier": lambda: self.stage("classifier", JUDGE, lambda: self.train("classifier", own["classifier"])),
             "sft": lambda: self.stage(
-                "sft", lambda: self.train("reference", self.recipe["sft"], data=self.work / "sft")
+                "sft", START, lambda: self.train("reference", own["sft"], data=self.work / "sft")
             ),
-            "pairs": lambda: self.stage("pairs", self.make_pairs),
+            "pairs": lambda: self.stage("pairs", PAIRS, self.make_pairs),
             "dpo": self.train_dpo,
-            "preferred": lambda: self.stage("preferred", self.train_preferred),
+            "preferred": lambda: self.stage("preferred", (*PAIRS, "preferred"), self.train_preferred),
             "evaluation": self.evaluate,
         }
         for name, run in stages.items():
@@ -248,7 +243,7 @@ class Experiment:
             more = {"objective": "dpo", "beta": beta, "init_from": self.work / "reference", "data": self.work / "pairs"}
             more |= {"keep_checkpoints": True} | ({"reference": first} if beta != betas[0] else {})
             name = f"dpo-{beta:g}"
-            self.stage(f"dpo {beta:g}", partial(self.train, name, values, **more))
+            self.stage(f"dpo {beta:g}", (*PAIRS, "dpo"), partial(self.train, name, values, **more))
 
     def train_preferred(self) -> dict[str, Any]:
         """SFT on the chosen answers alone, from the reference."""
@@ -293,10 +288,12 @@ class Experiment:
         """The reference's many answers, the base, and every checkpoint."""
         from graftlm.exchange.load import load
 
-        self.stage("evaluation best-of-n", self.sample_reference)
-        self.stage("evaluation base", lambda: self.measure(load(self.recipe["sft"]["init_from"])))
+        measuring = (*JUDGE, *START, "evaluation")
+        self.stage("evaluation best-of-n", measuring, self.sample_reference)
+        self.stage("evaluation base", measuring, lambda: self.measure(load(self.recipe["sft"]["init_from"])))
         for name, (run, checkpoint) in self.checkpoints().items():
-            self.stage(f"evaluation {name}", partial(self.measure_run, run, checkpoint))
+            tables = (*PAIRS, run.partition("-")[0], "evaluation")
+            self.stage(f"evaluation {name}", tables, partial(self.measure_run, run, checkpoint))
 
     def measure_run(self, run: str, checkpoint: str) -> dict[str, Any]:
         """What `measure` says of a run's checkpoint."""

@@ -197,23 +197,25 @@ def test_the_recipe_holds_flags_of_the_verbs_that_its_stages_call(bench: ModuleT
 
 
 def test_a_stage_is_run_once_and_a_second_beginning_is_told(bench: ModuleType, tmp_path: Path) -> None:
-    experiment = bench.Experiment({"a": {"b": 1}}, tmp_path)
-    experiment.check()
+    experiment = bench.Experiment({"a": {"b": 1, "betas": [1]}, "c": {}}, tmp_path)
     runs: list[int] = []
 
     def broken() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        experiment.stage("dpo 0.1", broken)
+        experiment.stage("dpo 0.1", ("a",), broken)
     for _ in range(2):
-        assert experiment.stage("dpo 0.1", lambda: runs.append(1) or {"c": 2}) == {"c": 2}
-        assert experiment.stage("dpo 1", lambda: runs.append(1) or 3) == 3
+        assert experiment.stage("dpo 0.1", ("a",), lambda: runs.append(1) or {"c": 2}) == {"c": 2}
+        assert experiment.stage("dpo 1", ("a", "c"), lambda: runs.append(1) or 3) == 3
     assert len(runs) == 2
     assert list(experiment.seconds()) == ["dpo"] and experiment.seconds()["dpo"]["again"] is True
-    experiment.check()
-    with pytest.raises(bench.BenchmarkError, match=r"was begun with another \[a\]: name another folder"):
-        bench.Experiment({"a": {"b": 2}}, tmp_path).check()
+    more = bench.Experiment({"a": {"b": 1, "betas": [1, 2]}, "c": {"d": 1}}, tmp_path)
+    assert more.stage("dpo 0.1", ("a",), broken) == {"c": 2}
+    with pytest.raises(
+        bench.BenchmarkError, match=r": dpo 1 was begun with another \[c\]: name another folder with --w"
+    ):
+        more.stage("dpo 1", ("a", "c"), broken)
 
 
 # The whole of it ------------------------------------------------------------------------------------------------------
@@ -290,8 +292,11 @@ def test_the_whole_experiment_and_its_page_on_a_tiny_model(
     words = ["--recipe", str(recipe), "--work", str(tmp_path / "work")]
     assert bench.main([*words, "--until", "pairs"]) == 0
     assert {path.stem for path in (tmp_path / "work").glob("*.json")} == {
-        "recipe", "texts", "classifier", "sft", "pairs",
-    }  # fmt: skip
+        "texts",
+        "classifier",
+        "sft",
+        "pairs",
+    }
     capsys.readouterr()
     assert bench.main([*words, "--json-out", str(tmp_path / "2026-01-02-controlled.json")]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
