@@ -30,7 +30,7 @@ check: .venv/dev  ## style, format and types
 TODAY := $(shell date +%F)
 RESULT = --json-out benchmarks/results/$(TODAY)-$@.json > /dev/null
 
-BENCHES := train train-all speeds scaling evaluate train-layers startup memory time-to-accuracy plan
+BENCHES := train train-all speeds dpo scaling evaluate train-layers startup memory time-to-accuracy plan
 
 bench: .venv/peers $(BENCHES)  ## measure all public claims (some hours)
 	$(BIN)/python benchmarks/page.py
@@ -42,6 +42,8 @@ train-all: .venv/peers
 	$(BIN)/python benchmarks/train_vs_peers.py --loss_on all --steps 20 $(RESULT)
 speeds: .venv/peers
 	$(BIN)/python benchmarks/methods.py $(RESULT)
+dpo: .venv/peers
+	$(BIN)/python benchmarks/dpo_vs_trl.py $(RESULT)
 scaling: .venv/peers
 	$(BIN)/python benchmarks/scaling.py $(RESULT)
 evaluate: .venv/peers

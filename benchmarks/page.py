@@ -20,6 +20,7 @@ KINDS = {  # kind -> (title, script and flags, the figure that is drawn)
     "train": ("Training, loss on the completion", "train_vs_peers.py", "examples_per_s"),
     "train-all": ("Training, loss on every token", "train_vs_peers.py --loss_on all", "examples_per_s"),
     "speeds": ("All methods", "methods.py", "examples_per_s"),
+    "dpo": ("Training on preferences", "dpo_vs_trl.py", "pairs_per_s"),
     "scaling": ("Cost against batch, rank, length and layers", "scaling.py", "examples_per_s ratio"),
     "evaluate": ("Reading labels", "evaluate_vs_peers.py", "examples_per_s"),
     "train-layers": ("Upper layers only, the lower ones computed once", "train_layers.py", "later_epochs"),

@@ -127,7 +127,7 @@ def graft_command(job: Job, work: Path, out_dir: Path) -> list[str]:
     }
     if job.first_layer:
         flags["train_layers"] = f"{job.first_layer}:"
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    words = [f"--{name}={value}" for name, value in flags.items()]
     return [sys.executable, "-m", "graftlm", "train", *words, "--json"]
 
 

@@ -1,6 +1,5 @@
 """benchmarks/: the figures' arithmetic on made-up runs, the peers' batches, the scripts' help. Nothing is measured."""
 
-import dataclasses
 import importlib
 import importlib.metadata
 import json
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from graftlm.config import TrainConfig
+from graftlm.flags import parse
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -203,14 +203,19 @@ def test_graft_is_called_with_flags_that_exist(bench: ModuleType, peers: ModuleT
     words = bench.graft_command(job(peers), tmp_path, tmp_path / "run")
     assert words[1:4] == ["-m", "graftlm", "train"]
     assert words[-1] == "--json"
-    flags = [word.removeprefix("--") for word in words[4:-1:2]]
-    assert set(flags) <= {each.name for each in dataclasses.fields(TrainConfig)}
-    assert dict(zip(flags, words[5:-1:2], strict=True))["targets"] == "q,k,v"
-    assert "--train_layers" not in words
+    assert parse("train", TrainConfig, words[4:]).config.targets == "q,k,v"
+    assert not any(word.startswith("--train_layers") for word in words)
     upper = bench.graft_command(job(peers, first_layer=20), tmp_path, tmp_path / "run")
-    assert upper[upper.index("--train_layers") + 1] == "20:" and "train_layers" in {
-        each.name for each in dataclasses.fields(TrainConfig)
-    }
+    assert parse("train", TrainConfig, upper[4:]).config.train_layers == "20:"
+
+
+def test_graft_understands_how_each_method_is_asked_for(
+    bench: ModuleType, peers: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, flags in load(monkeypatch, "methods").METHODS.items():
+        words = bench.graft_command(job(peers, method=name, flags=flags), tmp_path, tmp_path / "run")
+        config = parse("train", TrainConfig, words[4:]).config
+        assert (config.method, config.add_biases) == (name, name == "bitfit")
 
 
 def test_graft_figures(bench: ModuleType, peers: ModuleType, tmp_path: Path) -> None:

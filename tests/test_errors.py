@@ -254,10 +254,71 @@ def test_ctrl_c_while_a_model_is_loaded(assets: Path, listener: socket.socket, p
         ("--weight_decay=-1", "--weight_decay -1.0: must be 0 or more"),
         ("--clip=-1", "--clip -1.0: must be 0 or more"),
         ("--patience=-1", "--patience -1: must be 0 or more"),
+        ("--beta=0", "--beta 0.0: must be greater than 0"),
+        ("--beta=-0.1", "--beta -0.1: must be greater than 0"),
+        ("--label_smoothing=0.5", "--label_smoothing 0.5: must be at least 0 and below 0.5"),
+        ("--gamma=-1", "--gamma -1.0: must be 0 or more"),
+        ("--kl_samples=-1", "--kl_samples -1: must be 0 or more"),
+        ("--loss_type=dpo", "--loss_type dpo: not one of sigmoid, hinge, ipo, sigmoid_norm, simpo, orpo"),
+        ("--objective=rlhf", "--objective rlhf: not one of sft, dpo"),
+        ("--reference=runs/other", "--reference runs/other: --objective sft needs no reference; leave it out"),
     ],
 )
 def test_sizes_of_a_run_that_cannot_be(flag: str, line: str, assets: Path, refuse: Refuse) -> None:
     assert refuse(*train(assets, flag)) == line
+
+
+PAIR = {"prompt": "Film 1 was", "chosen": " fine.", "rejected": " bad."}
+
+
+@pytest.mark.parametrize(
+    ("pair", "flags", "line"),
+    [
+        ({"rejected": " fine. "}, [], "FILE:4: chosen and rejected are the same text: leave the pair out"),
+        ({"rejected": ""}, [], "FILE:4: empty rejected: fill it in, or leave the row out"),
+        ({"chosen": None}, [], "FILE:4: empty chosen: fill it in, or leave the row out"),
+        ({"prompt": " "}, [], "FILE:4: empty prompt: fill it in, or leave the row out"),
+        (
+            {"chosen": " fine" * 30, "rejected": " bad" * 30},
+            [],
+            "FILE:4: completion longer than the context: the prompt takes 10 tokens, and 0 fit before its completion: "
+            "shorten the row",
+        ),
+        (
+            {},
+            ["--max_length=12"],
+            "FILE:1: prompt and completion longer than the context: the prompt takes 10 tokens, and 5 fit before its "
+            "completion: shorten the row",
+        ),
+        ({}, ["--objective=sft"], "--objective sft: FILE holds pairs; train on them with --objective dpo"),
+        ({}, ["--loss_on=all"], "--loss_on all: --objective dpo learns from the answers only; leave it out"),
+        ({}, ["--loss_type=ipo", "--label_smoothing=0.1"], "--label_smoothing 0.1: --loss_type ipo takes none"),
+        ({}, ["--loss_type=orpo", "--reference=x"], "--reference x: --loss_type orpo needs no reference; leave it out"),
+        (
+            {},
+            ["--reference=work"],
+            "work: holds no reference (reference.json and reference.safetensors); name a run of ",
+        ),
+    ],
+)
+def test_pairs_and_how_they_are_trained_on(
+    pair: dict[str, Any], flags: list[str], line: str, assets: Path, place: Path, refuse: Refuse
+) -> None:
+    file = place / "pairs.jsonl"
+    (place / "work").mkdir()
+    rows = [{**PAIR, "prompt": f"Film {i} was"} for i in range(1, 10)]
+    rows[3] |= pair
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    validation = place / "validation.jsonl"
+    validation.write_text(json.dumps(PAIR | {"prompt": "It was"}) + "\n")
+    words = [f"--data={file}", f"--val={validation}", f"--init_from={assets / 'model'}", "--objective=dpo", "--rank=4"]
+    said = refuse("train", *words, "--out_dir=run", *flags)
+    assert said.startswith(line.replace("FILE", str(file)))
+
+
+def test_preferences_need_pairs(assets: Path, refuse: Refuse) -> None:
+    said = refuse(*train(assets, "--objective=dpo"))
+    assert said.startswith("--objective dpo: ") and "holds no pairs; give files with the fields prompt, chosen" in said
 
 
 @pytest.mark.parametrize(

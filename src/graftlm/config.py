@@ -67,8 +67,11 @@ class MethodFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(MethodFlags):
-    """Adapt a pretrained model to labelled text; writes a run folder."""
+    """Adapt a pretrained model to labelled text or to preferences; writes a run folder."""
 
+    init_from: str = "smollm2-135m"
+    """The base model: a built-in name, a hub id (with @revision), a local folder or a .gguf file; or a run's folder, to
+    go on training what that run made of its base."""
     data: str = "rotten-tomatoes-pypi"
     """The data: a built-in name, a hub name, a folder with train/validation/test files, or one file."""
     val: str = ""
@@ -79,7 +82,7 @@ class TrainConfig(MethodFlags):
     """The run folder to create; it must not hold another run unless --resume is given."""
     lr: float | None = None
     """Peak learning rate of AdamW. Default: the method's (lora: 2.5e-4, dora: 2.5e-4, bitfit: 2e-3, adapter: 5e-4,
-    prefix: 1e-2, full: 2e-5)."""
+    prefix: 1e-2, full: 2e-5); a fifth of it for --objective dpo."""
     dropout: float = 0.0
     """Dropout on embeddings, attention probabilities and residual branches; a probability."""
     batch_size: int = 16
@@ -105,6 +108,23 @@ class TrainConfig(MethodFlags):
     """Number format of the frozen base and of the arithmetic; trained weights are kept in float32."""
     loss_on: Literal["completion", "all"] = "completion"
     """Tokens that are trained on: the completion with its end-of-text, or every token."""
+    objective: Literal["sft", "dpo"] = "sft"
+    """What is learned from: completions (sft), or pairs of answers, one preferred to the other (dpo: fields prompt,
+    chosen, rejected; see --loss_type)."""
+    loss_type: Literal["sigmoid", "hinge", "ipo", "sigmoid_norm", "simpo", "orpo"] = "sigmoid"
+    """The loss of a pair: DPO's (sigmoid), a hinge, IPO, DPO averaged over tokens, or SimPO and ORPO, which need no
+    reference."""
+    beta: float | None = None
+    """How strongly a pair's loss holds to the reference; SimPO's scale, ORPO's lambda. Default: 0.1 (simpo: 2)."""
+    label_smoothing: float = 0.0
+    """The share of pairs that are thought to be labelled the wrong way round (cDPO); for sigmoid and sigmoid_norm."""
+    gamma: float = 1.0
+    """SimPO's target margin between the two rewards."""
+    reference: str = ""
+    """A run folder to take the reference's log-probabilities from, if it is of the same pairs and start. Default: they
+    are computed before the first step."""
+    kl_samples: int = 32
+    """Answers sampled at each validation of preference training to estimate the KL to the start; 0: none."""
     shared_prefix: bool = True
     """Run the instruction that all prompts of a batch begin with once per batch; same gradients."""
     target_positions: bool = True
@@ -162,6 +182,20 @@ class TrainConfig(MethodFlags):
         _require(self.micro_tokens is None or self.micro_tokens >= 0, "micro_tokens", self.micro_tokens, "0 or more")
         _require(self.warmup is None or self.warmup >= 0, "warmup", self.warmup, "0 or more")
         _require(bool(self.out_dir.strip()), "out_dir", repr(self.out_dir), "a folder's name")
+        self._check_preferences()
+
+    def _check_preferences(self) -> None:
+        _require(self.beta is None or self.beta > 0, "beta", self.beta, "greater than 0")
+        _require(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "at least 0 and below 0.5")
+        _require(self.gamma >= 0, "gamma", self.gamma, "0 or more")
+        _require(self.kl_samples >= 0, "kl_samples", self.kl_samples, "0 or more")
+        if self.label_smoothing and self.loss_type not in ("sigmoid", "sigmoid_norm"):
+            raise InputError(f"--label_smoothing {self.label_smoothing}: --loss_type {self.loss_type} takes none")
+        if self.reference and (self.objective != "dpo" or self.loss_type in ("simpo", "orpo")):
+            what = "--objective sft" if self.objective != "dpo" else f"--loss_type {self.loss_type}"
+            raise InputError(f"--reference {self.reference}: {what} needs no reference; leave it out")
+        if self.objective == "dpo" and self.loss_on == "all":
+            raise InputError("--loss_on all: --objective dpo learns from the answers only; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)

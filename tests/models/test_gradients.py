@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graftlm.models.gradients import Gated, HeadLoss, RMSNorm, Rotate
+from graftlm.models.gradients import Gated, HeadLoss, LogProbs, RMSNorm, Rotate
 from graftlm.models.layers import ByHand, rotate
 from tiny import FAMILIES, model_of
 
@@ -65,6 +65,28 @@ def test_head_and_loss_in_pieces(chunk: int, trained: str) -> None:
     torch.testing.assert_close(ours, plain, rtol=1e-12, atol=0)
     for a, b in zip(torch.autograd.grad(2 * ours, inputs), torch.autograd.grad(2 * plain, inputs), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk", [2, 128])
+@pytest.mark.parametrize("trained", ["h", "head", "both"])
+def test_log_probabilities_in_chunks_equal_the_plain_ones(chunk: int, trained: str) -> None:
+    """A row may have several targets, or none; a loss of the sums of two groups asks each for another gradient."""
+    h, head = random(5, 8), random(11, 8, seed=1)
+    h.requires_grad_(trained != "head")
+    head.requires_grad_(trained != "h")
+    rows, targets = torch.tensor([0, 0, 3, 1, 4, 3]), torch.tensor([2, 2, 10, 0, 5, 1])
+    group = torch.tensor([0, 1, 1, 0, 1, 0])
+
+    def loss(log_p: Tensor) -> Tensor:
+        first, second = torch.zeros(2, dtype=torch.float64).index_add(0, group, log_p)
+        return F.softplus(second - first) + first.square()
+
+    inputs = [t for t in (h, head) if t.requires_grad]
+    plain, ours = (h @ head.T).log_softmax(-1)[rows, targets], LogProbs.apply(h, head, rows, targets, chunk)
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=0)
+    both = (torch.autograd.grad(loss(log_p), inputs) for log_p in (ours, plain))
+    for a, b in zip(*both, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
 
 def test_the_loss_without_gradient_makes_none() -> None:

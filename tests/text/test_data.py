@@ -243,6 +243,41 @@ def test_users_own_pairs_are_never_cut(prompt: str, completion: str, message: st
         encode_rows([pair(prompt, completion)], TEMPLATE, words(), 6)
 
 
+def two(chosen: str, rejected: str, ended: tuple[bool, bool] = (True, True), prompt: str = "one ") -> Row:
+    return Row(prompt, None, prompt, chosen, "a.jsonl:1", rejected=rejected, ended=ended)
+
+
+def test_both_answers_of_a_pair_are_tokenised_apart_and_end_where_they_end():
+    tokenizer = words()
+    (pair_of,), _ = encode_rows([two("two", "three four")], TEMPLATE, tokenizer, 9)
+    decoded = [tokenizer.decode(list(ids), False) for ids in (pair_of.completion_ids, pair_of.rejected_ids)]
+    assert decoded == [" two<end>", " three four<end>"] and pair_of.length == len(pair_of.prompt_ids) + 2 + 3
+    assert check({"train": [pair_of]}, tokenizer) == [
+        "example: <begin>one⟦ two⟧⟦<end>⟧ rather than ⟦ three⟧⟦ four⟧⟦<end>⟧"
+    ]
+    (cut,), _ = encode_rows([two("two", "three four", (True, False))], TEMPLATE, tokenizer, 9)
+    assert (cut.completion_ids[-1], cut.rejected_ids) == (EOT, pair_of.rejected_ids[:-1]) and not cut.ended
+    assert len(check({"train": [cut]}, tokenizer)) == 1
+
+
+def test_the_longer_answer_of_a_pair_must_fit():
+    assert encode_rows([two("two", "three four five")], TEMPLATE, words(), 6)[1] == 0
+    with refused(
+        "a.jsonl:1: prompt and completion longer than the context: the prompt takes 2 tokens, and 1 fit before its "
+        "completion: shorten the row"
+    ):
+        encode_rows([two("two", "three four five")], TEMPLATE, words(), 5)
+
+
+def test_pairs_of_equal_tokens_are_refused_and_turned_ones_noted():
+    tokenizer = words()
+    (same,), _ = encode_rows([two("two", "three")], TEMPLATE, tokenizer, 9)
+    with refused("a.jsonl:1: chosen and rejected have the same tokens: leave the pair out"):
+        check({"train": [replace(same, rejected_ids=same.completion_ids)]}, tokenizer)
+    both, _ = encode_rows([two("two", "three"), two("three", "two"), two("two", "four")], TEMPLATE, tokenizer, 9)
+    assert check({"train": both}, tokenizer)[:-1] == ["1 pair stands in train the other way round too"]
+
+
 # ------------------------------------------------------------------------------------------------ samples, batches
 
 

@@ -232,6 +232,54 @@ def test_empty_prompt_or_completion(tmp_path: Path, field: str, value: str):
     fails(tmp_path / "a.jsonl", json.dumps(record), f"FILE:1: empty {field}: fill it in, or leave the row out")
 
 
+def test_pairs_of_answers(tmp_path: Path):
+    record = {"prompt": "p", "chosen": " a", "rejected": " b", "reward_chosen": 0.9}
+    first, second = read(jsonl(tmp_path / "a.jsonl", record, {**record, "ended": [False, True]}))
+    assert first == Row("p", None, "p", " a", first.where, rejected=" b") and first.ended == (True, True)
+    assert second.ended == (False, True)
+    completed = {"prompt": "p", "completion": "c", "ended": False}
+    (row,) = read(jsonl(tmp_path / "b.jsonl", completed))
+    assert row.ended == (False, True)
+
+
+def test_what_was_rejected_and_where_answers_end_are_part_of_the_fingerprint(tmp_path: Path):
+    record = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    changes = [{}, {"rejected": "c"}, {"ended": [True, False]}, {"chosen": "c"}, {"prompt": "q"}]
+    found = {
+        load_dataset(str(folder(tmp_path / str(n), validation=[{**record, **change}]))).fingerprint
+        for n, change in enumerate(changes)
+    }
+    assert len(found) == len(changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rejected": " a "}, "chosen and rejected are the same text: leave the pair out"),
+        ({"chosen": ""}, "empty chosen: fill it in, or leave the row out"),
+        ({"rejected": " \n"}, "empty rejected: fill it in, or leave the row out"),
+        ({"prompt": ""}, "empty prompt: fill it in, or leave the row out"),
+        ({"chosen": [{"role": "user"}]}, "chosen must be text, not [{'role': 'user'}]"),
+        (
+            {"ended": True},
+            "ended must be a list of two, each true or false: for chosen and for rejected, not True",
+        ),
+        (
+            {"ended": [1, 0]},
+            "ended must be a list of two, each true or false: for chosen and for rejected, not [1, 0]",
+        ),
+    ],
+)
+def test_pairs_that_are_none(tmp_path: Path, change: dict, message: str):
+    record = {"prompt": "p", "chosen": "a", "rejected": "b", **change}
+    fails(tmp_path / "a.jsonl", json.dumps(record), f"FILE:1: {message}")
+
+
+def test_a_pair_without_its_prompt(tmp_path: Path):
+    record = {"chosen": "a", "rejected": "b"}
+    fails(tmp_path / "a.jsonl", json.dumps(record), "FILE:1: no field 'prompt': every row needs it")
+
+
 # ------------------------------------------------------------------------------------------------ broken files
 
 GOOD = '{"text": "a", "label": 1}\n'

@@ -20,6 +20,7 @@ from graftlm.files.formats import load_safetensors
 from graftlm.inference.evaluate import score
 from graftlm.text.data import encode_rows, label_ids, load_dataset
 from graftlm.training import train as train_module
+from graftlm.training.preferences import loss_of
 from graftlm.training.train import batch_stream, learning_rate, train
 from tiny import TEMPLATE, data_folder, model_folder
 
@@ -188,10 +189,13 @@ def test_patience_stops_a_run_that_no_longer_gets_better(assets: Path, tmp_path:
 def test_a_loss_that_is_not_a_number_names_the_step_and_the_last_good_checkpoint(
     assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = train_module.OBJECTIVES["completion"]
     calls = iter(range(1, 100))
-    broken = {"completion": lambda model, batch: real(model, batch) * (math.nan if next(calls) == 7 else 1.0)}
-    monkeypatch.setattr(train_module, "OBJECTIVES", broken)
+
+    def broken(config: TrainConfig) -> Any:
+        real = loss_of(config)
+        return lambda model, batch: (real(model, batch)[0] * (math.nan if next(calls) == 7 else 1.0), {})
+
+    monkeypatch.setattr(train_module, "loss_of", broken)
     with pytest.raises(GraftError) as caught:
         train(config(assets, tmp_path / "run", eval_every=2))
     good = (tmp_path / "run" / "last").resolve()

@@ -110,6 +110,8 @@ class Context:
     """Cosine and sine, each [T, D/2] or [B, T, D/2]; None for learned positions."""
     bias: Tensor | None = None
     """Added to the scores: 0 where a query may look, -inf where not, [1|B, 1, 1, T, ΣS]; None: everywhere."""
+    causal: bool = True
+    """Whether a token may look at all that stands before it; False where a row forks."""
     lead: "Lead | None" = None
     """Set when the tokens are the flat [N, d] of `CausalLM.hidden_behind` instead of [B, T, d]."""
     at: Tensor | None = None
@@ -147,6 +149,37 @@ class Lead:
     t: int
     bias: Tensor | None
     """The lead's own causal bias [1, 1, 1, P, P]; `Context.bias` is the rows', [1, 1, 1, T, P + T]."""
+
+
+@dataclass(frozen=True)
+class Fork:
+    """Rows of a prompt and two answers to it: the second stands behind the first, and reads the prompt only.
+
+    So a pair costs its prompt once. Positions of the second go on from the prompt, as those of the first do.
+    """
+
+    prompt: Tensor
+    """[B] tokens of each row's own prompt."""
+    second: Tensor
+    """[B] where each row's second answer begins."""
+
+    def to(self, device: torch.device) -> "Fork":
+        """The same on a device."""
+        return Fork(self.prompt.to(device), self.second.to(device))
+
+    def positions(self, t: int) -> Tensor:
+        """Where each token stands in its own text: [B, T]."""
+        at = torch.arange(t, device=self.second.device)
+        return at - (at >= self.second[:, None]) * (self.second - self.prompt)[:, None]
+
+    def bias(self, t: int, dtype: torch.dtype) -> Tensor:
+        """The bias of rows of t tokens: causal, and no look from the second answer at the first: [B, 1, 1, T, T]."""
+        at = torch.arange(t, device=self.second.device)
+        first = (at >= self.prompt[:, None]) & (at < self.second[:, None])
+        apart = (at >= self.second[:, None])[:, :, None] & first[:, None, :]
+        hidden = apart | (at[None, :] > at[:, None])
+        bias = torch.zeros(hidden.shape, device=at.device, dtype=dtype)
+        return bias.masked_fill_(hidden, float("-inf"))[:, None, None]
 
 
 def causal_bias(t: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -200,7 +233,7 @@ class Attention(ByHand):
         if context.lead is not None:
             return self.o(self._behind(q, k, v, past, context.lead, context).flatten(-2))
         k, v = k.transpose(1, 2), v.transpose(1, 2)
-        if not past and context.at is None and q.shape[1] >= FUSED_FROM:
+        if not past and context.causal and context.at is None and q.shape[1] >= FUSED_FROM:
             p = self.drop.p if self.training else 0.0
             y = F.scaled_dot_product_attention(
                 q.transpose(1, 2), k, v, dropout_p=p, is_causal=True, enable_gqa=self.kv_heads < self.heads

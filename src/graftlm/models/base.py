@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graftlm.models.attention import Context, Lead, Segment, causal_bias, score_bias
-from graftlm.models.gradients import HeadLoss, TorchKernels
+from graftlm.models.attention import Context, Fork, Lead, Segment, causal_bias, score_bias
+from graftlm.models.gradients import HeadLoss, LogProbs, TorchKernels
 from graftlm.models.layers import ByHand, Dropout, Embedding, Linear
 
 ROLES = ("q", "k", "v", "o", "up", "gate", "down")
@@ -141,6 +141,7 @@ class CausalLM(ByHand):
         ids: Tensor,
         at: Tensor | None = None,
         below: tuple[int, Tensor] | None = None,
+        fork: Fork | None = None,
     ) -> tuple[Tensor | None, Tensor]:
         """[1, P] ids that stand before every row of [B, T] ids -> [P, d] and [B, T, d] after the last norm.
 
@@ -148,11 +149,11 @@ class CausalLM(ByHand):
         [P + B T, d], so that each layer's products are one, and large: half the calls, no thin matrices.
 
         With `at` [B, M]: None and [B, M, d], as in `hidden`. With `below` = (L, x): the first L blocks are not run, x
-        is what `lower(lead, ids, L)` gives.
+        is what `lower(lead, ids, L)` gives. With `fork` the rows hold two answers each.
         """
         (p, (b, t)) = (lead.shape[1], ids.shape)
-        context = self._behind(lead, ids)
-        first, x = below if below is not None else (0, self.lower(lead, ids, 0))
+        context = self._behind(lead, ids, fork)
+        first, x = below if below is not None else (0, self.lower(lead, ids, 0, fork))
         if p == 0:
             x = x.unflatten(0, (b, t))
         x = self.norm(self._walk(x, context, at, first))
@@ -161,25 +162,27 @@ class CausalLM(ByHand):
         own, rest = x.split([p, b * t])
         return own, rest.unflatten(0, (b, t))
 
-    def lower(self, lead: Tensor, ids: Tensor, layers: int) -> Tensor:
+    def lower(self, lead: Tensor, ids: Tensor, layers: int, fork: Fork | None = None) -> Tensor:
         """[1, P] and [B, T] ids -> what enters block `layers`: [P + B T, d], the lead first, P may be 0."""
         (p, (b, t)), device = (lead.shape[1], ids.shape), ids.device
-        positions = _positions(p, b, t, device) + self._taken
+        positions = _positions(p, b, t, device, fork) + self._taken
         x = self._embedded(torch.cat([lead.flatten(), ids.flatten()]), positions)
         if layers:
-            context = self._behind(lead, ids)
+            context = self._behind(lead, ids, fork)
             x = self._walk(x if p else x.unflatten(0, (b, t)), context, None, 0, layers)
         return x if x.dim() == 2 else x.flatten(0, 1)
 
-    def _behind(self, lead: Tensor, ids: Tensor) -> Context:
+    def _behind(self, lead: Tensor, ids: Tensor, fork: Fork | None) -> Context:
         """The context of a flat [P + B T, d], or of [B, T, d] where P is 0."""
         (p, (b, t)), device = (lead.shape[1], ids.shape), ids.device
         past, n = self._before(), self._taken
-        bias = F.pad(causal_bias(t, device, self.dtype), (n + p, 0))
+        own = causal_bias(t, device, self.dtype) if fork is None else fork.bias(t, self.dtype)
+        bias = F.pad(own, (n + p, 0))
         if p == 0:
-            return Context(past, rope=self.rope(torch.arange(n, n + t, device=device)), bias=bias)
+            at = torch.arange(t, device=device) if fork is None else fork.positions(t)
+            return Context(past, rope=self.rope(at + n), bias=bias, causal=fork is None)
         parts = Lead(p, b, t, F.pad(causal_bias(p, device, self.dtype), (n, 0)))
-        return Context(past, rope=self.rope(_positions(p, b, t, device) + n), bias=bias, lead=parts)
+        return Context(past, rope=self.rope(_positions(p, b, t, device, fork) + n), bias=bias, lead=parts)
 
     def _before(self) -> tuple[Segment, ...]:
         return () if self.before is None else (self.before.segment(self.dtype),)
@@ -213,6 +216,13 @@ class CausalLM(ByHand):
         log_p = self.logits(h).log_softmax(-1)
         return -(log_p[rows, targets] * weights.to(log_p.dtype)).sum()
 
+    def log_probs(self, h: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+        """log p(targets[k] | h[rows[k]]): h [N, d], the rest [K] -> [K], float32 or wider."""
+        if self.fused:
+            head = self.embed.weight if self.head is None else self.head.weight
+            return LogProbs.apply(h, head, rows, targets)
+        return self.logits(h).log_softmax(-1)[rows, targets]
+
     def forward(
         self,
         ids: Tensor,
@@ -243,6 +253,7 @@ def by_row(at: Tensor, b: int, t: int) -> tuple[Tensor, Tensor]:
     return where, rows * m + slots
 
 
-def _positions(p: int, b: int, t: int, device: torch.device) -> Tensor:
-    """0 … P-1 and then P … P+T-1 for each of B rows: [P + B T]."""
-    return torch.cat([torch.arange(p, device=device), torch.arange(p, p + t, device=device).repeat(b)])
+def _positions(p: int, b: int, t: int, device: torch.device, fork: Fork | None = None) -> Tensor:
+    """0 … P-1 and then P … P+T-1 for each of B rows, or as they fork: [P + B T]."""
+    own = torch.arange(t, device=device).repeat(b) if fork is None else fork.positions(t).flatten()
+    return torch.cat([torch.arange(p, device=device), p + own])

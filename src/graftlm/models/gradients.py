@@ -4,6 +4,7 @@
     Rotate    rotary positions
     Gated     silu(g) u
     HeadLoss  sum of cross entropies behind the head
+    LogProbs  the log-probabilities themselves, for losses that are no sum of them
 
 Each is tested against what autograd makes of the plain formula (tests/models/test_gradients.py).
 
@@ -195,3 +196,44 @@ class HeadLoss(torch.autograd.Function):
         d_h, d_head = ctx.saved_tensors
         scaled = (None if d is None else d * g.to(d.dtype) for d in (d_h, d_head))
         return *scaled, None, None, None, None
+
+
+class LogProbs(torch.autograd.Function):
+    """(W h_r)_t - logsumexp(W h_r) for K targets: row r = rows[k], token t = targets[k]; losses on pairs begin with it.
+
+    Its gradient is known only behind the whole loss, when the logits are gone: they are computed again, by `HeadLoss`,
+    whose sum with the weights -g has the gradient that is asked for. No [N, V] is kept, but for one chunk of rows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, head: Tensor, rows: Tensor, targets: Tensor, chunk: int = 128) -> Tensor:
+        """h [N, d], head [V, d], rows, targets [K] int64 -> [K], in float32 or wider."""
+        exact = torch.promote_types(h.dtype, torch.float32)
+        w = head.to(h.dtype)
+        found = torch.empty(len(rows), dtype=exact, device=h.device)
+        log_p = None
+        for start in range(0, len(h), chunk):
+            mine = (rows >= start) & (rows < start + chunk)
+            log_p = F.linear(h[start : start + chunk], w).to(exact).log_softmax(-1)
+            found[mine] = log_p[rows[mine] - start, targets[mine]]
+        ctx.chunk = chunk
+        kept = log_p if len(h) <= chunk and ctx.needs_input_grad[0] and not ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(h, head, rows, targets, kept)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of h and of the head, where they are asked for."""
+        (g,) = grads
+        h, head, rows, targets, log_p = ctx.saved_tensors
+        if log_p is not None:
+            of_rows = torch.zeros(len(h), dtype=g.dtype, device=g.device).index_add_(0, rows, g)
+            d_logits = log_p.exp().mul_(-of_rows[:, None]).index_put_((rows, targets), g, accumulate=True)
+            return d_logits.to(h.dtype) @ head.to(h.dtype), None, None, None, None
+        h, head = h.detach().requires_grad_(ctx.needs_input_grad[0]), head.detach()
+        head.requires_grad_(ctx.needs_input_grad[1])
+        wanted = [t for t in (h, head) if t.requires_grad]
+        with torch.enable_grad():
+            surrogate = HeadLoss.apply(h, head, rows, targets, -g, ctx.chunk)
+        d = iter(torch.autograd.grad(surrogate, wanted))
+        return *(next(d) if t.requires_grad else None for t in (h, head)), None, None, None

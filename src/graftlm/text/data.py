@@ -38,7 +38,10 @@ PEEK = 5  # characters a token: what English takes, and a little more
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One example as training and evaluation see it; the end-of-text token is the last of `completion_ids`."""
+    """One example as training and evaluation see it; the end-of-text token is the last of `completion_ids`.
+
+    (Of an answer that was cut, as the row says, it is not.)
+    """
 
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
@@ -48,6 +51,17 @@ class Example:
     instr_tuned_text: str
     """Prompt and completion as one string, as the course handout names it."""
     where: str
+    rejected_ids: tuple[int, ...] = ()
+    """Of a pair, the answer that was not preferred; `completion_ids` is then the one that was."""
+    reference: tuple[float, float] | None = None
+    """Of a pair, the log-probability of both answers under the model that training starts from, once it is known."""
+    ended: bool = True
+    """Whether every answer ends with the text, and so with its end-of-text token."""
+
+    @property
+    def length(self) -> int:
+        """All its tokens."""
+        return len(self.prompt_ids) + len(self.completion_ids) + len(self.rejected_ids)
 
 
 class _HasText(Protocol):
@@ -75,21 +89,34 @@ def encode_rows(
     """
     longest = _longest(template, tokenizer, max_length) if any(row.prompt is None for row in rows) else 0
     completions = [_completion(row, template) for row in rows]
-    different = sorted(set(completions))
-    encoded = tokenizer.encode_batch(different)
-    endings = {text: (*ids, tokenizer.eot) for text, ids in zip(different, encoded, strict=True)}
-    kept = [len(endings[c]) if row.prompt is not None else longest for row, c in zip(rows, completions, strict=True)]
+    rejected = ["" if row.rejected is None else _space(row) + row.rejected for row in rows]
+    different = sorted({*completions, *rejected})
+    ids_of = {text: tuple(ids) for text, ids in zip(different, tokenizer.encode_batch(different), strict=True)}
+    end = (tokenizer.eot,)
+    answers = [ids_of[text] + end * row.ended[0] for row, text in zip(rows, completions, strict=True)]
+    others = [
+        ids_of[text] + end * row.ended[1] if row.rejected is not None else ()
+        for row, text in zip(rows, rejected, strict=True)
+    ]
+    kept = [
+        max(len(answer), len(other)) if row.prompt is not None else longest
+        for row, answer, other in zip(rows, answers, others, strict=True)
+    ]
     texts, prompts = _fit(rows, [max_length - tokens for tokens in kept], template, tokenizer)
     examples = [
         Example(
             prompt_ids=tuple(ids),
-            completion_ids=endings[completion],
+            completion_ids=answer,
             label=row.label,
             text=row.text,
             instr_tuned_text=_prompt(row, text, template) + completion,
             where=row.where,
+            rejected_ids=other,
+            ended=all(row.ended),
         )
-        for row, text, ids, completion in zip(rows, texts, prompts, completions, strict=True)
+        for row, text, ids, completion, answer, other in zip(
+            rows, texts, prompts, completions, answers, others, strict=True
+        )
     ]
     return examples, sum(text != row.text for text, row in zip(texts, rows, strict=True))
 
@@ -101,9 +128,15 @@ def _prompt(row: Row, text: str, template: Template) -> str:
 def _completion(row: Row, template: Template) -> str:
     """What is to be answered; in a pair of the user's own, too, spaces at the boundary belong to the completion."""
     if row.prompt is not None and row.completion is not None:
-        return row.prompt[len(row.prompt.rstrip(" ")) :] + row.completion
+        return _space(row) + row.completion
     assert row.label is not None, f"{row.where}: neither a label nor a completion"
     return template.completion(row.label)
+
+
+def _space(row: Row) -> str:
+    """The spaces that a prompt of the user's own ends with."""
+    prompt = row.prompt or ""
+    return prompt[len(prompt.rstrip(" ")) :]
 
 
 def _longest(template: Template, tokenizer: Tokenizer, max_length: int) -> int:
@@ -287,22 +320,27 @@ def marked(example: Example, tokenizer: Tokenizer, width: int = 160) -> str:
     """An example as its tokens say it, in one line: the end of the prompt, then every target token in ⟦brackets⟧."""
     prompt = tokenizer.decode(list(example.prompt_ids), skip_special=False)
     prompt = prompt if len(prompt) <= width else "… " + prompt[-width:].partition(" ")[2]
-    targets = "".join(f"⟦{tokenizer.token(token)}⟧" for token in example.completion_ids)
+    answers = [ids for ids in (example.completion_ids, example.rejected_ids) if ids]
+    targets = " rather than ".join("".join(f"⟦{tokenizer.token(token)}⟧" for token in ids) for ids in answers)
     return (prompt + targets).replace("\r", "\\r").replace("\n", "\\n")
 
 
 def _check(example: Example, template: Template, eot: int, max_length: int) -> None:
-    where, prompt, completion = example.where, len(example.prompt_ids), len(example.completion_ids)
+    where, prompt = example.where, len(example.prompt_ids)
+    answers = [ids for ids in (example.completion_ids, example.rejected_ids) if ids]
+    longest = max(map(len, answers), default=0)
     if not example.text.strip():
         raise InputError(f"{where}: empty text")
     if example.label is not None and not 0 <= example.label < len(template.labels):
         raise InputError(f"{where}: unknown label {example.label}: the labels are {', '.join(template.labels)}")
     if not prompt:
         raise InputError(f"{where}: the prompt has no tokens")
-    if completion < 2 or example.completion_ids[-1] != eot:
+    if not answers or (example.ended and any(len(ids) < 2 or ids[-1] != eot for ids in answers)):
         raise InputError(f"{where}: the completion is cut away, or lacks its end-of-text token")
-    if prompt + completion > max_length:
-        raise InputError(f"{where}: {_too_long(prompt, max_length - completion)}")
+    if example.completion_ids == example.rejected_ids:
+        raise InputError(f"{where}: chosen and rejected have the same tokens: leave the pair out")
+    if prompt + longest > max_length:
+        raise InputError(f"{where}: {_too_long(prompt, max_length - longest)}")
 
 
 def _duplicates(splits: Mapping[str, Sequence[Example]]) -> list[str]:
@@ -315,9 +353,14 @@ def _duplicates(splits: Mapping[str, Sequence[Example]]) -> list[str]:
     for split, examples in splits.items():
         seen: dict[str, set[object]] = {}
         for example in examples:
-            seen.setdefault(example.text, set()).add(example.completion_ids)
+            if not example.rejected_ids:  # of one prompt there may be many pairs
+                seen.setdefault(example.text, set()).add(example.completion_ids)
         if both := sum(len(answers) > 1 for answers in seen.values()):
             notes.append(f"{_texts(both)} in {split} with different answers")
+        pairs = {(e.text, e.completion_ids, e.rejected_ids) for e in examples if e.rejected_ids}
+        if turned := sum((text, rejected, chosen) in pairs for text, chosen, rejected in pairs) // 2:
+            what = "pair stands" if turned == 1 else "pairs stand"
+            notes.append(f"{turned} {what} in {split} the other way round too")
     return notes
 
 

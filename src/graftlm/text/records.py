@@ -1,6 +1,7 @@
 """Files of records -> rows: jsonl, json, csv and parquet, in splits, every value checked where it stands.
 
-A row is either a text and its label, or a prompt and its completion as they are. Unusual: lines end at "\\n" alone
+A row is a text and its label, a prompt and its completion as they are, or a prompt with two answers to it, the one
+that was preferred and the other. Unusual: lines end at "\\n" alone
 (reviews contain U+0085, at which `str.splitlines` would break them); a wrong byte or value is an error that names its
 file and line; and a split that is not there is cut by a hash of the text, so that no text is in two splits.
 """
@@ -31,7 +32,10 @@ Record = tuple[str, dict[str, Any]]  # where it stands, and its fields
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One record: `text` and `label`, or `prompt` and `completion` (then `text` is the prompt and `label` is None)."""
+    """One record: `text` and `label`, or `prompt` and `completion` (then `text` is the prompt and `label` is None).
+
+    A pair has `rejected` too, and its `completion` is what was chosen.
+    """
 
     text: str
     label: int | None
@@ -39,6 +43,9 @@ class Row:
     completion: str | None = None
     where: str = ""
     """The file and line it came from, for errors."""
+    rejected: str | None = None
+    ended: tuple[bool, bool] = (True, True)
+    """Whether the text ends where `completion` does, and where `rejected` does; an answer that was cut goes on."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +148,10 @@ def fingerprint(splits: dict[str, list[Row]]) -> str:
     digest = hashlib.sha256()
     for split, rows in splits.items():
         for row in rows:
-            digest.update(json.dumps([split, row.text, row.label, row.completion]).encode() + b"\n")
+            # What only some rows have is left out of the others', whose fingerprints are recorded in old runs.
+            pair = [row.rejected] if row.rejected is not None else []
+            cut = [row.ended] if not all(row.ended) else []
+            digest.update(json.dumps([split, row.text, row.label, row.completion, *pair, *cut]).encode() + b"\n")
     return digest.hexdigest()
 
 
@@ -217,15 +227,17 @@ def _splits_in(folder: Path) -> dict[str, list[Path]]:
 
 # ------------------------------------------------------------------------------------------------ rows
 
+_Make = Callable[[str, dict[str, Any], _Fields], Row]
+
 
 def _rows(path: Path, fields: _Fields) -> list[Row]:
-    """All rows of one file. Its first record decides whether it holds texts and labels or prompts and completions."""
+    """All rows of one file. Its first record decides what they are."""
     rows: list[Row] = []
-    pairs = False
+    make: _Make = _labelled
     for where, record in _records([path]):
         if not rows:
-            pairs = _holds_pairs(path, record, fields)
-        rows.append(_pair(where, record) if pairs else _labelled(where, record, fields))
+            make = _kind(path, record, fields)
+        rows.append(make(where, record, fields))
     return rows
 
 
@@ -242,12 +254,15 @@ def _records(paths: Sequence[Path]) -> Iterator[Record]:
             raise InputError(f"{path}: no records in this file: write some, or name another")
 
 
-def _holds_pairs(path: Path, record: dict[str, Any], fields: _Fields) -> bool:
+def _kind(path: Path, record: dict[str, Any], fields: _Fields) -> _Make:
+    """What makes a row of a record like this one."""
     renamed = (fields.text, fields.label) != ("text", "label")
     if fields.text in record and fields.label in record:
-        return False
+        return _labelled
     if "prompt" in record and "completion" in record and not renamed:
-        return True
+        return _completed
+    if {"prompt", "chosen", "rejected"} & record.keys() >= {"chosen", "rejected"} and not renamed:
+        return _preferred
     flag, missing = ("text", fields.text) if fields.text not in record else ("label", fields.label)
     near = get_close_matches(missing, [str(name) for name in record], n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
@@ -263,9 +278,30 @@ def _labelled(where: str, record: dict[str, Any], fields: _Fields) -> Row:
     return Row(text, _label(where, value, fields), where=where)
 
 
-def _pair(where: str, record: dict[str, Any]) -> Row:
+def _completed(where: str, record: dict[str, Any], fields: _Fields) -> Row:
     prompt, completion = _string(where, record, "prompt"), _string(where, record, "completion")
-    return Row(prompt, None, prompt, completion, where)
+    (ended,) = _ended(where, record, 1)
+    return Row(prompt, None, prompt, completion, where, ended=(ended, True))
+
+
+def _preferred(where: str, record: dict[str, Any], fields: _Fields) -> Row:
+    prompt, chosen, rejected = (_string(where, record, field) for field in ("prompt", "chosen", "rejected"))
+    if chosen.strip() == rejected.strip():
+        raise InputError(f"{where}: chosen and rejected are the same text: leave the pair out")
+    first, second = _ended(where, record, 2)
+    return Row(prompt, None, prompt, chosen, where, rejected=rejected, ended=(first, second))
+
+
+def _ended(where: str, record: dict[str, Any], answers: int) -> list[bool]:
+    """The field "ended", which says whether the text ends where an answer does; without it, it does."""
+    value = record.get("ended")
+    if value is None:
+        return [True] * answers
+    ended = value if isinstance(value, list) else [value]
+    if len(ended) != answers or not all(isinstance(each, bool) for each in ended):
+        wanted = "true or false" if answers == 1 else "a list of two, each true or false: for chosen and for rejected"
+        raise InputError(f"{where}: ended must be {wanted}, not {_short(value)}")
+    return ended
 
 
 def _string(where: str, record: dict[str, Any], field: str) -> str:

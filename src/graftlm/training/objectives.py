@@ -2,11 +2,14 @@
 
     completion   -sum of log p(token | what stands before it) over the completion and its end-of-text
     all          the same over every token but the first
+    pairs        what `preferences.py` makes of the log-probabilities of two answers to each prompt
 
 What is unusual here: the tokens that all prompts of a batch begin with run once, with gradient, and every row reads
 their keys and values (`CausalLM.hidden_behind`); and the head is applied only at the positions that are trained on.
 Neither changes the gradient (tests/training/test_objectives.py); with dropout on, the rows share the masks of the
 shared tokens.
+
+A pair of answers is one row, prompt, first answer, second answer, so that the prompt runs once (`attention.Fork`).
 
 Letters: B rows, T longest row in tokens behind the P shared ones, N targets, V vocabulary.
 """
@@ -19,9 +22,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from graftlm.models.attention import Fork
 from graftlm.models.base import CausalLM, by_row
 from graftlm.text.data import Example, common_prefix
 
+LossOn = Literal["completion", "all", "pairs"]
 Objective = Callable[[CausalLM, "Batch"], Tensor]
 
 
@@ -40,13 +45,19 @@ class Batch:
     targets: Tensor
     """[N] those next tokens."""
     weight: int
-    """Target tokens of all rows, the shared ones counted once for each row."""
+    """Target tokens of all rows, the shared ones counted once for each row; of pairs, their number."""
     tokens: int
-    """Tokens of all rows as the data has them: shared and repeated, last and first, no padding."""
+    """Tokens of all rows as the data has them: shared, repeated, last and first, no padding; a pair's prompt once."""
     everywhere: bool = False
     """Whether the head runs at every position, also where there is no target: the plain way."""
     below: tuple[int, Tensor] | None = None
     """(L, x): what enters block L, [P + B T, d] as `CausalLM.lower` gives it, where that is known already."""
+    fork: Fork | None = None
+    """Where the rows' second answers begin, where they are pairs."""
+    answer: Tensor | None = None
+    """[N] of pairs, whose target it is: 2 b for what was chosen in row b, 2 b + 1 for what was not."""
+    reference: Tensor | None = None
+    """[B, 2] of pairs, the reference's log-probability of both answers, where there is one; float64, on the CPU."""
 
     @property
     def own_tokens(self) -> int:
@@ -58,12 +69,15 @@ class Batch:
         at = None if self.at is None else self.at.to(device)
         below = None if self.below is None else (self.below[0], self.below[1].to(device))
         shared, ids, pick, targets = (t.to(device) for t in (self.shared, self.ids, self.pick, self.targets))
-        return replace(self, shared=shared, ids=ids, at=at, pick=pick, targets=targets, below=below)
+        moved = replace(self, shared=shared, ids=ids, at=at, pick=pick, targets=targets, below=below)
+        if self.fork is None or self.answer is None:
+            return moved
+        return replace(moved, fork=self.fork.to(device), answer=self.answer.to(device))
 
 
 def make_batch(
     examples: Sequence[Example],
-    loss_on: Literal["completion", "all"],
+    loss_on: LossOn,
     share: bool = True,
     targets_only: bool = True,
     prefix: int | None = None,
@@ -76,6 +90,8 @@ def make_batch(
     p = common_prefix([e.prompt_ids for e in examples]) if share and len(examples) > 1 else 0
     p = p if p >= 4 else 0  # the attention of its own costs more than a few tokens do
     p = p if prefix is None else prefix
+    if loss_on == "pairs":
+        return _pairs(examples, p, targets_only)
     rows = [(*e.prompt_ids[p:], *e.completion_ids) for e in examples]
     width = max(len(row) for row in rows) - 1
     ids = torch.zeros(len(rows), width, dtype=torch.long)
@@ -105,9 +121,47 @@ def make_batch(
     )
 
 
+def _pairs(examples: Sequence[Example], p: int, targets_only: bool) -> Batch:
+    """The batch of these pairs behind their first p tokens; each row is a fork."""
+    parts = [(e.prompt_ids[p:], e.completion_ids, e.rejected_ids) for e in examples]
+    # The last token of an answer is predicted, never fed.
+    rows = [(*prompt, *chosen[:-1], *rejected[:-1]) for prompt, chosen, rejected in parts]
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    at: list[int] = []
+    answer: list[int] = []
+    for b, (row, (prompt, chosen, rejected)) in enumerate(zip(rows, parts, strict=True)):
+        ids[b, : len(row)] = torch.tensor(row)
+        for n, (tokens, start) in enumerate(((chosen, 0), (rejected, len(chosen) - 1))):
+            last = b * ids.shape[1] + len(prompt) - 1  # predicts the first token of both
+            at += [last, *(last + start + i for i in range(1, len(tokens)))]
+            answer += [2 * b + n] * len(tokens)
+    pick, where = torch.tensor(at), None
+    if targets_only:
+        flat, back = pick.unique(return_inverse=True)  # both answers begin behind the same token
+        where, slots = by_row(flat, *ids.shape)
+        pick = slots[back]
+    known = [e.reference for e in examples]
+    return Batch(
+        torch.tensor(examples[0].prompt_ids[:p], dtype=torch.long)[None],
+        ids,
+        where,
+        pick,
+        torch.tensor([token for _, chosen, rejected in parts for token in (*chosen, *rejected)]),
+        weight=len(rows),
+        tokens=sum(p + len(prompt) + len(chosen) + len(rejected) for prompt, chosen, rejected in parts),
+        everywhere=not targets_only,
+        fork=Fork(
+            torch.tensor([len(prompt) for prompt, _, _ in parts]),
+            torch.tensor([len(prompt) + len(chosen) - 1 for prompt, chosen, _ in parts]),
+        ),
+        answer=torch.tensor(answer),
+        reference=None if None in known else torch.tensor(known, dtype=torch.float64),
+    )
+
+
 def make_batches(
     examples: Sequence[Example],
-    loss_on: Literal["completion", "all"],
+    loss_on: LossOn,
     share: bool = True,
     most_tokens: int = 0,
     targets_only: bool = True,
@@ -127,24 +181,24 @@ def make_batches(
     return [make_batch(some, loss_on, share, targets_only, prefix) for some in cuts]
 
 
-def _read(model: CausalLM, batch: Batch) -> tuple[Tensor | None, Tensor, Tensor]:
+def read_batch(model: CausalLM, batch: Batch) -> tuple[Tensor | None, Tensor, Tensor]:
     """Hidden states of the shared tokens [P, d] (None: not asked for), of the rows [R, d], and pick [N] in those."""
-    shared, h = model.hidden_behind(batch.shared, batch.ids, batch.at, batch.below)
+    shared, h = model.hidden_behind(batch.shared, batch.ids, batch.at, batch.below, batch.fork)
     h = h.flatten(0, 1)
-    if batch.everywhere:
+    if batch.everywhere or batch.fork is not None:
         return shared, h, batch.pick
     return shared, h[batch.pick], torch.arange(len(batch.pick), device=h.device)
 
 
 def completion(model: CausalLM, batch: Batch) -> Tensor:
     """Sum of the completion tokens' losses; the batch was made with loss_on="completion"."""
-    _, h, pick = _read(model, batch)
+    _, h, pick = read_batch(model, batch)
     return model.loss(h, pick, batch.targets, torch.ones(len(pick), device=h.device))
 
 
 def all_tokens(model: CausalLM, batch: Batch) -> Tensor:
     """Sum of all tokens' losses; the batch was made with loss_on="all"."""
-    shared, h, pick = _read(model, batch)
+    shared, h, pick = read_batch(model, batch)
     ones = torch.ones(len(pick), device=h.device)
     if shared is None:
         return model.loss(h, pick, batch.targets, ones)

@@ -30,8 +30,10 @@ from graftlm.methods.base import trainable
 from graftlm.models.base import CausalLM
 from graftlm.text.data import Example
 from graftlm.training.memory import peak_rss_mb, rss_mb
-from graftlm.training.objectives import OBJECTIVES, Batch, make_batches
+from graftlm.training.objectives import Batch, make_batches, read_batch
+from graftlm.training.preferences import loss_of, targets_of
 from graftlm.training.prepare import Prepared
+from graftlm.training.reference import Start, reference_sums, sampled_kl, with_reference
 from graftlm.training.schedule import batch_stream
 
 FEW, MANY = 1, 3  # blocks of the two lower buildings
@@ -53,7 +55,7 @@ class Plan:
     startup_seconds: float
     """What had passed when this was predicted: loading and checking."""
     minutes: float
-    """All three together."""
+    """All together, with the reference's log-probabilities of pairs, where they are to be computed."""
     peak_rss_mb: float
 
     def to_json(self) -> dict[str, Any]:
@@ -73,7 +75,7 @@ def make_plan(prepared: Prepared, startup_seconds: float, repeats: int = 3) -> P
     with _no_trace(model):
         times = [_step_seconds(model, batch, config, layers, first, repeats) for batch in ends]
         saved = _saved_mb(model, ends[-1], config, layers - first)
-        validation = _validation_seconds(model, prepared)
+        validation, reference = _validation_seconds(model, prepared), _reference_seconds(model, prepared)
         held = rss_mb()  # before the whole pass, whose memory the process keeps for the steps to come
         wrong = _whole_seconds(model, ends[0], config, repeats) / times[0]
     (n0, t0), (n1, t1) = ((computed(batch), wrong * seconds) for batch, seconds in zip(ends, times, strict=True))
@@ -93,7 +95,7 @@ def make_plan(prepared: Prepared, startup_seconds: float, repeats: int = 3) -> P
         train_seconds=train_seconds,
         validation_seconds=judged * validation,
         startup_seconds=startup_seconds,
-        minutes=(startup_seconds + train_seconds + judged * validation) / 60,
+        minutes=(startup_seconds + reference + train_seconds + judged * validation) / 60,
         peak_rss_mb=round(_peak_mb(model, held, saved, max(n for parts in sizes for n in parts)), 0),
     )
 
@@ -104,11 +106,18 @@ def computed(batch: Batch) -> int:
 
 
 def _batches(prepared: Prepared, count: int) -> list[list[Batch]]:
-    config, examples = prepared.config, prepared.train
-    lengths = [len(e.prompt_ids) + len(e.completion_ids) for e in examples]
-    how = (config.loss_on, config.shared_prefix, config.micro_tokens or 0, config.target_positions)
+    config, examples = prepared.config, _timed(prepared.train, prepared)
+    lengths = [e.length for e in examples]
+    how = (targets_of(config), config.shared_prefix, config.micro_tokens or 0, config.target_positions)
     stream = islice(batch_stream(lengths, config, 0), count)
     return [make_batches([examples[i] for i in rows], *how) for rows in stream]
+
+
+def _timed(examples: Sequence[Example], prepared: Prepared) -> list[Example]:
+    """The examples; pairs with any number for the reference where it is not known yet, which takes no other time."""
+    if prepared.config.objective == "dpo" and any(e.reference is None for e in examples):
+        return with_reference(examples, torch.zeros(len(examples), 2))
+    return list(examples)
 
 
 @contextmanager
@@ -137,16 +146,20 @@ def _step_seconds(model: CausalLM, batch: Batch, config: TrainConfig, layers: in
     """Forward and backward of one batch: blocks from `first` on with gradient, those below forward only."""
 
     def both() -> None:
-        shared, h = model.hidden_behind(batch.shared, batch.ids, batch.at)
+        shared, h, _ = read_batch(model, batch)
         (h.sum() if shared is None else h.sum() + shared.sum()).backward()
 
     # The head apart, on hidden states of the size the final norm gives: those that a few blocks alone make have
     # likelihoods so small that arithmetic with them is many times slower.
     n = batch.pick.numel() + (batch.shared.numel() + len(batch.ids) if batch.at is None else 0)
+    n = int(batch.pick.unique().numel()) if batch.fork is not None else n
     h = torch.randn(n, model.shape.d_model, dtype=model.dtype, device=model.device, requires_grad=True)
     rows = torch.arange(n, device=model.device)
 
     def head() -> None:
+        if batch.fork is not None:
+            model.log_probs(h, rows, rows % model.shape.vocab).sum().backward()
+            return
         model.loss(h, rows, rows % model.shape.vocab, torch.ones(n, device=model.device)).backward()
 
     upper = _extrapolated(model, both, layers - first, model.blocks[first:], repeats) + _typical(head, repeats)
@@ -155,7 +168,7 @@ def _step_seconds(model: CausalLM, batch: Batch, config: TrainConfig, layers: in
 
     def lower() -> None:
         with torch.no_grad():
-            model.lower(batch.shared, batch.ids, len(model.blocks))
+            model.lower(batch.shared, batch.ids, len(model.blocks), batch.fork)
 
     return upper + _extrapolated(model, lower, first, model.blocks[:first], repeats)
 
@@ -176,7 +189,7 @@ def _whole_seconds(model: CausalLM, batch: Batch, config: TrainConfig, repeats: 
     """Forward and backward of one batch through all blocks, with head and loss."""
 
     def whole() -> None:
-        OBJECTIVES[config.loss_on](model, batch).backward()
+        loss_of(config)(model, batch)[0].backward()
 
     return _typical(whole, repeats - 1) if repeats > 1 else _seconds(whole)
 
@@ -214,7 +227,7 @@ def _saved_mb(model: CausalLM, batch: Batch, config: TrainConfig, layers: int) -
     for k in (min(FEW, layers), min(MANY, layers)):
         kept.clear()
         with _blocks(model, list(model.blocks)[-k:]), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            loss = OBJECTIVES[config.loss_on](model, batch)
+            loss, _ = loss_of(config)(model, batch)
             found.append((k, sum(kept.values()) / 1e6))
             del loss
     (few, least), (many, most) = found
@@ -224,15 +237,47 @@ def _saved_mb(model: CausalLM, batch: Batch, config: TrainConfig, layers: int) -
 
 def _validation_seconds(model: CausalLM, prepared: Prepared) -> float:
     """One validation, from the scores of a few examples of middling length."""
-    examples = sorted(prepared.validation, key=lambda e: len(e.prompt_ids))
-    middle = len(examples) // 2
-    some: list[Example] = examples[max(0, middle - VALIDATED // 2) :][:VALIDATED]
+    examples, config = prepared.validation, prepared.config
+    some = _middling(examples)
+    if config.objective == "dpo":
+        seconds = _pairs_seconds(model, some) * len(examples) / len(some)
+        if not config.kl_samples:
+            return seconds
+
+        def sample() -> None:
+            eot = prepared.loaded.tokenizer.eot
+            sampled_kl(model, Start.of(model), prepared.validation, config.kl_samples, eot, config.seed)
+
+        return seconds + _extrapolated(model, sample, model.shape.layers, model.blocks, 1)
 
     def read() -> None:
         score(model, some, prepared.label_ids, batch_size=VALIDATED)
 
-    seconds = _extrapolated(model, read, model.shape.layers, model.blocks, 1)
-    return seconds * len(examples) / len(some)
+    return _extrapolated(model, read, model.shape.layers, model.blocks, 1) * len(examples) / len(some)
+
+
+def _reference_seconds(model: CausalLM, prepared: Prepared) -> float:
+    """What the log-probabilities of all pairs under the reference take; 0 where they are known, or need not be."""
+    pairs = [*prepared.train, *prepared.validation]
+    if prepared.config.objective != "dpo" or not prepared.wants_reference or pairs[0].reference is not None:
+        return 0.0
+    some = _middling(pairs)
+    return _pairs_seconds(model, some) * len(pairs) / len(some)
+
+
+def _middling(examples: Sequence[Example]) -> list[Example]:
+    """A few examples of middling length."""
+    ordered = sorted(examples, key=lambda e: e.length)
+    return ordered[max(0, len(ordered) // 2 - VALIDATED // 2) :][:VALIDATED]
+
+
+def _pairs_seconds(model: CausalLM, some: Sequence[Example]) -> float:
+    """A forward pass of these pairs."""
+    return _extrapolated(model, lambda: _discard(reference_sums(model, some)), model.shape.layers, model.blocks, 1)
+
+
+def _discard(_: Tensor) -> None:
+    """A result that only had to be waited for."""
 
 
 def _update_seconds(trained: int, sample: int = 1_000_000) -> float:

@@ -17,18 +17,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from graftlm.config import TrainConfig
 from graftlm.errors import InputError
 from graftlm.exchange.device import pick_device, pick_dtype
 from graftlm.exchange.huggingface import base_hash, load_model
-from graftlm.exchange.load import Loaded, check_base, read_run, read_tokenizer, recorded_name
-from graftlm.files.assets import model_folder
-from graftlm.methods import Method, method_from_flags
-from graftlm.methods.base import layer_span, totals
-from graftlm.text.data import Example, encode_rows, label_ids, load_dataset, preflight, sample
+from graftlm.exchange.load import Loaded, check_base, read_run, read_tokenizer
+from graftlm.methods import Method
+from graftlm.methods.base import totals
+from graftlm.models.base import CausalLM
+from graftlm.text.data import Dataset, Example, encode_rows, label_ids, load_dataset, preflight, sample
 from graftlm.text.template import load_template
 from graftlm.training.logs import check_loggers
+from graftlm.training.preferences import DEFAULT_BETA, REFERENCE_FREE
+from graftlm.training.reference import NAME as REFERENCE
+from graftlm.training.reference import about_reference, read_reference, with_reference
+from graftlm.training.start import Origin, find_origin, span_of
 
 # May differ between a start and its resume; all else decides the numbers.
 FREE_ON_RESUME = {"resume", "plan", "max_iters", "epochs", "wandb_project", "tensorboard"}
@@ -37,13 +42,16 @@ FREE_ON_RESUME = {"resume", "plan", "max_iters", "epochs", "wandb_project", "ten
 # this was the fastest on an AMD Zen 3 in float32, and took 4% less memory than 640 (--micro_tokens).
 CPU_TOKENS = 512
 
+PREFERENCE_RATE = 0.2
+"""What preference training multiplies a method's default rate by: it starts from a model that is to be kept near."""
+
 
 @dataclass
 class Prepared:
     """A run that is ready to start."""
 
     config: TrainConfig
-    """Resolved: rank, alpha, lr, max_iters, eval_every, warmup and max_length are set."""
+    """Resolved: rank, alpha, lr, max_iters, eval_every, warmup, max_length and beta are set."""
     method: Method
     loaded: Loaded
     train: list[Example]
@@ -53,6 +61,29 @@ class Prepared:
     notes: list[str]
     run: dict[str, Any]
     """What run.json will hold."""
+    reference: dict[str, Tensor] | None = None
+    """Of pairs, what the start thinks of them, by split, where that is known."""
+
+    @property
+    def splits(self) -> dict[str, list[Example]]:
+        """What is trained on and what is validated on."""
+        return {"train": self.train, "validation": self.validation}
+
+    def about_reference(self) -> dict[str, Any]:
+        """What the reference's log-probabilities are of."""
+        start = self.run["start"]["sha256"] if self.run["start"] else None
+        return about_reference(self.splits, self.run["base"]["sha256"], start, self.run["dtype"])
+
+    def refer_to(self, sums: dict[str, Tensor]) -> None:
+        """Give every pair what the start thinks of it."""
+        self.reference = sums
+        self.train = with_reference(self.train, sums["train"])
+        self.validation = with_reference(self.validation, sums["validation"])
+
+    @property
+    def wants_reference(self) -> bool:
+        """Whether its loss looks at the model that it starts from."""
+        return self.config.objective == "dpo" and self.config.loss_type not in REFERENCE_FREE
 
     @property
     def out_dir(self) -> Path:
@@ -75,17 +106,18 @@ def prepare(config: TrainConfig, given: Set[str] | None = None) -> Prepared:
     else:
         _check_out_dir(out_dir)
     check_loggers(config)
-    method = method_from_flags(config, set() if previous is not None else _typed(config, given))
+    origin = find_origin(config, set() if previous is not None else _typed(config, given), previous is not None)
     template = load_template(config.template, config.labels)
     device = pick_device(config.device)
     if previous is not None and config.dtype == "auto":  # what auto found then, so that the bits go on
         dtype, reason = pick_dtype(previous["dtype"], device)[0], previous["dtype_reason"]
     else:
         dtype, reason = pick_dtype(config.dtype, device)
-    folder = model_folder(config.init_from)
+    folder = origin.folder
     data = load_dataset(
         config.data, config.val, config.test, config.text_field, config.label_field, labels=template.labels
     )
+    _check_kind(data, config)
     tokenizer = read_tokenizer(folder)
     if previous is not None:
         check_base(folder, previous, out_dir)
@@ -93,7 +125,7 @@ def prepare(config: TrainConfig, given: Set[str] | None = None) -> Prepared:
     with ThreadPoolExecutor(1) as beside:  # hashing takes one core, loading mostly the other
         hashing = beside.submit(lambda: previous["base"]["sha256"] if previous else base_hash(folder))
         model = load_model(folder, device, dtype)
-    room = model.shape.context - method.positions
+    room = model.shape.context - origin.method.positions
     if room < 1:
         raise InputError(
             f"--prefix_length {config.prefix_length}: the model reads at most {model.shape.context} tokens; shorten it"
@@ -104,25 +136,29 @@ def prepare(config: TrainConfig, given: Set[str] | None = None) -> Prepared:
     examples = {split: some for split, (some, _) in encoded.items()}
     cut = {split: n for split, (_, n) in encoded.items()}
     notes = [*data.notes, *preflight(examples, template, tokenizer, max_length, cut)]
-    method = replace(method, layers=layer_span(config.train_layers, model.shape.layers))
-    prompts = [e.prompt_ids for e in examples["train"]]
-    method = method.starts_from(prompts, lambda text: tokenizer.encode(text, bos=True))
-    method.install(model, torch.Generator().manual_seed(config.seed))
+    method = span_of(config, origin, model.shape.layers)
+    if origin.adapter is None:
+        prompts = [e.prompt_ids for e in examples["train"]]
+        method = method.starts_from(prompts, lambda text: tokenizer.encode(text, bos=True))
+    origin = replace(origin, method=method)
+    origin.install(model, torch.Generator().manual_seed(config.seed))
+    start = _start(origin, model, previous, out_dir)
     model.set_dropout(config.dropout)
     model.set_fused(config.fused)
     if config.micro_tokens is None:
         config = replace(config, micro_tokens=CPU_TOKENS if device.type == "cpu" else 0)
     config = _resolved(config, method, len(examples["train"]), max_length)
     labelled = all(e.label is not None for some in examples.values() for e in some)
-    loaded = Loaded(model, tokenizer, config.init_from, folder, reason, template)
+    loaded = Loaded(model, tokenizer, origin.base, folder, reason, template)
     trained, total = totals(model)
     run = {
         "config": asdict(config),
         "method": method.to_json(),
         "base": {
-            "name": recorded_name(config.init_from),
+            "name": origin.base,
             "sha256": hashing.result(),
         },
+        "start": start,
         "data": {"name": data.name, "fingerprint": data.fingerprint, "examples": {k: len(v) for k, v in rows.items()}},
         "template": {"name": template.name, "text": template.text, "labels": list(template.labels)},
         "device": str(device),
@@ -136,11 +172,16 @@ def prepare(config: TrainConfig, given: Set[str] | None = None) -> Prepared:
         "notes": notes,
         "plan": previous.get("plan") if previous else None,
         "compile": previous.get("compile") if previous else None,
+        "reference": previous.get("reference") if previous else None,
         "resumed": [*previous["resumed"], _changes(previous["config"], config)] if previous else [],
         "results": None,
     }
     ids = label_ids(template, tokenizer) if labelled else []
-    return Prepared(config, method, loaded, examples["train"], examples["validation"], ids, notes, run)
+    prepared = Prepared(config, method, loaded, examples["train"], examples["validation"], ids, notes, run)
+    source = out_dir if previous else Path(config.reference) if config.reference else None
+    if prepared.wants_reference and source is not None:
+        prepared.refer_to(read_reference(source, prepared.splits, prepared.about_reference()))
+    return prepared
 
 
 def _typed(config: TrainConfig, given: Set[str] | None) -> Set[str]:
@@ -148,12 +189,40 @@ def _typed(config: TrainConfig, given: Set[str] | None) -> Set[str]:
     return {f.name for f in fields(config) if getattr(config, f.name) != f.default} if given is None else given
 
 
+def _check_kind(data: Dataset, config: TrainConfig) -> None:
+    """An InputError where the data is pairs and the objective is not, or the other way round."""
+    row = data.splits["train"][0]
+    if (row.rejected is not None) == (config.objective == "dpo"):
+        return
+    if config.objective == "dpo":
+        raise InputError(
+            f"--objective dpo: {data.name} holds no pairs; give files with the fields prompt, chosen and rejected "
+            "(graft prefer makes them)"
+        )
+    raise InputError(f"--objective {config.objective}: {data.name} holds pairs; train on them with --objective dpo")
+
+
+def _start(
+    origin: Origin, model: CausalLM, previous: dict[str, Any] | None, out_dir: Path
+) -> dict[str, str | None] | None:
+    """What run.json says of the adapter that the run started from; None: it started from a base."""
+    if origin.adapter is None:
+        return None
+    sha256 = origin.sha256(model.shape)
+    if previous is not None and previous["start"]["sha256"] != sha256:
+        raise InputError(
+            f"{out_dir}: was started from {previous['start']['run']}, which has changed since; restore it to go on"
+        )
+    return {"run": str(origin.adapter.resolve()), "sha256": sha256}
+
+
 def _check_out_dir(out_dir: Path) -> None:
     if (out_dir / "run.json").exists():
         raise InputError(f"--out_dir {out_dir}: holds a run already; add --resume to go on with it, or name another")
     if out_dir.exists() and not out_dir.is_dir():
         raise InputError(f"--out_dir {out_dir}: is a file; name a folder")
-    if out_dir.is_dir() and any(not p.name.startswith(".run.json.tmp-") for p in out_dir.iterdir()):
+    left = (".run.json.tmp-", REFERENCE, f".{REFERENCE}")  # by a first start that was killed before run.json stood
+    if out_dir.is_dir() and any(not p.name.startswith(left) for p in out_dir.iterdir()):
         raise InputError(f"--out_dir {out_dir}: holds other files; name a folder that is empty or does not exist")
 
 
@@ -203,7 +272,8 @@ def _resolved(config: TrainConfig, method: Method, examples: int, max_length: in
     return replace(
         config,
         **{"method": method.name, **decided},
-        lr=config.lr if config.lr is not None else method.default_lr,
+        lr=config.lr if config.lr is not None else method.default_lr * PREFERENCE_RATE ** (config.objective == "dpo"),
+        beta=DEFAULT_BETA.get(config.loss_type, 0.1) if config.beta is None else config.beta,
         max_iters=steps,
         epochs=epochs,
         eval_every=config.eval_every or max(1, math.ceil(steps / 10)),

@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from torch import Tensor
 
 from graftlm.config import TrainConfig
 from graftlm.errors import GraftError, InputError, Interrupted
@@ -37,9 +38,11 @@ from graftlm.training.frozen import Frozen, open_frozen
 from graftlm.training.interrupt import stop_on_signal
 from graftlm.training.logs import Metrics, start_loggers
 from graftlm.training.memory import peak_rss_mb
-from graftlm.training.objectives import OBJECTIVES, Batch, make_batches
+from graftlm.training.objectives import Batch, make_batches
 from graftlm.training.plan import make_plan
+from graftlm.training.preferences import loss_of, targets_of
 from graftlm.training.prepare import Prepared, prepare
+from graftlm.training.reference import Start, reference_sums, sampled_kl, save_reference
 from graftlm.training.schedule import batch_stream, learning_rate
 from graftlm.training.validate import validate
 
@@ -116,6 +119,8 @@ class Step:
     needed: int
     """Tokens that cannot be done without: what a batch's prompts begin with is counted once."""
     seconds: float
+    told: dict[str, float]
+    """What the objective tells of the step's examples, on average; empty for most."""
 
     @property
     def examples_per_s(self) -> float:
@@ -148,7 +153,9 @@ class Trainer:
             self.config.keep_checkpoints,
         )
         self.optimizer = make_optimizer(self.model, self.config, self.prepared.method)
+        self.loss = loss_of(self.config)
         self.frozen: Frozen | None = None
+        self.start: Start | None = None
         self.steps = self.config.max_iters or 0
 
     def run(self) -> dict[str, Any]:
@@ -176,6 +183,7 @@ class Trainer:
     def _run(self) -> dict[str, Any]:
         for name in ("run.json", "metrics.jsonl", "best", "last"):
             remove_leftovers(self.out_dir / name)  # of a process that was killed while it wrote
+        self._look_back()
         if self.config.resume:
             self.progress = self.store.restore(self.model, self.optimizer)
             cut_metrics(self.out_dir / "metrics.jsonl", self.progress.step)
@@ -211,7 +219,7 @@ class Trainer:
 
     def _loop(self, metrics: Metrics, stop: threading.Event, bar: Bar) -> None:
         config, progress = self.config, self.progress
-        lengths = [len(e.prompt_ids) + len(e.completion_ids) for e in self.prepared.train]
+        lengths = [e.length for e in self.prepared.train]
         stream = batch_stream(lengths, config, progress.step * config.grad_accum)
         offset = progress.seconds - time.perf_counter()
         task = bar.add_task("train", total=self.steps, completed=progress.step, info="")
@@ -222,9 +230,9 @@ class Trainer:
             done = self._step(step, [next(stream) for _ in range(config.grad_accum)])
             self._count(done)
             judged = step % (config.eval_every or 1) == 0 or step == self.steps
-            new_best = self._validate() if judged else False
+            new_best, kl = self._validate() if judged else (False, None)
             progress.seconds = offset + time.perf_counter()
-            row = self._row(done, judged)
+            row = self._row(done, judged, kl)
             metrics.write(row)
             bar.update(task, completed=step, info=f"loss {done.loss:.3f}  {done.examples_per_s:.1f} examples/s")
             if judged:
@@ -262,18 +270,20 @@ class Trainer:
         parts = [self._made(b) for b in batches]
         made = [part for some in parts for part in some]
         weight = sum(batch.weight for batch in made)
-        losses, scale = [], self.progress.loss_scale
+        losses, scale, told = [], self.progress.loss_scale, dict[str, Tensor]()
         for batch in made:
-            loss = OBJECTIVES[config.loss_on](self.model, batch.to(self.model.device)) / weight
+            loss, about = self.loss(self.model, batch.to(self.model.device))
+            loss = loss / weight
             (loss * scale).backward()
             losses.append(loss.detach())
+            told = {name: told[name] + each if told else each for name, each in about.items()}
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
         if scale != 1:
             torch._foreach_mul_([p.grad for p in params if p.grad is not None], 1 / scale)
         gradient = torch.nn.utils.clip_grad_norm_(params, config.clip or math.inf)
         # Read together, so that a GPU is waited for once a step.
-        *parts_of_loss, norm = torch.stack([t.to(gradient.dtype) for t in (*losses, gradient)]).tolist()
-        total = sum(parts_of_loss)
+        norm, *rest = torch.stack([t.to(gradient.dtype) for t in (gradient, *losses, *told.values())]).tolist()
+        total, sums = sum(rest[: len(losses)]), rest[len(losses) :]
         if not math.isfinite(total):
             raise GraftError(self._not_finite(step, "loss", total))
         scaled, finite = self.model.dtype == torch.float16, math.isfinite(norm)
@@ -289,12 +299,13 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         tokens = sum(batch.tokens for batch in made)
         needed = sum(part.own_tokens for part in made) + sum(some[0].shared.shape[1] for some in parts)
-        return Step(total, lr, sum(map(len, batches)), tokens, needed, time.perf_counter() - began)
+        means = {name: each / weight for name, each in zip(told, sums, strict=True)}
+        return Step(total, lr, sum(map(len, batches)), tokens, needed, time.perf_counter() - began, means)
 
     def _made(self, rows: list[int]) -> list[Batch]:
         """The batches of these example numbers, with what frozen lower layers make of them where that is kept."""
         config, frozen = self.config, self.frozen
-        how = (config.loss_on, config.shared_prefix, config.micro_tokens or 0, config.target_positions)
+        how = (targets_of(config), config.shared_prefix, config.micro_tokens or 0, config.target_positions)
         examples = [self.prepared.train[i] for i in rows]
         if frozen is None:
             return make_batches(examples, *how)
@@ -309,6 +320,9 @@ class Trainer:
         """The store of what the lower layers make of the data, where some are frozen, and a note about it."""
         config, first = self.config, self.prepared.method.span(self.model.shape).start
         if first == 0 or config.frozen_cache_gb == 0:
+            return None
+        if config.objective == "dpo":
+            self.console.print("pairs: what the frozen lower layers give is computed anew in each step")
             return None
         if config.dropout:
             self.console.print("--dropout acts in the frozen lower layers too: they are computed anew in each step")
@@ -342,13 +356,36 @@ class Trainer:
             progress.timed_seconds += done.seconds
             progress.timed_needed += done.needed
 
-    def _validate(self) -> bool:
+    def _look_back(self) -> None:
+        """Of pairs: find out what the model at its start thinks of them, and keep its trained tensors."""
+        config, prepared, model = self.config, self.prepared, self.model
+        if config.objective != "dpo":
+            return
+        if config.kl_samples:
+            self.start = Start.of(model)
+        if not prepared.wants_reference:
+            return
+        if prepared.reference is None:
+            count, began = len(prepared.train) + len(prepared.validation), time.perf_counter()
+            self._warn(f"computing what the start thinks of {count:,} pairs, once")
+            prepared.refer_to({split: reference_sums(model, pairs) for split, pairs in prepared.splits.items()})
+            prepared.run["reference"] = {"pairs": count, "seconds": round(time.perf_counter() - began, 3)}
+        if not config.resume and prepared.reference is not None:
+            self.out_dir.mkdir(parents=True, exist_ok=True)
+            save_reference(self.out_dir, prepared.reference, prepared.about_reference())
+
+    def _validate(self) -> tuple[bool, float | None]:
+        """Whether this is the best validation so far, and of preference training the KL to the start."""
         loss, accuracy = validate(self.model, self.prepared.validation, self.prepared.label_ids, self.config)
         if not math.isfinite(loss):
             raise GraftError(self._not_finite(self.progress.step, "validation loss", loss))
-        return self.progress.judge(loss, accuracy)
+        kl = None
+        if self.start is not None:
+            eot, config = self.prepared.loaded.tokenizer.eot, self.config
+            kl = sampled_kl(self.model, self.start, self.prepared.validation, config.kl_samples, eot, config.seed)
+        return self.progress.judge(loss, accuracy), kl
 
-    def _row(self, done: Step, judged: bool) -> dict[str, Any]:
+    def _row(self, done: Step, judged: bool, kl: float | None) -> dict[str, Any]:
         progress = self.progress
         row = {
             "step": progress.step,
@@ -363,6 +400,9 @@ class Trainer:
             "peak_rss_mb": peak_rss_mb(),
             "seconds": round(progress.seconds, 3),
         }
+        row |= done.told
+        if self.start is not None:
+            row["kl"] = kl
         if self.model.device.type == "cuda":
             row["peak_cuda_mb"] = round(torch.cuda.max_memory_allocated() / 1e6, 1)
         return row
@@ -380,6 +420,8 @@ class Trainer:
         accuracy = "" if row["val_accuracy"] is None else f"  val accuracy {row['val_accuracy']:.3f}"
         self.console.print(
             f"step {row['step']:>5}  train loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}{accuracy}"
+            + (f"  margin {row['reward_margin']:.3f}" if "reward_margin" in row else "")
+            + (f"  KL {row['kl']:.2f}" if row.get("kl") is not None else "")
             + ("  best" if new_best else ""),
             highlight=False,
         )
