@@ -1,4 +1,7 @@
-"""Recipes hold what a verb takes, and those of the course handout share their runs."""
+"""Recipes hold what a verb takes, and those of the course handout share their runs.
+
+recipes/preferences is a benchmark's, which calls several verbs: tests/test_controlled_sentiment.py reads it.
+"""
 
 import tomllib
 from pathlib import Path
@@ -11,7 +14,7 @@ from graftlm.methods import METHODS
 from graftlm.studies.sweep import Cell, read_sweep
 
 ROOT = Path(__file__).parent.parent
-RECIPES = sorted((ROOT / "recipes").rglob("*.toml"))
+RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.toml") if path.parent.name != "preferences")
 SWEEPS = [path for path in RECIPES if "rows" in tomllib.loads(path.read_text(encoding="utf-8"))]
 
 
