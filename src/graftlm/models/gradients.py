@@ -201,8 +201,13 @@ class HeadLoss(torch.autograd.Function):
 class LogProbs(torch.autograd.Function):
     """(W h_r)_t - logsumexp(W h_r) for K targets: row r = rows[k], token t = targets[k]; losses on pairs begin with it.
 
-    Its gradient is known only behind the whole loss, when the logits are gone: they are computed again, by `HeadLoss`,
-    whose sum with the weights -g has the gradient that is asked for. No [N, V] is kept, but for one chunk of rows.
+    Their gradient is known only behind the whole loss, when the logits are long gone. But how it depends on a row's
+    logits is known at once, and is one vector of width d:
+
+        dh_r = sum over the row's k of g_k (W_t - m_r),   m_r = W^T softmax(W h_r)
+
+    So as in `HeadLoss` no [N, V] is kept, and none is computed twice (but for the head's own gradient, where it is
+    trained: that takes `HeadLoss` with the weights -g).
     """
 
     @staticmethod
@@ -211,29 +216,31 @@ class LogProbs(torch.autograd.Function):
         exact = torch.promote_types(h.dtype, torch.float32)
         w = head.to(h.dtype)
         found = torch.empty(len(rows), dtype=exact, device=h.device)
-        log_p = None
+        means = torch.empty_like(h) if ctx.needs_input_grad[0] and not ctx.needs_input_grad[1] else None
         for start in range(0, len(h), chunk):
+            here = slice(start, start + chunk)
             mine = (rows >= start) & (rows < start + chunk)
-            log_p = F.linear(h[start : start + chunk], w).to(exact).log_softmax(-1)
+            log_p = F.linear(h[here], w).to(exact).log_softmax(-1)
             found[mine] = log_p[rows[mine] - start, targets[mine]]
+            if means is not None:
+                torch.mm(log_p.exp_().to(h.dtype), w, out=means[here])
         ctx.chunk = chunk
-        kept = log_p if len(h) <= chunk and ctx.needs_input_grad[0] and not ctx.needs_input_grad[1] else None
-        ctx.save_for_backward(h, head, rows, targets, kept)
+        ctx.save_for_backward(h if means is None else None, head, rows, targets, means)
         return found
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of h and of the head, where they are asked for."""
         (g,) = grads
-        h, head, rows, targets, log_p = ctx.saved_tensors
-        if log_p is not None:
-            of_rows = torch.zeros(len(h), dtype=g.dtype, device=g.device).index_add_(0, rows, g)
-            d_logits = log_p.exp().mul_(-of_rows[:, None]).index_put_((rows, targets), g, accumulate=True)
-            return d_logits.to(h.dtype) @ head.to(h.dtype), None, None, None, None
-        h, head = h.detach().requires_grad_(ctx.needs_input_grad[0]), head.detach()
-        head.requires_grad_(ctx.needs_input_grad[1])
-        wanted = [t for t in (h, head) if t.requires_grad]
+        h, head, rows, targets, means = ctx.saved_tensors
+        if means is not None:
+            of_rows = torch.zeros(len(means), dtype=g.dtype, device=g.device).index_add_(0, rows, g)
+            d_h = means.to(g.dtype) * -of_rows[:, None]
+            d_h.index_add_(0, rows, head[targets].to(g.dtype) * g[:, None])
+            return d_h.to(means.dtype), None, None, None, None
+        h, head = h.detach().requires_grad_(ctx.needs_input_grad[0]), head.detach().requires_grad_()
         with torch.enable_grad():
             surrogate = HeadLoss.apply(h, head, rows, targets, -g, ctx.chunk)
+        wanted = [t for t in (h, head) if t.requires_grad]
         d = iter(torch.autograd.grad(surrogate, wanted))
         return *(next(d) if t.requires_grad else None for t in (h, head)), None, None, None
