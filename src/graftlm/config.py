@@ -15,6 +15,7 @@ from graftlm.errors import InputError
 Device = str
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Checkpoint = Literal["best", "last"]
+Choice = Literal["fixed", "random", "balanced", "bm25", "embedding"]
 
 
 def _require(ok: bool, flag: str, value: object, allowed: str) -> None:
@@ -227,6 +228,15 @@ class EvaluateConfig:
     """A file with the test split, beside --data FILE."""
     split: Literal["train", "validation", "test"] = "test"
     """The split to read."""
+    shots: int = 0
+    """Demonstrations before each text, out of the train split; no text that is asked about is ever one."""
+    choose: Choice = "fixed"
+    """Which ones: fixed (by a hash of the text), random, balanced (over the labels), or for each text those nearest to
+    it, by bm25 or by the base model's embedding."""
+    seed: int = 0
+    """Seed of the choice of demonstrations, where it is random or balanced."""
+    calibrate: bool = False
+    """Take out of the label scores what the prompt answers to a text without content (contextual calibration)."""
     limit: int = 0
     """Read so many examples only (a fixed, label-blind sample); 0 means all."""
     batch_size: int = 32
@@ -251,9 +261,14 @@ class EvaluateConfig:
     """Number format of the weights and of the arithmetic."""
 
     def __post_init__(self) -> None:
-        _require(self.limit >= 0, "limit", self.limit, "0 or more")
+        for flag in ("limit", "shots", "seed"):
+            _require(getattr(self, flag) >= 0, flag, getattr(self, flag), "0 or more")
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         _require(self.max_length is None or self.max_length > 0, "max_length", self.max_length, "greater than 0")
+        if self.shots and self.split == "train":
+            raise InputError("--shots: demonstrations come out of the train split; read another --split")
+        if self.calibrate and self.read == "generate":
+            raise InputError("--calibrate: changes label scores, and --read generate reads none; use both or score")
 
 
 @dataclass(frozen=True, kw_only=True)
