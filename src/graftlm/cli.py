@@ -26,6 +26,7 @@ from graftlm.config import (
     FetchConfig,
     GenerateConfig,
     ImportConfig,
+    PromptConfig,
     ReportConfig,
     TrainConfig,
 )
@@ -185,6 +186,14 @@ def _examples(
     return template, asked.examples, asked.content_free
 
 
+def _prompt(parsed: Parsed, notes: "Console") -> Result:
+    from graftlm.studies.styles import prompt
+
+    return prompt(
+        parsed.config, lambda line: notes.print(line, markup=False), lambda what, n: render.progress(notes, what, n)
+    )
+
+
 def _compare(parsed: Parsed, notes: "Console") -> Result:
     from graftlm.studies.compare import compare
 
@@ -243,6 +252,7 @@ VERBS = {
     "train": Verb(TrainConfig, _train, render.train),
     "generate": Verb(GenerateConfig, _generate, render.generate),
     "evaluate": Verb(EvaluateConfig, _evaluate, render.evaluate),
+    "prompt": Verb(PromptConfig, _prompt, render.prompt),
     "compare": Verb(CompareConfig, _compare, render.compare, computes=False),
     "report": Verb(ReportConfig, _report, render.report, positional="folders", computes=False),
     "account": Verb(AccountConfig, _account, render.account, computes=False),

@@ -187,18 +187,23 @@ def _splits_in(folder: Path) -> dict[str, list[Path]]:
 
 def _rows(path: Path, fields: _Fields) -> list[Row]:
     """All rows of one file. Its first record decides whether it holds texts and labels or prompts and completions."""
-    read = _READERS.get(path.suffix.lower())
-    if read is None:
-        raise InputError(f"{path}: unknown kind of file {path.suffix!r}: {', '.join(_READERS)} are read")
     rows: list[Row] = []
     pairs = False
-    for where, record in read(path):
+    for where, record in read_records(path):
         if not rows:
             pairs = _holds_pairs(path, record, fields)
         rows.append(_pair(where, record) if pairs else _labelled(where, record, fields))
     if not rows:
         raise InputError(f"{path}: no records in this file: write some, or name another")
     return rows
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """The records of one file, each with where it stands; the file's ending says how they are written."""
+    read = _READERS.get(path.suffix.lower())
+    if read is None:
+        raise InputError(f"{path}: unknown kind of file {path.suffix!r}: {', '.join(_READERS)} are read")
+    return read(path)
 
 
 def _holds_pairs(path: Path, record: dict[str, Any], fields: _Fields) -> bool:
