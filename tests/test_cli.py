@@ -22,7 +22,19 @@ from graftlm.config import FetchConfig, GenerateConfig, ReportConfig, TrainConfi
 from graftlm.errors import GraftError, InputError, Interrupted
 from graftlm.flags import EveryVerb, parse
 
-VERBS = ("train", "generate", "evaluate", "prefer", "compare", "report", "account", "export", "import", "fetch")
+VERBS = (
+    "train",
+    "generate",
+    "evaluate",
+    "prompt",
+    "prefer",
+    "compare",
+    "report",
+    "account",
+    "export",
+    "import",
+    "fetch",
+)
 HANDOUT_TRAIN = [
     "--init_from=gpt2-medium",
     "--out_dir=gpt_lora_default",

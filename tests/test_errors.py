@@ -138,7 +138,7 @@ def has(line: str, *parts: str) -> None:
     [
         (
             ["trian"],
-            "unknown verb 'trian': did you mean 'train'? known are train, generate, evaluate, prefer, compare, ",
+            "unknown verb 'trian': did you mean 'train'? known are train, generate, evaluate, prompt, prefer, ",
         ),
         (["train", "--rnk=4"], "unknown flag --rnk: did you mean --rank? see graft train --help"),
         (["train", "--method=lra"], "unknown --method 'lra': did you mean 'lora'? known are lora, dora, bitfit, "),
@@ -328,6 +328,9 @@ def test_preferences_need_pairs(assets: Path, refuse: Refuse) -> None:
         ("evaluate", "--limit=-1", "--limit -1: must be 0 or more"),
         ("evaluate", "--batch_size=0", "--batch_size 0: must be 1 or more"),
         ("evaluate", "--max_length=-5", "--max_length -5: must be greater than 0"),
+        ("evaluate", "--shots=-1", "--shots -1: must be 0 or more"),
+        ("evaluate", "--shots=2 --split=train", "--shots: demonstrations come out of the train split; read another "),
+        ("evaluate", "--calibrate --read=generate", "--calibrate: changes label scores, and --read generate reads "),
         ("generate", "--max_new_tokens=0", "--max_new_tokens 0: must be 1 or more"),
         ("generate", "--num_samples=0", "--num_samples 0: must be 1 or more"),
         ("generate", "--batch_size=-1", "--batch_size -1: must be 1 or more"),
@@ -342,7 +345,8 @@ def test_preferences_need_pairs(assets: Path, refuse: Refuse) -> None:
 def test_sizes_of_reading_and_writing_that_cannot_be(
     verb: str, flag: str, line: str, assets: Path, refuse: Refuse
 ) -> None:
-    assert refuse(verb, f"--init_from={assets / 'model'}", flag) == line
+    given = refuse(verb, f"--init_from={assets / 'model'}", *(flag.split() if "--" in flag[2:] else [flag]))
+    assert given == line or (line.endswith(" ") and given.startswith(line))
 
 
 @pytest.mark.parametrize(
@@ -848,6 +852,18 @@ def test_predictions_that_cannot_be_written(assets: Path, refuse: Refuse) -> Non
     Path("taken").mkdir()
     line = refuse(*words, "--limit=2", "--predictions=taken")
     assert line == "cannot write taken: Is a directory: choose a folder that you may write to"
+
+
+def test_demonstrations_that_do_not_fit_or_are_not_there(assets: Path, refuse: Refuse) -> None:
+    words = ["evaluate", f"--init_from={assets / 'model'}", f"--data={assets / 'data'}", f"--template={TEMPLATE}"]
+    words.append("--labels=bad,good")
+    has(refuse(*words, "--shots=8"), "--shots: the demonstrations take ", " and 96 fit: use fewer or shorter demonstr")
+    has(refuse(*words, "--shots=49"), "--shots 49: there are only 48 demonstrations to choose from")
+    Path("pairs").mkdir()
+    for split in ("train", "validation", "test"):
+        Path("pairs", f"{split}.jsonl").write_text(json.dumps({"prompt": f"so {split}", "completion": " fine"}))
+    line = refuse("evaluate", f"--init_from={assets / 'model'}", "--data=pairs", "--shots=1")
+    assert line == "--shots: the data are pairs of prompt and completion; demonstrations need text and label"
 
 
 def break_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from graftlm.config import (
     GenerateConfig,
     ImportConfig,
     PreferConfig,
+    PromptConfig,
     ReportConfig,
     TrainConfig,
 )
@@ -60,7 +61,7 @@ def _evaluate(parsed: Parsed, notes: "Console") -> Result:
 
     config: EvaluateConfig = parsed.config
     loaded = load(config.init_from, config.out_dir, config.checkpoint, config.device, config.dtype)
-    template, examples = _examples(loaded, config, notes)
+    template, examples, content_free = _examples(loaded, config, notes)
     readings = 2 if config.read == "both" else 1
     with render.progress(notes, "evaluate", readings * len(examples)) as progress:
         evaluation = evaluate(
@@ -70,6 +71,7 @@ def _evaluate(parsed: Parsed, notes: "Console") -> Result:
             examples,
             read=config.read,
             batch_size=config.batch_size,
+            content_free=content_free,
             progress=progress,
         )
     if config.predictions:
@@ -111,7 +113,7 @@ def _classify(loaded: "Loaded", config: GenerateConfig, notes: "Console") -> Res
     from graftlm.inference.generate import generate_ids
     from graftlm.inference.statistics import Reading
 
-    template, examples = _examples(loaded, EvaluateConfig(data=config.data, limit=config.limit), notes)
+    template, examples, _ = _examples(loaded, EvaluateConfig(data=config.data, limit=config.limit), notes)
     start = time.perf_counter()
     with render.progress(notes, "classify", len(examples)) as progress:
         new = generate_ids(
@@ -135,9 +137,15 @@ def _classify(loaded: "Loaded", config: GenerateConfig, notes: "Console") -> Res
     return {**reading.to_json(), "labels": list(template.labels)}
 
 
-def _examples(loaded: "Loaded", config: EvaluateConfig, notes: "Console") -> tuple["Template", list["Example"]]:
-    """The examples to read: as the flags say, else as the run says that is being read, else the defaults."""
-    from graftlm.text.data import encode_rows, load_dataset, sample
+def _examples(
+    loaded: "Loaded", config: EvaluateConfig, notes: "Console"
+) -> tuple["Template", list["Example"], list[list["Example"]]]:
+    """What to read, as the flags say, else as the run says that is being read, else the defaults.
+
+    Template, examples, and the inputs without content that calibrate them (none unless asked for).
+    """
+    from graftlm.inference.demonstrations import few_shot
+    from graftlm.text.data import load_dataset, sample
     from graftlm.text.template import load_template
 
     run: Result = (loaded.run or {}).get("config", {})
@@ -159,11 +167,32 @@ def _examples(loaded: "Loaded", config: EvaluateConfig, notes: "Console") -> tup
         raise InputError(
             f"--split {config.split}: {dataset.name} has no such split; it has {', '.join(dataset.splits)}"
         )
-    max_length = config.max_length or run.get("max_length") or loaded.model.room
-    examples, cut = encode_rows(sample(rows, config.limit), template, loaded.tokenizer, max_length)
-    if cut:
-        notes.print(f"{cut} of {len(examples)} texts were cut to fit {max_length} tokens", soft_wrap=True)
-    return template, examples
+    # A run's own length holds for its prompts, which have no demonstrations before them.
+    max_length = config.max_length or (0 if config.shots else run.get("max_length")) or loaded.model.room
+    asked = few_shot(
+        loaded.model,
+        loaded.tokenizer,
+        template,
+        sample(rows, config.limit),
+        dataset.splits.get("train", []) if config.shots else [],
+        shots=config.shots,
+        how=config.choose,
+        seed=config.seed,
+        max_length=max_length,
+        calibrate=config.calibrate,
+        batch_size=config.batch_size,
+    )
+    if asked.cut:
+        notes.print(f"{asked.cut} of {len(asked.examples)} texts were cut to fit {max_length} tokens", soft_wrap=True)
+    return template, asked.examples, asked.content_free
+
+
+def _prompt(parsed: Parsed, notes: "Console") -> Result:
+    from graftlm.studies.styles import prompt
+
+    return prompt(
+        parsed.config, lambda line: notes.print(line, markup=False), lambda what, n: render.progress(notes, what, n)
+    )
 
 
 def _prefer(parsed: Parsed, notes: "Console") -> Result:
@@ -234,6 +263,7 @@ VERBS = {
     "train": Verb(TrainConfig, _train, render.train),
     "generate": Verb(GenerateConfig, _generate, render.generate),
     "evaluate": Verb(EvaluateConfig, _evaluate, render.evaluate),
+    "prompt": Verb(PromptConfig, _prompt, render.prompt),
     "prefer": Verb(PreferConfig, _prefer, render.prefer, positional="prompts"),
     "compare": Verb(CompareConfig, _compare, render.compare, computes=False),
     "report": Verb(ReportConfig, _report, render.report, positional="folders", computes=False),

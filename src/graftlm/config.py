@@ -15,6 +15,8 @@ from graftlm.errors import InputError
 Device = str
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Checkpoint = Literal["best", "last"]
+Style = Literal["zero-shot", "few-shot", "few-shot-cot", "zero-shot-cot"]
+Choice = Literal["fixed", "random", "balanced", "bm25", "embedding"]
 
 
 def _require(ok: bool, flag: str, value: object, allowed: str) -> None:
@@ -263,6 +265,15 @@ class EvaluateConfig:
     """A file with the test split, beside --data FILE."""
     split: Literal["train", "validation", "test"] = "test"
     """The split to read."""
+    shots: int = 0
+    """Demonstrations before each text, out of the train split; no text that is asked about is ever one."""
+    choose: Choice = "fixed"
+    """Which ones: fixed (by a hash of the text), random, balanced (over the labels), or for each text those nearest to
+    it, by bm25 or by the base model's embedding."""
+    seed: int = 0
+    """Seed of the choice of demonstrations, where it is random or balanced."""
+    calibrate: bool = False
+    """Take out of the label scores what the prompt answers to a text without content (contextual calibration)."""
     limit: int = 0
     """Read so many examples only (a fixed, label-blind sample); 0 means all."""
     batch_size: int = 32
@@ -287,9 +298,78 @@ class EvaluateConfig:
     """Number format of the weights and of the arithmetic."""
 
     def __post_init__(self) -> None:
-        _require(self.limit >= 0, "limit", self.limit, "0 or more")
+        for flag in ("limit", "shots", "seed"):
+            _require(getattr(self, flag) >= 0, flag, getattr(self, flag), "0 or more")
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         _require(self.max_length is None or self.max_length > 0, "max_length", self.max_length, "greater than 0")
+        if self.shots and self.split == "train":
+            raise InputError("--shots: demonstrations come out of the train split; read another --split")
+        if self.calibrate and self.read == "generate":
+            raise InputError("--calibrate: changes label scores, and --read generate reads none; use both or score")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptConfig:
+    """Answer questions by prompting alone: few-shot, chain of thought, zero-shot chain of thought."""
+
+    task: str = "electricity"
+    """What to ask: electricity, arithmetic, rotten-tomatoes, imdb, or a .toml or .jsonl file (docs/prompting.md)."""
+    style: Literal["all", "zero-shot", "few-shot", "few-shot-cot", "zero-shot-cot"] = "all"
+    """How to ask; all: few-shot, few-shot-cot and zero-shot-cot."""
+    init_from: str = "smollm2-135m"
+    """A model's name, folder or .gguf file, or "resume" for the run in --out_dir."""
+    out_dir: str = "graft-run"
+    """The run folder to read when --init_from is resume."""
+    checkpoint: Checkpoint = "best"
+    """Which checkpoint of the run."""
+    limit: int = 1
+    """Questions to ask, from the first on; 0 means all. Three or fewer are shown with their answers."""
+    shots: int = 8
+    """Demonstrations before each question, in the few-shot styles."""
+    choose: Choice = "fixed"
+    """Which ones: fixed (the task's first), random, balanced (over the answers), or for each question those nearest to
+    it, by bm25 or by the model's embedding."""
+    seed: int = 0
+    """Seed of the choice of demonstrations, where it is random or balanced, and of sampled answers."""
+    task_seed: int = 0
+    """Seed of the questions and demonstrations of electricity and arithmetic."""
+    seeds: int = 1
+    """Do all of it with so many seeds, and report each."""
+    orders: int = 1
+    """Show the same demonstrations in so many orders, and report each."""
+    samples: int = 1
+    """Answers sampled for each question, of which the most frequent counts (self-consistency)."""
+    temperature: float = 0.0
+    """Divides the logits before sampling; 0 always takes the likeliest token (greedy)."""
+    max_new_tokens: int | None = None
+    """Longest answer in tokens. Default: 256 with reasoning, else 24."""
+    chat: Literal["auto", "on", "off"] = "auto"
+    """Ask in the model's chat template. auto: where it has one, and for a run, which was trained on plain text, not."""
+    calibrate: bool = False
+    """Take out of the label scores what the prompt answers to a question without content (contextual calibration)."""
+    show: bool = False
+    """Print the exact prompts, and stop."""
+    predictions: str = ""
+    """A jsonl file to write, one row an answer."""
+    batch_size: int = 32
+    """Questions computed together."""
+    device: Device = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:N or mps."""
+    dtype: Dtype = "auto"
+    """Number format of the weights and of the arithmetic."""
+
+    def __post_init__(self) -> None:
+        for flag in ("limit", "shots", "seed", "task_seed", "temperature"):
+            _require(getattr(self, flag) >= 0, flag, getattr(self, flag), "0 or more")
+        for flag in ("seeds", "orders", "samples", "batch_size"):
+            _require(getattr(self, flag) >= 1, flag, getattr(self, flag), "1 or more")
+        _require(
+            self.max_new_tokens is None or self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "1 or more"
+        )
+        if self.shots == 0 and self.style.startswith("few-shot"):
+            raise InputError(f"--shots 0: style {self.style} shows demonstrations; use zero-shot or zero-shot-cot")
+        if self.samples > 1 and self.temperature == 0:
+            raise InputError(f"--samples {self.samples}: all would be the same; give a --temperature, as in 0.7")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -145,6 +145,42 @@ def prefer(out: "Console", result: Result) -> None:
     _facts(out, facts)
 
 
+def prompt(out: "Console", result: Result) -> None:
+    """Of few questions each style's prompt and what came of it; then a line a style. Of --show the prompts alone."""
+
+    def whole(text: str) -> None:
+        out.print(text, markup=False, emoji=False, soft_wrap=True)
+
+    for style, texts in result.get("prompts", {}).items():
+        for text in texts:
+            out.rule(style)
+            whole(text)
+    for row in result.get("answers", ()):
+        out.rule(f"{row['style']}: the prompt")
+        whole(row["prompt"])
+        out.rule(f"{row['style']}: the answer")
+        for text in row["texts"]:
+            whole(text.strip())
+        right = "right" if row["right"] else f"wrong: it is {row['answer']}"
+        whole(f"[read as {'no answer' if row['said'] is None else row['said']}: {right}]")
+    if "styles" not in result:
+        return
+    columns = ["style", "accuracy", "95% interval", "no answer", "prompt tokens", "shared", "new tokens", "s/answer"]
+    several = any(len(each["runs"]) > 1 for each in result["styles"].values())
+    rows = []
+    for style, each in result["styles"].items():
+        row = [style, _share(each["accuracy"]), f"{_share(each['low'])} to {_share(each['high'])}"]
+        row += [_share(each["no_answer_rate"]), f"{each['prompt_tokens']:.0f}", str(each["shared_prompt_tokens"])]
+        row += [f"{each['new_tokens']:.0f}", f"{each['seconds_per_answer']:.2f}"]
+        if several:
+            row += [f"{_share(each['mean'])} ({_share(each['min'])} to {_share(each['max'])})", str(len(each["runs"]))]
+        rows.append(row)
+    several_columns = ["mean (least to most)", "runs"] if several else []
+    n = next(iter(result["styles"].values()))["n"]
+    title = f"{n:,} question{'s' * (n > 1)} of {result['task']}, {result['model']}{', in chat' * result['chat']}"
+    _table(out, [*columns, *several_columns], rows, title=title)
+
+
 def compare(out: "Console", result: Result) -> None:
     """The table, what failed, and where all of it is."""
     from graftlm.studies.table import COLUMNS, failures, words

@@ -24,7 +24,7 @@ from torch import Tensor
 from graftlm.errors import GraftError, InputError
 from graftlm.files.formats import write_text
 from graftlm.inference.generate import Progress, evaluating, generate_ids, read_shared, right_pad
-from graftlm.inference.statistics import GARBAGE, Reading
+from graftlm.inference.statistics import GARBAGE, Reading, calibrated
 from graftlm.models import CausalLM, Segment
 from graftlm.text.data import Example, Row, encode_rows, label_ids
 from graftlm.text.template import Template
@@ -273,12 +273,19 @@ def _by_score(
     examples: Sequence[Example],
     batch_size: int,
     progress: Progress | None,
+    content_free: Sequence[Sequence[Example]] = (),
 ) -> tuple[list[int], list[list[float]]]:
+    """The likeliest labels [N], and the scores [N, L] they were read from: calibrated, where `content_free` says so."""
     ids = label_ids(template, tokenizer)
-    labels = score(model, examples, ids, batch_size=batch_size, completions=False, progress=progress).labels
+    asked = [*examples, *(example for group in content_free for example in group)]
+    labels = score(model, asked, ids, batch_size=batch_size, completions=False, progress=progress).labels
     if bool(labels.isnan().any()):
         raise GraftError("the labels' scores are NaN: the weights are broken, or overflow in this --dtype; try float32")
-    return labels.argmax(dim=1).tolist(), labels.tolist()
+    scores, free = labels[: len(examples)], labels[len(examples) :]
+    if content_free:
+        groups = free.unflatten(0, (len(content_free), -1)).tolist()
+        scores = torch.from_numpy(calibrated(scores.tolist(), groups))
+    return scores.argmax(dim=1).tolist(), scores.tolist()
 
 
 def label_probabilities(
@@ -336,9 +343,9 @@ class Evaluation:
     readings: dict[str, Reading]
     """By "score" and "generate", whichever were asked for."""
     rows: list[dict[str, Any]]
-    """In the data's order: text, label, predicted, scores {label word: sum of its tokens' log-probabilities},
-    generated, read (which reading gave `predicted`), garbage (whether the generated text names no label). `scores`
-    and `generated` are there where they were read."""
+    """In the data's order: text, label, predicted, scores {label word: sum of its tokens' log-probabilities, or what
+    calibration makes of it}, generated, read (which reading gave `predicted`), garbage (whether the generated text
+    names no label). `scores` and `generated` are there where they were read."""
 
     @property
     def main(self) -> Reading:
@@ -360,12 +367,15 @@ def evaluate(
     read: Read = "both",
     batch_size: int = 32,
     max_new_tokens: int | None = None,
+    content_free: Sequence[Sequence[Example]] = (),
     progress: Progress | None = None,
 ) -> Evaluation:
     """Accuracy and its kin on labelled examples.
 
     read: "score", "generate" or "both" side by side. max_new_tokens: of the generated answers; 5 by default, or as many
-    as the longest label has. progress: called with the number of examples finished, once in each reading.
+    as the longest label has. content_free: calibrate the label scores by what is answered to these inputs without
+    content, one group for all examples or one for each (`statistics.calibrated`); generated text stays as it is.
+    progress: called with the number of examples finished, once in each reading.
 
     Raises InputError when there is no example or one has no label, GraftError when the model's figures are NaN.
     """
@@ -375,7 +385,7 @@ def evaluate(
     texts: list[str] = []
     if read in ("both", "score"):
         start = time.perf_counter()
-        predicted, scores = _by_score(model, tokenizer, template, examples, batch_size, progress)
+        predicted, scores = _by_score(model, tokenizer, template, examples, batch_size, progress, content_free)
         seconds = time.perf_counter() - start
         readings["score"] = Reading.make("score", true, predicted, len(template.labels), seconds)
     if read in ("both", "generate"):

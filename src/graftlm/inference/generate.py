@@ -37,6 +37,7 @@ FIRST_ROOM = 32
 TOGETHER, MOST_CACHED = 4, 8192
 """So many batches are decoded together, unless their prompts have more tokens than this (200 MB of a small model)."""
 
+Stop = Callable[[Sequence[int]], bool]
 Progress = Callable[[int], object]
 """Called with the number of examples that were just finished."""
 
@@ -85,6 +86,7 @@ def generate_ids(
     top_p: float = 1.0,
     seed: int = 0,
     batch_size: int = 32,
+    stop: Stop | None = None,
     progress: Progress | None = None,
 ) -> list[list[int]]:
     """The tokens that follow each prompt, in the order given, without the end-of-text token `eot` that ended them.
@@ -94,6 +96,7 @@ def generate_ids(
     top_k: sample among the k likeliest tokens; 0 means all. top_p: and of these, among the fewest likeliest that
     together have this probability (Holtzman et al. 2020, "nucleus sampling"); 1 means all.
     seed: with it, a row's index and the step, the sample is decided.
+    stop: called with a row's new tokens after each step; True ends the row, which keeps them.
 
     Raises InputError for an empty prompt or one longer than the context, GraftError where the logits are NaN.
     """
@@ -112,7 +115,7 @@ def generate_ids(
         for rows in _groups(order, [len(prompt) - skip for prompt in prompts], batch_size):
             room = [min(max_new_tokens, model.room - len(prompts[row])) for row in rows]
             own = [prompts[row][skip:] for row in rows]
-            continuations = _continue(model, own, rows, shared, room, eot, pick, batch_size)
+            continuations = _continue(model, own, rows, shared, room, eot, pick, batch_size, stop)
             for row, tokens in zip(rows, continuations, strict=True):
                 new[row] = tokens
             if progress is not None:
@@ -143,6 +146,7 @@ def _continue(
     eot: int,
     pick: Callable[[Tensor, Sequence[int], int], list[int]],
     batch_size: int,
+    stop: Stop | None,
 ) -> list[list[int]]:
     """At most `room` tokens for each of the B prompts, which are read `batch_size` at a time and decoded together.
 
@@ -167,7 +171,10 @@ def _continue(
         for row, token in zip(live, tokens, strict=True):
             if token != eot:
                 new[row].append(token)
-        goes_on = [token != eot and len(new[row]) < room[row] for row, token in zip(live, tokens, strict=True)]
+        goes_on = [
+            token != eot and len(new[row]) < room[row] and not (stop and stop(new[row]))
+            for row, token in zip(live, tokens, strict=True)
+        ]
         if not any(goes_on):
             return new
         slots = compact(cache, goes_on)

@@ -93,6 +93,24 @@ class Reading:
         return {key: getattr(self, key) for key in keys}
 
 
+def calibrated(scores: Sequence[Sequence[float]], content_free: Sequence[Sequence[Sequence[float]]]) -> np.ndarray:
+    """Contextual calibration of label scores [N, L]: what a prompt answers to nothing is taken out of its answers.
+
+    content_free: the scores of M inputs without content, [1, M, L] for all N examples or [N, M, L] for each its own.
+    With p the N examples' label probabilities and p_cf the mean over the M inputs of theirs, each made to sum to 1 over
+    the labels, the answer is the largest of W p + b with W = diag(p_cf)^-1 and b = 0. Returned is log(W p), [N, L].
+    Zhao et al. (2021), "Calibrate before use", section 4.
+    """
+    bias = np.exp(_log_share(np.asarray(content_free, dtype=float))).mean(axis=1)
+    return _log_share(np.asarray(scores, dtype=float)) - np.log(bias)
+
+
+def _log_share(scores: np.ndarray) -> np.ndarray:
+    """Log-probabilities, made to sum to 1 over the last axis."""
+    shifted = scores - scores.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
 def sign_flip(differences: Sequence[int]) -> float:
     """Exact two-sided p-value of paired differences whose signs, were both sides alike, would be a coin's.
 

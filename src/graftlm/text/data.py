@@ -22,6 +22,7 @@ __all__ = [
     "Dataset",
     "Example",
     "Row",
+    "by_hash",
     "common_prefix",
     "encode_rows",
     "epoch_batches",
@@ -214,8 +215,16 @@ def sample(items: Sequence[Texted], limit: int) -> list[Texted]:
     """
     if limit <= 0 or limit >= len(items):
         return list(items)
-    chosen = sorted(range(len(items)), key=lambda n: (text_hash("sample\n" + items[n].text), n))[:limit]
-    return [items[n] for n in sorted(chosen)]
+    return [items[n] for n in sorted(_by_hash(items)[:limit])]
+
+
+def by_hash(items: Sequence[Texted]) -> list[Texted]:
+    """All of them in a fixed order that is blind to labels and to the data's own order."""
+    return [items[n] for n in _by_hash(items)]
+
+
+def _by_hash(items: Sequence[Texted]) -> list[int]:
+    return sorted(range(len(items)), key=lambda n: (text_hash("sample\n" + items[n].text), n))
 
 
 # ------------------------------------------------------------------------------------------------ batches

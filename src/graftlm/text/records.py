@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def load_prompts(data: str, split: str = "train", opening: int = 0, text_field: 
         raise InputError(f"--split {split}: {data} has no such split; it has {', '.join(files)}")
     first = re.compile(rf"(?:\S+\s+){{0,{max(opening - 1, 0)}}}\S+")
     rows = []
-    for where, record in _records(files[split]):
+    for where, record in chain.from_iterable(map(read_records, files[split])):
         text = _string(where, record, _prompt_field(where, record, opening, text_field)).rstrip(" ")
         match = first.search(text) if opening else None
         prompt = text if match is None else match[0]
@@ -234,24 +235,26 @@ def _rows(path: Path, fields: _Fields) -> list[Row]:
     """All rows of one file. Its first record decides what they are."""
     rows: list[Row] = []
     make: _Make = _labelled
-    for where, record in _records([path]):
+    for where, record in read_records(path):
         if not rows:
             make = _kind(path, record, fields)
         rows.append(make(where, record, fields))
     return rows
 
 
-def _records(paths: Sequence[Path]) -> Iterator[Record]:
-    """All records of some files, each of which must have one."""
-    for path in paths:
-        read = _READERS.get(path.suffix.lower())
-        if read is None:
-            raise InputError(f"{path}: unknown kind of file {path.suffix!r}: {', '.join(_READERS)} are read")
-        record = None
-        for record in read(path):
-            yield record
-        if record is None:
-            raise InputError(f"{path}: no records in this file: write some, or name another")
+def read_records(path: Path) -> Iterator[Record]:
+    """The records of one file, each with where it stands; the file's ending says how they are written.
+
+    An InputError where there is none.
+    """
+    read = _READERS.get(path.suffix.lower())
+    if read is None:
+        raise InputError(f"{path}: unknown kind of file {path.suffix!r}: {', '.join(_READERS)} are read")
+    record = None
+    for record in read(path):
+        yield record
+    if record is None:
+        raise InputError(f"{path}: no records in this file: write some, or name another")
 
 
 def _kind(path: Path, record: dict[str, Any], fields: _Fields) -> _Make:

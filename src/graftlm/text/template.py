@@ -43,6 +43,8 @@ class Template:
     name: str
     text: str
     labels: tuple[str, ...]
+    before: str = ""
+    """What stands before all of it, as it is: few-shot demonstrations (`inference/demonstrations.py`)."""
 
     def __post_init__(self) -> None:
         found = self.text.count(FIELD)
@@ -59,7 +61,7 @@ class Template:
     @cached_property
     def head(self) -> str:
         """What stands before the text."""
-        return self.text.partition(FIELD)[0]
+        return self.before + self.text.partition(FIELD)[0]
 
     @cached_property
     def tail(self) -> str:

@@ -13,7 +13,9 @@ Read from tokenizer.json, else GPT-2's vocab.json + merges.txt, else OpenAI's en
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +96,37 @@ class Tokenizer:
         assert raw is not None, f"no token has id {index}"
         text = self._backend.decode([index], skip_special_tokens=False)
         return raw if "\ufffd" in text or not text else text
+
+    @cached_property
+    def control(self) -> dict[str, int]:
+        """The control tokens by name, which no text is ever made into."""
+        return {token.content: n for n, token in self._backend.get_added_tokens_decoder().items() if token.special}
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        """The jinja template of a model tuned for chat; None where the files have none. `text/chat.py` runs it."""
+        if "chat_template.jinja" in self._files:
+            return self._files["chat_template.jinja"].decode("utf-8", errors="replace")
+        template = self._config.get("chat_template")
+        if isinstance(template, list):  # several, by name
+            named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
+            template = named.get("default")
+        return template if isinstance(template, str) else None
+
+    @cached_property
+    def named_tokens(self) -> dict[str, str]:
+        """bos_token, eos_token and their kin, as the settings name them: chat templates use them."""
+        named = {key: value for key, value in self._config.items() if key.endswith("_token")}
+        texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
+        return {key: text for key, text in texts.items() if isinstance(text, str)}
+
+    @cached_property
+    def _config(self) -> dict[str, Any]:
+        try:
+            content = json.loads(self._files.get("tokenizer_config.json", b"{}"))
+        except ValueError:
+            raise InputError("the model's tokenizer_config.json is broken JSON: fetch it again") from None
+        return content if isinstance(content, dict) else {}
 
     def save(self, folder: Path | str) -> None:
         """Write the tokenizer's files into `folder`, as they were."""

@@ -1,0 +1,234 @@
+"""Tasks for prompting: how a question is asked, how it is answered, and how an answer is read.
+
+    electricity, arithmetic     word problems from a seeded generator (`text/problems.py`)
+    rotten-tomatoes, imdb       reviews of the data sets' test splits; demonstrations of the train splits
+    FILE.toml, FILE.jsonl       your own
+
+A task file holds, all but the questions with defaults:
+
+    instruction = "Solve the problem."      # stands first in every prompt
+    question = "Q: {question}"              # how a question is asked
+    answer = "A:"                           # what stands before an answer, in plain text
+    conclusion = "The answer is {answer}."  # ends a worked answer
+    trigger = "the answer is"               # asks for the answer behind free reasoning ("Therefore, the answer is")
+    answer_pattern = '-?\\d+'                # a regular expression: what an answer looks like: its group, if any
+    labels = ["no", "yes"]                  # instead of a pattern: the answers there are
+    [[demonstrations]]                      # question, answer and, for chain of thought, reasoning
+    [[questions]]                           # question and answer
+
+`demonstrations` and `questions` may instead be the name of a jsonl file beside it. A jsonl file alone holds questions,
+and demonstrations in the rows that have `"demonstration": true`.
+"""
+
+import re
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from decimal import Decimal, InvalidOperation
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from graftlm.errors import InputError, nearest, unknown
+from graftlm.text.data import by_hash, load_dataset
+from graftlm.text.problems import ELECTRICITY, KINDS, Problem, problems
+from graftlm.text.records import read_records
+from graftlm.text.reviews import WORKED_REVIEWS
+
+QUESTION, ANSWER = "{question}", "{answer}"
+NUMBER = r"(?<![\d.])-?\d(?:[\d,]*\d)?(?:\.\d+)?"
+GENERATED = 500
+"""Questions that a generator makes at most, and so many demonstrations."""
+
+DATA = {"rotten-tomatoes": "rotten-tomatoes-pypi", "imdb": "imdb-pypi"}
+BUILTIN = (*KINDS, *DATA)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Questions, demonstrations, and the words around them. Raises InputError for what cannot be asked or read."""
+
+    name: str
+    questions: tuple[Problem, ...]
+    demonstrations: tuple[Problem, ...] = ()
+    """None of them has the text of a question."""
+    instruction: str = ""
+    question: str = "Q: {question}"
+    answer: str = "A:"
+    conclusion: str = "The answer is {answer}."
+    trigger: str = "the answer is"
+    answer_pattern: str = ""
+    """Default: a number, or one of the labels."""
+    labels: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for key, field in (("question", QUESTION), ("conclusion", ANSWER)):
+            if getattr(self, key).count(field) != 1:
+                raise InputError(f"{self.name}: {key} = {getattr(self, key)!r}: write {field} in it, once")
+        if not self.questions:
+            raise InputError(f"{self.name}: no questions: write [[questions]], each with question and answer")
+        try:
+            compiled = self.pattern
+        except re.error as error:
+            raise InputError(f"{self.name}: answer_pattern {self.answer_pattern!r}: {error}") from None
+        for problem in (*self.questions, *self.demonstrations):
+            if self.first(problem.answer) != normal(problem.answer):
+                raise InputError(
+                    f"{problem.where or self.name}: the answer {problem.answer!r} is not what its pattern finds in it "
+                    f"({compiled.pattern}): mend the answer, answer_pattern or labels"
+                )
+
+    @cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """What an answer looks like, whatever its case."""
+        words = "|".join(re.escape(label) for label in sorted(self.labels, key=len, reverse=True))
+        return re.compile(self.answer_pattern or (rf"(?<!\w)(?:{words})(?!\w)" if words else NUMBER), re.IGNORECASE)
+
+    def first(self, text: str) -> str | None:
+        """The first answer in a text, in its normal form; None where there is none."""
+        return next(self._all(text), None)
+
+    def concluded(self, text: str) -> str | None:
+        """The answer behind the last conclusion ("The answer is"); without one the last answer there is."""
+        before = self.conclusion.partition(ANSWER)[0].strip().casefold()
+        _, found, rest = text.casefold().rpartition(before) if before else ("", "", text)
+        behind = self.first(text[len(text) - len(rest) :]) if found else None
+        if behind is not None:
+            return behind
+        every = list(self._all(text))
+        return every[-1] if every else None
+
+    def _all(self, text: str) -> Iterator[str]:
+        for match in self.pattern.finditer(text):
+            yield normal(next(filter(None, match.groups()), match[0]))
+
+
+def normal(answer: str) -> str:
+    """An answer as answers are compared: numbers by value ("1,600.0" is 1600), others without case and outer space."""
+    text = answer.strip().casefold()
+    try:
+        number = Decimal(text.replace(",", "").removeprefix("$"))
+        return f"{number.normalize():f}" if number.is_finite() else text
+    except InvalidOperation:
+        return text
+
+
+def load_task(name: str, seed: int = 0) -> tuple[Task, list[str]]:
+    """A task by name or file, and what its data say of themselves. `seed` decides what a generator makes.
+
+    Raises InputError for an unknown name, an unreadable file and whatever `Task` refuses.
+    """
+    if name in KINDS:
+        return _generated(name, seed), []
+    if name in DATA:
+        return _reviews(name)
+    path = Path(name)
+    if path.suffix.lower() in (".toml", ".jsonl"):
+        if not path.is_file():
+            raise InputError(f"--task {name}: no such file")
+        return (_from_toml(path) if path.suffix.lower() == ".toml" else _from_jsonl(path)), []
+    raise InputError(f"{unknown('task', name, BUILTIN)}; or give a .toml or .jsonl file")
+
+
+def _generated(name: str, seed: int) -> Task:
+    """`electricity` begins with the course handout's problem itself."""
+    first = [ELECTRICITY] if name == "electricity" else []
+    drawn = problems(name, "questions", seed, GENERATED)
+    asked = [*first, *(p for p in drawn if p.question != ELECTRICITY.question)][:GENERATED]
+    taken = {problem.question for problem in asked}
+    shown = [p for p in problems(name, "demonstrations", seed, GENERATED) if p.question not in taken]
+    return Task(name, tuple(asked), tuple(shown), trigger="the answer (arabic numerals) is")
+
+
+def _reviews(name: str) -> tuple[Task, list[str]]:
+    """The test split asked about, in an order blind to its labels; worked reviews, then the train split, to show."""
+    words = ("negative", "positive")
+    dataset = load_dataset(DATA[name], labels=words)
+
+    def made(split: str) -> list[Problem]:
+        rows = by_hash(dataset.splits[split])
+        return [Problem(row.text, words[row.label], where=row.where) for row in rows if row.label is not None]
+
+    asked, shown = made("test"), [*WORKED_REVIEWS, *made("train")]
+    taken = {problem.question for problem in asked}
+    task = Task(
+        name,
+        tuple(asked),
+        tuple(problem for problem in shown if problem.question not in taken),
+        instruction="Decide whether the sentiment of a movie review is negative or positive.",
+        question="Review: {question}",
+        answer="Sentiment:",
+        trigger="the sentiment (negative or positive) is",
+        conclusion="The sentiment is {answer}.",
+        labels=words,
+    )
+    return task, dataset.notes
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def _from_jsonl(path: Path) -> Task:
+    rows = list(read_records(path))
+    shown = [record for record in rows if record[1].get("demonstration") is True]
+    asked = [record for record in rows if record[1].get("demonstration") is not True]
+    return _task(str(path), asked, shown, {})
+
+
+def _from_toml(path: Path) -> Task:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a TOML file: {error}") from None
+    texts = {f.name for f in fields(Task)} - {"name", "questions", "demonstrations", "labels"}
+    known = [*texts, "questions", "demonstrations", "labels"]
+    for key, value in table.items():
+        if key not in known:
+            raise InputError(f"{path}: unknown key {key!r}: {nearest(key, known)}known are {', '.join(sorted(known))}")
+        if key in texts and not isinstance(value, str):
+            raise InputError(f"{path}: {key} = {value!r}: not a text in quotes")
+    labels = table.get("labels", [])
+    if not isinstance(labels, list) or not all(isinstance(label, str) and label.strip() for label in labels):
+        raise InputError(f"{path}: labels: not a list of texts in quotes")
+    words = {key: table[key] for key in texts & set(table)}
+    asked, shown = (_list(path, key, table.get(key, [])) for key in ("questions", "demonstrations"))
+    return _task(str(path), asked, shown, words, tuple(labels))
+
+
+def _list(path: Path, key: str, value: object) -> list[tuple[str, dict[str, Any]]]:
+    """[[questions]] as they stand, or the records of the file that is named."""
+    if isinstance(value, str):
+        file = path.parent / value
+        if not file.is_file():
+            raise InputError(f"{path}: {key} = {value!r}: no such file beside it")
+        return list(read_records(file))
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise InputError(f"{path}: {key}: write [[{key}]] tables, or the name of a jsonl file")
+    return [(f"{path}: {key} {number}", item) for number, item in enumerate(value, 1)]
+
+
+def _task(
+    name: str,
+    asked: Iterable[tuple[str, dict[str, Any]]],
+    shown: Iterable[tuple[str, dict[str, Any]]],
+    words: Mapping[str, str],
+    labels: tuple[str, ...] = (),
+) -> Task:
+    questions = [_problem(where, record) for where, record in asked]
+    taken = {problem.question for problem in questions}
+    demonstrations = [_problem(where, record) for where, record in shown]
+    for problem in demonstrations:
+        if problem.question in taken:
+            raise InputError(f"{problem.where}: this demonstration is also one of the questions: leave one out")
+    return Task(name, tuple(questions), tuple(demonstrations), labels=labels, **words)
+
+
+def _problem(where: str, record: Mapping[str, Any]) -> Problem:
+    def text(key: str, needed: bool = True) -> str:
+        value = record.get(key, "")
+        value = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+        if not isinstance(value, str) or (needed and not value.strip()):
+            raise InputError(f"{where}: no {key}: every one needs question and answer, as texts")
+        return value.strip()
+
+    return Problem(text("question"), text("answer"), text("reasoning", needed=False), where)
