@@ -1,7 +1,9 @@
 """The controlled sentiment experiment: its arithmetic against brute force, and the whole of it on a tiny model."""
 
+import contextlib
 import dataclasses
 import importlib
+import io
 import itertools
 import json
 import math
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from graftlm import cli
 from graftlm.config import PreferConfig, TrainConfig
 from graftlm.models import CausalLM
 from inference.tiny import VOCAB, full_logits, ragged, tiny
@@ -284,9 +287,28 @@ def recipe(tmp_path: Path) -> Path:
     return file
 
 
+def in_this_process(*words: str) -> Any:
+    """What `bench.graft` gives, without a process of its own: torch is loaded once."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert cli.run([*words, "--json"]) == 0
+    return json.loads(out.getvalue())
+
+
+def test_graft_is_this_checkouts_command_and_its_failure_an_error(bench: ModuleType) -> None:
+    assert bench.graft("account", "--ffn=8,4,1")["total"] == 41
+    with pytest.raises(bench.BenchmarkError, match=r"^graft account --ffn=8 failed with status 2$"):
+        bench.graft("account", "--ffn=8")
+
+
 def test_the_whole_experiment_and_its_page_on_a_tiny_model(
-    recipe: Path, bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: Path,
+    bench: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(bench, "graft", in_this_process)
+    monkeypatch.setattr("graftlm.process.keep_memory", lambda: False)
     words = ["--recipe", str(recipe), "--work", str(tmp_path / "work")]
     assert bench.main([*words, "--until", "pairs"]) == 0
     assert {path.stem for path in (tmp_path / "work").glob("*.json")} == {
