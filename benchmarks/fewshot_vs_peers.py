@@ -164,7 +164,7 @@ def summarise(rounds: Sequence[Round]) -> dict[str, Any]:
 
     best = [{side: fastest(each, side) for side in ("graft", "harness")} for each in rounds]
     compared["graft/harness, each in its fastest format"] = ratios(best, speed, "graft", "harness")
-    found = {name: {"rounds": values, "median": median(values)} for name, values in compared.items()}
+    found: dict[str, Any] = {name: {"rounds": xs, "median": median(xs)} for name, xs in compared.items()}
     scores = {
         name: max(apart(each[f"graft-{name}"]["scores"], each[f"harness-{name}"]["scores"]) for each in rounds)
         for name in formats
