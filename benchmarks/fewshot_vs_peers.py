@@ -32,7 +32,7 @@ from train_vs_peers import OFFLINE, ROOT, BenchmarkError, git_state
 
 DATA = "rotten-tomatoes-pypi"
 FORMATS = ("float32", "bfloat16")
-BATCHES = (1, 4, 8, 16, 32)
+BATCHES = "1,4,8,16"
 TRIAL_REVIEWS = 16
 SAME_SCORES = 1e-3  # nats, in float32
 
@@ -124,8 +124,12 @@ def measure(contender: str, task: Task, folder: Path) -> Run:
     }
 
 
-def choose(task: Task, formats: Sequence[str], work: Path) -> tuple[dict[str, int], dict[str, float]]:
+def choose(
+    task: Task, formats: Sequence[str], sizes: Sequence[int], work: Path
+) -> tuple[dict[str, int], dict[str, float]]:
     """The harness's fastest batch size for each format on this machine, and the reviews a second of every trial."""
+    if len(sizes) == 1:
+        return dict.fromkeys(formats, sizes[0]), {}
     tried = {
         (name, size): measure(
             "harness",
@@ -133,7 +137,7 @@ def choose(task: Task, formats: Sequence[str], work: Path) -> tuple[dict[str, in
             work / f"trial-{name}-{size}",
         )["examples_per_s"]
         for name in formats
-        for size in BATCHES
+        for size in sizes
         if size <= min(TRIAL_REVIEWS, task.limit)
     }
     best = {name: max((s for n, s in tried if n == name), key=lambda size: tried[name, size]) for name in formats}
@@ -228,6 +232,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shots", type=int, default=8, help="demonstrations before each (default 8)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each contender (default 3)")
     parser.add_argument("--formats", default="", help="number formats, with commas (default: what is worth trying)")
+    parser.add_argument("--batch-sizes", default=BATCHES, help=f"the harness's, to try (default {BATCHES})")
     parser.add_argument("--json-out", type=Path, help="write the JSON object to this file too")
     parser.add_argument("--max-other", type=float, default=0.03, help="share of the cores others may use (0.03)")
     parser.add_argument("--attempts", type=int, default=3, help="runs until one is quiet enough (default 3)")
@@ -250,7 +255,7 @@ def main(words: Sequence[str] | None = None) -> int:
         work = Path(name)
         task = Task(str(model_folder(args.model)), args.limit, args.shots, "float32", 1)
         try:
-            batches, trials = choose(task, formats, work)
+            batches, trials = choose(task, formats, [int(size) for size in args.batch_sizes.split(",")], work)
             print(f"the harness's batch sizes: {batches}", file=sys.stderr)
             rounds, rejected = run_rounds(args, task, batches, work)
         except BenchmarkError as error:
