@@ -106,7 +106,7 @@ def row(name: str, result: Mapping[str, Any], others: Sequence[float] = ()) -> s
 
 
 def reviews(found: Mapping[str, Any], seeds: int) -> str:
-    """The table of reviews: every way to ask, and the fine-tuned model, on the same examples."""
+    """The table of reviews: every way to ask that was run, and the fine-tuned model, on the same examples."""
     lines = [
         "| way | accuracy | 95% interval | over seeds: mean (range) | prompt tokens | computed tokens | s/answer |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -115,7 +115,8 @@ def reviews(found: Mapping[str, Any], seeds: int) -> str:
     for name in ("8-shot, balanced", "8-shot, balanced, calibrated"):
         runs = [found[f"{name}, seed {seed}"] for seed in range(seeds)]
         lines.append(row(name, runs[0], [run["accuracy"] for run in runs]))
-    lines.append(row("8-shot, nearest by BM25", found["8-shot, nearest by BM25"]))
+    if nearest := found.get("8-shot, nearest by BM25"):
+        lines.append(row("8-shot, nearest by BM25", nearest))
     for name in ("chain of thought", "zero-shot chain of thought"):
         if name in found:
             (result,) = found[name]["styles"].values()
