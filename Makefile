@@ -30,7 +30,7 @@ check: .venv/dev  ## style, format and types
 TODAY := $(shell date +%F)
 RESULT = --json-out benchmarks/results/$(TODAY)-$@.json > /dev/null
 
-BENCHES := train train-all speeds dpo scaling evaluate train-layers startup memory time-to-accuracy plan
+BENCHES := train train-all speeds dpo scaling evaluate few-shot train-layers startup memory time-to-accuracy plan
 
 bench: .venv/peers $(BENCHES)  ## measure all public claims (some hours)
 	$(BIN)/python benchmarks/page.py
@@ -48,6 +48,8 @@ scaling: .venv/peers
 	$(BIN)/python benchmarks/scaling.py $(RESULT)
 evaluate: .venv/peers
 	$(BIN)/python benchmarks/evaluate_vs_peers.py $(RESULT)
+few-shot: .venv/peers
+	$(BIN)/python benchmarks/fewshot_vs_peers.py $(RESULT)
 train-layers: .venv/peers
 	$(BIN)/python benchmarks/train_layers.py $(RESULT)
 startup: .venv/peers

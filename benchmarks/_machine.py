@@ -20,7 +20,7 @@ from pathlib import Path
 from resource import struct_rusage
 
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
-PACKAGES = ("torch", "transformers", "peft", "trl", "tokenizers")
+PACKAGES = ("torch", "transformers", "peft", "trl", "tokenizers", "lm_eval")
 
 
 def cpu_description(cpuinfo: str) -> dict[str, object]:

@@ -23,6 +23,7 @@ KINDS = {  # kind -> (title, script and flags, the figure that is drawn)
     "dpo": ("Training on preferences", "dpo_vs_trl.py", "pairs_per_s"),
     "scaling": ("Cost against batch, rank, length and layers", "scaling.py", "examples_per_s ratio"),
     "evaluate": ("Reading labels", "evaluate_vs_peers.py", "examples_per_s"),
+    "few-shot": ("Few-shot classification", "fewshot_vs_peers.py", "examples_per_s"),
     "train-layers": ("Upper layers only, the lower ones computed once", "train_layers.py", "later_epochs"),
     "startup": ("Start-up", "startup.py", "cpu_seconds"),
     "memory": ("Memory", "memory.py", "peak_rss_mb graft"),

@@ -13,8 +13,10 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from graftlm.cli import VERBS
 from graftlm.config import EvaluateConfig, TrainConfig
 from graftlm.exchange.huggingface import load_model
+from graftlm.flags import parse
 from graftlm.methods import METHODS
 from graftlm.training.train import train
 from tiny import TEMPLATE, data_folder, model_folder
@@ -46,6 +48,45 @@ def test_scores_compare_with_the_faster_peer_of_their_round(load: type[ModuleTyp
     rounds = [{**each, "graft-score": run(30, 0.70)} for each in rounds]
     assert list(bench.summarise(rounds)["claims"].values()) == [False, True, False]
     assert "equal accuracy?" in bench.table(summary)
+
+
+def shot(speed: float, *scores: float) -> dict[str, Any]:
+    return {**run(speed), "scores": [[-1.0, -2.0], list(scores or (-3.0, -4.0))]}
+
+
+def test_few_shot_compares_formats_alone_and_each_sides_fastest(load: type[ModuleType]) -> None:
+    bench = load("fewshot_vs_peers")
+    names = ("graft-float32", "harness-float32", "graft-bfloat16", "harness-bfloat16")
+    rounds = [
+        dict(zip(names, (shot(30), shot(2, -3.0005, -4.0), shot(64), shot(4, -3.5, -4.0)), strict=True)),
+        dict(zip(names, (shot(30), shot(5), shot(60), shot(4)), strict=True)),
+    ]
+    summary = bench.summarise(rounds)
+    assert summary["ratios"]["graft/harness bfloat16"]["rounds"] == [16, 15]
+    assert summary["ratios"]["graft/harness, each in its fastest format"]["rounds"] == [16, 12]
+    assert summary["scores_apart"] == {"float32": pytest.approx(5e-4), "bfloat16": 0.5}
+    assert list(summary["claims"].values()) == [True, False, True]
+    slow = [{name: each[name] for name in names[:2]} for each in rounds]
+    assert list(bench.summarise(slow)["claims"].values()) == [None, False, True]
+    apart = [{**each, "harness-float32": shot(2, -3.002, -4.0)} for each in slow]
+    assert list(bench.summarise(apart)["claims"].values()) == [None, True, False]
+    assert "to 1e-3?" in bench.table(summary)
+
+
+def test_few_shot_uses_flags_that_exist(load: type[ModuleType]) -> None:
+    text = (Path(BENCHMARKS) / "fewshot_vs_peers.py").read_text()
+    for flag in ("init_from", "data", "limit", "shots", "dtype", "read", "predictions"):
+        assert f'"--{flag}"' in text and flag in {f.name for f in dataclasses.fields(EvaluateConfig)}
+
+
+def test_every_piece_of_the_prompting_page_is_a_command_that_parses(load: type[ModuleType]) -> None:
+    for verb, *words in load("prompting").pieces(200, 2, "runs/x").values():
+        assert parse(verb, VERBS[verb].config, [*words, "--json"]).given
+
+
+def test_what_prompts_share_is_computed_once(load: type[ModuleType]) -> None:
+    result = {"n": 4, "prompt_tokens": 110, "shared_prompt_tokens": 80, "new_tokens": 7.0}
+    assert load("prompting").computed(result) == 30 + 20 + 7
 
 
 def test_start_up_claims_are_medians(load: type[ModuleType]) -> None:

@@ -58,6 +58,7 @@ def _train(parsed: Parsed, notes: "Console") -> Result:
 def _evaluate(parsed: Parsed, notes: "Console") -> Result:
     from graftlm.exchange.load import load
     from graftlm.inference.evaluate import evaluate, write_predictions
+    from graftlm.text.data import common_prefix
 
     config: EvaluateConfig = parsed.config
     loaded = load(config.init_from, config.out_dir, config.checkpoint, config.device, config.dtype)
@@ -76,7 +77,13 @@ def _evaluate(parsed: Parsed, notes: "Console") -> Result:
         )
     if config.predictions:
         write_predictions(config.predictions, evaluation)
-    return {**evaluation.to_json(), "labels": list(template.labels)}
+    prompts = [example.prompt_ids for example in examples]
+    return {
+        **evaluation.to_json(),
+        "labels": list(template.labels),
+        "prompt_tokens": sum(map(len, prompts)) / len(prompts),
+        "shared_prompt_tokens": common_prefix(prompts) if len(prompts) > 1 else 0,
+    }
 
 
 def _generate(parsed: Parsed, notes: "Console") -> Result:

@@ -1,4 +1,4 @@
-"""Prompts are written as documented; what is read, counted and voted equals the plain way on tiny models."""
+"""Prompts are written as documented; what is read, counted and voted is checked against the plain way."""
 
 import json
 from collections.abc import Callable, Sequence

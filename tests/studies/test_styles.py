@@ -1,7 +1,9 @@
 """`graft prompt` through the real command on a tiny model: keys, orders and seeds, exact prompts, and each refusal."""
 
 import json
+import math
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from graftlm import cli
 from graftlm.inference.prompting import Answer, Asking, Outcome
 from graftlm.inference.statistics import wilson
 from graftlm.studies.styles import rows_of, runs_of, summary
-from tiny import byte_tokenizer, model_folder
+from tiny import TEMPLATE, byte_tokenizer, data_folder, model_folder
 
 TASK = """
 instruction = "Add."
@@ -130,7 +132,6 @@ def test_a_few_questions_are_shown_in_full_with_a_table(prompt: Callable[..., An
 
 
 def test_a_chat_model_gets_its_template_unless_told_otherwise(prompt: Callable[..., Any], model: Path) -> None:
-    import shutil
 
     shutil.copytree(model, "chatty")
     byte_tokenizer(Path("chatty"))
@@ -162,7 +163,7 @@ def test_a_chat_model_gets_its_template_unless_told_otherwise(prompt: Callable[.
         (
             [],
             "electrcity",
-            "unknown task 'electrcity': did you mean 'electricity'? known are electricity, arithmetic, ",
+            "unknown task 'electrcity': did you mean 'electricity'? known are electricity, ari",
         ),
         ([], "none.toml", "--task none.toml: no such file"),
         (["--shots=8"], "electricity", "--shots 8: the longest few-shot prompt takes "),
@@ -173,3 +174,23 @@ def test_what_cannot_be_asked_is_one_line(words: list[str], task: str, line: str
     before = sorted(os.listdir())
     assert prompt(*words, "--predictions=p.jsonl", task=task).startswith(line)
     assert sorted(os.listdir()) == before
+
+
+@pytest.mark.parametrize("choose", ["fixed", "random", "balanced", "bm25", "embedding"])
+def test_evaluate_takes_demonstrations_from_the_train_split(
+    choose: str, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data_folder(Path("data"))
+    words = [f"--init_from={model}", "--data=data", f"--template={TEMPLATE}", "--labels=bad,good", "--device=cpu"]
+    words += ["--dtype=float32", "--limit=5", "--shots=4", f"--choose={choose}", "--predictions=p.jsonl", "--json"]
+    found = {}
+    for calibrate in ("true", "false"):
+        assert cli.run(["evaluate", *words, f"--calibrate={calibrate}"]) == 0
+        found[calibrate] = json.loads(capsys.readouterr().out)
+        assert found[calibrate]["n"] == 5 and {"score", "generate"} <= set(found[calibrate])
+    scores = [json.loads(line)["scores"] for line in Path("p.jsonl").read_text().split("\n") if line]
+    assert len(scores) == 5 and all(sum(map(math.exp, each.values())) < 1 for each in scores)
+    one = len("Review: good x2000\nIs it: good\n\n")
+    assert 4 * one * 0.8 < found["true"]["prompt_tokens"] < 5 * one * 1.3
+    shared = found["true"]["shared_prompt_tokens"]
+    assert shared < one if choose in ("bm25", "embedding") else shared > 3 * one

@@ -90,9 +90,9 @@ class Task:
 
     def concluded(self, text: str) -> str | None:
         """The answer behind the last conclusion ("The answer is"); without one the last answer there is."""
-        before = self.conclusion.partition(ANSWER)[0].strip().casefold()
-        _, found, rest = text.casefold().rpartition(before) if before else ("", "", text)
-        behind = self.first(text[len(text) - len(rest) :]) if found else None
+        before = self.conclusion.partition(ANSWER)[0].strip()
+        ends = [match.end() for match in re.finditer(re.escape(before), text, re.IGNORECASE)] if before else []
+        behind = self.first(text[ends[-1] :]) if ends else None
         if behind is not None:
             return behind
         every = list(self._all(text))
