@@ -84,6 +84,14 @@ def test_every_piece_of_the_prompting_page_is_a_command_that_parses(load: type[M
         assert parse(verb, VERBS[verb].config, [*words, "--json"]).given
 
 
+def test_the_committed_page_of_prompting_is_what_its_result_gives(load: type[ModuleType]) -> None:
+    bench = load("prompting")
+    newest = max((bench.ROOT / "benchmarks" / "results").glob("*-prompting.json"))
+    found = bench.blocks(json.loads(newest.read_text(encoding="utf-8")), newest.stem[:10])
+    text = bench.PAGE.read_text(encoding="utf-8")
+    assert bench.fill(text, found) == text
+
+
 def test_what_prompts_share_is_computed_once(load: type[ModuleType]) -> None:
     result = {"n": 4, "prompt_tokens": 110, "shared_prompt_tokens": 80, "new_tokens": 7.0}
     assert load("prompting").computed(result) == 30 + 20 + 7
