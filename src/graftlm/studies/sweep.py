@@ -33,7 +33,8 @@ from graftlm.files.formats import sha256_file
 Flags = dict[str, Any]
 ZERO_SHOT = "zero-shot"
 OURS = ("out_dir", "resume", "plan")  # compare sets them
-READ_BY = {f.name for f in fields(EvaluateConfig)} - {"out_dir", "batch_size"}  # what matters where nothing is trained
+# What matters where nothing is trained; a seed chooses demonstrations there, and a sweep has none.
+READ_BY = {f.name for f in fields(EvaluateConfig)} - {"out_dir", "batch_size", "seed"}
 CONTENT = ("init_from", "data", "val", "test", "template")  # flags that may name a file or a folder
 
 
