@@ -289,4 +289,5 @@ def run_peft(job: Job) -> dict[str, Any]:
         peer.step(batch)
         schedule.step()
         ends.append(time.perf_counter())
-    return _result(job, ends, peer.causal_lm, tokenizer, job.precision)
+    figures = _result(job, ends, peer.causal_lm, tokenizer, job.precision)
+    return {**figures, "trainable": sum(p.numel() for p in peer.trained.values())}  # a prefix stands outside the model
