@@ -10,7 +10,7 @@ SRC = Path(__file__).parent.parent / "src"
 FILES = sorted((SRC / "graftlm").rglob("*.py"))
 
 ORDER = ("files", "text", "models", "methods", "exchange", "inference", "training", "studies")
-FOR_ALL = {"config": 0, "errors": 0}
+FOR_ALL = {"config": 0, "values": 0, "errors": 0}
 COMMAND = {"__init__", "__main__", "cli", "flags", "process", "render"}
 MAY_PRINT = {"cli.py", "render.py"}
 MAY_EXIT = {"cli.py", "__main__.py"}

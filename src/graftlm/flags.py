@@ -15,8 +15,8 @@ from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from graftlm.config import allowed_value, checked_value, split_optional, takes_several, wanted
 from graftlm.errors import InputError, nearest
+from graftlm.values import allowed_value, checked_value, split_optional, takes_several, wanted
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import transformers
 
 from graftlm.errors import InputError
 from graftlm.files.assets import model_folder as asset_folder
@@ -27,7 +28,6 @@ def tokenizer(folder: Path, template: str) -> Tokenizer:
 
 @pytest.mark.parametrize("talk", [TALK[:1], TALK])
 def test_the_demo_models_chat_is_transformers_own(talk: list[tuple[str, str]]) -> None:
-    transformers = pytest.importorskip("transformers")
     folder = asset_folder("smollm2-135m")
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     messages = [{"role": role, "content": content} for role, content in talk]

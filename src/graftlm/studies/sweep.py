@@ -26,9 +26,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from graftlm.config import EvaluateConfig, TrainConfig, checked_value
+from graftlm.config import EvaluateConfig, TrainConfig
 from graftlm.errors import InputError, nearest
 from graftlm.files.formats import sha256_file
+from graftlm.values import checked_value
 
 Flags = dict[str, Any]
 ZERO_SHOT = "zero-shot"
