@@ -13,6 +13,7 @@ from graftlm.errors import InputError
 Device = str
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Checkpoint = Literal["best", "last"]
+LossType = Literal["sigmoid", "hinge", "ipo", "sigmoid_norm", "simpo", "orpo"]
 Style = Literal["zero-shot", "few-shot", "few-shot-cot", "zero-shot-cot"]
 Choice = Literal["fixed", "random", "balanced", "bm25", "embedding"]
 
@@ -111,7 +112,7 @@ class TrainConfig(MethodFlags):
     objective: Literal["sft", "dpo"] = "sft"
     """What is learned from: completions (sft), or pairs of answers, one preferred to the other (dpo: fields prompt,
     chosen, rejected; see --loss_type)."""
-    loss_type: Literal["sigmoid", "hinge", "ipo", "sigmoid_norm", "simpo", "orpo"] = "sigmoid"
+    loss_type: LossType = "sigmoid"
     """The loss of a pair: DPO's (sigmoid), a hinge, IPO, DPO averaged over tokens, or SimPO and ORPO, which need no
     reference."""
     beta: float | None = None

@@ -264,7 +264,7 @@ def _kind(path: Path, record: dict[str, Any], fields: _Fields) -> _Make:
         return _labelled
     if "prompt" in record and "completion" in record and not renamed:
         return _completed
-    if {"prompt", "chosen", "rejected"} & record.keys() >= {"chosen", "rejected"} and not renamed:
+    if record.keys() >= {"chosen", "rejected"} and not renamed:
         return _preferred
     flag, missing = ("text", fields.text) if fields.text not in record else ("label", fields.label)
     near = get_close_matches(missing, [str(name) for name in record], n=1)

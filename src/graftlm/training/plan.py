@@ -273,11 +273,11 @@ def _middling(examples: Sequence[Example]) -> list[Example]:
 
 def _pairs_seconds(model: CausalLM, some: Sequence[Example]) -> float:
     """A forward pass of these pairs."""
-    return _extrapolated(model, lambda: _discard(reference_sums(model, some)), model.shape.layers, model.blocks, 1)
 
+    def read() -> None:
+        reference_sums(model, some)
 
-def _discard(_: Tensor) -> None:
-    """A result that only had to be waited for."""
+    return _extrapolated(model, read, model.shape.layers, model.blocks, 1)
 
 
 def _update_seconds(trained: int, sample: int = 1_000_000) -> float:

@@ -24,19 +24,16 @@ Letters: B pairs, N target tokens.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graftlm.config import TrainConfig
+from graftlm.config import LossType, TrainConfig
 from graftlm.models.base import CausalLM
 from graftlm.training.objectives import OBJECTIVES, Batch, LossOn, read_batch
 
-LossType = Literal["sigmoid", "hinge", "ipo", "sigmoid_norm", "simpo", "orpo"]
 REFERENCE_FREE = ("simpo", "orpo")
-SMOOTHED = ("sigmoid", "sigmoid_norm")
 DEFAULT_BETA = {"simpo": 2.0}
 """Where not the 0.1 of the others: what its paper used."""
 
