@@ -1,18 +1,14 @@
-"""Files of records -> rows: jsonl, json, csv and parquet, in splits, every value checked where it stands.
+"""Records -> rows, in splits, every value checked where it stands; `readers.py` reads the files.
 
 A row is a text and its label, a prompt and its completion as they are, or a prompt with two answers to it, the one
-that was preferred and the other. Unusual: lines end at "\\n" alone
-(reviews contain U+0085, at which `str.splitlines` would break them); a wrong byte or value is an error that names its
-file and line; and a split that is not there is cut by a hash of the text, so that no text is in two splits.
+that was preferred and the other. Unusual: a wrong value is an error that names its file and line, and a split that is
+not there is cut by a hash of the text, so that no text is in two splits.
 """
 
-import csv
 import hashlib
-import io
 import json
 import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import chain
@@ -22,13 +18,12 @@ from typing import Any
 from graftlm.errors import InputError
 from graftlm.files.assets import data_folder
 from graftlm.files.formats import read_json
+from graftlm.text.readers import READERS, read_records, short
 
 SPLITS = ("train", "validation", "test")
 _SYNONYMS = {"training": "train", "val": "validation", "valid": "validation", "dev": "validation", "testing": "test"}
 _NAMES = "|".join((*SPLITS, *_SYNONYMS))
 _STEM = re.compile(rf"({_NAMES})([-_](\d+)(-of-(\d+))?(-[0-9a-f]+)?)?", re.IGNORECASE)  # train-00000-of-00002
-
-Record = tuple[str, dict[str, Any]]  # where it stands, and its fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +196,7 @@ def _split_files(folder: Path) -> dict[str, list[Path]]:
     if inside:
         raise InputError(f"{folder}: holds several data sets, {', '.join(inside)}: name one of these folders")
     there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-    kinds = ", ".join(_READERS)
+    kinds = ", ".join(READERS)
     raise InputError(f"{folder}: no train, validation or test file ({kinds}) in this folder; it holds {there}")
 
 
@@ -210,7 +205,7 @@ def _splits_in(folder: Path) -> dict[str, list[Path]]:
     found: dict[str, dict[str, list[Path]]] = {}  # split -> what tells one set of files from another -> files
     for path in sorted(folder.iterdir()):
         match = _STEM.fullmatch(path.stem)
-        if path.suffix.lower() in _READERS and match and path.is_file():
+        if path.suffix.lower() in READERS and match and path.is_file():
             name, _, part, _, total, _ = match.groups()
             split = _SYNONYMS.get(name.lower(), name.lower())
             kind = f"{name} {path.suffix} {total if part else 'whole'}"
@@ -240,21 +235,6 @@ def _rows(path: Path, fields: _Fields) -> list[Row]:
             make = _kind(path, record, fields)
         rows.append(make(where, record, fields))
     return rows
-
-
-def read_records(path: Path) -> Iterator[Record]:
-    """The records of one file, each with where it stands; the file's ending says how they are written.
-
-    An InputError where there is none.
-    """
-    read = _READERS.get(path.suffix.lower())
-    if read is None:
-        raise InputError(f"{path}: unknown kind of file {path.suffix!r}: {', '.join(_READERS)} are read")
-    record = None
-    for record in read(path):
-        yield record
-    if record is None:
-        raise InputError(f"{path}: no records in this file: write some, or name another")
 
 
 def _kind(path: Path, record: dict[str, Any], fields: _Fields) -> _Make:
@@ -303,7 +283,7 @@ def _ended(where: str, record: dict[str, Any], answers: int) -> list[bool]:
     ended = value if isinstance(value, list) else [value]
     if len(ended) != answers or not all(isinstance(each, bool) for each in ended):
         wanted = "true or false" if answers == 1 else "a list of two, each true or false: for chosen and for rejected"
-        raise InputError(f"{where}: ended must be {wanted}, not {_short(value)}")
+        raise InputError(f"{where}: ended must be {wanted}, not {short(value)}")
     return ended
 
 
@@ -316,7 +296,7 @@ def _string(where: str, record: dict[str, Any], field: str) -> str:
             else f"{where}: no field {field!r}: every row needs it"
         )
     if not isinstance(value, str):
-        raise InputError(f"{where}: {field} must be text, not {_short(value)}")
+        raise InputError(f"{where}: {field} must be text, not {short(value)}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -339,116 +319,5 @@ def _label(where: str, value: object, fields: _Fields) -> int:
     if text not in fields.numbers:
         allowed = ", ".join(f"{number} or {word!r}" for number, word in enumerate(fields.words))
         what = f"allowed are {allowed}" if allowed else "a number from 0 on is needed, or --labels with the words"
-        raise InputError(f"{where}: unknown label {_short(value)}: {what}")
+        raise InputError(f"{where}: unknown label {short(value)}: {what}")
     return fields.numbers[text]
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"
-
-
-# ------------------------------------------------------------------------------------------------ formats
-
-
-def _text(path: Path) -> str:
-    """The file's text; a byte order mark is dropped, and a byte that is not UTF-8 is an error with its line."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        start = error.start + (3 if content.startswith(b"\xef\xbb\xbf") else 0)  # counted behind the mark
-        line, byte = content.count(b"\n", 0, start) + 1, start - content.rfind(b"\n", 0, start)
-        kind = "it looks like UTF-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else f"0x{content[start]:02x}"
-        raise InputError(f"{path}:{line}: byte {byte} is not UTF-8 ({kind}); save the file as UTF-8") from None
-    if not text.strip():
-        raise InputError(f"{path}: the file is empty: write one record a line")
-    return text
-
-
-def _json(where: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: broken JSON: {error.msg} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
-        raise InputError(f"{where}: broken JSON: {str(error).partition(';')[0]}") from None
-
-
-def _object(where: str, value: object) -> Record:
-    if not isinstance(value, dict):
-        raise InputError(f'{where}: a record must be a JSON object like {{"text": …}}, not {_short(value)}')
-    return where, value
-
-
-def _read_jsonl(path: Path) -> Iterator[Record]:
-    for number, line in enumerate(_text(path).split("\n"), start=1):
-        if line.strip():
-            where = f"{path}:{number}"
-            yield _object(where, _json(where, line))
-
-
-def _read_json(path: Path) -> Iterator[Record]:
-    """One array of objects, or, as many a hub file named .json is, one object a line."""
-    text = _text(path)
-    if not text.lstrip().startswith("["):
-        yield from _read_jsonl(path)
-        return
-    try:
-        items = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: broken JSON: {error.msg} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: broken JSON: {str(error).partition(';')[0]}") from None
-    for number, item in enumerate(items, start=1):
-        yield _object(f"{path}: item {number}", item)
-
-
-def _read_csv(path: Path) -> Iterator[Record]:
-    limit = csv.field_size_limit(sys.maxsize)  # of the process: put back below
-    lines = csv.reader(io.StringIO(_text(path), newline="\n"), strict=True)
-    header: list[str] | None = None
-    start = 1
-    try:
-        for values in lines:
-            where, start = f"{path}:{start}", lines.line_num + 1
-            if not values:
-                continue
-            if header is None:
-                header = values
-                if twice := [name for name in header if header.count(name) > 1]:
-                    raise InputError(f"{where}: the header names field {twice[0]!r} twice")
-            elif len(values) != len(header):
-                raise InputError(f"{where}: {len(values)} values, but the header names {len(header)} fields")
-            else:
-                yield where, dict(zip(header, values, strict=True))
-    except csv.Error as error:
-        raise InputError(f"{path}:{start}: broken csv: {str(error).partition(' - ')[0]}") from None
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _read_parquet(path: Path) -> Iterator[Record]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise InputError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
-        raise InputError(f"{path}: not a whole parquet file: {reason}") from None
-    for number, record in enumerate(table.to_pylist(), start=1):
-        yield f"{path}: row {number}", record
-
-
-_READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
-    ".jsonl": _read_jsonl,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-    ".json": _read_json,
-}

@@ -32,7 +32,7 @@ from typing import Any
 from graftlm.errors import InputError, nearest, unknown
 from graftlm.text.data import by_hash, load_dataset
 from graftlm.text.problems import ELECTRICITY, KINDS, Problem, problems
-from graftlm.text.records import read_records
+from graftlm.text.readers import read_records
 from graftlm.text.reviews import WORKED_REVIEWS
 
 QUESTION, ANSWER = "{question}", "{answer}"
