@@ -24,6 +24,7 @@ from graftlm.errors import InputError
 from graftlm.exchange.device import pick_device, pick_dtype
 from graftlm.exchange.huggingface import base_hash, load_model
 from graftlm.exchange.load import Loaded, check_base, read_run, read_tokenizer
+from graftlm.files.locks import NAME as LOCK
 from graftlm.methods import Method
 from graftlm.methods.base import totals
 from graftlm.models.base import CausalLM
@@ -104,7 +105,7 @@ def prepare(config: TrainConfig, given: Set[str] | None = None) -> Prepared:
             )
         config = _resumed(config, previous["config"], given)
     else:
-        _check_out_dir(out_dir)
+        check_out_dir(out_dir)
     check_loggers(config)
     origin = find_origin(config, set() if previous is not None else _typed(config, given), previous is not None)
     template = load_template(config.template, config.labels)
@@ -216,12 +217,14 @@ def _start(
     return {"run": str(origin.adapter.resolve()), "sha256": sha256}
 
 
-def _check_out_dir(out_dir: Path) -> None:
+def check_out_dir(out_dir: Path) -> None:
+    """An InputError unless a run can start there."""
     if (out_dir / "run.json").exists():
         raise InputError(f"--out_dir {out_dir}: holds a run already; add --resume to go on with it, or name another")
     if out_dir.exists() and not out_dir.is_dir():
         raise InputError(f"--out_dir {out_dir}: is a file; name a folder")
-    left = (".run.json.tmp-", REFERENCE, f".{REFERENCE}")  # by a first start that was killed before run.json stood
+    # By a first start that was killed before run.json stood:
+    left = (LOCK, ".run.json.tmp-", REFERENCE, f".{REFERENCE}")
     if out_dir.is_dir() and any(not p.name.startswith(left) for p in out_dir.iterdir()):
         raise InputError(f"--out_dir {out_dir}: holds other files; name a folder that is empty or does not exist")
 
