@@ -13,6 +13,7 @@ one again; and no command is a new Python: `forks.py` has imported torch once.
 """
 
 import argparse
+import errno
 import hashlib
 import json
 import random
@@ -37,6 +38,8 @@ MADE = (".tmp-", ".old-")
 """What stands in the names of things that are still being made."""
 KILLED = -9
 AGAIN = 1 / 3
+FAILURES = ((errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EROFS, True), (errno.EIO, False))
+"""How a disk fails, and whether it goes on failing."""
 
 
 # The cases ------------------------------------------------------------------------------------------------------------
@@ -88,7 +91,6 @@ def whole_json(path: Path) -> Any:
 def weights(checkpoint: Path) -> dict[str, str]:
     """The hashes of a checkpoint's tensors, without an optimiser's moments, which only the newest has."""
     found = sorted(checkpoint.glob("*.safetensors"))
-    assert found, f"{checkpoint}: no weights"
     return {p.name: digest(p) for p in found if p.name not in ("optimizer.safetensors", "trained.safetensors")}
 
 
@@ -132,11 +134,12 @@ def check_run(run: Path, steps: dict[str, Any]) -> None:
         assert len(rest) < 1000
     for folder in (run / "checkpoints").iterdir() if (run / "checkpoints").is_dir() else ():
         if not any(word in folder.name for word in MADE):
-            found = weights(folder) if list(folder.glob("*")) else {}
-            # One that is being removed may lack some; what is there is what was written.
+            found = weights(folder)
+            # One that is being removed may lack some, or all; what is there is what was written.
             assert found.items() <= steps.get(folder.name, found).items(), f"{folder} holds other weights"
     for link in (run / "best", run / "last"):
         if link.is_symlink():
+            assert weights(link), f"{link} holds no weights"
             assert weights(link) == steps.get(link.resolve().name, weights(link)), f"{link} is not whole"
             step = whole_json(link / "progress.json")["step"]
             assert link.resolve().name == f"step-{step}"
@@ -349,6 +352,11 @@ class Soak:
             life.kill()
         return life.wait()
 
+    def life_of(self, words: Sequence[str], cwd: Path, log: Path, fault: Fault | None = None) -> int:
+        """Any command, in a folder, with a home of its own."""
+        asked = fault.to_json() if fault else ""
+        return self.forks.run(*words, cwd=cwd, log=log, fault=asked, GRAFT_HOME=str(self.work / "home"))
+
     def reference(self, name: str) -> Reference:
         """What the case comes to without a fault; done twice, which must agree."""
         if name not in self.references:
@@ -396,6 +404,40 @@ class Soak:
         assert case.result(folder, self.assets) == reference.result, "the end is another one"
         shutil.rmtree(folder)
         return killed
+
+    def fail(self, name: str, error: int, at: int, phase: str = "before", lasting: bool = True) -> str:
+        """The case on a disk that fails at this call; what was told. AssertionError unless that is one line, what was
+        there before is there, and the same command, given again, ends as if nothing had been.
+        """
+        case, reference = CASES[name], self.reference(name)
+        folder = self.work / f"{name}-{errno.errorcode[error]}-{at}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        case.ready(folder, self.assets)
+        status = self.life(case, folder, Fault(str(folder), at, phase, error, lasting))
+        said = (folder / "log.txt").read_text().splitlines()
+        errors = [line for line in said if line.startswith("graft: ")]
+        assert not any("Traceback" in line or "internal error" in line for line in said), "\n".join(said)
+        assert (status in (1, 2) and len(errors) == 1 and said[-1] == errors[0]) or (status, errors) == (0, []), said
+        case.check(folder, self.assets)
+        status = self.life(case, folder)
+        assert status == 0 or self._already(case, folder), (folder / "log.txt").read_text()
+        assert case.result(folder, self.assets) == reference.result, "the end is another one"
+        shutil.rmtree(folder)
+        return errors[0] if errors else ""
+
+    def fail_everywhere(self, name: str, every: int = 1) -> dict[str, Any]:
+        """Every kind of failing disk at every call (or each so many-th): how many were tried, and what went wrong."""
+        found: dict[str, Any] = {"tried": 0, "failed": []}
+        for error, lasting in FAILURES:
+            for at in range(1, len(self.reference(name).calls) + 1, every):
+                phase = PHASES[at % 2]
+                found["tried"] += 1
+                try:
+                    self.fail(name, error, at, phase, lasting)
+                except AssertionError as failure:
+                    found["failed"].append([errno.errorcode[error], at, phase, str(failure)[-600:]])
+        return found
 
     def _already(self, case: Case, folder: Path) -> bool:
         """The kill came when all was done: the command says that its target is there, and that is right."""
@@ -451,6 +493,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("soak"), help="where the tally is, and what is at work")
     parser.add_argument("--only", choices=CASES, help="one case")
     parser.add_argument("--number", type=int, help="with --only: show this one again, and leave the tally alone")
+    parser.add_argument("--errors", action="store_true", help="no kills: a disk that fails, at every call")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     work = given.work.resolve()
@@ -461,6 +504,12 @@ def main() -> int:
             soak.reference(given.only)
             print(f"{soak.kill(given.only, given.number)} kills, and the end is identical")
             return 0
+        if given.errors:
+            broken = {name: soak.fail_everywhere(name) for name in ([given.only] if given.only else CASES)}
+            for name, each in broken.items():
+                print(f"{name:14} {each['tried']:5} failing disks, {len(each['failed'])} not as they should be")
+            print(json.dumps(broken))
+            return 1 if any(each["failed"] for each in broken.values()) else 0
         for name in [given.only] if given.only else CASES:
             soak.soak(name, round(given.kills * CASES[name].share / 1000))
     total = {key: sum(each[key] for each in tally.values()) for key in ("kills", "identical")}

@@ -1,7 +1,8 @@
 """Everything before step 1: resolve the flags, load, install the method, read and check the data.
 
 Nothing is written here, so a run that cannot start leaves nothing behind. On --resume the flags of the first start
-hold; a flag given anew must agree with them (only --max_iters and --epochs may change the end of the run).
+hold; a flag given anew must agree with them (only --max_iters and --epochs may change the end of the run). Files are
+recorded by their whole paths, and on another machine they may be named anew: what is in them must be the same.
 """
 
 import math
@@ -23,21 +24,23 @@ from graftlm.config import TrainConfig
 from graftlm.errors import InputError
 from graftlm.exchange.device import pick_device, pick_dtype
 from graftlm.exchange.huggingface import base_hash, load_model
-from graftlm.exchange.load import Loaded, check_base, read_run, read_tokenizer
+from graftlm.exchange.load import Loaded, check_base, read_run, read_tokenizer, recorded_name
 from graftlm.files.locks import NAME as LOCK
 from graftlm.methods import Method
 from graftlm.methods.base import totals
 from graftlm.models.base import CausalLM
 from graftlm.text.data import Dataset, Example, encode_rows, label_ids, load_dataset, preflight, sample
-from graftlm.text.template import load_template
+from graftlm.text.template import Template, load_template
 from graftlm.training.logs import check_loggers
 from graftlm.training.preferences import DEFAULT_BETA, REFERENCE_FREE
 from graftlm.training.reference import NAME as REFERENCE
 from graftlm.training.reference import about_reference, read_reference, with_reference
 from graftlm.training.start import Origin, find_origin, span_of
 
+BY_CONTENT = {"init_from", "data", "val", "test"}
+"""Flags that name files: given anew, they may stand elsewhere, since what is in them is held against what it was."""
 # May differ between a start and its resume; all else decides the numbers.
-FREE_ON_RESUME = {"resume", "plan", "max_iters", "epochs", "wandb_project", "tensorboard"}
+FREE_ON_RESUME = {*BY_CONTENT, "resume", "plan", "max_iters", "epochs", "wandb_project", "tensorboard"}
 
 # Tokens of one pass on a CPU: a typical batch of 16 reviews fits, a long one runs in parts. Of 320, 384, 512 and 640
 # this was the fastest on an AMD Zen 3 in float32, and took 4% less memory than 640 (--micro_tokens).
@@ -107,8 +110,9 @@ def prepare(config: TrainConfig, given: Set[str] | None = None) -> Prepared:
     else:
         check_out_dir(out_dir)
     check_loggers(config)
+    config = replace(config, **{name: recorded_name(getattr(config, name)) for name in BY_CONTENT})
     origin = find_origin(config, set() if previous is not None else _typed(config, given), previous is not None)
-    template = load_template(config.template, config.labels)
+    template = _template(config, previous)
     device = pick_device(config.device)
     if previous is not None and config.dtype == "auto":  # what auto found then, so that the bits go on
         dtype, reason = pick_dtype(previous["dtype"], device)[0], previous["dtype_reason"]
@@ -183,6 +187,14 @@ def prepare(config: TrainConfig, given: Set[str] | None = None) -> Prepared:
     if prepared.wants_reference and source is not None:
         prepared.refer_to(read_reference(source, prepared.splits, prepared.about_reference()))
     return prepared
+
+
+def _template(config: TrainConfig, previous: dict[str, Any] | None) -> Template:
+    """Of a resumed run the one it was started with, wherever the file that held it may be now."""
+    if previous is None:
+        return load_template(config.template, config.labels)
+    said = previous["template"]
+    return Template(said["name"], said["text"], tuple(said["labels"]))
 
 
 def _typed(config: TrainConfig, given: Set[str] | None) -> Set[str]:
