@@ -137,6 +137,7 @@ def serve(address: str) -> None:
     """Until the standard input ends."""
     _import_everything()
     listener = socket.socket(socket.AF_UNIX)
+    Path(address).unlink(missing_ok=True)  # of a server that was killed, or of a soak that goes on
     listener.bind(address)
     listener.listen(64)
     woken, wake = os.pipe()
