@@ -21,7 +21,7 @@ FAMILIES = ("llama", "gpt2", "llama-biased")
 CPU = torch.device("cpu")
 CHATS = (
     "{% for m in messages %}<|endoftext|>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}",
-    "{{ bos_token }}{% for m in messages %}[{{ loop.index }}] {{ m.content | trim }}{% endfor %}{{ messages | tojson }}",
+    "{{ bos_token }}{% for m in messages %}[{{ loop.index }}] {{ m.content | trim }}{% endfor %}",
 )
 
 

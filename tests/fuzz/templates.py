@@ -62,9 +62,13 @@ def reader(name: str):
     return read
 
 
+def jsonl(rows: Sequence[object]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
 def made_rows(valid: Sequence[bytes]) -> "st.SearchStrategy[bytes]":
     row = st.one_of(changed_json(ROWS[0]), changed_json(ROWS[1]), ANY)
-    return st.lists(row, max_size=4).map(lambda rows: "".join(json.dumps(r) + "\n" for r in [*rows, ROWS[0]]).encode())
+    return st.lists(row, max_size=4).map(lambda rows: jsonl([*rows, ROWS[0]]))
 
 
 TARGETS = [
