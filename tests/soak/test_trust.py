@@ -1,4 +1,4 @@
-"""What SECURITY.md and docs/reliability.md say: that the tests they name exist, and the statements tested nowhere else."""
+"""SECURITY.md and docs/reliability.md: that the tests they name exist, and what is stated and tested nowhere else."""
 
 import hashlib
 import re

@@ -110,7 +110,8 @@ def prepare(config: TrainConfig, given: Set[str] | None = None) -> Prepared:
     else:
         check_out_dir(out_dir)
     check_loggers(config)
-    config = replace(config, **{name: recorded_name(getattr(config, name)) for name in BY_CONTENT})
+    places: dict[str, Any] = {name: recorded_name(getattr(config, name)) for name in BY_CONTENT}
+    config = replace(config, **places)
     origin = find_origin(config, set() if previous is not None else _typed(config, given), previous is not None)
     template = _template(config, previous)
     device = pick_device(config.device)
