@@ -13,6 +13,7 @@ from graftlm.files.wheels import wheel_member
 from soak.kills import CASES, Soak
 
 ROOT = Path(__file__).parents[2]
+LONG = "x" * 300 + ".safetensors"
 SECRET = "planted-5ecret-0123456789abcdef"
 
 
@@ -50,7 +51,10 @@ def test_a_member_of_a_wheel_lands_in_the_scratch_folder_alone(tmp_path: Path) -
     assert sorted(p.name for p in tmp_path.iterdir()) == ["scratch", "x.whl"]
 
 
-@pytest.mark.parametrize("shard", ["../outside.safetensors", "/etc/outside.safetensors", "a/b.safetensors", "x.bin"])
+@pytest.mark.parametrize(
+    "shard",
+    ["../outside.safetensors", "/etc/outside.safetensors", "a/b.safetensors", "x.bin", LONG],
+)
 def test_an_index_names_no_file_outside_its_folder(shard: str, tmp_path: Path) -> None:
     write_json(tmp_path / "model.safetensors.index.json", {"weight_map": {"a": shard}})
     with pytest.raises(InputError, match="is not a safetensors file of this folder"):

@@ -38,6 +38,7 @@ NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTD
 FAILING = {errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ETIMEDOUT}
 TEMP = re.compile(r"\.([^/]+)\.tmp-\d+-[0-9a-f]{12}(?=/|$)")  # what `temp_beside` makes of a name
 MAKER = re.compile(r"\.(?:tmp|old)-(?P<process>\d{1,9})-(?P<machine>[0-9a-f]{4})[0-9a-f]{8}$")
+LONGEST_NAME = 255  # bytes of a file's name that file systems take
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # safetensors' name of a dtype -> torch's name and bytes per value, in safetensors' own order (its files are sorted
@@ -437,8 +438,11 @@ def _weight_map(folder: Path) -> dict[str, Path]:
     if not isinstance(names, dict) or not names:
         raise InputError(f"{index}: has no weight_map that names the shards: fetch the folder again")
     for name, file in names.items():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise InputError(f"{index}: shard {file!r} of {name!r} is not a safetensors file of this folder")
+        named = (
+            isinstance(file, str) and Path(file).name == file and len(file.encode("utf-8", "replace")) <= LONGEST_NAME
+        )
+        if not named or not file.endswith(".safetensors"):
+            raise InputError(f"{index}: shard {file!r:.100} of {name!r} is not a safetensors file of this folder")
         if not (folder / file).exists():
             raise InputError(f"{folder}: shard {file} is missing: fetch the folder again")
     return {name: folder / file for name, file in names.items()}
