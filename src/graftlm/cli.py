@@ -6,7 +6,6 @@ handler that needs it, so that `graft --help` answers before torch could even be
 Exit status: 0 done, 1 a run failed, 2 wrong input, 130 interrupted. A mistake is one line on the standard error.
 """
 
-import errno
 import json
 import os
 import sys
@@ -32,6 +31,7 @@ from graftlm.config import (
     TrainConfig,
 )
 from graftlm.errors import GraftError, InputError, unknown
+from graftlm.files.formats import DISK_FULL, FAILING
 from graftlm.flags import Parsed, parse, show_help, wants_debug, wants_help
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from graftlm.text.template import Template
 
 Result = dict[str, Any]
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 # Verbs ----------------------------------------------------------------------------------------------------------------
@@ -300,9 +299,10 @@ def run(words: Sequence[str]) -> int:
     except OSError as error:
         if error.errno in DISK_FULL:
             return _fail(words, f"disk full: {error.filename or 'the output'} could not be written", 2)
-        if error.filename is None:
+        if error.filename is None and error.errno not in FAILING:
             raise
-        return _fail(words, f"{error.filename}: {(error.strerror or str(error)).lower()}", 2)
+        place, what = error.filename or "a file", (error.strerror or str(error)).lower()
+        return _fail(words, f"{place}: {what}", 1 if error.errno in FAILING else 2)
 
 
 def _dispatch(words: list[str]) -> int:

@@ -157,7 +157,7 @@ def _read_recipe(file: str, types: Mapping[str, Any], tables: Sequence[str]) -> 
         raise InputError(f"--config {file}: a folder, not a TOML file") from None
     except UnicodeDecodeError:
         raise InputError(f"{file}: not a TOML file (it is not UTF-8 text)") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, brackets without end
         raise InputError(f"{file}: not a TOML file: {error}") from None
     values = {}
     for key, value in table.items():

@@ -325,8 +325,8 @@ def test_a_resumed_run_may_be_longer_and_says_so(assets: Path, tmp_path: Path) -
 
 CHANGED = [
     ({"rank": 8}, "--resume with --rank 8: the run has 4"),
-    ({"init_from": "other"}, "--resume with --init_from"),
-    ({"data": "less"}, "--resume with --data"),
+    ({"init_from": "other"}, "was trained on "),
+    ({"data": "less"}, "was trained on other data"),
     ({"lr": 1.0}, "--resume with --lr 1.0: the run has 0.01"),
 ]
 
@@ -339,7 +339,7 @@ def test_resuming_with_a_changed_flag_is_an_error(
     before = sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*"))
     change = {k: str(assets / v) if isinstance(v, str) else v for k, v in change.items()}
     with pytest.raises(InputError) as caught:
-        train(config(assets, tmp_path / "run", resume=True, **change))
+        train(config(assets, tmp_path / "run", resume=True, max_iters=2, eval_every=1, **change))
     assert message in str(caught.value)
     assert sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*")) == before
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from graftlm.errors import InputError
 from graftlm.files.formats import load_safetensors, read_json, save_safetensors, write_json
-from graftlm.methods import METHODS, Method
+from graftlm.methods import METHODS, Method, method_from_json
 from graftlm.methods.base import PeftFolder, delta_state
 from graftlm.models.base import CausalLM, Shape
 
@@ -67,14 +67,7 @@ def read_peft(folder: Path) -> PeftFolder:
 def adopt(folder: Path, shape: Shape) -> tuple[Method, dict[str, Tensor]]:
     """The method and the trained tensors of any adapter folder; an InputError names what is not understood."""
     if (folder / OWN_CONFIG).is_file():
-        said = _object(folder / OWN_CONFIG).get("method")
-        if not isinstance(said, dict) or said.get("method") not in METHODS:
-            raise InputError(f"{folder / OWN_CONFIG}: names no method of ours; known are {', '.join(METHODS)}")
-        try:
-            fields = {k: tuple(v) if isinstance(v, list) else v for k, v in said.items() if k != "method"}
-            method = METHODS[said["method"]](**fields)
-        except TypeError as error:
-            raise InputError(f"{folder / OWN_CONFIG}: its method is not understood: {error}") from None
+        method = method_from_json(_object(folder / OWN_CONFIG).get("method"), str(folder / OWN_CONFIG))
         return method, read_adapter(folder, shape, method)
     as_peft, where = read_peft(folder), str(folder / CONFIG)
     for kind in METHODS.values():

@@ -102,7 +102,7 @@ def read_run(run_dir: Path) -> dict[str, Any]:
 
 def recorded_name(name: str) -> str:
     """A base model's name as run.json keeps it: a local path whole, so that the run can be loaded from any folder."""
-    return str(Path(name).resolve()) if Path(name).exists() else name
+    return str(Path(name).resolve()) if name and Path(name).exists() else name
 
 
 def hub_revision(name: str) -> tuple[str, str | None]:

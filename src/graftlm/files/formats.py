@@ -3,7 +3,8 @@
 Reads and writes json, text and safetensors; hashes files and tensors. What is unusual:
 
 - Everything is written beside its target under a name `.{target}.tmp-…`, flushed to the disk and renamed, so that
-  a reader sees the old file, the new one, or none; a killed process leaves only a temp (`remove_leftovers`).
+  a reader sees the old file, the new one, or none; a killed process leaves only a temp, which tells the machine and
+  the process that made it, and goes when the same is written again (`remove_leftovers`).
 - safetensors are *read* by the safetensors package (memory-mapped) but *written* here, tensor by tensor: the package
   wants all tensors in memory at once and hides a full disk in an error of its own. The bytes are the same.
 - Nothing is read through pickle: a folder that holds only .bin, .pt or .pth weights is refused.
@@ -21,18 +22,23 @@ import os
 import re
 import secrets
 import shutil
+import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from graftlm.errors import InputError
+from graftlm.errors import GraftError, InputError
 
 if TYPE_CHECKING:
     import torch
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
-TEMP = re.compile(r"\.([^/]+)\.tmp-\d+-[0-9a-f]{8}(?=/|$)")  # what `temp_beside` makes of a name
+FAILING = {errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ETIMEDOUT}
+TEMP = re.compile(r"\.([^/]+)\.tmp-\d+-[0-9a-f]{12}(?=/|$)")  # what `temp_beside` makes of a name
+MAKER = re.compile(r"\.(?:tmp|old)-(?P<process>\d{1,9})-(?P<machine>[0-9a-f]{4})[0-9a-f]{8}$")
+LONGEST_NAME = 255  # bytes of a file's name that file systems take
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # safetensors' name of a dtype -> torch's name and bytes per value, in safetensors' own order (its files are sorted
@@ -61,7 +67,10 @@ DTYPES = {
 
 @contextlib.contextmanager
 def disk_errors(path: Path | str) -> Iterator[None]:
-    """Turn a full disk, or a place that may not be written, into one `InputError` line that names `path`."""
+    """Turn a full disk, or a place that may not be written, into one `InputError` line that names `path`.
+
+    A disk that fails is no input of the user's: a `GraftError`.
+    """
     try:
         yield
     except OSError as error:
@@ -74,12 +83,24 @@ def disk_errors(path: Path | str) -> Iterator[None]:
             raise InputError(
                 f"cannot write {place}: {error.strerror}: choose a folder that you may write to"
             ) from error
+        if error.errno in FAILING:
+            raise GraftError(f"cannot write {place}: the disk failed ({error.strerror}): look at the disk") from error
         raise
 
 
 def temp_beside(target: Path) -> Path:
     """A name beside `target` for what is still being made; `remove_leftovers` knows it."""
-    return target.parent / f".{target.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
+    return _beside(target, "tmp")
+
+
+def _beside(target: Path, kind: str) -> Path:
+    return target.parent / f".{target.name}.{kind}-{os.getpid()}-{_machine()}{secrets.token_hex(4)}"
+
+
+@cache
+def _machine() -> str:
+    """Four letters for this machine: a process's number means something on its own machine only."""
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:4]
 
 
 def _fsync(path: Path) -> None:
@@ -97,6 +118,7 @@ def file_atomically(path: Path) -> Iterator[BinaryIO]:
     temp = temp_beside(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path, dead=True)
         try:
             with open(temp, "wb") as file:
                 yield file
@@ -127,10 +149,11 @@ def folder_atomically(target: Path | str) -> Iterator[Path]:
     An existing `target` is moved aside first and removed after; killed in between, `remove_leftovers` puts it back.
     """
     target = Path(target)
-    temp, aside = temp_beside(target), target.parent / f".{target.name}.old-{secrets.token_hex(4)}"
+    temp, aside = temp_beside(target), _beside(target, "old")
     with disk_errors(target):
         made = [parent for parent in target.parents if not parent.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(target, dead=True)
         temp.mkdir()
         try:
             yield temp
@@ -162,21 +185,44 @@ def check_new_folder(target: Path | str, flag: str) -> None:
         raise InputError(f"--{flag} {target}: holds other files; name a folder that is empty or does not exist")
 
 
-def remove_leftovers(target: Path | str) -> None:
-    """Clean up what a killed process left while writing `target`; call it only when no other process can write it."""
+def remove_leftovers(target: Path | str, dead: bool = False) -> None:
+    """Clean up what a killed process left while writing `target`.
+
+    dead: only what was made on this machine by a process that is no more. Without, whatever there is: call it so only
+    when no other process can write it.
+    """
     target = Path(target)
     if not target.parent.is_dir():
         return
-    for old in sorted(target.parent.glob(f".{glob_escape(target.name)}.old-*")):
+    name = glob_escape(target.name)
+    for old in sorted(target.parent.glob(f".{name}.old-*")):
+        if dead and _at_work(old):
+            continue
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.rename(old, target)
-    for temp in target.parent.glob(f".{glob_escape(target.name)}.tmp-*"):
+    for temp in target.parent.glob(f".{name}.tmp-*"):
+        if dead and _at_work(temp):
+            continue
         if temp.is_dir() and not temp.is_symlink():
             shutil.rmtree(temp, ignore_errors=True)
         else:
             temp.unlink(missing_ok=True)
+
+
+def _at_work(temp: Path) -> bool:
+    """Whether the process that made it may still be there: on another machine nobody knows."""
+    match = MAKER.search(temp.name)
+    if match is None or match["machine"] != _machine():
+        return True
+    try:
+        os.kill(int(match["process"]), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's; no number of a process
+        return True
+    return True
 
 
 def glob_escape(name: str) -> str:
@@ -211,6 +257,8 @@ def read_json(path: Path | str) -> Any:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start}): write it again as UTF-8") from error
     except OSError as error:
         raise InputError(f"{path}: cannot read it: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+        raise InputError(f"{path}: broken JSON: {str(error).partition(';')[0]}") from error
 
 
 def sha256_file(path: Path | str) -> str:
@@ -390,8 +438,11 @@ def _weight_map(folder: Path) -> dict[str, Path]:
     if not isinstance(names, dict) or not names:
         raise InputError(f"{index}: has no weight_map that names the shards: fetch the folder again")
     for name, file in names.items():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise InputError(f"{index}: shard {file!r} of {name!r} is not a safetensors file of this folder")
+        named = (
+            isinstance(file, str) and Path(file).name == file and len(file.encode("utf-8", "replace")) <= LONGEST_NAME
+        )
+        if not named or not file.endswith(".safetensors"):
+            raise InputError(f"{index}: shard {file!r:.100} of {name!r} is not a safetensors file of this folder")
         if not (folder / file).exists():
             raise InputError(f"{folder}: shard {file} is missing: fetch the folder again")
     return {name: folder / file for name, file in names.items()}

@@ -1,7 +1,9 @@
 """Ways to adapt a model, one file each; `base.py` is the contract they keep."""
 
 from collections.abc import Set
-from typing import Any
+from dataclasses import fields
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from graftlm.config import MethodFlags
 from graftlm.errors import InputError, unknown
@@ -52,7 +54,29 @@ def method_from_flags(config: MethodFlags, given: Set[str]) -> Method:
     return kind(**values)
 
 
-def method_from_json(data: dict[str, Any]) -> Method:
-    """The method that `to_json` described."""
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k != "method"}
-    return METHODS[data["method"]](**fields)
+def method_from_json(data: Any, where: str = "run.json") -> Method:
+    """The method that `to_json` described; an InputError, which begins with `where`, for anything else."""
+    name = data.get("method") if isinstance(data, dict) else None
+    if not isinstance(name, str) or name not in METHODS:
+        raise InputError(f"{where}: names no method of ours; known are {', '.join(METHODS)}")
+    kinds = {f.name: get_type_hints(METHODS[name])[f.name] for f in fields(METHODS[name])}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k != "method"}
+    for key, value in values.items():
+        if key not in kinds or not _fits(value, kinds[key]):
+            raise InputError(f"{where}: its method is not understood: {key} = {value!r:.60}")
+    return METHODS[name](**values)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value out of a JSON file is of a field's type."""
+    inner, parts = get_origin(kind), get_args(kind)
+    if inner in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if inner is Literal:
+        return type(value) is str and value in parts
+    if inner is tuple:
+        each = [parts[0]] * len(value) if isinstance(value, tuple) and parts[-1] is Ellipsis else parts
+        return isinstance(value, tuple) and len(value) == len(each) and all(map(_fits, value, each))
+    if kind is float:
+        return type(value) in (int, float) and abs(value) < 1e300
+    return type(value) is kind and (kind is not int or abs(value) < 2**31)

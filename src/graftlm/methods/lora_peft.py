@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from graftlm.methods.lora import LoRA
 
 FUSED = "attn.c_attn"
+MOST_REPEATS = 5
+"""Of a pattern that names modules, which may hold so many of *, + and {."""
 PEFT_VERSION = "0.19.0"  # the format's version that is written; newer readers accept it
 
 # What a config may say beside what is read below. These change nothing in what the adapter computes:
@@ -327,10 +329,16 @@ def _named(name: str, patterns: str | list[str], where: str) -> bool:
 
 
 def _matches(pattern: str, name: str, where: str) -> bool:
+    # The pattern is a stranger's: one that repeats a group, or much, may take for ever on a name of thirty letters.
+    if re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > MOST_REPEATS:
+        raise InputError(
+            f"{where}: {pattern[:80]!r} repeats a group, or more than {MOST_REPEATS} times: not supported; list the "
+            "modules' names"
+        )
     try:
         return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise InputError(f"{where}: {pattern!r} is no regular expression ({error})") from None
+    except (re.error, RecursionError, OverflowError) as error:
+        raise InputError(f"{where}: {pattern[:80]!r} is no regular expression ({error})") from None
 
 
 def _one_size(config: Mapping[str, Any], blocks: Mapping[str, int], where: str) -> tuple[int, float]:

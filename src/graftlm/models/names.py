@@ -33,6 +33,8 @@ _SIZES = (
     *("n_embd", "n_head", "n_layer", "n_inner", "n_positions", "vocab_size", "hidden_size", "num_attention_heads"),
     *("num_key_value_heads", "num_hidden_layers", "intermediate_size", "max_position_embeddings", "head_dim"),
 )
+MOST_LAYERS, LARGEST = 10_000, 2**24
+"""Sizes beyond these are no model's: a few bytes of config.json would ask for all memory there is."""
 _MAYBE_NULL = ("n_inner", "num_key_value_heads", "head_dim")
 # Buffers that old files carry: causal masks and rotary frequencies, computed here.
 _BUFFERS = re.compile(r"(\.attn\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
@@ -71,6 +73,8 @@ def read_shape(config: Mapping[str, Any], where: str) -> Shape:
             return _llama_shape(config, where)
     except KeyError as e:
         raise InputError(f"{where}: the setting {e.args[0]!r} is missing") from None
+    except (TypeError, ValueError, AttributeError, OverflowError) as e:
+        raise InputError(f"{where}: a setting has a value that it cannot have ({e}): fetch the file again") from None
     raise InputError(f"{where}: model_type {kind!r} is not supported; supported are gpt2, {', '.join(LLAMA_FAMILY)}")
 
 
@@ -80,6 +84,8 @@ def _check_sizes(config: Mapping[str, Any], where: str) -> None:
         value = config.get(key)
         if not (value is None and (key not in config or key in _MAYBE_NULL)) and (type(value) is not int or value < 1):
             raise InputError(f"{where}: {key} = {value!r} is no size; it must be a whole number above 0")
+        if value is not None and value > (MOST_LAYERS if key in ("n_layer", "num_hidden_layers") else LARGEST):
+            raise InputError(f"{where}: {key} = {value} is more than any model has: fetch the file again")
 
 
 def _only(config: Mapping[str, Any], where: str, **allowed: tuple[Any, ...]) -> None:

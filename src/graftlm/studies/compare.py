@@ -35,6 +35,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from graftlm.config import CompareConfig, TrainConfig
 from graftlm.errors import GraftError, InputError, Interrupted
 from graftlm.files.formats import disk_errors, read_json, remove_leftovers, write_json, write_text
+from graftlm.files.locks import NAME as LOCK
+from graftlm.files.locks import alone_in
 from graftlm.studies.sweep import Cell, read_sweep
 from graftlm.studies.table import FAILED, Outcome, failures, make_rows, markdown
 from graftlm.training.interrupt import LEASH, stop_on_signal
@@ -67,31 +69,11 @@ def compare(config: CompareConfig, sweep: str, console: Console | None = None) -
         return _Comparison(config, cells, budget, console, lock).run()
 
 
-@contextlib.contextmanager
-def _alone(out_dir: Path) -> Iterator[int]:
-    """Hold the folder's lock; yields its file descriptor. The commands inherit it: none of them outlives the lock."""
-    import fcntl
-
-    if out_dir.exists() and not out_dir.is_dir():
-        raise InputError(f"--out_dir {out_dir}: is a file; name a folder")
-    if out_dir.is_dir() and any(out_dir.iterdir()) and not (out_dir / ".lock").exists():
+def _alone(out_dir: Path) -> contextlib.AbstractContextManager[int]:
+    """The folder's lock: its file's descriptor. The commands inherit it: none of them outlives the lock."""
+    if out_dir.is_dir() and any(out_dir.iterdir()) and not (out_dir / LOCK).exists():
         raise InputError(f"--out_dir {out_dir}: holds other files; name a folder that is empty or does not exist")
-    with disk_errors(out_dir):
-        out_dir.mkdir(parents=True, exist_ok=True)
-        file = open(out_dir / ".lock", "a")  # noqa: SIM115 - closed by the next line
-    with file:
-        until = time.monotonic() + PATIENCE
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    raise InputError(
-                        f"--out_dir {out_dir}: another graft compare is at work there; wait for it, or name another"
-                    ) from None
-                time.sleep(0.1)
-        yield file.fileno()
+    return alone_in(out_dir, "graft compare", PATIENCE, keep=True)
 
 
 @dataclass

@@ -78,7 +78,7 @@ def read_sweep(file: str, overrides: Mapping[str, Any], budget: Mapping[str, flo
         tables = tomllib.loads(Path(file).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"--config {file}: cannot read it: {error.strerror}") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, brackets without end
         raise InputError(f"{file}: not a TOML file: {error}") from None
     common = _flags(f"{file}: [train]", _table(file, tables, "train"))
     grid = _grid(file, _table(file, tables, "grid"))

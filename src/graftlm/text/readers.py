@@ -125,11 +125,11 @@ def _read_parquet(path: Path) -> Iterator[Record]:
     except ImportError:
         raise InputError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
     try:
-        table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
+        records = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # text that is no UTF-8, too
         reason = str(error).partition("\n")[0].rstrip(".")
         raise InputError(f"{path}: not a whole parquet file: {reason}") from None
-    for number, record in enumerate(table.to_pylist(), start=1):
+    for number, record in enumerate(records, start=1):
         yield f"{path}: row {number}", record
 
 

@@ -178,7 +178,7 @@ def _from_jsonl(path: Path) -> Task:
 def _from_toml(path: Path) -> Task:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, brackets without end
         raise InputError(f"{path}: not a TOML file: {error}") from None
     texts = {f.name for f in fields(Task)} - {"name", "questions", "demonstrations", "labels"}
     known = [*texts, "questions", "demonstrations", "labels"]

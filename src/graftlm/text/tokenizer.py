@@ -124,7 +124,7 @@ class Tokenizer:
     def _config(self) -> dict[str, Any]:
         try:
             content = json.loads(self._files.get("tokenizer_config.json", b"{}"))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise InputError("the model's tokenizer_config.json is broken JSON: fetch it again") from None
         return content if isinstance(content, dict) else {}
 

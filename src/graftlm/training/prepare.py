@@ -1,7 +1,8 @@
 """Everything before step 1: resolve the flags, load, install the method, read and check the data.
 
 Nothing is written here, so a run that cannot start leaves nothing behind. On --resume the flags of the first start
-hold; a flag given anew must agree with them (only --max_iters and --epochs may change the end of the run).
+hold; a flag given anew must agree with them (only --max_iters and --epochs may change the end of the run). Files are
+recorded by their whole paths, and on another machine they may be named anew: what is in them must be the same.
 """
 
 import math
@@ -23,20 +24,23 @@ from graftlm.config import TrainConfig
 from graftlm.errors import InputError
 from graftlm.exchange.device import pick_device, pick_dtype
 from graftlm.exchange.huggingface import base_hash, load_model
-from graftlm.exchange.load import Loaded, check_base, read_run, read_tokenizer
+from graftlm.exchange.load import Loaded, check_base, read_run, read_tokenizer, recorded_name
+from graftlm.files.locks import NAME as LOCK
 from graftlm.methods import Method
 from graftlm.methods.base import totals
 from graftlm.models.base import CausalLM
 from graftlm.text.data import Dataset, Example, encode_rows, label_ids, load_dataset, preflight, sample
-from graftlm.text.template import load_template
+from graftlm.text.template import Template, load_template
 from graftlm.training.logs import check_loggers
 from graftlm.training.preferences import DEFAULT_BETA, REFERENCE_FREE
 from graftlm.training.reference import NAME as REFERENCE
 from graftlm.training.reference import about_reference, read_reference, with_reference
 from graftlm.training.start import Origin, find_origin, span_of
 
+BY_CONTENT = {"init_from", "data", "val", "test"}
+"""Flags that name files: given anew, they may stand elsewhere, since what is in them is held against what it was."""
 # May differ between a start and its resume; all else decides the numbers.
-FREE_ON_RESUME = {"resume", "plan", "max_iters", "epochs", "wandb_project", "tensorboard"}
+FREE_ON_RESUME = {*BY_CONTENT, "resume", "plan", "max_iters", "epochs", "wandb_project", "tensorboard"}
 
 # Tokens of one pass on a CPU: a typical batch of 16 reviews fits, a long one runs in parts. Of 320, 384, 512 and 640
 # this was the fastest on an AMD Zen 3 in float32, and took 4% less memory than 640 (--micro_tokens).
@@ -104,10 +108,12 @@ def prepare(config: TrainConfig, given: Set[str] | None = None) -> Prepared:
             )
         config = _resumed(config, previous["config"], given)
     else:
-        _check_out_dir(out_dir)
+        check_out_dir(out_dir)
     check_loggers(config)
+    places: dict[str, Any] = {name: recorded_name(getattr(config, name)) for name in BY_CONTENT}
+    config = replace(config, **places)
     origin = find_origin(config, set() if previous is not None else _typed(config, given), previous is not None)
-    template = load_template(config.template, config.labels)
+    template = _template(config, previous)
     device = pick_device(config.device)
     if previous is not None and config.dtype == "auto":  # what auto found then, so that the bits go on
         dtype, reason = pick_dtype(previous["dtype"], device)[0], previous["dtype_reason"]
@@ -184,6 +190,14 @@ def prepare(config: TrainConfig, given: Set[str] | None = None) -> Prepared:
     return prepared
 
 
+def _template(config: TrainConfig, previous: dict[str, Any] | None) -> Template:
+    """Of a resumed run the one it was started with, wherever the file that held it may be now."""
+    if previous is None:
+        return load_template(config.template, config.labels)
+    said = previous["template"]
+    return Template(said["name"], said["text"], tuple(said["labels"]))
+
+
 def _typed(config: TrainConfig, given: Set[str] | None) -> Set[str]:
     """The flags that were typed; where that is not known, those that differ from their defaults."""
     return {f.name for f in fields(config) if getattr(config, f.name) != f.default} if given is None else given
@@ -216,12 +230,14 @@ def _start(
     return {"run": str(origin.adapter.resolve()), "sha256": sha256}
 
 
-def _check_out_dir(out_dir: Path) -> None:
+def check_out_dir(out_dir: Path) -> None:
+    """An InputError unless a run can start there."""
     if (out_dir / "run.json").exists():
         raise InputError(f"--out_dir {out_dir}: holds a run already; add --resume to go on with it, or name another")
     if out_dir.exists() and not out_dir.is_dir():
         raise InputError(f"--out_dir {out_dir}: is a file; name a folder")
-    left = (".run.json.tmp-", REFERENCE, f".{REFERENCE}")  # by a first start that was killed before run.json stood
+    # By a first start that was killed before run.json stood:
+    left = (LOCK, ".run.json.tmp-", REFERENCE, f".{REFERENCE}")
     if out_dir.is_dir() and any(not p.name.startswith(left) for p in out_dir.iterdir()):
         raise InputError(f"--out_dir {out_dir}: holds other files; name a folder that is empty or does not exist")
 

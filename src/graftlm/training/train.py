@@ -13,8 +13,9 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator, Set
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +26,11 @@ from torch import Tensor
 
 from graftlm.config import TrainConfig
 from graftlm.errors import GraftError, InputError, Interrupted
+from graftlm.exchange.load import read_run
 from graftlm.files.assets import cache_home
 from graftlm.files.formats import remove_leftovers, write_json
+from graftlm.files.locks import NAME as LOCK
+from graftlm.files.locks import alone_in, held_by
 from graftlm.methods import Method
 from graftlm.methods.base import trainable
 from graftlm.models.base import CausalLM
@@ -41,7 +45,7 @@ from graftlm.training.memory import peak_rss_mb
 from graftlm.training.objectives import Batch, make_batches
 from graftlm.training.plan import make_plan
 from graftlm.training.preferences import loss_of, targets_of
-from graftlm.training.prepare import Prepared, prepare
+from graftlm.training.prepare import Prepared, check_out_dir, prepare
 from graftlm.training.reference import Start, reference_sums, sampled_kl, save_reference
 from graftlm.training.schedule import batch_stream, learning_rate
 from graftlm.training.validate import validate
@@ -68,12 +72,23 @@ def train(
     """
     console = console or Console(quiet=True)
     started = time.perf_counter() if started is None else started
-    prepared = prepare(config, given)
-    _announce(prepared, console)
+    with _alone(config):
+        prepared = prepare(config, given)
+        _announce(prepared, console)
+        if config.plan:
+            plan = make_plan(prepared, time.perf_counter() - started).to_json()
+            return {**plan, **share_trained(prepared.run)}
+        return Trainer(prepared, console, started).run()
+
+
+def _alone(config: TrainConfig) -> AbstractContextManager[object]:
+    """The run folder's lock; a plan writes nothing and needs none. A folder that cannot be ours is not touched."""
+    out_dir = Path(config.out_dir)
     if config.plan:
-        plan = make_plan(prepared, time.perf_counter() - started).to_json()
-        return {**plan, **share_trained(prepared.run)}
-    return Trainer(prepared, console, started).run()
+        return nullcontext()
+    if not held_by(out_dir / LOCK):
+        read_run(out_dir) if config.resume else check_out_dir(out_dir)
+    return alone_in(out_dir, "graft train")
 
 
 def _announce(prepared: Prepared, console: Console) -> None:
@@ -167,17 +182,18 @@ class Trainer:
     def _nothing_half_made(self) -> Iterator[None]:
         """Take the run folder away again when a first start fails before its first checkpoint.
 
-        There would be nothing to load and nothing to go on with, and the same command could not be given again.
+        There would be nothing to load and nothing to go on with, and the same command could not be given again. The
+        lock goes last, and with it a folder that was made for it.
         """
-        existed = self.out_dir.is_dir()  # then it was empty, and is the user's
         try:
             yield
         finally:  # a run that ends well has saved its last step
             if not self.config.resume and self.store.newest() is None and self.out_dir.is_dir():
                 for path in self.out_dir.iterdir():
-                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-                if not existed:
-                    self.out_dir.rmdir()
+                    if path.is_dir() and not path.is_symlink():
+                        shutil.rmtree(path)
+                    elif path.name != LOCK:
+                        path.unlink()
                 self.console.print(f"nothing was saved: {self.out_dir} is cleared again", markup=False, highlight=False)
 
     def _run(self) -> dict[str, Any]:
