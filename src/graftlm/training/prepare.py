@@ -255,12 +255,11 @@ def _check_several(config: TrainConfig, origin: Origin) -> None:
     """An InputError for what works in one process alone."""
     if not origin.method.stores_model:
         return
-    for flag, asked in (("train_layers", config.train_layers), ("kl_samples", config.kl_samples)):
-        if asked:
-            raise InputError(
-                f"--{flag} {asked}: full fine-tuning in several processes has no such thing, its weights are cut over "
-                "them; leave it out, train an adapter, or start without torchrun"
-            )
+    several = "full fine-tuning in several processes cuts its weights over them, and then there is none of this"
+    if config.train_layers:
+        raise InputError(f"--train_layers {config.train_layers}: {several}: leave it out, or start without torchrun")
+    if config.objective == "dpo" and config.kl_samples:
+        raise InputError(f"--kl_samples {config.kl_samples}: {several}: give 0, or start without torchrun")
 
 
 def _changes(previous: dict[str, Any], config: TrainConfig, world: World) -> dict[str, Any]:
