@@ -191,7 +191,8 @@ def part_like(p: Tensor, tensor: Tensor) -> Tensor:
     """The part of a whole tensor that this process holds where `p` is cut over several; else the tensor itself."""
     if not hasattr(p, "device_mesh"):
         return tensor
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
+    assert isinstance(p, DTensor)
     placed = tensor.to(p.device, p.dtype)
     return distribute_tensor(placed, p.device_mesh, p.placements, src_data_rank=None)  # all have it: nothing is sent

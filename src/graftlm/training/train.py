@@ -231,8 +231,8 @@ class Trainer:
         run = self.prepared.run
         if run["plan"] is None:  # a resumed run keeps what was said of it at its start
             plan = make_plan(self.prepared, time.perf_counter() - self.started, repeats=1).to_json()
-            run["plan"] = self.world.tell(plan)
-            self.console.print(promise(run["plan"]), highlight=False)
+            plan = run["plan"] = dict(self.world.tell(plan))
+            self.console.print(promise(plan), highlight=False)
         self._restore()
         if run["compile"] is None:
             with self.world.alike():
