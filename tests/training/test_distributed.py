@@ -14,10 +14,12 @@ import pytest
 import torch
 from torch import nn
 
+from graftlm.cli import run
 from graftlm.config import TrainConfig
 from graftlm.errors import InputError
 from graftlm.files.formats import load_safetensors
 from graftlm.training.distributed import World, buckets, from_environment
+from graftlm.training.prepare import prepare
 from graftlm.training.train import train
 from tiny import TEMPLATE, data_folder, model_folder
 
@@ -196,6 +198,28 @@ def test_alone_nothing_is_sent() -> None:
 def test_an_environment_that_torchrun_does_not_make(environment: dict[str, str], said: str) -> None:
     with pytest.raises(InputError, match=said):
         from_environment(environment)
+
+
+def test_verbs_that_run_in_one_process_say_so(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, told in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        assert run(["evaluate"]) == 2
+        assert capsys.readouterr().err.count("graft evaluate: only graft train runs in several processes") == told
+
+
+def test_what_cut_weights_do_not_allow(assets: Path, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs"
+    pairs.mkdir()
+    for split in ("train", "validation", "test"):
+        (pairs / f"{split}.jsonl").write_text('{"prompt": "Say:", "chosen": " yes", "rejected": " no"}\n')
+    plain = settings(assets, tmp_path / "run", rank=0)
+    for changes, said in (
+        ({"train_layers": "1:"}, "--train_layers 1:"),
+        ({"data": str(pairs), "objective": "dpo", "kl_samples": 4}, "--kl_samples 4"),
+    ):
+        with pytest.raises(InputError, match=said):
+            prepare(TrainConfig(**{**plain, **changes}), world=World(0, 2, backend="gloo"))
 
 
 def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
