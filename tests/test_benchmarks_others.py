@@ -458,3 +458,22 @@ def test_the_committed_page_of_a_study_is_what_its_result_gives(name: str, load:
     text = study.page.read_text(encoding="utf-8")
     assert bench.fill(text, found) == text
     assert {p.name: p.read_text(encoding="utf-8") for p in study.page.with_suffix("").iterdir()} == pictures
+
+
+def test_processes_counts_bytes_and_compares_within_rounds(load: type[ModuleType]) -> None:
+    bench = load("processes")
+    text = "Inter-|   Receive  |  Transmit\n face |bytes\n    lo: 11 2 0 0 0 0 0 0 4321 5 0 0 0 0 0 0\n  eth0: 9 9\n"
+    assert bench.loopback_bytes(text) == 4321
+    assert bench.needed_bytes("lora one", 10) == 0
+    # Two processes: each sends half of what it has and then half of the sum; or gathers twice and scatters once.
+    assert bench.needed_bytes("lora two", 10) == 2 * 40 and bench.needed_bytes("full two", 10) == 3 * 40
+
+    def run(speed: float, losses: list[float]) -> dict[str, Any]:
+        figures = {"examples_per_s": speed, "peak_rss_mb": 100.0, "sent_mb_per_step": 1.0, "needed_mb_per_step": 1.0}
+        return {**figures, "losses": losses}
+
+    one, two = run(10.0, [2.0, 1.0]), run(8.0, [2.0, 1.001])
+    found = bench.summarise([{"lora one": one, "lora two": two, "full one": one, "full two": one}])
+    assert found["ratios"]["examples_per_s lora two/one"]["median"] == pytest.approx(0.8)
+    assert found["losses_apart"] == {"lora": pytest.approx(1e-3), "full": 0.0}
+    assert "lora two" in bench.table(found)

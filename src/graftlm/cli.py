@@ -290,7 +290,7 @@ def run(words: Sequence[str]) -> int:
         sys.stdout.flush()  # here, so that a closed pipe is met here
         return status
     except GraftError as error:
-        return _fail(words, str(error), error.exit_status)
+        return error.exit_status if error.told else _fail(words, str(error), error.exit_status)
     except KeyboardInterrupt:
         return _fail(words, "interrupted", 130)
     except BrokenPipeError:  # the reader has left, as in `graft --help | head -1`: no one to tell
@@ -323,8 +323,20 @@ def _dispatch(words: list[str]) -> int:
     if wants_help(rest):
         show_help(name, verb.config)
         return 0
-    _run_verb(verb, parse(name, verb.config, rest, verb.positional))
+    if name != "train" and process.processes() > 1:
+        raise _once(InputError(f"graft {name}: only graft train runs in several processes: start it without torchrun"))
+    try:
+        parsed = parse(name, verb.config, rest, verb.positional)
+    except InputError as error:
+        raise _once(error) from None
+    _run_verb(verb, parsed)
     return 0
+
+
+def _once(error: GraftError) -> GraftError:
+    """An error that every process of a run meets, for one to print."""
+    error.told = not process.speaks()
+    return error
 
 
 def _run_verb(verb: Verb, parsed: Parsed) -> None:
@@ -333,6 +345,8 @@ def _run_verb(verb: Verb, parsed: Parsed) -> None:
     # With --json the standard output is one object, whatever a library down the line may print.
     with redirect_stdout(sys.stderr) if parsed.every.json else nullcontext(), render.library_notes():
         result = verb.run(parsed, render.notes())
+    if not process.speaks():
+        return
     if parsed.every.json:
         print(json.dumps(result, ensure_ascii=False, allow_nan=False))
     else:

@@ -16,6 +16,8 @@ class GraftError(Exception):
     """A run failed: NaN loss, a peer that broke, a disk that vanished. One line, exit status 1."""
 
     exit_status = 1
+    told = False
+    """Whether another process of the same run prints it."""
 
 
 class InputError(GraftError):

@@ -14,6 +14,17 @@ M_TRIM_THRESHOLD = -1
 M_MMAP_MAX = -4
 
 
+def processes() -> int:
+    """How many processes torchrun started this command in; 1 without it."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    return int(size) if size.isdigit() else 1
+
+
+def speaks() -> bool:
+    """Whether this one of them prints what all have come to."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def keep_memory() -> bool:
     """Tell the C library to keep freed memory instead of giving it back; True where it agreed.
 

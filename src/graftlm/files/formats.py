@@ -321,8 +321,22 @@ def save_safetensors(path: Path | str, tensors: Mapping[str, torch.Tensor]) -> N
     for name, tensor in tensors.items():
         dtype = names.get(str(tensor.dtype).removeprefix("torch."))
         assert dtype is not None, f"{name}: safetensors has no dtype for {tensor.dtype}"
-        entries.append((name, dtype, tuple(tensor.shape), (tensor_bytes(t) for t in [tensor])))
+        entries.append((name, dtype, tuple(tensor.shape), (tensor_bytes(whole(t)) for t in [tensor])))
     write_safetensors(path, entries)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor that several processes hold a part of each, which all must ask for; any other as it is."""
+    gather = getattr(tensor, "full_tensor", None)
+    found: torch.Tensor = tensor if gather is None else gather()
+    return found
+
+
+def gather_along(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Take part while another process writes these tensors with `save_safetensors`: the same ones in its order."""
+    ranks = {torch_name: rank for rank, (torch_name, _) in enumerate(DTYPES.values())}
+    for name in sorted(tensors, key=lambda n: (-ranks[str(tensors[n].dtype).removeprefix("torch.")], n)):
+        whole(tensors[name])
 
 
 REMAP_AFTER = 64_000_000

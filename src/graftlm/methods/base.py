@@ -184,4 +184,15 @@ def load_delta(model: nn.Module, state: Mapping[str, Tensor], where: str) -> Non
             raise InputError(f"{where}: {name} has shape {list(state[name].shape)}, the model wants {list(p.shape)}")
     with torch.no_grad():
         for name, p in params.items():
-            p.copy_(state[name])
+            p.copy_(part_like(p, state[name]))
+
+
+def part_like(p: Tensor, tensor: Tensor) -> Tensor:
+    """The part of a whole tensor that this process holds where `p` is cut over several; else the tensor itself."""
+    if not hasattr(p, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(p, DTensor)
+    placed = tensor.to(p.device, p.dtype)
+    return distribute_tensor(placed, p.device_mesh, p.placements, src_data_rank=None)  # all have it: nothing is sent

@@ -27,6 +27,7 @@ from graftlm.exchange.adapters import read_adapter, save_adapter
 from graftlm.exchange.huggingface import save_model
 from graftlm.files.formats import (
     folder_atomically,
+    gather_along,
     link_atomically,
     load_safetensors,
     read_json,
@@ -36,9 +37,9 @@ from graftlm.files.formats import (
     write_text,
 )
 from graftlm.methods import Method
-from graftlm.methods.base import delta_state, load_delta, trainable
+from graftlm.methods.base import delta_state, load_delta, part_like, trainable
 from graftlm.models.base import CausalLM
-from graftlm.models.names import file_names, stored_name
+from graftlm.models.names import file_names, stored_name, to_file
 from graftlm.text.tokenizer import Tokenizer
 
 OPTIMIZER, PROGRESS, TRAINED = "optimizer.safetensors", "progress.json", "trained.safetensors"
@@ -104,6 +105,8 @@ class Store:
     tokenizer: Tokenizer
     keep: bool = False
     """Whether checkpoints that are neither best nor last stay."""
+    writes: bool = True
+    """Whether this process writes; of several one does, and the others take part where weights are cut over them."""
 
     @property
     def _folder(self) -> Path:
@@ -112,6 +115,11 @@ class Store:
     def save(self, model: CausalLM, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
         """Write checkpoints/step-N, swing `last` to it, and `best` if it is; returns the folder."""
         target = self._folder / f"step-{progress.step}"
+        if not self.writes:
+            if self.method.stores_model:
+                gather_along(to_file(model.shape, dict(model.named_parameters())))
+                gather_along(_moments(model, optimizer))
+            return target
         with folder_atomically(target) as temp:
             self._save_weights(temp, model)
             save_safetensors(temp / OPTIMIZER, _moments(model, optimizer))
@@ -165,7 +173,8 @@ class Store:
         load_delta(model, state, str(at))
         updates = progress.step - progress.skipped
         _set_moments(model, optimizer, load_safetensors(at / OPTIMIZER), updates, str(at / OPTIMIZER))
-        self.repair(progress)
+        if self.writes:
+            self.repair(progress)
         return progress
 
 
@@ -187,7 +196,7 @@ def _set_moments(
                 raise InputError(f"{where}: {key} is missing or has another shape; this checkpoint is of another run")
         optimizer.state[p] = {
             "step": torch.tensor(float(step), device=p.device),
-            **{m: saved[f"{name}.{m}"].to(p.device, p.dtype) for m in _MOMENTS},
+            **{m: part_like(p, saved[f"{name}.{m}"].to(p.device, p.dtype)) for m in _MOMENTS},
         }
 
 

@@ -9,7 +9,9 @@ blocks find their weights in the processor's caches, thirty do not.
 
     seconds(batch) = f (head(n) + layers * block(n))      each linear between a small and a large batch of n tokens
 
-Left out: the time of checkpoints.
+Of several processes each probes its own share of the batches, all at once.
+
+Left out: the time of checkpoints, and of what processes send each other.
 """
 
 import time
@@ -84,7 +86,10 @@ def make_plan(prepared: Prepared, startup_seconds: float, repeats: int = 3) -> P
     update = _update_seconds(sum(p.numel() for p in trainable(model).values()))
     train_seconds = steps * (config.grad_accum * per_batch + update)
     judged = -(-steps // (config.eval_every or steps))
-    needed = sum(part.own_tokens for parts in made for part in parts) + sum(p[0].shared.shape[1] for p in made)
+    world = prepared.world
+    validation, reference = validation / world.size, reference / world.size
+    needed = world.size * sum(part.own_tokens for parts in made for part in parts)
+    needed += world.size * sum(p[0].shared.shape[1] for p in made)
     flops = needed_flops(model.shape, needed, first_trained=first, weights_trained=prepared.method.stores_model)
     examples = steps * config.grad_accum * min(config.batch_size, len(prepared.train))
     return Plan(
@@ -110,7 +115,8 @@ def _batches(prepared: Prepared, count: int) -> list[list[Batch]]:
     lengths = [e.length for e in examples]
     how = (targets_of(config), config.shared_prefix, config.micro_tokens or 0, config.target_positions)
     stream = islice(batch_stream(lengths, config, 0), count)
-    return [make_batches([examples[i] for i in rows], *how) for rows in stream]
+    mine = (prepared.world.share(rows, lengths) or rows[:1] for rows in stream)
+    return [make_batches([examples[i] for i in rows], *how) for rows in mine]
 
 
 def _timed(examples: Sequence[Example], prepared: Prepared) -> list[Example]:

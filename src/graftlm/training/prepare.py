@@ -12,7 +12,7 @@ import secrets
 import subprocess
 from collections.abc import Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from graftlm.methods.base import totals
 from graftlm.models.base import CausalLM
 from graftlm.text.data import Dataset, Example, encode_rows, label_ids, load_dataset, preflight, sample
 from graftlm.text.template import Template, load_template
+from graftlm.training.distributed import World
 from graftlm.training.logs import check_loggers
 from graftlm.training.preferences import DEFAULT_BETA, REFERENCE_FREE
 from graftlm.training.reference import NAME as REFERENCE
@@ -67,6 +68,8 @@ class Prepared:
     """What run.json will hold."""
     reference: dict[str, Tensor] | None = None
     """Of pairs, what the start thinks of them, by split, where that is known."""
+    world: World = field(default_factory=World)
+    """This process among those of the run."""
 
     @property
     def splits(self) -> dict[str, list[Example]]:
@@ -95,8 +98,9 @@ class Prepared:
         return Path(self.config.out_dir)
 
 
-def prepare(config: TrainConfig, given: Set[str] | None = None) -> Prepared:
+def prepare(config: TrainConfig, given: Set[str] | None = None, world: World | None = None) -> Prepared:
     """Check and load everything a run needs; `given` are the flags typed, None for those that differ from defaults."""
+    world = world or World()
     out_dir = Path(config.out_dir)
     previous = None
     if config.resume:
@@ -114,7 +118,9 @@ def prepare(config: TrainConfig, given: Set[str] | None = None) -> Prepared:
     config = replace(config, **places)
     origin = find_origin(config, set() if previous is not None else _typed(config, given), previous is not None)
     template = _template(config, previous)
-    device = pick_device(config.device)
+    device = pick_device(config.device if world.size == 1 else world.device_flag)
+    if world.size > 1:
+        _check_several(config, origin)
     if previous is not None and config.dtype == "auto":  # what auto found then, so that the bits go on
         dtype, reason = pick_dtype(previous["dtype"], device)[0], previous["dtype_reason"]
     else:
@@ -179,11 +185,12 @@ def prepare(config: TrainConfig, given: Set[str] | None = None) -> Prepared:
         "plan": previous.get("plan") if previous else None,
         "compile": previous.get("compile") if previous else None,
         "reference": previous.get("reference") if previous else None,
-        "resumed": [*previous["resumed"], _changes(previous["config"], config)] if previous else [],
+        "processes": world.to_json(),
+        "resumed": [*previous["resumed"], _changes(previous, config, world)] if previous else [],
         "results": None,
     }
     ids = label_ids(template, tokenizer) if labelled else []
-    prepared = Prepared(config, method, loaded, examples["train"], examples["validation"], ids, notes, run)
+    prepared = Prepared(config, method, loaded, examples["train"], examples["validation"], ids, notes, run, world=world)
     source = out_dir if previous else Path(config.reference) if config.reference else None
     if prepared.wants_reference and source is not None:
         prepared.refer_to(read_reference(source, prepared.splits, prepared.about_reference()))
@@ -260,9 +267,23 @@ def _resumed(config: TrainConfig, recorded: dict[str, Any], given: Set[str] | No
     return replace(TrainConfig(**{**kept, "out_dir": config.out_dir}), **changes)
 
 
-def _changes(recorded: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
+def _check_several(config: TrainConfig, origin: Origin) -> None:
+    """An InputError for what works in one process alone."""
+    if not origin.method.stores_model:
+        return
+    several = "full fine-tuning in several processes cuts its weights over them, and then there is none of this"
+    if config.train_layers:
+        raise InputError(f"--train_layers {config.train_layers}: {several}: leave it out, or start without torchrun")
+    if config.objective == "dpo" and config.kl_samples:
+        raise InputError(f"--kl_samples {config.kl_samples}: {several}: give 0, or start without torchrun")
+
+
+def _changes(previous: dict[str, Any], config: TrainConfig, world: World) -> dict[str, Any]:
     """What this resume changed: {flag: [before, now]}; a new end plans the learning rate's schedule anew."""
-    return {k: [recorded.get(k), v] for k, v in asdict(config).items() if k != "resume" and recorded.get(k) != v}
+    recorded, was = previous["config"], previous.get("processes", World().to_json())
+    several = {"processes": [was, world.to_json()]} if was != world.to_json() else {}
+    flags = {k: [recorded.get(k), v] for k, v in asdict(config).items() if k != "resume" and recorded.get(k) != v}
+    return {**flags, **several}
 
 
 def _check_data(fingerprint: str, previous: dict[str, Any], out_dir: Path) -> None:

@@ -28,6 +28,7 @@ from graftlm.inference.generate import evaluating, generate_ids
 from graftlm.methods.base import trainable
 from graftlm.models.base import CausalLM
 from graftlm.text.data import Example
+from graftlm.training.distributed import World
 from graftlm.training.objectives import make_batch
 from graftlm.training.preferences import answer_sums
 
@@ -42,16 +43,20 @@ Splits = Mapping[str, Sequence[Example]]
 # Log-probabilities ----------------------------------------------------------------------------------------------------
 
 
-def reference_sums(model: CausalLM, examples: Sequence[Example]) -> Tensor:
-    """The log-probabilities of every pair's two answers under the model as it is, [N, 2] float64."""
+def reference_sums(model: CausalLM, examples: Sequence[Example], world: World | None = None) -> Tensor:
+    """The log-probabilities of every pair's two answers under the model as it is, [N, 2] float64.
+
+    Several processes take every so many groups each; the groups, and so the bits, are those of one.
+    """
+    world = world or World()
     found = torch.zeros(len(examples), 2, dtype=torch.float64)
     order = sorted(range(len(examples)), key=lambda i: (examples[i].length, i))
     with evaluating(model):
-        for at in range(0, len(order), GROUP):
+        for at in range(world.rank * GROUP, len(order), world.size * GROUP):
             rows = order[at : at + GROUP]
             batch = make_batch([examples[i] for i in rows], "pairs").to(model.device)
             found[rows] = answer_sums(model, batch).policy.double().cpu()
-    return found
+    return world.add(found)  # what another process computes is 0 here
 
 
 def about_reference(splits: Splits, base_sha256: str, start_sha256: str | None, dtype: str) -> dict[str, Any]:

@@ -5,15 +5,17 @@
         a row to metrics.jsonl;  every eval_every steps a validation and an atomic checkpoint
 
 What is unusual here: everything random is a pure function of (seed, step), so a run that is killed at any moment and
-resumed ends with the same bits. Ctrl-C finishes the step, saves, and says how to go on.
+resumed ends with the same bits. Ctrl-C finishes the step, saves, and says how to go on. In several processes
+(`distributed.py`) each takes its rows of every batch; the first one writes and speaks.
 """
 
 import math
+import os
 import shutil
 import threading
 import time
 from collections.abc import Iterator, Set
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +28,10 @@ from torch import Tensor
 
 from graftlm.config import TrainConfig
 from graftlm.errors import GraftError, InputError, Interrupted
+from graftlm.exchange.device import pick_device, pick_dtype
 from graftlm.exchange.load import read_run
 from graftlm.files.assets import cache_home
-from graftlm.files.formats import remove_leftovers, write_json
+from graftlm.files.formats import remove_leftovers, whole, write_json
 from graftlm.files.locks import NAME as LOCK
 from graftlm.files.locks import alone_in, held_by
 from graftlm.methods import Method
@@ -38,6 +41,7 @@ from graftlm.models.kernels import NoKernels
 from graftlm.training.account import beside_plan, promise, share_of_peak, share_trained
 from graftlm.training.checkpoint import FIRST_SCALE, Progress, Store, cut_metrics
 from graftlm.training.compiled import FIRST_STEPS, Compiling, Switch
+from graftlm.training.distributed import World, shard, whole_weights
 from graftlm.training.frozen import Frozen, open_frozen
 from graftlm.training.interrupt import stop_on_signal
 from graftlm.training.logs import Metrics, start_loggers
@@ -72,13 +76,34 @@ def train(
     """
     console = console or Console(quiet=True)
     started = time.perf_counter() if started is None else started
-    with _alone(config):
-        prepared = prepare(config, given)
-        _announce(prepared, console)
-        if config.plan:
-            plan = make_plan(prepared, time.perf_counter() - started).to_json()
-            return {**plan, **share_trained(prepared.run)}
-        return Trainer(prepared, console, started).run()
+    world = World.start(_device_flag(config))
+    if not world.first:
+        console = Console(quiet=True)
+    with ExitStack() as held:
+        with world.alike():
+            if world.first:  # it writes for all
+                held.enter_context(_alone(config))
+        results = _train(config, console, given, started, world)
+    world.close()
+    return results
+
+
+def _train(
+    config: TrainConfig, console: Console, given: Set[str] | None, started: float, world: World
+) -> dict[str, Any]:
+    """The run, in a folder that is ours."""
+    if world.size > 1 and config.dtype == "auto" and not config.resume:  # what is measured may differ
+        with world.alike():
+            dtype = str(pick_dtype("auto", pick_device(world.device_flag))[0])
+        config = replace(config, dtype=world.tell(dtype).removeprefix("torch."))
+    with world.alike():
+        prepared = prepare(config, given, world)
+    _check_same(prepared)
+    _announce(prepared, console)
+    if config.plan:
+        plan = world.tell(make_plan(prepared, time.perf_counter() - started).to_json())
+        return {**plan, **share_trained(prepared.run)}
+    return Trainer(prepared, console, started).run()
 
 
 def _alone(config: TrainConfig) -> AbstractContextManager[object]:
@@ -89,6 +114,25 @@ def _alone(config: TrainConfig) -> AbstractContextManager[object]:
     if not held_by(out_dir / LOCK):
         read_run(out_dir) if config.resume else check_out_dir(out_dir)
     return alone_in(out_dir, "graft train")
+
+
+def _device_flag(config: TrainConfig) -> str:
+    """--device, or what it was at the run's start; what is wrong with a run folder is told by `prepare`."""
+    try:
+        return str(read_run(Path(config.out_dir))["config"]["device"]) if config.resume else config.device
+    except InputError:
+        return config.device
+
+
+def _check_same(prepared: Prepared) -> None:
+    """An InputError where this process would train something else than the first one."""
+    run = prepared.run
+    mine = {"base": run["base"]["sha256"], "data": run["data"]["fingerprint"], "dtype": run["dtype"]}
+    first = prepared.world.tell(mine)
+    with prepared.world.alike():
+        for what, value in mine.items():
+            if first[what] != value:
+                raise InputError(f"the {what} here is not that of process 0 ({value[:12]}, {first[what][:12]})")
 
 
 def _announce(prepared: Prepared, console: Console) -> None:
@@ -103,6 +147,9 @@ def _announce(prepared: Prepared, console: Console) -> None:
     )
     if line := prepared.method.explain(prepared.loaded.model, config.lr or 0.0):
         console.print(line, highlight=False)
+    if (world := prepared.world).size > 1:
+        how = "weights cut over them" if prepared.method.stores_model else "each holds the model"
+        console.print(f"{world.size} processes ({world.backend}): {how}", highlight=False)
     for note in prepared.notes:
         console.print(note, markup=False, highlight=False)
 
@@ -156,6 +203,8 @@ class Trainer:
     def __post_init__(self) -> None:
         self.config, self.model = self.prepared.config, self.prepared.loaded.model
         run, loaded = self.prepared.run, self.prepared.loaded
+        self.world = self.prepared.world
+        self.sharded = self.world.size > 1 and self.prepared.method.stores_model
         self.out_dir = self.prepared.out_dir
         name, _, revision = run["base"]["name"].partition("@")
         self.store = Store(
@@ -166,9 +215,11 @@ class Trainer:
             loaded.folder,
             loaded.tokenizer,
             self.config.keep_checkpoints,
+            writes=self.world.first,
         )
         self.optimizer = make_optimizer(self.model, self.config, self.prepared.method)
         self.loss = loss_of(self.config)
+        self.lengths = [e.length for e in self.prepared.train]
         self.frozen: Frozen | None = None
         self.start: Start | None = None
         self.steps = self.config.max_iters or 0
@@ -188,7 +239,7 @@ class Trainer:
         try:
             yield
         finally:  # a run that ends well has saved its last step
-            if not self.config.resume and self.store.newest() is None and self.out_dir.is_dir():
+            if self.world.first and not self.config.resume and self.store.newest() is None and self.out_dir.is_dir():
                 for path in self.out_dir.iterdir():
                     if path.is_dir() and not path.is_symlink():
                         shutil.rmtree(path)
@@ -197,46 +248,60 @@ class Trainer:
                 self.console.print(f"nothing was saved: {self.out_dir} is cleared again", markup=False, highlight=False)
 
     def _run(self) -> dict[str, Any]:
-        for name in ("run.json", "metrics.jsonl", "best", "last"):
+        for name in ("run.json", "metrics.jsonl", "best", "last") if self.world.first else ():
             remove_leftovers(self.out_dir / name)  # of a process that was killed while it wrote
         self._look_back()
-        if self.config.resume:
-            self.progress = self.store.restore(self.model, self.optimizer)
-            cut_metrics(self.out_dir / "metrics.jsonl", self.progress.step)
-            self.console.print(f"resumed behind step {self.progress.step}", highlight=False)
-        if self.progress.step == 0 and self.model.dtype == torch.float16:
-            self.progress.loss_scale = FIRST_SCALE
         run = self.prepared.run
         if run["plan"] is None:  # a resumed run keeps what was said of it at its start
             plan = make_plan(self.prepared, time.perf_counter() - self.started, repeats=1).to_json()
+            plan = run["plan"] = dict(self.world.tell(plan))
             self.console.print(promise(plan), highlight=False)
-            run["plan"] = plan
+        self._restore()
         if run["compile"] is None:
-            switch = Switch.decide(self.config, self.model.device)
+            with self.world.alike():
+                switch = Switch.decide(self.config, self.model.device)
             if self.config.compile == "auto" and switch.from_step is None and self.steps > FIRST_STEPS:
                 self.console.print(f"not compiled: {switch.reason}", markup=False, highlight=False)
-            run["compile"] = switch.to_json()
+            run["compile"] = self.world.tell(switch.to_json())
         self.compiling = Compiling(Switch(**run["compile"]), self.model)
-        write_json(self.out_dir / "run.json", run)
+        self._record(run)
         self.frozen = self._open_frozen()
-        loggers = start_loggers(self.config, run, self.progress.step, self._warn)
-        metrics = Metrics(self.out_dir / "metrics.jsonl", loggers, self._warn)
+        loggers = start_loggers(self.config, run, self.progress.step, self._warn) if self.world.first else []
+        path = self.out_dir / "metrics.jsonl" if self.world.first else Path(os.devnull)
+        metrics = Metrics(path, loggers, self._warn)
         try:
-            with stop_on_signal() as stop, self._bar() as bar:
+            with stop_on_signal(patient=self.world.size > 1) as stop, self._bar() as bar:
                 self._loop(metrics, stop, bar)
         finally:
             metrics.close()
         results = self._results()
-        write_json(self.out_dir / "run.json", {**self.prepared.run, "results": results})
+        self._record({**self.prepared.run, "results": results})
         return results
+
+    def _restore(self) -> None:
+        """Cut the weights over the processes where they are to be, and go back to the newest checkpoint."""
+        if self.sharded:
+            shard(self.model, self.world)
+            self.optimizer = make_optimizer(self.model, self.config, self.prepared.method)
+        if self.config.resume:
+            with self.world.alike():
+                self.progress = self.store.restore(self.model, self.optimizer)
+            if self.world.first:
+                cut_metrics(self.out_dir / "metrics.jsonl", self.progress.step)
+            self.console.print(f"resumed behind step {self.progress.step}", highlight=False)
+        if self.progress.step == 0 and self.model.dtype == torch.float16:
+            self.progress.loss_scale = FIRST_SCALE
+
+    def _record(self, run: dict[str, Any]) -> None:
+        if self.world.first:
+            write_json(self.out_dir / "run.json", run)
 
     def _warn(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False)
 
     def _loop(self, metrics: Metrics, stop: threading.Event, bar: Bar) -> None:
         config, progress = self.config, self.progress
-        lengths = [e.length for e in self.prepared.train]
-        stream = batch_stream(lengths, config, progress.step * config.grad_accum)
+        stream = batch_stream(self.lengths, config, progress.step * config.grad_accum)
         offset = progress.seconds - time.perf_counter()
         task = bar.add_task("train", total=self.steps, completed=progress.step, info="")
         self.model.train()
@@ -245,6 +310,7 @@ class Trainer:
             self._compile(step)
             done = self._step(step, [next(stream) for _ in range(config.grad_accum)])
             self._count(done)
+            stopping = any(each for (each,) in self.world.gather([stop.is_set()]))
             judged = step % (config.eval_every or 1) == 0 or step == self.steps
             new_best, kl = self._validate() if judged else (False, None)
             progress.seconds = offset + time.perf_counter()
@@ -253,12 +319,14 @@ class Trainer:
             bar.update(task, completed=step, info=f"loss {done.loss:.3f}  {done.examples_per_s:.1f} examples/s")
             if judged:
                 self._say(row, new_best)
-            if judged or stop.is_set():
+            if judged or stopping:
                 self.store.save(self.model, self.optimizer, progress)
-            if stop.is_set() and step < self.steps:
-                raise Interrupted(
-                    f"interrupted; step {step} is saved in {self.out_dir / 'last'}: go on with graft train --resume "
-                    f"--out_dir {self.out_dir}"
+            if stopping and step < self.steps:
+                raise self.world.everywhere(
+                    Interrupted(
+                        f"interrupted; step {step} is saved in {self.out_dir / 'last'}: go on with graft train "
+                        f"--resume --out_dir {self.out_dir}"
+                    )
                 )
 
     def _compile(self, step: int) -> None:
@@ -274,7 +342,7 @@ class Trainer:
             self.console.print(f"not compiled: {error}", markup=False, highlight=False)
             self.prepared.run["compile"] = Switch(None, str(error)).to_json()
             self.compiling = Compiling(Switch(None, str(error)), self.model)
-            write_json(self.out_dir / "run.json", self.prepared.run)
+            self._record(self.prepared.run)
 
     def _exhausted(self) -> bool:
         return 0 < self.config.patience <= self.progress.stale
@@ -282,29 +350,39 @@ class Trainer:
     def _step(self, step: int, batches: list[list[int]]) -> Step:
         """Optimiser step number `step` on these batches of example numbers; their gradients add up."""
         began, config = time.perf_counter(), self.config
-        torch.manual_seed(config.seed * 1_000_003 + step)  # dropout masks
-        parts = [self._made(b) for b in batches]
+        torch.manual_seed(config.seed * 1_000_003 + step + (self.world.rank << 40))  # dropout masks
+        parts = [some for rows in batches if (some := self._made(self.world.share(rows, self.lengths)))]
         made = [part for some in parts for part in some]
-        weight = sum(batch.weight for batch in made)
+        tokens = sum(batch.tokens for batch in made)
+        needed = sum(part.own_tokens for part in made) + sum(some[0].shared.shape[1] for some in parts)
+        of_all = self.world.gather([sum(batch.weight for batch in made), tokens, needed, len(made)])
+        weight, tokens, needed = (sum(column) for column in list(zip(*of_all, strict=True))[:3])
+        passes = max(int(each[-1]) for each in of_all) if self.sharded else 1
         losses, scale, told = [], self.progress.loss_scale, dict[str, Tensor]()
-        for batch in made:
+        # A process with too few rows reads one that is another's, so that all take the same passes, and counts it 0.
+        spare = [(self._made(batches[0][:1])[0], 0)] * (passes - len(made)) if passes > len(made) else []
+        for batch, counts in [*((batch, 1) for batch in made), *spare]:
             loss, about = self.loss(self.model, batch.to(self.model.device))
             loss = loss / weight
+            if not counts:
+                loss, about = loss * 0, {name: each * 0 for name, each in about.items()}
             (loss * scale).backward()
             losses.append(loss.detach())
             told = {name: told[name] + each if told else each for name, each in about.items()}
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if not self.sharded:  # where weights are cut over the processes, the backward pass has added them already
+            self.world.add_gradients(params)
         if scale != 1:
             torch._foreach_mul_([p.grad for p in params if p.grad is not None], 1 / scale)
-        gradient = torch.nn.utils.clip_grad_norm_(params, config.clip or math.inf)
+        gradient = whole(torch.nn.utils.clip_grad_norm_(params, config.clip or math.inf))
         # Read together, so that a GPU is waited for once a step.
         norm, *rest = torch.stack([t.to(gradient.dtype) for t in (gradient, *losses, *told.values())]).tolist()
-        total, sums = sum(rest[: len(losses)]), rest[len(losses) :]
+        total, *sums = self.world.sum([sum(rest[: len(losses)]), *rest[len(losses) :]])
         if not math.isfinite(total):
-            raise GraftError(self._not_finite(step, "loss", total))
+            raise self._not_finite(step, "loss", total)
         scaled, finite = self.model.dtype == torch.float16, math.isfinite(norm)
         if not finite and not (scaled and scale > 1):
-            raise GraftError(self._not_finite(step, "gradient's norm", norm))
+            raise self._not_finite(step, "gradient's norm", norm)
         if scaled:
             self.progress.rescale(finite)
         lr = learning_rate(step, config)
@@ -313,14 +391,14 @@ class Trainer:
         if finite:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        tokens = sum(batch.tokens for batch in made)
-        needed = sum(part.own_tokens for part in made) + sum(some[0].shared.shape[1] for some in parts)
         means = {name: each / weight for name, each in zip(told, sums, strict=True)}
-        return Step(total, lr, sum(map(len, batches)), tokens, needed, time.perf_counter() - began, means)
+        return Step(total, lr, sum(map(len, batches)), int(tokens), int(needed), time.perf_counter() - began, means)
 
     def _made(self, rows: list[int]) -> list[Batch]:
         """The batches of these example numbers, with what frozen lower layers make of them where that is kept."""
         config, frozen = self.config, self.frozen
+        if not rows:
+            return []
         how = (targets_of(config), config.shared_prefix, config.micro_tokens or 0, config.target_positions)
         examples = [self.prepared.train[i] for i in rows]
         if frozen is None:
@@ -355,10 +433,12 @@ class Trainer:
         self.console.print(note, markup=False, highlight=False)
         return frozen
 
-    def _not_finite(self, step: int, what: str, value: float) -> str:
+    def _not_finite(self, step: int, what: str, value: float) -> GraftError:
         newest = self.store.newest()
         good = f"the last good checkpoint is {newest.resolve()}" if newest else "no checkpoint was saved before"
-        return f"step {step}: the {what} is {value}; {good}; try a lower --lr or --alpha, or --dtype float32"
+        return self.world.everywhere(
+            GraftError(f"step {step}: the {what} is {value}; {good}; try a lower --lr or --alpha, or --dtype float32")
+        )
 
     def _count(self, done: Step) -> None:
         progress = self.progress
@@ -384,17 +464,21 @@ class Trainer:
         if prepared.reference is None:
             count, began = len(prepared.train) + len(prepared.validation), time.perf_counter()
             self._warn(f"computing what the start thinks of {count:,} pairs, once")
-            prepared.refer_to({split: reference_sums(model, pairs) for split, pairs in prepared.splits.items()})
+            sums = {split: reference_sums(model, pairs, self.world) for split, pairs in prepared.splits.items()}
+            prepared.refer_to(sums)
             prepared.run["reference"] = {"pairs": count, "seconds": round(time.perf_counter() - began, 3)}
-        if not config.resume and prepared.reference is not None:
+        if self.world.first and not config.resume and prepared.reference is not None:
             self.out_dir.mkdir(parents=True, exist_ok=True)
             save_reference(self.out_dir, prepared.reference, prepared.about_reference())
 
     def _validate(self) -> tuple[bool, float | None]:
         """Whether this is the best validation so far, and of preference training the KL to the start."""
-        loss, accuracy = validate(self.model, self.prepared.validation, self.prepared.label_ids, self.config)
+        with whole_weights(self.model) if self.sharded else nullcontext():
+            loss, accuracy = validate(
+                self.model, self.prepared.validation, self.prepared.label_ids, self.config, self.world
+            )
         if not math.isfinite(loss):
-            raise GraftError(self._not_finite(self.progress.step, "validation loss", loss))
+            raise self._not_finite(self.progress.step, "validation loss", loss)
         kl = None
         if self.start is not None:
             eot, config = self.prepared.loaded.tokenizer.eot, self.config
@@ -461,6 +545,9 @@ class Trainer:
         }
         if self.model.dtype == torch.float16:
             results["skipped_steps"] = progress.skipped
+        if self.world.size > 1:
+            peaks = [peak for (peak,) in self.world.gather([peak_rss_mb()])]
+            results["processes"] = {**self.world.to_json(), "peak_rss_mb": peaks, "bytes_sent": self.world.sent}
         if self.model.device.type == "cuda":
             results["peak_cuda_mb"] = round(torch.cuda.max_memory_allocated() / 1e6, 1)
         return results

@@ -7,6 +7,7 @@ from graftlm.inference.evaluate import score
 from graftlm.inference.generate import evaluating
 from graftlm.models.base import CausalLM
 from graftlm.text.data import Example
+from graftlm.training.distributed import World
 from graftlm.training.objectives import OBJECTIVES, make_batch
 from graftlm.training.preferences import loss_of
 
@@ -14,21 +15,36 @@ VALIDATION_BATCH = 32
 
 
 def validate(
-    model: CausalLM, examples: list[Example], label_ids: list[list[int]], config: TrainConfig
+    model: CausalLM,
+    examples: list[Example],
+    label_ids: list[list[int]],
+    config: TrainConfig,
+    world: World | None = None,
 ) -> tuple[float, float | None]:
     """Mean loss a target token, and the share of examples whose own label scores highest (None without labels).
 
     Of pairs: the mean loss a pair, and the share whose chosen answer has the higher reward.
+    Each process of a run reads its share of the examples; all return the same.
     """
-    if config.objective == "dpo":
-        return _validate_pairs(model, examples, config)
+    world = world or World()
+    mine = [examples[i] for i in world.share(range(len(examples)), [e.length for e in examples])]
+    read = _sums if config.objective != "dpo" else _sums_of_pairs
+    loss, weight, right = world.sum(read(model, mine, label_ids, config) if mine else (0.0, 0, 0.0))
+    judged = config.objective == "dpo" or bool(label_ids)
+    return loss / weight, right / len(examples) if judged else None
+
+
+def _sums(
+    model: CausalLM, examples: list[Example], label_ids: list[list[int]], config: TrainConfig
+) -> tuple[float, int, float]:
+    """Sum of losses, target tokens, and how many examples' own label scores highest."""
     scores = score(model, examples, label_ids, batch_size=VALIDATION_BATCH)
-    accuracy = None
+    right = 0.0
     if label_ids:
         own = torch.tensor([e.label for e in examples])
-        accuracy = (scores.labels.argmax(-1) == own).double().mean().item()
+        right = (scores.labels.argmax(-1) == own).double().sum().item()
     if config.loss_on == "completion":
-        return -scores.completion.sum().item() / int(scores.completion_tokens.sum()), accuracy
+        return -scores.completion.sum().item(), int(scores.completion_tokens.sum()), right
     total, weight = 0.0, 0
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt_ids))
     with evaluating(model):
@@ -36,10 +52,13 @@ def validate(
             batch = make_batch([examples[i] for i in order[at : at + VALIDATION_BATCH]], "all")
             total += OBJECTIVES["all"](model, batch.to(model.device)).item()
             weight += batch.weight
-    return total / weight, accuracy
+    return total, weight, right
 
 
-def _validate_pairs(model: CausalLM, examples: list[Example], config: TrainConfig) -> tuple[float, float]:
+def _sums_of_pairs(
+    model: CausalLM, examples: list[Example], label_ids: list[list[int]], config: TrainConfig
+) -> tuple[float, int, float]:
+    """Sum of losses, pairs, and how many have the higher reward where they should."""
     loss, right = 0.0, 0.0
     order = sorted(range(len(examples)), key=lambda i: examples[i].length)
     with evaluating(model):
@@ -47,4 +66,4 @@ def _validate_pairs(model: CausalLM, examples: list[Example], config: TrainConfi
             batch = make_batch([examples[i] for i in order[at : at + VALIDATION_BATCH // 2]], "pairs")
             some, told = loss_of(config)(model, batch.to(model.device))
             loss, right = loss + some.item(), right + told["reward_accuracy"].item()
-    return loss / len(examples), right / len(examples)
+    return loss, len(examples), right

@@ -1,0 +1,159 @@
+"""One process with two threads against two processes with one thread each, on the same batches.
+
+    python benchmarks/processes.py [--steps 20] [--rounds 3] [--json-out FILE]
+
+    lora one, lora two    LoRA r=16: the gradients of what is trained are added up (data parallel)
+    full one, full two    all weights: cut over the two processes (FSDP2)
+
+Each run is a command of its own, in turn: the same reviews in batches of 16, each process's rows in one pass, dropout
+off. Speed is examples over wall seconds of the steps, as `graft train --json` counts it; memory is each process's peak.
+Bytes are those that went over the loopback device (where nothing else should talk meanwhile), divided by the steps,
+beside what the algorithms need: 2 (N - 1) all-reduced copies of the P trained parameters, or 3 (N - 1) of the whole
+model's (gathered for the forward and the backward pass, gradients scattered). The measured ones hold the validation,
+the checkpoint and the way the processes meet, too.
+
+That losses are equal is a test: tests/training/test_distributed.py; here their largest relative difference is shown.
+A table goes to stderr, one JSON object to the last line of stdout. Letters: N processes, P trained parameters.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from _machine import describe
+from _rounds import Round, Run, accepted_run, ratios
+from startup import GRAFT, timed
+from train_vs_peers import BenchmarkError, git_state
+
+CONTENDERS = ("lora one", "lora two", "full one", "full two")
+MEET = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *MEET, "-m", "graftlm")
+
+
+def loopback_bytes(text: str) -> int:
+    """What the loopback device has sent, from the text of /proc/net/dev."""
+    line = next(line for line in text.split("\n") if line.strip().startswith("lo:"))
+    return int(line.partition(":")[2].split()[8])
+
+
+def _sent() -> int:
+    return loopback_bytes(Path("/proc/net/dev").read_text(encoding="utf-8"))
+
+
+def needed_bytes(contender: str, trained: int) -> int:
+    """What all processes together must send in a step of one pass, in float32."""
+    if contender.endswith("one"):
+        return 0
+    return (2 if contender.startswith("lora") else 3) * 4 * trained
+
+
+def measure(contender: str, args: argparse.Namespace, folder: Path) -> Run:
+    """One run in the new folder `folder`."""
+    several = contender.endswith("two")
+    words = ["train", "--init_from", args.model, "--data", args.data, "--out_dir", str(folder / "run"), "--json"]
+    words += ["--rank", "16" if contender.startswith("lora") else "0", "--lora_dropout", "0", "--dtype", "float32"]
+    words += ["--max_iters", str(args.steps), "--eval_every", str(args.steps), "--val_limit", "16"]
+    words += ["--micro_tokens", "0", "--device", "cpu"]
+    threads = "1" if several else "2"
+    before = _sent()
+    figures, out = timed(
+        [*(TORCHRUN if several else GRAFT), *words], folder, OMP_NUM_THREADS=threads, GLOO_SOCKET_IFNAME="lo"
+    )
+    result = json.loads(out)
+    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    peaks = result["processes"]["peak_rss_mb"] if several else [result["peak_rss_mb"]]
+    return {
+        "contender": contender,
+        "examples_per_s": result["examples_per_s"],
+        "peak_rss_mb": max(peaks),
+        "peak_rss_mb_each": peaks,
+        "sent_mb_per_step": (_sent() - before) / args.steps / 1e6,
+        "needed_mb_per_step": needed_bytes(contender, result["trainable"]) / 1e6,
+        "losses": [row["train_loss"] for row in rows],
+        "other_cpu_share": figures["other_cpu_share"],
+    }
+
+
+def apart(one: Sequence[float], two: Sequence[float]) -> float:
+    """The largest relative difference of two runs' losses."""
+    return max(abs(a - b) / abs(a) for a, b in zip(one, two, strict=True))
+
+
+def summarise(rounds: Sequence[Round]) -> dict[str, Any]:
+    """Medians, ratios of two processes to one within rounds, and how far their losses are apart."""
+    keys = ("examples_per_s", "peak_rss_mb", "sent_mb_per_step", "needed_mb_per_step")
+    pairs = [(key, kind) for kind in ("lora", "full") for key in keys[:2]]
+    compared = {f"{key} {kind} two/one": ratios(rounds, key, f"{kind} two", f"{kind} one") for key, kind in pairs}
+    return {
+        "medians": {name: {key: median(each[name][key] for each in rounds) for key in keys} for name in CONTENDERS},
+        "ratios": {name: {"rounds": found, "median": median(found)} for name, found in compared.items()},
+        "losses_apart": {
+            kind: max(apart(each[f"{kind} one"]["losses"], each[f"{kind} two"]["losses"]) for each in rounds)
+            for kind in ("lora", "full")
+        },
+    }
+
+
+def table(summary: Mapping[str, Any]) -> str:
+    """The summary for a reader."""
+    lines = [f"{'':12}{'examples/s':>12}{'peak MB':>10}{'sent MB/step':>14}{'needed':>10}"]
+    for name, m in summary["medians"].items():
+        lines.append(
+            f"{name:12}{m['examples_per_s']:12.2f}{m['peak_rss_mb']:10.0f}{m['sent_mb_per_step']:14.1f}"
+            f"{m['needed_mb_per_step']:10.1f}"
+        )
+    for name, ratio in summary["ratios"].items():
+        lines.append(f"{name:32}{ratio['median']:7.3f}   ({'  '.join(f'{x:.3f}' for x in ratio['rounds'])})")
+    lines += [f"losses of {kind} apart by at most {far:.1e}" for kind, far in summary["losses_apart"].items()]
+    return "\n".join(lines)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the benchmark; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m", help="a model's name or folder (smollm2-135m)")
+    parser.add_argument("--data", default="rotten-tomatoes-pypi", help="a data set's name or folder")
+    parser.add_argument("--steps", type=int, default=20, help="optimiser steps of a run (default 20)")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each (default 3)")
+    parser.add_argument("--max-other", type=float, default=0.03, help="share of the cores others may use (0.03)")
+    parser.add_argument("--json-out", type=Path, help="write the JSON object to this file too")
+    args = parser.parse_args(words)
+    numbers, rounds = count(1), []
+    with tempfile.TemporaryDirectory(prefix="graft-benchmark-") as name:
+        work = Path(name)
+        try:
+            for number in range(1, args.rounds + 1):
+                done: dict[str, Run] = {}
+                for contender in CONTENDERS:
+
+                    def once(contender: str = contender) -> Run:
+                        return measure(contender, args, work / f"run-{next(numbers)}")
+
+                    run, _ = accepted_run(once, args.max_other, 3)
+                    if run is None:
+                        raise BenchmarkError("no quiet run in 3 attempts; stop other work, or raise --max-other")
+                    done[contender] = run
+                rounds.append(done)
+                print(f"round {number} of {args.rounds} done", file=sys.stderr)
+        except BenchmarkError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    summary = summarise(rounds)
+    print(table(summary), file=sys.stderr)
+    config = {"model": args.model, "data": args.data, "steps": args.steps, "max_other": args.max_other}
+    report = {"machine": describe(), "graftlm": git_state(), "config": config, **summary, "runs": rounds}
+    if args.json_out:
+        args.json_out.parent.mkdir(parents=True, exist_ok=True)
+        args.json_out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(report))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
