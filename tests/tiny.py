@@ -9,29 +9,31 @@ from safetensors.torch import save_file
 
 from graftlm.models import CausalLM, Shape, random_model
 from graftlm.models.names import to_file
+from graftlm.models.neox import NeoXShape
 
-FAMILIES = ("gpt2", "llama", "llama-biased")
+FAMILIES = ("gpt2", "llama", "llama-biased", "neox")
 
 
 def shape_of(kind: str, vocab: int = 61, context: int = 96, layers: int = 2) -> Shape:
-    """GPT-2; Llama with grouped queries and tied head; Llama with biases on q, k, v and its own head (Qwen2)."""
-    gpt2, biased = kind == "gpt2", kind == "llama-biased"
-    return Shape(
-        family="gpt2" if gpt2 else "llama",
-        layers=layers,
-        heads=4,
-        kv_heads=4 if gpt2 else 2,
-        d_model=32,
-        head_dim=8,
-        d_ff=48,
-        vocab=vocab,
-        context=context,
-        norm_eps=1e-5,
-        tied=not biased,
-        qkv_bias=gpt2 or biased,
-        out_bias=gpt2,
-        mlp_bias=gpt2,
-    )
+    """GPT-2; Llama with grouped queries and tied head, or with biases on q, k, v and its own head (Qwen2); Pythia."""
+    plain, biased = kind in ("gpt2", "neox"), kind == "llama-biased"
+    sizes: dict[str, Any] = {
+        "family": "llama" if kind == "llama-biased" else kind,
+        "layers": layers,
+        "heads": 4,
+        "kv_heads": 4 if plain else 2,
+        "d_model": 32,
+        "head_dim": 8,
+        "d_ff": 48,
+        "vocab": vocab,
+        "context": context,
+        "norm_eps": 1e-5,
+        "tied": not biased,
+        "qkv_bias": plain or biased,
+        "out_bias": plain,
+        "mlp_bias": plain,
+    }
+    return NeoXShape(**sizes, rotary=4) if kind == "neox" else Shape(**sizes)
 
 
 def model_of(kind: str, seed: int = 0, dtype: torch.dtype = torch.float64, **sizes: int) -> CausalLM:
@@ -52,6 +54,24 @@ def config_json(shape: Shape, kind: str) -> dict[str, Any]:
             "n_positions": shape.context,
             "vocab_size": shape.vocab,
             "layer_norm_epsilon": shape.norm_eps,
+            **ends,
+        }
+    if isinstance(shape, NeoXShape):
+        return {
+            "model_type": "gpt_neox",
+            "architectures": ["GPTNeoXForCausalLM"],
+            "num_hidden_layers": shape.layers,
+            "num_attention_heads": shape.heads,
+            "hidden_size": shape.d_model,
+            "intermediate_size": shape.d_ff,
+            "max_position_embeddings": shape.context,
+            "vocab_size": shape.vocab,
+            "layer_norm_eps": shape.norm_eps,
+            "hidden_act": "gelu",
+            "rotary_pct": shape.rotary / shape.head_dim,
+            "rotary_emb_base": shape.rope_theta,
+            "use_parallel_residual": shape.parallel,
+            "tie_word_embeddings": shape.tied,
             **ends,
         }
     return {

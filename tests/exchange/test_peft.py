@@ -102,14 +102,24 @@ def prefix(**more: Any) -> peft.PeftConfig:
     return peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM", **more)
 
 
-QKV = {"gpt2": ("c_attn",), "llama": ("q_proj", "k_proj", "v_proj"), "llama-biased": ("q_proj", "k_proj", "v_proj")}
-OTHERS = {"gpt2": ("c_attn", "mlp.c_proj"), "llama": ("q_proj", "v_proj"), "llama-biased": ("q_proj", "v_proj")}
+QKV = {
+    "gpt2": ("c_attn",),
+    "llama": ("q_proj", "k_proj", "v_proj"),
+    "llama-biased": ("q_proj", "k_proj", "v_proj"),
+    "neox": ("query_key_value",),
+}
+OTHERS = {
+    "gpt2": ("c_attn", "mlp.c_proj"),
+    "llama": ("q_proj", "v_proj"),
+    "llama-biased": ("q_proj", "v_proj"),
+    "neox": ("query_key_value", "dense_4h_to_h"),
+}
 THEIRS: dict[str, Callable[[str], peft.PeftConfig]] = {
     "q,k,v": lambda kind: lora(kind, *QKV[kind]),
     "some": lambda kind: lora(kind, *OTHERS[kind]),
     "all linears": lambda kind: lora(kind),
-    "an expression": lambda kind: lora(kind, target=r".*\.(c_attn|[qv]_proj)"),
-    "all but one": lambda kind: lora(kind, exclude_modules=["c_fc", "up_proj"]),
+    "an expression": lambda kind: lora(kind, target=r".*\.(c_attn|query_key_value|[qv]_proj)"),
+    "all but one": lambda kind: lora(kind, exclude_modules=["c_fc", "up_proj", "dense_h_to_4h"]),
     "one layer": lambda kind: lora(kind, *QKV[kind], layers_to_transform=[1]),
     "rslora": lambda kind: lora(kind, *QKV[kind], use_rslora=True),
     "equal patterns": lambda kind: lora(kind, *QKV[kind], rank_pattern={".*": 2}, alpha_pattern={".*": 5}),

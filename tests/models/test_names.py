@@ -8,16 +8,16 @@ from graftlm.errors import InputError
 from graftlm.methods.accounting import parameters
 from graftlm.models import build
 from graftlm.models.names import check_names, file_names, read_shape, to_file
-from tiny import config_json, model_of, shape_of
+from tiny import FAMILIES, config_json, model_of, shape_of
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "llama-biased"])
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_a_shape_survives_its_config(kind: str) -> None:
     shape = shape_of(kind)
     assert read_shape(config_json(shape, kind), "config.json") == shape
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "llama-biased"])
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_to_file_and_back_is_the_same_to_the_bit(kind: str) -> None:
     model = model_of(kind)
     state = dict(model.named_parameters())
@@ -37,6 +37,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type = 'yarn' is not understood"),
     ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0, "beta": 1}}, "rope setting 'beta'"),
     ("llama", {"sliding_window": 16}, "sliding_window = 16 below the context of 96"),
+    ("neox", {"hidden_act": "relu"}, "hidden_act = 'relu' is not understood"),
+    ("neox", {"rotary_pct": 0.9}, "rotary_pct = 0.9 rotates 7 of 8 dimensions"),
+    ("neox", {"hidden_size": 36}, "hidden_size 36 gives 4 heads no even width"),
     ("llama", {"model_type": "mamba"}, "model_type 'mamba' is not supported; supported are gpt2, llama"),
 ]
 
@@ -67,7 +70,7 @@ def test_tensors_missing_or_too_many_are_named() -> None:
         check_names(model.shape, stored, "here")
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "llama-biased"])
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_parameters_in_closed_form(kind: str) -> None:
     shape = shape_of(kind)
     assert parameters(shape) == sum(p.numel() for p in build(shape).parameters())

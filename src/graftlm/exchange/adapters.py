@@ -17,7 +17,8 @@ from graftlm.errors import InputError
 from graftlm.files.formats import load_safetensors, read_json, save_safetensors, write_json
 from graftlm.methods import METHODS, Method, method_from_json
 from graftlm.methods.base import PeftFolder, delta_state
-from graftlm.models.base import CausalLM, Shape
+from graftlm.models.base import CausalLM
+from graftlm.models.shape import Shape
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OWN_CONFIG, OWN_WEIGHTS = "graft_adapter.json", "graft_adapter.safetensors"

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from graftlm.models.base import Shape
+from graftlm.models.shape import FAMILIES, Shape
 
 
 @dataclass(frozen=True)
@@ -55,27 +55,21 @@ def linear_size(shape: Shape, role: str) -> tuple[int, int]:
     return sizes[role]
 
 
-def has_bias(shape: Shape, role: str) -> bool:
-    """Whether the role's linear adds a bias."""
-    return {"q": shape.qkv_bias, "k": shape.qkv_bias, "v": shape.qkv_bias, "o": shape.out_bias}.get(
-        role, shape.mlp_bias
-    )
-
-
 def block_parts(shape: Shape, layers: int, last: bool) -> list[Part]:
     """All parameters of so many blocks, and with `last` of the norm behind them."""
     parts = []
     for role in shape.roles:
         n_in, n_out = linear_size(shape, role)
         letters = {"L": layers, "in": n_in, "out": n_out}
-        if has_bias(shape, role):
+        if shape.has_bias(role):
             count, formula = layers * (n_in * n_out + n_out), spelled("L (in out + out)", **letters)
         else:
             count, formula = layers * n_in * n_out, spelled("L in out", **letters)
-        parts.append(Part(f"{role}, weights{' and biases' if has_bias(shape, role) else ''}", count, formula, role))
-    each = "2 d" if shape.family == "gpt2" else "d"  # a weight, and in GPT-2 a bias
+        parts.append(Part(f"{role}, weights{' and biases' if shape.has_bias(role) else ''}", count, formula, role))
+    biased = FAMILIES[shape.family].norm_biases  # a weight, and in some families a bias
+    each = "2 d" if biased else "d"
     norms = f"{each} (2 L + 1)" if last else f"{each} 2 L"
-    count = shape.d_model * (2 if shape.family == "gpt2" else 1) * (2 * layers + last)
+    count = shape.d_model * (2 if biased else 1) * (2 * layers + last)
     return [*parts, Part("norms", count, spelled(norms, L=layers, d=shape.d_model), "norms")]
 
 
@@ -83,7 +77,9 @@ def model_parts(shape: Shape) -> list[Part]:
     """All parameters of a model of this shape; a tied head counts once, as the embedding."""
     d, v, c = shape.d_model, shape.vocab, shape.context
     table = v * d, spelled("V d", V=v, d=d)
-    places = [Part("positions", c * d, spelled("C d", C=c, d=d), "positions")] if shape.family == "gpt2" else []
+    places = (
+        [Part("positions", c * d, spelled("C d", C=c, d=d), "positions")] if FAMILIES[shape.family].positions else []
+    )
     head = [] if shape.tied else [Part("head", *table, "head")]
     return [Part("embedding", *table, "embedding"), *places, *block_parts(shape, shape.layers, True), *head]
 

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from graftlm.errors import InputError
-from graftlm.methods.accounting import Part, has_bias, linear_size, spelled
+from graftlm.methods.accounting import Part, linear_size, spelled
 from graftlm.methods.base import Method, freeze, master_dtype
 from graftlm.models import CausalLM, Linear, Shape
 from graftlm.models.names import module_of
+from graftlm.models.shape import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,10 @@ class BitFit(Method):
         """The widths of all that has a bias: linears, and in GPT-2 the norms."""
         shape, layers = self.reshaped(shape), len(self.span(shape))
         parts = []
-        for role in (role for role in shape.roles if has_bias(shape, role)):
+        for role in (role for role in shape.roles if shape.has_bias(role)):
             out = linear_size(shape, role)[1]
             parts.append(Part(f"{role}, biases", layers * out, spelled("L out", L=layers, out=out), role))
-        if shape.family == "gpt2":
+        if FAMILIES[shape.family].norm_biases:
             d, last = shape.d_model, self.span(shape).stop == shape.layers
             formula = spelled("d (2 L + 1)" if last else "d 2 L", L=layers, d=d)
             parts.append(Part("norms, biases", d * (2 * layers + last), formula, "norms"))

@@ -12,7 +12,8 @@ from torch import nn
 
 from graftlm.methods.accounting import Part, block_parts, model_parts
 from graftlm.methods.base import Method, freeze, master_dtype
-from graftlm.models.base import CausalLM, Shape
+from graftlm.models.base import CausalLM
+from graftlm.models.shape import Shape
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,14 @@
 """LoRA and DoRA to and from PEFT's adapter folders, so that PEFT loads `best/` as it is.
 
-What is unusual here: PEFT adapts GPT-2's fused c_attn with one pair (A, B), we adapt q, k and v each with their own.
-Three pairs become one of three times the rank, without loss:
+What is unusual here: where a file fuses q, k and v into one linear (GPT-2's c_attn), PEFT adapts it with one pair
+(A, B), we adapt each with its own. Three pairs become one of three times the rank, without loss:
 
     A = [A_q; A_k; A_v]  [3r, d]      B = diag(B_q, B_k, B_v)  [3d, 3r]      alpha' = 3 alpha, so alpha'/r' = alpha/r
 
-With a part missing it has no columns in A and zero rows in B. Reading cuts the blocks out again. Where the three A are
-the same bits, as after reading a foreign folder, A is written once, so that round trips do not grow. With rsLoRA,
-alpha' = sqrt(3) alpha. A folder of PEFT's own is read by `adopt`; what it says and we do not understand is an error.
+The rows of B are in the file's order. With a part missing it has no columns in A and zero rows in B. Reading cuts the
+blocks out again. Where the three A are the same bits, as after reading a foreign folder, A is written once, so that
+round trips do not grow. With rsLoRA, alpha' = sqrt(3) alpha. A folder of PEFT's own is read by `adopt`; what it says
+and we do not understand is an error.
 
 Letters: r rank, d model width.
 """
@@ -24,14 +25,14 @@ from torch import Tensor
 from graftlm.errors import InputError
 from graftlm.methods.accounting import linear_size
 from graftlm.methods.base import PeftFolder, delta_state
-from graftlm.models.base import CausalLM, Shape
+from graftlm.models.base import CausalLM
 from graftlm.models.layers import Linear
-from graftlm.models.names import file_module, layer_prefix, module_of
+from graftlm.models.names import module_of
+from graftlm.models.shape import FAMILIES, Rows, Shape
 
 if TYPE_CHECKING:
     from graftlm.methods.lora import LoRA
 
-FUSED = "attn.c_attn"
 MOST_REPEATS = 5
 """Of a pattern that names modules, which may hold so many of *, + and {."""
 PEFT_VERSION = "0.19.0"  # the format's version that is written; newer readers accept it
@@ -56,12 +57,24 @@ _STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def fused(shape: Shape, targets: tuple[str, ...]) -> tuple[str, ...]:
-    """The targeted parts of GPT-2's c_attn, in its order; none for other families."""
-    return tuple(r for r in "qkv" if r in targets) if shape.family == "gpt2" else ()
+    """The targeted ones of q, k and v, where the family's files fuse them; none where they do not."""
+    return tuple(r for r in "qkv" if r in targets) if FAMILIES[shape.family].fused else ()
+
+
+def _rows(shape: Shape) -> dict[str, Rows]:
+    """Which rows of the fused linear are each part's."""
+    rows = FAMILIES[shape.family].rows
+    assert rows is not None
+    return {part: rows(shape, part) for part in "qkv"}
+
+
+def _module(shape: Shape, role: str) -> str:
+    """The file's module that holds the role's linear, inside a layer."""
+    return FAMILIES[shape.family].linears[role]
 
 
 def _layer(shape: Shape, i: int) -> str:
-    return f"base_model.model.{layer_prefix(shape.family)}{i}."
+    return f"base_model.model.{FAMILIES[shape.family].layers}{i}."
 
 
 # Ours -> PEFT's -------------------------------------------------------------------------------------------------------
@@ -79,7 +92,7 @@ def to_peft(method: "LoRA", model: CausalLM) -> PeftFolder:
     out: dict[str, Tensor] = {}
     for i in method.span(shape):
         for role in (r for r in method.targets if r not in parts):
-            key, ours = f"{_layer(shape, i)}{file_module(shape.family, role)}", f"blocks.{i}.{module_of(role)}"
+            key, ours = f"{_layer(shape, i)}{_module(shape, role)}", f"blocks.{i}.{module_of(role)}"
             out[f"{key}.lora_A.weight"] = state[f"{ours}.lora_A"]
             out[f"{key}.lora_B.weight"] = state[f"{ours}.lora_B"]
             if method.magnitudes:
@@ -92,22 +105,23 @@ def to_peft(method: "LoRA", model: CausalLM) -> PeftFolder:
 def _fuse(
     method: "LoRA", model: CausalLM, state: Mapping[str, Tensor], i: int, parts: tuple[str, ...], once: bool
 ) -> dict[str, Tensor]:
-    """c_attn's pair in layer i, and its magnitudes; a part that is not adapted keeps the base's."""
-    d, r, key = model.shape.d_model, method.rank, f"{_layer(model.shape, i)}{FUSED}"
+    """The fused linear's pair in layer i, and its magnitudes; a part that is not adapted keeps the base's."""
+    shape, r = model.shape, method.rank
+    key, rows = f"{_layer(shape, i)}{FAMILIES[shape.family].fused}", _rows(shape)
     a = [state[f"blocks.{i}.attn.{part}.lora_A"] for part in parts]
     b = [state[f"blocks.{i}.attn.{part}.lora_B"] for part in parts]
-    wide = b[0].new_zeros(3 * d, r if once else r * len(parts))
+    wide = b[0].new_zeros(shape.qkv_rows, r if once else r * len(parts))
     for n, part in enumerate(parts):
-        row, column = "qkv".index(part) * d, 0 if once else n * r
-        wide[row : row + d, column : column + r] = b[n]
+        column = 0 if once else n * r
+        wide[rows[part], column : column + r] = b[n]
     out = {f"{key}.lora_A.weight": a[0] if once else torch.cat(a), f"{key}.lora_B.weight": wide}
     if method.magnitudes:
         attn = model.get_submodule(f"blocks.{i}.attn")
-        lengths = [
-            state[f"blocks.{i}.attn.{part}.magnitude"] if part in parts else row_norms(getattr(attn, part))
-            for part in "qkv"
-        ]
-        out[f"{key}.lora_magnitude_vector"] = torch.cat(lengths)
+        lengths = b[0].new_zeros(shape.qkv_rows)
+        for part in "qkv":
+            own = state[f"blocks.{i}.attn.{part}.magnitude"] if part in parts else row_norms(getattr(attn, part))
+            lengths[rows[part]] = own
+        out[f"{key}.lora_magnitude_vector"] = lengths
     return out
 
 
@@ -125,17 +139,21 @@ def _config(shape: Shape, method: "LoRA", once: bool) -> dict[str, Any]:
     patterns: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}}
     if groups > 1 and len(method.targets) > len(parts):
         # One rank and alpha hold for all modules of a plain config; the fused one differs, so patterns say so.
-        patterns = {"rank_pattern": {FUSED: rank}, "alpha_pattern": {FUSED: alpha}}
+        whole = _module(shape, parts[0])
+        patterns = {"rank_pattern": {whole: rank}, "alpha_pattern": {whole: alpha}}
         rank, alpha = method.rank, method.alpha
-    modules = [file_module(shape.family, role) for role in method.targets]
+    modules = {_module(shape, role) for role in method.targets}
+    # A module's last name says enough where no two of the family's have the same.
+    last = [module.rpartition(".")[2] for module in set(FAMILIES[shape.family].linears.values())]
+    named = modules if len(set(last)) < len(last) else {module.rpartition(".")[2] for module in modules}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "r": rank,
         "lora_alpha": alpha,
-        "target_modules": sorted({m if shape.family == "gpt2" else m.split(".")[-1] for m in modules}),
+        "target_modules": sorted(named),
         "layers_to_transform": list(method.span(shape)) if method.layers else None,
-        "fan_in_fan_out": shape.family == "gpt2",
+        "fan_in_fan_out": FAMILIES[shape.family].transposed,
         "bias": "none",
         "lora_dropout": method.dropout,
         "use_rslora": method.rslora,
@@ -174,7 +192,8 @@ def from_peft(method: "LoRA", shape: Shape, folder: PeftFolder, where: str) -> d
     """The inverse of `to_peft` for a folder written with this method; an InputError for anything else."""
     config, tensors = folder
     parts, rank, d = fused(shape, method.targets), method.rank, shape.d_model
-    first = f"{_layer(shape, method.span(shape).start)}{FUSED}.lora_A.weight"
+    whole, where_rows = FAMILIES[shape.family].fused, _rows(shape) if parts else {}
+    first = f"{_layer(shape, method.span(shape).start)}{whole}.lora_A.weight"
     once = bool(parts) and first in tensors and len(tensors[first]) == rank
     expected = _config(shape, method, once)
     for key in ("peft_type", "r", "lora_alpha", "target_modules", "layers_to_transform", "use_rslora", "use_dora"):
@@ -185,22 +204,22 @@ def from_peft(method: "LoRA", shape: Shape, folder: PeftFolder, where: str) -> d
     for i in method.span(shape):
         for role in (r for r in method.targets if r not in parts):
             n_in, n_out = linear_size(shape, role)
-            key, ours = f"{_layer(shape, i)}{file_module(shape.family, role)}", f"blocks.{i}.{module_of(role)}"
+            key, ours = f"{_layer(shape, i)}{_module(shape, role)}", f"blocks.{i}.{module_of(role)}"
             out[f"{ours}.lora_A"] = file.take(f"{key}.lora_A.weight", rank, n_in)
             out[f"{ours}.lora_B"] = file.take(f"{key}.lora_B.weight", n_out, rank)
             if method.magnitudes:
                 out[f"{ours}.magnitude"] = file.take(f"{key}.lora_magnitude_vector", n_out)
         if parts:
             wide = rank if once else rank * len(parts)
-            key = f"{_layer(shape, i)}{FUSED}"
-            a, b = file.take(f"{key}.lora_A.weight", wide, d), file.take(f"{key}.lora_B.weight", 3 * d, wide)
-            lengths = file.take(f"{key}.lora_magnitude_vector", 3 * d) if method.magnitudes else None
+            key, tall = f"{_layer(shape, i)}{whole}", shape.qkv_rows
+            a, b = file.take(f"{key}.lora_A.weight", wide, d), file.take(f"{key}.lora_B.weight", tall, wide)
+            lengths = file.take(f"{key}.lora_magnitude_vector", tall) if method.magnitudes else None
             for n, part in enumerate(parts):
-                rows = slice("qkv".index(part) * d, ("qkv".index(part) + 1) * d)
+                rows = where_rows[part]
                 columns = slice(0, rank) if once else slice(n * rank, (n + 1) * rank)
                 out[f"blocks.{i}.attn.{part}.lora_A"], out[f"blocks.{i}.attn.{part}.lora_B"] = (
                     a[columns],
-                    b[rows, columns],
+                    b[rows][:, columns],
                 )
                 if lengths is not None:
                     out[f"blocks.{i}.attn.{part}.magnitude"] = lengths[rows]
@@ -230,21 +249,23 @@ def adopt(shape: Shape, folder: PeftFolder, where: str, magnitudes: bool) -> tup
             f"{where}: target_modules and layers_to_transform adapt layers {layers} unevenly; supported: the same "
             "modules in each of a span of layers"
         )
-    wide = [tensors.get(f"base_model.model.{n}.lora_B.weight") for n, (_, theirs) in modules.items() if theirs == FUSED]
-    parts, blocks = _thirds([b for b in wide if b is not None and b.dim() == 2], shape.d_model)
-    rank, alpha = _one_size(config, {n: blocks if theirs == FUSED else 1 for n, (_, theirs) in modules.items()}, where)
+    whole = FAMILIES[shape.family].fused
+    rows = _rows(shape) if whole else {}
+    wide = [tensors.get(f"base_model.model.{n}.lora_B.weight") for n, (_, theirs) in modules.items() if theirs == whole]
+    parts, blocks = _thirds([b for b in wide if b is not None and b.dim() == 2 and len(b) == shape.qkv_rows], rows)
+    rank, alpha = _one_size(config, {n: blocks if theirs == whole else 1 for n, (_, theirs) in modules.items()}, where)
     file, state = _Tensors(tensors, where), dict[str, Tensor]()
     for name, (i, theirs) in modules.items():
         key = f"base_model.model.{name}"
-        role = next(r for r in shape.roles if file_module(shape.family, r) == theirs)
+        role = next(r for r in shape.roles if _module(shape, r) == theirs)
         (n_in, n_out), r = linear_size(shape, role), rank
-        if theirs == FUSED:
-            n_out, r = 3 * n_out, rank * blocks
+        if theirs == whole:
+            n_out, r = shape.qkv_rows, rank * blocks
         a = file.take(f"{key}.lora_A.weight", r, n_in)
         b = file.take(f"{key}.lora_B.weight", n_out, r)
         lengths = file.take(f"{key}.lora_magnitude_vector", n_out) if magnitudes else None
-        if theirs == FUSED:
-            state |= _split(i, a, b, lengths, parts, blocks)
+        if theirs == whole:
+            state |= _split(i, a, b, lengths, parts, blocks, rows)
         else:
             ours = f"blocks.{i}.{module_of(role)}"
             state |= {f"{ours}.lora_A": a, f"{ours}.lora_B": b}
@@ -252,8 +273,8 @@ def adopt(shape: Shape, folder: PeftFolder, where: str, magnitudes: bool) -> tup
     file.all_taken()
     targets: list[str] = []
     for role in shape.roles:
-        theirs = file_module(shape.family, role)
-        if theirs in roles and (theirs != FUSED or role in parts or magnitudes):
+        theirs = _module(shape, role)
+        if theirs in roles and (theirs != whole or role in parts or magnitudes):
             targets.append(role)
     span = None if len(layers) == shape.layers else (layers[0], layers[-1] + 1)
     dropout = config.get("lora_dropout", 0.0)
@@ -287,8 +308,10 @@ def _targeted(shape: Shape, config: Mapping[str, Any], where: str) -> Iterator[t
     if not targets or not isinstance(targets, str | list):
         raise InputError(f"{where}: target_modules is {targets!r}; expected a list of module names")
     only = _layers(shape, config, where)
-    inside = sorted({file_module(shape.family, role) for role in shape.roles})
-    names = {f"{layer_prefix(shape.family)}{i}.{theirs}": (i, theirs) for i in range(shape.layers) for theirs in inside}
+    inside = sorted({_module(shape, role) for role in shape.roles})
+    names = {
+        f"{FAMILIES[shape.family].layers}{i}.{theirs}": (i, theirs) for i in range(shape.layers) for theirs in inside
+    }
     if isinstance(targets, list):
         for target in targets:
             if not any(_named(name, [target], where) for name in names):
@@ -315,7 +338,7 @@ def _layers(shape: Shape, config: Mapping[str, Any], where: str) -> range | list
         raise InputError(
             f"{where}: layers_to_transform = {only!r}, but this model's layers are 0 to {shape.layers - 1}"
         )
-    own = layer_prefix(shape.family).split(".")[1]
+    own = FAMILIES[shape.family].layers.split(".")[1]
     if pattern and own not in ([pattern] if isinstance(pattern, str) else pattern):
         raise InputError(f"{where}: layers_pattern = {pattern!r} is not supported; this model's layers are in {own!r}")
     return only
@@ -368,39 +391,44 @@ def _of_module(field: str, config: Mapping[str, Any], name: str, where: str) -> 
     return value
 
 
-def _thirds(wide: Sequence[Tensor], d: int) -> tuple[tuple[str, ...], int]:
-    """Of every layer's B of c_attn: the parts that are adapted, and into how many blocks their columns fall.
+def _thirds(wide: Sequence[Tensor], rows: Mapping[str, Rows]) -> tuple[tuple[str, ...], int]:
+    """Of every layer's B of the fused linear: the parts that are adapted, and into how many blocks its columns fall.
 
     Blocks mean that each part has rows of A of its own, as `to_peft` writes them; 1 means that all use the whole A.
     """
-    reached = {part for n, part in enumerate("qkv") if any(bool(b[n * d : (n + 1) * d].any()) for b in wide)}
+    reached = {part for part in rows if any(bool(b[rows[part]].any()) for b in wide)}
     for parts in (p for n in (3, 2) for p in combinations("qkv", n)):
-        if reached and all(_in_blocks(b, parts, d) for b in wide):
+        if reached and all(_in_blocks(b, parts, rows) for b in wide):
             return parts, len(parts)
     return tuple(part for part in "qkv" if part in reached or not reached), 1
 
 
-def _in_blocks(b: Tensor, parts: tuple[str, ...], d: int) -> bool:
-    """Whether B [3d, r] is block-diagonal over the parts."""
+def _in_blocks(b: Tensor, parts: tuple[str, ...], rows: Mapping[str, Rows]) -> bool:
+    """Whether the columns of B [3d, r] fall into as many blocks as there are parts, each with rows of its part only."""
     r, rest = divmod(b.shape[1], len(parts))
     outside = b.clone()
     for n, part in enumerate(parts):
-        row = "qkv".index(part) * d
-        outside[row : row + d, n * r : (n + 1) * r] = 0
+        outside[rows[part], n * r : (n + 1) * r] = 0
     return not rest and not bool(outside.any())
 
 
 def _split(
-    i: int, a: Tensor, b: Tensor, lengths: Tensor | None, parts: tuple[str, ...], groups: int
+    i: int,
+    a: Tensor,
+    b: Tensor,
+    lengths: Tensor | None,
+    parts: tuple[str, ...],
+    groups: int,
+    rows: Mapping[str, Rows],
 ) -> dict[str, Tensor]:
-    """c_attn's pair as one for each part: blocks cut out, or A whole for each; with magnitudes for all of q, k, v."""
-    d, r = len(b) // 3, len(a) // groups
+    """The fused linear's pair as one for each part: blocks cut out, or A whole; with magnitudes for all of q, k, v."""
+    r = len(a) // groups
     state: dict[str, Tensor] = {}
     for part in parts if lengths is None else "qkv":
-        row, n = "qkv".index(part) * d, parts.index(part) if part in parts and groups > 1 else 0
-        columns = slice(n * r, (n + 1) * r)
-        mine = b[row : row + d, columns] if part in parts else b.new_zeros(d, r)
+        n = parts.index(part) if part in parts and groups > 1 else 0
+        columns, own = slice(n * r, (n + 1) * r), b[rows[part]]
+        mine = own[:, columns] if part in parts else own.new_zeros(len(own), r)
         state |= {f"blocks.{i}.attn.{part}.lora_A": a[columns], f"blocks.{i}.attn.{part}.lora_B": mine}
         if lengths is not None:
-            state[f"blocks.{i}.attn.{part}.magnitude"] = lengths[row : row + d]
+            state[f"blocks.{i}.attn.{part}.magnitude"] = lengths[rows[part]]
     return state

@@ -26,6 +26,7 @@ from graftlm.methods.base import Method, PeftFolder, freeze, master_dtype
 from graftlm.methods.lora_peft import PEFT_VERSION, check_fields
 from graftlm.models import CausalLM, Segment, Shape
 from graftlm.models.base import Before
+from graftlm.models.shape import FAMILIES
 from graftlm.text.data import common_prefix
 
 
@@ -165,7 +166,7 @@ class PrefixTuning(Method):
             "inference_mode": True,
             "peft_version": PEFT_VERSION,
         }
-        return config, {"prompt_embeddings": model.before.whole().detach()}
+        return config, {"prompt_embeddings": _reordered(model.shape, model.before.whole().detach(), ours=False)}
 
     def from_peft(self, shape: Shape, folder: PeftFolder, where: str) -> dict[str, Tensor]:
         """The inverse, for a method without a network."""
@@ -192,7 +193,8 @@ class PrefixTuning(Method):
         if set(tensors) != {"prompt_embeddings"} or tensors["prompt_embeddings"].shape != (length, width(shape)):
             found = {name: list(t.shape) for name, t in tensors.items()}
             raise InputError(f"{where}: holds {found}, expected prompt_embeddings of shape {[length, width(shape)]}")
-        return cls(length=length, init="random"), {"before.past": tensors["prompt_embeddings"]}
+        past = _reordered(shape, tensors["prompt_embeddings"], ours=True)
+        return cls(length=length, init="random"), {"before.past": past}
 
 
 _FIELDS = {
@@ -213,6 +215,17 @@ _FIELDS = {
 def width(shape: Shape) -> int:
     """2 L K D: the numbers that one position's keys and values are."""
     return 2 * shape.layers * shape.kv_heads * shape.head_dim
+
+
+def _reordered(shape: Shape, past: Tensor, ours: bool) -> Tensor:
+    """[n, 2 L K D] with the keys' dimensions in our order, of one in transformers', or the other way round."""
+    head_order = FAMILIES[shape.family].head_order
+    if head_order is None:
+        return past
+    order = head_order(shape)
+    pairs = past.view(len(past), shape.layers, 2, shape.kv_heads, shape.head_dim).clone()
+    pairs[:, :, 0] = pairs[:, :, 0][..., order if ours else order.argsort()]
+    return pairs.flatten(1)
 
 
 def _sizes(shape: Shape, length: int) -> dict[str, Any]:

@@ -1,19 +1,25 @@
-"""GPT-2 and the Llama family from scratch; `attention.py` is where to start reading."""
+"""GPT-2, the Llama family and GPT-NeoX from scratch; `attention.py` is where to start reading."""
 
 import torch
 
 from graftlm.models.attention import Segment
-from graftlm.models.base import CausalLM, Shape
-from graftlm.models.gpt2 import GPT2
+from graftlm.models.base import CausalLM
+from graftlm.models.gpt2 import FAMILY as GPT2
 from graftlm.models.layers import Linear
-from graftlm.models.llama import Llama
+from graftlm.models.llama import FAMILY as LLAMA
+from graftlm.models.neox import FAMILY as NEOX
+from graftlm.models.shape import FAMILIES, Shape
 
 __all__ = ["CausalLM", "Linear", "Segment", "Shape", "build", "random_model"]
 
 
+FAMILIES.update({family.name: family for family in (GPT2, LLAMA, NEOX)})
+
+
 def build(shape: Shape) -> CausalLM:
     """A model of this shape on the current default device, its weights not yet meaningful."""
-    return GPT2(shape) if shape.family == "gpt2" else Llama(shape)
+    model: CausalLM = FAMILIES[shape.family].build(shape)
+    return model
 
 
 def random_model(shape: Shape, seed: int = 0, std: float = 0.02, dtype: torch.dtype = torch.float32) -> CausalLM:

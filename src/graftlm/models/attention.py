@@ -25,7 +25,7 @@ from torch import Tensor
 from graftlm.models.layers import ByHand, Dropout, Linear, project, rotate
 
 if TYPE_CHECKING:
-    from graftlm.models.base import Shape
+    from graftlm.models.shape import Shape
 
 # The fused kernel never materialises the [T, T] scores, but is slower on a CPU for rows as short as reviews. From this
 # many tokens on it is used for the memory's sake; where the two are equally fast has not been measured.

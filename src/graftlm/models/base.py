@@ -1,4 +1,4 @@
-"""What GPT-2 and the Llama family have in common: the shape, the walk through the blocks, the tied head.
+"""What all families have in common: the walk through the blocks, the tied head.
 
     ids [B, T] -> embedding -> blocks -> norm -> hidden [B, T, d] -> (only where asked for) head -> logits
 
@@ -9,8 +9,6 @@ Letters: B rows, T tokens, d model width, V vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,38 +17,7 @@ from torch import Tensor, nn
 from graftlm.models.attention import Context, Fork, Lead, Segment, causal_bias, score_bias
 from graftlm.models.gradients import HeadLoss, LogProbs, TorchKernels
 from graftlm.models.layers import ByHand, Dropout, Embedding, Linear
-
-ROLES = ("q", "k", "v", "o", "up", "gate", "down")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """Everything that decides a model's tensors and its arithmetic; read from config.json by `names.read_shape`."""
-
-    family: Literal["gpt2", "llama"]
-    layers: int
-    heads: int
-    kv_heads: int
-    d_model: int
-    head_dim: int
-    d_ff: int
-    vocab: int
-    context: int
-    """The most tokens it was made for."""
-    norm_eps: float
-    tied: bool = True
-    """Whether the head is the embedding."""
-    qkv_bias: bool = False
-    out_bias: bool = False
-    mlp_bias: bool = False
-    rope_theta: float = 10000.0
-    rope_scaling: tuple[tuple[str, Any], ...] = ()
-    """Rope settings beside theta, sorted: empty, or of type linear or llama3."""
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        """The linears this family has."""
-        return ROLES if self.family == "llama" else tuple(r for r in ROLES if r != "gate")
+from graftlm.models.shape import Shape
 
 
 class Before(nn.Module):
@@ -65,7 +32,7 @@ class Before(nn.Module):
 
 
 class CausalLM(ByHand):
-    """A decoder-only language model; `gpt2.GPT2` and `llama.Llama` fill in the parts."""
+    """A decoder-only language model; `gpt2.GPT2`, `llama.Llama` and `neox.NeoX` fill in the parts."""
 
     def __init__(self, shape: Shape, blocks: Sequence[nn.Module], norm: nn.Module) -> None:
         super().__init__()

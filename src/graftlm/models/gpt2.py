@@ -1,17 +1,23 @@
 """GPT-2 (Radford et al. 2019): learned positions, layer norm before each branch, tanh GELU, biases everywhere.
 
 What is unusual here: q, k and v are three linears. The files fuse them into one `c_attn`, stored transposed;
-`names.py` splits it on the way in and fuses it on the way out, so that LoRA can adapt each on its own.
+`FAMILY` says which of its rows are whose, `names.py` splits it on the way in and fuses it on the way out, so that LoRA
+can adapt each on its own.
 
 Letters: B rows, T tokens, d model width.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graftlm.errors import InputError
 from graftlm.models.attention import Attention, Context
-from graftlm.models.base import CausalLM, Shape
+from graftlm.models.base import CausalLM
 from graftlm.models.layers import Dropout, Embedding, LayerNorm, Linear
+from graftlm.models.shape import Family, Shape, only
 
 
 class MLP(nn.Module):
@@ -56,3 +62,67 @@ class GPT2(CausalLM):
     def place(self, x: Tensor, positions: Tensor) -> Tensor:
         """Add the learned position vectors."""
         return x + self.positions.look_up(positions, x.dtype)
+
+
+# What its files are like ----------------------------------------------------------------------------------------------
+
+
+def read_shape(config: Mapping[str, Any], where: str) -> Shape:
+    """The shape that GPT-2's config.json describes."""
+    only(
+        config,
+        where,
+        activation_function=("gelu_new", "gelu_pytorch_tanh"),
+        scale_attn_weights=(True,),
+        scale_attn_by_inverse_layer_idx=(False,),
+        add_cross_attention=(False,),
+    )
+    d, heads = config["n_embd"], config["n_head"]
+    if d % heads:
+        raise InputError(f"{where}: n_embd {d} is not a multiple of n_head {heads}")
+    return Shape(
+        family="gpt2",
+        layers=config["n_layer"],
+        heads=heads,
+        kv_heads=heads,
+        d_model=d,
+        head_dim=d // heads,
+        d_ff=config.get("n_inner") or 4 * d,
+        vocab=config["vocab_size"],
+        context=config.get("n_positions", config.get("n_ctx", 1024)),
+        norm_eps=config.get("layer_norm_epsilon", 1e-5),
+        tied=config.get("tie_word_embeddings", True),
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+    )
+
+
+def _rows(shape: Shape, role: str) -> slice:
+    """c_attn holds q, k and v one after the other."""
+    part = "qkv".index(role)
+    return slice(part * shape.d_model, (part + 1) * shape.d_model)
+
+
+FAMILY = Family(
+    name="gpt2",
+    kinds=("gpt2",),
+    build=GPT2,
+    read=read_shape,
+    embed="transformer.wte",
+    positions="transformer.wpe",
+    last_norm="transformer.ln_f",
+    head="lm_head",
+    layers="transformer.h.",
+    linears={
+        **dict.fromkeys("qkv", "attn.c_attn"),
+        "o": "attn.c_proj",
+        "up": "mlp.c_fc",
+        "down": "mlp.c_proj",
+    },
+    norms={"norm1": "ln_1", "norm2": "ln_2"},
+    norm_biases=True,
+    transposed=True,
+    rows=_rows,
+    ignored=r"\.attn\.(bias|masked_bias)$",  # causal masks
+)

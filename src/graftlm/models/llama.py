@@ -7,15 +7,20 @@ Letters: B rows, T tokens, d model width, D width of a head.
 """
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graftlm.errors import InputError
 from graftlm.models.attention import Attention, Context
-from graftlm.models.base import CausalLM, Shape
+from graftlm.models.base import CausalLM
 from graftlm.models.gradients import Gated
 from graftlm.models.layers import ByHand, Dropout, Linear, RMSNorm, project, rope_table
+from graftlm.models.shape import Family, Shape, only
 
 
 class MLP(ByHand):
@@ -78,3 +83,97 @@ def inverse_frequencies(shape: Shape) -> Tensor:
 
 
 _LLAMA3_KEYS = ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+
+
+# What its files are like ----------------------------------------------------------------------------------------------
+
+
+def read_shape(config: Mapping[str, Any], where: str) -> Shape:
+    """The shape that the config.json of a Llama, Mistral or Qwen2 describes."""
+    only(config, where, hidden_act=("silu",), pretraining_tp=(1,), use_sliding_window=(False, None))
+    context = config["max_position_embeddings"]
+    window = config.get("sliding_window")
+    if window is not None and window < context and config.get("use_sliding_window") is not False:
+        raise InputError(f"{where}: sliding_window = {window} below the context of {context} is not supported")
+    rope = config.get("rope_parameters") or {}
+    scaling = dict(config.get("rope_scaling") or rope)
+    kind = scaling.pop("rope_type", scaling.pop("type", "default"))
+    theta = scaling.pop("rope_theta", None) or config.get("rope_theta") or rope.get("rope_theta") or 10000.0
+    understood = {
+        "default": (),
+        "linear": ("factor",),
+        "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    }
+    if kind not in understood:
+        raise InputError(f"{where}: rope_type = {kind!r} is not understood; understood: {', '.join(understood)}")
+    if strange := sorted(set(scaling) - set(understood[kind])):
+        raise InputError(f"{where}: the rope setting {strange[0]!r} is not understood for rope_type {kind!r}")
+    heads, d = config["num_attention_heads"], config["hidden_size"]
+    biased = config["model_type"] == "qwen2" or bool(config.get("attention_bias", False))
+    return Shape(
+        family="llama",
+        layers=config["num_hidden_layers"],
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        d_model=d,
+        head_dim=config.get("head_dim") or d // heads,
+        d_ff=config["intermediate_size"],
+        vocab=config["vocab_size"],
+        context=context,
+        norm_eps=config.get("rms_norm_eps", 1e-6),
+        tied=config.get("tie_word_embeddings", False),
+        qkv_bias=biased,
+        out_bias=biased and config["model_type"] != "qwen2",
+        mlp_bias=bool(config.get("mlp_bias", False)),
+        rope_theta=float(theta),
+        rope_scaling=() if kind == "default" else tuple(sorted([("rope_type", kind), *scaling.items()])),
+    )
+
+
+# Settings of Mistral and Qwen2 that Llama lacks; `read_shape` has seen to it that they change nothing.
+_NOT_LLAMAS = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
+
+
+def _with_biases(config: Mapping[str, Any], base: Shape, shape: Shape) -> dict[str, Any]:
+    """A config.json that says the biases of `shape`: the inverse of how `read_shape` reads them.
+
+    Mistral's and Qwen2's configs cannot say that every linear has one; Llama's can, and is the same model otherwise.
+    """
+    same = replace(base, qkv_bias=shape.qkv_bias, out_bias=shape.out_bias, mlp_bias=shape.mlp_bias)
+    assert shape == same and shape.qkv_bias == shape.out_bias
+    return {
+        **{key: value for key, value in config.items() if key not in _NOT_LLAMAS},
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": shape.qkv_bias,
+        "mlp_bias": shape.mlp_bias,
+        # The defaults of the three differ.
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "rms_norm_eps": shape.norm_eps,
+        "tie_word_embeddings": shape.tied,
+    }
+
+
+FAMILY = Family(
+    name="llama",
+    kinds=("llama", "mistral", "qwen2"),
+    build=Llama,
+    read=read_shape,
+    embed="model.embed_tokens",
+    last_norm="model.norm",
+    head="lm_head",
+    layers="model.layers.",
+    linears={
+        "q": "self_attn.q_proj",
+        "k": "self_attn.k_proj",
+        "v": "self_attn.v_proj",
+        "o": "self_attn.o_proj",
+        "gate": "mlp.gate_proj",
+        "up": "mlp.up_proj",
+        "down": "mlp.down_proj",
+    },
+    norms={"norm1": "input_layernorm", "norm2": "post_attention_layernorm"},
+    ignored=r"rotary_emb\.inv_freq$",
+    with_biases=_with_biases,
+)

@@ -3,7 +3,7 @@
 The tests compare them with what is read from the models' own config.json.
 """
 
-from graftlm.models.base import Shape
+from graftlm.models.shape import Shape
 
 
 def _gpt2(layers: int, heads: int, d: int) -> Shape:

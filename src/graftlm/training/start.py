@@ -24,7 +24,8 @@ from graftlm.files.assets import model_folder
 from graftlm.files.formats import tensors_sha256
 from graftlm.methods import Method, method_from_flags, method_from_json
 from graftlm.methods.base import layer_span, load_delta
-from graftlm.models.base import CausalLM, Shape
+from graftlm.models.base import CausalLM
+from graftlm.models.shape import Shape
 
 MAY_DIFFER = {"lora_dropout", "lora_plus_ratio"}
 """Flags of a method that decide how it is trained, not what it is."""
