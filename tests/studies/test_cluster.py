@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from graftlm.text.data import encode_rows, load_dataset
 from graftlm.text.template import load_template
 from tiny import TEMPLATE, data_folder, model_folder
 
-pytest.importorskip("ray")
+if find_spec("ray") is None:
+    pytest.skip("needs the extra ray", allow_module_level=True)
 
 SWEEP = """
 [train]
@@ -364,10 +366,7 @@ def test_a_cluster_of_this_machine_alone(assets: Path) -> None:
         addresses = {node["NodeManagerAddress"] for node in alone.nodes}
         assert addresses == {"127.0.0.1"} and alone.places >= 1
         assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
-        assert not alone.ray.is_initialized() or alone.ray.get(alone.task(len, 0).remote("four")) == 4
-        listening = subprocess.run(["ss", "-ltnpH"], capture_output=True, text=True).stdout
-        own = [line for line in listening.splitlines() if "raylet" in line or "gcs_server" in line]
-    assert own == own
+        assert alone.ray.get(alone.task(len, 0).remote("four")) == 4
 
 
 def test_the_command_does_without_ray_until_it_is_asked_for() -> None:
