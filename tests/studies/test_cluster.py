@@ -79,12 +79,13 @@ def cluster() -> Iterator[Any]:
         from ray.cluster_utils import Cluster
 
         nodes = Cluster(initialize_head=True, head_node_args=NODE)
+        address = nodes.address
         try:
             nodes.add_node(**NODE)
             yield nodes
         finally:
             nodes.shutdown()
-    assert not [line for line in processes() if nodes.address in line], "a process of the cluster is left over"
+    assert not [line for line in processes() if address in line], "a process of the cluster is left over"
 
 
 def processes() -> dict[str, int]:
@@ -366,7 +367,7 @@ def test_a_cluster_of_this_machine_alone(assets: Path) -> None:
         addresses = {node["NodeManagerAddress"] for node in alone.nodes}
         assert addresses == {"127.0.0.1"} and alone.places >= 1
         assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
-        assert alone.ray.get(alone.task(len, 0).remote("four")) == 4
+        assert alone.ray.get(alone.task(pieces_of, 0).remote([[0], [1]], 1)) == [[0, 1]]
 
 
 def test_the_command_does_without_ray_until_it_is_asked_for() -> None:
