@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from graftlm.exchange.load import Loaded
+    from graftlm.studies.cluster import Cluster
     from graftlm.text.data import Example
     from graftlm.text.template import Template
 
@@ -55,11 +56,20 @@ def _train(parsed: Parsed, notes: "Console") -> Result:
 
 
 def _evaluate(parsed: Parsed, notes: "Console") -> Result:
+    if not parsed.config.ray:
+        return _evaluate_on(None, parsed.config, notes)
+    from graftlm.studies.cluster import connected
+
+    with connected(parsed.config, parsed.every.debug) as cluster:
+        return _evaluate_on(cluster, parsed.config, notes)
+
+
+def _evaluate_on(cluster: "Cluster | None", config: EvaluateConfig, notes: "Console") -> Result:
+    """The evaluation here, or by copies of the model on a cluster."""
     from graftlm.exchange.load import load
     from graftlm.inference.evaluate import evaluate, write_predictions
     from graftlm.text.data import common_prefix
 
-    config: EvaluateConfig = parsed.config
     loaded = load(config.init_from, config.out_dir, config.checkpoint, config.device, config.dtype)
     template, examples, content_free = _examples(loaded, config, notes)
     readings = 2 if config.read == "both" else 1
@@ -72,6 +82,7 @@ def _evaluate(parsed: Parsed, notes: "Console") -> Result:
             read=config.read,
             batch_size=config.batch_size,
             content_free=content_free,
+            reader=cluster.reader(config, loaded) if cluster else None,
             progress=progress,
         )
     if config.predictions:
@@ -214,7 +225,7 @@ def _prefer(parsed: Parsed, notes: "Console") -> Result:
 def _compare(parsed: Parsed, notes: "Console") -> Result:
     from graftlm.studies.compare import compare
 
-    return compare(parsed.config, parsed.every.config, notes)
+    return compare(parsed.config, parsed.every.config, notes, parsed.every.debug)
 
 
 def _report(parsed: Parsed, notes: "Console") -> Result:

@@ -5,6 +5,7 @@ A default of None means "decided by the method or the run"; `run.json` records w
 No torch here: `graft --help` must answer at once.
 """
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -247,7 +248,30 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class RayFlags:
+    """A cluster to spread the work over."""
+
+    ray: str = ""
+    """Work on a Ray cluster: auto (the one this machine belongs to), HOST:PORT of one, or local, which starts one on
+    this machine alone (needs the extra: pip install 'graftlm[ray]')."""
+    ray_cpus: int = 1
+    """With --ray, the processor cores of a task, and its threads."""
+    ray_gpus: float = 0.0
+    """With --ray, the GPUs of a task: 0 (computes without), a share such as 0.5, or a whole number."""
+
+    def __post_init__(self) -> None:
+        known = self.ray in ("", "auto", "local") or re.fullmatch(r"(\w[\w.-]*|\[[0-9a-f:]+\]):\d{1,5}", self.ray)
+        _require(bool(known), "ray", repr(self.ray), "auto, local, or HOST:PORT as in 127.0.0.1:6379")
+        _require(self.ray_cpus >= 1, "ray_cpus", self.ray_cpus, "1 or more")
+        whole = self.ray_gpus == int(self.ray_gpus)
+        _require(0 <= self.ray_gpus <= 1 or (self.ray_gpus > 1 and whole), "ray_gpus", self.ray_gpus, "0 to 1 or whole")
+        for flag in ("ray_cpus", "ray_gpus"):
+            if not self.ray and getattr(self, flag) != getattr(RayFlags, flag):
+                raise InputError(f"--{flag} {getattr(self, flag)}: says something of a cluster; give --ray too")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(RayFlags):
     """Measure a model or a run on labelled text."""
 
     init_from: str = "resume"
@@ -297,6 +321,7 @@ class EvaluateConfig:
     """Number format of the weights and of the arithmetic."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for flag in ("limit", "shots", "seed"):
             _require(getattr(self, flag) >= 0, flag, getattr(self, flag), "0 or more")
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
@@ -512,7 +537,7 @@ class FetchConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareConfig:
+class CompareConfig(RayFlags):
     """Train and measure many settings under one budget; makes one table."""
 
     TABLES: ClassVar[tuple[str, ...]] = ("train", "grid", "rows")
@@ -531,14 +556,16 @@ class CompareConfig:
     """How an answer is read: by the labels' scores, in the generated text, or both."""
     limit: int = 0
     """Measure on so many examples of the test split only (a fixed, label-blind sample); 0 means all."""
-    jobs: int = 1
-    """Runs at the same time, each a process; the processor's cores are divided between them."""
+    jobs: int | None = None
+    """Runs at the same time, each a process; the processor's cores are divided between them. Default: 1, and with --ray
+    as many as the cluster has room for."""
     init_from: str = ""
     """The base model of all rows, whatever the sweep says."""
     device: str = ""
     """Where all rows compute, whatever the sweep says."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(bool(self.out_dir.strip()), "out_dir", repr(self.out_dir), "a folder's name")
         budgets = {f: v for f in ("steps", "seconds", "tflop") if (v := getattr(self, f"budget_{f}")) is not None}
         for unit, value in budgets.items():
@@ -546,7 +573,7 @@ class CompareConfig:
         if len(budgets) > 1:
             raise InputError(f"--budget_{' and --budget_'.join(budgets)}: one budget holds for all; give one of them")
         _require(self.limit >= 0, "limit", self.limit, "0 or more")
-        _require(self.jobs >= 1, "jobs", self.jobs, "1 or more")
+        _require(self.jobs is None or self.jobs >= 1, "jobs", self.jobs, "1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,7 +67,7 @@ def test_scores_equal_plain_forwards(family: str, labels: list[list[int]], batch
 def test_the_shared_prefix_changes_rounding_only() -> None:
     model = tiny("llama")
     examples = [example(prompt, [7, EOT]) for prompt in ragged([9, 20, 7, 13], shared=6)]
-    with_it, without = (score(model, examples, LABELS["several tokens"], shared_prefix=on) for on in (True, False))
+    with_it, without = (score(model, examples, LABELS["several tokens"], shared=n) for n in (None, 0))
     torch.testing.assert_close(with_it.labels, without.labels, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(with_it.completion, without.completion, rtol=1e-10, atol=1e-10)
 

@@ -95,10 +95,10 @@ def test_generation_stops_when_all_have_ended() -> None:
 
 def test_batches_are_continued_together_while_their_prompts_are_few_and_short(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = [1, 1, 2, 2, 3, 3, 9, 9, 9]
-    assert list(module._groups(range(9), lengths, 2)) == [[0, 1, 2, 3, 4, 5, 6, 7], [8]]  # TOGETHER = 4 batches
+    assert list(module.decoded_together(lengths, 2)) == [[0, 1, 2, 3, 4, 5, 6, 7], [8]]  # TOGETHER = 4 batches
     monkeypatch.setattr(module, "MOST_CACHED", 18)
-    assert list(module._groups(range(9), lengths, 2)) == [[0, 1, 2, 3, 4, 5], [6, 7], [8]]
-    assert list(module._groups(range(9), lengths, 9)) == [[*range(9)]]  # one batch is never split
+    assert list(module.decoded_together(lengths, 2)) == [[0, 1, 2, 3, 4, 5], [6, 7], [8]]
+    assert list(module.decoded_together(lengths, 9)) == [[*range(9)]]  # one batch is never split
 
 
 def test_a_small_cache_grows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from graftlm.text.tokenizer import Tokenizer
 
 Read = Literal["both", "score", "generate"]
 Tokens = tuple[int, ...]
+LabelIds = Sequence[Sequence[int]]
 
 MOST_POSITIONS = 1024
 """Logits of so many positions are made at once; at V = 50,000 they take 200 MB."""
@@ -93,29 +94,27 @@ class _Plan:
 def score(
     model: CausalLM,
     examples: Sequence[Example],
-    label_ids: Sequence[Sequence[int]] | None = None,
+    label_ids: LabelIds | None = None,
     *,
     batch_size: int = 32,
-    shared_prefix: bool = True,
+    shared: int | None = None,
     completions: bool = True,
     progress: Progress | None = None,
 ) -> Scores:
     """The log-probability of each label, and of each example's own completion, behind its prompt.
 
     label_ids: the tokens of each label (`text.data.label_ids`); None or empty where the data has no labels.
-    shared_prefix: run what all prompts begin with once for the whole call; changes the scores by rounding only.
+    shared: run so many first tokens, which all prompts have, once for the whole call; 0: none, None: as many as pay.
+        It changes the scores by rounding only.
     completions: False leaves the completions out (their sums and counts are 0), for when only labels matter.
 
     Raises InputError for an example whose prompt and tail are longer than the context.
     """
-    labels = [tuple(ids) for ids in label_ids or ()]
-    plans = [
-        _Plan.make(tuple(e.prompt_ids), (*labels, tuple(e.completion_ids) if completions else ())) for e in examples
-    ]
+    plans = _plans(examples, label_ids or (), completions)
     _check(plans, examples, model.room)
-    sums = torch.zeros(len(plans), len(labels) + 1, dtype=torch.float64)
+    sums = torch.zeros(len(plans), len(label_ids or ()) + 1, dtype=torch.float64)
     with evaluating(model):
-        past, skip = read_shared(model, [plan.prompt for plan in plans]) if shared_prefix else ((), 0)
+        past, skip = read_shared(model, [plan.prompt for plan in plans], shared)
         for rows in _batches(plans, batch_size):
             batch = _score_batch(model, [plans[row] for row in rows], past, skip)
             sums[rows] = torch.tensor(batch, dtype=torch.float64)
@@ -123,6 +122,18 @@ def score(
                 progress(len(rows))
     counts = torch.tensor([len(plan.tails[-1]) for plan in plans], dtype=torch.int64)
     return Scores(sums[:, :-1], sums[:, -1], counts)
+
+
+def _plans(examples: Sequence[Example], label_ids: LabelIds, completions: bool) -> list[_Plan]:
+    labels = [tuple(ids) for ids in label_ids]
+    return [
+        _Plan.make(tuple(e.prompt_ids), (*labels, tuple(e.completion_ids) if completions else ())) for e in examples
+    ]
+
+
+def scored_together(examples: Sequence[Example], label_ids: LabelIds, batch_size: int) -> list[list[int]]:
+    """The rows of each batch in which `score` reads the labels. Any run of them, on its own, makes the same batches."""
+    return list(_batches(_plans(examples, label_ids, False), batch_size))
 
 
 def _check(plans: Sequence[_Plan], examples: Sequence[Example], context: int) -> None:
@@ -211,6 +222,65 @@ def _log_probs(
 # Labels ---------------------------------------------------------------------------------------------------------------
 
 
+class Reader(Protocol):
+    """What reads the examples for `evaluate`: a model of this process, or copies of it elsewhere."""
+
+    def scores(
+        self,
+        examples: Sequence[Example],
+        label_ids: LabelIds,
+        batch_size: int,
+        progress: Progress | None,
+    ) -> Tensor:
+        """The labels' scores [N, L], as `score` gives them."""
+
+    def continuations(
+        self, prompts: Sequence[Tokens], max_new_tokens: int, eot: int, batch_size: int, progress: Progress | None
+    ) -> list[list[int]]:
+        """The likeliest continuation of each prompt, as `generate_ids` gives it."""
+
+
+@dataclass(frozen=True)
+class Here:
+    """A reader with a model of this process. `shared`: see `score`."""
+
+    model: CausalLM
+    shared: int | None = None
+
+    def scores(
+        self,
+        examples: Sequence[Example],
+        label_ids: LabelIds,
+        batch_size: int,
+        progress: Progress | None,
+    ) -> Tensor:
+        """See Reader."""
+        found = score(
+            self.model,
+            examples,
+            label_ids,
+            batch_size=batch_size,
+            shared=self.shared,
+            completions=False,
+            progress=progress,
+        )
+        return found.labels
+
+    def continuations(
+        self, prompts: Sequence[Tokens], max_new_tokens: int, eot: int, batch_size: int, progress: Progress | None
+    ) -> list[list[int]]:
+        """See Reader."""
+        return generate_ids(
+            self.model,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            eot=eot,
+            batch_size=batch_size,
+            shared=self.shared,
+            progress=progress,
+        )
+
+
 def read_label(generated: str, labels: Sequence[str]) -> int:
     """The number of the label that a generated text names, -1 for none (garbage).
 
@@ -253,8 +323,8 @@ def predict_labels(
     if not examples:
         return []
     if read == "score":
-        return _by_score(model, tokenizer, template, examples, batch_size, None)[0]
-    return _by_text(model, tokenizer, template, examples, batch_size, max_new_tokens, None)[0]
+        return _by_score(Here(model), tokenizer, template, examples, batch_size, None)[0]
+    return _by_text(Here(model), tokenizer, template, examples, batch_size, max_new_tokens, None)[0]
 
 
 def _encoded(
@@ -267,7 +337,7 @@ def _encoded(
 
 
 def _by_score(
-    model: CausalLM,
+    reader: Reader,
     tokenizer: Tokenizer,
     template: Template,
     examples: Sequence[Example],
@@ -278,7 +348,7 @@ def _by_score(
     """The likeliest labels [N], and the scores [N, L] they were read from: calibrated, where `content_free` says so."""
     ids = label_ids(template, tokenizer)
     asked = [*examples, *(example for group in content_free for example in group)]
-    labels = score(model, asked, ids, batch_size=batch_size, completions=False, progress=progress).labels
+    labels = reader.scores(asked, ids, batch_size, progress)
     if bool(labels.isnan().any()):
         raise GraftError("the labels' scores are NaN: the weights are broken, or overflow in this --dtype; try float32")
     scores, free = labels[: len(examples)], labels[len(examples) :]
@@ -303,7 +373,7 @@ def label_probabilities(
     the scores are NaN.
     """
     examples = _encoded(texts, template, tokenizer, model.room)
-    scores = _by_score(model, tokenizer, template, examples, batch_size, progress)[1]
+    scores = _by_score(Here(model), tokenizer, template, examples, batch_size, progress)[1]
     return torch.tensor(scores, dtype=torch.float64).softmax(dim=-1).tolist() if scores else []
 
 
@@ -313,7 +383,7 @@ def answer_length(template: Template, tokenizer: Tokenizer) -> int:
 
 
 def _by_text(
-    model: CausalLM,
+    reader: Reader,
     tokenizer: Tokenizer,
     template: Template,
     examples: Sequence[Example],
@@ -321,14 +391,9 @@ def _by_text(
     max_new_tokens: int | None,
     progress: Progress | None,
 ) -> tuple[list[int], list[str]]:
-    new = generate_ids(
-        model,
-        [example.prompt_ids for example in examples],
-        max_new_tokens=max_new_tokens or answer_length(template, tokenizer),
-        eot=tokenizer.eot,
-        batch_size=batch_size,
-        progress=progress,
-    )
+    longest = max_new_tokens or answer_length(template, tokenizer)
+    prompts = [example.prompt_ids for example in examples]
+    new = reader.continuations(prompts, longest, tokenizer.eot, batch_size, progress)
     texts = [tokenizer.decode(ids) for ids in new]
     return [read_label(text, template.labels) for text in texts], texts
 
@@ -368,6 +433,7 @@ def evaluate(
     batch_size: int = 32,
     max_new_tokens: int | None = None,
     content_free: Sequence[Sequence[Example]] = (),
+    reader: Reader | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Accuracy and its kin on labelled examples.
@@ -375,22 +441,23 @@ def evaluate(
     read: "score", "generate" or "both" side by side. max_new_tokens: of the generated answers; 5 by default, or as many
     as the longest label has. content_free: calibrate the label scores by what is answered to these inputs without
     content, one group for all examples or one for each (`statistics.calibrated`); generated text stays as it is.
+    reader: who reads in the model's place (`studies.cluster`); the model itself by default.
     progress: called with the number of examples finished, once in each reading.
 
     Raises InputError when there is no example or one has no label, GraftError when the model's figures are NaN.
     """
-    true = _true_labels(examples)
+    true, reader = _true_labels(examples), reader or Here(model)
     readings: dict[str, Reading] = {}
     scores: list[list[float]] = []
     texts: list[str] = []
     if read in ("both", "score"):
         start = time.perf_counter()
-        predicted, scores = _by_score(model, tokenizer, template, examples, batch_size, progress, content_free)
+        predicted, scores = _by_score(reader, tokenizer, template, examples, batch_size, progress, content_free)
         seconds = time.perf_counter() - start
         readings["score"] = Reading.make("score", true, predicted, len(template.labels), seconds)
     if read in ("both", "generate"):
         start = time.perf_counter()
-        predicted, texts = _by_text(model, tokenizer, template, examples, batch_size, max_new_tokens, progress)
+        predicted, texts = _by_text(reader, tokenizer, template, examples, batch_size, max_new_tokens, progress)
         seconds = time.perf_counter() - start
         readings["generate"] = Reading.make("generate", true, predicted, len(template.labels), seconds)
     evaluation = Evaluation(readings, [])

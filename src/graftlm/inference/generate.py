@@ -87,6 +87,7 @@ def generate_ids(
     seed: int = 0,
     batch_size: int = 32,
     stop: Stop | None = None,
+    shared: int | None = None,
     progress: Progress | None = None,
 ) -> list[list[int]]:
     """The tokens that follow each prompt, in the order given, without the end-of-text token `eot` that ended them.
@@ -97,6 +98,7 @@ def generate_ids(
     together have this probability (Holtzman et al. 2020, "nucleus sampling"); 1 means all.
     seed: with it, a row's index and the step, the sample is decided.
     stop: called with a row's new tokens after each step; True ends the row, which keeps them.
+    shared: see `read_shared`.
 
     Raises InputError for an empty prompt or one longer than the context, GraftError where the logits are NaN.
     """
@@ -110,12 +112,11 @@ def generate_ids(
 
     new: list[list[int]] = [[] for _ in prompts]
     with evaluating(model):
-        shared, skip = read_shared(model, prompts)
-        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # neighbours differ little: less padding
-        for rows in _groups(order, [len(prompt) - skip for prompt in prompts], batch_size):
+        past, skip = read_shared(model, prompts, shared)
+        for rows in decoded_together([len(prompt) - skip for prompt in prompts], batch_size):
             room = [min(max_new_tokens, model.room - len(prompts[row])) for row in rows]
             own = [prompts[row][skip:] for row in rows]
-            continuations = _continue(model, own, rows, shared, room, eot, pick, batch_size, stop)
+            continuations = _continue(model, own, rows, past, room, eot, pick, batch_size, stop)
             for row, tokens in zip(rows, continuations, strict=True):
                 new[row] = tokens
             if progress is not None:
@@ -123,8 +124,13 @@ def generate_ids(
     return new
 
 
-def _groups(order: Sequence[int], lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Rows to decode together: up to TOGETHER batches, as long as they stay below MOST_CACHED tokens."""
+def decoded_together(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Rows to decode together, by their prompts' own lengths: up to TOGETHER batches, below MOST_CACHED tokens.
+
+    Rows are sorted by length, so that neighbours differ little and there is less padding. Any run of these groups, on
+    its own, makes the same groups again.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
     group: list[int] = []
     for start in range(0, len(order), batch_size):
         batch = list(order[start : start + batch_size])
@@ -305,13 +311,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                 module.train(training)
 
 
-def read_shared(model: CausalLM, prompts: Sequence[Sequence[int]]) -> tuple[tuple[Segment, ...], int]:
-    """What all prompts begin with, as a past that was run once, and how many tokens it is.
-
-    It leaves every prompt at least its last token. Nothing, and 0, where that would not pay.
-    """
+def shared_length(prompts: Sequence[Sequence[int]]) -> int:
+    """How many first tokens of all prompts are worth a forward pass of their own; each keeps at least its last."""
     length = common_prefix(prompts) if len(prompts) > 1 else 0
-    if length < SHORTEST_SHARED:
+    return length if length >= SHORTEST_SHARED else 0
+
+
+def read_shared(
+    model: CausalLM, prompts: Sequence[Sequence[int]], length: int | None = None
+) -> tuple[tuple[Segment, ...], int]:
+    """What all prompts begin with, as a past that was run once, and how many tokens it is; nothing where it is 0.
+
+    length: `shared_length` of them; another where they are some of many prompts, or where nothing shall be shared.
+    """
+    length = shared_length(prompts) if length is None else length
+    if not length:
         return (), 0
     segment = Segment()
     model.hidden(torch.tensor([list(prompts[0][:length])], device=model.device), keep=segment)

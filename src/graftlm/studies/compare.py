@@ -11,16 +11,13 @@
 
 What is unusual here: a cell is nothing but `graft train` and `graft evaluate`, two lines that a user could type, and
 nothing is known about it that is not in its folder. So killing a comparison at any moment and giving the same command
-again goes on where it stopped and ends with the same table. A process it started ends with it, even behind a SIGKILL.
+again goes on where it stopped and ends with the same table, and so does a cell whose worker on a cluster is lost. A
+process it started ends with it, even behind a SIGKILL.
 """
 
 import contextlib
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,20 +34,20 @@ from graftlm.errors import GraftError, InputError, Interrupted
 from graftlm.files.formats import disk_errors, read_json, remove_leftovers, write_json, write_text
 from graftlm.files.locks import NAME as LOCK
 from graftlm.files.locks import alone_in
+from graftlm.studies.commands import LOST, CommandFailed, Commands, Here, WorkerLost
 from graftlm.studies.sweep import Cell, read_sweep
 from graftlm.studies.table import FAILED, Outcome, failures, make_rows, markdown
-from graftlm.training.interrupt import LEASH, stop_on_signal
+from graftlm.training.interrupt import stop_on_signal
 
 PLANNED_STEPS = 100  # steps of the plan that tells what one of them takes
+MOST_ASKED = 256  # cells that wait for a cluster's answer at the same time, each in a thread
 PATIENCE = 5.0  # seconds that another comparison's last process may take to end
 
 
-class CellFailed(Exception):
-    """A command of a cell failed; the text says why."""
-
-
-def compare(config: CompareConfig, sweep: str, console: Console | None = None) -> dict[str, Any]:
+def compare(config: CompareConfig, sweep: str, console: Console | None = None, debug: bool = False) -> dict[str, Any]:
     """Train and measure all cells of the sweep file that are not done yet; returns the table.
+
+    With `debug` a cluster's logs are shown.
 
     Raises InputError for a wrong sweep before anything is written, GraftError when no cell came to anything, and
     Interrupted after Ctrl-C or SIGTERM, with every run's last step saved.
@@ -65,8 +62,22 @@ def compare(config: CompareConfig, sweep: str, console: Console | None = None) -
     if "budget_steps" in budget:
         overrides["max_iters"] = budget.pop("budget_steps")
     cells = read_sweep(sweep, overrides, budget)
-    with _alone(Path(config.out_dir)) as lock:
-        return _Comparison(config, cells, budget, console, lock).run()
+    with _alone(Path(config.out_dir)) as lock, _commands(config, len(cells), lock, debug) as commands:
+        return _Comparison(config, cells, budget, console, commands).run()
+
+
+@contextlib.contextmanager
+def _commands(config: CompareConfig, cells: int, lock: int, debug: bool) -> Iterator[Commands]:
+    """Where the cells' commands run: on this machine, or on the cluster that --ray names."""
+    if not config.ray:
+        yield Here(config.jobs or 1, lock)
+        return
+    from graftlm.studies.cluster import connected
+
+    with connected(config, debug) as cluster:
+        at_once = min(config.jobs or MOST_ASKED, cells)
+        with cluster.commands(Path(config.out_dir), at_once) as elsewhere:
+            yield elsewhere
 
 
 def _alone(out_dir: Path) -> contextlib.AbstractContextManager[int]:
@@ -82,25 +93,19 @@ class _Comparison:
     cells: Sequence[Cell]
     budget: Mapping[str, float]
     console: Console
-    lock: int
-    children: set["subprocess.Popen[str]"] = field(default_factory=set)
+    commands: Commands
     stopping: threading.Event = field(default_factory=threading.Event)
-    starting: threading.Lock = field(default_factory=threading.Lock)
     writing: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         self.out_dir = Path(self.config.out_dir)
         self.checkpoints = ["best", "last"] if self.config.checkpoint == "both" else [self.config.checkpoint]
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        each = str(max(1, cores // self.config.jobs))
-        threads = {"OMP_NUM_THREADS": each, "RAYON_NUM_THREADS": each} if self.config.jobs > 1 else {}
-        self.environment = {**os.environ, **threads, LEASH: "1"}
 
     def run(self) -> dict[str, Any]:
-        """All cells, `jobs` at a time; the table."""
+        """All cells, so many at a time as there is room for; the table."""
         remove_leftovers(self.out_dir / "sweep.json")
         write_json(self.out_dir / "sweep.json", {"cells": [{**asdict(c), "folder": c.folder} for c in self.cells]})
-        with stop_on_signal() as stop, self._bar() as bar, ThreadPoolExecutor(self.config.jobs) as pool:
+        with stop_on_signal() as stop, self._bar() as bar, ThreadPoolExecutor(self.commands.at_once) as pool:
             tasks: dict[str, TaskID] = {}
             futures = [pool.submit(self._cell, cell) for cell in self.cells]
             while not self._over(futures):
@@ -124,10 +129,8 @@ class _Comparison:
 
     def _stop(self) -> None:
         """Let every command finish its step and save, and begin no other."""
-        with self.starting:
-            self.stopping.set()
-            for child in self.children:
-                child.send_signal(signal.SIGINT)
+        self.stopping.set()
+        self.commands.stop()
 
     # One cell -----------------------------------------------------------------------------------------------------
 
@@ -137,22 +140,35 @@ class _Comparison:
             folder.mkdir(exist_ok=True)
         if self._done(cell):
             return
+        if self.stopping.is_set():
+            return
         began = time.monotonic()
-        try:
-            if self.stopping.is_set():
-                return
-            (folder / FAILED).unlink(missing_ok=True)
-            if cell.trains:
-                self._train(cell, folder)
-            for checkpoint in self._measured(cell):
-                self._measure(cell, folder, checkpoint)
-        except CellFailed as failure:
-            if self.stopping.is_set():
-                return
-            write_json(folder / FAILED, {"reason": str(failure)})
-        if not self.stopping.is_set():
-            self._say(cell, time.monotonic() - began)
-            self._table()
+        (folder / FAILED).unlink(missing_ok=True)
+        reason = self._tried(cell, folder)
+        if self.stopping.is_set():
+            return
+        if reason:
+            write_json(folder / FAILED, {"reason": reason})
+        self._say(cell, time.monotonic() - began)
+        self._table()
+
+    def _tried(self, cell: Cell, folder: Path) -> str:
+        """Train and measure; why that failed, or nothing. Behind a lost worker it goes on from what is on the disk."""
+        for left in range(LOST, -1, -1):
+            try:
+                if cell.trains:
+                    self._train(cell, folder)
+                for checkpoint in self._measured(cell):
+                    self._measure(cell, folder, checkpoint)
+            except CommandFailed as failure:
+                return str(failure)
+            except WorkerLost as lost:
+                if not left or self.stopping.is_set():
+                    return f"{LOST + 1} workers were lost one after the other: {lost}"
+                self._print(f"a worker was lost; {cell.row}, seed {cell.seed} goes on from its last checkpoint")
+            else:
+                break
+        return ""
 
     def _measured(self, cell: Cell) -> Sequence[str]:
         return self.checkpoints if cell.trains else [""]
@@ -173,7 +189,8 @@ class _Comparison:
         if record is None and run.is_dir():  # killed before it had written anything
             shutil.rmtree(run)
         flags = {**cell.flags, **self._budgeted(cell, folder), "out_dir": str(run)}
-        self._graft(["train", *_words(flags), *(["--resume"] if record is not None else []), "--json"], folder)
+        resumed = ["--resume"] if record is not None else []
+        self.commands.run(["train", *_words(flags), *resumed, "--json"], folder)
 
     def _budgeted(self, cell: Cell, folder: Path) -> dict[str, int]:
         """The steps that a budget in seconds or TFLOP comes to for this cell; decided once, so that a resume agrees."""
@@ -183,7 +200,7 @@ class _Comparison:
         if not steps.is_file():
             ((name, most),) = self.budget.items()
             flags = {**cell.flags, "max_iters": PLANNED_STEPS, "out_dir": str(folder / "planned")}
-            plan = json.loads(self._graft(["train", *_words(flags), "--plan", "--json"], folder))
+            plan = json.loads(self.commands.run(["train", *_words(flags), "--plan", "--json"], folder))
             each = plan["train_seconds" if name == "budget_seconds" else "needed_tflop"] / PLANNED_STEPS
             write_json(steps, {"max_iters": max(1, int(most / each)), name: most})
         return {"max_iters": read_json(steps)["max_iters"]}
@@ -197,37 +214,8 @@ class _Comparison:
         else:
             flags = {name: value for name, value in cell.flags.items() if name != "method"}
             words += _words({"init_from": TrainConfig.init_from, **flags})
-        reading = json.loads(self._graft(["evaluate", *words, "--json"], folder))
+        reading = json.loads(self.commands.run(["evaluate", *words, "--json"], folder))
         write_json(folder / f"test-{checkpoint}.json", {"asked": self._asked(), "reading": reading})
-
-    def _graft(self, words: Sequence[str], folder: Path) -> str:
-        """What the command prints; CellFailed with its last line if it fails."""
-        command = [sys.executable, "-m", "graftlm", *words]
-        with disk_errors(folder), open(folder / "log.txt", "a+", encoding="utf-8") as log:
-            log.write(f"$ graft {' '.join(words)}\n")
-            log.flush()
-            with self.starting:
-                if self.stopping.is_set():
-                    raise CellFailed("stopped")
-                child = subprocess.Popen(  # in a session of its own: Ctrl-C reaches it through `_stop`, once
-                    command,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=log,
-                    text=True,
-                    env=self.environment,
-                    start_new_session=True,
-                    pass_fds=(self.lock,),
-                )
-                self.children.add(child)
-            with child:
-                assert child.stdout is not None
-                out = child.stdout.read()  # not communicate(): it would close the input, and end the child
-                status = child.wait()
-                self.children.discard(child)
-            if status:
-                raise CellFailed(_reason(folder / "log.txt", status))
-        return out
 
     # What is shown ------------------------------------------------------------------------------------------------
 
@@ -255,11 +243,10 @@ class _Comparison:
         done = sum(self._done(each) or (self.out_dir / each.folder / FAILED).is_file() for each in self.cells)
         found = [self._outcome(cell, checkpoint) for checkpoint in self._measured(cell)]
         what = found[0].reason or " and ".join(f"{o.reading['accuracy']:.3f}" for o in found)
-        self.console.print(
-            f"{done} of {len(self.cells)}: {cell.row}, seed {cell.seed}: {what} ({seconds / 60:.1f} min)",
-            markup=False,
-            highlight=False,
-        )
+        self._print(f"{done} of {len(self.cells)}: {cell.row}, seed {cell.seed}: {what} ({seconds / 60:.1f} min)")
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False)
 
     # The table ----------------------------------------------------------------------------------------------------
 
@@ -283,11 +270,3 @@ class _Comparison:
 
 def _words(flags: Mapping[str, Any]) -> list[str]:
     return [f"--{name}={str(v).lower() if isinstance(v, bool) else v}" for name, v in flags.items()]
-
-
-def _reason(log: Path, status: int) -> str:
-    """The last line of what a failed command said."""
-    if status < 0:
-        return f"killed by signal {-status} ({signal.Signals(-status).name}): out of memory?"
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-1].removeprefix("graft: ") if lines and not lines[-1].startswith("$ ") else f"exit status {status}"
