@@ -220,7 +220,7 @@ class Batch:
                 tensors[layer][held] = old[held]
 
     def join(self, prompts: Sequence[Sequence[int]], ends: Sequence[int]) -> Tensor:
-        """Read B prompts as new rows; the logits [B, V] behind each one's last token. `ends`: the most each will hold."""
+        """Read B prompts as new rows, which will hold `ends` tokens at most; the logits [B, V] behind each prompt."""
         ids, lengths = right_pad(prompts, self._model.device)
         first, width = len(self), ids.shape[1]
         self._ends += ends
