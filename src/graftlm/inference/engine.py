@@ -485,6 +485,7 @@ class Engine:
         """Fail what was at hand; rows begin again with an empty batch."""
         tickets = [one for one in at_hand if isinstance(one, Ticket)]
         for question in (one for one in at_hand if isinstance(one, Question) and not one.done.done()):
+            self._count("failed")
             question.done.set_exception(error)
         if tickets:
             self._batch = Batch(self._model)

@@ -285,7 +285,7 @@ def compact(cache: Segment, stays: Sequence[bool]) -> list[int]:
             for layer, tensor in enumerate(tensors):
                 tensor[holes] = tensor[movers]
                 tensors[layer] = tensor[:n]
-        cache.lengths = cache.lengths[torch.tensor(slots, device=cache.lengths.device)]
+        cache.lengths = cache.lengths[torch.tensor(slots, dtype=torch.long, device=cache.lengths.device)]
     return slots
 
 
