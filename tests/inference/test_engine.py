@@ -1,4 +1,4 @@
-"""The engine: whoever shares the batch, each gets what is its own; and whatever goes wrong, the next ones are served."""
+"""The engine: whoever shares the batch, each gets what is its own; whatever goes wrong, the next ones are served."""
 
 import gc
 import threading
@@ -81,7 +81,7 @@ def ids(text: str, loaded: Loaded) -> tuple[int, ...]:
 
 
 class Gate:
-    """Lets the engine's thread go on step by step: it waits in `on_piece` of a request that is asked for the purpose."""
+    """Lets the engine's thread go on step by step: it waits in `on_piece` of a request made for the purpose."""
 
     def __init__(self, engine: Engine, loaded: Loaded, tokens: int = 50) -> None:
         self.reached, self.go = threading.Semaphore(0), threading.Semaphore(0)
@@ -517,4 +517,3 @@ def test_many_threads_at_once(engine: Engine, loaded: Loaded) -> None:
     for thread in threads:
         thread.join(60)
     assert [found[number] for number in range(24)] == expected
-

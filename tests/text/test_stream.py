@@ -1,7 +1,6 @@
 """Text that comes token by token: whole characters only, stop texts across tokens, and in all what decoding gives."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 
@@ -29,7 +28,8 @@ def pieces(tokenizer: Tokenizer, ids: Sequence[int], *stop: str) -> list[str]:
 
 
 def test_characters_come_whole(tokenizer: Tokenizer) -> None:
-    assert pieces(tokenizer, tokenizer.encode("a é €🙂.")) == [*"a ", "", "é", " ", "", "", "€", "", "", "", "🙂", ".", ""]
+    found = pieces(tokenizer, tokenizer.encode("a é €🙂."))
+    assert found == [*"a ", "", "é", " ", "", "", "€", "", "", "", "🙂", ".", ""]
 
 
 @pytest.mark.parametrize("text", [b"\xff\xfe\xfd\xfc\xfba", b"a\xe2\x82", b"\xf0\x9f\xf0\x9f\x99\x82", "�é�".encode()])
