@@ -35,6 +35,9 @@ SHORTEST_SHARED = 4
 FIRST_ROOM = 32
 """New tokens that the cache has room for at first; when they are used up the room is doubled."""
 
+FEW = 512
+"""Of so many tokens, the likeliest, top_p has mostly enough."""
+
 TOGETHER, MOST_CACHED = 4, 8192
 """So many batches are decoded together, unless their prompts have more tokens than this (200 MB of a small model)."""
 
@@ -306,9 +309,12 @@ def sample(logits: Tensor, u: Sequence[float], temperature: float, top_k: int = 
     # The largest is now 0, so that no temperature overflows; and below `tiny` a temperature would be 0 in float32.
     logits = (logits - best) / max(temperature, torch.finfo(torch.float32).tiny)
     ids = None
-    if top_p < 1 or 0 < top_k < logits.shape[-1]:
-        logits, ids = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]), dim=-1)  # likeliest first
-    weights = torch.softmax(logits, dim=-1).double()
+    if 0 < top_k < logits.shape[-1]:
+        logits, ids = logits.topk(top_k, dim=-1)  # likeliest first
+    weights = torch.softmax(logits, dim=-1)
+    if top_p < 1 and ids is None:
+        weights, ids = _likely(weights, top_p)
+    weights = weights.double()
     cumulative = weights.cumsum(dim=-1)
     if top_p < 1:
         # A token stays when those before it do not yet reach top_p; so the first always stays.
@@ -317,6 +323,17 @@ def sample(logits: Tensor, u: Sequence[float], temperature: float, top_k: int = 
     target = torch.tensor(u, dtype=torch.float64, device=logits.device)[:, None] * cumulative[:, -1:]
     index = torch.searchsorted(cumulative, target, right=True)  # the first whose cumulative weight exceeds it
     return (index if ids is None else ids.gather(-1, index))[:, 0].tolist()
+
+
+def _likely(weights: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens first, at least as many as have top_p together: few, unless a row needs more.
+
+    Sorting a whole vocabulary for a few tokens would take longer than a step of a small model.
+    """
+    few, ids = weights.topk(min(FEW, weights.shape[-1]), dim=-1)
+    if bool((few.double().sum(dim=-1) < top_p).any()):
+        return weights.sort(dim=-1, descending=True, stable=True)
+    return few, ids
 
 
 def likeliest(logits: Tensor) -> list[int]:
