@@ -123,7 +123,7 @@ def busy_seconds(stat: str, ticks_per_second: int) -> float:
     return (user + nice + system + irq + softirq + steal) / ticks_per_second
 
 
-def _machine_busy_seconds() -> float:
+def machine_busy_seconds() -> float:
     return busy_seconds(Path("/proc/stat").read_text(encoding="utf-8"), os.sysconf("SC_CLK_TCK"))
 
 
@@ -169,7 +169,7 @@ def run_measured(
 ) -> Measured:
     """Run `command` to its end in `folder`, with its output kept there too; never raises for a failed process."""
     out, err = folder / "stdout", folder / "stderr"
-    own_before, busy_before, began = time.process_time(), _machine_busy_seconds(), time.perf_counter()
+    own_before, busy_before, began = time.process_time(), machine_busy_seconds(), time.perf_counter()
     with out.open("wb") as stdout, err.open("wb") as stderr:
         child = subprocess.Popen(command, cwd=folder, env=environment, stdout=stdout, stderr=stderr)
         try:
@@ -181,7 +181,7 @@ def run_measured(
                 child.wait()
     seconds = time.perf_counter() - began
     cpu = usage.ru_utime + usage.ru_stime
-    other = max(0.0, _machine_busy_seconds() - busy_before - cpu - (time.process_time() - own_before))
+    other = max(0.0, machine_busy_seconds() - busy_before - cpu - (time.process_time() - own_before))
     return Measured(
         stdout=out.read_text(encoding="utf-8"),
         stderr=err.read_text(encoding="utf-8", errors="replace"),

@@ -262,3 +262,15 @@ def test_generation_switches_dropout_off_and_back_on() -> None:
     model.train()
     assert generate_ids(model, [[1, 2, 3]], max_new_tokens=8, eot=-1) == expected
     assert model.training
+
+
+def test_top_p_sorts_the_whole_vocabulary_only_where_it_must(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(0)) * 3
+    u = torch.linspace(0, 0.999, 64).tolist()
+    for top_p in (0.2, 0.7, 0.99):
+        monkeypatch.setattr(module, "FEW", 50)
+        expected = sample(logits, u, 1.0, top_p=top_p)
+        for few in (1, 6, 20):  # too few for some rows of the batch, or for all
+            monkeypatch.setattr(module, "FEW", few)
+            assert sample(logits, u, 1.0, top_p=top_p) == expected
+            assert [sample(logits[n : n + 1], u[n : n + 1], 1.0, top_p=top_p)[0] for n in range(64)] == expected

@@ -10,7 +10,7 @@ from graftlm.models.llama import FAMILY as LLAMA
 from graftlm.models.neox import FAMILY as NEOX
 from graftlm.models.shape import FAMILIES, Shape
 
-__all__ = ["CausalLM", "Linear", "Segment", "Shape", "build", "random_model"]
+__all__ = ["CausalLM", "Linear", "Segment", "Shape", "build", "random_model", "sharing"]
 
 
 FAMILIES.update({family.name: family for family in (GPT2, LLAMA, NEOX)})
@@ -20,6 +20,16 @@ def build(shape: Shape) -> CausalLM:
     """A model of this shape on the current default device, its weights not yet meaningful."""
     model: CausalLM = FAMILIES[shape.family].build(shape)
     return model
+
+
+def sharing(base: CausalLM) -> CausalLM:
+    """A model of its own modules that has the very tensors of `base`, with nothing trained, in evaluation mode."""
+    with torch.device("meta"):
+        model = build(base.shape)
+    for name, p in base.named_parameters():
+        module, attribute = name.rsplit(".", 1)
+        setattr(model.get_submodule(module), attribute, torch.nn.Parameter(p.data, requires_grad=False))
+    return model.eval()
 
 
 def random_model(shape: Shape, seed: int = 0, std: float = 0.02, dtype: torch.dtype = torch.float32) -> CausalLM:
