@@ -2,6 +2,8 @@
 
     GraftError            a run failed                          exit status 1
     ├── InputError        what was typed or given is wrong      exit status 2
+    ├── Busy              a server has too much to do           (never of a command)
+    ├── Closed            a server that is going away           (never of a command)
     └── Interrupted       stopped by the user, all saved        exit status 130
 
 `cli.py` prints the line and exits; a library caller catches `GraftError` for both. Mistakes only a
@@ -22,6 +24,14 @@ class InputError(GraftError):
     """Wrong input: a name, a flag, a file, a value. One line, exit status 2."""
 
     exit_status = 2
+
+
+class Busy(GraftError):
+    """A server has as many requests waiting as it takes; ask again later."""
+
+
+class Closed(GraftError):
+    """A server takes no new requests: it is going away."""
 
 
 class Interrupted(GraftError):
