@@ -94,7 +94,7 @@ class Gate:
         self._hosts.check(headers.get("host", ""), headers.get("origin"))
         if not scope["path"].startswith("/v1/"):
             return
-        if self._rate and (wait := self._rate.take((scope.get("client") or ("",))[0])):
+        if self._rate is not None and (wait := self._rate.take((scope.get("client") or ("",))[0])):
             message = f"too many requests from this address: wait {math.ceil(wait)} s"
             raise Refused(429, message, code="rate_limit_exceeded", retry_after=math.ceil(wait))
         if self._key is not None:

@@ -207,10 +207,12 @@ def read(body: type[BaseModel], content: bytes) -> Any:
     if kind == "extra_forbidden":
         known = nearest(str(first["loc"][-1]), body.model_fields, "")
         raise Refused(400, f"unknown field {path!r}: {known}leave it out", param=path, code="unknown_parameter")
-    allowed = body.model_fields[str(first["loc"][0])].description
+    field = str(first["loc"][0])
+    allowed = body.model_fields[field].description
     if kind == "missing":
         raise Refused(400, f"{path} is missing: {allowed}", param=path, code="missing_required_parameter")
-    raise Refused(400, f"{path}: must be {allowed}", param=path)
+    where = path if path == field else f"{path} is wrong: {field}"
+    raise Refused(400, f"{where}: must be {allowed}", param=path)
 
 
 def _path(place: tuple[int | str, ...], unknown: bool) -> str:
