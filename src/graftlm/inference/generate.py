@@ -4,7 +4,8 @@ What is unusual here:
 - Rows are padded on the right only. Each row decodes at its own position, so a ragged batch needs no mask and no
   position correction, and gives what its rows give alone.
 - What all prompts begin with is run once for the whole call and never copied (a shared `Segment`).
-- A row that has ended leaves the batch: the cache is compacted in place, and a step costs what its living rows cost.
+- A row that has ended leaves the `Batch`: the cache is compacted in place, and a step costs what its living rows cost.
+  Rows may join it too, which is how a server (`engine.py`) decodes requests that came at different times together.
 - Prompts are read a batch at a time and continued several batches together: a step of decoding reads every weight for
   one token a row, so it costs little more for more rows.
 - The cache grows as rows do: a large `max_new_tokens` costs nothing where rows end early.
@@ -105,7 +106,7 @@ def generate_ids(
 
     def pick(logits: Tensor, rows: Sequence[int], step: int) -> list[int]:
         if temperature == 0:
-            return _likeliest(logits)
+            return likeliest(logits)
         return sample(logits, [uniform(seed, row, step) for row in rows], temperature, top_k, top_p)
 
     new: list[list[int]] = [[] for _ in prompts]
@@ -156,15 +157,14 @@ def _continue(
     live = [row for row in range(len(prompts)) if room[row] > 0]
     if not live:
         return new
-    longest = max(len(prompts[row]) for row in live)
     # The last token that a row samples is never fed and needs no place.
-    most = max(longest, *(len(prompts[row]) + room[row] - 1 for row in live))
-    capacity = min(most, longest + FIRST_ROOM)
-    cache = Segment.cache(model.shape, len(live), capacity, model.device, model.dtype)
+    ends = {row: len(prompts[row]) + room[row] - 1 for row in live}
+    batch = Batch(model, shared)
+    batch.reserve(len(live), min(max(ends.values()), max(len(prompts[row]) for row in live) + FIRST_ROOM))
     tokens: list[int] = []
     for start in range(0, len(live), batch_size):
         rows = live[start : start + batch_size]
-        logits = _prefill(model, [prompts[row] for row in rows], shared, cache, start)
+        logits = batch.join([prompts[row] for row in rows], [ends[row] for row in rows])
         tokens += pick(logits, [names[row] for row in rows], 0)
     step = 0
     while True:
@@ -177,29 +177,94 @@ def _continue(
         ]
         if not any(goes_on):
             return new
-        slots = compact(cache, goes_on)
+        slots = batch.leave(goes_on)
         live, tokens = [live[slot] for slot in slots], [tokens[slot] for slot in slots]
-        if max(len(prompts[row]) + len(new[row]) for row in live) > cache.size:
-            grow(cache, min(most, 2 * cache.size))
-        ids = torch.tensor(tokens, device=model.device)[:, None]
-        logits = model(ids, past=[*shared, cache], keep=cache)[:, 0]
-        advance(cache, 1)
+        logits = batch.step(tokens)
         step += 1
         tokens = pick(logits, [names[row] for row in live], step)
 
 
-def _prefill(
-    model: CausalLM, prompts: Sequence[Sequence[int]], shared: Sequence[Segment], cache: Segment, start: int
-) -> Tensor:
-    """Read B prompts into the cache's rows from `start` on; the logits [B, V] behind each one's last token."""
-    ids, lengths = right_pad(prompts, model.device)
-    here = slice(start, start + len(prompts))
-    assert cache.lengths is not None
-    part = Segment([k[here] for k in cache.keys], [v[here] for v in cache.values], cache.lengths[here])
-    last = torch.arange(len(prompts), device=model.device) * ids.shape[1] + lengths - 1
-    logits = model(ids, past=shared, keep=part, at=last)
-    cache.lengths[here] = lengths
-    return logits
+class Batch:
+    """Rows that are decoded together, and their cache: rows join behind the others and leave from anywhere.
+
+    shared: what stands before every row. The cache is one block of memory for as many rows and tokens as were reserved;
+    a step reads of it only the rows there are, up to the longest one's tokens.
+    """
+
+    def __init__(self, model: CausalLM, shared: Sequence[Segment] = ()) -> None:
+        self._model, self._shared = model, shared
+        self._cache = Segment.cache(model.shape, 0, 0, model.device, model.dtype)
+        self.lengths: list[int] = []
+        """How many tokens each row holds."""
+        self._ends: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def reserved(self) -> tuple[int, int]:
+        """The rows, and the tokens of each, that there is memory for."""
+        return self._cache.keys[0].shape[0], self._cache.size
+
+    @staticmethod
+    def rows_for(rows: int) -> int:
+        """How many rows it makes room for when so many are needed: a power of two, so that few joins copy the cache."""
+        return 1 << (rows - 1).bit_length()
+
+    def reserve(self, rows: int, tokens: int) -> None:
+        """Make room for so many rows of so many tokens, no fewer than there are; what they hold is copied."""
+        held = (slice(len(self)), slice(None), slice(max(self.lengths, default=0)))
+        for tensors in (self._cache.keys, self._cache.values):
+            for layer, old in enumerate(tensors):
+                tensors[layer] = old.new_zeros(rows, old.shape[1], tokens, old.shape[3])
+                tensors[layer][held] = old[held]
+
+    def join(self, prompts: Sequence[Sequence[int]], ends: Sequence[int]) -> Tensor:
+        """Read B prompts as new rows; the logits [B, V] behind each one's last token. `ends`: the most each will hold."""
+        ids, lengths = right_pad(prompts, self._model.device)
+        first, width = len(self), ids.shape[1]
+        self._ends += ends
+        self._need(first + len(prompts), width, FIRST_ROOM)
+        part = self._part(slice(first, first + len(prompts)), width)
+        last = torch.arange(len(prompts), device=ids.device) * width + lengths - 1
+        logits = self._model(ids, past=self._shared, keep=part, at=last)
+        self.lengths += map(len, prompts)
+        return logits
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """Feed each of the B rows its token; the logits [B, V] behind it."""
+        longest = max(self.lengths) + 1
+        self._need(len(self), longest, longest)
+        part = self._part(slice(len(self)), longest)
+        ids = torch.tensor(tokens, device=self._model.device)[:, None]
+        logits = self._model(ids, past=[*self._shared, part], keep=part)[:, 0]
+        self.lengths = [length + 1 for length in self.lengths]
+        return logits
+
+    def leave(self, stays: Sequence[bool]) -> list[int]:
+        """Drop rows; returns which old row each new row is. Without rows the memory is given back."""
+        slots = compact(self._part(slice(len(self)), max(self.lengths)), stays)
+        self.lengths = [self.lengths[slot] for slot in slots]
+        self._ends = [self._ends[slot] for slot in slots]
+        if not slots:
+            self.reserve(0, 0)
+        return slots
+
+    def _need(self, rows: int, tokens: int, spare: int) -> None:
+        """Make room where there is none: for more rows, and for `spare` more tokens as far as the rows want them."""
+        has_rows, has_tokens = self.reserved
+        most = max(self._ends)
+        if rows > has_rows or tokens > has_tokens:
+            self.reserve(
+                self.rows_for(rows) if rows > has_rows else min(has_rows, self.rows_for(rows)),
+                min(most, tokens + spare) if tokens > has_tokens else min(most, has_tokens),
+            )
+
+    def _part(self, rows: slice, tokens: int) -> Segment:
+        """Views of some rows, up to so many tokens; rows that are only joining hold none yet."""
+        lengths = self.lengths[rows] or [0] * (rows.stop - rows.start)
+        keys, values = ([t[rows, :, :tokens] for t in tensors] for tensors in (self._cache.keys, self._cache.values))
+        return Segment(keys, values, torch.tensor(lengths, device=self._model.device))
 
 
 def compact(cache: Segment, stays: Sequence[bool]) -> list[int]:
@@ -222,19 +287,6 @@ def compact(cache: Segment, stays: Sequence[bool]) -> list[int]:
                 tensors[layer] = tensor[:n]
         cache.lengths = cache.lengths[torch.tensor(slots, device=cache.lengths.device)]
     return slots
-
-
-def grow(cache: Segment, capacity: int) -> None:
-    """Give a cache's rows room for `capacity` tokens."""
-    for tensors in (cache.keys, cache.values):
-        for layer, tensor in enumerate(tensors):
-            tensors[layer] = torch.nn.functional.pad(tensor, (0, 0, 0, capacity - tensor.shape[2]))
-
-
-def advance(cache: Segment, by: Tensor | int) -> None:
-    """A cache's rows hold `by` more tokens, [B] or the same number for all."""
-    assert cache.lengths is not None
-    cache.lengths = cache.lengths + by
 
 
 def uniform(seed: int, row: int, step: int) -> float:
@@ -267,7 +319,8 @@ def sample(logits: Tensor, u: Sequence[float], temperature: float, top_k: int = 
     return (index if ids is None else ids.gather(-1, index))[:, 0].tolist()
 
 
-def _likeliest(logits: Tensor) -> list[int]:
+def likeliest(logits: Tensor) -> list[int]:
+    """The likeliest token of each row of logits [B, V]."""
     best = logits.max(dim=-1)
     _refuse_nan(best.values)
     return best.indices.tolist()
