@@ -1,4 +1,4 @@
-"""`graft serve` under load, against a plain transformers + FastAPI server on the same prompts, on this machine, in turn.
+"""`graft serve` under load, beside a plain transformers + FastAPI server: the same prompts, this machine, in turn.
 
     python benchmarks/serve_load.py [--clients 1,2,4,8,16,32,64] [--seconds 20] [--long 60] [--json-out FILE]
 
@@ -8,8 +8,9 @@
 
 Each client sends its next request as soon as the last is answered: a test review in the classification prompt, to be
 continued greedily by `--new-tokens` tokens at most. For each number of clients the contenders take turns of `--seconds`
-(requests that begin in it are heard out, and count with the time they took); then `graft` stands `--long` seconds of the
-most clients while its memory is watched. Both servers run all the time, and the one that is not asked uses no processor.
+(requests that begin in it are heard out, and count with the time they took); then `graft adapters` stands `--long`
+seconds of the most clients while its memory is watched. Both servers run all the time; the one that is not asked hardly
+uses the processor.
 A turn during which others used more than 3% of the cores is repeated. The load comes from this process, which shares
 the cores. A table goes to stderr, one JSON object to the last line of stdout.
 """
@@ -132,7 +133,7 @@ class Answers:
 async def load(
     server: Server, bodies: Sequence[bytes], clients: int, seconds: float, most: int | None = None
 ) -> tuple[Answers, float]:
-    """`clients` clients for `seconds`, or until `most` requests have begun; the answers, and how long all of it took."""
+    """`clients` clients for `seconds`, or until `most` requests have begun; the answers, and how long it all took."""
     answers, begin = Answers(), time.perf_counter()
     work = cycle(enumerate(bodies))
     left = most if most is not None else 10**9
@@ -311,7 +312,9 @@ def bodies_of(texts: Sequence[str], models: Sequence[str], new_tokens: int) -> l
     return [json.dumps({"model": model, "prompt": text, **settings}).encode() for text, model in pairs]
 
 
-def plain_format(model: str, texts: Sequence[str], args: argparse.Namespace, work: Path) -> tuple[str, dict[str, float]]:
+def plain_format(
+    model: str, texts: Sequence[str], args: argparse.Namespace, work: Path
+) -> tuple[str, dict[str, float]]:
     """The number format in which the plain server is fastest here."""
     formats = worth_trying(FORMATS)
     if len(formats) == 1:

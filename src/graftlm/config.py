@@ -573,9 +573,11 @@ class ServeConfig:
     """Serve a base model and adapters of it: a page to try them side by side, and an OpenAI-compatible API."""
 
     adapters: tuple[str, ...] = ()
-    """Run folders, each as FOLDER or NAME=FOLDER; NAME is what requests call it, by default the folder's own name."""
+    """LoRA runs (or PEFT's LoRA folders) of one base, each as FOLDER or NAME=FOLDER; NAME is what requests call it, by
+    default the folder's own name."""
     init_from: str = ""
-    """The base model. Default: the one that the adapters were trained on; without adapters smollm2-135m."""
+    """The base model: a built-in name, a hub id, a local folder or a .gguf file; or, without adapters, a run's folder,
+    whatever its method. Default: the base that the runs were trained on; without adapters smollm2-135m."""
     host: str = "127.0.0.1"
     """The address to listen at. By default only this machine reaches it; 0.0.0.0 is open to all (give a --key)."""
     port: int = 8000
@@ -594,9 +596,10 @@ class ServeConfig:
     grace: float = 30.0
     """Seconds that requests in flight have to end in, once the server is told to stop."""
     template: str = ""
-    """How the base is asked about a review: as in graft train. Default: as its first adapter is, else sentiment."""
+    """How the base is asked about a review: as in graft train. Default: its run's, else its first adapter's, else
+    sentiment."""
     labels: str = ""
-    """The base's label words by label number. Default: the first adapter's, else negative,positive."""
+    """The base's label words by label number. Default: as the template's."""
     device: Device = "auto"
     """Where to compute: auto, cpu, cuda, cuda:N or mps."""
     dtype: Dtype = "auto"

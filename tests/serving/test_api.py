@@ -15,13 +15,13 @@ import httpx2 as httpx
 import openai
 import pytest
 
-from serving.fakes import FakeEngine, eventually, service, serving
 from graftlm.errors import GraftError, InputError
 from graftlm.inference.engine import Closed
 from graftlm.serving import limits
 from graftlm.serving.app import Service
 from graftlm.serving.limits import Hosts, Rate, is_loopback
 from graftlm.serving.schemas import Refused
+from serving.fakes import FakeEngine, eventually, service, serving
 
 TEXT = {"model": "base", "prompt": "a film"}
 TALK = {"model": "base", "messages": [{"role": "user", "content": "a film"}]}
@@ -276,7 +276,12 @@ def test_classify_many_texts_of_some_models_and_says_what_was_cut(http: httpx.Cl
         ("completions", {"prompt": [-1]}, "prompt: must be a text, ", "prompt"),
         ("completions", {"prompt": [999]}, "prompt: 999 is no token: the model has 257", "prompt"),
         ("completions", {"prompt": [True]}, "prompt: must be a text, ", "prompt"),
-        ("completions", {"prompt": "x" * 200}, "prompt: 200 tokens and 1 new ones, and base reads at most 200", "prompt"),
+        (
+            "completions",
+            {"prompt": "x" * 200},
+            "prompt: 200 tokens and 1 new ones, and base reads at most 200",
+            "prompt",
+        ),
         ("completions", {"prompt": "x" * 190, "max_tokens": 11}, "or lower max_tokens", "prompt"),
         ("completions", {"max_tokens": 65}, "max_tokens: at most 64 here", "max_tokens"),
         ("completions", {"max_tokens": 0}, "max_tokens: must be a whole number, 1 or more", "max_tokens"),
@@ -481,7 +486,9 @@ def test_another_sites_name_is_refused(http: httpx.Client, host: str) -> None:
         assert error(http.get(path, headers={"Host": host}), 403)["code"] == "host_not_allowed"
 
 
-@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:1", "http://localhost", "http://["])
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "null", "http://127.0.0.1:1", "http://localhost", "http://["]
+)
 def test_another_sites_page_is_refused(http: httpx.Client, engine: FakeEngine, origin: str) -> None:
     answer = http.post("/v1/completions", json=TEXT, headers={"Origin": origin})
     assert error(answer, 403)["code"] == "origin_not_allowed" and engine.requests == []
@@ -499,7 +506,7 @@ def test_which_names_an_open_server_has() -> None:
     everywhere = Hosts("0.0.0.0", ("My.Machine",))
     for host in ("192.168.1.5:8000", "my.machine:8000", "localhost", "[2001:db8::1]:80"):
         everywhere.check(host, None)
-    with pytest.raises(Refused, match="this server is not called 'evil.example': graft serve --allow_hosts"):
+    with pytest.raises(Refused, match=r"this server is not called 'evil.example': graft serve --allow_hosts"):
         everywhere.check("evil.example", None)
     with pytest.raises(Refused):
         Hosts("127.0.0.1").check("192.168.1.5", None)

@@ -169,8 +169,12 @@ def stream(engine: Engine, tokenizer: Tokenizer, asked: Asked) -> Stream:
 
     tickets = _submit(engine, asked.requests, tell)
     for number, ticket in enumerate(tickets):
-        ticket.done.add_done_callback(lambda _, number=number: tell(number, None))  # behind its last piece
+        ticket.done.add_done_callback(_ended(tell, number))  # behind its last piece
     return Stream(_events(tickets, pieces, tokenizer, asked), tickets)
+
+
+def _ended(tell: Callable[[int, None], None], number: int) -> Callable[[object], None]:
+    return lambda _: tell(number, None)
 
 
 async def _events(
@@ -184,12 +188,12 @@ async def _events(
                 yield _event({**head, "choices": [_delta(number, {"role": "assistant", "content": ""})]})
         while going:
             number, piece = await pieces.get()
-            if piece is None:
+            if piece is None:  # it has ended, or this raises what ended it
                 going -= 1
-                tickets[number].done.result()  # raises what ended it
+                _check(tickets[number].done.result().finish)
                 continue
-            if piece.finish is not None:
-                _check(piece.finish)
+            if piece.finish in ("cancelled", "error"):
+                continue  # what is behind says more
             choice = _part(asked, tokenizer, number, piece, lengths[number])
             lengths[number] += len(piece.text)
             if choice is not None:
@@ -252,7 +256,7 @@ def _logprobs(chat: bool, tokenizer: Tokenizer, pairs: Sequence[tuple[int, float
     values = [value for _, value in pairs]
     if chat:
         rows = zip(names, values, strict=True)
-        content = [{"token": name, "logprob": value, "bytes": None, "top_logprobs": []} for name, value in rows]
-        return {"content": content, "refusal": None}
+        none: dict[str, Any] = {"bytes": None, "top_logprobs": []}
+        return {"content": [{"token": name, "logprob": value, **none} for name, value in rows], "refusal": None}
     offsets = [offset + sum(map(len, names[:number])) for number in range(len(names))]
     return {"tokens": names, "token_logprobs": values, "top_logprobs": None, "text_offset": offsets}

@@ -264,13 +264,14 @@ def _asked(
     if len(prompts) * n > MOST_CHOICES:
         raise Refused(400, f"n: {len(prompts)} prompts times {n}: at most {MOST_CHOICES} answers a request", param="n")
     if limit is not None and limit > service.max_tokens:
-        raise Refused(400, f"max_tokens: at most {service.max_tokens} here (graft serve --max_tokens)", param="max_tokens")
+        message = f"max_tokens: at most {service.max_tokens} here (graft serve --max_tokens)"
+        raise Refused(400, message, param="max_tokens")
     requests: list[Request] = []
     for prompt in prompts:
-        room = model.room - len(prompt)
-        if room < (limit or 1):
+        room, least = model.room - len(prompt), limit or 1
+        if room < least:
             message = (
-                f"{field}: {len(prompt)} tokens and {limit or 1} new ones, and {model.name} reads at most {model.room}: "
+                f"{field}: {len(prompt)} tokens and {least} new ones, and {model.name} reads at most {model.room}: "
                 f"shorten the {'conversation' if chat else 'prompt'}{' or lower max_tokens' if limit else ''}"
             )
             raise Refused(400, message, param=field, code="context_length_exceeded")
@@ -296,7 +297,8 @@ async def _classify(service: Service, body: ClassifyBody) -> dict[str, Any]:
     models = [service.model(name) for name in dict.fromkeys(body.models or service.models)]
     texts = [body.text] if body.text is not None else list(body.texts or ())
     questions = await asyncio.to_thread(lambda: [_questions(service, model, texts) for model in models])
-    jobs = [(number, model, asked[number]) for number in range(len(texts)) for model, asked in zip(models, questions)]
+    asked = list(zip(models, questions, strict=True))
+    jobs = [(number, model, prompts[number]) for number in range(len(texts)) for model, prompts in asked]
     results: list[dict[str, Any]] = [{"index": number, "models": {}} for number in range(len(texts))]
     for start in range(0, len(jobs), AT_ONCE):
         some = jobs[start : start + AT_ONCE]

@@ -49,6 +49,7 @@ HEADERS = {
     "cache-control": "no-store",
 }
 
+
 def refusal(refused: Refused) -> JSONResponse:
     """A refusal as an answer."""
     headers = {"retry-after": str(refused.retry_after)} if refused.retry_after else {}

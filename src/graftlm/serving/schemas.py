@@ -100,7 +100,7 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 class StreamOptions(_Strict):
     """What a stream is to hold besides the answer."""
 
-    neutral = {"include_obfuscation": (False,)}  # noqa: RUF012 - a class variable, as in the parent
+    neutral = {"include_obfuscation": (False,)}
     include_usage: bool | None = None
 
 
@@ -166,8 +166,8 @@ class ChatBody(Sampling):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[MessageBody], Field(min_length=1, max_length=MOST_MESSAGES)] = Field(
-        description="a list of messages, each with a role (system, developer, user or assistant) and a content: a text, "
-        'or parts {"type": "text", "text": …}'
+        description="a list of messages, each with a role (system, developer, user or assistant) and a content: "
+        'a text, or parts {"type": "text", "text": …}'
     )
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="a whole number, 1 or more")
     logprobs: bool | None = Field(False, description="true or false")
@@ -216,7 +216,7 @@ def read(body: type[BaseModel], content: bytes) -> Any:
 
 
 def _path(place: tuple[int | str, ...], unknown: bool) -> str:
-    """("messages", 3, "role") -> "messages[3].role"; the names pydantic gives the sides of a union are left out."""
+    """("messages", 3, "role") -> "messages[3].role"; what pydantic calls the sides of a union is left out."""
     path = ""
     for part in place:
         if isinstance(part, int):

@@ -29,6 +29,7 @@ except ModuleNotFoundError as error:
         raise
     raise InputError(f"graft serve needs the {error.name} package: pip install 'graftlm[serve]'") from None
 
+from graftlm.exchange.adapters import CONFIG, OWN_CONFIG
 from graftlm.exchange.load import Loaded, load, read_run, recorded_name
 from graftlm.inference.engine import Engine
 from graftlm.text.template import Template, load_template
@@ -50,13 +51,17 @@ def serve(config: ServeConfig, tell: Tell) -> Iterator[dict[str, Any]]:
     """
     key = config.key or os.environ.get(KEY, "")
     folders = named_folders(config.adapters)
-    runs = {name: read_run(folder) for name, folder in folders.items()}
+    runs = {name: run_of(folder) for name, folder in folders.items()}
     base = base_of(config, folders, runs)
+    is_run = (Path(base) / "run.json").is_file()
     with listening(config.host, config.port) as listener:
-        loaded = load(base, device=config.device, dtype=config.dtype)
-        models = served(config, loaded, runs)
+        loaded = load("resume" if is_run else base, base, device=config.device, dtype=config.dtype)
+        templates = templates_of(config, loaded, runs)
         engine = Engine(loaded, folders, max_rows=config.max_rows)
         try:
+            base, *names = templates
+            models = {base: Served(base, None, templates[base], engine.room)}
+            models |= {name: Served(name, name, templates[name], engine.room) for name in names}
             service = Service(engine, loaded.tokenizer, models, loaded.model.shape.vocab, config.max_tokens)
             app = make_app(service, host=config.host, names=config.allow_hosts, key=key, rate=config.rate)
             server = Server(app, config.grace, lambda: engine.close(drain=False))
@@ -88,34 +93,44 @@ def named_folders(adapters: tuple[str, ...]) -> dict[str, Path]:
     return found
 
 
-def base_of(config: ServeConfig, folders: Mapping[str, Path], runs: Mapping[str, Run]) -> str:
-    """The base model's name. Raises InputError for adapters of several."""
-    first = next(iter(runs), None)
-    for name, run in runs.items():
-        if run["base"]["sha256"] != runs[first or name]["base"]["sha256"]:
+def run_of(folder: Path) -> Run | None:
+    """What a run folder records; None for an adapter's folder that is none, such as PEFT's. Raises InputError."""
+    return None if any((folder / name).is_file() for name in (CONFIG, OWN_CONFIG)) else read_run(folder)
+
+
+def base_of(config: ServeConfig, folders: Mapping[str, Path], runs: Mapping[str, Run | None]) -> str:
+    """The base model's name. Raises InputError for runs on several, and where nothing says which."""
+    known = {name: run["base"] for name, run in runs.items() if run is not None}
+    first = next(iter(known), "")
+    for name, base in known.items():
+        if base["sha256"] != known[first]["sha256"]:
             raise InputError(
-                f"{folders[name]}: was trained on {run['base']['name']}, and {folders[first or name]} on "
-                f"{runs[first or name]['base']['name']}: one server has one base; start another one"
+                f"{folders[name]}: was trained on {base['name']}, and {folders[first]} on {known[first]['name']}: "
+                "one server has one base; start another"
             )
     if config.init_from:
         return recorded_name(config.init_from)
-    return runs[first]["base"]["name"] if first is not None else TrainConfig.init_from
+    if folders and not known:
+        raise InputError(f"{next(iter(folders.values()))}: does not say what its base is called; give --init_from")
+    return known[first]["name"] if known else TrainConfig.init_from
 
 
-def served(config: ServeConfig, loaded: Loaded, runs: Mapping[str, Run]) -> dict[str, Served]:
-    """All models by name, the base first. Raises InputError for an adapter that has the base's name."""
-    of_run = {name: _template(run) for name, run in runs.items()}
-    first = next(iter(of_run.values()), None)
-    if first is None or config.template or config.labels:
-        spec = config.template or (first.text if first else TrainConfig.template)
-        first = load_template(spec, config.labels or (",".join(first.labels) if first else TrainConfig.labels))
+def templates_of(config: ServeConfig, loaded: Loaded, runs: Mapping[str, Run | None]) -> dict[str, Template]:
+    """How each model is asked about a review, by its name; the base comes first. Who does not say is asked as the base.
+
+    Raises InputError for an adapter that has the base's name.
+    """
+    own = {name: _template(run) for name, run in runs.items() if run is not None}
+    of_base = loaded.template or next(iter(own.values()), None)
+    if of_base is None or config.template or config.labels:
+        spec = config.template or (of_base.text if of_base else TrainConfig.template)
+        of_base = load_template(spec, config.labels or (",".join(of_base.labels) if of_base else TrainConfig.labels))
+    name = loaded.name if loaded.run is None else config.init_from
     # Where on the disk a local base lies is nobody's business.
-    base = Path(loaded.name).name if Path(loaded.name).is_absolute() else loaded.name
+    base = Path(name).resolve().name if Path(name).is_absolute() or loaded.run is not None else name
     if base in runs:
         raise InputError(f"--adapters: {base!r} is the base's own name; give the adapter another: NAME=FOLDER")
-    room = loaded.model.room
-    models = {base: Served(base, None, first, room)}
-    return models | {name: Served(name, name, template, room) for name, template in of_run.items()}
+    return {base: of_base} | {name: own.get(name, of_base) for name in runs}
 
 
 def _template(run: Run) -> Template:
@@ -141,7 +156,9 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
             listener.listen(MOST_CONNECTIONS)
         except OSError as error:
             why = (error.strerror or str(error)).lower()
-            raise InputError(f"--host {host} --port {port}: {why}; choose another, or --port 0 for a free one") from None
+            raise InputError(
+                f"--host {host} --port {port}: {why}; choose another, or --port 0 for a free one"
+            ) from None
         yield listener
 
 
