@@ -45,12 +45,12 @@ def import_adapter(config: ImportConfig, say: Callable[[str], object] = lambda l
     the folder's logits; in both cases nothing is left.
     """
     source, out_dir = Path(config.folder).expanduser(), Path(config.out_dir)
-    _check_source(source)
+    check_source(source)
     check_new_folder(out_dir, "out_dir")
     template = load_template(config.template, config.labels)
     name, base = _base(config, source)
     sha256 = base_hash(base)
-    _check_hash(source, sha256, name)
+    check_hash(source, sha256, name)
     model = load_model(base, CPU, torch.float32)
     method, state = adopt(source, model.shape)
     model = put_on(model, method, state, str(source), folds=False)
@@ -95,7 +95,7 @@ def _record(config: ImportConfig, method: Method, base: dict[str, str], template
     }
 
 
-def _check_source(source: Path) -> None:
+def check_source(source: Path) -> None:
     """An InputError unless it is a folder with an adapter that we read."""
     if not source.is_dir():
         raise InputError(f"{source}: no such folder; name the folder of an adapter")
@@ -128,7 +128,7 @@ def _base(config: ImportConfig, source: Path) -> tuple[str, Path]:
         raise InputError(f"{file}: its base {name!r} cannot be loaded; give --init_from ({error})") from None
 
 
-def _check_hash(source: Path, sha256: str, name: str) -> None:
+def check_hash(source: Path, sha256: str, name: str) -> None:
     """An adapter that `graft export` wrote knows its base's weights."""
     if (source / ABOUT).is_file():
         about = read_json(source / ABOUT)

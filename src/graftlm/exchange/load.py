@@ -23,7 +23,7 @@ from graftlm.files.formats import read_json
 from graftlm.methods import Method, method_from_json
 from graftlm.methods.base import load_delta
 from graftlm.methods.lora import LoRALinear
-from graftlm.models import CausalLM, build
+from graftlm.models import CausalLM, sharing
 from graftlm.models.names import read_shape
 from graftlm.text.template import Template
 from graftlm.text.tokenizer import Tokenizer
@@ -124,9 +124,9 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def check_base(folder: Path, run: dict[str, Any], run_dir: Path) -> None:
-    """An InputError if the weights in `folder` are not those `run` was trained on."""
-    found = base_hash(folder)
+def check_base(folder: Path, run: dict[str, Any], run_dir: Path, found: str = "") -> None:
+    """An InputError if the weights in `folder` (whose hash is `found`) are not those `run` was trained on."""
+    found = found or base_hash(folder)
     if found != run["base"]["sha256"]:
         raise InputError(
             f"{run_dir}: was trained on {run['base']['name']} with weights {run['base']['sha256'][:12]}, "
@@ -145,12 +145,7 @@ def beside(base: CausalLM, checkpoint: Path, method: Method) -> CausalLM:
     """An adapted model, in evaluation mode, that has the tensors of `base`, which stays as it is."""
     if method.stores_model:
         raise InputError(f"{checkpoint}: full fine-tuning trained the base's own weights; load it on its own")
-    with torch.device("meta"):
-        model = build(base.shape)
-    for name, p in base.named_parameters():
-        module, attribute = name.rsplit(".", 1)
-        setattr(model.get_submodule(module), attribute, torch.nn.Parameter(p.data, requires_grad=False))
-    return _adapted(model, checkpoint, method.for_inference, folds=False)
+    return _adapted(sharing(base), checkpoint, method.for_inference, folds=False)
 
 
 def _adapted(model: CausalLM, checkpoint: Path, method: Method, folds: bool = True) -> CausalLM:

@@ -1,20 +1,57 @@
 """Serve requests from many threads on one base model: each chooses an adapter, all are decoded together.
 
+    engine = Engine(load("smollm2-135m"), {"reviews": Path("runs/demo")})
+    ticket = engine.submit(Request(prompt=ids, adapter="reviews", temperature=0), on_piece=print)
+    ticket.done.result().text
+
+What is unusual here:
+- Rows join and leave between two steps (continuous batching; Yu et al. 2022, "Orca"), whatever adapter each asks for
+  (`methods/stack.py`). The decoder is the one of `generate`, the label scores are those of `evaluate`.
+- A row's answer depends on its own prompt, adapter and seed, and is what `generate` gives for that prompt alone with
+  that seed. Only rounding can tell who shared the batch.
+- Memory has a bound that is kept by waiting: a request joins when all rows, each as long as the longest may become, fit
+  into `max_tokens`. Nothing is kept of a request that has ended.
+- One thread computes. What goes wrong there fails the requests at hand, with one line, and the next ones are served.
+
+Left out: a cache of prompts seen before, long prompts read in parts, beam search.
+
 Letters: B rows, V tokens of the vocabulary.
 """
 
+import secrets
+import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from graftlm.errors import Busy, Closed, GraftError, InputError, unknown
 from graftlm.exchange.load import Loaded
+from graftlm.exchange.served import read_adapters
+from graftlm.inference.evaluate import score
+from graftlm.inference.generate import Batch, likeliest, sample, uniform
+from graftlm.methods.stack import Stack, stack
+from graftlm.text.data import Example
+from graftlm.text.stream import TextStream
+
+__all__ = ["Busy", "Closed", "Completion", "Engine", "Piece", "Request", "Ticket"]
+
+READ_AT_ONCE = 512
+"""Tokens of new prompts, filled up, that are read between two steps: a longer pass would keep the others waiting."""
+
+
+# What is asked and answered -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to continue, with which adapter, and how."""
+    """What to continue, with which adapter, and how. Raises InputError for a setting that means nothing."""
 
     prompt: Sequence[int]
     """Token ids, not empty."""
@@ -32,6 +69,19 @@ class Request:
     stop: tuple[str, ...] = ()
     """Texts that end the answer; they are not part of it."""
 
+    def __post_init__(self) -> None:
+        checks = (
+            ("prompt", len(self.prompt) > 0, "at least one token to continue"),
+            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
+            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
+            ("top_k", self.top_k is None or self.top_k >= 1, "1 or more"),
+            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("stop", all(self.stop), "texts that are not empty"),
+        )
+        for field, fine, wanted in checks:
+            if not fine:
+                raise InputError(f"{field} is {getattr(self, field)!r}: must be {wanted}")
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -40,6 +90,7 @@ class Piece:
     text: str
     """New text: never half a character, never the beginning of what may become a stop text."""
     token: int | None
+    """None for the end of text, and where the request ended for another reason than a token."""
     logprob: float | None
     """Of the token under the model, at temperature 1."""
     finish: str | None
@@ -51,26 +102,123 @@ class Completion:
     """A whole answer."""
 
     text: str
+    """All pieces' text."""
     tokens: tuple[int, ...]
+    """With those of a stop text as far as they were made, without the end of text."""
     logprobs: tuple[float, ...]
     finish: str
     prompt_tokens: int
 
 
-class Ticket:
-    """A request that was taken."""
+CANCELLED = Piece("", None, None, "cancelled")
+Ending = Piece | GraftError
+"""The last piece, or what went wrong."""
 
-    done: Future[Completion]
+
+class Ticket:
+    """A request that was taken. `done` gives the whole answer, or raises the GraftError that became of it."""
+
+    def __init__(
+        self, request: Request, room: int, stream: TextStream, on_piece: Callable[[Piece], None] | None
+    ) -> None:
+        self.request = request
+        self.done: Future[Completion] = Future()
+        self.done.set_running_or_notify_cancel()  # it is ended by `cancel` below, and not behind the engine's back
+        self._room, self._stream, self._on_piece = room, stream, on_piece
+        self._seed = secrets.randbits(62) if request.seed is None else request.seed
+        self._tokens: list[int] = []
+        self._logprobs: list[float] = []
+        self._text: list[str] = []
+        self._cancelled = False
 
     def cancel(self) -> None:
-        """End it soon; `done` then gives what there is, with finish "cancelled"."""
-        raise NotImplementedError
+        """End it before the next step; `done` then gives what there is, with finish "cancelled". From any thread."""
+        self._cancelled = True
+
+    # What follows is called by the engine, on its thread.
+
+    @property
+    def _most(self) -> int:
+        """The most tokens that its row will hold: the last one that it samples is never fed."""
+        return len(self.request.prompt) + self._room - 1
+
+    def _uniform(self) -> float:
+        """The number that decides its next token: what `generate` takes for its first row."""
+        return uniform(self._seed, 0, len(self._tokens))
+
+    def _take(self, token: int, logprob: float, eot: int) -> Piece:
+        """What the next token makes of it."""
+        if token == eot:
+            return Piece(self._stream.end(), None, None, "stop")
+        self._tokens.append(token)
+        self._logprobs.append(logprob)
+        text, finish = self._stream.add(token), None
+        if not self._stream.stopped and len(self._tokens) == self._room:
+            text, finish = text + self._stream.end(), "length"
+        return Piece(text, token, logprob, "stop" if self._stream.stopped else finish)
+
+    def _tell(self, piece: Piece) -> GraftError | None:
+        """Give a piece to who asked; what that raises is this request's own end."""
+        self._text.append(piece.text)
+        if self._on_piece is None:
+            return None
+        with Catching() as caught:
+            self._on_piece(piece)
+        return None if caught.error is None else failure(caught.error, "on_piece")
+
+    def _completed(self, finish: str) -> Completion:
+        tokens, logprobs = tuple(self._tokens), tuple(self._logprobs)
+        return Completion("".join(self._text), tokens, logprobs, finish, len(self.request.prompt))
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """Options to score behind a prompt."""
+
+    prompt: tuple[int, ...]
+    options: tuple[tuple[int, ...], ...]
+    adapter: str | None
+    done: "Future[list[float]]"
+
+
+class Catching:
+    """Keeps what is raised within it, whatever it is.
+
+    Above the engine's thread there is nobody who could be told, so whoever catches must tell the requests.
+    """
+
+    error: Exception | None = None
+
+    def __enter__(self) -> "Catching":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        self.error = error if isinstance(error, Exception) else None
+        return self.error is not None
+
+
+def failure(error: Exception, what: str) -> GraftError:
+    """One line for who asked; the error itself is its cause."""
+    if isinstance(error, GraftError):
+        return error
+    said = " ".join(str(error).split())[:200]
+    failed = GraftError(f"{what} failed: {type(error).__name__}{': ' if said else ''}{said}")
+    failed.__cause__ = error
+    return failed
+
+
+# The engine -----------------------------------------------------------------------------------------------------------
 
 
 class Engine:
-    """One base model, its adapters, and the one thread that runs them."""
+    """One base model, its adapters, and the one thread that runs them.
 
-    names: tuple[str, ...]
+    adapters: name -> run folder or adapter folder; LoRA only, of the base's very weights.
+    max_rows: requests that are decoded together at most. max_tokens: rows times tokens that the cache has room for at
+    most; one request can use all of it. max_waiting: requests that may wait, beyond which `Busy` is raised.
+
+    Raises InputError for an adapter that cannot be served on this base.
+    """
 
     def __init__(
         self,
@@ -81,25 +229,288 @@ class Engine:
         max_tokens: int = 16384,
         max_waiting: int = 256,
     ) -> None:
-        raise NotImplementedError
+        assert max_rows >= 1 and max_tokens >= 2 and max_waiting >= 1
+        found = read_adapters(loaded, adapters)
+        self._stack: Stack | None = stack(loaded.model, found) if found else None
+        self._model = loaded.model.eval() if self._stack is None else self._stack.model
+        self._tokenizer = loaded.tokenizer
+        self._max_rows, self._max_tokens, self._max_waiting = max_rows, max_tokens, max_waiting
+        self.names = tuple(adapters)
+        self._changed = threading.Condition()  # guards what follows
+        self._waiting: deque[Ticket] = deque()
+        self._asked: deque[Question] = deque()
+        self._closed = False
+        self._counts = {"completed": 0, "cancelled": 0, "failed": 0, "tokens_generated": 0, "rows_at_most": 0}
+        self._batch = Batch(self._model)  # from here on the thread's own
+        self._rows: list[Ticket] = []
+        self._thread = threading.Thread(target=self._work, name="graft-engine", daemon=True)
+        self._thread.start()
+
+    # For all threads
+
+    @property
+    def room(self) -> int:
+        """The most tokens that a prompt and its answer may have together."""
+        return min(self._model.room, self._max_tokens)
 
     def submit(self, request: Request, on_piece: Callable[[Piece], None] | None = None) -> Ticket:
         """Take a request, from any thread. `on_piece` is called on the engine's thread and must return soon.
 
-        Raises InputError for a request that cannot be answered, Busy where too many wait, Closed after `close`.
+        An answer ends by "length" where it fills the context. Raises InputError for a request that cannot be answered,
+        Busy where too many wait, Closed after `close`.
         """
-        raise NotImplementedError
+        self._check(request.prompt, request.adapter, "the prompt")
+        room = min(request.max_new_tokens, self.room - len(request.prompt))
+        if room < 1:
+            raise InputError(
+                f"the prompt has {len(request.prompt)} tokens and prompt and answer at most {self.room}: shorten it"
+            )
+        ticket = Ticket(request, room, TextStream(self._tokenizer.decode, request.stop), on_piece)
+        self._line_up(self._waiting, ticket)
+        return ticket
 
     def score(
         self, prompt: Sequence[int], options: Sequence[Sequence[int]], adapter: str | None = None
-    ) -> Future[list[float]]:
-        """For each option the sum of its tokens' log-probabilities behind the prompt. Raises as `submit`."""
-        raise NotImplementedError
+    ) -> "Future[list[float]]":
+        """For each option the sum of its tokens' log-probabilities behind the prompt: what `graft evaluate` scores.
+
+        Raises as `submit`.
+        """
+        if not options or not all(len(option) for option in options):
+            raise InputError("options: give at least one, and each at least one token")
+        if not len(prompt):
+            raise InputError("the prompt is empty: give at least one token to continue")
+        self._check(prompt, adapter, "the prompt")
+        for option in options:
+            self._check(option, adapter, "an option")
+        fed = len(prompt) + max(map(len, options)) - 1  # the last token is predicted, never fed
+        if fed > self._model.room:
+            raise InputError(f"prompt and option have {fed + 1} tokens, the model reads at most {self._model.room}")
+        question = Question(tuple(prompt), tuple(map(tuple, options)), adapter, Future())
+        question.done.set_running_or_notify_cancel()
+        self._line_up(self._asked, question)
+        return question.done
 
     def stats(self) -> dict[str, Any]:
-        """How many requests are running, waiting and completed, tokens_generated, and rows_at_most in one batch."""
-        raise NotImplementedError
+        """How many requests are running and waiting; were completed, cancelled and failed, with the tokens_generated.
+
+        rows_at_most: the largest batch so far.
+        """
+        with self._changed:
+            waiting = len(self._waiting) + len(self._asked)
+            return {"running": len(self._rows), "waiting": waiting, **self._counts}
 
     def close(self, drain: bool = True) -> None:
-        """Refuse what is new; finish what was taken (`drain`), or end it as cancelled; then end the thread."""
-        raise NotImplementedError
+        """Refuse what is new; finish what was taken (`drain`), or end it as cancelled; then end the thread.
+
+        May be called again, from any thread; only one of the engine's own callbacks must not wait for the engine.
+        """
+        with self._changed:
+            self._closed = True
+            if not drain:
+                for ticket in (*self._waiting, *self._rows):
+                    ticket.cancel()
+                questions = list(self._asked)
+                self._asked.clear()
+            self._changed.notify_all()
+        if not drain:
+            for question in questions:
+                question.done.set_exception(Closed("the engine was closed before it could answer"))
+        self._thread.join()
+
+    def _check(self, ids: Sequence[int], adapter: str | None, what: str) -> None:
+        if adapter is not None and not self.names:
+            raise InputError(f"unknown adapter {adapter!r}: there is none, only the base")
+        if adapter is not None and adapter not in self.names:
+            raise unknown("adapter", adapter, self.names)
+        vocab = self._model.shape.vocab
+        if wrong := [token for token in ids if not 0 <= token < vocab]:
+            raise InputError(f"{what} has a token {wrong[0]}: the model's are 0 to {vocab - 1}")
+
+    def _line_up(self, line: deque[Any], one: Ticket | Question) -> None:
+        with self._changed:
+            if self._closed:
+                raise Closed("the engine is closed: it takes no new requests")
+            if len(self._waiting) + len(self._asked) >= self._max_waiting:
+                raise Busy(f"{self._max_waiting} requests are waiting already: ask again later")
+            line.append(one)
+            self._changed.notify_all()
+
+    # For the engine's thread
+
+    def _work(self) -> None:
+        try:
+            with torch.no_grad():
+                while self._wait():
+                    self._round()
+        finally:  # where even telling of an error failed: nobody is left to wait for ever
+            with self._changed:
+                self._closed = True
+                left, questions = [*self._rows, *self._waiting], list(self._asked)
+            for question in questions:
+                question.done.set_exception(GraftError("the engine has ended"))
+            for ticket in left:
+                self._end(ticket, GraftError("the engine has ended"))
+
+    def _wait(self) -> bool:
+        """Wait for work; False when there is none and never will be."""
+        with self._changed:
+            while not (self._rows or self._waiting or self._asked):
+                if self._closed:
+                    return False
+                self._changed.wait()
+        return True
+
+    def _round(self) -> None:
+        """One step of all rows; before it new rows join, and some questions are answered."""
+        for work in (self._join, self._answer, self._step):
+            at_hand: list[Any] = []
+            with Catching() as caught:
+                work(at_hand)
+            if caught.error is not None:
+                if not at_hand:  # then going on would only meet it again
+                    raise caught.error
+                self._give_up(at_hand, failure(caught.error, "the engine"))
+
+    def _join(self, at_hand: list[Any]) -> None:
+        """Read the prompts of those whose turn it is."""
+        joining = self._turn()
+        at_hand += [*self._rows, *joining]  # a cache that was half written is of no use to anyone
+        if joining:
+            with self._using([ticket.request.adapter for ticket in joining]):
+                logits = self._batch.join([t.request.prompt for t in joining], [t._most for t in joining])
+            with self._changed:
+                self._rows = [*self._rows, *joining]
+                self._counts["rows_at_most"] = max(self._counts["rows_at_most"], len(self._rows))
+            self._advance(joining, logits)
+
+    def _turn(self) -> list[Ticket]:
+        """Who may join now, in the order of coming; those who were cancelled meanwhile are ended."""
+        joining: list[Ticket] = []
+        with self._changed:
+            cancelled = [ticket for ticket in self._waiting if ticket._cancelled]
+            while self._waiting and len(self._rows) + len(joining) < self._max_rows:
+                ticket = self._waiting[0]
+                if not ticket._cancelled:
+                    rows = [*self._rows, *joining, ticket]
+                    width = max(len(each.request.prompt) for each in (*joining, ticket))
+                    size = Batch.rows_for(len(rows)) * max(each._most for each in rows)
+                    too_much = joining and (len(joining) + 1) * width > READ_AT_ONCE
+                    if too_much or (len(rows) > 1 and size > self._max_tokens):
+                        break
+                    joining.append(ticket)
+                self._waiting.popleft()
+            self._waiting = deque(ticket for ticket in self._waiting if not ticket._cancelled)
+        for ticket in cancelled:
+            self._end(ticket, CANCELLED)
+        return joining
+
+    def _answer(self, at_hand: list[Any]) -> None:
+        """Score the options of the first question, and of those that ask for the same options of the same adapter."""
+        with self._changed:
+            if not self._asked:
+                return
+            first = self._asked[0]
+            alike = [q for q in self._asked if (q.adapter, q.options) == (first.adapter, first.options)]
+            longest = max(len(question.prompt) for question in alike) + max(map(len, first.options))
+            at_hand += alike[: max(1, READ_AT_ONCE // longest)]
+            self._asked = deque(question for question in self._asked if question not in at_hand)
+        examples = [Example(q.prompt, (), None, "", "", "the prompt") for q in at_hand]
+        with self._using(first.adapter):
+            found = score(self._model, examples, first.options, completions=False).labels.tolist()
+        for question, scores in zip(at_hand, found, strict=True):
+            question.done.set_result(scores)
+            self._count("completed")
+
+    def _step(self, at_hand: list[Any]) -> None:
+        """One token for every row."""
+        at_hand += self._rows
+        self._leave([(ticket, CANCELLED) for ticket in self._rows if ticket._cancelled])
+        if self._rows:
+            with self._using([ticket.request.adapter for ticket in self._rows]):
+                logits = self._batch.step([ticket._tokens[-1] for ticket in self._rows])
+            self._advance(self._rows, logits)
+
+    def _advance(self, tickets: Sequence[Ticket], logits: Tensor) -> None:
+        """Choose each one's next token behind logits [B, V], and tell of it."""
+        sums = logits.logsumexp(dim=-1)
+        broken = (~sums.isfinite()).tolist()
+        if any(broken):  # these rows' own; the others go on
+            logits = logits.masked_fill(~sums.isfinite()[:, None], 0)
+        tokens = choose(logits, tickets)
+        chosen = logits.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
+        endings: list[tuple[Ticket, Ending]] = []
+        for ticket, token, logprob, wrong in zip(tickets, tokens, (chosen - sums).tolist(), broken, strict=True):
+            if wrong:
+                endings.append((ticket, GraftError("the logits are no numbers: broken weights, or --dtype float16")))
+                continue
+            piece = ticket._take(token, logprob, self._tokenizer.eot)
+            if piece.token is not None:
+                self._count("tokens_generated")
+            if piece.finish is not None:
+                endings.append((ticket, piece))
+            elif (error := ticket._tell(piece)) is not None:
+                endings.append((ticket, error))
+        self._leave(endings)
+
+    def _leave(self, endings: Sequence[tuple[Ticket, Ending]]) -> None:
+        """Take rows out of the batch, and then end their requests."""
+        ended = {ticket for ticket, _ in endings}
+        if ended:
+            slots = self._batch.leave([ticket not in ended for ticket in self._rows])
+            with self._changed:
+                self._rows = [self._rows[slot] for slot in slots]
+        for ticket, ending in endings:
+            self._end(ticket, ending)
+
+    def _end(self, ticket: Ticket, ending: Ending) -> None:
+        """End a request: count it, tell of its last piece, and fulfil what was promised."""
+        if ticket.done.done():
+            return
+        error = ending if isinstance(ending, GraftError) else ticket._tell(ending)
+        if isinstance(ending, GraftError):
+            ticket._tell(Piece("", None, None, "error"))
+        if error is not None:
+            self._count("failed")
+            ticket.done.set_exception(error)
+        elif isinstance(ending, Piece) and ending.finish is not None:
+            self._count("cancelled" if ending is CANCELLED else "completed")
+            ticket.done.set_result(ticket._completed(ending.finish))
+
+    def _count(self, what: str) -> None:
+        with self._changed:
+            self._counts[what] += 1
+
+    def _give_up(self, at_hand: Sequence[Any], error: GraftError) -> None:
+        """Fail what was at hand; rows begin again with an empty batch."""
+        tickets = [one for one in at_hand if isinstance(one, Ticket)]
+        for question in (one for one in at_hand if isinstance(one, Question) and not one.done.done()):
+            self._count("failed")
+            question.done.set_exception(error)
+        if tickets:
+            self._batch = Batch(self._model)
+            with self._changed:
+                self._rows = []
+            for ticket in tickets:
+                self._end(ticket, error)
+
+    def _using(self, adapters: Sequence[str | None] | str | None) -> AbstractContextManager[None]:
+        return nullcontext() if self._stack is None else self._stack.using(adapters)
+
+
+def choose(logits: Tensor, tickets: Sequence[Ticket]) -> list[int]:
+    """Each row's next token behind logits [B, V]; rows with the same settings are sampled together."""
+    groups: dict[tuple[float, int, float], list[int]] = {}
+    for row, ticket in enumerate(tickets):
+        asked = ticket.request
+        greedy = asked.temperature == 0
+        settings = (0.0, 0, 1.0) if greedy else (asked.temperature, asked.top_k or 0, asked.top_p or 1.0)
+        groups.setdefault(settings, []).append(row)
+    tokens = [0] * len(tickets)
+    for (temperature, top_k, top_p), rows in groups.items():
+        part = logits if len(groups) == 1 else logits[rows]
+        u = [tickets[row]._uniform() for row in rows]
+        found = likeliest(part) if temperature == 0 else sample(part, u, temperature, top_k, top_p)
+        for row, token in zip(rows, found, strict=True):
+            tokens[row] = token
+    return tokens

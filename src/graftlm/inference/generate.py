@@ -220,7 +220,7 @@ class Batch:
                 tensors[layer][held] = old[held]
 
     def join(self, prompts: Sequence[Sequence[int]], ends: Sequence[int]) -> Tensor:
-        """Read B prompts as new rows; the logits [B, V] behind each one's last token. `ends`: the most each will hold."""
+        """Read B prompts as new rows, which will hold `ends` tokens at most; the logits [B, V] behind each prompt."""
         ids, lengths = right_pad(prompts, self._model.device)
         first, width = len(self), ids.shape[1]
         self._ends += ends
@@ -285,7 +285,7 @@ def compact(cache: Segment, stays: Sequence[bool]) -> list[int]:
             for layer, tensor in enumerate(tensors):
                 tensor[holes] = tensor[movers]
                 tensors[layer] = tensor[:n]
-        cache.lengths = cache.lengths[torch.tensor(slots, device=cache.lengths.device)]
+        cache.lengths = cache.lengths[torch.tensor(slots, dtype=torch.long, device=cache.lengths.device)]
     return slots
 
 

@@ -99,7 +99,7 @@ class LoRALinear(ByHand, Linear):
     @property
     def scale(self) -> float:
         """alpha / r, or alpha / sqrt(r)."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank) if self.rank else 0.0
+        return scale_of(self.rank, self.alpha, self.rslora)
 
     @property
     def merged(self) -> bool:
@@ -200,6 +200,11 @@ class LoRALinear(ByHand, Linear):
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha:g}, merged={self.merged}"
+
+
+def scale_of(rank: int, alpha: float, rslora: bool) -> float:
+    """What B A x is multiplied by."""
+    return alpha / (math.sqrt(rank) if rslora else rank) if rank else 0.0
 
 
 def updated(adapted: list["LoRALinear"], x: Tensor, mask: Mask | None) -> list[Tensor]:

@@ -8,12 +8,22 @@ from graftlm.models.gpt2 import GPT2
 from graftlm.models.layers import Linear
 from graftlm.models.llama import Llama
 
-__all__ = ["CausalLM", "Linear", "Segment", "Shape", "build", "random_model"]
+__all__ = ["CausalLM", "Linear", "Segment", "Shape", "build", "random_model", "sharing"]
 
 
 def build(shape: Shape) -> CausalLM:
     """A model of this shape on the current default device, its weights not yet meaningful."""
     return GPT2(shape) if shape.family == "gpt2" else Llama(shape)
+
+
+def sharing(base: CausalLM) -> CausalLM:
+    """A model of its own modules that has the very tensors of `base`, with nothing trained, in evaluation mode."""
+    with torch.device("meta"):
+        model = build(base.shape)
+    for name, p in base.named_parameters():
+        module, attribute = name.rsplit(".", 1)
+        setattr(model.get_submodule(module), attribute, torch.nn.Parameter(p.data, requires_grad=False))
+    return model.eval()
 
 
 def random_model(shape: Shape, seed: int = 0, std: float = 0.02, dtype: torch.dtype = torch.float32) -> CausalLM:

@@ -1,0 +1,520 @@
+"""The engine: whoever shares the batch, each gets what is its own; and whatever goes wrong, the next ones are served."""
+
+import gc
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from exchange.runs import run_of
+from graftlm.errors import Busy, Closed, GraftError, InputError
+from graftlm.exchange.adapters import save_adapter
+from graftlm.exchange.huggingface import load_model
+from graftlm.exchange.load import Loaded, load, read_tokenizer
+from graftlm.inference import engine as module
+from graftlm.inference.engine import Completion, Engine, Piece, Request, Ticket
+from graftlm.inference.evaluate import evaluate
+from graftlm.inference.generate import generate, generate_ids
+from graftlm.methods import DoRA, LoRA, Method
+from graftlm.methods.lora import LoRALinear
+from graftlm.models import CausalLM, sharing
+from graftlm.text.data import encode_rows, label_ids
+from graftlm.text.records import Row
+from tiny import data_folder, model_folder
+
+METHODS: dict[str, Method] = {
+    "narrow": LoRA(rank=2, alpha=4.0, targets=("q", "v")),
+    "wide": LoRA(rank=5, alpha=10.0, targets=("k", "o", "up", "down")),
+}
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    """A tiny model in float64, whose tokens are bytes."""
+    folder = model_folder(tmp_path_factory.mktemp("engine") / "model")
+    model = load_model(folder, torch.device("cpu"), torch.float64)
+    return Loaded(model, read_tokenizer(folder), str(folder), folder, "")
+
+
+@pytest.fixture(scope="module")
+def alone(loaded: Loaded) -> dict[str | None, CausalLM]:
+    """The base, and it with each adapter of random A and B."""
+    models: dict[str | None, CausalLM] = {None: loaded.model}
+    for seed, (name, method) in enumerate(METHODS.items()):
+        model, rng = sharing(loaded.model), torch.Generator().manual_seed(seed)
+        method.install(model, rng)
+        for module_ in model.modules():
+            if isinstance(module_, LoRALinear):
+                module_.folds = False
+                # A whole multiple of a float32, so that the folder holds the very numbers.
+                b = torch.randn(module_.lora_B.shape, generator=rng) * 0.3
+                module_.lora_B.data, module_.lora_A.data = b.double(), module_.lora_A.data.float().double()
+        models[name] = model.eval()
+    return models
+
+
+@pytest.fixture(scope="module")
+def folders(
+    loaded: Loaded, alone: dict[str | None, CausalLM], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """The adapters as PEFT's folders."""
+    found = {}
+    for name, method in METHODS.items():
+        found[name] = tmp_path_factory.mktemp(name)
+        save_adapter(found[name], alone[name], method, loaded.name)
+    return found
+
+
+@pytest.fixture(scope="module")
+def engine(loaded: Loaded, folders: dict[str, Path]) -> Iterator[Engine]:
+    engine = Engine(loaded, folders, max_rows=8)
+    yield engine
+    engine.close()
+
+
+def ids(text: str, loaded: Loaded) -> tuple[int, ...]:
+    return tuple(loaded.tokenizer.encode(text))
+
+
+class Gate:
+    """Lets the engine's thread go on step by step: it waits in `on_piece` of a request that is asked for the purpose."""
+
+    def __init__(self, engine: Engine, loaded: Loaded, tokens: int = 50) -> None:
+        self.reached, self.go = threading.Semaphore(0), threading.Semaphore(0)
+        prompt = endless(loaded)
+        self.ticket = engine.submit(Request(prompt, max_new_tokens=tokens, temperature=0), self._held)
+        self.reached.acquire()
+
+    def _held(self, piece: Piece) -> None:
+        self.reached.release()
+        self.go.acquire()
+
+    def open(self) -> None:
+        self.go.release(10_000)
+
+
+def endless(loaded: Loaded, tokens: int = 60) -> list[int]:
+    """A prompt behind which the base goes on, greedily, for so many tokens."""
+    for first in range(1, 200):
+        new = generate_ids(loaded.model, [[first]], max_new_tokens=tokens, eot=loaded.tokenizer.eot)[0]
+        if len(new) == tokens:
+            return [first]
+    raise AssertionError("there is none")
+
+
+def requests(loaded: Loaded, count: int, **settings: Any) -> list[Request]:
+    """Prompts of different lengths, for the base and the adapters in turn."""
+    names = (None, "narrow", "wide", "wide")
+    texts = ["a film", "it was so", "x", "the plot of this one is", "no"]
+    return [
+        Request(ids(f"{n}{texts[n % 5]}", loaded), names[n % 4], max_new_tokens=6 + 3 * (n % 4), **settings)
+        for n in range(count)
+    ]
+
+
+def results(tickets: Sequence[Ticket]) -> list[Completion]:
+    return [ticket.done.result(timeout=60) for ticket in tickets]
+
+
+# What is answered -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_mixed_batch_gives_each_what_generate_gives_it_alone(
+    engine: Engine, loaded: Loaded, alone: dict[str | None, CausalLM], temperature: float
+) -> None:
+    asked = requests(loaded, 20, temperature=temperature)
+    asked = [replace(request, seed=n, top_k=n % 3 * 20 or None) for n, request in enumerate(asked)]
+    found = results([engine.submit(request) for request in asked])
+    for request, completion in zip(asked, found, strict=True):
+        expected = generate_ids(
+            alone[request.adapter],
+            [request.prompt],
+            max_new_tokens=request.max_new_tokens,
+            eot=loaded.tokenizer.eot,
+            temperature=temperature,
+            top_k=request.top_k or 0,
+            seed=request.seed or 0,
+        )[0]
+        assert list(completion.tokens) == expected
+        assert completion.text == loaded.tokenizer.decode(expected)
+        assert completion.finish == ("length" if len(expected) == request.max_new_tokens else "stop")
+        assert completion.prompt_tokens == len(request.prompt)
+        with torch.no_grad():
+            logps = alone[request.adapter](torch.tensor([[*request.prompt, *expected]]))[0].log_softmax(-1)
+        scores = [float(logps[len(request.prompt) - 1 + i, token]) for i, token in enumerate(expected)]
+        assert completion.logprobs == pytest.approx(scores, rel=1e-9)
+    assert engine.stats()["rows_at_most"] > 1
+
+
+def test_greedy_text_is_that_of_generate(engine: Engine, loaded: Loaded) -> None:
+    prompt = "The film was"
+    [expected] = generate(loaded.model, loaded.tokenizer, [prompt], max_new_tokens=30)
+    asked = Request(ids(prompt, loaded), max_new_tokens=30, temperature=0)
+    assert engine.submit(asked).done.result(60).text == expected
+
+
+def test_a_sample_depends_on_its_seed_and_not_on_the_batch(engine: Engine, loaded: Loaded) -> None:
+    asked = Request(ids("a film", loaded), "wide", max_new_tokens=20, top_p=0.9, seed=11)
+    [first] = results([engine.submit(asked)])
+    others = [engine.submit(request) for request in requests(loaded, 7)]
+    again = results([engine.submit(asked), engine.submit(replace(asked, seed=12)), engine.submit(asked)])
+    results(others)
+    assert again[0].tokens == again[2].tokens == first.tokens != again[1].tokens
+    assert again[0].logprobs == pytest.approx(first.logprobs, rel=1e-9)
+    free = replace(asked, seed=None)
+    assert len({completion.tokens for completion in results([engine.submit(free) for _ in range(4)])}) > 1
+
+
+def test_pieces_come_in_order_and_make_up_the_answer(engine: Engine, loaded: Loaded) -> None:
+    for asked in requests(loaded, 6):
+        pieces: list[Piece] = []
+        done = engine.submit(replace(asked, seed=3), pieces.append).done.result(60)
+        assert "".join(piece.text for piece in pieces) == done.text
+        assert tuple(piece.token for piece in pieces if piece.token is not None) == done.tokens
+        assert tuple(piece.logprob for piece in pieces if piece.logprob is not None) == done.logprobs
+        assert [piece.finish for piece in pieces] == [None] * (len(pieces) - 1) + [done.finish]
+
+
+def test_rows_join_while_others_are_decoded(engine: Engine, loaded: Loaded, alone: dict[str | None, CausalLM]) -> None:
+    expected = {}
+    for request in requests(loaded, 5, temperature=0):
+        new = generate_ids(alone[request.adapter], [request.prompt], max_new_tokens=9, eot=loaded.tokenizer.eot)
+        expected[request] = new[0]
+    gate = Gate(engine, loaded)
+    tickets = []
+    for request in expected:  # one joins behind each step of the first
+        tickets.append(engine.submit(replace(request, max_new_tokens=9)))
+        gate.go.release()
+        gate.reached.acquire()
+    assert engine.stats()["running"] > 1
+    gate.open()
+    assert [list(completion.tokens) for completion in results(tickets)] == list(expected.values())
+    new = generate_ids(loaded.model, [endless(loaded)], max_new_tokens=50, eot=loaded.tokenizer.eot)
+    assert list(gate.ticket.done.result(60).tokens) == new[0]
+
+
+def test_a_stop_text_ends_the_answer(engine: Engine, loaded: Loaded) -> None:
+    asked = Request(endless(loaded), max_new_tokens=60, temperature=0)
+    text = engine.submit(asked).done.result(60).text
+    pairs = [(n, text[n : n + 2]) for n in range(5, len(text) - 4)]
+    at, stop = next((n, pair) for n, pair in pairs if pair.isascii() and text.find(pair) == n)  # two bytes, two tokens
+    pieces: list[Piece] = []
+    done = engine.submit(replace(asked, stop=("never comes", stop)), pieces.append).done.result(60)
+    assert (done.text, done.finish) == (text[:at], "stop")
+    assert pieces[-1].finish == "stop" and "".join(piece.text for piece in pieces) == text[:at]
+    assert loaded.tokenizer.decode(done.tokens) == text[: at + 2]
+
+
+def test_an_answer_ends_where_it_fills_the_context(loaded: Loaded) -> None:
+    context, prompt = loaded.model.room, endless(loaded)
+    engine = Engine(loaded, {}, max_tokens=20)
+    try:
+        assert engine.room == 20 < context
+        done = engine.submit(Request(prompt * 5, max_new_tokens=90, temperature=0)).done.result(60)
+        assert len(done.tokens) <= 15 and (done.finish == "stop" or len(done.tokens) == 15)
+        with pytest.raises(InputError, match="the prompt has 20 tokens and prompt and answer at most 20: shorten it"):
+            engine.submit(Request(prompt * 20))
+    finally:
+        engine.close()
+
+
+# Scores ---------------------------------------------------------------------------------------------------------------
+
+
+def test_scores_are_those_of_evaluate(loaded: Loaded, tmp_path: Path) -> None:
+    data_folder(tmp_path / "data")
+    run = run_of(tmp_path / "run", loaded.folder, tmp_path / "data", "lora")
+    adapted = load("resume", run, device="cpu", dtype="float32")
+    assert adapted.template is not None
+    texts = ["good fun", "dull", "a film that is neither", "bad", "fine", "good"]
+    examples, _ = encode_rows([Row(text, 0) for text in texts], adapted.template, adapted.tokenizer, adapted.model.room)
+    evaluation = evaluate(adapted.model, adapted.tokenizer, adapted.template, examples, read="score")
+    base = load(str(loaded.folder), device="cpu", dtype="float32")
+    options = label_ids(adapted.template, base.tokenizer)
+    engine = Engine(base, {"run": run})
+    try:
+        gate = Gate(engine, base)  # meanwhile the questions line up, and are answered together
+        futures = [engine.score(example.prompt_ids, options, "run") for example in examples]
+        of_base = engine.score(examples[0].prompt_ids, options)
+        gate.open()
+        for row, future in zip(evaluation.rows, futures, strict=True):
+            assert future.result(60) == pytest.approx(list(row["scores"].values()), abs=1e-5)
+        assert of_base.result(60) != pytest.approx(futures[0].result(), abs=1e-2)
+    finally:
+        engine.close()
+
+
+# What goes wrong ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompt": ()}, "prompt is .*: must be at least one token"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0: must be 1 or more"),
+        ({"temperature": -0.5}, "temperature is -0.5: must be 0 or more"),
+        ({"temperature": float("nan")}, "temperature is nan: must be 0 or more"),
+        ({"top_k": 0}, "top_k is 0: must be 1 or more"),
+        ({"top_p": 1.5}, "top_p is 1.5: must be above 0 and at most 1"),
+        ({"stop": ("a", "")}, "stop is .*: must be texts that are not empty"),
+        ({"adapter": "wyde"}, "unknown adapter 'wyde': did you mean 'wide'"),
+        ({"prompt": (5, 257)}, "the prompt has a token 257: the model's are 0 to 256"),
+        ({"prompt": (5,) * 96}, "the prompt has 96 tokens and prompt and answer at most 96: shorten it"),
+    ],
+)
+def test_wrong_requests_are_refused_in_one_line(engine: Engine, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        engine.submit(Request(**{"prompt": (1, 2), **settings}))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ((), [(1,)], "the prompt is empty"),
+        ((1,), [], "options: give at least one"),
+        ((1,), [(1,), ()], "options: give at least one, and each at least one token"),
+        ((1,), [(1, 999)], "an option has a token 999"),
+        ((1,) * 96, [(1, 2)], "prompt and option have 98 tokens, the model reads at most 96"),
+    ],
+)
+def test_wrong_questions_are_refused_in_one_line(engine: Engine, prompt: Any, options: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        engine.score(prompt, options)
+
+
+def test_an_adapter_that_cannot_be_served_is_refused(loaded: Loaded, tmp_path: Path, alone: Any, folders: Any) -> None:
+    model = sharing(loaded.model)
+    dora = DoRA(rank=2, alpha=4.0, targets=("q",))
+    dora.install(model, torch.Generator().manual_seed(0))
+    (tmp_path / "dora").mkdir()
+    save_adapter(tmp_path / "dora", model, dora, loaded.name)
+    with pytest.raises(InputError, match=r"adapter two: is dora, and only lora .* as the base"):
+        Engine(loaded, {"one": folders["wide"], "two": tmp_path / "dora"})
+    with pytest.raises(InputError, match="no such folder"):
+        Engine(loaded, {"one": tmp_path / "nowhere"})
+    data_folder(tmp_path / "data")
+    other = model_folder(tmp_path / "other", seed=5)
+    run = run_of(tmp_path / "run", other, tmp_path / "data", "lora")
+    with pytest.raises(InputError, match=r"was trained on .*other with weights"):
+        Engine(loaded, {"one": run})
+    with pytest.raises(InputError, match="is a run's model, adapted already"):
+        Engine(load("resume", run, device="cpu", dtype="float32"), {"one": run})
+    full = run_of(tmp_path / "full", other, tmp_path / "data", "full")
+    with pytest.raises(InputError, match="adapter one: is full, and only lora"):
+        Engine(load(str(other), device="cpu", dtype="float32"), {"one": full})
+    (run / "best").unlink()
+    with pytest.raises(InputError, match="best: no such checkpoint"):
+        Engine(load(str(other), device="cpu", dtype="float32"), {"one": run})
+
+
+def test_any_run_is_served_as_the_base(loaded: Loaded, tmp_path: Path) -> None:
+    data_folder(tmp_path / "data")
+    run = load("resume", run_of(tmp_path / "run", loaded.folder, tmp_path / "data", "prefix"), dtype="float32")
+    engine = Engine(run, {})
+    try:
+        done = engine.submit(Request(ids("a film", loaded), max_new_tokens=9, temperature=0)).done.result(60)
+        [expected] = generate(run.model, run.tokenizer, ["a film"], max_new_tokens=9)
+        assert done.text == expected
+        with pytest.raises(InputError, match="unknown adapter 'x': there is none, only the base"):
+            engine.submit(Request((1,), "x"))
+    finally:
+        engine.close()
+
+
+def test_cancel_ends_a_row_and_one_that_waits(loaded: Loaded) -> None:
+    engine = Engine(loaded, {}, max_rows=2)
+    try:
+        gate = Gate(engine, loaded)
+        pieces: list[Piece] = []
+        running = engine.submit(Request(endless(loaded), max_new_tokens=50, temperature=0), pieces.append)
+        for _ in range(4):
+            gate.go.release()
+            gate.reached.acquire()
+        waiting = engine.submit(Request((1,), max_new_tokens=5))
+        assert engine.stats()["waiting"] == 1
+        running.cancel()
+        waiting.cancel()
+        gate.open()
+        done = running.done.result(60)
+        assert done.finish == "cancelled" and 0 < len(done.tokens) < 50
+        assert pieces[-1] == Piece("", None, None, "cancelled") and len(pieces) == len(done.tokens) + 1
+        assert waiting.done.result(60) == Completion("", (), (), "cancelled", 1)
+        assert gate.ticket.done.result(60).finish == "length"
+        running.cancel()  # once more changes nothing
+        assert engine.stats()["cancelled"] == 2 and engine.stats()["completed"] == 1
+    finally:
+        engine.close()
+
+
+def test_the_engine_outlives_what_is_raised_in_it(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(loaded, {})
+    try:
+        asked = Request(endless(loaded), max_new_tokens=20, temperature=0)
+        real, calls = module.Batch.step, list[int]()
+
+        def step(batch: Any, tokens: Sequence[int]) -> Any:
+            calls.append(len(tokens))
+            if len(calls) == 3:
+                raise RuntimeError("out of\nmemory")
+            return real(batch, tokens)
+
+        monkeypatch.setattr(module.Batch, "step", step)
+        pieces: list[Piece] = []
+        failed = engine.submit(asked, pieces.append)
+        with pytest.raises(GraftError, match=r"^the engine failed: RuntimeError: out of memory$"):
+            failed.done.result(60)
+        assert pieces[-1] == Piece("", None, None, "error")
+        assert len(engine.submit(asked).done.result(60).tokens) == 20
+        monkeypatch.setattr(module, "score", lambda *_, **__: 1 / 0)
+        with pytest.raises(GraftError, match="the engine failed: ZeroDivisionError: division by zero"):
+            engine.score((1,), [(2,)]).result(60)
+        assert len(engine.submit(asked).done.result(60).tokens) == 20
+        assert engine.stats()["failed"] == 2
+    finally:
+        engine.close()
+
+
+def test_who_listens_badly_fails_alone(engine: Engine, loaded: Loaded) -> None:
+    def bad(piece: Piece) -> None:
+        raise KeyError("mine")
+
+    asked = Request(endless(loaded), max_new_tokens=10, temperature=0)
+    fine = engine.submit(asked)
+    failed = engine.submit(asked, bad)
+    with pytest.raises(GraftError, match="on_piece failed: KeyError: 'mine'"):
+        failed.done.result(60)
+    assert len(fine.done.result(60).tokens) == 10
+
+
+def test_rows_without_numbers_fail_alone(loaded: Loaded, folders: dict[str, Path]) -> None:
+    engine = Engine(loaded, folders)
+    try:
+        assert engine._stack is not None
+        for stacked in engine._stack.model.modules():
+            if isinstance(b := getattr(stacked, "b", None), torch.Tensor):
+                b[engine.names.index("wide")] = float("nan")
+        asked = requests(loaded, 8, temperature=0)
+        tickets = [engine.submit(request) for request in asked]
+        for request, ticket in zip(asked, tickets, strict=True):
+            if request.adapter == "wide":
+                with pytest.raises(GraftError, match="the logits are no numbers"):
+                    ticket.done.result(60)
+            else:
+                assert ticket.done.result(60).finish in ("stop", "length")
+    finally:
+        engine.close()
+
+
+# Bounds and the end ---------------------------------------------------------------------------------------------------
+
+
+def test_the_line_has_an_end(loaded: Loaded) -> None:
+    engine = Engine(loaded, {}, max_rows=1, max_waiting=2)
+    try:
+        gate = Gate(engine, loaded)
+        waiting = engine.submit(Request((1,), max_new_tokens=2))
+        score = engine.score((1,), [(2,)])
+        with pytest.raises(Busy, match="2 requests are waiting already: ask again later"):
+            engine.submit(Request((1,)))
+        with pytest.raises(Busy):
+            engine.score((1,), [(2,)])
+        gate.open()
+        waiting.done.result(60), score.result(60)
+        assert engine.submit(Request((1,), max_new_tokens=2)).done.result(60)
+    finally:
+        engine.close()
+
+
+def test_memory_is_bounded_by_waiting(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(loaded, {}, max_rows=8, max_tokens=100)
+    sizes: list[tuple[int, int]] = []
+    real = module.Batch.step
+
+    def step(batch: Any, tokens: Sequence[int]) -> Any:
+        logits = real(batch, tokens)
+        sizes.append(batch.reserved)
+        return logits
+
+    monkeypatch.setattr(module.Batch, "step", step)
+    try:
+        gate = Gate(engine, loaded, tokens=2)
+        lengths = [(3, 20), (30, 50), (3, 3), (5, 9), (2, 4), (1, 1), (20, 70)]
+        prompt = endless(loaded)
+        asked = [Request(prompt * n, max_new_tokens=new, temperature=0) for n, new in lengths]
+        tickets = [engine.submit(request) for request in asked]
+        gate.open()
+        results(tickets)
+        assert max(rows for rows, _ in sizes) > 1
+        assert all(rows * tokens <= 100 for rows, tokens in sizes), sizes
+        assert engine._batch.reserved == (0, 0)
+    finally:
+        engine.close()
+
+
+def test_nothing_is_kept_of_requests_that_have_ended(engine: Engine, loaded: Loaded) -> None:
+    def tensors() -> int:
+        gc.collect()
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    def serve(times: int) -> None:
+        for _ in range(times):
+            results([engine.submit(request) for request in requests(loaded, 12, stop=("q",))])
+            engine.score((1, 2), [(3,), (4,)], "wide").result(60)
+
+    serve(2)
+    before, tickets = tensors(), sum(type(thing) is Ticket for thing in gc.get_objects())
+    serve(6)
+    assert abs(tensors() - before) <= 5
+    assert sum(type(thing) is Ticket for thing in gc.get_objects()) <= tickets
+
+
+def test_close_finishes_what_was_taken_and_refuses_what_is_new(loaded: Loaded) -> None:
+    engine = Engine(loaded, {}, max_rows=2)
+    asked = [replace(request, adapter=None) for request in requests(loaded, 6, temperature=0)]
+    tickets = [engine.submit(request) for request in asked]
+    score = engine.score((1,), [(2,)])
+    engine.close()
+    assert all(ticket.done.done() and ticket.done.result().finish in ("stop", "length") for ticket in tickets)
+    assert score.done() and not engine._thread.is_alive()
+    with pytest.raises(Closed, match="the engine is closed: it takes no new requests"):
+        engine.submit(Request((1,)))
+    engine.close()
+
+
+def test_close_at_once_cancels(loaded: Loaded) -> None:
+    engine = Engine(loaded, {}, max_rows=1)
+    gate = Gate(engine, loaded)
+    waiting = engine.submit(Request((1,)))
+    score = engine.score((1,), [(2,)])
+    closing = threading.Thread(target=engine.close, kwargs={"drain": False})
+    closing.start()
+    with pytest.raises(Closed, match="closed before it could answer"):
+        score.result(60)
+    gate.open()
+    closing.join(60)
+    assert waiting.done.result(60).finish == gate.ticket.done.result(60).finish == "cancelled"
+    assert not engine._thread.is_alive()
+
+
+def test_many_threads_at_once(engine: Engine, loaded: Loaded) -> None:
+    asked = requests(loaded, 24, seed=5)
+    expected = [completion.tokens for completion in results([engine.submit(request) for request in asked])]
+    found: dict[int, tuple[int, ...]] = {}
+
+    def client(numbers: range) -> None:
+        for number in numbers:
+            found[number] = engine.submit(asked[number]).done.result(60).tokens
+
+    threads = [threading.Thread(target=client, args=(range(n, 24, 8),)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [found[number] for number in range(24)] == expected
+
