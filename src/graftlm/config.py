@@ -612,5 +612,10 @@ class ServeConfig:
             _require(getattr(self, flag) >= 0, flag, getattr(self, flag), "0 or more")
         for flag in ("max_rows", "max_tokens"):
             _require(getattr(self, flag) >= 1, flag, getattr(self, flag), "1 or more")
-        if self.key and not (self.key.isascii() and self.key.isprintable() and " " not in self.key):
-            raise InputError("--key (not shown): must be made of printable ASCII characters without spaces")
+        check_key(self.key, "--key")
+
+
+def check_key(key: str, where: str) -> None:
+    """An InputError that does not show it for a key that no header can hold."""
+    if key and not (key.isascii() and key.isprintable() and " " not in key):
+        raise InputError(f"{where} (not shown): must be made of printable ASCII characters without spaces")

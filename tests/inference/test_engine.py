@@ -517,4 +517,3 @@ def test_many_threads_at_once(engine: Engine, loaded: Loaded) -> None:
     for thread in threads:
         thread.join(60)
     assert [found[number] for number in range(24)] == expected
-

@@ -22,6 +22,7 @@ import pytest
 from conftest import child_environment
 from exchange.runs import run_of
 from graftlm import cli
+from graftlm.config import ServeConfig
 from graftlm.exchange.load import load
 from graftlm.inference.evaluate import label_probabilities
 from graftlm.inference.generate import generate
@@ -297,9 +298,16 @@ def test_a_port_in_use_and_a_host_that_is_not_ours(home: Path, capsys: pytest.Ca
     assert refusal(capsys, "--host", "no host").startswith("--host no host: no address of this machine")
 
 
-def test_a_key_that_could_not_be_sent_is_refused_and_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    line = refusal(capsys, "--key", "two words")
-    assert line == "--key (not shown): must be made of printable ASCII characters without spaces"
+def test_a_key_that_could_not_be_sent_is_refused_and_not_shown(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = "must be made of printable ASCII characters without spaces"
+    assert refusal(capsys, "--key", "two words") == f"--key (not shown): {wanted}"
+    assert "secret" not in refusal(capsys, "--key", "--secret") and "secret" not in repr(ServeConfig(key="secret"))
+    (tmp_path / "recipe.toml").write_text("key = 12345")
+    assert "12345" not in refusal(capsys, "--config", str(tmp_path / "recipe.toml"))
+    monkeypatch.setenv("GRAFT_SERVE_KEY", "söcret")
+    assert refusal(capsys) == f"GRAFT_SERVE_KEY (not shown): {wanted}"
 
 
 def test_without_the_extra_it_says_what_to_install(

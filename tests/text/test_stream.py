@@ -29,7 +29,21 @@ def pieces(tokenizer: Tokenizer, ids: Sequence[int], *stop: str) -> list[str]:
 
 
 def test_characters_come_whole(tokenizer: Tokenizer) -> None:
-    assert pieces(tokenizer, tokenizer.encode("a é €🙂.")) == [*"a ", "", "é", " ", "", "", "€", "", "", "", "🙂", ".", ""]
+    assert pieces(tokenizer, tokenizer.encode("a é €🙂.")) == [
+        *"a ",
+        "",
+        "é",
+        " ",
+        "",
+        "",
+        "€",
+        "",
+        "",
+        "",
+        "🙂",
+        ".",
+        "",
+    ]
 
 
 @pytest.mark.parametrize("text", [b"\xff\xfe\xfd\xfc\xfba", b"a\xe2\x82", b"\xf0\x9f\xf0\x9f\x99\x82", "�é�".encode()])

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from graftlm.config import ServeConfig, TrainConfig
+from graftlm.config import ServeConfig, TrainConfig, check_key
 from graftlm.errors import InputError, Interrupted
 
 try:
@@ -50,6 +50,7 @@ def serve(config: ServeConfig, tell: Tell) -> Iterator[dict[str, Any]]:
     Raises InputError for what cannot be served, Interrupted behind Ctrl-C.
     """
     key = config.key or os.environ.get(KEY, "")
+    check_key(key, KEY)
     folders = named_folders(config.adapters)
     runs = {name: run_of(folder) for name, folder in folders.items()}
     base = base_of(config, folders, runs)
