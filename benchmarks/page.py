@@ -3,8 +3,8 @@
     python benchmarks/page.py
 
 A result's file is called DATE-KIND.json, or DATE-KIND.MACHINE.json, and holds "machine", "graftlm", "claims" and either
-"medians" (contender -> figures) or "found" (run -> figures). The same results always give the same page. Pictures are
-plain SVG.
+"medians" (contender -> figures) or "found" (run -> figures); and maybe "curves" (figure -> contender -> [x, y] points).
+The same results always give the same page. Pictures are plain SVG.
 """
 
 import argparse
@@ -28,6 +28,7 @@ KINDS = {  # kind -> (title, script and flags, the figure that is drawn)
     "startup": ("Start-up", "startup.py", "cpu_seconds"),
     "memory": ("Memory", "memory.py", "peak_rss_mb graft"),
     "time-to-accuracy": ("Time to an accuracy", "time_to_accuracy.py", "seconds"),
+    "serve": ("Serving", "serve_load.py", ""),
     "plan": ("What the plan says, and what comes", "plan_vs_run.py", ""),
 }
 
@@ -55,6 +56,9 @@ def page(folder: Path) -> tuple[str, dict[str, str]]:
                 figures = {row: each[drawn] for row, each in rows.items() if drawn in each}
                 pictures[f"{name}.svg"] = bars(figures, drawn)
                 parts.append(f"![{escape(drawn)} of each](benchmarks/{name}.svg)")
+            for figure, curves in result.get("curves", {}).items():
+                pictures[f"{name}-{figure}.svg"] = lines(curves, figure, "clients")
+                parts.append(f"![{escape(figure)} by clients](benchmarks/{name}-{figure}.svg)")
             parts += _judged(result)
     return "\n\n".join(parts).replace("\n\n- ", "\n- ") + "\n", pictures
 
@@ -123,6 +127,37 @@ def bars(values: Mapping[str, float], what: str) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 70} {height}" role="img" '
         f'font-family="sans-serif" font-size="13" fill="#777"><title>{escape(what)}</title>'
         f'<text x="{left}" y="17">{escape(what)}</text>{"".join(body)}</svg>\n'
+    )
+
+
+COLOURS = ("#c2571a", "#b08400", "#6b7f99")
+DASHES = ("", "6 4", "2 3")
+
+
+def lines(curves: Mapping[str, Sequence[Sequence[float]]], what: str, along: str) -> str:
+    """A line for each contender from zero up, over x in even steps; its name and last value stand at its end."""
+    left, width, top, height = 60, 420, 34, 240
+    xs = sorted({x for points in curves.values() for x, _ in points})
+    most = max(y for points in curves.values() for _, y in points)
+    place = {x: left + width * number / max(1, len(xs) - 1) for number, x in enumerate(xs)}
+    down = {y: top + height * (1 - y / most) for points in curves.values() for _, y in points}
+    body = [f'<path d="M{left} {top}V{top + height}H{left + width}" fill="none" stroke="#999"/>']
+    body += [f'<text x="{place[x]:.1f}" y="{top + height + 18}" text-anchor="middle">{x:g}</text>' for x in xs]
+    ends: list[float] = []  # of the names that are written, so that none covers another
+    for number, (name, points) in enumerate(sorted(curves.items(), key=lambda curve: -curve[1][-1][1])):
+        path = "L".join(f"{place[x]:.1f} {down[y]:.1f}" for x, y in points)
+        colour, dash = COLOURS[number % len(COLOURS)], DASHES[number % len(DASHES)]
+        x, y = points[-1]
+        ends.append(max(down[y] + 4, ends[-1] + 15 if ends else 0))
+        body.append(
+            f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"/>'
+            f'<text x="{place[x] + 6:.1f}" y="{ends[-1]:.1f}">{escape(name)}: {y:.3g}</text>'
+        )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 170} {top + height + 44}" role="img" '
+        f'font-family="sans-serif" font-size="13" fill="#777"><title>{escape(what)}</title>'
+        f'<text x="8" y="17">{escape(what)}</text>{"".join(body)}'
+        f'<text x="{left + width / 2}" y="{top + height + 38}" text-anchor="middle">{escape(along)}</text></svg>\n'
     )
 
 

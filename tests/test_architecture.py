@@ -9,7 +9,7 @@ import pytest
 SRC = Path(__file__).parent.parent / "src"
 FILES = sorted((SRC / "graftlm").rglob("*.py"))
 
-ORDER = ("files", "text", "models", "methods", "exchange", "inference", "training", "studies")
+ORDER = ("files", "text", "models", "methods", "exchange", "inference", "training", "studies", "serving")
 FOR_ALL = {"config": 0, "values": 0, "errors": 0}
 COMMAND = {"__init__", "__main__", "cli", "flags", "process", "render"}
 MAY_PRINT = {"cli.py", "render.py"}

@@ -1,10 +1,12 @@
 """The arithmetic of the smaller benchmarks, and that what they call exists."""
 
+import asyncio
 import dataclasses
 import importlib
 import json
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 import torch
 
 from graftlm.cli import VERBS
-from graftlm.config import EvaluateConfig, TrainConfig
+from graftlm.config import EvaluateConfig, ServeConfig, TrainConfig
 from graftlm.exchange.huggingface import load_model
 from graftlm.flags import parse
 from graftlm.methods import METHODS
@@ -206,6 +208,23 @@ def test_the_page_shows_the_newest_result_of_each_kind_on_each_processor(
     root = ElementTree.fromstring(pictures["2026-01-02-train.svg"])
     widths = [float(each.attrib["width"]) for each in root.iter("{http://www.w3.org/2000/svg}rect")]
     assert widths == [420.0, 210.0]
+
+
+def test_curves_are_drawn_from_zero_and_no_name_covers_another(load: type[ModuleType], tmp_path: Path) -> None:
+    page = load("page")
+    curves = {
+        "plain": [[1, 10.0], [64, 10.0]],
+        "graft": [[1, 10.0], [8, 40.0], [64, 80.0]],
+        "a<b": [[1, 9], [64, 10.0]],
+    }
+    root = ElementTree.fromstring(page.lines(curves, "tokens_per_s", "clients"))
+    svg = "{http://www.w3.org/2000/svg}"
+    paths = [each.attrib["d"] for each in root.iter(f"{svg}path")]
+    assert paths[1] == "M60.0 244.0L270.0 154.0L480.0 34.0"  # zero lies at 274, the most at 34, in even steps
+    names = {each.text: float(each.attrib["y"]) for each in root.iter(f"{svg}text") if ": " in (each.text or "")}
+    assert list(names) == ["graft: 80", "plain: 10", "a<b: 10"]
+    heights = sorted(names.values())
+    assert all(b - a >= 15 for a, b in pairwise(heights))
 
 
 def test_the_committed_page_is_what_the_committed_results_give(load: type[ModuleType]) -> None:
@@ -477,3 +496,86 @@ def test_processes_counts_bytes_and_compares_within_rounds(load: type[ModuleType
     assert found["ratios"]["examples_per_s lora two/one"]["median"] == pytest.approx(0.8)
     assert found["losses_apart"] == {"lora": pytest.approx(1e-3), "full": 0.0}
     assert "lora two" in bench.table(found)
+
+
+# Serving
+
+
+def answered(clients: int, tokens: float, errors: tuple[str, ...] = ()) -> dict[str, Any]:
+    run = {"tokens_per_s": tokens, "requests_per_s": tokens / 32, "p50_s": 1.0, "p95_s": 2.0, "rss_mb": 900.0}
+    return {**run, "clients": clients, "errors": list(errors)}
+
+
+def test_serving_claims_what_its_turns_show(load: type[ModuleType]) -> None:
+    bench = load("serve_load")
+    turns = {
+        "graft": [answered(1, 10), answered(64, 80)],
+        "graft adapters": [answered(1, 9), answered(64, 26)],
+        "plain": [answered(1, 12), answered(64, 16)],
+    }
+    steady = {"errors": [], "memory_mb": [100.0] * 2 + [200.0] * 5 + [201.0]}
+    summary = bench.summarise(turns, steady, True)
+    assert list(summary["claims"].values()) == [True, False, True, True, True]
+    assert summary["ratios"]["tokens_per_s graft/plain, 64 clients"]["median"] == 5
+    assert summary["curves"]["tokens_per_s"]["graft"] == [[1, 10], [64, 80]]
+    assert "graft, 64 clients" in summary["medians"] and "graft, 1 client" in summary["medians"]
+    assert "no request failed?" in bench.table(summary)
+    turns["graft"][1]["errors"].append("ValueError: HTTP/1.1 500")
+    growing = {"errors": [], "memory_mb": [100.0, 100.0, 200.0, 200.0, 210.0, 210.0, 220.0, 220.0]}
+    assert list(bench.summarise(turns, growing, None)["claims"].values()) == [True, False, False, False, None]
+
+
+def test_latencies_are_those_that_a_share_of_requests_keeps(load: type[ModuleType]) -> None:
+    bench = load("serve_load")
+    values = [float(n) for n in range(1, 101)]
+    assert [bench.quantile(values, share) for share in (0.5, 0.95, 1.0)] == [50.0, 95.0, 100.0]
+    assert bench.quantile([3.0], 0.95) == 3.0 and bench.quantile([1.0, 2.0], 0.95) == 2.0
+    assert bench.quantile([], 0.5) == 0
+
+
+def test_the_load_is_heard_out_and_errors_are_kept(load: type[ModuleType]) -> None:
+    """Against a server of our own, whose third answer is a refusal: that client stops, the others go on."""
+    import http.server
+    import threading
+
+    bench = load("serve_load")
+    count = iter(range(1, 100))
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            usage = {"usage": {"completion_tokens": 5}, "choices": [{"text": body["prompt"].upper()}]}
+            status, answer = (503, b"busy") if next(count) == 3 else (200, json.dumps(usage).encode())
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *words: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        one = bench.Server(None, "127.0.0.1", server.server_port)
+        bodies = bench.bodies_of(["a", "b"], ["x", "y", "z"], 5)
+        assert [json.loads(body)["model"] for body in bodies] == ["x", "y"]
+        answers, seconds = asyncio.run(bench.load(one, bodies, 2, 60, most=9))
+        server.shutdown()
+    figures = bench.figures(answers, seconds)
+    assert figures["requests"] == 8 and answers.tokens == 40 and answers.texts == {0: "A", 1: "B"}
+    assert len(answers.errors) == 1 and "503" in answers.errors[0] and "busy" in answers.errors[0]
+
+
+@pytest.mark.parametrize("words", [["--clients", "8,1"], ["--only", "plain"], ["--only", "graft,vllm"]])
+def test_the_load_refuses_wrong_flags(load: type[ModuleType], words: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        load("serve_load").parse(words)
+
+
+def test_the_load_calls_serve_with_flags_that_exist(load: type[ModuleType]) -> None:
+    words = load("serve_load").graft_command("m", "float32", [Path("a"), Path("b")], 32, 64)
+    assert words[1:4] == ["-m", "graftlm", "serve"]
+    config = parse("serve", ServeConfig, words[4:], "adapters").config
+    assert config.adapters == ("one=a", "two=b") and (config.max_rows, config.max_tokens, config.port) == (64, 32, 0)

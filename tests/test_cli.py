@@ -30,6 +30,7 @@ VERBS = (
     "prefer",
     "compare",
     "report",
+    "serve",
     "account",
     "export",
     "import",

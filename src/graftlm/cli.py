@@ -1,7 +1,8 @@
 """The command `graft`: verbs -> one call each. The only place that exits; with `render.py` the only one that prints.
 
 What is unusual here: the verbs are a table and are dispatched by hand, and everything heavy is imported inside the
-handler that needs it, so that `graft --help` answers before torch could even be found on the disk.
+handler that needs it, so that `graft --help` answers before torch could even be found on the disk. A verb whose result
+is there before its work is done (`serve`) yields it.
 
 Exit status: 0 done, 1 a run failed, 2 wrong input, 130 interrupted. A mistake is one line on the standard error.
 """
@@ -10,8 +11,8 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ from graftlm.config import (
     PreferConfig,
     PromptConfig,
     ReportConfig,
+    ServeConfig,
     TrainConfig,
 )
 from graftlm.errors import GraftError, InputError, unknown
@@ -252,6 +254,12 @@ def _import(parsed: Parsed, notes: "Console") -> Result:
     return import_adapter(parsed.config, lambda line: notes.print(line, markup=False))
 
 
+def _serve(parsed: Parsed, notes: "Console") -> Iterator[Result]:
+    from graftlm.serving.server import serve
+
+    return serve(parsed.config, lambda line: notes.print(line, markup=False))
+
+
 def _fetch(parsed: Parsed, notes: "Console") -> Result:
     from graftlm.files.assets import fetch
 
@@ -263,7 +271,7 @@ class Verb:
     """One row of the table: what its flags are, what it calls, and how its result is shown to people."""
 
     config: type
-    run: Callable[[Parsed, "Console"], Result]
+    run: Callable[[Parsed, "Console"], Result | Iterator[Result]]
     show: Callable[["Console", Result], None]
     positional: str = ""
     """The field that may be given as a word without dashes, or as several where it takes several."""
@@ -284,6 +292,7 @@ VERBS = {
     "prefer": Verb(PreferConfig, _prefer, render.prefer, positional="prompts"),
     "compare": Verb(CompareConfig, _compare, render.compare, computes=False),
     "report": Verb(ReportConfig, _report, render.report, positional="folders", computes=False),
+    "serve": Verb(ServeConfig, _serve, render.serve, positional="adapters"),
     "account": Verb(AccountConfig, _account, render.account, computes=False),
     "export": Verb(ExportConfig, _export, render.exchanged),
     "import": Verb(ImportConfig, _import, render.exchanged, positional="folder"),
@@ -353,15 +362,27 @@ def _once(error: GraftError) -> GraftError:
 def _run_verb(verb: Verb, parsed: Parsed) -> None:
     if verb.computes:
         process.keep_memory()
-    # With --json the standard output is one object, whatever a library down the line may print.
-    with redirect_stdout(sys.stderr) if parsed.every.json else nullcontext(), render.library_notes():
-        result = verb.run(parsed, render.notes())
+    with _libraries(parsed):
+        found = verb.run(parsed, render.notes())
+        result = next(found) if isinstance(found, Iterator) else found
     if not process.speaks():
         return
     if parsed.every.json:
         print(json.dumps(result, ensure_ascii=False, allow_nan=False))
     else:
         verb.show(render.screen(), result)
+    if isinstance(found, Iterator):
+        sys.stdout.flush()  # whoever started it waits for this
+        with _libraries(parsed):
+            for _ in found:
+                raise AssertionError("a verb has one result")
+
+
+@contextmanager
+def _libraries(parsed: Parsed) -> Iterator[None]:
+    """While a verb works. With --json the standard output is one object, whatever a library down the line may print."""
+    with redirect_stdout(sys.stderr) if parsed.every.json else nullcontext(), render.library_notes():
+        yield
 
 
 def _help() -> str:

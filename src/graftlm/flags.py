@@ -18,6 +18,9 @@ from typing import Any, get_type_hints
 from graftlm.errors import InputError, nearest
 from graftlm.values import allowed_value, checked_value, split_optional, takes_several, wanted
 
+SECRETS = frozenset({"key"})
+"""Fields whose values no error shows."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EveryVerb:
@@ -117,7 +120,8 @@ def _split(verb: str, types: Mapping[str, Any], words: Sequence[str], positional
         else:
             following = next(rest, None)
             if following is None or following.startswith("--"):
-                tip = f" (a value that begins with dashes is written {flag}={following})" if following else ""
+                shown = "..." if name in SECRETS else following
+                tip = f" (a value that begins with dashes is written {flag}={shown})" if following else ""
                 raise InputError(f"{flag} needs a value{tip}")
             typed.setdefault(name, []).append(following)
     return typed
@@ -166,5 +170,6 @@ def _read_recipe(file: str, types: Mapping[str, Any], tables: Sequence[str]) -> 
             continue
         if name not in types:
             raise InputError(f"{file}: unknown key {key!r}: {nearest(name, types, '')}keys are the verb's flags")
-        values[name] = checked_value(f"{file}: {key} = {value!r}", value, types[name])
+        shown = "..." if name in SECRETS else repr(value)
+        values[name] = checked_value(f"{file}: {key} = {shown}", value, types[name])
     return values

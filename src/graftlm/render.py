@@ -197,6 +197,11 @@ def report(out: "Console", result: Result) -> None:
     out.print(result["path"], markup=False, emoji=False, soft_wrap=True)
 
 
+def serve(out: "Console", result: Result) -> None:
+    """Where it is served, and what."""
+    _facts(out, {"page and API": result["url"], "models": ", ".join(result["models"]), "to stop": "Ctrl-C"})
+
+
 def account(out: "Console", result: Result) -> None:
     """What is counted, how many, by which formula; then the shares, the times and what a paper says."""
     each = "an example" if "units" in result else "a token"

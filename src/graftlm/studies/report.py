@@ -55,7 +55,8 @@ def report(config: ReportConfig) -> dict[str, Any]:
 
 def make_page(runs: Sequence[Run], title: str, today: date) -> str:
     """The whole page."""
-    style, script = _part("report.css"), _part("report_chart.js") + _part("report.js")
+    style = _part("report_base.css") + _part("report.css")
+    script = _part("report_parts.js") + _part("report_chart.js") + _part("report.js")
     parts = {
         "policy": f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; {POLICY}",
         "title": text(title),

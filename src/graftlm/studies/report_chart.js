@@ -3,10 +3,8 @@
 // What is unusual here: no library, and nothing is ever made from markup. Elements come from createElement, words go in
 // as text, so that a run's name can do nothing. All figures stand in the page's tables already; a chart is one more way
 // to read them, with the pointer, a finger or the keyboard, and it says aloud what the keyboard reads.
-"use strict";
 
 const data = JSON.parse(document.getElementById("data").textContent);
-const live = document.getElementById("live");
 const DASHES = ["", "8 4", "2 3", "10 3 2 3", "14 5", "5 2", "8 3 2 3 2 3"];
 const MARKS = [
   "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0Z",
@@ -20,24 +18,6 @@ const off = new Set(); // the numbers of runs that are switched off
 const charts = [];
 
 // Small parts ---------------------------------------------------------------------------------------------------------
-
-function node(tag, attributes = {}, ...children) {
-  return fill(document.createElement(tag), attributes, children);
-}
-
-function shape(tag, attributes = {}, ...children) {
-  return fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
-}
-
-function fill(element, attributes, children) {
-  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-  element.append(...children); // a string becomes text
-  return element;
-}
-
-function say(words) {
-  live.textContent = words;
-}
 
 function colour(run) {
   return `run-${run % 8}`;
@@ -60,10 +40,6 @@ function count(value) {
 function short(value) {
   const compact = { notation: "compact", maximumSignificantDigits: 3 };
   return value >= 1000 ? value.toLocaleString("en", compact) : count(value);
-}
-
-function percent(value) {
-  return `${(100 * value).toFixed(1)}%`;
 }
 
 // Round values within a span, a few of them.

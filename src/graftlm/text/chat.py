@@ -24,11 +24,14 @@ OPEN, CLOSE = "\ue000", "\ue001"  # a mark is a number between these two: no tex
 
 
 class Chat:
-    """A tokenizer's chat template. Raises InputError when it cannot be read or refuses what it is given."""
+    """A tokenizer's chat template. Raises InputError when it cannot be read or refuses what it is given.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    instead: what its errors tell the user to do.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, instead: str = "use --chat off") -> None:
         assert tokenizer.chat_template is not None, "the tokenizer has no chat template: look before"
-        self._tokenizer = tokenizer
+        self._tokenizer, self._instead = tokenizer, instead
 
     def render(self, messages: Sequence[Message], begun: str = "") -> str:
         """The conversation as text, up to where the model's answer begins, and how that begins."""
@@ -52,7 +55,7 @@ class Chat:
             return re.sub(f"{OPEN}(\\d+){CLOSE}", lambda match: contents[int(match[1])], text)
 
         if filled(frame) != whole:
-            raise InputError("the model's chat template changes the messages it is given: use --chat off")
+            raise InputError(f"the model's chat template changes the messages it is given: {self._instead}")
         control = self._tokenizer.control
         found = re.split(f"({'|'.join(map(re.escape, sorted(control, key=len, reverse=True)))})", frame)
         parts: list[tuple[str, int | None]] = []
@@ -72,7 +75,7 @@ class Chat:
                 messages=given, tools=None, documents=None, add_generation_prompt=True, **self._tokenizer.named_tokens
             )
         except (TemplateError, TypeError, ValueError) as error:
-            raise InputError(f"the model's chat template refuses these messages ({error}): use --chat off") from None
+            raise InputError(f"the model's chat template refuses these messages ({error}): {self._instead}") from None
 
     @cached_property
     def _template(self) -> Any:
@@ -92,4 +95,4 @@ class Chat:
         try:
             return environment.from_string(self._tokenizer.chat_template or "")
         except TemplateSyntaxError as error:
-            raise InputError(f"the model's chat template is broken ({error}): use --chat off") from None
+            raise InputError(f"the model's chat template is broken ({error}): {self._instead}") from None

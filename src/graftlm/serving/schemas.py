@@ -1,0 +1,233 @@
+"""What a request may say: its JSON -> checked fields, or one line that names the field and says what it may be.
+
+What is unusual here:
+- Nothing is ignored in silence. A field that OpenAI's API knows and this server does not do is taken only at a value
+  that changes nothing (`NEUTRAL`); at any other, and for a field nobody knows, the request is refused.
+- Types are strict: "16" is no number, and 1 is not true. The parser bounds depth, and refuses half a surrogate pair.
+- The words under a field's `description` are what its error says, so there is one place for both.
+"""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from graftlm.errors import GraftError, nearest
+
+MOST_CHOICES = 64
+"""Answers that one request may ask for: prompts times n; and texts to classify."""
+MOST_STOPS, MOST_MESSAGES = 4, 1000
+
+
+class Refused(GraftError):
+    """A request that gets no answer: an HTTP status and, in OpenAI's form, what is wrong with which field."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry_after: int = 0
+    ) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code, self.retry_after = status, param, code, retry_after
+
+    def to_json(self) -> dict[str, Any]:
+        """{"error": {…}}, as OpenAI's clients read it."""
+        kind = "server_error" if self.status >= 500 else KINDS.get(self.status, "invalid_request_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+# Fields that are known and not done -> the values at which they change nothing; None always is one.
+ANY = object()
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "top_logprobs": (0,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (ANY,),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "web_search_options": (),
+    "store": (False,),
+    # What tells the server who asks, and has no say in the answer.
+    "user": (ANY,),
+    "metadata": (ANY,),
+    "service_tier": (ANY,),
+    "safety_identifier": (ANY,),
+    "prompt_cache_key": (ANY,),
+}
+NEUTRAL_IN_MESSAGES: dict[str, tuple[Any, ...]] = {
+    "name": (),
+    "refusal": (),
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "tool_calls": ([],),
+}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_what_changes_nothing(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        kept = {}
+        for name, value in fields.items():
+            if name not in cls.neutral or name in cls.model_fields:
+                kept[name] = value
+            elif value is not None and not any(allowed is ANY or value == allowed for allowed in cls.neutral[name]):
+                raise PydanticCustomError("unsupported", "{name} is not supported: leave it out", {"name": name})
+        return kept
+
+
+Text = str
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class StreamOptions(_Strict):
+    """What a stream is to hold besides the answer."""
+
+    neutral = {"include_obfuscation": (False,)}
+    include_usage: bool | None = None
+
+
+class Sampling(_Strict):
+    """What completions and chats have in common."""
+
+    neutral = NEUTRAL
+    model: str = Field(description="the name of a model, as GET /v1/models lists them")
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = Field(1, description=f"1 to {MOST_CHOICES}")
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(1.0, description="a number from 0 to 2")
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(1.0, description="a number above 0 and at most 1")
+    top_k: Annotated[int, Field(ge=0)] | None = Field(0, description="0 (all tokens) or more")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(None, description="a whole number, 0 or more")
+    stop: str | list[str] | None = Field(None, description=f"a text, or a list of at most {MOST_STOPS} texts")
+    stream: bool | None = Field(False, description="true or false")
+    stream_options: StreamOptions | None = Field(None, description='{"include_usage": true or false}')
+    max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="a whole number, 1 or more")
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The texts that end an answer. Raises Refused where there are too many or an empty one."""
+        found = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        if len(found) > MOST_STOPS or not all(found):
+            raise Refused(400, f"stop: must be at most {MOST_STOPS} texts, none of them empty", param="stop")
+        return found
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream is to end with its number of tokens."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class CompletionBody(Sampling):
+    """POST /v1/completions."""
+
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]] = Field(
+        description="a text, a list of texts, a list of token ids or a list of such lists"
+    )
+    logprobs: Literal[0] | None = Field(None, description="0: of the chosen tokens only; no others are known")
+
+
+class TextPart(_Strict):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class MessageBody(_Strict):
+    """One message of a chat."""
+
+    neutral = NEUTRAL_IN_MESSAGES
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+
+    @property
+    def words(self) -> str:
+        """The content as one text."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatBody(Sampling):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[MessageBody], Field(min_length=1, max_length=MOST_MESSAGES)] = Field(
+        description="a list of messages, each with a role (system, developer, user or assistant) and a content: "
+        'a text, or parts {"type": "text", "text": …}'
+    )
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="a whole number, 1 or more")
+    logprobs: bool | None = Field(False, description="true or false")
+
+
+class ClassifyBody(_Strict):
+    """POST /v1/classify."""
+
+    text: str | None = Field(None, description="a text")
+    texts: Annotated[list[str], Field(min_length=1, max_length=MOST_CHOICES)] | None = Field(
+        None, description=f"a list of 1 to {MOST_CHOICES} texts"
+    )
+    models: Annotated[list[str], Field(min_length=1)] | None = Field(None, description="a list of models' names")
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> "ClassifyBody":
+        if (self.text is None) == (self.texts is None):
+            raise PydanticCustomError("one_of_two", "give either text or texts")
+        return self
+
+
+def read(body: type[BaseModel], content: bytes) -> Any:
+    """The fields of a request's body. Raises Refused with one line for the first mistake."""
+    try:
+        return body.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+    message, kind = first["msg"], first["type"]
+    if kind == "json_invalid":
+        raise Refused(400, f"the body is not JSON: {message.removeprefix('Invalid JSON: ')}")
+    if kind == "model_type" and not first["loc"]:
+        raise Refused(400, "the body is not a JSON object")
+    if kind in ("unsupported", "one_of_two"):
+        inner = first.get("ctx", {}).get("name")
+        raise Refused(400, message, param=inner, code="unsupported_parameter" if inner else None)
+    path = _path(first["loc"], kind == "extra_forbidden")
+    if kind == "extra_forbidden":
+        known = nearest(str(first["loc"][-1]), body.model_fields, "")
+        raise Refused(400, f"unknown field {path!r}: {known}leave it out", param=path, code="unknown_parameter")
+    field = str(first["loc"][0])
+    allowed = body.model_fields[field].description
+    if kind == "missing":
+        raise Refused(400, f"{path} is missing: {allowed}", param=path, code="missing_required_parameter")
+    where = path if path == field else f"{path} is wrong: {field}"
+    raise Refused(400, f"{where}: must be {allowed}", param=path)
+
+
+def _path(place: tuple[int | str, ...], unknown: bool) -> str:
+    """("messages", 3, "role") -> "messages[3].role"; what pydantic calls the sides of a union is left out."""
+    path = ""
+    for part in place:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part in NAMES or (unknown and part is place[-1]):
+            path += ("." if path else "") + part[:100]
+    return path
+
+
+NAMES = {
+    name
+    for body in (CompletionBody, ChatBody, ClassifyBody, MessageBody, TextPart, StreamOptions)
+    for name in body.model_fields
+}

@@ -1,0 +1,133 @@
+"""An engine without a model, whose answers and failures a test decides; and a server in a thread of this process."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from graftlm.inference.engine import Busy, Completion, Piece, Request, Ticket
+from graftlm.serving.app import Served, Service, make_app
+from graftlm.serving.server import Server, listening, url_of
+from graftlm.text.template import load_template
+from graftlm.text.tokenizer import Tokenizer
+from tiny import byte_tokenizer
+
+
+class FakeTicket(Ticket):
+    def __init__(self) -> None:
+        self.done: Future[Completion] = Future()
+        self.cancelled = threading.Event()
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+
+
+class FakeEngine:
+    """Answers each request, on a thread of its own, with the tokens of `answer`, `pause` seconds apart."""
+
+    names = ("one", "two")
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.reset()
+
+    def reset(self) -> None:
+        """As it was made."""
+        self.answer, self.pause, self.finish = "fine film", 0.0, "stop"
+        self.refuse: Exception | None = None
+        self.fails: Exception | None = None
+        self.tickets: list[FakeTicket] = []
+        self.requests: list[Request] = []
+        self.scored: list[tuple[Sequence[int], Any, str | None]] = []
+        self.most = 10**9  # requests that are taken
+        self.hold = 10**9  # tokens that a request has, until this is raised
+
+    def submit(self, request: Request, on_piece: Callable[[Piece], None] | None = None) -> Ticket:
+        if self.refuse is not None:
+            raise self.refuse
+        if len(self.tickets) >= self.most:
+            raise Busy("too many requests are waiting: try again later")
+        ticket = FakeTicket()
+        self.tickets.append(ticket)
+        self.requests.append(request)
+        threading.Thread(target=self._work, args=(request, ticket, on_piece), daemon=True).start()
+        return ticket
+
+    def _work(self, request: Request, ticket: FakeTicket, on_piece: Callable[[Piece], None] | None) -> None:
+        tokens = self.tokenizer.encode(self.answer)[: request.max_new_tokens]
+        told: list[int] = []
+        finish = self.finish
+        for token in tokens:
+            while len(told) >= self.hold and not ticket.cancelled.wait(0.01):
+                pass
+            if ticket.cancelled.wait(self.pause) if self.pause else ticket.cancelled.is_set():
+                finish = "cancelled"
+                break
+            if self.fails is not None and told:
+                ticket.done.set_exception(self.fails)
+                return
+            told.append(token)
+            if on_piece:
+                on_piece(Piece(self.tokenizer.decode([token]), token, -0.5, None))
+        if on_piece:
+            on_piece(Piece("", None, None, finish))
+        text = self.tokenizer.decode(told)
+        ticket.done.set_result(Completion(text, tuple(told), (-0.5,) * len(told), finish, len(request.prompt)))
+
+    def score(
+        self, prompt: Sequence[int], options: Sequence[Sequence[int]], adapter: str | None = None
+    ) -> "Future[list[float]]":
+        if self.refuse is not None:
+            raise self.refuse
+        self.scored.append((prompt, options, adapter))
+        found: Future[list[float]] = Future()
+        found.set_result([-1.0 - number - (adapter is not None) * number for number in range(len(options))])
+        return found
+
+    def stats(self) -> dict[str, Any]:
+        return {"running": 0}
+
+    def close(self, drain: bool = True) -> None:
+        for ticket in self.tickets:
+            ticket.cancel()
+
+
+def service(folder: Path, *adapters: str, room: int = 200, max_tokens: int = 64) -> tuple[Service, FakeEngine]:
+    """A service on a fake engine and a byte-level tokenizer in `folder`."""
+    folder.mkdir(exist_ok=True)
+    vocab = byte_tokenizer(folder)
+    tokenizer = Tokenizer.from_folder(folder)
+    engine = FakeEngine(tokenizer)
+    template = load_template("Review: {text}\nIs it:")
+    models = {"base": Served("base", None, template, room)}
+    models |= {name: Served(name, name, template, room) for name in adapters}
+    engine_: Any = engine
+    return Service(engine_, tokenizer, models, vocab, max_tokens), engine
+
+
+@contextmanager
+def serving(made: Service, grace: float = 5.0, **gate: Any) -> Iterator[str]:
+    """A real server on loopback, on a thread of this process; yields its url."""
+    with listening("127.0.0.1", 0) as listener:
+        url = url_of("127.0.0.1", listener)
+        app = make_app(made, host="127.0.0.1", **gate)
+        server = Server(app, grace, lambda: made.engine.close(drain=False))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield url
+        finally:
+            server.should_exit = True
+            thread.join(30)
+            assert not thread.is_alive()
+
+
+def eventually(what: Callable[[], bool], seconds: float = 5.0) -> bool:
+    """Whether it comes true in time."""
+    end = time.monotonic() + seconds
+    while not what() and time.monotonic() < end:
+        time.sleep(0.01)
+    return what()

@@ -1,0 +1,544 @@
+"""The API over a real socket: what OpenAI's own client makes of it, what is refused with which words, who is let in.
+
+The engine is a fake whose answers, pace and failures a test decides; `test_server.py` has the real one.
+"""
+
+import asyncio
+import json
+import logging
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import openai
+import pytest
+
+from graftlm.errors import GraftError, InputError
+from graftlm.inference.engine import Closed
+from graftlm.serving import limits
+from graftlm.serving.app import Service
+from graftlm.serving.limits import Hosts, Rate, is_loopback
+from graftlm.serving.schemas import Refused
+from serving.fakes import FakeEngine, eventually, service, serving
+
+TEXT = {"model": "base", "prompt": "a film"}
+TALK = {"model": "base", "messages": [{"role": "user", "content": "a film"}]}
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</{{ m['role'] }}>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Service, FakeEngine]:
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return service(folder, "one", "two")
+
+
+@pytest.fixture(scope="module")
+def url(made: tuple[Service, FakeEngine]) -> Iterator[str]:
+    with serving(made[0]) as url:
+        yield url
+
+
+@pytest.fixture
+def engine(made: tuple[Service, FakeEngine]) -> FakeEngine:
+    made[1].reset()
+    return made[1]
+
+
+@pytest.fixture(scope="module")
+def clients(url: str) -> Iterator[tuple[httpx.Client, openai.OpenAI]]:
+    """Made once: a client reads all certificates of the machine."""
+    with (
+        httpx.Client(base_url=url, timeout=20) as http,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0, timeout=20) as client,
+    ):
+        yield http, client
+
+
+@pytest.fixture
+def http(clients: tuple[httpx.Client, openai.OpenAI], engine: FakeEngine) -> httpx.Client:
+    return clients[0]
+
+
+@pytest.fixture
+def client(clients: tuple[httpx.Client, openai.OpenAI], engine: FakeEngine) -> openai.OpenAI:
+    return clients[1]
+
+
+def error(answer: httpx.Response, status: int) -> dict[str, Any]:
+    """The error of an answer, in OpenAI's form."""
+    assert answer.status_code == status, answer.text
+    content = answer.json()
+    assert set(content) == {"error"} and set(content["error"]) == {"message", "type", "param", "code"}
+    assert "\n" not in content["error"]["message"]
+    return content["error"]
+
+
+# OpenAI's client ------------------------------------------------------------------------------------------------------
+
+
+def test_models_are_listed_the_base_first(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["base", "one", "two"]
+    assert client.models.retrieve("two").id == "two"
+    with pytest.raises(openai.NotFoundError, match="there is no model 'tow': did you mean 'two'"):
+        client.models.retrieve("tow")
+
+
+def test_a_completion(client: openai.OpenAI, engine: FakeEngine) -> None:
+    found = client.completions.create(model="one", prompt="a film", max_tokens=4, temperature=0, stop=["x"], seed=7)
+    assert (found.object, found.model, found.choices[0].text) == ("text_completion", "one", "fine")
+    assert found.choices[0].finish_reason == "stop" and found.choices[0].logprobs is None
+    assert found.usage is not None
+    assert (found.usage.prompt_tokens, found.usage.completion_tokens, found.usage.total_tokens) == (6, 4, 10)
+    (asked,) = engine.requests
+    assert (asked.adapter, asked.max_new_tokens, asked.temperature) == ("one", 4, 0)
+    assert (asked.stop, asked.seed, asked.top_k, asked.top_p) == (("x",), 7, None, None)
+
+
+def test_several_prompts_several_choices_in_order_each_with_its_own_seed(
+    client: openai.OpenAI, engine: FakeEngine
+) -> None:
+    found = client.completions.create(
+        model="base", prompt=["a film", "b"], n=2, seed=5, logprobs=0, top_p=0.5, extra_body={"top_k": 3}
+    )
+    assert [choice.index for choice in found.choices] == [0, 1, 2, 3]
+    assert [(len(asked.prompt), asked.seed) for asked in engine.requests] == [(6, 5), (6, 6), (1, 5), (1, 6)]
+    assert (engine.requests[0].top_k, engine.requests[0].top_p) == (3, 0.5)
+    assert found.usage is not None and found.usage.prompt_tokens == 7 and found.usage.completion_tokens == 36
+    logprobs = found.choices[0].logprobs
+    assert logprobs is not None and logprobs.tokens == list("fine film") and logprobs.token_logprobs == [-0.5] * 9
+    assert logprobs.text_offset == list(range(9))
+
+
+def test_tokens_instead_of_text(client: openai.OpenAI, engine: FakeEngine) -> None:
+    client.completions.create(model="base", prompt=[5, 6, 7])
+    client.completions.create(model="base", prompt=[[5], [6, 7]])
+    assert [list(asked.prompt) for asked in engine.requests] == [[5, 6, 7], [5], [6, 7]]
+    assert [asked.max_new_tokens for asked in engine.requests] == [16, 16, 16]
+
+
+def test_a_streamed_completion_comes_token_by_token(client: openai.OpenAI, engine: FakeEngine) -> None:
+    engine.pause = 0.02
+    parts = list(
+        client.completions.create(
+            model="two", prompt="a", stream=True, n=2, logprobs=0, stream_options={"include_usage": True}
+        )
+    )
+    texts = {0: "", 1: ""}
+    for part in parts[:-1]:
+        texts[part.choices[0].index] += part.choices[0].text
+    assert texts == {0: "fine film", 1: "fine film"} and len(parts) == 2 * 10 + 1
+    finishes = [(p.choices[0].index, p.choices[0].finish_reason) for p in parts[:-1] if p.choices[0].finish_reason]
+    assert sorted(finishes) == [(0, "stop"), (1, "stop")]
+    assert parts[-1].choices == [] and parts[-1].usage is not None and parts[-1].usage.completion_tokens == 18
+    offsets = [part.choices[0].logprobs.text_offset for part in parts[:-1] if part.choices[0].logprobs]
+    assert sorted(offsets) == sorted([[n] for n in range(9)] * 2)
+    assert len({part.id for part in parts}) == 1
+
+
+def test_a_chat_and_its_stream(client: openai.OpenAI, engine: FakeEngine, made: tuple[Service, FakeEngine]) -> None:
+    messages: Any = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Is it"}, {"type": "text", "text": " fine?"}]},
+        {"role": "assistant", "content": "Yes.", "refusal": None, "tool_calls": None},
+        {"role": "user", "content": "Why?"},
+    ]
+    found = client.chat.completions.create(model="base", messages=messages, logprobs=True, max_completion_tokens=4)
+    assert found.choices[0].message.content == "fine" and found.choices[0].message.role == "assistant"
+    logprobs = found.choices[0].logprobs
+    assert logprobs is not None and logprobs.content is not None
+    assert [each.token for each in logprobs.content] == list("fine")
+    asked = made[0].tokenizer.decode(engine.requests[0].prompt)
+    wanted = "<system>Be brief.</system><user>Is it fine?</user><assistant>Yes.</assistant><user>Why?</user><assistant>"
+    assert asked == wanted
+    parts = list(client.chat.completions.create(model="base", messages=messages, stream=True))
+    assert parts[0].choices[0].delta.role == "assistant"
+    assert "".join(part.choices[0].delta.content or "" for part in parts) == "fine film"
+    assert parts[-1].choices[0].finish_reason == "stop" and parts[0].object == "chat.completion.chunk"
+    assert engine.requests[1].max_new_tokens == 64  # the server's own limit
+
+
+def test_the_asynchronous_client_too(url: str, engine: FakeEngine) -> None:
+    engine.pause = 0.005
+
+    async def work() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client:
+
+            async def one(model: str) -> str:
+                parts = await client.completions.create(model=model, prompt="a", stream=True)
+                return "".join([part.choices[0].text async for part in parts])
+
+            return await asyncio.gather(*(one(model) for model in ("base", "one", "two") * 8))
+
+    assert asyncio.run(work()) == ["fine film"] * 24
+    assert {asked.adapter for asked in engine.requests} == {None, "one", "two"}
+
+
+def test_the_client_raises_what_happened(client: openai.OpenAI, engine: FakeEngine) -> None:
+    with pytest.raises(openai.NotFoundError, match="there is no model 'three'"):
+        client.completions.create(model="three", prompt="a")
+    with pytest.raises(openai.BadRequestError, match="temperature: must be a number from 0 to 2") as refused:
+        client.completions.create(model="base", prompt="a", temperature=9)
+    assert refused.value.param == "temperature" and refused.value.type == "invalid_request_error"
+    engine.refuse = InputError("the prompt is odd")
+    with pytest.raises(openai.BadRequestError, match="the prompt is odd"):
+        client.completions.create(model="base", prompt="a")
+    engine.refuse = Closed("closed")
+    with pytest.raises(openai.InternalServerError, match="the server is stopping"):
+        client.completions.create(model="base", prompt="a")
+    engine.refuse, engine.fails = None, GraftError("the logits are NaN")
+    with pytest.raises(openai.InternalServerError, match="the logits are NaN"):
+        client.completions.create(model="base", prompt="a")
+
+
+def test_a_stream_that_fails_midway_says_so(client: openai.OpenAI, engine: FakeEngine) -> None:
+    engine.fails = GraftError("the logits are NaN")
+    parts = iter(client.completions.create(model="base", prompt="a", stream=True))
+    assert next(parts).choices[0].text == "f"
+    with pytest.raises(openai.APIError, match="the logits are NaN"):
+        next(parts)
+    engine.fails, engine.finish = None, "error"
+    with pytest.raises(openai.APIError, match="the engine failed"):
+        list(client.completions.create(model="base", prompt="a", stream=True))
+
+
+def test_where_one_of_several_is_not_taken_none_is(http: httpx.Client, engine: FakeEngine) -> None:
+    engine.most, engine.pause = 2, 5.0
+    answer = http.post("/v1/completions", json={**TEXT, "n": 3})
+    assert error(answer, 503)["code"] == "overloaded" and answer.headers["retry-after"] == "1"
+    assert len(engine.tickets) == 2 and all(ticket.cancelled.is_set() for ticket in engine.tickets)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_ends_its_request(url: str, engine: FakeEngine, stream: bool) -> None:
+    engine.pause = 0.2 if stream else 5.0
+    body = json.dumps({**TEXT, "stream": stream}).encode()
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as line:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        line.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        assert eventually(lambda: bool(engine.tickets))
+        if stream:
+            assert line.recv(100).startswith(b"HTTP/1.1 200")
+        assert not engine.tickets[0].cancelled.is_set()
+    assert eventually(engine.tickets[0].cancelled.is_set)
+
+
+# Label probabilities --------------------------------------------------------------------------------------------------
+
+
+def test_classify_asks_base_and_adapters_the_same(http: httpx.Client, engine: FakeEngine, made: Any) -> None:
+    found = http.post("/v1/classify", json={"text": "a joy"}).json()
+    (result,) = found["results"]
+    assert list(result["models"]) == ["base", "one", "two"]
+    for name, reading in result["models"].items():
+        apart = 1.0 if name == "base" else 2.0  # what the fake says of the two labels' log-probabilities
+        assert reading["label"] == "negative" and not reading["cut"]
+        expected = 1 / (1 + 2.718281828459045**-apart)
+        assert reading["probabilities"] == {
+            "negative": pytest.approx(expected, rel=1e-12),
+            "positive": pytest.approx(1 - expected, rel=1e-12),
+        }
+    prompts = [made[0].tokenizer.decode(prompt) for prompt, _, _ in engine.scored]
+    assert prompts == ["Review: a joy\nIs it:"] * 3
+    assert [adapter for _, _, adapter in engine.scored] == [None, "one", "two"]
+    options = [made[0].tokenizer.decode(option) for option in engine.scored[0][1]]
+    assert options == [" negative", " positive"]
+
+
+def test_classify_many_texts_of_some_models_and_says_what_was_cut(http: httpx.Client, engine: FakeEngine) -> None:
+    texts = [f"text {n}" for n in range(63)] + ["long " * 100]
+    found = http.post("/v1/classify", json={"texts": texts, "models": ["two", "base"]}).json()
+    assert [result["index"] for result in found["results"]] == list(range(64))
+    assert all(list(result["models"]) == ["two", "base"] for result in found["results"])
+    assert [result["models"]["two"]["cut"] for result in found["results"]] == [False] * 63 + [True]
+    assert max(len(prompt) for prompt, _, _ in engine.scored) <= 200
+    assert error(http.post("/v1/classify", json={"text": "a", "models": ["x"]}), 404)["code"] == "model_not_found"
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "message", "param"),
+    [
+        ("completions", {"prompt": None}, "prompt: must be a text, a list of texts, ", "prompt"),
+        ("completions", {"prompt": ""}, "prompt: is empty", "prompt"),
+        ("completions", {"prompt": []}, "prompt: is empty", "prompt"),
+        ("completions", {"prompt": [[]]}, "prompt: is empty", "prompt"),
+        ("completions", {"prompt": ["a", ""]}, "prompt: is empty", "prompt"),
+        ("completions", {"prompt": [1, "a"]}, "prompt: must be a text, ", "prompt"),
+        ("completions", {"prompt": [-1]}, "prompt: must be a text, ", "prompt"),
+        ("completions", {"prompt": [999]}, "prompt: 999 is no token: the model has 257", "prompt"),
+        ("completions", {"prompt": [True]}, "prompt: must be a text, ", "prompt"),
+        (
+            "completions",
+            {"prompt": "x" * 200},
+            "prompt: 200 tokens and 1 new ones, and base reads at most 200",
+            "prompt",
+        ),
+        ("completions", {"prompt": "x" * 190, "max_tokens": 11}, "or lower max_tokens", "prompt"),
+        ("completions", {"max_tokens": 65}, "max_tokens: at most 64 here", "max_tokens"),
+        ("completions", {"max_tokens": 0}, "max_tokens: must be a whole number, 1 or more", "max_tokens"),
+        ("completions", {"max_tokens": "16"}, "max_tokens: must be a whole number", "max_tokens"),
+        ("completions", {"max_tokens": 10**400}, "max_tokens: ", "max_tokens"),
+        ("completions", {"temperature": -1}, "temperature: must be a number from 0 to 2", "temperature"),
+        ("completions", {"temperature": "NaN"}, "temperature: must be a number from 0 to 2", "temperature"),
+        ("completions", {"temperature": True}, "temperature: must be a number from 0 to 2", "temperature"),
+        ("completions", {"top_p": 0}, "top_p: must be a number above 0", "top_p"),
+        ("completions", {"n": 65}, "n: must be 1 to 64", "n"),
+        ("completions", {"n": 33, "prompt": ["a", "b"]}, "n: 2 prompts times 33: at most 64", "n"),
+        ("completions", {"stop": ["a"] * 5}, "stop: must be at most 4 texts", "stop"),
+        ("completions", {"stop": ""}, "stop: must be at most 4 texts, none of them empty", "stop"),
+        ("completions", {"logprobs": 3}, "logprobs: must be 0: of the chosen tokens only", "logprobs"),
+        ("completions", {"echo": True}, "echo is not supported: leave it out", "echo"),
+        ("completions", {"logit_bias": {"5": 1}}, "logit_bias is not supported", "logit_bias"),
+        ("completions", {"presence_penalty": 0.5}, "presence_penalty is not supported", "presence_penalty"),
+        ("completions", {"temprature": 1}, "unknown field 'temprature': did you mean temperature? ", "temprature"),
+        ("completions", {"stream_options": {"a": 1}}, "unknown field 'stream_options.a'", "stream_options.a"),
+        ("completions", {"model": 5}, "model: must be the name of a model", "model"),
+        ("chat/completions", {"messages": []}, "messages: must be a list of messages", "messages"),
+        ("chat/completions", {"messages": [5]}, "messages[0] is wrong: messages: must be a list", "messages[0]"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "tool", "content": "a"}]},
+            "messages[0].role is wrong: messages: must be a list",
+            "messages[0].role",
+        ),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages[0].content",
+            None,
+        ),
+        ("chat/completions", {"messages": [{"role": "user", "content": "a", "name": "b"}]}, "name is not supp", "name"),
+        ("chat/completions", {"tools": [{}]}, "tools is not supported", "tools"),
+        ("chat/completions", {"response_format": {"type": "json_object"}}, "response_format is not", "response_format"),
+        ("chat/completions", {"top_logprobs": 2}, "top_logprobs is not supported", "top_logprobs"),
+    ],
+)
+def test_what_is_refused_says_why(
+    http: httpx.Client, engine: FakeEngine, path: str, change: dict[str, Any], message: str, param: str | None
+) -> None:
+    body = {**(TEXT if path == "completions" else TALK), **change}
+    found = error(http.post(f"/v1/{path}", content=json.dumps(body), headers={"Content-Type": "application/json"}), 400)
+    assert found["message"].startswith(message) or message in found["message"]
+    assert param is None or found["param"] == param
+    assert engine.requests == []
+
+
+def test_what_changes_nothing_is_taken(http: httpx.Client, engine: FakeEngine) -> None:
+    neutral = {"best_of": 1, "echo": False, "suffix": None, "presence_penalty": 0.0, "logit_bias": {}, "user": "me"}
+    nothing = dict.fromkeys(("max_tokens", "temperature", "top_p", "n", "stop", "seed", "stream", "logprobs"))
+    assert http.post("/v1/completions", json={**TEXT, **neutral, **nothing}).status_code == 200
+    assert (engine.requests[0].temperature, engine.requests[0].max_new_tokens) == (1.0, 16)
+    talk = {"tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "logprobs": False, "store": False}
+    assert http.post("/v1/chat/completions", json={**TALK, **talk}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"null", b"[]", b"5", b'"a"', b"\xff\xfe", b"[" * 100_000, b'{"a":' * 50_000, b'{"model": "\\ud800"}'],
+)
+@pytest.mark.parametrize("path", ["completions", "chat/completions", "classify"])
+def test_malformed_bodies(http: httpx.Client, path: str, content: bytes) -> None:
+    answer = http.post(f"/v1/{path}", content=content, headers={"Content-Type": "application/json; charset=utf-8"})
+    assert error(answer, 400)["message"].startswith("the body is no")
+
+
+def test_cut_and_mangled_bodies_never_break_anything(http: httpx.Client, engine: FakeEngine) -> None:
+    """Every prefix of a good body, and the body with each byte replaced: answered, with a status below 500."""
+    whole = json.dumps({**TEXT, "stop": ["x"], "temperature": 0.5, "stream_options": {"include_usage": True}}).encode()
+    cut = [whole[:n] for n in range(0, len(whole), 3)]
+    mangled = [whole[:n] + bytes([b]) + whole[n + 1 :] for n in range(0, len(whole), 4) for b in (0, 34, 91, 255)]
+    for content in [*cut, *mangled]:
+        answer = http.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
+        assert answer.status_code in (200, 400, 404), (content, answer.text)
+    assert http.get("/health").json() == {"status": "ok"}
+
+
+def test_classify_refuses(http: httpx.Client) -> None:
+    cases = ({}, {"text": "a", "texts": ["b"]}, {"texts": []}, {"texts": ["a"] * 65}, {"text": 5}, {"txt": "a"})
+    lines = [error(http.post("/v1/classify", json=body), 400)["message"] for body in cases]
+    assert lines[0] == lines[1] == "give either text or texts"
+    assert lines[2] == lines[3] == "texts: must be a list of 1 to 64 texts" and lines[4] == "text: must be a text"
+    assert lines[5].startswith("unknown field 'txt': did you mean text? ")
+
+
+def test_paths_and_methods_that_are_not_there(http: httpx.Client) -> None:
+    assert error(http.get("/v2"), 404)["message"] == "GET /v2: there is nothing at this path"
+    assert error(http.get("/v1/completions"), 405)["message"] == "GET /v1/completions: method not allowed"
+    for path in ("/docs", "/openapi.json", "/redoc", "/page.html", "/../cli.py", "/%2e%2e/cli.py"):
+        error(http.get(path), 404)
+
+
+def test_a_body_must_say_that_it_is_json(http: httpx.Client) -> None:
+    """A form of another site's page could not."""
+    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+        answer = http.post("/v1/completions", content=json.dumps(TEXT), headers={"Content-Type": kind})
+        assert error(answer, 415)["message"].startswith("send the body as JSON")
+
+
+def test_a_body_that_is_too_large(http: httpx.Client) -> None:
+    content = json.dumps({**TEXT, "prompt": "x" * 2**20}).encode()
+
+    def pieces() -> Iterator[bytes]:  # without a Content-Length
+        yield from (content[n : n + 65536] for n in range(0, len(content), 65536))
+
+    headers = {"Content-Type": "application/json"}
+    for body in (content, pieces()):
+        found = error(http.post("/v1/completions", content=body, headers=headers), 413)
+        assert found["message"] == "the body is too large: at most 1048576 bytes"
+
+
+def test_a_body_that_does_not_come(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "BODY_SECONDS", 0.2)
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=5) as line:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        line.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+        assert line.recv(1000).startswith(b"HTTP/1.1 408")
+
+
+def test_a_model_without_a_chat_template_says_what_to_do(tmp_path: Path) -> None:
+    made, _ = service(tmp_path / "plain")
+    with serving(made) as url:
+        found = error(httpx.post(f"{url}/v1/chat/completions", json=TALK), 400)
+    assert found["message"] == "base has no chat template: send text to /v1/completions"
+
+
+def test_a_mistake_of_ours_is_a_500_and_the_server_goes_on(
+    http: httpx.Client, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.refuse = RuntimeError("a bug")
+    with caplog.at_level(logging.ERROR):
+        found = error(http.post("/v1/completions", json=TEXT), 500)
+        assert found["message"] == "the server failed at this request"
+        assert eventually(lambda: "a bug" in caplog.text)  # the answer is sent first
+    engine.refuse = None
+    assert http.post("/v1/completions", json=TEXT).status_code == 200
+
+
+# Who is let in --------------------------------------------------------------------------------------------------------
+
+
+def test_the_key(made: tuple[Service, FakeEngine], engine: FakeEngine, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG), serving(made[0], key="s3cret-key") as url:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic s3cret-key"}):
+            for answer in (
+                httpx.post(f"{url}/v1/completions", json=TEXT, headers=headers),
+                httpx.get(f"{url}/v1/models", headers=headers),
+            ):
+                found = error(answer, 401)
+                assert found["code"] == "invalid_api_key" and answer.headers["www-authenticate"] == "Bearer"
+                assert "s3cret" not in answer.text
+        assert engine.requests == []
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="s3cret-key", max_retries=0) as client:
+            assert client.completions.create(model="base", prompt="a").choices[0].text == "fine film"
+        assert httpx.get(f"{url}/health").status_code == httpx.get(url).status_code == 200
+        with (
+            openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0) as client,
+            pytest.raises(openai.AuthenticationError, match="the key is wrong"),
+        ):
+            client.models.list()
+    ours = [record for record in caplog.records if not record.name.startswith(("httpx", "httpcore", "openai"))]
+    assert not any("s3cret" in record.getMessage() for record in ours)
+
+
+def test_the_rate(made: tuple[Service, FakeEngine], engine: FakeEngine) -> None:
+    with serving(made[0], rate=3, key="k") as url:
+        statuses = [httpx.post(f"{url}/v1/completions", json=TEXT).status_code for _ in range(3)]
+        answer = httpx.post(f"{url}/v1/completions", json=TEXT, headers={"Authorization": "Bearer k"})
+        assert statuses == [401] * 3 and 1 <= int(answer.headers["retry-after"]) <= 20
+        assert error(answer, 429)["code"] == "rate_limit_exceeded"
+        forged = {"X-Forwarded-For": "10.1.1.1"}
+        assert httpx.get(f"{url}/v1/models", headers=forged).status_code == 429
+        assert httpx.get(f"{url}/health").status_code == 200
+
+
+def test_a_bucket_fills_again_evenly_and_few_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MOST_CLIENTS", 3)
+    now = 0.0
+    rate = Rate(60, clock=lambda: now)
+    assert [rate.take("a") for _ in range(60)] == [0.0] * 60
+    assert rate.take("a") == pytest.approx(1.0) and rate.take("b") == 0
+    now = 0.5
+    assert rate.take("a") == pytest.approx(0.5)
+    now = 1.0
+    assert rate.take("a") == 0 and rate.take("a") == pytest.approx(1.0)
+    now = 1000.0
+    assert [rate.take("a") for _ in range(61)] == [0.0] * 60 + [pytest.approx(1.0)]
+    for client in "cdefgh":
+        rate.take(client)
+    assert len(rate) == 3
+    small = Rate(1, clock=lambda: 0.0)
+    assert small.take("2001:db8::1") == 0 and small.take("2001:db8::2") > 0 and small.take("2001:db8:0:1::2") == 0
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "10.0.0.1", "", "[::2]"])
+def test_another_sites_name_is_refused(http: httpx.Client, host: str) -> None:
+    for path in ("/", "/health", "/v1/models"):
+        assert error(http.get(path, headers={"Host": host}), 403)["code"] == "host_not_allowed"
+
+
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "null", "http://127.0.0.1:1", "http://localhost", "http://["]
+)
+def test_another_sites_page_is_refused(http: httpx.Client, engine: FakeEngine, origin: str) -> None:
+    answer = http.post("/v1/completions", json=TEXT, headers={"Origin": origin})
+    assert error(answer, 403)["code"] == "origin_not_allowed" and engine.requests == []
+    assert "access-control-allow-origin" not in answer.headers
+
+
+def test_our_own_page_and_names_are_let_in(http: httpx.Client, url: str) -> None:
+    port = url.rpartition(":")[2]
+    assert http.post("/v1/completions", json=TEXT, headers={"Origin": url}).status_code == 200
+    for host in ("localhost", f"localhost:{port}", f"LOCALHOST:{port}", "127.0.0.1:9", "[::1]:5", "me.localhost"):
+        assert http.get("/health", headers={"Host": host}).status_code == 200, host
+
+
+def test_which_names_an_open_server_has() -> None:
+    everywhere = Hosts("0.0.0.0", ("My.Machine",))
+    for host in ("192.168.1.5:8000", "my.machine:8000", "localhost", "[2001:db8::1]:80"):
+        everywhere.check(host, None)
+    with pytest.raises(Refused, match=r"this server is not called 'evil.example': graft serve --allow_hosts"):
+        everywhere.check("evil.example", None)
+    with pytest.raises(Refused):
+        Hosts("127.0.0.1").check("192.168.1.5", None)
+    assert is_loopback("127.8.8.8") and is_loopback("::1") and not is_loopback("0.0.0.0")
+    assert not is_loopback("localhost.evil.example")
+
+
+def test_every_answer_has_the_headers_that_hold_a_browser_back(http: httpx.Client) -> None:
+    for path, status in (("/", 200), ("/v1/models", 200), ("/nothing", 404), ("/page.js", 200)):
+        answer = http.get(path)
+        assert answer.status_code == status and answer.headers["x-content-type-options"] == "nosniff"
+        policy = answer.headers["content-security-policy"]
+        assert policy.startswith("default-src 'none'; script-src 'self'; ") and "unsafe" not in policy
+        assert "server" not in answer.headers
+    assert http.get("/", headers={"Host": "evil.example"}).headers["x-content-type-options"] == "nosniff"
+
+
+# Many at once ---------------------------------------------------------------------------------------------------------
+
+
+def test_sixty_four_clients_at_once(url: str, engine: FakeEngine) -> None:
+    engine.pause = 0.001
+
+    async def work() -> list[int]:
+        limit = httpx.Limits(max_connections=64)
+        async with httpx.AsyncClient(base_url=url, limits=limit, timeout=30) as client:
+
+            async def one(number: int) -> list[int]:
+                model = ("base", "one", "two")[number % 3]
+                body = {**TEXT, "model": model, "stream": number % 2 == 0}
+                return [(await client.post("/v1/completions", json=body)).status_code for _ in range(5)]
+
+            return [status for found in await asyncio.gather(*map(one, range(64))) for status in found]
+
+    assert asyncio.run(work()) == [200] * 320
