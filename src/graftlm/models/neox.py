@@ -79,7 +79,7 @@ class NeoX(CausalLM):
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine of each position's angles, zero for the pairs that do not rotate."""
         turning = torch.arange(0, self.shape.rotary, 2, dtype=torch.int64).float() / self.shape.rotary
-        frequencies = torch.zeros(self.shape.head_dim // 2)
+        frequencies = torch.zeros(self.shape.head_dim // 2, dtype=torch.float32)
         frequencies[: len(turning)] = 1.0 / self.shape.rope_theta**turning
         return rope_table(positions, frequencies.to(positions.device), self.dtype)
 
