@@ -480,11 +480,24 @@ class AccountConfig(MethodFlags):
     """Number format of the frozen weights; trained weights are kept in float32."""
     gflops: float | None = None
     """Predict times at this speed, in 10^9 operations a second. Default: no prediction, as no speed is known."""
+    batch_size: int | None = None
+    """Texts of one step, in all processes together: adds what a step computes and what it keeps for the way back."""
+    processes: int = 1
+    """Processes of one run (torchrun): adds what each of them holds and sends."""
+    shard: bool = False
+    """Cut the frozen weights over the processes, too; what full fine-tuning trains always is."""
+    link_gbs: float | None = None
+    """What a process sends in a second, in 10^9 bytes: with --gflops and --batch_size adds the seconds of a step."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.max_length is None or self.max_length > 0, "max_length", self.max_length, "greater than 0")
-        _require(self.gflops is None or self.gflops > 0, "gflops", self.gflops, "greater than 0")
+        for flag in ("max_length", "gflops", "batch_size", "link_gbs"):
+            value = getattr(self, flag)
+            _require(value is None or value > 0, flag, value, "greater than 0")
+        _require(self.processes > 0, "processes", self.processes, "greater than 0")
+        if self.processes == 1 and (self.shard or self.link_gbs is not None):
+            flag = "shard" if self.shard else "link_gbs"
+            raise InputError(f"--{flag}: add --processes N, as one process has nobody to share with")
 
 
 @dataclass(frozen=True, kw_only=True)

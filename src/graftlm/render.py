@@ -213,6 +213,9 @@ def account(out: "Console", result: Result) -> None:
         "bytes": "bytes held in training",
     }
     sums = {"trained": result["trainable"], "bytes": result["bytes"]["total"]}
+    if several := result.get("processes"):
+        titles |= {"each": f"bytes held by each of {several['number']} processes", "sent": "bytes each sends in a step"}
+        sums |= {"each": several["bytes"]["total"], "sent": several["sent_per_step"]["total"]}
     sums |= {way: counts["total"] for way, counts in result["flops_per_token"].items()}
     for name, title in titles.items():
         lines = result["formulas"][name]
@@ -229,6 +232,14 @@ def account(out: "Console", result: Result) -> None:
     if "gflops" in result:
         times = " and ".join(f"{s:,.3g} s {way}" for way, s in result["seconds_per_million_tokens"].items())
         facts["time"] = f"{times} for a million of them, at {result['gflops']:g} GFLOP/s"
+    if step := result.get("step"):
+        facts["a step"] = f"{step['tokens']:,} tokens, {step['flops'] / 1e12:,.4g} TFLOP" + "".join(
+            f", {step[f'{what}_seconds']:.3g} s {name}"
+            for what, name in (("compute", "computing"), ("link", "sending"))
+            if f"{what}_seconds" in step
+        )
+        kept = f"{step['activation_bytes'] / 1e9:.3g} GB"
+        facts["activations"] = f"{kept} kept for the backward pass, of {step['rows_of_each']} texts"
     if result.get("paper"):
         facts["paper"] = result["paper"]["note"]
     _facts(out, facts)

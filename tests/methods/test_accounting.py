@@ -65,6 +65,8 @@ def test_the_shapes_with_a_short_name_are_those_of_their_files() -> None:
         "gpt2-xl": 1_557_611_200,
         "distilgpt2": 81_912_576,
         "smollm2-135m": 134_515_008,
+        "meta-llama/Llama-2-7b-hf": 6_738_415_616,
+        "meta-llama/Llama-2-70b-hf": 68_976_648_192,
     }
     assert {name: parameters(shape) for name, shape in SHAPES.items()} == published
 

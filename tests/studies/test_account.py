@@ -2,20 +2,33 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from graftlm import cli
 from graftlm.config import AccountConfig
 from graftlm.files.assets import model_folder as asset_folder
-from graftlm.studies.account import account
+from graftlm.methods import Adapter, BitFit, DoRA, Full, LoRA, Method, PrefixTuning
+from graftlm.models import build
+from graftlm.studies.account import account, kept_bytes
+from graftlm.training.memory import kept_for_backward
 from hub_mirror import serve
-from tiny import config_json, shape_of
+from tiny import FAMILIES, config_json, shape_of
 
 FFN = "--ffn=1024,512,256,128,64,32,16,8,4,2,1"
 Account = Callable[..., dict[str, Any]]
+METHODS = (
+    LoRA(rank=3),
+    DoRA(rank=3),
+    Adapter(rank=4),
+    PrefixTuning(length=4, init="random"),
+    BitFit(add_biases=True),
+    Full(),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -142,6 +155,75 @@ def test_people_see_every_number_with_its_formula(capsys: pytest.CaptureFixture[
     assert cli.run(["account", FFN]) == 0
     out = capsys.readouterr().out
     assert "1,022 hidden, 1,023 hidden and output" in out and "700,073" in out and "operations an example" in out
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype", "tokens"),
+    [*((method, torch.float32, 12) for method in METHODS), *((METHODS[i], torch.bfloat16, 600) for i in (0, -1))],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_what_is_kept_for_the_backward_pass_is_what_autograd_keeps(
+    kind: str, method: Method, dtype: torch.dtype, tokens: int
+) -> None:
+    """Against real tensors, where real attention takes one way for few tokens and another for many."""
+    shape = replace(shape_of(kind), context=700)
+    model = build(shape)
+    method.install(model, torch.Generator())
+    for p in model.parameters():
+        if not p.requires_grad:
+            p.data = p.data.to(dtype)
+    model.compute_dtype = dtype
+    ids = torch.zeros(2, tokens, dtype=torch.long)
+    with kept_for_backward(model) as kept:
+        _, h = model.train().hidden_behind(ids[:1, :0], ids)
+        before = kept()
+        targets, weights = ids.flatten(), torch.ones(2 * tokens)
+        model.loss(h.flatten(0, 1), torch.arange(2 * tokens), targets, weights)
+    head = 2 * tokens * shape.d_model * dtype.itemsize
+    assert kept_bytes(shape, method, 2, tokens, dtype, gathered=False) == before + head
+    assert kept() >= before + head  # the head's own gradient besides, which is not kept for long
+
+
+def test_several_processes(run: Account) -> None:
+    words = ("--init_from=meta-llama/Llama-2-7b-hf", "--rank=16", "--max_length=128", "--batch_size=64")
+    n, t = 6_738_415_616, run(*words)["trainable"]
+    one, whole = run(*words), run(*words, "--processes=8")["processes"]
+    assert "processes" not in one and one["step"]["rows_of_each"] == 64
+    assert whole["cut"] == "nothing" and whole["bytes"] == one["bytes"]
+    assert whole["sent_per_step"] == {"gradients": 7 * t, "total": 7 * t}  # 2 (n - 1) / n of 4 bytes
+    cut = run(*words, "--processes=8", "--shard", "--gflops=1000", "--link_gbs=50")
+    assert cut["processes"]["bytes"]["frozen"] == 2 * n / 8 and cut["processes"]["bytes"]["moments"] == 8 * t
+    assert cut["processes"]["sent_per_step"] == {
+        "weights": 2 * 2 * n * 7 / 8,
+        "gradients": 7 * t,
+        "total": 3.5 * n + 7 * t,
+    }
+    assert cut["step"]["rows_of_each"] == 8 and cut["step"]["activation_bytes"] * 8 == pytest.approx(
+        one["step"]["activation_bytes"],
+        rel=1e-3,  # all rows have the same cosines and sines
+    )
+    assert cut["step"]["compute_seconds"] == pytest.approx(cut["step"]["flops"] / 8e12)
+    assert cut["step"]["link_seconds"] == pytest.approx((3.5 * n + 7 * t) / 50e9)
+    full = run("--init_from=meta-llama/Llama-2-7b-hf", "--rank=0", "--processes=8")["processes"]
+    assert full["cut"] == "all" and full["bytes"]["moments"] == n
+    assert full["sent_per_step"] == {"weights": 3.5 * n, "gradients": 3.5 * n, "total": 7 * n}
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("--processes 0", "--processes 0: must be greater than 0"),
+        ("--shard", "--shard: add --processes N"),
+        ("--link_gbs 5", "--link_gbs: add --processes N"),
+        ("--rank 0 --processes 2 --shard", "--shard: is for frozen weights"),
+        ("--batch_size -1", "--batch_size -1: must be greater than 0"),
+    ],
+)
+def test_wrong_flags_of_several_processes(words: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["account", *words.split()]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and line in err, err
 
 
 def test_of_a_folder_and_of_the_hub_nothing_but_the_config_is_read(

@@ -192,6 +192,53 @@ def memory(trained: int, everything: int, item: int) -> dict[str, Line]:
     }
 
 
+# Several processes ----------------------------------------------------------------------------------------------------
+
+
+def memory_of_each(shape: Shape, trained: int, everything: int, item: int, processes: int, cut: str) -> dict[str, Line]:
+    """Bytes that each of n processes holds (`training/distributed.py`); of what is cut, its n-th part.
+
+    Args:
+        cut: "nothing" (each holds the model), "frozen" (frozen weights are cut, what is trained is not) or "all".
+
+    Of what is cut a block's weights are whole while it computes, and the next one's are on their way; those of
+    embedding, norm and head are whole until the backward pass is done: all of them in the format of the arithmetic.
+    """
+    whole = memory(trained, everything, item)
+    if cut == "nothing":
+        return whole
+    shared = {"frozen"} if cut == "frozen" else set(whole)
+    held = {
+        name: Line(line.what, -(-line.count // processes), f"({line.formula.partition(' = ')[0]}) / {processes}")
+        if name in shared
+        else line
+        for name, line in whole.items()
+    }
+    block, rest = block_parameters(shape), parameters(shape) - shape.layers * block_parameters(shape)
+    formula = spelled(f"{item} (2 b + e)", b=block, e=rest)
+    return {**held, "gathered": Line("weights that are whole for a while", item * (2 * block + rest), formula)}
+
+
+def sent_by_each(trained: int, everything: int, item: int, processes: int, cut: str) -> dict[str, Line]:
+    """Bytes that each of n processes sends in a step: gradients once, and cut weights in each pass, forth and back.
+
+    Rings: a gather or a scatter of x bytes takes (n - 1) / n x from each, a sum both of them (Thakur et al. 2005).
+    """
+    letters = {"N": everything, "t": trained, "n": processes}
+
+    def line(what: str, size: int, formula: str) -> Line:
+        return Line(what, size * (processes - 1) // processes, spelled(f"{formula} (n - 1) / n", **letters))
+
+    weights, twice = "weights, gathered twice a pass", 2 * item
+    if cut == "all":
+        gradients = line("gradients, scattered", 4 * trained, "4 t")
+        return {"weights": line(weights, twice * everything, f"{twice} N"), "gradients": gradients}
+    gradients = line("gradients, added up", 8 * trained, "8 t")
+    if cut == "nothing":
+        return {"gradients": gradients}
+    return {"weights": line(weights, twice * (everything - trained), f"{twice} (N - t)"), "gradients": gradients}
+
+
 # A plain feed-forward net ---------------------------------------------------------------------------------------------
 
 

@@ -24,6 +24,22 @@ def _gpt2(layers: int, heads: int, d: int) -> Shape:
     )
 
 
+def _llama_2(layers: int, heads: int, kv_heads: int, d: int, d_ff: int) -> Shape:
+    return Shape(
+        family="llama",
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        d_model=d,
+        head_dim=d // heads,
+        d_ff=d_ff,
+        vocab=32000,
+        context=4096,
+        norm_eps=1e-5,
+        tied=False,
+    )
+
+
 SHAPES = {
     "smollm2-135m": Shape(
         family="llama",
@@ -43,4 +59,6 @@ SHAPES = {
     "gpt2-large": _gpt2(36, 20, 1280),
     "gpt2-xl": _gpt2(48, 25, 1600),
     "distilgpt2": _gpt2(6, 12, 768),
+    "meta-llama/Llama-2-7b-hf": _llama_2(32, 32, 32, 4096, 11008),
+    "meta-llama/Llama-2-70b-hf": _llama_2(80, 64, 8, 8192, 28672),
 }

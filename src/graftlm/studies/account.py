@@ -4,8 +4,9 @@ What is unusual here: the method is installed too, on a model whose tensors have
 whatever a run would refuse is refused here, in the same words; the numbers are the closed forms', and the tests hold
 the two together.
 
-Left out: activations, whose memory depends on the batch and on what autograd keeps (`graft train --plan` measures
-them), norms, and whatever else is no matrix product.
+With --batch_size what autograd keeps from the forward to the backward pass is counted too, on tensors that hold nothing
+(PyTorch's FakeTensor) and go through the very code that trains. Left out of the operations are norms, and whatever else
+is no matrix product; of the memory what lives for a moment only, and the runtime itself.
 """
 
 from collections.abc import Mapping, Sequence, Set
@@ -27,7 +28,9 @@ from graftlm.methods.accounting import (
     ffn_parts,
     forward_flops,
     memory,
+    memory_of_each,
     model_parts,
+    sent_by_each,
     total,
     training_flops,
 )
@@ -35,6 +38,7 @@ from graftlm.methods.base import layer_span
 from graftlm.models import Shape, build
 from graftlm.models.names import read_shape
 from graftlm.models.sizes import SHAPES
+from graftlm.training.memory import kept_for_backward
 
 ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
 WITH_FFN = {"ffn", "method", "rank", "dtype", "gflops"}
@@ -49,6 +53,8 @@ def account(config: AccountConfig, given: Set[str]) -> dict[str, Any]:
     shape = known_shape(config.init_from)
     method = method_from_flags(config, given)
     method = replace(method, layers=layer_span(config.train_layers, shape.layers))
+    if config.shard and method.stores_model:
+        raise InputError(f"--shard: is for frozen weights; what --method {method.name} trains is cut in any case")
     with torch.device("meta"):
         method.install(build(shape), torch.Generator())
     room = shape.context - method.positions
@@ -69,7 +75,55 @@ def account(config: AccountConfig, given: Set[str]) -> dict[str, Any]:
     }
     about = {"model": config.init_from, "method": method.to_json(), "tokens": text[0]}
     result = _result(config, about, model_parts(shape), model_parts(method.reshaped(shape)), parts, flops)
+    result |= _several(config, shape, method, result)
     return {**result, "paper": paper(config.init_from, shape, method)}
+
+
+def _several(config: AccountConfig, shape: Shape, method: Method, result: dict[str, Any]) -> dict[str, Any]:
+    """What a step comes to, and each process of several: what it holds, what it sends, how long that takes."""
+    n, tokens = config.processes, result["tokens"] * (config.batch_size or 0)
+    cut = "nothing" if n == 1 else "all" if method.stores_model else "frozen" if config.shard else "nothing"
+    found: dict[str, Any] = {}
+    sizes = result["trainable"], result["total"], ITEM[config.dtype]
+    if n > 1:
+        held, sent = memory_of_each(shape, *sizes, n, cut), sent_by_each(*sizes, n, cut)
+        found["processes"] = {"number": n, "cut": cut, "bytes": _counts(held), "sent_per_step": _counts(sent)}
+        result["formulas"] |= {"each": _shown(held.values()), "sent": _shown(sent.values())}
+    if not config.batch_size:
+        return found
+    rows = -(-config.batch_size // n)
+    kept = kept_bytes(shape, method, rows, result["tokens"], getattr(torch, config.dtype), cut == "all")
+    flops = result["flops_per_token"]["training"]["total"] * tokens
+    step = found["step"] = {"tokens": tokens, "flops": flops, "rows_of_each": rows, "activation_bytes": kept}
+    if config.gflops is not None:
+        step["compute_seconds"] = flops / n / (config.gflops * 1e9)
+    if config.link_gbs is not None:
+        step["link_seconds"] = found["processes"]["sent_per_step"]["total"] / (config.link_gbs * 1e9)
+    return found
+
+
+def kept_bytes(shape: Shape, method: Method, rows: int, tokens: int, dtype: torch.dtype, gathered: bool) -> int:
+    """Bytes that autograd keeps of `rows` texts of so many tokens, with a target at each.
+
+    gathered: whether trained weights come in `dtype` and go again, as they do where they are cut over processes; else
+    they are float32, and what is kept holds their copies in `dtype`.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # half a second; there is no public name for it
+
+    if isinstance(method, LoRA):
+        method = replace(method, dropout=0.0)  # a mask has a random seed, which only a real tensor can hold
+    with FakeTensorMode():
+        model = build(shape)
+        method.install(model, torch.Generator())
+        for p in model.parameters():
+            if gathered or not p.requires_grad:
+                p.data = p.data.to(dtype)
+        model.compute_dtype = dtype
+        ids = torch.zeros(rows, tokens, dtype=torch.long)
+        with kept_for_backward(model) as kept:
+            model.train().hidden_behind(ids[:1, :0], ids)
+            # The head's loss makes its gradients on the way forth, and keeps that of what it reads.
+            return kept() + rows * tokens * shape.d_model * dtype.itemsize
 
 
 def known_shape(name: str) -> Shape:

@@ -2,7 +2,12 @@
 
 import resource
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
+from torch import Tensor, nn
 
 
 def peak_rss_mb() -> float:
@@ -17,6 +22,22 @@ def rss_mb() -> float:
     """What it holds now; where the system does not tell, the most it has held."""
     now = _status_mb("VmRSS")
     return peak_rss_mb() if now is None else now
+
+
+@contextmanager
+def kept_for_backward(model: nn.Module) -> Iterator[Callable[[], int]]:
+    """Yields what counts the bytes that autograd keeps of what is run within: storages once, parameters not at all."""
+    known = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}  # a storage that is held here is not made anew under the same number
+
+    def keep(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage._cdata not in known:
+            kept[storage._cdata] = storage
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        yield lambda: sum(storage.nbytes() for storage in kept.values())
 
 
 def _status_mb(field: str) -> float | None:

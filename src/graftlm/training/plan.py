@@ -23,7 +23,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from graftlm.config import TrainConfig
 from graftlm.inference.evaluate import score
@@ -31,7 +31,7 @@ from graftlm.methods.accounting import needed_flops
 from graftlm.methods.base import trainable
 from graftlm.models.base import CausalLM
 from graftlm.text.data import Example
-from graftlm.training.memory import peak_rss_mb, rss_mb
+from graftlm.training.memory import kept_for_backward, peak_rss_mb, rss_mb
 from graftlm.training.objectives import Batch, make_batches, read_batch
 from graftlm.training.preferences import loss_of, targets_of
 from graftlm.training.prepare import Prepared
@@ -219,22 +219,12 @@ def _now() -> float:
 
 
 def _saved_mb(model: CausalLM, batch: Batch, config: TrainConfig, layers: int) -> float:
-    """MB that autograd keeps from forward to backward: every storage once, parameters not at all."""
-    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
+    """MB that autograd keeps from forward to backward."""
     found = []
     for k in (min(FEW, layers), min(MANY, layers)):
-        kept.clear()
-        with _blocks(model, list(model.blocks)[-k:]), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        with _blocks(model, list(model.blocks)[-k:]), kept_for_backward(model) as kept:
             loss, _ = loss_of(config)(model, batch)
-            found.append((k, sum(kept.values()) / 1e6))
+            found.append((k, kept() / 1e6))
             del loss
     (few, least), (many, most) = found
     each = (most - least) / (many - few) if many > few else 0.0

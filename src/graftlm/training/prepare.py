@@ -114,8 +114,6 @@ def prepare(config: TrainConfig, given: Set[str] | None = None, world: World | N
     else:
         check_out_dir(out_dir)
     check_loggers(config)
-    places: dict[str, Any] = {name: recorded_name(getattr(config, name)) for name in BY_CONTENT}
-    config = replace(config, **places)
     origin = find_origin(config, set() if previous is not None else _typed(config, given), previous is not None)
     template = _template(config, previous)
     device = pick_device(config.device if world.size == 1 else world.device_flag)
@@ -160,6 +158,8 @@ def prepare(config: TrainConfig, given: Set[str] | None = None, world: World | N
     if config.micro_tokens is None:
         config = replace(config, micro_tokens=CPU_TOKENS if device.type == "cpu" else 0)
     config = _resolved(config, method, len(examples["train"]), max_length)
+    places: dict[str, Any] = {name: recorded_name(getattr(config, name)) for name in BY_CONTENT}
+    config = replace(config, **places)  # an error, until here, names a file as it was typed
     labelled = all(e.label is not None for some in examples.values() for e in some)
     loaded = Loaded(model, tokenizer, origin.base, folder, reason, template)
     trained, total = totals(model)
