@@ -33,7 +33,8 @@ check: .venv/dev  ## style, format and types
 TODAY := $(shell date +%F)
 RESULT = --json-out benchmarks/results/$(TODAY)-$@.json > /dev/null
 
-BENCHES := train train-all speeds dpo scaling evaluate few-shot train-layers startup memory time-to-accuracy serve plan
+BENCHES := train train-all speeds dpo scaling evaluate few-shot train-layers startup memory time-to-accuracy serve mixed \
+	processes plan
 
 bench: .venv/peers $(BENCHES)  ## measure all public claims (some hours)
 	$(BIN)/python benchmarks/page.py
@@ -61,6 +62,10 @@ memory: .venv/peers
 	$(BIN)/python benchmarks/memory.py $(RESULT)
 serve: .venv/peers
 	$(BIN)/python benchmarks/serve_load.py $(RESULT)
+mixed: .venv/peers
+	$(BIN)/python benchmarks/mixed_adapters.py $(RESULT)
+processes: .venv/peers
+	$(BIN)/python benchmarks/processes.py $(RESULT)
 time-to-accuracy: .venv/peers
 	$(BIN)/python benchmarks/time_to_accuracy.py $(RESULT)
 plan: .venv/peers

@@ -29,6 +29,8 @@ KINDS = {  # kind -> (title, script and flags, the figure that is drawn)
     "memory": ("Memory", "memory.py", "peak_rss_mb graft"),
     "time-to-accuracy": ("Time to an accuracy", "time_to_accuracy.py", "seconds"),
     "serve": ("Serving", "serve_load.py", ""),
+    "mixed": ("Four adapters in one batch", "mixed_adapters.py", "tokens_per_s"),
+    "processes": ("One process and two", "processes.py", "examples_per_s"),
     "plan": ("What the plan says, and what comes", "plan_vs_run.py", ""),
 }
 

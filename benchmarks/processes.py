@@ -6,11 +6,13 @@
     full one, full two    all weights: cut over the two processes (FSDP2)
 
 Each run is a command of its own, in turn: the same reviews in batches of 16, each process's rows in one pass, dropout
-off. Speed is examples over wall seconds of the steps, as `graft train --json` counts it; memory is each process's peak.
-Bytes are those that went over the loopback device (where nothing else should talk meanwhile), divided by the steps,
-beside what the algorithms need: 2 (N - 1) all-reduced copies of the P trained parameters, or 3 (N - 1) of the whole
-model's (gathered for the forward and the backward pass, gradients scattered). The measured ones hold the validation,
-the checkpoint and the way the processes meet, too.
+off, with a target at every token and nothing shared, which is what `graft account` counts; `paper.py` holds its
+predictions against these runs. How fast two processes send is measured first, by adding up 100 MB of numbers. Speed is
+examples over wall seconds of the steps, as `graft train --json` counts it; memory is each process's peak. Bytes are
+those that went over the loopback device (where nothing else should talk meanwhile), divided by the steps, beside what
+the algorithms need: 2 (N - 1) all-reduced copies of the P trained parameters, or 3 (N - 1) of the whole model's
+(gathered for the forward and the backward pass, gradients scattered). The measured ones hold the validation, the
+checkpoint and the way the processes meet, too.
 
 That losses are equal is a test: tests/training/test_distributed.py; here their largest relative difference is shown.
 A table goes to stderr, one JSON object to the last line of stdout. Letters: N processes, P trained parameters.
@@ -20,8 +22,9 @@ import argparse
 import json
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,6 +34,9 @@ from _rounds import Round, Run, accepted_run, ratios
 from startup import GRAFT, timed
 from train_vs_peers import BenchmarkError, git_state
 
+BATCH = 16
+PROBE_BYTES = 100_000_000
+SAME = 1e-5
 CONTENDERS = ("lora one", "lora two", "full one", "full two")
 MEET = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *MEET, "-m", "graftlm")
@@ -59,7 +65,8 @@ def measure(contender: str, args: argparse.Namespace, folder: Path) -> Run:
     words = ["train", "--init_from", args.model, "--data", args.data, "--out_dir", str(folder / "run"), "--json"]
     words += ["--rank", "16" if contender.startswith("lora") else "0", "--lora_dropout", "0", "--dtype", "float32"]
     words += ["--max_iters", str(args.steps), "--eval_every", str(args.steps), "--val_limit", "16"]
-    words += ["--micro_tokens", "0", "--device", "cpu"]
+    words += ["--micro_tokens", "0", "--device", "cpu", "--batch_size", str(BATCH), "--compile", "off"]
+    words += ["--loss_on", "all", "--shared_prefix", "false"]
     threads = "1" if several else "2"
     before = _sent()
     figures, out = timed(
@@ -68,6 +75,7 @@ def measure(contender: str, args: argparse.Namespace, folder: Path) -> Run:
     result = json.loads(out)
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     peaks = result["processes"]["peak_rss_mb"] if several else [result["peak_rss_mb"]]
+    tokens = [b - a for a, b in pairwise([0, *(row["tokens"] for row in rows)])]
     return {
         "contender": contender,
         "examples_per_s": result["examples_per_s"],
@@ -75,9 +83,39 @@ def measure(contender: str, args: argparse.Namespace, folder: Path) -> Run:
         "peak_rss_mb_each": peaks,
         "sent_mb_per_step": (_sent() - before) / args.steps / 1e6,
         "needed_mb_per_step": needed_bytes(contender, result["trainable"]) / 1e6,
+        "trainable": result["trainable"],
+        "total": result["total"],
+        "tokens_per_step": sum(tokens) / len(tokens),
+        "most_tokens": max(tokens),
         "losses": [row["train_loss"] for row in rows],
         "other_cpu_share": figures["other_cpu_share"],
     }
+
+
+def probe() -> None:
+    """Of two processes under torchrun: seconds of an all-reduce; the first one prints what each has sent a second."""
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    numbers, seconds = torch.ones(PROBE_BYTES // 4), []
+    for _ in range(7):
+        dist.barrier()
+        began = time.perf_counter()
+        dist.all_reduce(numbers)
+        seconds.append(time.perf_counter() - began)
+    if dist.get_rank() == 0:  # a sum of N processes takes 2 (N - 1) / N of its bytes from each
+        print(json.dumps({"link_gbs": PROBE_BYTES / median(seconds[2:]) / 1e9}))
+    dist.destroy_process_group()
+
+
+def runtime(folder: Path) -> dict[str, float]:
+    """What two processes send a second, in 10^9 bytes each, and what one holds that has only imported everything."""
+    run = (*TORCHRUN[:-2], __file__, "--probe")
+    _, out = timed(run, folder / "probe", OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
+    code = "import graftlm.training.train; from graftlm.training.memory import peak_rss_mb as p; print(p())"
+    _, held = timed([sys.executable, "-c", code], folder / "runtime")
+    return {**json.loads(out.splitlines()[-1]), "runtime_mb": float(held)}
 
 
 def apart(one: Sequence[float], two: Sequence[float]) -> float:
@@ -90,13 +128,15 @@ def summarise(rounds: Sequence[Round]) -> dict[str, Any]:
     keys = ("examples_per_s", "peak_rss_mb", "sent_mb_per_step", "needed_mb_per_step")
     pairs = [(key, kind) for kind in ("lora", "full") for key in keys[:2]]
     compared = {f"{key} {kind} two/one": ratios(rounds, key, f"{kind} two", f"{kind} one") for key, kind in pairs}
+    far = {
+        kind: max(apart(each[f"{kind} one"]["losses"], each[f"{kind} two"]["losses"]) for each in rounds)
+        for kind in ("lora", "full")
+    }
     return {
         "medians": {name: {key: median(each[name][key] for each in rounds) for key in keys} for name in CONTENDERS},
         "ratios": {name: {"rounds": found, "median": median(found)} for name, found in compared.items()},
-        "losses_apart": {
-            kind: max(apart(each[f"{kind} one"]["losses"], each[f"{kind} two"]["losses"]) for each in rounds)
-            for kind in ("lora", "full")
-        },
+        "losses_apart": far,
+        "claims": {f"losses of two are those of one to {SAME:g}, {kind}": x <= SAME for kind, x in far.items()},
     }
 
 
@@ -123,10 +163,15 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="runs of each (default 3)")
     parser.add_argument("--max-other", type=float, default=0.03, help="share of the cores others may use (0.03)")
     parser.add_argument("--json-out", type=Path, help="write the JSON object to this file too")
+    parser.add_argument("--probe", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(words)
+    if args.probe:
+        probe()
+        return 0
     numbers, rounds = count(1), []
     with tempfile.TemporaryDirectory(prefix="graft-benchmark-") as name:
         work = Path(name)
+        about = runtime(work)
         try:
             for number in range(1, args.rounds + 1):
                 done: dict[str, Run] = {}
@@ -147,7 +192,7 @@ def main(words: Sequence[str] | None = None) -> int:
     summary = summarise(rounds)
     print(table(summary), file=sys.stderr)
     config = {"model": args.model, "data": args.data, "steps": args.steps, "max_other": args.max_other}
-    report = {"machine": describe(), "graftlm": git_state(), "config": config, **summary, "runs": rounds}
+    report = {"machine": describe(), "graftlm": git_state(), "config": config, **about, **summary, "runs": rounds}
     if args.json_out:
         args.json_out.parent.mkdir(parents=True, exist_ok=True)
         args.json_out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

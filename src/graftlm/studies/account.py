@@ -108,6 +108,11 @@ def kept_bytes(shape: Shape, method: Method, rows: int, tokens: int, dtype: torc
     gathered: whether trained weights come in `dtype` and go again, as they do where they are cut over processes; else
     they are float32, and what is kept holds their copies in `dtype`.
     """
+    if method.layers is None and shape.layers > 3:  # blocks behind the first are alike: what the third adds, all add
+        two, three = (
+            kept_bytes(replace(shape, layers=layers), method, rows, tokens, dtype, gathered) for layers in (2, 3)
+        )
+        return two + (shape.layers - 2) * (three - two)
     from torch._subclasses.fake_tensor import FakeTensorMode  # half a second; there is no public name for it
 
     if isinstance(method, LoRA):
