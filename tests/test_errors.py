@@ -680,9 +680,9 @@ def test_resuming_with_a_changed_base_rank_or_data(assets: Path, finished: Path,
     line = refuse(*resume, "--rank=8")
     assert line == "--resume with --rank 8: the run has 4; leave it out, or start a new run"
     line = refuse(*resume, f"--init_from={assets / 'other'}")
-    has(line, f"--resume with --init_from {assets / 'other'}: the run has {model}; leave it out, or start a new run")
+    has(line, f"run: was trained on {model} with weights ", f"but {assets / 'other'} holds ", "use the base it was")
     line = refuse(*resume, f"--data={assets / 'nope'}")
-    has(line, f"--resume with --data {assets / 'nope'}: the run has {data}; leave it out, or start a new run")
+    has(line, f"{assets / 'nope'}: no such file or folder")
     with changed(model / "model.safetensors", (assets / "other" / "model.safetensors").read_bytes()):
         for words in (resume, ["evaluate", "--out_dir=run"]):
             has(refuse(*words), "run: was trained on ", "with weights ", "use the base it was trained on")

@@ -9,9 +9,6 @@ from typing import Any
 
 import pytest
 
-from graftlm.config import TrainConfig
-from graftlm.flags import parse
-
 BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
 
 
@@ -54,14 +51,3 @@ def test_a_row_says_no_less_than_its_parts(paper: ModuleType) -> None:
             max(found["compute"], found["link"]) * paper.TOKENS / 60 <= found["least"] * case.batch_size * 2048 * 1.001
         )
         assert found["least"] <= found["most"] <= 2 * found["least"]
-
-
-def test_every_command_on_the_page_has_flags_that_exist(paper: ModuleType) -> None:
-    for case in paper.CASES:
-        words = case.command.partition(" train ")[2].split()
-        assert parse("train", TrainConfig, words).config.batch_size == case.batch_size
-
-
-def test_the_committed_page_is_what_the_newest_result_gives(paper: ModuleType) -> None:
-    text = paper.page(paper.result_of(paper.ROOT / "benchmarks" / "results"))
-    assert paper.PAGE.read_text(encoding="utf-8") == text

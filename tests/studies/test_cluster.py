@@ -346,7 +346,7 @@ def test_a_node_without_this_version_or_with_other_weights(
     monkeypatch.setattr(module, "_fingerprint", lambda asked, loaded: "others")
     line = refused(capsys, *words, "--limit=4", "--ray", cluster.address)
     assert line.endswith(f"{assets / 'model'}: holds other weights there") and line.startswith("on the node ")
-    monkeypatch.setattr(module, "__version__", "9.9")
+    monkeypatch.setattr(module, "version", lambda name: "9.9")
     line = refused(capsys, *words, "--limit=4", "--ray", cluster.address)
     assert line.endswith("there, 9.9 here: install the same on every node")
     line = refused(capsys, *compare(assets, tmp_path / "out", "--ray", cluster.address))

@@ -119,7 +119,8 @@ def _alone(config: TrainConfig) -> AbstractContextManager[object]:
 def _device_flag(config: TrainConfig) -> str:
     """--device, or what it was at the run's start; what is wrong with a run folder is told by `prepare`."""
     try:
-        return str(read_run(Path(config.out_dir))["config"]["device"]) if config.resume else config.device
+        said = read_run(Path(config.out_dir))["config"] if config.resume else {}
+        return str(said.get("device", config.device))
     except InputError:
         return config.device
 
