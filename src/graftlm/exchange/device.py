@@ -46,8 +46,18 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     return torch.float32, f"bfloat16 is not relied on for {device.type}"
 
 
+SLOW = 0.01
+"""Seconds of a product of 256 x 256 above which there is no need of larger ones: 3 GFLOP/s."""
+
+
 def matrix_peak(device: torch.device, dtype: torch.dtype, width: int = 1024) -> float:
-    """FLOP/s of square matrix products: the best of some, what this device reaches at most in this dtype."""
+    """FLOP/s of square matrix products: the best of some, what this device reaches at most in this dtype.
+
+    Of a device that only emulates the dtype (any processor float16, some bfloat16) small ones tell as much, and soon.
+    """
+    small = _product_seconds(dtype, width // 4, tries=2, device=device)
+    if small > SLOW:
+        return 2 * (width // 4) ** 3 / small
     return 2 * width**3 / _product_seconds(dtype, width, tries=10, device=device)
 
 
