@@ -285,6 +285,20 @@ def cut(model: CausalLM, world: World, own: Set[nn.Parameter]) -> None:
         register_fsdp_forward_method(model, name)
 
 
+def first_pass(model: CausalLM) -> None:
+    """Read a token with cut weights, once they are there.
+
+    At its first pass torch finds out which units belong together. What it does not see then (the plan runs the model
+    with fewer blocks) would stay whole behind its own passes ever after.
+    """
+    with outside_blocks(model), evaluating(model):
+        _idle(model)
+
+
+def _idle(model: CausalLM) -> None:
+    model.hidden(torch.zeros(1, 1, dtype=torch.long, device=model.device))
+
+
 def is_cut(model: CausalLM) -> bool:
     """Whether its weights are cut over several processes."""
     return hasattr(model, "unshard")
@@ -310,10 +324,9 @@ def in_step(model: CausalLM, world: World) -> Iterator[None]:
             yield
         finally:
             hook.remove()
-        spare = torch.zeros(1, 1, dtype=torch.long, device=model.device)
         with evaluating(model):
             while any(more for (more,) in world.gather([0])):
-                model.hidden(spare)
+                _idle(model)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from graftlm.methods.lora import LoRALinear
 from graftlm.models.base import CausalLM
 from graftlm.text.data import Dataset, Example, encode_rows, label_ids, load_dataset, preflight, sample
 from graftlm.text.template import Template, load_template
-from graftlm.training.distributed import World, cut
+from graftlm.training.distributed import World, cut, first_pass
 from graftlm.training.logs import check_loggers
 from graftlm.training.preferences import DEFAULT_BETA, REFERENCE_FREE
 from graftlm.training.reference import NAME as REFERENCE
@@ -223,6 +223,7 @@ def spread(prepared: Prepared) -> None:
     with world.alike():
         read_into(model, prepared.loaded.folder, device, model.dtype)
     method.settle(model)
+    first_pass(model)
     prepared.unread.take_up(model)
     prepared.unread = None
 
