@@ -20,9 +20,11 @@ from graftlm.cli import run
 from graftlm.config import TrainConfig
 from graftlm.errors import InputError, Interrupted
 from graftlm.files.formats import load_safetensors, read_weights
+from graftlm.training import train as train_module
 from graftlm.training.distributed import World, buckets, from_environment
 from graftlm.training.prepare import prepare
 from graftlm.training.train import Trainer, train
+from jobs import unplanned
 from tiny import TEMPLATE, data_folder, model_folder
 
 PLAIN = {
@@ -59,6 +61,11 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = [{"prompt": f"Say {i}:", "chosen": " yes" + "!" * (i % 3), "rejected": " no"} for i in range(count)]
         (folder / "pairs" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_module, "make_plan", unplanned)
 
 
 @pytest.fixture(autouse=True)
@@ -115,30 +122,30 @@ def several(assets: Path, place: Path) -> list[dict[str, Any]]:
     """What both processes say of all jobs, by their names."""
     jobs: dict[str, dict[str, Any]] = {}
 
-    def job(name: str, stop: int | None = None, copy: str = "", **flags: Any) -> None:
+    def job(name: str, stop: int | None = None, copy: str = "", plan: bool = False, **flags: Any) -> None:
         from_where = [str(place / copy), str(place / name)] if copy else None
         made = words(**flags) if flags.get("resume") else words(**settings(assets, place / name, **flags))
-        jobs[name] = {"words": [*made, "--json"], "stop": stop, "copy": from_where}
+        jobs[name] = {"words": [*made, "--json"], "plan": plan, "stop": stop, "copy": from_where}
 
     stopped(7, TrainConfig(**settings(assets, place / "full", rank=0)))
     job("lora", rank=4)
-    job("shard", rank=4, base="gpt2", shard=True)
+    job("shard", plan=True, rank=4, base="gpt2", shard=True)
     job("full", stop=14, resume=True, out_dir=place / "full")
     short = {**SHORT, "rank": 0, "base": "gpt2"}
-    job("straight", **short)
+    job("straight", plan=True, **short)
     job("left", stop=1, **short)
     job("again", copy="left", resume=True, out_dir=place / "again")
     job("bfloat16", **{**short, "dtype": "bfloat16"})
     job("pairs of all", **short, objective="dpo", kl_samples=0)
     for name, flags in METHODS.items():
-        job(name, **{**SHORT, "base": "gpt2", **flags}, shard=True)
+        job(name, **{**SHORT, "base": "gpt2", **flags}, shard=True, plan=name in ("span", "pairs"))
     job("wrong", rank=0, train_layers="1:")
     (place / "jobs.json").write_text(json.dumps(jobs))
     meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *meet]
     source = str(Path(__file__).parents[2] / "src")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": source}
-    command = [*torchrun, str(Path(__file__).parent / "jobs.py"), str(place)]
+    command = [*torchrun, str(Path(__file__).parents[1] / "jobs.py"), str(place)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return [json.loads((place / f"answers-{rank}.json").read_text()) for rank in range(2)]

@@ -1,7 +1,8 @@
 """Several commands in one start of torchrun, which takes seconds each time: `torchrun … jobs.py FOLDER`.
 
-FOLDER/jobs.json holds {name: {"words": of a graft command, "stop": a step in which SIGTERM comes, or null, "copy": [a
-run folder, where to copy it before], or null}}. FOLDER/answers-RANK.json then holds for each what this process saw:
+FOLDER/jobs.json holds {name: {"words": of a graft command, "plan": whether it makes a plan, "stop": a step in which
+SIGTERM comes, or null, "copy": [a run folder, where to copy it before], or null}}. FOLDER/answers-RANK.json then holds
+for each what this process saw:
 
     status, out, err  of the command
     read, own, whole  bytes that were read of the base; that are held of the model behind it; of the whole model
@@ -17,6 +18,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,9 @@ from torch import Tensor
 from graftlm import cli
 from graftlm.exchange import huggingface
 from graftlm.files.cut import is_cut, local
-from graftlm.training import prepare
+from graftlm.training import prepare, train
 from graftlm.training.distributed import World
+from graftlm.training.plan import Plan
 from graftlm.training.train import Trainer
 
 LOOK, PASSES = 16, 4
@@ -88,6 +91,11 @@ def watching(loss: Callable[..., Any]) -> Callable[..., Any]:
     return looked_at
 
 
+def unplanned(*_: Any, **__: Any) -> Plan:
+    """A plan that no time went into."""
+    return Plan(*[1] * len(fields(Plan)))
+
+
 def no_whole_model(*_: Any) -> None:
     raise AssertionError("a process read the whole model")
 
@@ -95,7 +103,8 @@ def no_whole_model(*_: Any) -> None:
 def patch(world: World) -> None:
     """One process group for all commands; a look at what they hold; signals."""
     places: Any = (World, Trainer, huggingface, prepare)
-    step, begin, load = Trainer._step, Trainer.__post_init__, prepare.load_model
+    train_module: Any = train
+    plan, step, begin, load = train_module.make_plan, Trainer._step, Trainer.__post_init__, prepare.load_model
 
     def stopped(self: Trainer, number: int, batches: list[list[int]]) -> Any:
         if number == stop_at[0] and world.rank == 1:
@@ -109,6 +118,7 @@ def patch(world: World) -> None:
     places[0].start, places[0].close = classmethod(lambda cls, device: world), lambda self: None
     places[1]._step, places[1].__post_init__ = stopped, begun
     places[2].stored_rows = watched(huggingface.stored_rows)
+    train_module.make_plan = lambda *args, **options: (plan if seen["plan"] else unplanned)(*args, **options)
     places[3].load_model = lambda *args: no_whole_model() if seen["cut"] else load(*args)
 
 
@@ -120,6 +130,7 @@ def main(folder: Path) -> None:
     answers = {}
     for name, job in json.loads((folder / "jobs.json").read_text()).items():
         seen.clear()
+        seen["plan"] = job["plan"]
         seen["cut"] = "--shard" in job["words"] or "--rank=0" in job["words"]
         stop_at[0] = job["stop"]
         if job["copy"] and world.first:
