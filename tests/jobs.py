@@ -1,8 +1,8 @@
 """Several commands in one start of torchrun, which takes seconds each time: `torchrun … jobs.py FOLDER`.
 
 FOLDER/jobs.json holds {name: {"words": of a graft command, "plan": whether it makes a plan, "stop": a step in which
-SIGTERM comes, or null, "copy": [a run folder, where to copy it before], or null}}. FOLDER/answers-RANK.json then holds
-for each what this process saw:
+SIGTERM comes, or null, "copy": [a run folder, where to copy it before], or null, "full": whether the second process's
+disk is full}}. FOLDER/answers-RANK.json then holds for each what this process saw:
 
     status, out, err  of the command
     read, own, whole  bytes that were read of the base; that are held of the model behind it; of the whole model
@@ -11,9 +11,11 @@ for each what this process saw:
 """
 
 import contextlib
+import errno
 import gc
 import io
 import json
+import os
 import shutil
 import signal
 import sys
@@ -27,7 +29,9 @@ from torch import Tensor
 
 from graftlm import cli
 from graftlm.exchange import huggingface
+from graftlm.files import cut
 from graftlm.files.cut import is_cut, local
+from graftlm.files.formats import disk_errors
 from graftlm.training import account, prepare, train
 from graftlm.training.distributed import World
 from graftlm.training.plan import Plan
@@ -117,6 +121,14 @@ def patch(world: World) -> None:
         begin(self)
         self.loss = watching(self.loss)
 
+    def written(path: Path, *args: Any) -> None:
+        with disk_errors(path):
+            if seen["full"] and world.rank == 1:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, *args)
+
+    files: Any = cut
+    write, files.write_safetensors = cut.write_safetensors, written
     places[0].start, places[0].close = classmethod(lambda cls, device: world), lambda self: None
     places[1]._step, places[1].__post_init__ = stopped, begun
     places[2].stored_rows = watched(huggingface.stored_rows)
@@ -132,7 +144,7 @@ def main(folder: Path) -> None:
     answers = {}
     for name, job in json.loads((folder / "jobs.json").read_text()).items():
         seen.clear()
-        seen["plan"] = job["plan"]
+        seen.update(plan=job["plan"], full=job["full"])
         seen["cut"] = "--shard" in job["words"] or "--rank=0" in job["words"]
         stop_at[0] = job["stop"]
         if job["copy"] and world.first:

@@ -42,6 +42,7 @@ PLAIN = {
 SHORT = {"max_iters": 2, "eval_every": 1}
 METHODS: dict[str, dict[str, Any]] = {
     "dora": {"method": "dora", "rank": 4},
+    "adapter": {"method": "adapter", "rank": 4, "alpha": None},
     "bitfit": {"method": "bitfit", "alpha": None},
     "prefix": {"method": "prefix", "prefix_length": 4, "prefix_hidden": 8, "alpha": None},
     "span": {"rank": 4, "train_layers": "1:"},
@@ -122,10 +123,12 @@ def several(assets: Path, place: Path) -> list[dict[str, Any]]:
     """What both processes say of all jobs, by their names."""
     jobs: dict[str, dict[str, Any]] = {}
 
-    def job(name: str, stop: int | None = None, copy: str = "", plan: bool = False, **flags: Any) -> None:
+    def job(
+        name: str, stop: int | None = None, copy: str = "", plan: bool = False, full: bool = False, **flags: Any
+    ) -> None:
         from_where = [str(place / copy), str(place / name)] if copy else None
         made = words(**flags) if flags.get("resume") else words(**settings(assets, place / name, **flags))
-        jobs[name] = {"words": [*made, "--json"], "plan": plan, "stop": stop, "copy": from_where}
+        jobs[name] = {"words": [*made, "--json"], "plan": plan, "stop": stop, "copy": from_where, "full": full}
 
     stopped(7, TrainConfig(**settings(assets, place / "full", rank=0)))
     job("lora", rank=4)
@@ -140,6 +143,7 @@ def several(assets: Path, place: Path) -> list[dict[str, Any]]:
     for name, flags in METHODS.items():
         job(name, **{**SHORT, "base": "gpt2", **flags}, shard=True, plan=name in ("span", "pairs"))
     job("wrong", rank=0, train_layers="1:")
+    job("disk", full=True, **short)
     (place / "jobs.json").write_text(json.dumps(jobs))
     meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *meet]
@@ -273,6 +277,14 @@ def test_what_is_wrong_for_all_processes_is_told_once(place: Path, several: list
     assert first["status"] == second["status"] == 2 and second["err"] == ""
     assert len(said) == 1 and "--train_layers 1:" in said[0] and "torchrun" in said[0]
     assert not (place / "wrong").exists()
+
+
+def test_a_process_that_cannot_write_its_part_ends_all(place: Path, several: list[dict[str, Any]]) -> None:
+    first, second = (answers["disk"] for answers in several)
+    said = [line for line in first["err"].splitlines() if line.startswith("graft:")]
+    assert first["status"] == second["status"] == 2 and second["err"] == ""
+    assert len(said) == 1 and said[0].startswith("graft: process 1: disk full: cannot write ")
+    assert "step-1/model-00002-of-00002.safetensors" in said[0] and not (place / "disk").exists()
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
