@@ -47,7 +47,7 @@ def read_into(model: CausalLM, folder: Path, device: torch.device, dtype: torch.
         module, _, attribute = name.rpartition(".")
         p = model.get_parameter(name)
         # A copy even where dtype and layout fit: a mapped file that is replaced on disk must not change the model.
-        kept = torch.empty(rows.shape, dtype=p.dtype, device=device).copy_(rows.to(dtype))
+        kept = rows.to(device=device, dtype=dtype, copy=True).to(p.dtype).contiguous()
         setattr(model.get_submodule(module), attribute, nn.Parameter(like(p, kept), requires_grad=p.requires_grad))
 
 

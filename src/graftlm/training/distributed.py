@@ -2,15 +2,18 @@
 
     adapters            data parallel: every process holds the model, takes its rows of every batch, and the gradients
                         of what is trained are added up (Li et al. 2020)
-    full fine-tuning    sharded: weights, gradients and moments are cut over the processes, and a block's weights are
-                        whole only while it computes (FSDP2; Zhao et al. 2023, after ZeRO, Rajbhandari et al. 2020)
+    full fine-tuning    weights, gradients and moments are cut over the processes, and a block's weights are whole only
+                        while it computes (FSDP2; Zhao et al. 2023, after ZeRO, Rajbhandari et al. 2020)
+    --shard             the same for an adapter's frozen base; the adapter is trained as in the first way
 
 What is unusual here: *the batch belongs to the run, not to the process*. `--batch_size` is that of all processes
 together and gradients are added, never averaged, so a run in N processes is the run in one, but for rounding and for
 dropout's masks. Gradients of adapters are added by a plain all-reduce of flat buckets and not by torch's
 DistributedDataParallel: that averages, wants the same number of passes in every process, and hooks into one `forward`,
 while here a process may have no row at all and the model is called through several methods. Adapters' gradients are
-small, so little is lost by sending them behind the backward pass. Nothing is sent through pickle: text travels as JSON.
+small, so little is lost by sending them behind the backward pass. And *processes need not make equally many passes*
+without gradient, though cut weights are gathered by all at once: they tell each other who goes on (`in_step`).
+Nothing is sent through pickle: text travels as JSON.
 
 In one process nothing here is ever called into torch.distributed, nor is it imported.
 

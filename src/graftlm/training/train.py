@@ -6,7 +6,7 @@
 
 What is unusual here: everything random is a pure function of (seed, step), so a run that is killed at any moment and
 resumed ends with the same bits. Ctrl-C finishes the step, saves, and says how to go on. In several processes
-(`distributed.py`) each takes its rows of every batch; the first one writes and speaks.
+(`distributed.py`) each takes its rows of every batch; the first one writes (of cut weights all do) and speaks.
 """
 
 import math
