@@ -10,12 +10,11 @@ off, with a target at every token and nothing shared, which is what `graft accou
 predictions against these runs. How fast two processes send is measured first, by adding up 100 MB of numbers. Speed is
 examples over wall seconds of the steps, as `graft train --json` counts it; memory is each process's peak. Bytes are
 those that went over the loopback device (where nothing else should talk meanwhile), divided by the steps, beside what
-the algorithms need: 2 (N - 1) all-reduced copies of the P trained parameters, or 3 (N - 1) of the whole model's
-(gathered for the forward and the backward pass, gradients scattered). The measured ones hold the validation, the
-checkpoint and the way the processes meet, too.
+`graft account` says is needed. The measured ones hold the validation, the checkpoint and the way the processes meet,
+too.
 
 That losses are equal is a test: tests/training/test_distributed.py; here their largest relative difference is shown.
-A table goes to stderr, one JSON object to the last line of stdout. Letters: N processes, P trained parameters.
+A table goes to stderr, one JSON object to the last line of stdout.
 """
 
 import argparse
@@ -34,7 +33,10 @@ from _rounds import Round, Run, accepted_run, ratios
 from startup import GRAFT, timed
 from train_vs_peers import BenchmarkError, git_state
 
-BATCH = 16
+from graftlm.config import AccountConfig
+from graftlm.studies.account import account
+
+BATCH, RANK = 16, 16
 PROBE_BYTES = 100_000_000
 SAME = 1e-5
 CONTENDERS = ("lora one", "lora two", "full one", "full two")
@@ -52,18 +54,20 @@ def _sent() -> int:
     return loopback_bytes(Path("/proc/net/dev").read_text(encoding="utf-8"))
 
 
-def needed_bytes(contender: str, trained: int) -> int:
-    """What all processes together must send in a step of one pass, in float32."""
+def needed_bytes(contender: str, model: str) -> int:
+    """What both processes together must send in a step of one pass, in float32: by `graft account`."""
     if contender.endswith("one"):
         return 0
-    return (2 if contender.startswith("lora") else 3) * 4 * trained
+    rank = RANK if contender.startswith("lora") else 0
+    said = account(AccountConfig(init_from=model, rank=rank, dtype="float32", processes=2), {"rank"})
+    return 2 * int(said["processes"]["sent_per_step"]["total"])
 
 
 def measure(contender: str, args: argparse.Namespace, folder: Path) -> Run:
     """One run in the new folder `folder`."""
     several = contender.endswith("two")
     words = ["train", "--init_from", args.model, "--data", args.data, "--out_dir", str(folder / "run"), "--json"]
-    words += ["--rank", "16" if contender.startswith("lora") else "0", "--lora_dropout", "0", "--dtype", "float32"]
+    words += ["--rank", str(RANK) if contender.startswith("lora") else "0", "--lora_dropout", "0", "--dtype", "float32"]
     words += ["--max_iters", str(args.steps), "--eval_every", str(args.steps), "--val_limit", "16"]
     words += ["--micro_tokens", "0", "--device", "cpu", "--batch_size", str(BATCH), "--compile", "off"]
     words += ["--loss_on", "all", "--shared_prefix", "false"]
@@ -82,7 +86,7 @@ def measure(contender: str, args: argparse.Namespace, folder: Path) -> Run:
         "peak_rss_mb": max(peaks),
         "peak_rss_mb_each": peaks,
         "sent_mb_per_step": (_sent() - before) / args.steps / 1e6,
-        "needed_mb_per_step": needed_bytes(contender, result["trainable"]) / 1e6,
+        "needed_mb_per_step": needed_bytes(contender, args.model) / 1e6,
         "trainable": result["trainable"],
         "total": result["total"],
         "tokens_per_step": sum(tokens) / len(tokens),

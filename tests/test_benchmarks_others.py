@@ -483,9 +483,10 @@ def test_processes_counts_bytes_and_compares_within_rounds(load: type[ModuleType
     bench = load("processes")
     text = "Inter-|   Receive  |  Transmit\n face |bytes\n    lo: 11 2 0 0 0 0 0 0 4321 5 0 0 0 0 0 0\n  eth0: 9 9\n"
     assert bench.loopback_bytes(text) == 4321
-    assert bench.needed_bytes("lora one", 10) == 0
-    # Two processes: each sends half of what it has and then half of the sum; or gathers twice and scatters once.
-    assert bench.needed_bytes("lora two", 10) == 2 * 40 and bench.needed_bytes("full two", 10) == 3 * 40
+    assert bench.needed_bytes("lora one", "smollm2-135m") == 0
+    # Two processes: each sends half of what it has and then half of the sum.
+    trained = 16 * 30 * (576 + 576 + 2 * (576 + 192))
+    assert bench.needed_bytes("lora two", "smollm2-135m") == 2 * 4 * trained
 
     def run(speed: float, losses: list[float]) -> dict[str, Any]:
         figures = {"examples_per_s": speed, "peak_rss_mb": 100.0, "sent_mb_per_step": 1.0, "needed_mb_per_step": 1.0}

@@ -262,6 +262,7 @@ def test_ctrl_c_while_a_model_is_loaded(assets: Path, listener: socket.socket, p
         ("--kl_samples=-1", "--kl_samples -1: must be 0 or more"),
         ("--loss_type=dpo", "--loss_type dpo: not one of sigmoid, hinge, ipo, sigmoid_norm, simpo, orpo"),
         ("--objective=rlhf", "--objective rlhf: not one of sft, dpo"),
+        ("--shard", "--shard: cuts the base over several processes: start with torchrun, or leave it out"),
         ("--reference=runs/other", "--reference runs/other: --objective sft needs no reference; leave it out"),
     ],
 )

@@ -160,6 +160,9 @@ class TrainConfig(MethodFlags):
     """Stop after so many validations without a better loss; 0 never stops early."""
     keep_checkpoints: bool = False
     """Keep the checkpoint of every validation, rather than the best and the last."""
+    shard: bool = False
+    """In several processes (torchrun): cut the frozen base over them, so that none holds all of it. Full fine-tuning
+    always does."""
     plan: bool = False
     """Say what the run would take (work, speed, minutes, memory; from a short probe of this machine), and stop."""
     wandb_project: str = ""

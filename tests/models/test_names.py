@@ -1,13 +1,16 @@
 """What a config.json may say, and what is refused rather than ignored."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from graftlm.errors import InputError
+from graftlm.files.formats import LazyTensors, open_safetensors, save_safetensors
 from graftlm.methods.accounting import parameters
 from graftlm.models import build
-from graftlm.models.names import check_names, file_names, read_shape, to_file
+from graftlm.models.names import check_names, file_names, places, read_shape, to_file
 from tiny import FAMILIES, config_json, model_of, shape_of
 
 
@@ -27,6 +30,30 @@ def test_to_file_and_back_is_the_same_to_the_bit(kind: str) -> None:
     assert names.keys() == state.keys()
     for name, (theirs, read) in names.items():
         assert read(stored[theirs]).equal(state[name])
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_rows_are_read_alone(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows that a process holds, whatever the file fuses, turns or orders otherwise; and hardly more is read."""
+    model = model_of(kind)
+    save_safetensors(tmp_path / "model.safetensors", to_file(model.shape, dict(model.named_parameters())))
+    stored, largest = open_safetensors(tmp_path / "model.safetensors"), 0
+    part = LazyTensors.part
+
+    def counted(self: LazyTensors, name: str, *index: slice) -> Tensor:
+        nonlocal largest
+        found = part(self, name, *index)
+        largest = max(largest, found.numel())
+        return found
+
+    monkeypatch.setattr(LazyTensors, "part", counted)
+    for name, place in places(model.shape).items():
+        whole = model.get_parameter(name)
+        for rows in (range(1), range(len(whole) // 3, len(whole)), range(len(whole))):
+            assert place.part(stored, place.name, rows).equal(whole[rows.start : rows.stop])
+            fused = place.rows is not None and not isinstance(place.rows, slice)
+            assert largest <= (3 if fused else 1) * len(rows) * whole[0].numel()
+            largest = 0
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [

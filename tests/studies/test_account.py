@@ -194,20 +194,22 @@ def test_several_processes(run: Account) -> None:
     assert whole["sent_per_step"] == {"gradients": 7 * t, "total": 7 * t}  # 2 (n - 1) / n of 4 bytes
     cut = run(*words, "--processes=8", "--shard", "--gflops=1000", "--link_gbs=50")
     assert cut["processes"]["bytes"]["frozen"] == 2 * n / 8 and cut["processes"]["bytes"]["moments"] == 8 * t
-    assert cut["processes"]["sent_per_step"] == {
-        "weights": 2 * 2 * n * 7 / 8,
-        "gradients": 7 * t,
-        "total": 3.5 * n + 7 * t,
-    }
+    outside = 2 * 32_000 * 4_096 + 4_096
+    weights = (2 * 2 * (n - outside) + 2 * outside) * 7 // 8
+    assert cut["processes"]["sent_per_step"] == {"weights": weights, "gradients": 7 * t, "total": weights + 7 * t}
     assert cut["step"]["rows_of_each"] == 8 and cut["step"]["activation_bytes"] * 8 == pytest.approx(
         one["step"]["activation_bytes"],
         rel=1e-3,  # all rows have the same cosines and sines
     )
     assert cut["step"]["compute_seconds"] == pytest.approx(cut["step"]["flops"] / 8e12)
-    assert cut["step"]["link_seconds"] == pytest.approx((3.5 * n + 7 * t) / 50e9)
+    assert cut["step"]["link_seconds"] == pytest.approx((weights + 7 * t) / 50e9)
     full = run("--init_from=meta-llama/Llama-2-7b-hf", "--rank=0", "--processes=8")["processes"]
     assert full["cut"] == "all" and full["bytes"]["moments"] == n
-    assert full["sent_per_step"] == {"weights": 3.5 * n, "gradients": 3.5 * n, "total": 7 * n}
+    assert full["sent_per_step"] == {
+        "weights": 3.5 * n,
+        "gradients": 3.5 * n,
+        "total": 7 * n,
+    }
 
 
 @pytest.mark.parametrize(

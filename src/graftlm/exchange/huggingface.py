@@ -1,10 +1,11 @@
 """Hugging Face model folders to and from our models.
 
 What is unusual here: a base is loaded tensor by tensor from a memory-mapped file into the dtype it will compute in,
-so there is never a second copy; and its hash is taken on the way, so that an adapter always knows its base.
+so there is never a second copy. Of a model that is cut over several processes each reads the rows that it holds, and
+no more: `unread_model`, then cut, then `read_into`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,33 +13,62 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.errors import InputError
+from graftlm.files.cut import Later, like, local, rows_of, whole
 from graftlm.files.formats import read_json, read_weights, save_safetensors, tensors_sha256, write_json
 from graftlm.models import CausalLM, build
-from graftlm.models.names import check_names, file_names, read_shape, stored_name, to_file
+from graftlm.models.names import Place, check_names, file_parts, one_to_file, places, read_shape, stored_name, to_file
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> CausalLM:
     """The model in a Hugging Face folder, in evaluation mode and with nothing trained; InputError for a broken one."""
+    model = unread_model(folder, dtype)
+    read_into(model, folder, device, dtype)
+    return model
+
+
+def unread_model(folder: Path, dtype: torch.dtype) -> CausalLM:
+    """The same without weights: all are on torch's meta device, and take no memory."""
     shape = read_shape(read_json(folder / CONFIG), str(folder / CONFIG))
-    stored = read_weights(folder)
-    check_names(shape, stored, str(folder))
+    check_names(shape, read_weights(folder), str(folder))
     with torch.device("meta"):
-        model = build(shape)
-    names = file_names(shape)
-    for name, empty in list(model.named_parameters()):
-        theirs, read = names[name]
-        key = stored_name(theirs, stored)
-        assert key is not None
-        tensor = read(stored[key])
-        if tensor.shape != empty.shape:
-            raise InputError(f"{folder}: {key} gives shape {list(tensor.shape)}, the config wants {list(empty.shape)}")
+        model = build(shape).to(dtype)
+    return model.requires_grad_(False).eval()
+
+
+def read_into(model: CausalLM, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+    """Give every parameter that is on the meta device, and stands in the folder, its values; what is trained, too.
+
+    They are rounded to `dtype` first, as a frozen base's are.
+    """
+    unread = [name for name, p in model.named_parameters() if p.device.type == "meta"]
+    for name, rows in stored_rows(model, folder, unread):
+        module, _, attribute = name.rpartition(".")
+        p = model.get_parameter(name)
         # A copy even where dtype and layout fit: a mapped file that is replaced on disk must not change the model.
-        tensor = tensor.to(device=device, dtype=dtype, copy=True).contiguous()
-        module, attribute = name.rsplit(".", 1)
-        setattr(model.get_submodule(module), attribute, nn.Parameter(tensor, requires_grad=False))
-    return model.eval()
+        kept = rows.to(device=device, dtype=dtype, copy=True).to(p.dtype).contiguous()
+        setattr(model.get_submodule(module), attribute, nn.Parameter(like(p, kept), requires_grad=p.requires_grad))
+
+
+def stored_rows(model: CausalLM, folder: Path, wanted: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """(our name, those rows that this process holds, as the folder has them) of the wanted parameters it stores."""
+    stored, ours = read_weights(folder), places(model.shape)
+    for name in wanted:
+        if name not in ours:
+            continue
+        p, place = model.get_parameter(name), ours[name]
+        key = stored_name(place.name, stored)
+        if key is None:
+            raise InputError(f"{folder}: the tensor {place.name} is missing: fetch it again")
+        found = place.read(torch.empty(stored.shape(key), device="meta")).shape
+        if found != p.shape:
+            raise InputError(f"{folder}: {key} gives shape {list(found)}, the config wants {list(p.shape)}")
+        rows = rows_of(p)
+        if len(rows) == (p.shape[0] if p.dim() else 1):
+            yield name, place.read(stored[key])
+        else:
+            yield name, place.part(stored, key, rows) if rows else torch.empty(local(p).shape)
 
 
 def base_hash(folder: Path) -> str:
@@ -61,6 +91,24 @@ def save_model(
     if dtype is not None:
         tensors = {name: t.to(dtype) for name, t in tensors.items()}
     save_safetensors(folder / WEIGHTS, tensors)
-    stored = next(iter(tensors.values())).dtype
+    save_config(folder, config, next(iter(tensors.values())).dtype)
+
+
+def save_config(folder: Path, config: Mapping[str, Any], stored: torch.dtype) -> None:
+    """Write config.json beside weights of this dtype."""
     rest = {k: v for k, v in config.items() if k not in ("torch_dtype", "dtype", "quantization_config")}
     write_json(folder / CONFIG, {**rest, "dtype": str(stored).removeprefix("torch.")})
+
+
+def later_file(model: CausalLM, state: Mapping[str, Tensor]) -> dict[str, Later]:
+    """The tensors of the folder that `save_model` would write, each gathered over the processes when asked for."""
+
+    def later(parts: Mapping[str, Place]) -> Later:
+        empty = one_to_file(model.shape, parts, {n: torch.empty(state[n].shape, device="meta") for n in parts})
+
+        def make() -> Tensor:
+            return one_to_file(model.shape, parts, {n: whole(state[n].detach()) for n in parts})
+
+        return Later(state[next(iter(parts))].dtype, tuple(empty.shape), make)
+
+    return {name: later(parts) for name, parts in file_parts(model.shape).items()}

@@ -293,8 +293,8 @@ def write_safetensors(path: Path | str, entries: Sequence[tuple[str, str, Sequen
 
     Chunks are asked for one after the other, so only one need be in memory. Their lengths must add up to the shape.
     """
-    ranks = {name: rank for rank, name in enumerate(DTYPES)}
-    ordered = sorted(entries, key=lambda entry: (-ranks[entry[1]], entry[0]))
+    place = {name: n for n, name in enumerate(file_order({entry[0]: entry[1] for entry in entries}))}
+    ordered = sorted(entries, key=lambda entry: place[entry[0]])
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # a single key: several make the bytes vary
     offset = 0
     for name, dtype, shape, _ in ordered:
@@ -314,6 +314,12 @@ def write_safetensors(path: Path | str, entries: Sequence[tuple[str, str, Sequen
             assert file.tell() == end, f"{name}: chunks end at byte {file.tell()}, not {end}"
 
 
+def file_order(dtypes: Mapping[str, str]) -> list[str]:
+    """The names of tensors, whose dtypes are given, in the order in which a safetensors file holds them."""
+    ranks = {dtype: rank for rank, dtype in enumerate(DTYPES)}
+    return sorted(dtypes, key=lambda name: (-ranks[dtypes[name]], name))
+
+
 def save_safetensors(path: Path | str, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write `tensors` as one safetensors file with metadata {"format": "pt"}, atomically."""
     names = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
@@ -321,22 +327,8 @@ def save_safetensors(path: Path | str, tensors: Mapping[str, torch.Tensor]) -> N
     for name, tensor in tensors.items():
         dtype = names.get(str(tensor.dtype).removeprefix("torch."))
         assert dtype is not None, f"{name}: safetensors has no dtype for {tensor.dtype}"
-        entries.append((name, dtype, tuple(tensor.shape), (tensor_bytes(whole(t)) for t in [tensor])))
+        entries.append((name, dtype, tuple(tensor.shape), (tensor_bytes(t) for t in [tensor])))
     write_safetensors(path, entries)
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor that several processes hold a part of each, which all must ask for; any other as it is."""
-    gather = getattr(tensor, "full_tensor", None)
-    found: torch.Tensor = tensor if gather is None else gather()
-    return found
-
-
-def gather_along(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Take part while another process writes these tensors with `save_safetensors`: the same ones in its order."""
-    ranks = {torch_name: rank for rank, (torch_name, _) in enumerate(DTYPES.values())}
-    for name in sorted(tensors, key=lambda n: (-ranks[str(tensors[n].dtype).removeprefix("torch.")], n)):
-        whole(tensors[name])
 
 
 REMAP_AFTER = 64_000_000
@@ -369,11 +361,26 @@ class LazyTensors(Mapping[str, "torch.Tensor"]):
     def __len__(self) -> int:
         return len(self._paths)
 
+    def part(self, name: str, *index: slice) -> torch.Tensor:
+        """`tensor[index]`, of which nothing more is read; no slice may be empty."""
+        path = self._paths[name]
+        with _reading(path):
+            handle, read = self._handle(path)
+            tensor: torch.Tensor = handle.get_slice(name)[index]
+        self._open = (path, handle, read + tensor.nbytes)
+        return tensor
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The tensor's shape, from the file's header alone."""
         path = self._paths[name]
         with _reading(path):
             return tuple(self._handle(path)[0].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """The file's name of the tensor's dtype, such as "F32", from the header alone."""
+        path = self._paths[name]
+        with _reading(path):
+            return str(self._handle(path)[0].get_slice(name).get_dtype())
 
     def _handle(self, path: Path) -> tuple[Any, int]:
         from safetensors import safe_open
@@ -427,12 +434,12 @@ def weight_files(folder: Path | str) -> list[Path]:
     return sorted(set(_weight_map(Path(folder)).values()))
 
 
-def read_weights(folder: Path | str) -> LazyTensors:
+def read_weights(folder: Path | str, stem: str = "model") -> LazyTensors:
     """A model folder's weights by name, from model.safetensors or the shards of model.safetensors.index.json."""
     folder = Path(folder)
-    if (folder / "model.safetensors").exists():
-        return open_safetensors(folder / "model.safetensors")
-    paths = _weight_map(folder)
+    if (folder / f"{stem}.safetensors").exists():
+        return open_safetensors(folder / f"{stem}.safetensors")
+    paths = _weight_map(folder, stem)
     opened = {path: open_safetensors(path) for path in sorted(set(paths.values()))}
     for name, path in paths.items():
         if name not in opened[path]:
@@ -440,9 +447,9 @@ def read_weights(folder: Path | str) -> LazyTensors:
     return LazyTensors(paths)
 
 
-def _weight_map(folder: Path) -> dict[str, Path]:
+def _weight_map(folder: Path, stem: str = "model") -> dict[str, Path]:
     """Tensor name -> file of a folder's index; for a single file the one entry "" -> file."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if single.exists():
         return {"": single}
     if not index.exists():

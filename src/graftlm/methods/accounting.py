@@ -201,8 +201,8 @@ def memory_of_each(shape: Shape, trained: int, everything: int, item: int, proce
     Args:
         cut: "nothing" (each holds the model), "frozen" (frozen weights are cut, what is trained is not) or "all".
 
-    Of what is cut a block's weights are whole while it computes, and the next one's are on their way; those of
-    embedding, norm and head are whole until the backward pass is done: all of them in the format of the arithmetic.
+    Of what is cut a block's weights are whole while it computes, and the next one's are on their way, in the format of
+    the arithmetic; what is outside of blocks is whole until the backward pass is done, as it is kept.
     """
     whole = memory(trained, everything, item)
     if cut == "nothing":
@@ -214,29 +214,37 @@ def memory_of_each(shape: Shape, trained: int, everything: int, item: int, proce
         else line
         for name, line in whole.items()
     }
-    block, rest = block_parameters(shape), parameters(shape) - shape.layers * block_parameters(shape)
-    formula = spelled(f"{item} (2 b + e)", b=block, e=rest)
-    return {**held, "gathered": Line("weights that are whole for a while", item * (2 * block + rest), formula)}
+    block, outside, kept = block_parameters(shape), _outside(shape), item if cut == "frozen" else 4
+    formula = spelled(f"{item} 2 b + {kept} e", b=block, e=outside)
+    return {**held, "gathered": Line("weights whole for a while", item * 2 * block + kept * outside, formula)}
 
 
-def sent_by_each(trained: int, everything: int, item: int, processes: int, cut: str) -> dict[str, Line]:
-    """Bytes that each of n processes sends in a step: gradients once, and cut weights in each pass, forth and back.
+def _outside(shape: Shape) -> int:
+    """Parameters outside of blocks: embedding, positions, last norm, head."""
+    return parameters(shape) - shape.layers * block_parameters(shape)
 
-    Rings: a gather or a scatter of x bytes takes (n - 1) / n x from each, a sum both of them (Thakur et al. 2005).
+
+def sent_by_each(shape: Shape, trained: int, item: int, processes: int, cut: str) -> dict[str, Line]:
+    """Bytes that each of n processes sends in a step of one pass.
+
+    Gradients once; of cut weights those of blocks twice, for the way forth and the way back, the others once. Rings: a
+    gather or a scatter of x bytes takes (n - 1) / n x from each, a sum both of them (Thakur et al. 2005).
     """
-    letters = {"N": everything, "t": trained, "n": processes}
+    blocks, outside = shape.layers * block_parameters(shape), _outside(shape)
+    letters = {"b": blocks, "e": outside, "t": trained, "n": processes}
 
     def line(what: str, size: int, formula: str) -> Line:
         return Line(what, size * (processes - 1) // processes, spelled(f"{formula} (n - 1) / n", **letters))
 
-    weights, twice = "weights, gathered twice a pass", 2 * item
-    if cut == "all":
-        gradients = line("gradients, scattered", 4 * trained, "4 t")
-        return {"weights": line(weights, twice * everything, f"{twice} N"), "gradients": gradients}
-    gradients = line("gradients, added up", 8 * trained, "8 t")
+    sums = line("gradients, added up", 8 * trained, "8 t")
     if cut == "nothing":
-        return {"gradients": gradients}
-    return {"weights": line(weights, twice * (everything - trained), f"{twice} (N - t)"), "gradients": gradients}
+        return {"gradients": sums}
+    kept = item if cut == "frozen" else 4
+    weights = line("weights, gathered", 2 * item * blocks + kept * outside, f"({2 * item} b + {kept} e)")
+    return {
+        "weights": weights,
+        "gradients": sums if cut == "frozen" else line("gradients, scattered", 4 * trained, "4 t"),
+    }
 
 
 # A plain feed-forward net ---------------------------------------------------------------------------------------------

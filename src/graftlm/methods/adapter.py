@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from graftlm.errors import InputError, unknown
 from graftlm.methods.accounting import Part, spelled
-from graftlm.methods.base import Method, freeze, master_dtype, replace_linears
+from graftlm.methods.base import Method, freeze, home, master_dtype, replace_linears
 from graftlm.models import CausalLM, Linear, Shape
 
 PLACEMENTS = {"houlsby": ("o", "down"), "pfeiffer": ("down",)}
@@ -33,7 +33,7 @@ class BottleneckLinear(Linear):
         with torch.device("meta"):  # no memory, no random numbers: every tensor is given below
             super().__init__(linear.in_features, linear.out_features, linear.bias is not None)
         self.weight, self.bias = linear.weight, linear.bias
-        d, master, device = linear.out_features, master_dtype(linear.weight.dtype), linear.weight.device
+        d, master, device = linear.out_features, master_dtype(linear.weight.dtype), home(linear.weight)
         down = torch.empty(rank, d, dtype=master)
         nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=rng)
         self.adapter_down = nn.Parameter(down.to(device))

@@ -51,6 +51,13 @@ class Method(ABC):
     def install(self, model: CausalLM, rng: torch.Generator) -> None:
         """Replace or add modules, freeze the rest; initial weights come from `rng` (on the CPU)."""
 
+    def settle(self, model: CausalLM) -> None:
+        """Do what `install` does with a base's weights; called once they are read, where they were not before.
+
+        They may be cut over several processes, which all call it.
+        """
+        return None
+
     @abstractmethod
     def parts(self, shape: Shape) -> list[Part]:
         """All that it trains, each part with its closed form."""
@@ -108,6 +115,11 @@ class Method(ABC):
 def master_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype trained parameters are kept in beside a base of `dtype`."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def home(weight: Tensor) -> torch.device:
+    """Where what is trained beside a weight is to be: with it, or on torch's default device while it is not read."""
+    return torch.get_default_device() if weight.device.type == "meta" else weight.device
 
 
 def freeze(model: nn.Module) -> None:
@@ -184,15 +196,4 @@ def load_delta(model: nn.Module, state: Mapping[str, Tensor], where: str) -> Non
             raise InputError(f"{where}: {name} has shape {list(state[name].shape)}, the model wants {list(p.shape)}")
     with torch.no_grad():
         for name, p in params.items():
-            p.copy_(part_like(p, state[name]))
-
-
-def part_like(p: Tensor, tensor: Tensor) -> Tensor:
-    """The part of a whole tensor that this process holds where `p` is cut over several; else the tensor itself."""
-    if not hasattr(p, "device_mesh"):
-        return tensor
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    assert isinstance(p, DTensor)
-    placed = tensor.to(p.device, p.dtype)
-    return distribute_tensor(placed, p.device_mesh, p.placements, src_data_rank=None)  # all have it: nothing is sent
+            p.copy_(state[name])

@@ -15,7 +15,7 @@ from torch import nn
 
 from graftlm.errors import InputError
 from graftlm.methods.accounting import Part, linear_size, spelled
-from graftlm.methods.base import Method, freeze, master_dtype
+from graftlm.methods.base import Method, freeze, home, master_dtype
 from graftlm.models import CausalLM, Linear, Shape
 from graftlm.models.names import module_of
 from graftlm.models.shape import FAMILIES
@@ -85,5 +85,5 @@ def _add_biases(model: CausalLM) -> None:
             linear = block.get_submodule(module_of(role))
             assert isinstance(linear, Linear)
             if linear.bias is None:
-                zeros = torch.zeros(linear.out_features, dtype=linear.weight.dtype, device=linear.weight.device)
+                zeros = torch.zeros(linear.out_features, dtype=linear.weight.dtype, device=home(linear.weight))
                 linear.bias = nn.Parameter(zeros, requires_grad=False)

@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from graftlm.files.cut import whole
 from graftlm.methods.accounting import Part, linear_size, spelled
 from graftlm.methods.lora import LoRA, LoRALinear
 from graftlm.models import CausalLM, Linear, Shape
@@ -39,14 +40,15 @@ class DoRALinear(LoRALinear):
         """As LoRALinear's; the lengths start as those of the linear's rows."""
         new = super().around(linear, rank, alpha, lora_dropout, rng, rslora)
         assert isinstance(new, DoRALinear)
-        new.magnitude = nn.Parameter(new.row_lengths())
+        unread = torch.empty(linear.out_features, dtype=new.lora_A.dtype, device="meta")
+        new.magnitude = nn.Parameter(unread if linear.weight.device.type == "meta" else new.row_lengths())
         return new
 
     @torch.no_grad()
     def row_lengths(self) -> Tensor:
         """n [out]: the lengths of the rows of W0 + s B A, in float32 or wider."""
         a, b, s = self.lora_A, self.lora_B, self.scale
-        w = self.pristine.to(a.dtype)
+        w = whole(self.pristine).to(a.dtype)
         squares = w.square().sum(dim=1)
         squares += 2 * s * ((w @ a.T) * b).sum(dim=1)
         squares += s**2 * ((b @ (a @ a.T)) * b).sum(dim=1)
@@ -81,6 +83,12 @@ class DoRA(LoRA):
         for module in model.modules():
             if isinstance(module, DoRALinear):
                 module.magnitude.requires_grad_(True)
+
+    def settle(self, model: CausalLM) -> None:
+        """The lengths start as those of the base's rows, and of an update that is zero."""
+        for module in model.modules():
+            if isinstance(module, DoRALinear):
+                module.magnitude = nn.Parameter(module.row_lengths())
 
     def parts(self, shape: Shape) -> list[Part]:
         """r (in + out) + out for each targeted linear, times the adapted layers."""

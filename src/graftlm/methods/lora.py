@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from graftlm.errors import InputError
 from graftlm.methods.accounting import Part, linear_size, spelled
-from graftlm.methods.base import Method, PeftFolder, freeze, master_dtype, replace_linears
+from graftlm.methods.base import Method, PeftFolder, freeze, home, master_dtype, replace_linears
 from graftlm.methods.lora_peft import adopt, from_peft, to_peft
 from graftlm.models import CausalLM, Linear, Shape
 from graftlm.models.gradients import TORCH, Mask, TorchKernels
@@ -38,7 +38,8 @@ class LoRALinear(ByHand, Linear):
     """
 
     folds = True
-    """Whether evaluation merges. Models that share one base's tensors do not: each merged weight would be a copy."""
+    """Whether evaluation merges. Models that share one base's tensors do not, since each merged weight would be a copy;
+    nor do those whose base is cut over several processes."""
 
     def __init__(
         self,
@@ -78,7 +79,7 @@ class LoRALinear(ByHand, Linear):
         with torch.device("meta"):  # no memory, no random numbers: every tensor is given below
             new = cls(*sizes, rank, alpha, lora_dropout, rslora)
         new.weight, new.bias = linear.weight, linear.bias
-        master, device = master_dtype(linear.weight.dtype), linear.weight.device
+        master, device = master_dtype(linear.weight.dtype), home(linear.weight)
         a = torch.empty(rank, linear.in_features, dtype=master)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=rng)
         new.lora_A = nn.Parameter(a.to(device))

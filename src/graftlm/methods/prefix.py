@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from graftlm.errors import InputError
 from graftlm.methods.accounting import Part, spelled
-from graftlm.methods.base import Method, PeftFolder, freeze, master_dtype
+from graftlm.methods.base import Method, PeftFolder, freeze, home, master_dtype
 from graftlm.methods.lora_peft import PEFT_VERSION, check_fields
 from graftlm.models import CausalLM, Segment, Shape
 from graftlm.models.base import Before
@@ -36,7 +36,7 @@ class Prefix(Before):
     def __init__(self, shape: Shape, start: Tensor, hidden: int, random: bool, rng: torch.Generator) -> None:
         super().__init__()
         self.shape, self.size = shape, len(start)
-        self._start = start
+        self.start = start
         self._folded: Tensor | None = None
         self.past: nn.Parameter | None = None
         if not hidden:
@@ -58,7 +58,13 @@ class Prefix(Before):
             return self.past
         if self._folded is not None:
             return self._folded
-        return self._start + torch.tanh(self.embedding @ self.w1.T + self.b1) @ self.w2.T + self.b2
+        return self.start + torch.tanh(self.embedding @ self.w1.T + self.b1) @ self.w2.T + self.b2
+
+    def begin(self, start: Tensor) -> None:
+        """Start as these keys and values [n, 2 L K D] instead."""
+        self.start = start
+        if self.past is not None:
+            self.past.data = start
 
     def segment(self, dtype: torch.dtype) -> Segment:
         """The past that it is, shared by all rows."""
@@ -117,15 +123,27 @@ class PrefixTuning(Method):
         if model.before is not None:
             raise InputError("the model has a prefix already; adapt a fresh base")
         freeze(model)
-        start = self._start(model, rng)
+        start = self._noise(model, rng) if not self.tokens or model.device.type == "meta" else self._read(model)
         model.before = Prefix(shape, start, self.hidden, not self.tokens, rng)
 
-    def _start(self, model: CausalLM, rng: torch.Generator) -> Tensor:
-        """[n, 2 L K D]: the keys and values of the tokens, or noise (zeros under a network)."""
-        shape, master = model.shape, master_dtype(model.dtype)
+    def settle(self, model: CausalLM) -> None:
+        """Start as what the model makes of the tokens, where there are such."""
+        prefix = model.before
+        assert isinstance(prefix, Prefix)
+        model.before = None
+        prefix.begin(self._read(model) if self.tokens else prefix.start.to(model.device))
+        model.before = prefix
+
+    def _noise(self, model: CausalLM, rng: torch.Generator) -> Tensor:
+        """[n, 2 L K D] to start as without tokens (zeros under a network), or before they can be read (zeros)."""
+        noise = torch.zeros(self.length, width(model.shape), dtype=master_dtype(model.dtype))
         if not self.tokens:
-            noise = torch.empty(self.length, width(shape), dtype=master).normal_(std=0.02, generator=rng)
-            return (noise * (self.hidden == 0)).to(model.device)
+            noise = noise.normal_(std=0.02, generator=rng) * (self.hidden == 0)
+        return noise.to(home(model.embed.weight))
+
+    def _read(self, model: CausalLM) -> Tensor:
+        """[n, 2 L K D]: the keys and values of the tokens."""
+        master = master_dtype(model.dtype)
         read, mode = Segment(), model.training
         with torch.no_grad():
             model.eval().hidden(torch.tensor([self.tokens], device=model.device), keep=read)

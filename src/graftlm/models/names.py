@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from graftlm.errors import InputError
+from graftlm.files.formats import LazyTensors
 from graftlm.models.shape import FAMILIES, Rows, Shape
 
 _SIZES = (
@@ -75,7 +76,7 @@ def with_biases(config: Mapping[str, Any], shape: Shape, where: str) -> dict[str
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """Where a file keeps one of our parameters."""
 
     name: str
@@ -91,32 +92,50 @@ class _Place:
         """The file's [in, out] -> [out, in], and back; a bias stays."""
         return t.t() if self.transposed and t.dim() == 2 else t
 
+    def part(self, stored: LazyTensors, key: str, wanted: range) -> Tensor:
+        """The wanted rows of ours (at least one) out of the file's tensor `key`, of which little more is read."""
+        within: Rows = slice(None)
+        among = slice(wanted.start, wanted.stop)
+        if isinstance(self.rows, slice):
+            among = slice(self.rows.start + wanted.start, self.rows.start + wanted.stop)
+        elif self.rows is not None:
+            picked = self.rows[among]
+            among = slice(int(picked.min()), int(picked.max()) + 1)
+            within = picked - among.start
+        turned = self.transposed and len(stored.shape(key)) == 2
+        return self.turned(stored.part(key, slice(None), among) if turned else stored.part(key, among))[within]
+
 
 def file_names(shape: Shape) -> dict[str, tuple[str, Callable[[Tensor], Tensor]]]:
     """Our parameter name -> (the file's tensor name, how to read ours out of it), for every parameter of the shape."""
-    return {ours: (place.name, place.read) for ours, place in _places(shape)}
+    return {ours: (place.name, place.read) for ours, place in places(shape).items()}
 
 
-def _places(shape: Shape) -> Iterator[tuple[str, _Place]]:
+def places(shape: Shape) -> dict[str, Place]:
+    """Our parameter name -> where a file keeps it, for every parameter of the shape."""
+    return dict(_places(shape))
+
+
+def _places(shape: Shape) -> Iterator[tuple[str, Place]]:
     family = FAMILIES[shape.family]
     rows = {role: family.rows(shape, role) for role in "qkv"} if family.rows else {}
     norm_kinds = ("weight", "bias") if family.norm_biases else ("weight",)
-    yield "embed.weight", _Place(f"{family.embed}.weight")
+    yield "embed.weight", Place(f"{family.embed}.weight")
     if family.positions:
-        yield "positions.weight", _Place(f"{family.positions}.weight")
+        yield "positions.weight", Place(f"{family.positions}.weight")
     for i in range(shape.layers):
         ours, theirs = f"blocks.{i}", f"{family.layers}{i}"
         for norm, name in family.norms.items():
             for kind in norm_kinds:
-                yield f"{ours}.{norm}.{kind}", _Place(f"{theirs}.{name}.{kind}")
+                yield f"{ours}.{norm}.{kind}", Place(f"{theirs}.{name}.{kind}")
         for role in shape.roles:
             for kind in ("weight", "bias") if shape.has_bias(role) else ("weight",):
-                place = _Place(f"{theirs}.{family.linears[role]}.{kind}", family.transposed, rows.get(role))
+                place = Place(f"{theirs}.{family.linears[role]}.{kind}", family.transposed, rows.get(role))
                 yield f"{ours}.{module_of(role)}.{kind}", place
     for kind in norm_kinds:
-        yield f"norm.{kind}", _Place(f"{family.last_norm}.{kind}")
+        yield f"norm.{kind}", Place(f"{family.last_norm}.{kind}")
     if not shape.tied:
-        yield "head.weight", _Place(f"{family.head}.weight")
+        yield "head.weight", Place(f"{family.head}.weight")
 
 
 def stored_name(name: str, stored: Iterable[str]) -> str | None:
@@ -139,15 +158,25 @@ def check_names(shape: Shape, stored: Iterable[str], where: str) -> None:
 
 def to_file(shape: Shape, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All our parameters -> the tensors of a Hugging Face folder, fused again what the family fuses."""
-    out: dict[str, Tensor] = {}
-    fused: dict[str, tuple[_Place, Tensor]] = {}
-    for name, place in _places(shape):
-        tensor = ours[name]
-        if place.rows is None:
-            out[place.name] = place.turned(tensor).contiguous()
-        else:
-            empty = torch.empty(shape.qkv_rows, *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
-            whole = fused.setdefault(place.name, (place, empty))[1]
-            with torch.no_grad():
-                whole[place.rows] = tensor
-    return out | {name: place.turned(whole).contiguous() for name, (place, whole) in fused.items()}
+    return {name: one_to_file(shape, parts, ours) for name, parts in file_parts(shape).items()}
+
+
+def file_parts(shape: Shape) -> dict[str, dict[str, Place]]:
+    """A file's tensor -> those of our parameters that it holds: one, or q, k and v where the family fuses them."""
+    parts: dict[str, dict[str, Place]] = {}
+    for ours, place in _places(shape):
+        parts.setdefault(place.name, {})[ours] = place
+    return parts
+
+
+def one_to_file(shape: Shape, parts: Mapping[str, Place], ours: Mapping[str, Tensor]) -> Tensor:
+    """The file's tensor that holds these parts."""
+    (first, place), *_ = parts.items()
+    tensor = ours[first]
+    if place.rows is not None:
+        tensor = torch.empty(shape.qkv_rows, *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
+        with torch.no_grad():
+            for name, part in parts.items():
+                assert part.rows is not None
+                tensor[part.rows] = ours[name]
+    return place.turned(tensor).contiguous()

@@ -86,7 +86,7 @@ def _several(config: AccountConfig, shape: Shape, method: Method, result: dict[s
     found: dict[str, Any] = {}
     sizes = result["trainable"], result["total"], ITEM[config.dtype]
     if n > 1:
-        held, sent = memory_of_each(shape, *sizes, n, cut), sent_by_each(*sizes, n, cut)
+        held, sent = memory_of_each(shape, *sizes, n, cut), sent_by_each(shape, sizes[0], sizes[2], n, cut)
         found["processes"] = {"number": n, "cut": cut, "bytes": _counts(held), "sent_per_step": _counts(sent)}
         result["formulas"] |= {"each": _shown(held.values()), "sent": _shown(sent.values())}
     if not config.batch_size:
@@ -105,8 +105,8 @@ def _several(config: AccountConfig, shape: Shape, method: Method, result: dict[s
 def kept_bytes(shape: Shape, method: Method, rows: int, tokens: int, dtype: torch.dtype, gathered: bool) -> int:
     """Bytes that autograd keeps of `rows` texts of so many tokens, with a target at each.
 
-    gathered: whether trained weights come in `dtype` and go again, as they do where they are cut over processes; else
-    they are float32, and what is kept holds their copies in `dtype`.
+    gathered: whether blocks' trained weights come in `dtype` and go again, as cut ones do; else they are float32, and
+    what is kept holds their copies in `dtype`.
     """
     if method.layers is None and shape.layers > 3:  # blocks behind the first are alike: what the third adds, all add
         two, three = (
@@ -120,8 +120,9 @@ def kept_bytes(shape: Shape, method: Method, rows: int, tokens: int, dtype: torc
     with FakeTensorMode():
         model = build(shape)
         method.install(model, torch.Generator())
+        in_blocks = set(model.blocks.parameters()) if gathered else set()
         for p in model.parameters():
-            if gathered or not p.requires_grad:
+            if p in in_blocks or not p.requires_grad:
                 p.data = p.data.to(dtype)
         model.compute_dtype = dtype
         ids = torch.zeros(rows, tokens, dtype=torch.long)

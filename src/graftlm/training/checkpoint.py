@@ -6,6 +6,10 @@
         trained.safetensors       what is trained, where the exchange folder only tells what it comes to
     out_dir/best, out_dir/last    links to two of them
 
+Of full fine-tuning in several processes, weights and moments stand in a file for each process, with an index
+(`files/cut.py`), until the run ends: then they are joined into the one that one process would have written. All that
+reads a checkpoint, transformers included, reads both, and so does any number of processes.
+
 What is unusual here: nothing random has to be saved. Data order, dropout and initial weights are pure functions of
 (seed, step), so weights, moments and the step number are the whole state, and a resumed run equals one that never
 stopped, to the bit. A folder appears under its name only when it is complete, links are swapped atomically, and a run
@@ -14,7 +18,7 @@ killed between two of these steps is put right by `repair`.
 
 import json
 import shutil
-from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,10 +28,11 @@ from torch import Tensor
 
 from graftlm.errors import InputError
 from graftlm.exchange.adapters import read_adapter, save_adapter
-from graftlm.exchange.huggingface import save_model
+from graftlm.exchange.huggingface import later_file, save_config, save_model, stored_rows
+from graftlm.files.cut import Later, join, like, local, remove, rows_of, save_cut
 from graftlm.files.formats import (
+    LazyTensors,
     folder_atomically,
-    gather_along,
     link_atomically,
     load_safetensors,
     read_json,
@@ -37,10 +42,10 @@ from graftlm.files.formats import (
     write_text,
 )
 from graftlm.methods import Method
-from graftlm.methods.base import delta_state, load_delta, part_like, trainable
+from graftlm.methods.base import delta_state, load_delta, trainable
 from graftlm.models.base import CausalLM
-from graftlm.models.names import file_names, stored_name, to_file
 from graftlm.text.tokenizer import Tokenizer
+from graftlm.training.distributed import World
 
 OPTIMIZER, PROGRESS, TRAINED = "optimizer.safetensors", "progress.json", "trained.safetensors"
 FIRST_SCALE, GROWTH_STEPS = 2.0**16, 2000
@@ -105,8 +110,9 @@ class Store:
     tokenizer: Tokenizer
     keep: bool = False
     """Whether checkpoints that are neither best nor last stay."""
-    writes: bool = True
-    """Whether this process writes; of several one does, and the others take part where weights are cut over them."""
+    world: World = field(default_factory=World)
+    """This process among those of the run: of trained tensors that are cut over them each writes a part, of all else
+    the first."""
 
     @property
     def _folder(self) -> Path:
@@ -115,18 +121,49 @@ class Store:
     def save(self, model: CausalLM, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
         """Write checkpoints/step-N, swing `last` to it, and `best` if it is; returns the folder."""
         target = self._folder / f"step-{progress.step}"
-        if not self.writes:
-            if self.method.stores_model:
-                gather_along(to_file(model.shape, dict(model.named_parameters())))
-                gather_along(_moments(model, optimizer))
-            return target
-        with folder_atomically(target) as temp:
-            self._save_weights(temp, model)
-            save_safetensors(temp / OPTIMIZER, _moments(model, optimizer))
-            write_json(temp / PROGRESS, asdict(progress))
-        link_atomically(self.out_dir / "last", f"checkpoints/{target.name}")
-        self.repair(progress)
+        with self.world.alike():
+            if self.by_all:
+                self._save_by_all(target, model, optimizer, progress)
+            elif self.world.first:
+                with folder_atomically(target) as temp:
+                    self._save_weights(temp, model)
+                    save_safetensors(temp / OPTIMIZER, _moments(model, optimizer))
+                    write_json(temp / PROGRESS, asdict(progress))
+            if self.world.first:
+                link_atomically(self.out_dir / "last", f"checkpoints/{target.name}")
+                self.repair(progress)
         return target
+
+    @property
+    def by_all(self) -> bool:
+        """Whether each process writes a part: what is trained is cut over them."""
+        return self.world.size > 1 and self.method.stores_model
+
+    def _save_by_all(self, target: Path, model: CausalLM, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+        """As `save` writes the folder, each process its part; an error of one is raised in all, and nothing is left."""
+        world = self.world
+        with ExitStack() as held:
+            with world.alike():
+                made = held.enter_context(folder_atomically(target)) if world.first else Path()
+            temp = Path(world.tell(str(made.resolve())))
+            with world.alike():
+                save_cut(temp, "model", later_file(model, dict(model.named_parameters())), world.rank, world.size)
+            with world.alike():
+                moments = {name: Later.of(t) for name, t in _moments(model, optimizer).items()}
+                save_cut(temp, "optimizer", moments, world.rank, world.size)
+            with world.alike():
+                if world.first:
+                    save_config(temp, read_json(self.base_folder / "config.json"), next(model.parameters()).dtype)
+                    self.tokenizer.save(temp)
+                    write_json(temp / PROGRESS, asdict(progress))
+
+    def join(self) -> None:
+        """Make the folders that several processes wrote those that one would have written; repeatable."""
+        with self.world.alike():
+            if self.world.first and self.method.stores_model:
+                for folder in self._folder.iterdir():
+                    for stem in ("model", "optimizer"):
+                        join(folder, stem)
 
     def _save_weights(self, folder: Path, model: CausalLM) -> None:
         if not self.method.stores_model:
@@ -148,8 +185,8 @@ class Store:
                 shutil.rmtree(folder)
             elif folder.name != last:
                 # Only the newest can be resumed from, and moments take twice the room of the weights.
-                for file in (OPTIMIZER, TRAINED):
-                    (folder / file).unlink(missing_ok=True)
+                remove(folder, "optimizer")
+                (folder / TRAINED).unlink(missing_ok=True)
 
     def newest(self) -> Path | None:
         """The folder `last` points to; None if the run has saved nothing yet."""
@@ -161,19 +198,16 @@ class Store:
         if at is None:
             return Progress()
         progress = Progress(**read_json(at / PROGRESS))
-        if (at / TRAINED).is_file():
-            state = load_safetensors(at / TRAINED)
-        elif not self.method.stores_model:
-            state = read_adapter(at, model.shape, self.method)
+        if self.method.stores_model:
+            with torch.no_grad():
+                for name, rows in stored_rows(model, at, trainable(model)):
+                    local(model.get_parameter(name)).copy_(rows)
         else:
-            stored = read_weights(at)
-            keys = {n: (stored_name(theirs, stored), read) for n, (theirs, read) in file_names(model.shape).items()}
-            wanted = trainable(model)
-            state = {n: read(stored[key]) for n, (key, read) in keys.items() if key is not None and n in wanted}
-        load_delta(model, state, str(at))
-        updates = progress.step - progress.skipped
-        _set_moments(model, optimizer, load_safetensors(at / OPTIMIZER), updates, str(at / OPTIMIZER))
-        if self.writes:
+            trained = (at / TRAINED).is_file()
+            state = load_safetensors(at / TRAINED) if trained else read_adapter(at, model.shape, self.method)
+            load_delta(model, state, str(at))
+        _set_moments(model, optimizer, read_weights(at, "optimizer"), progress.step - progress.skipped, at / OPTIMIZER)
+        if self.world.first:
             self.repair(progress)
         return progress
 
@@ -186,18 +220,18 @@ def _moments(model: CausalLM, optimizer: torch.optim.Optimizer) -> dict[str, Ten
     return {f"{name}.{m}": moment(p, m) for name, p in trainable(model).items() for m in _MOMENTS}
 
 
-def _set_moments(
-    model: CausalLM, optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor], step: int, where: str
-) -> None:
+def _set_moments(model: CausalLM, optimizer: torch.optim.Optimizer, saved: LazyTensors, step: int, where: Path) -> None:
     for name, p in trainable(model).items():
+        moments = {}
         for m in _MOMENTS:
-            key = f"{name}.{m}"
-            if key not in saved or saved[key].shape != p.shape:
+            key, rows = f"{name}.{m}", rows_of(p)
+            if key not in saved or saved.shape(key) != p.shape:
                 raise InputError(f"{where}: {key} is missing or has another shape; this checkpoint is of another run")
-        optimizer.state[p] = {
-            "step": torch.tensor(float(step), device=p.device),
-            **{m: part_like(p, saved[f"{name}.{m}"].to(p.device, p.dtype)) for m in _MOMENTS},
-        }
+            kept = torch.empty_like(local(p))
+            if rows:
+                kept.copy_(saved.part(key, slice(rows.start, rows.stop)) if p.dim() else saved[key])
+            moments[m] = like(p, kept)
+        optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device), **moments}
 
 
 def cut_metrics(path: Path, step: int) -> None:

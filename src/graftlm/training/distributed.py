@@ -2,15 +2,18 @@
 
     adapters            data parallel: every process holds the model, takes its rows of every batch, and the gradients
                         of what is trained are added up (Li et al. 2020)
-    full fine-tuning    sharded: weights, gradients and moments are cut over the processes, and a block's weights are
-                        whole only while it computes (FSDP2; Zhao et al. 2023, after ZeRO, Rajbhandari et al. 2020)
+    full fine-tuning    weights, gradients and moments are cut over the processes, and a block's weights are whole only
+                        while it computes (FSDP2; Zhao et al. 2023, after ZeRO, Rajbhandari et al. 2020)
+    --shard             the same for an adapter's frozen base; the adapter is trained as in the first way
 
 What is unusual here: *the batch belongs to the run, not to the process*. `--batch_size` is that of all processes
 together and gradients are added, never averaged, so a run in N processes is the run in one, but for rounding and for
 dropout's masks. Gradients of adapters are added by a plain all-reduce of flat buckets and not by torch's
 DistributedDataParallel: that averages, wants the same number of passes in every process, and hooks into one `forward`,
 while here a process may have no row at all and the model is called through several methods. Adapters' gradients are
-small, so little is lost by sending them behind the backward pass. Nothing is sent through pickle: text travels as JSON.
+small, so little is lost by sending them behind the backward pass. And *processes need not make equally many passes*
+without gradient, though cut weights are gathered by all at once: they tell each other who goes on (`in_step`).
+Nothing is sent through pickle: text travels as JSON.
 
 In one process nothing here is ever called into torch.distributed, nor is it imported.
 
@@ -19,7 +22,7 @@ Letters: N processes.
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +31,8 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.errors import GraftError, InputError, Interrupted
+from graftlm.inference.generate import evaluating
+from graftlm.methods.base import master_dtype
 from graftlm.models.base import CausalLM
 
 BUCKET = 6_553_600
@@ -256,37 +261,89 @@ def buckets(params: Sequence[nn.Parameter], most: int = BUCKET) -> list[list[nn.
     return made
 
 
-# Sharded weights ------------------------------------------------------------------------------------------------------
+# Weights cut over the processes ---------------------------------------------------------------------------------------
 
 
-def shard(model: CausalLM, world: World) -> None:
-    """Cut every weight over the processes, block by block, the embedding, last norm and head as one more unit.
+def cut(model: CausalLM, world: World, own: Set[nn.Parameter]) -> None:
+    """Cut every weight but a process's `own` over the processes: block by block, the rest as one more unit.
 
-    Gradients are added, not averaged. Every process must then make the same number of passes.
+    The weights may be on the meta device still. Gradients of cut weights are added, not averaged. Every process must
+    then make the same number of passes, or be `in_step`.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh("cuda" if world.backend == "nccl" else "cpu", (world.size,))
+    # A block's weights are sent in the dtype that they compute in. Cast behind that instead, each cast copy would be
+    # kept for the backward pass, and with them the whole model. What is outside of blocks is whole until then anyway.
+    policy = MixedPrecisionPolicy(model.dtype, master_dtype(model.dtype), cast_forward_inputs=False)
     for module in (*model.blocks, model):
-        fully_shard(module, mesh=mesh)
+        how = MixedPrecisionPolicy(cast_forward_inputs=False) if module is model else policy
+        fully_shard(module, mesh=mesh, mp_policy=how, ignored_params=set(own))
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    # The head is the root's and is read behind this call: a root's weights stay whole until its backward pass is done.
-    register_fsdp_forward_method(model, "hidden_behind")
+    # The head is the root's, and is read behind these calls: a root's weights are whole until its backward pass ends.
+    for name in ("hidden", "hidden_behind"):
+        register_fsdp_forward_method(model, name)
+
+
+def first_pass(model: CausalLM) -> None:
+    """Read a token with cut weights, once they are there.
+
+    At its first pass torch finds out which units belong together. What it does not see then (the plan runs the model
+    with fewer blocks) would stay whole behind its own passes ever after.
+    """
+    with outside_blocks(model), evaluating(model):
+        _idle(model)
+
+
+def _idle(model: CausalLM) -> None:
+    model.hidden(torch.zeros(1, 1, dtype=torch.long, device=model.device))
+
+
+def is_cut(model: CausalLM) -> bool:
+    """Whether its weights are cut over several processes."""
+    return hasattr(model, "unshard")
 
 
 @contextmanager
-def whole_weights(model: CausalLM) -> Iterator[None]:
-    """Within it every process holds all weights, so that it may make as many passes without gradient as it likes."""
-    units = [m for m in (model, *model.blocks) if hasattr(m, "unshard")]
-    for unit in units:
-        unit.set_reshard_after_forward(False, recurse=False)
-        unit.unshard()
+def in_step(model: CausalLM, world: World) -> Iterator[None]:
+    """Within it each process makes as many passes without gradient as it likes.
+
+    Where the weights are cut, a block is gathered by all processes at once. So before each pass they tell each other
+    who goes on, and who is done makes idle passes until all are. No other collectives within.
+    """
+    if not is_cut(model):
+        yield
+        return
+
+    def going_on(*_: Any) -> None:
+        world.gather([1])
+
+    with outside_blocks(model):  # else a pass might begin with another collective
+        hook = model.blocks[0].register_forward_pre_hook(going_on, prepend=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+        with evaluating(model):
+            while any(more for (more,) in world.gather([0])):
+                _idle(model)
+
+
+@contextmanager
+def outside_blocks(model: CausalLM) -> Iterator[None]:
+    """Within it what is outside of the blocks (embedding, last norm, head) is whole in every process.
+
+    Its gradients are dropped behind it.
+    """
+    root: Any = model
+    if is_cut(model):
+        root.unshard()
     try:
         yield
     finally:
-        for unit in units:
-            unit.reshard()
-            unit.set_reshard_after_forward(unit is not model, recurse=False)
+        if is_cut(model):
+            model.zero_grad(set_to_none=True)
+            root.reshard()

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from graftlm.files.cut import local
+
 
 def peak_rss_mb() -> float:
     """The most memory this process has held so far."""
@@ -27,7 +29,7 @@ def rss_mb() -> float:
 @contextmanager
 def kept_for_backward(model: nn.Module) -> Iterator[Callable[[], int]]:
     """Yields what counts the bytes that autograd keeps of what is run within: storages once, parameters not at all."""
-    known = {p.untyped_storage()._cdata for p in model.parameters()}
+    known = {local(p).untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}  # a storage that is held here is not made anew under the same number
 
     def keep(t: Tensor) -> Tensor:
@@ -37,6 +39,7 @@ def kept_for_backward(model: nn.Module) -> Iterator[Callable[[], int]]:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        # To be asked behind the pass: of cut weights that were gathered for a block nothing is left then.
         yield lambda: sum(storage.nbytes() for storage in kept.values())
 
 

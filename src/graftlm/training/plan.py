@@ -9,9 +9,8 @@ blocks find their weights in the processor's caches, thirty do not.
 
     seconds(batch) = f (head(n) + layers * block(n))      each linear between a small and a large batch of n tokens
 
-Of several processes each probes its own share of the batches, all at once.
-
-Left out: the time of checkpoints, and of what processes send each other.
+Of several processes each probes its own share of the batches, all at once, and where weights are cut over them, what
+they send each other is in it. Left out: the time of checkpoints, and of adapters' gradients on their way.
 """
 
 import time
@@ -26,11 +25,13 @@ import torch
 from torch import nn
 
 from graftlm.config import TrainConfig
+from graftlm.files.cut import local
 from graftlm.inference.evaluate import score
 from graftlm.methods.accounting import needed_flops
 from graftlm.methods.base import trainable
 from graftlm.models.base import CausalLM
 from graftlm.text.data import Example
+from graftlm.training.distributed import outside_blocks
 from graftlm.training.memory import kept_for_backward, peak_rss_mb, rss_mb
 from graftlm.training.objectives import Batch, make_batches, read_batch
 from graftlm.training.preferences import loss_of, targets_of
@@ -83,7 +84,7 @@ def make_plan(prepared: Prepared, startup_seconds: float, repeats: int = 3) -> P
     (n0, t0), (n1, t1) = ((computed(batch), wrong * seconds) for batch, seconds in zip(ends, times, strict=True))
     slope = max(0.0, t1 - t0) / (n1 - n0) if n1 > n0 else 0.0
     per_batch = sum(max(0.0, t0 + slope * (n - n0)) for parts in sizes for n in parts) / len(sizes)
-    update = _update_seconds(sum(p.numel() for p in trainable(model).values()))
+    update = _update_seconds(sum(local(p).numel() for p in trainable(model).values()))
     train_seconds = steps * (config.grad_accum * per_batch + update)
     judged = -(-steps // (config.eval_every or steps))
     world = prepared.world
@@ -168,7 +169,9 @@ def _step_seconds(model: CausalLM, batch: Batch, config: TrainConfig, layers: in
             return
         model.loss(h, rows, rows % model.shape.vocab, torch.ones(n, device=model.device)).backward()
 
-    upper = _extrapolated(model, both, layers - first, model.blocks[first:], repeats) + _typical(head, repeats)
+    upper = _extrapolated(model, both, layers - first, model.blocks[first:], repeats)
+    with outside_blocks(model):
+        upper += _typical(head, repeats)
     if not first:
         return upper
 
@@ -176,7 +179,8 @@ def _step_seconds(model: CausalLM, batch: Batch, config: TrainConfig, layers: in
         with torch.no_grad():
             model.lower(batch.shared, batch.ids, len(model.blocks), batch.fork)
 
-    return upper + _extrapolated(model, lower, first, model.blocks[:first], repeats)
+    with outside_blocks(model):
+        return upper + _extrapolated(model, lower, first, model.blocks[:first], repeats)
 
 
 def _extrapolated(model: CausalLM, run: Callable[[], None], count: int, blocks: nn.ModuleList, repeats: int) -> float:
@@ -292,7 +296,7 @@ def _update_seconds(trained: int, sample: int = 1_000_000) -> float:
 
 def _peak_mb(model: CausalLM, held_mb: float, saved_mb: float, tokens: int) -> float:
     """What stands in memory at the height of the largest step, and at least what has been reached already."""
-    trained = sum(p.numel() * p.element_size() for p in trainable(model).values())
+    trained = sum(local(p).numel() * p.element_size() for p in trainable(model).values())
     item = torch.empty(0, dtype=model.dtype).element_size()
     working = 4 * tokens * model.shape.d_ff * item  # the gradients in flight of the widest part, the MLP
     return max(peak_rss_mb(), held_mb + saved_mb + (3 * trained + working) / 1e6)

@@ -23,15 +23,16 @@ from torch import Tensor
 from graftlm.config import TrainConfig
 from graftlm.errors import InputError
 from graftlm.exchange.device import pick_device, pick_dtype
-from graftlm.exchange.huggingface import base_hash, load_model
+from graftlm.exchange.huggingface import base_hash, load_model, read_into, unread_model
 from graftlm.exchange.load import Loaded, check_base, read_run, read_tokenizer, recorded_name
 from graftlm.files.locks import NAME as LOCK
 from graftlm.methods import Method
 from graftlm.methods.base import totals
+from graftlm.methods.lora import LoRALinear
 from graftlm.models.base import CausalLM
 from graftlm.text.data import Dataset, Example, encode_rows, label_ids, load_dataset, preflight, sample
 from graftlm.text.template import Template, load_template
-from graftlm.training.distributed import World
+from graftlm.training.distributed import World, cut, first_pass
 from graftlm.training.logs import check_loggers
 from graftlm.training.preferences import DEFAULT_BETA, REFERENCE_FREE
 from graftlm.training.reference import NAME as REFERENCE
@@ -41,7 +42,7 @@ from graftlm.training.start import Origin, find_origin, span_of
 BY_CONTENT = {"init_from", "data", "val", "test"}
 """Flags that name files: given anew, they may stand elsewhere, since what is in them is held against what it was."""
 # May differ between a start and its resume; all else decides the numbers.
-FREE_ON_RESUME = {*BY_CONTENT, "resume", "plan", "max_iters", "epochs", "wandb_project", "tensorboard"}
+FREE_ON_RESUME = {*BY_CONTENT, "resume", "plan", "shard", "max_iters", "epochs", "wandb_project", "tensorboard"}
 
 # Tokens of one pass on a CPU: a typical batch of 16 reviews fits, a long one runs in parts. Of 320, 384, 512 and 640
 # this was the fastest on an AMD Zen 3 in float32, and took 4% less memory than 640 (--micro_tokens).
@@ -70,6 +71,8 @@ class Prepared:
     """Of pairs, what the start thinks of them, by split, where that is known."""
     world: World = field(default_factory=World)
     """This process among those of the run."""
+    unread: Origin | None = None
+    """What the run starts from, while its weights are not read: where they are to be cut over the processes."""
 
     @property
     def splits(self) -> dict[str, list[Example]]:
@@ -119,6 +122,8 @@ def prepare(config: TrainConfig, given: Set[str] | None = None, world: World | N
     device = pick_device(config.device if world.size == 1 else world.device_flag)
     if world.size > 1:
         _check_several(config, origin)
+    elif config.shard and previous is None:
+        raise InputError("--shard: cuts the base over several processes: start with torchrun, or leave it out")
     if previous is not None and config.dtype == "auto":  # what auto found then, so that the bits go on
         dtype, reason = pick_dtype(previous["dtype"], device)[0], previous["dtype_reason"]
     else:
@@ -134,7 +139,8 @@ def prepare(config: TrainConfig, given: Set[str] | None = None, world: World | N
         _check_data(data.fingerprint, previous, out_dir)
     with ThreadPoolExecutor(1) as beside:  # hashing takes one core, loading mostly the other
         hashing = beside.submit(lambda: previous["base"]["sha256"] if previous else base_hash(folder))
-        model = load_model(folder, device, dtype)
+        several = world.size > 1 and (origin.method.stores_model or config.shard)
+        model = unread_model(folder, dtype) if several else load_model(folder, device, dtype)
     room = model.shape.context - origin.method.positions
     if room < 1:
         raise InputError(
@@ -151,7 +157,9 @@ def prepare(config: TrainConfig, given: Set[str] | None = None, world: World | N
         prompts = [e.prompt_ids for e in examples["train"]]
         method = method.starts_from(prompts, lambda text: tokenizer.encode(text, bos=True))
     origin = replace(origin, method=method)
-    origin.install(model, torch.Generator().manual_seed(config.seed))
+    method.install(model, torch.Generator().manual_seed(config.seed))
+    if not several:
+        origin.take_up(model)
     start = _start(origin, model, previous, out_dir)
     model.set_dropout(config.dropout)
     model.set_fused(config.fused)
@@ -190,11 +198,34 @@ def prepare(config: TrainConfig, given: Set[str] | None = None, world: World | N
         "results": None,
     }
     ids = label_ids(template, tokenizer) if labelled else []
-    prepared = Prepared(config, method, loaded, examples["train"], examples["validation"], ids, notes, run, world=world)
+    sets = examples["train"], examples["validation"]
+    unread = origin if several else None
+    prepared = Prepared(config, method, loaded, *sets, ids, notes, run, world=world, unread=unread)
     source = out_dir if previous else Path(config.reference) if config.reference else None
     if prepared.wants_reference and source is not None:
         prepared.refer_to(read_reference(source, prepared.splits, prepared.about_reference()))
     return prepared
+
+
+def spread(prepared: Prepared) -> None:
+    """Cut the weights over the processes, each of which reads what it holds; nothing where each holds the model."""
+    if prepared.unread is None:
+        return
+    model, method, world = prepared.loaded.model, prepared.method, prepared.world
+    device, made = torch.device(prepared.run["device"]), [p for p in model.parameters() if p.device.type != "meta"]
+    trained = [] if method.stores_model else [p for p in model.parameters() if p.requires_grad]
+    for p in made:
+        p.data = p.data.to(device)
+    cut(model, world, {*made, *trained})
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            module.folds = False  # no process has a whole weight to fold an update into
+    with world.alike():
+        read_into(model, prepared.loaded.folder, device, model.dtype)
+    method.settle(model)
+    first_pass(model)
+    prepared.unread.take_up(model)
+    prepared.unread = None
 
 
 def _template(config: TrainConfig, previous: dict[str, Any] | None) -> Template:

@@ -28,7 +28,7 @@ from graftlm.inference.generate import evaluating, generate_ids
 from graftlm.methods.base import trainable
 from graftlm.models.base import CausalLM
 from graftlm.text.data import Example
-from graftlm.training.distributed import World
+from graftlm.training.distributed import World, in_step
 from graftlm.training.objectives import make_batch
 from graftlm.training.preferences import answer_sums
 
@@ -51,7 +51,7 @@ def reference_sums(model: CausalLM, examples: Sequence[Example], world: World | 
     world = world or World()
     found = torch.zeros(len(examples), 2, dtype=torch.float64)
     order = sorted(range(len(examples)), key=lambda i: (examples[i].length, i))
-    with evaluating(model):
+    with evaluating(model), in_step(model, world):
         for at in range(world.rank * GROUP, len(order), world.size * GROUP):
             rows = order[at : at + GROUP]
             batch = make_batch([examples[i] for i in rows], "pairs").to(model.device)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from graftlm.config import MethodFlags, TrainConfig
@@ -45,9 +44,8 @@ class Origin:
     saved: Method | None = None
     """The method as that checkpoint was written."""
 
-    def install(self, model: CausalLM, rng: torch.Generator) -> None:
-        """Install the method, and set what it trains to what the start made of it."""
-        self.method.install(model, rng)
+    def take_up(self, model: CausalLM) -> None:
+        """Set what the installed method trains to what the start made of it, where it starts from an adapter."""
         if (state := self._state(model.shape)) is not None:
             load_delta(model, state, str(self.adapter))
 

@@ -6,7 +6,7 @@
 
 What is unusual here: everything random is a pure function of (seed, step), so a run that is killed at any moment and
 resumed ends with the same bits. Ctrl-C finishes the step, saves, and says how to go on. In several processes
-(`distributed.py`) each takes its rows of every batch; the first one writes and speaks.
+(`distributed.py`) each takes its rows of every batch; the first one writes (of cut weights all do) and speaks.
 """
 
 import math
@@ -31,7 +31,8 @@ from graftlm.errors import GraftError, InputError, Interrupted
 from graftlm.exchange.device import pick_device, pick_dtype
 from graftlm.exchange.load import read_run
 from graftlm.files.assets import cache_home
-from graftlm.files.formats import remove_leftovers, whole, write_json
+from graftlm.files.cut import whole
+from graftlm.files.formats import remove_leftovers, write_json
 from graftlm.files.locks import NAME as LOCK
 from graftlm.files.locks import alone_in, held_by
 from graftlm.methods import Method
@@ -41,7 +42,7 @@ from graftlm.models.kernels import NoKernels
 from graftlm.training.account import beside_plan, promise, share_of_peak, share_trained
 from graftlm.training.checkpoint import FIRST_SCALE, Progress, Store, cut_metrics
 from graftlm.training.compiled import FIRST_STEPS, Compiling, Switch
-from graftlm.training.distributed import World, shard, whole_weights
+from graftlm.training.distributed import World, in_step, is_cut
 from graftlm.training.frozen import Frozen, open_frozen
 from graftlm.training.interrupt import stop_on_signal
 from graftlm.training.logs import Metrics, start_loggers
@@ -49,7 +50,7 @@ from graftlm.training.memory import peak_rss_mb
 from graftlm.training.objectives import Batch, make_batches
 from graftlm.training.plan import make_plan
 from graftlm.training.preferences import loss_of, targets_of
-from graftlm.training.prepare import Prepared, check_out_dir, prepare
+from graftlm.training.prepare import Prepared, check_out_dir, prepare, spread
 from graftlm.training.reference import Start, reference_sums, sampled_kl, save_reference
 from graftlm.training.schedule import batch_stream, learning_rate
 from graftlm.training.validate import validate
@@ -99,6 +100,7 @@ def _train(
     with world.alike():
         prepared = prepare(config, given, world)
     _check_same(prepared)
+    spread(prepared)
     _announce(prepared, console)
     if config.plan:
         plan = world.tell(make_plan(prepared, time.perf_counter() - started).to_json())
@@ -149,7 +151,7 @@ def _announce(prepared: Prepared, console: Console) -> None:
     if line := prepared.method.explain(prepared.loaded.model, config.lr or 0.0):
         console.print(line, highlight=False)
     if (world := prepared.world).size > 1:
-        how = "weights cut over them" if prepared.method.stores_model else "each holds the model"
+        how = "weights cut over them" if is_cut(prepared.loaded.model) else "each holds the model"
         console.print(f"{world.size} processes ({world.backend}): {how}", highlight=False)
     for note in prepared.notes:
         console.print(note, markup=False, highlight=False)
@@ -205,7 +207,7 @@ class Trainer:
         self.config, self.model = self.prepared.config, self.prepared.loaded.model
         run, loaded = self.prepared.run, self.prepared.loaded
         self.world = self.prepared.world
-        self.sharded = self.world.size > 1 and self.prepared.method.stores_model
+        self.cut = is_cut(self.model)
         self.out_dir = self.prepared.out_dir
         name, _, revision = run["base"]["name"].partition("@")
         self.store = Store(
@@ -216,7 +218,7 @@ class Trainer:
             loaded.folder,
             loaded.tokenizer,
             self.config.keep_checkpoints,
-            writes=self.world.first,
+            world=self.world,
         )
         self.optimizer = make_optimizer(self.model, self.config, self.prepared.method)
         self.loss = loss_of(self.config)
@@ -251,6 +253,12 @@ class Trainer:
     def _run(self) -> dict[str, Any]:
         for name in ("run.json", "metrics.jsonl", "best", "last") if self.world.first else ():
             remove_leftovers(self.out_dir / name)  # of a process that was killed while it wrote
+        with self.world.alike():
+            if self.store.by_all and not (self.out_dir / LOCK).exists():
+                raise InputError(
+                    f"--out_dir {self.out_dir}: is not the folder that process 0 sees; on several machines name one "
+                    "that they share: each process writes its part of a checkpoint"
+                )
         self._look_back()
         run = self.prepared.run
         if run["plan"] is None:  # a resumed run keeps what was said of it at its start
@@ -275,15 +283,13 @@ class Trainer:
                 self._loop(metrics, stop, bar)
         finally:
             metrics.close()
+        self.store.join()
         results = self._results()
         self._record({**self.prepared.run, "results": results})
         return results
 
     def _restore(self) -> None:
-        """Cut the weights over the processes where they are to be, and go back to the newest checkpoint."""
-        if self.sharded:
-            shard(self.model, self.world)
-            self.optimizer = make_optimizer(self.model, self.config, self.prepared.method)
+        """Go back to the newest checkpoint."""
         if self.config.resume:
             with self.world.alike():
                 self.progress = self.store.restore(self.model, self.optimizer)
@@ -358,7 +364,7 @@ class Trainer:
         needed = sum(part.own_tokens for part in made) + sum(some[0].shared.shape[1] for some in parts)
         of_all = self.world.gather([sum(batch.weight for batch in made), tokens, needed, len(made)])
         weight, tokens, needed = (sum(column) for column in list(zip(*of_all, strict=True))[:3])
-        passes = max(int(each[-1]) for each in of_all) if self.sharded else 1
+        passes = max(int(each[-1]) for each in of_all) if self.cut else 1
         losses, scale, told = [], self.progress.loss_scale, dict[str, Tensor]()
         # A process with too few rows reads one that is another's, so that all take the same passes, and counts it 0.
         spare = [(self._made(batches[0][:1])[0], 0)] * (passes - len(made)) if passes > len(made) else []
@@ -371,7 +377,7 @@ class Trainer:
             losses.append(loss.detach())
             told = {name: told[name] + each if told else each for name, each in about.items()}
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if not self.sharded:  # where weights are cut over the processes, the backward pass has added them already
+        if not (self.cut and self.prepared.method.stores_model):  # those of cut weights the backward pass has added
             self.world.add_gradients(params)
         if scale != 1:
             torch._foreach_mul_([p.grad for p in params if p.grad is not None], 1 / scale)
@@ -415,6 +421,9 @@ class Trainer:
         """The store of what the lower layers make of the data, where some are frozen, and a note about it."""
         config, first = self.config, self.prepared.method.span(self.model.shape).start
         if first == 0 or config.frozen_cache_gb == 0:
+            return None
+        if self.cut:
+            self.console.print("--shard: what the frozen lower layers give is computed anew in each step")
             return None
         if config.objective == "dpo":
             self.console.print("pairs: what the frozen lower layers give is computed anew in each step")
@@ -474,16 +483,15 @@ class Trainer:
 
     def _validate(self) -> tuple[bool, float | None]:
         """Whether this is the best validation so far, and of preference training the KL to the start."""
-        with whole_weights(self.model) if self.sharded else nullcontext():
-            loss, accuracy = validate(
-                self.model, self.prepared.validation, self.prepared.label_ids, self.config, self.world
-            )
+        examples, label_ids = self.prepared.validation, self.prepared.label_ids
+        loss, accuracy = validate(self.model, examples, label_ids, self.config, self.world)
         if not math.isfinite(loss):
             raise self._not_finite(self.progress.step, "validation loss", loss)
         kl = None
         if self.start is not None:
             eot, config = self.prepared.loaded.tokenizer.eot, self.config
-            kl = sampled_kl(self.model, self.start, self.prepared.validation, config.kl_samples, eot, config.seed)
+            with in_step(self.model, self.world):
+                kl = sampled_kl(self.model, self.start, examples, config.kl_samples, eot, config.seed)
         return self.progress.judge(loss, accuracy), kl
 
     def _row(self, done: Step, judged: bool, kl: float | None) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from graftlm.inference.evaluate import score
 from graftlm.inference.generate import evaluating
 from graftlm.models.base import CausalLM
 from graftlm.text.data import Example
-from graftlm.training.distributed import World
+from graftlm.training.distributed import World, in_step
 from graftlm.training.objectives import OBJECTIVES, make_batch
 from graftlm.training.preferences import loss_of
 
@@ -29,7 +29,9 @@ def validate(
     world = world or World()
     mine = [examples[i] for i in world.share(range(len(examples)), [e.length for e in examples])]
     read = _sums if config.objective != "dpo" else _sums_of_pairs
-    loss, weight, right = world.sum(read(model, mine, label_ids, config) if mine else (0.0, 0, 0.0))
+    with in_step(model, world):
+        sums = read(model, mine, label_ids, config) if mine else (0.0, 0, 0.0)
+    loss, weight, right = world.sum(sums)
     judged = config.objective == "dpo" or bool(label_ids)
     return loss / weight, right / len(examples) if judged else None
 
