@@ -405,6 +405,43 @@ def test_a_body_that_does_not_come(url: str, monkeypatch: pytest.MonkeyPatch) ->
         assert line.recv(1000).startswith(b"HTTP/1.1 408")
 
 
+HEAD = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+CHUNKS = f"{HEAD}Transfer-Encoding: chunked\r\n\r\n".encode()
+
+
+@pytest.mark.parametrize(
+    ("sent", "starts"),
+    [
+        (CHUNKS + b"nothing of a length\r\n", b"HTTP/1.1 400"),
+        (CHUNKS + b'1\r\n{\r\n1\r\n"no', b"HTTP/1.1 400"),
+        (CHUNKS.replace(b"127.0.0.1", b"evil.example") + b"nothing of a length\r\n", b"HTTP/1.1 40"),
+        (f"{HEAD}Content-Length: 2\r\n\r\n{{}}and more".encode(), b"HTTP/1.1 400"),
+        (f"{HEAD}Content-Length: -1\r\n\r\n".encode(), b"HTTP/1.1 400"),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"HTTP/1.1 400"),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"HTTP/1.1 40"),
+        (b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX: " + b"x" * 100_000, b"HTTP/1.1 400"),
+        (b"GET /\xff HTTP/1.1\r\n\r\n", b"HTTP/1.1 400"),
+        (b"\x00" * 50 + b"\r\n\r\n", b"HTTP/1.1 400"),
+        (f"{HEAD}Content-Length: 50\r\n\r\n".encode(), b""),
+        (b"", b""),
+    ],
+)
+def test_broken_bytes_are_answered_or_hung_up_on(
+    url: str, http: httpx.Client, caplog: pytest.LogCaptureFixture, sent: bytes, starts: bytes
+) -> None:
+    """uvicorn's own way with a request that breaks behind its head was a 400 and a traceback."""
+    host, port = url.removeprefix("http://").split(":")
+    with caplog.at_level(logging.ERROR), socket.create_connection((host, int(port)), timeout=5) as line:
+        line.sendall(sent)
+        line.shutdown(socket.SHUT_WR)
+        heard = b""
+        while more := line.recv(65536):
+            heard += more
+        assert heard.startswith(starts) and b" 50" not in heard[:15]
+        assert http.get("/health").json() == {"status": "ok"}
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
 def test_a_model_without_a_chat_template_says_what_to_do(tmp_path: Path) -> None:
     made, _ = service(tmp_path / "plain")
     with serving(made) as url:
