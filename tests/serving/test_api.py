@@ -4,6 +4,7 @@ The engine is a fake whose answers, pace and failures a test decides; `test_serv
 """
 
 import asyncio
+import gzip
 import json
 import logging
 import socket
@@ -405,6 +406,16 @@ def test_a_body_that_does_not_come(url: str, monkeypatch: pytest.MonkeyPatch) ->
         assert line.recv(1000).startswith(b"HTTP/1.1 408")
 
 
+def test_a_packed_body_is_never_unpacked(http: httpx.Client, engine: FakeEngine) -> None:
+    """So a small one cannot become a large one."""
+    content = gzip.compress(json.dumps(TEXT).encode())
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    assert error(http.post("/v1/completions", content=content, headers=headers), 400)["message"].startswith(
+        "the body is"
+    )
+    assert engine.requests == []
+
+
 HEAD = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
 CHUNKS = f"{HEAD}Transfer-Encoding: chunked\r\n\r\n".encode()
 
@@ -485,6 +496,17 @@ def test_the_key(made: tuple[Service, FakeEngine], engine: FakeEngine, caplog: p
             client.models.list()
     ours = [record for record in caplog.records if not record.name.startswith(("httpx", "httpcore", "openai"))]
     assert not any("s3cret" in record.getMessage() for record in ours)
+
+
+def test_the_key_stands_in_no_answer(made: tuple[Service, FakeEngine], engine: FakeEngine) -> None:
+    right = {"Authorization": "Bearer s3cret-key"}
+    with serving(made[0], key="s3cret-key") as url, httpx.Client(base_url=url) as http:
+        for headers in ({}, right, {**right, "Origin": "http://evil.example"}):
+            for path in ("/", "/page.js", "/page.css", "/health", "/v1/models", "/v1/models/none", "/v1/stats", "/no"):
+                answer = http.get(path, headers=headers)
+                assert "s3cret" not in answer.text and "s3cret" not in str(answer.headers)
+            for path in ("completions", "chat/completions", "classify"):
+                assert "s3cret" not in http.post(f"/v1/{path}", json={**TEXT, "s": 1}, headers=headers).text
 
 
 def test_the_rate(made: tuple[Service, FakeEngine], engine: FakeEngine) -> None:
