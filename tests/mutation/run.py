@@ -60,7 +60,12 @@ CHOSEN: dict[str, list[str]] = {
     "methods/lora_peft": [PEFT, "-k", "not real_weights and (gpt2 or refused or understood or files_hold or fused)"],
     "methods/prefix": contract("prefix", f"{UNIT}prefix.py", PEFT, also=" and prefix"),
     "methods/stack": [f"{UNIT}stack.py", "-k", "not real_weights"],
-    "training/objectives": ["tests/training/test_objectives.py"],
+    "training/objectives": [
+        "tests/training/test_objectives.py",
+        "tests/training/test_preferences.py",
+        "-k",
+        "test_objectives or fork or parts",
+    ],
     "training/preferences": ["tests/training/test_preferences.py", "-k", "fork or parts or each_loss or hinge"],
     "training/checkpoint": [
         TRAIN,
