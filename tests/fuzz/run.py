@@ -17,11 +17,13 @@ from typing import Any
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS.parent / "src")]
 
-from fuzz import adapters_, models_, settings_, tables, templates  # noqa: E402
+from fuzz import adapters_, models_, requests_, settings_, tables, templates  # noqa: E402
 from fuzz.base import Target, fuzz  # noqa: E402
 
 TARGETS: dict[str, Target] = {
-    target.name: target for module in (settings_, templates, tables, models_, adapters_) for target in module.TARGETS
+    target.name: target
+    for module in (settings_, templates, tables, models_, adapters_, requests_)
+    for target in module.TARGETS
 }
 
 

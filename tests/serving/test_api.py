@@ -4,6 +4,7 @@ The engine is a fake whose answers, pace and failures a test decides; `test_serv
 """
 
 import asyncio
+import gzip
 import json
 import logging
 import socket
@@ -405,6 +406,53 @@ def test_a_body_that_does_not_come(url: str, monkeypatch: pytest.MonkeyPatch) ->
         assert line.recv(1000).startswith(b"HTTP/1.1 408")
 
 
+def test_a_packed_body_is_never_unpacked(http: httpx.Client, engine: FakeEngine) -> None:
+    """So a small one cannot become a large one."""
+    content = gzip.compress(json.dumps(TEXT).encode())
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    assert error(http.post("/v1/completions", content=content, headers=headers), 400)["message"].startswith(
+        "the body is"
+    )
+    assert engine.requests == []
+
+
+HEAD = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+CHUNKS = f"{HEAD}Transfer-Encoding: chunked\r\n\r\n".encode()
+
+
+@pytest.mark.parametrize(
+    ("sent", "starts"),
+    [
+        (CHUNKS + b"nothing of a length\r\n", b"HTTP/1.1 400"),
+        (CHUNKS + b'1\r\n{\r\n1\r\n"no', b"HTTP/1.1 400"),
+        (CHUNKS.replace(b"127.0.0.1", b"evil.example") + b"nothing of a length\r\n", b"HTTP/1.1 40"),
+        (f"{HEAD}Content-Length: 2\r\n\r\n{{}}and more".encode(), b"HTTP/1.1 400"),
+        (f"{HEAD}Content-Length: -1\r\n\r\n".encode(), b"HTTP/1.1 400"),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"HTTP/1.1 400"),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"HTTP/1.1 40"),
+        (b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX: " + b"x" * 100_000, b"HTTP/1.1 400"),
+        (b"GET /\xff HTTP/1.1\r\n\r\n", b"HTTP/1.1 400"),
+        (b"\x00" * 50 + b"\r\n\r\n", b"HTTP/1.1 400"),
+        (f"{HEAD}Content-Length: 50\r\n\r\n".encode(), b""),
+        (b"", b""),
+    ],
+)
+def test_broken_bytes_are_answered_or_hung_up_on(
+    url: str, http: httpx.Client, caplog: pytest.LogCaptureFixture, sent: bytes, starts: bytes
+) -> None:
+    """uvicorn's own way with a request that breaks behind its head was a 400 and a traceback."""
+    host, port = url.removeprefix("http://").split(":")
+    with caplog.at_level(logging.ERROR), socket.create_connection((host, int(port)), timeout=5) as line:
+        line.sendall(sent)
+        line.shutdown(socket.SHUT_WR)
+        heard = b""
+        while more := line.recv(65536):
+            heard += more
+        assert heard.startswith(starts) and b" 50" not in heard[:15]
+        assert http.get("/health").json() == {"status": "ok"}
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
 def test_a_model_without_a_chat_template_says_what_to_do(tmp_path: Path) -> None:
     made, _ = service(tmp_path / "plain")
     with serving(made) as url:
@@ -448,6 +496,17 @@ def test_the_key(made: tuple[Service, FakeEngine], engine: FakeEngine, caplog: p
             client.models.list()
     ours = [record for record in caplog.records if not record.name.startswith(("httpx", "httpcore", "openai"))]
     assert not any("s3cret" in record.getMessage() for record in ours)
+
+
+def test_the_key_stands_in_no_answer(made: tuple[Service, FakeEngine], engine: FakeEngine) -> None:
+    right = {"Authorization": "Bearer s3cret-key"}
+    with serving(made[0], key="s3cret-key") as url, httpx.Client(base_url=url) as http:
+        for headers in ({}, right, {**right, "Origin": "http://evil.example"}):
+            for path in ("/", "/page.js", "/page.css", "/health", "/v1/models", "/v1/models/none", "/v1/stats", "/no"):
+                answer = http.get(path, headers=headers)
+                assert "s3cret" not in answer.text and "s3cret" not in str(answer.headers)
+            for path in ("completions", "chat/completions", "classify"):
+                assert "s3cret" not in http.post(f"/v1/{path}", json={**TEXT, "s": 1}, headers=headers).text
 
 
 def test_the_rate(made: tuple[Service, FakeEngine], engine: FakeEngine) -> None:

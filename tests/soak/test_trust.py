@@ -1,15 +1,20 @@
 """SECURITY.md and docs/reliability.md: that the tests they name exist, and what is stated and tested nowhere else."""
 
 import hashlib
+import json
 import re
+import resource
+import struct
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from graftlm.errors import InputError
-from graftlm.files.formats import read_weights, write_json
-from graftlm.files.wheels import wheel_member
+from graftlm.files.formats import check_new_folder, load_safetensors, read_weights, write_json
+from graftlm.files.gguf import gguf_to_folder
+from graftlm.files.wheels import Wheel, wheel_file, wheel_member
 from soak.kills import CASES, Soak
 
 ROOT = Path(__file__).parents[2]
@@ -59,3 +64,68 @@ def test_an_index_names_no_file_outside_its_folder(shard: str, tmp_path: Path) -
     write_json(tmp_path / "model.safetensors.index.json", {"weight_map": {"a": shard}})
     with pytest.raises(InputError, match="is not a safetensors file of this folder"):
         read_weights(tmp_path)
+
+
+def test_an_archive_of_another_hash_is_never_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bomb (here 64 MB of nothing in 64 KB) must have the hash that graftlm knows, and hashes are taken first."""
+    with zipfile.ZipFile(tmp_path / "x.whl", "w", zipfile.ZIP_DEFLATED) as archive, archive.open("big", "w") as member:
+        for _ in range(64):
+            member.write(bytes(2**20))
+    monkeypatch.setenv("GRAFT_WHEELS", str(tmp_path))
+    monkeypatch.setattr(zipfile, "ZipFile", None)
+    with pytest.raises(InputError, match=r"cannot use x\.whl for 'x': its sha256 is"):
+        wheel_file("x", Wheel("x", "1", "x.whl", "0" * 64, 1), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.whl"]
+
+
+def test_a_link_in_an_archive_is_a_file_like_any_other(tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    link = zipfile.ZipInfo("a/link")
+    link.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(tmp_path / "x.whl", "w") as archive:
+        archive.writestr(link, "/etc/passwd")
+    found = wheel_member(tmp_path / "x.whl", "a/link", hashlib.sha256(b"/etc/passwd").hexdigest(), tmp_path / "scratch")
+    assert not found.is_symlink() and found.read_bytes() == b"/etc/passwd"
+
+
+def test_a_folder_to_write_is_no_link(tmp_path: Path) -> None:
+    """Neither one that leads nowhere yet, nor one to an empty folder, whose place `graft export` would take."""
+    (tmp_path / "empty").mkdir()
+    for name, leads in (("out", "elsewhere"), ("in", "empty"), ("up", "..")):
+        (tmp_path / name).symlink_to(leads)
+        with pytest.raises(InputError, match=rf"^--to .*/{name}: is a link; name the folder itself$"):
+            check_new_folder(tmp_path / name, "to")
+    check_new_folder(tmp_path / "empty", "to")
+
+
+def huge_safetensors(path: Path) -> Callable[[], object]:
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2**20, 2**20], "data_offsets": [0, 2**42]}}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(64))
+    return lambda: load_safetensors(path)
+
+
+def huge_header(path: Path) -> Callable[[], object]:
+    path.write_bytes(struct.pack("<Q", 2**62) + b"{}" + bytes(64))
+    return lambda: load_safetensors(path)
+
+
+def huge_gguf(path: Path) -> Callable[[], object]:
+    """A header that counts a thousand billion tensors and as many settings."""
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 2**40, 2**40) + bytes(64))
+    return lambda: gguf_to_folder(path, path.parent / "out")
+
+
+def huge_text(path: Path) -> Callable[[], object]:
+    """A setting whose name has 2^60 bytes."""
+    path.write_bytes(b"GGUF" + struct.pack("<IQQQ", 3, 1, 1, 2**60) + bytes(64))
+    return lambda: gguf_to_folder(path, path.parent / "out")
+
+
+@pytest.mark.parametrize("made", [huge_safetensors, huge_header, huge_gguf, huge_text], ids=lambda made: made.__name__)
+def test_a_small_file_cannot_ask_for_all_memory(made: Callable[[Path], Callable[[], object]], tmp_path: Path) -> None:
+    reading = made(tmp_path / "x")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InputError) as caught:
+        reading()
+    assert "\n" not in str(caught.value) and str(tmp_path / "x") in str(caught.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024

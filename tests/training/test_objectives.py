@@ -1,5 +1,6 @@
 """Losses against plain ones written out here, with and without the shared prefix."""
 
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from graftlm.models import CausalLM
 from graftlm.text.data import Example
-from graftlm.training.objectives import OBJECTIVES, make_batch, make_batches
+from graftlm.training.objectives import OBJECTIVES, Batch, make_batch, make_batches
 from tiny import model_of
 
 HEAD = (7, 3, 9, 11, 30)
@@ -91,3 +92,23 @@ def test_a_prompt_keeps_the_token_that_predicts_its_first_target() -> None:
 
 def test_a_single_row_shares_nothing() -> None:
     assert make_batch(EXAMPLES[:1], "completion").shared.shape == (1, 0)
+
+
+@pytest.mark.parametrize("loss_on", ["completion", "all", "pairs"])
+def test_a_batch_moves_as_a_whole(loss_on: Any) -> None:
+    """All its tensors go, and none comes or is lost; what the reference thinks of pairs stays where it is."""
+    examples = [replace(each, rejected_ids=(3, 0), reference=(-1.0, -2.0)) for each in EXAMPLES]
+    here = replace(make_batch(examples, loss_on), below=(1, torch.zeros(3, 4)))
+    there = here.to(torch.device("meta"))
+
+    def tensors(batch: Batch) -> dict[str, torch.Tensor]:
+        found = {field.name: getattr(batch, field.name) for field in fields(batch)}
+        found["below"] = batch.below and batch.below[1]
+        found |= {} if batch.fork is None else {f"fork {n}": t for n, t in enumerate(vars(batch.fork).values())}
+        return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+
+    assert tensors(there).keys() == tensors(here).keys() >= {"shared", "ids", "pick", "targets", "below"}
+    assert ("answer" in tensors(here), "at" in tensors(here)) == (loss_on == "pairs", loss_on != "all")
+    kept = {name for name, value in tensors(there).items() if value.device.type != "meta"}
+    assert kept == ({"reference"} if loss_on == "pairs" else set())
+    assert all(value.shape == tensors(here)[name].shape for name, value in tensors(there).items())

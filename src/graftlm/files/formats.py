@@ -177,8 +177,13 @@ def folder_atomically(target: Path | str) -> Iterator[Path]:
 
 
 def check_new_folder(target: Path | str, flag: str) -> None:
-    """An InputError, which names the flag, unless `target` can become a folder: it is an empty one, or is not there."""
+    """An InputError, which names the flag, unless `target` can become a folder: it is an empty one, or is not there.
+
+    A link is refused, wherever it leads: the folder would take its place, or land where nobody looks.
+    """
     target = Path(target)
+    if target.is_symlink():
+        raise InputError(f"--{flag} {target}: is a link; name the folder itself")
     if target.exists() and not target.is_dir():
         raise InputError(f"--{flag} {target}: is a file; name a folder")
     if target.is_dir() and any(target.iterdir()):

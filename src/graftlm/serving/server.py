@@ -20,7 +20,9 @@ from graftlm.config import ServeConfig, TrainConfig, check_key
 from graftlm.errors import InputError, Interrupted
 
 try:
+    import h11
     import uvicorn
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 
     from graftlm.serving.app import Served, Service, make_app
     from graftlm.serving.limits import is_loopback
@@ -173,6 +175,23 @@ def url_of(host: str, listener: socket.socket) -> str:
 # The loop -------------------------------------------------------------------------------------------------------------
 
 
+class Connection(H11Protocol):
+    """uvicorn's, but for a request that turns out to be broken when its answer is under way already, or given.
+
+    uvicorn sends a 400 all the same, and both it and the app's answer then fail with a traceback.
+    """
+
+    def send_400_response(self, msg: str) -> None:
+        """Tell the client, where no answer has begun, and hang up. What the app still says goes nowhere."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.close()
+
+
 class Server(uvicorn.Server):
     """uvicorn, with signals handled as this command's exit status wants them, and nothing written of requests.
 
@@ -186,7 +205,7 @@ class Server(uvicorn.Server):
                 app,
                 lifespan="off",
                 ws="none",
-                http="h11",
+                http=Connection,
                 log_config=None,
                 log_level="error",
                 access_log=False,  # it would hold what users ask
