@@ -26,6 +26,7 @@ from graftlm.config import (
     FetchConfig,
     GenerateConfig,
     ImportConfig,
+    MethodFlags,
     PreferConfig,
     PromptConfig,
     ReportConfig,
@@ -341,7 +342,7 @@ def _dispatch(words: list[str]) -> int:
         raise unknown("verb", name, VERBS)
     verb = VERBS[name]
     if wants_help(rest):
-        show_help(name, verb.config)
+        show_help(name, verb.config, _methods() if issubclass(verb.config, MethodFlags) else "")
         return 0
     if name != "train" and process.processes() > 1:
         raise _once(InputError(f"graft {name}: only graft train runs in several processes: start it without torchrun"))
@@ -351,6 +352,12 @@ def _dispatch(words: list[str]) -> int:
         raise _once(error) from None
     _run_verb(verb, parsed)
     return 0
+
+
+def _methods() -> str:
+    from graftlm.methods import overview
+
+    return overview()
 
 
 def _once(error: GraftError) -> GraftError:

@@ -238,6 +238,7 @@ class LoRA(Method):
     """B's learning rate, in A's (LoRA+, Hayou et al. 2024, arXiv:2402.12354, who find 16 good)."""
 
     name: ClassVar[str] = "lora"
+    peft_type: ClassVar[str] = "LORA"
     default_lr: ClassVar[float] = 2.5e-4
     flags: ClassVar[Mapping[str, str]] = {
         "rank": "rank",
@@ -306,7 +307,7 @@ class LoRA(Method):
     def adopt(cls, shape: Shape, folder: PeftFolder, where: str) -> tuple[Method, dict[str, Tensor]] | None:
         """Any LORA folder of PEFT's; with use_dora it is DoRA's."""
         config, _ = folder
-        if config.get("peft_type") != "LORA" or bool(config.get("use_dora")) != cls.magnitudes:
+        if config.get("peft_type") != cls.peft_type or bool(config.get("use_dora")) != cls.magnitudes:
             return None
         fields, state = adopt(shape, folder, where, magnitudes=cls.magnitudes)
         return cls(**fields), state
