@@ -356,7 +356,10 @@ def test_sizes_of_reading_and_writing_that_cannot_be(
         ("--init_from=./nope", "./nope: no such file or folder: check the path, or use smollm2-135m"),
         ("--init_from=work", "work: holds no config.json: is it a Hugging Face folder?"),
         ("--method=lra", "unknown --method 'lra': did you mean 'lora'? known are adapter, bitfit, dora, "),
+        ("--method=ia3 --targets=k,x", "unknown target 'x': known are q, k, v, o, up, gate, down"),
         (
+            "--method=ia3 --settings=x=1",
+            "--settings x=1: must be name=value, and --method ia3: has no settings but its",
         ),
         ("--method=lora --rank=0", "--rank 0 means full fine-tuning and contradicts --method lora: leave one out"),
         ("--rank=577", "--rank 577: above the width of blocks.0.attn.q: choose at most 576"),

@@ -47,6 +47,7 @@ def test_every_method_is_found_in_its_file_and_in_no_list() -> None:
     folder = Path(graftlm.methods.__file__).parent
     said = {path.stem for path in folder.glob("*.py") if "    name: ClassVar[str] = " in path.read_text()}
     assert said == set(METHODS) and list(METHODS) == sorted(METHODS)
+    assert "ia3" not in (folder / "__init__.py").read_text().lower()
 
 
 def test_every_flag_of_a_method_is_a_flag_and_sets_a_field() -> None:

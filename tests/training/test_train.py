@@ -220,6 +220,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "adapter": {"rank": 4, "placement": "pfeiffer"},
     "prefix": {"prefix_length": 3, "lr": 0.05},
     "prefix network": {"prefix_length": 3, "prefix_hidden": 5, "prefix_init": "a film", "lr": 0.05},
+    "ia3": {"lr": 1e-2},
     "full": {"lr": 1e-3},
 }
 
