@@ -110,11 +110,17 @@ def _generate(parsed: Parsed, notes: "Console") -> Result:
 
 def _continue(loaded: "Loaded", config: GenerateConfig, prompt: str) -> Result:
     from graftlm.inference.generate import generate
+    from graftlm.text.chat import Chat
 
+    learned_chat = bool((loaded.run or {}).get("data", {}).get("chat"))
+    speaks = config.chat == "on" or (config.chat == "auto" and learned_chat)
+    if speaks and loaded.tokenizer.chat_template is None:
+        raise InputError(f"--chat {config.chat}: {loaded.name} has no chat template; use --chat off")
     texts = generate(
         loaded.model,
         loaded.tokenizer,
         [prompt] * config.num_samples,
+        chat=Chat(loaded.tokenizer) if speaks else None,
         max_new_tokens=config.max_new_tokens or 64,
         temperature=config.temperature,
         top_k=config.top_k,

@@ -212,6 +212,8 @@ class GenerateConfig:
     """Which checkpoint of the run."""
     prompt: str | None = None
     """The text to continue; - reads standard input. Without it, the test split is classified."""
+    chat: Literal["auto", "on", "off"] = "auto"
+    """Say the prompt in the model's chat template, and show the answer. auto: of a run that learned conversations."""
     data: str = ""
     """The data to classify when no prompt is given. Default: the run's, else rotten-tomatoes-pypi."""
     limit: int = 0

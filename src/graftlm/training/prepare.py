@@ -161,6 +161,7 @@ def prepare(config: TrainConfig, given: Set[str] | None = None, world: World | N
         config = replace(config, micro_tokens=CPU_TOKENS if device.type == "cpu" else 0)
     config = _resolved(config, method, len(examples["train"]), max_length)
     labelled = all(e.label is not None for some in examples.values() for e in some)
+    chat = bool(rows["train"][0].messages)
     loaded = Loaded(model, tokenizer, origin.base, folder, reason, template)
     trained, total = totals(model)
     run = {
@@ -171,7 +172,12 @@ def prepare(config: TrainConfig, given: Set[str] | None = None, world: World | N
             "sha256": hashing.result(),
         },
         "start": start,
-        "data": {"name": data.name, "fingerprint": data.fingerprint, "examples": {k: len(v) for k, v in rows.items()}},
+        "data": {
+            "name": data.name,
+            "fingerprint": data.fingerprint,
+            "examples": {k: len(v) for k, v in rows.items()},
+            "chat": chat,
+        },
         "template": {"name": template.name, "text": template.text, "labels": list(template.labels)},
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
