@@ -184,3 +184,8 @@ def test_an_answer_without_a_control_token_ends_with_its_turn(tmp_path: Path) ->
 def test_a_template_that_cannot_be_learned_from(template: str, line: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=line):
         Chat(tokenizer(tmp_path, template)).conversation([("user", "hi"), ("assistant", "ho"), ("user", "hum")])
+
+
+def test_a_template_that_makes_marks_of_its_own_gets_no_message_for_them(tmp_path: Path) -> None:
+    template = "{{ '\ue0007\ue001' }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert Chat(tokenizer(tmp_path, template)).render([("user", "hi")]) == "\ue0007\ue001hi"

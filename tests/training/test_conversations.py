@@ -242,3 +242,12 @@ def test_conversations_are_no_pairs_and_have_no_accuracy(base: Path, tmp_path: P
     (tmp_path / "train.jsonl").write_bytes(data.read_bytes())
     assert cli.run(words) == 2
     assert "label" in capsys.readouterr().err
+
+
+def test_a_base_without_a_chat_template_answers_in_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from graftlm import cli
+
+    words = ["generate", "--init_from", str(model_folder(tmp_path / "plain")), "--prompt", "hi", "--device", "cpu"]
+    assert cli.run([*words, "--chat", "on"]) == 2
+    assert "plain has no chat template; use --chat off" in capsys.readouterr().err
+    assert cli.run([*words, "--max_new_tokens", "1"]) == 0
