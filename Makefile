@@ -11,7 +11,7 @@ DEMO ?=
 # Processes of the suite, one thread each.
 WORKERS ?= 2
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check docs bench clean
 
 demo: .venv/core  ## fine-tune a real model on real reviews and show what it learned
 	$(BIN)/graft fetch smollm2-135m
@@ -29,6 +29,9 @@ check: .venv/dev  ## style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: .venv/docs  ## the site of docs/, into site/; a link that leads nowhere is an error
+	$(BIN)/mkdocs build
 
 TODAY := $(shell date +%F)
 RESULT = --json-out benchmarks/results/$(TODAY)-$@.json > /dev/null
@@ -72,11 +75,15 @@ plan: .venv/peers
 	$(BIN)/python benchmarks/plan_vs_run.py $(RESULT)
 
 clean:  ## what make made; the fetched models and data stay in their cache
-	rm -rf .venv runs .mypy_cache .pytest_cache .ruff_cache build src/*.egg-info
+	rm -rf .venv runs site .mypy_cache .pytest_cache .ruff_cache build src/*.egg-info
 
 .venv/core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt -e .
+	touch $@
+
+.venv/docs: .venv/core
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'
 	touch $@
 
 .venv/peers: .venv/dev

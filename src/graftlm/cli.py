@@ -26,6 +26,7 @@ from graftlm.config import (
     FetchConfig,
     GenerateConfig,
     ImportConfig,
+    MethodFlags,
     PreferConfig,
     PromptConfig,
     ReportConfig,
@@ -109,11 +110,17 @@ def _generate(parsed: Parsed, notes: "Console") -> Result:
 
 def _continue(loaded: "Loaded", config: GenerateConfig, prompt: str) -> Result:
     from graftlm.inference.generate import generate
+    from graftlm.text.chat import Chat
 
+    learned_chat = bool((loaded.run or {}).get("data", {}).get("chat"))
+    speaks = config.chat == "on" or (config.chat == "auto" and learned_chat)
+    if speaks and loaded.tokenizer.chat_template is None:
+        raise InputError(f"--chat {config.chat}: {loaded.name} has no chat template; use --chat off")
     texts = generate(
         loaded.model,
         loaded.tokenizer,
         [prompt] * config.num_samples,
+        chat=Chat(loaded.tokenizer) if speaks else None,
         max_new_tokens=config.max_new_tokens or 64,
         temperature=config.temperature,
         top_k=config.top_k,
@@ -341,7 +348,7 @@ def _dispatch(words: list[str]) -> int:
         raise unknown("verb", name, VERBS)
     verb = VERBS[name]
     if wants_help(rest):
-        show_help(name, verb.config)
+        show_help(name, verb.config, _methods() if issubclass(verb.config, MethodFlags) else "")
         return 0
     if name != "train" and process.processes() > 1:
         raise _once(InputError(f"graft {name}: only graft train runs in several processes: start it without torchrun"))
@@ -351,6 +358,12 @@ def _dispatch(words: list[str]) -> int:
         raise _once(error) from None
     _run_verb(verb, parsed)
     return 0
+
+
+def _methods() -> str:
+    from graftlm.methods import overview
+
+    return overview()
 
 
 def _once(error: GraftError) -> GraftError:

@@ -31,14 +31,13 @@ class MethodFlags:
     init_from: str = "smollm2-135m"
     """The base model: a built-in name, a hub id (with @revision), a local folder or a .gguf file."""
     method: str = "lora"
-    """How to adapt: lora, dora, bitfit, adapter, prefix, or full (all weights)."""
+    """How to adapt: a method's name. graft train --help lists them, each with its defaults."""
     rank: int | None = None
-    """LoRA's rank r, or the width of an adapter's bottleneck; 0 means full fine-tuning. Default: the method's (lora:
-    128, dora: 16, adapter: 64)."""
+    """LoRA's rank r, or the width of an adapter's bottleneck; 0 means full fine-tuning. Default: the method's."""
     alpha: float | None = None
-    """LoRA's alpha; the update is scaled by alpha / rank. Default: the method's (lora: 512, dora: 64)."""
-    targets: str = "q,k,v"
-    """The linears that LoRA and DoRA adapt, by role: q, k, v, o, up, gate, down."""
+    """LoRA's alpha; the update is scaled by alpha / rank. Default: the method's."""
+    targets: str | None = None
+    """The linears to adapt, by role: q, k, v, o, up, gate, down. Default: the method's."""
     rslora: bool = False
     """Scale the update by alpha / sqrt(rank) instead (rsLoRA)."""
     lora_plus_ratio: float = 1.0
@@ -57,6 +56,8 @@ class MethodFlags:
     """Dropout on the input of LoRA's A; a probability."""
     train_layers: str = ""
     """Layers to adapt, as a Python slice: 20: are all from number 20 (the 21st) on, -4: the last four. Default: all."""
+    settings: str = ""
+    """What a method can be told beside its flags, as name=value,name=value: its fields that no flag sets."""
 
     def __post_init__(self) -> None:
         _require(self.rank is None or self.rank >= 0, "rank", self.rank, "0 (full fine-tuning) or more")
@@ -83,8 +84,7 @@ class TrainConfig(MethodFlags):
     out_dir: str = "graft-run"
     """The run folder to create; it must not hold another run unless --resume is given."""
     lr: float | None = None
-    """Peak learning rate of AdamW. Default: the method's (lora: 2.5e-4, dora: 2.5e-4, bitfit: 2e-3, adapter: 5e-4,
-    prefix: 1e-2, full: 2e-5); a fifth of it for --objective dpo."""
+    """Peak learning rate of AdamW. Default: the method's; a fifth of it for --objective dpo."""
     dropout: float = 0.0
     """Dropout on embeddings, attention probabilities and residual branches; a probability."""
     batch_size: int = 16
@@ -215,6 +215,8 @@ class GenerateConfig:
     """Which checkpoint of the run."""
     prompt: str | None = None
     """The text to continue; - reads standard input. Without it, the test split is classified."""
+    chat: Literal["auto", "on", "off"] = "auto"
+    """Say the prompt in the model's chat template, and show the answer. auto: of a run that learned conversations."""
     data: str = ""
     """The data to classify when no prompt is given. Default: the run's, else rotten-tomatoes-pypi."""
     limit: int = 0

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from graftlm.errors import InputError, nearest
-from graftlm.values import allowed_value, checked_value, split_optional, takes_several, wanted
+from graftlm.values import checked_value, takes_several, value_of_word
 
 SECRETS = frozenset({"key"})
 """Fields whose values no error shows."""
@@ -79,8 +79,8 @@ def parse(verb: str, config: type, words: Sequence[str], positional: str = "") -
         raise
 
 
-def show_help(verb: str, config: type) -> None:
-    """Print the help page of a verb: the string under each field, by tyro."""
+def show_help(verb: str, config: type, more: str = "") -> None:
+    """Print the help page of a verb: its summary, `more`, and the string under each field, by tyro."""
     import tyro
 
     page = make_dataclass(config.__name__, [], bases=(EveryVerb, config), frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ def show_help(verb: str, config: type) -> None:
         tyro.cli(
             page,
             prog=f"graft {verb}",
-            description=config.__doc__,
+            description="\n\n".join(filter(None, [config.__doc__, more])),
             use_underscores=True,
             args=["--help"],
             config=(tyro.conf.PositionalRequiredArgs,),
@@ -129,23 +129,7 @@ def _split(verb: str, types: Mapping[str, Any], words: Sequence[str], positional
 
 def _from_words(name: str, texts: Sequence[str], kind: Any) -> Any:
     """The typed value of all texts given for a field."""
-    return tuple(texts) if takes_several(kind) else _from_word(name, texts[-1], kind)
-
-
-def _from_word(name: str, text: str, kind: Any) -> Any:
-    """The typed value of the text behind a flag; InputError names the flag and what would do."""
-    inner, optional = split_optional(kind)
-    if optional and inner is not str and text.lower() == "none":
-        return None
-    value: Any = text
-    try:
-        if inner is bool:
-            value = {"true": True, "false": False}[text.lower()]
-        elif inner in (int, float):
-            value = inner(text)
-    except (ValueError, KeyError):
-        raise InputError(f"--{name} {text}: not {wanted(inner)}") from None
-    return allowed_value(f"--{name} {text}", value, inner)
+    return tuple(texts) if takes_several(kind) else value_of_word(f"--{name} {texts[-1]}", texts[-1], kind)
 
 
 # Recipes --------------------------------------------------------------------------------------------------------------

@@ -39,6 +39,22 @@ def checked_value(where: str, value: Any, kind: Any) -> Any:
     return allowed_value(where, value, inner)
 
 
+def value_of_word(where: str, text: str, kind: Any) -> Any:
+    """A word as a field of type `kind` takes it; an InputError that begins with `where`."""
+    inner, optional = split_optional(kind)
+    if optional and inner is not str and text.lower() == "none":
+        return None
+    value: Any = text
+    try:
+        if inner is bool:
+            value = {"true": True, "false": False}[text.lower()]
+        elif inner in (int, float):
+            value = inner(text)
+    except (ValueError, KeyError):
+        raise InputError(f"{where}: not {wanted(inner)}") from None
+    return allowed_value(where, value, inner)
+
+
 def allowed_value(where: str, value: Any, inner: Any) -> Any:
     """The value, if a field of type `inner` may have it; an InputError that begins with `where`."""
     if get_origin(inner) is Literal and value not in get_args(inner):

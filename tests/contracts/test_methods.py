@@ -17,6 +17,7 @@ from graftlm.exchange.load import beside
 from graftlm.methods import Adapter, BitFit, DoRA, Full, LoRA, Method, PrefixTuning, method_from_json
 from graftlm.methods.accounting import parameters
 from graftlm.methods.base import delta_state, load_delta, totals, trainable
+from graftlm.methods.ia3 import IA3
 from graftlm.models import CausalLM
 from graftlm.text.data import Example
 from graftlm.training.objectives import completion, make_batch
@@ -40,6 +41,9 @@ METHODS: dict[str, Callable[[], Method]] = {
     "adapter upper": lambda: Adapter(rank=2, layers=(1, 2)),
     "prefix": lambda: PrefixTuning(length=3, tokens=(5, 40, 2)),
     "prefix network": lambda: PrefixTuning(length=3, tokens=(5, 40, 2), hidden=7),
+    "ia3": lambda: IA3(),
+    "ia3 all": lambda: IA3(targets=("q", "k", "v", "o", "up", "down")),
+    "ia3 upper": lambda: IA3(layers=(1, 2)),
     "full": lambda: Full(),
     "full upper": lambda: Full(layers=(1, 2)),
 }
@@ -173,6 +177,8 @@ def test_3_loading_with_other_settings_is_an_error(name: str, kind: str, tmp_pat
         changes += [{"layers": (0, 2)}, {"rslora": not method.rslora}]
     elif isinstance(method, PrefixTuning):
         changes = [{"length": 4}]
+    elif isinstance(method, IA3):
+        changes = [{"layers": (0, 2)}, {"targets": ("o",)}]
     else:
         changes = [{"layers": (0, 2)}, {"rank": 5} if isinstance(method, Adapter) else {"add_biases": False}]
     for change in changes:

@@ -13,6 +13,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 4, "alpha": 16.0},
     "rslora": {"rank": 4, "alpha": 8.0, "targets": "q,v,down", "rslora": True, "train_layers": "1:"},
     "dora": {"method": "dora", "rank": 4, "alpha": 16.0, "targets": "q,v"},
+    "ia3": {"method": "ia3"},
     "bitfit": {"method": "bitfit", "add_biases": True},
     "adapter": {"method": "adapter", "rank": 4, "placement": "pfeiffer"},
     "prefix": {"method": "prefix", "prefix_length": 4},

@@ -18,13 +18,14 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from graftlm.errors import InputError
-from graftlm.exchange.adapters import adopt, save_adapter
+from graftlm.exchange.adapters import adopt, read_adapter, save_adapter
 from graftlm.exchange.huggingface import load_model
 from graftlm.exchange.load import put_on
 from graftlm.files import assets
 from graftlm.files.formats import load_safetensors
 from graftlm.methods import DoRA, LoRA, Method, PrefixTuning
 from graftlm.methods.base import trainable
+from graftlm.methods.ia3 import IA3
 from graftlm.models import CausalLM
 from tiny import FAMILIES, model_folder
 
@@ -98,6 +99,14 @@ def lora(kind: str, *targets: str, target: str = "all-linear", **more: Any) -> p
     return peft.LoraConfig(target_modules=list(targets) or target, **values)
 
 
+def ia3(kind: str, *targets: str, **more: Any) -> peft.PeftConfig:
+    """By default what the paper targets."""
+    down = {"gpt2": "mlp.c_proj", "neox": "dense_4h_to_h"}.get(kind, "down_proj")
+    usual = {"gpt2": ("c_attn", down), "neox": ("query_key_value", down)}.get(kind, ("k_proj", "v_proj", down))
+    values: dict[str, Any] = {"target_modules": list(targets or usual), "feedforward_modules": [down]}
+    return peft.IA3Config(fan_in_fan_out=kind == "gpt2", task_type="CAUSAL_LM", **{**values, **more})
+
+
 def prefix(**more: Any) -> peft.PeftConfig:
     return peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM", **more)
 
@@ -126,6 +135,11 @@ THEIRS: dict[str, Callable[[str], peft.PeftConfig]] = {
     "gaussian start": lambda kind: lora(kind, *QKV[kind], init_lora_weights="gaussian"),
     "dora": lambda kind: lora(kind, *QKV[kind], use_dora=True),
     "dora all linears": lambda kind: lora(kind, use_dora=True, use_rslora=True),
+    "ia3": lambda kind: ia3(kind),
+    "ia3 by expressions": lambda kind: ia3(
+        kind, target_modules=r".*\.0\..*(c_attn|query_key_value|[kq]_proj)", feedforward_modules=r".*\.nothing"
+    ),
+    "ia3 of outputs": lambda kind: ia3(kind, *QKV[kind], feedforward_modules=[]),
     "prefix": lambda kind: prefix(),
     "prefix with its network": lambda kind: prefix(prefix_projection=True, encoder_hidden_size=9),
 }
@@ -181,6 +195,9 @@ OURS: dict[str, Callable[[str], Method]] = {
     "dora": lambda kind: DoRA(rank=3, alpha=7.0, dropout=0.0),
     "dora q,v": lambda kind: DoRA(rank=4, alpha=7.0, targets=("q", "v"), dropout=0.0),
     "dora with others": lambda kind: DoRA(rank=3, alpha=7.0, targets=("q", "k", "v", "down"), dropout=0.0),
+    "ia3": lambda kind: IA3(),
+    "ia3 all linears": lambda kind: IA3(targets=ALL.get(kind, ("q", "k", "v", "o", "gate", "up", "down"))),
+    "ia3 q upper": lambda kind: IA3(targets=("q", "down"), layers=(1, 2)),
     "prefix": lambda kind: PrefixTuning(length=4, init="random"),
     "prefix of tokens": lambda kind: PrefixTuning(length=4, tokens=(9, 8, 7, 6)),
     "prefix with its network": lambda kind: PrefixTuning(length=4, init="random", hidden=9),
@@ -240,6 +257,14 @@ def test_round_trips_of_a_fused_dora_do_not_grow(bases: dict[str, Path], tmp_pat
     assert sizes == [12, 12, 12]
 
 
+def test_a_part_of_a_fused_ia3_that_the_run_does_not_target_is_an_error(bases: dict[str, Path], tmp_path: Path) -> None:
+    """PEFT, going on from our k and v, trains the vector of q too, which stands in the same tensor."""
+    trained_here(bases["gpt2"], IA3(targets=("q", "k", "v", "down")), tmp_path / "more")
+    shape = load_model(bases["gpt2"], CPU, torch.float64).shape
+    with pytest.raises(InputError, match=r"h\.0\.attn\.c_attn\.ia3_l stretches what the run says is not targeted"):
+        read_adapter(tmp_path / "more", shape, IA3())
+
+
 def test_the_files_hold_what_the_format_says(bases: dict[str, Path], tmp_path: Path) -> None:
     model = load_model(bases["gpt2"], CPU, torch.float64)
     method = LoRA(rank=3, alpha=7.0)
@@ -275,11 +300,13 @@ REAL = torch.tensor([[1, 506, 2966, 436, 253, 1195, 28, 284, 2642, 314, 4384, 30
 REAL_THEIRS: dict[str, Callable[[], peft.PeftConfig]] = {
     "all linears": lambda: lora("llama"),
     "dora, rslora": lambda: lora("llama", *QKV["llama"], use_dora=True, use_rslora=True),
+    "ia3": lambda: ia3("llama"),
     "prefix": prefix,
 }
 REAL_OURS: dict[str, Method] = {
     "all linears": LoRA(rank=3, alpha=7.0, targets=("q", "k", "v", "o", "up", "gate", "down"), dropout=0.0),
     "dora, rslora": DoRA(rank=3, alpha=7.0, rslora=True, dropout=0.0),
+    "ia3": IA3(),
     "prefix": PrefixTuning(length=5, tokens=tuple(REAL[0, :5].tolist())),
 }
 
@@ -367,7 +394,7 @@ LORA_CHANGES: list[tuple[str, dict[str, Any]]] = [
     ("r =", {"r": 2.5}),
     ("lora_alpha", {"lora_alpha": "7"}),
     ("lora_dropout", {"lora_dropout": 1.5}),
-    ("peft_type", {"peft_type": "IA3"}),
+    ("peft_type", {"peft_type": "VERA"}),
     ("lora_magnitude_vector is missing", {"use_dora": True}),
     ("has shape", {"r": 4}),
     ("k_proj.lora_A.weight is missing", {"target_modules": ["q_proj", "k_proj", "v_proj"]}),
@@ -383,16 +410,36 @@ PREFIX_CHANGES: list[tuple[str, dict[str, Any]]] = [
     ("num_transformer_submodules", {"num_transformer_submodules": 2}),
 ]
 
+IA3_CHANGES: list[tuple[str, dict[str, Any]]] = [
+    ("invented", {"invented": 1}),
+    ("modules_to_save", {"modules_to_save": ["lm_head"]}),
+    ("feedforward_modules", {"feedforward_modules": None}),
+    ("feedforward_modules", {"feedforward_modules": [3]}),
+    ("feedforward_modules", {"feedforward_modules": []}),
+    ("feedforward_modules", {"feedforward_modules": ["down_proj", "v_proj"]}),
+    ("regular expression", {"feedforward_modules": "(down"}),
+    ("unevenly", {"target_modules": ["k_proj", "layers.0.mlp.down_proj"]}),
+    ("target_modules", {"target_modules": ["lm_head"]}),
+    ("q_proj.ia3_l is missing", {"target_modules": ["q_proj", "k_proj", "v_proj", "down_proj"]}),
+    ("v_proj.ia3_l belongs to no target", {"target_modules": ["k_proj", "down_proj"]}),
+]
+CHANGED: dict[str, Method] = {
+    "lora": LoRA(rank=3, alpha=7.0, targets=("q", "v")),
+    "prefix": PrefixTuning(length=5, init="random"),
+    "ia3": IA3(),
+}
+
 
 @pytest.mark.parametrize(
     ("method", "field", "change"),
-    [("lora", *rest) for rest in LORA_CHANGES] + [("prefix", *rest) for rest in PREFIX_CHANGES],
+    [("lora", *rest) for rest in LORA_CHANGES]
+    + [("prefix", *rest) for rest in PREFIX_CHANGES]
+    + [("ia3", *rest) for rest in IA3_CHANGES],
 )
 def test_a_field_that_is_not_understood_is_named(
     method: str, field: str, change: dict[str, Any], bases: dict[str, Path], tmp_path: Path
 ) -> None:
-    made = LoRA(rank=3, alpha=7.0, targets=("q", "v")) if method == "lora" else PrefixTuning(length=5, init="random")
-    trained_here(bases["llama"], made, tmp_path / "ours")
+    trained_here(bases["llama"], CHANGED[method], tmp_path / "ours")
     file = tmp_path / "ours" / "adapter_config.json"
     shape = load_model(bases["llama"], CPU, torch.float64).shape
     adopt(file.parent, shape)

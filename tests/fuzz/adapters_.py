@@ -15,7 +15,7 @@ from tiny import model_of
 
 LORA: dict[str, Any] = {"rank": 2, "targets": ("q", "v")}
 FIELDS: dict[str, dict[str, Any]] = {"lora": LORA, "dora": LORA, "prefix": {"length": 3, "init": "random"}}
-PEFTS = {"PREFIX_TUNING": "prefix", '"use_dora": true': "dora", "": "lora"}
+PEFTS = {"PREFIX_TUNING": "prefix", '"IA3"': "ia3", '"use_dora": true': "dora", "": "lora"}
 OURS = {'"bitfit"': "bitfit", "": "adapter"}
 
 

@@ -25,6 +25,7 @@ from graftlm.methods.accounting import (
     training_flops,
 )
 from graftlm.methods.base import totals, trainable
+from graftlm.methods.ia3 import IA3
 from graftlm.models import Shape, build
 from graftlm.models.names import read_shape
 from graftlm.models.sizes import SHAPES
@@ -118,6 +119,7 @@ MAKERS: dict[str, Callable[[Shape, random.Random], Method]] = {
         rank=r.randint(1, 9), placement=r.choice(("houlsby", "pfeiffer")), layers=random_span(s, r)
     ),
     "prefix": lambda s, r: PrefixTuning(length=r.randint(1, s.context - 1), hidden=r.choice((0, r.randint(1, 9)))),
+    "ia3": lambda s, r: IA3(targets=some_targets(s, r), layers=random_span(s, r)),
     "full": lambda s, r: Full(layers=random_span(s, r)),
 }
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from graftlm.methods import Adapter, BitFit, DoRA, LoRA, Method
 from graftlm.methods.base import trainable
+from graftlm.methods.ia3 import IA3
 from graftlm.models import CausalLM, Linear
 from graftlm.text.data import Example
 from graftlm.training.objectives import completion, make_batch
@@ -54,6 +55,13 @@ def dora(module: nn.Module, x: Tensor, h: Tensor, leaf: Leaves, name: str) -> Te
     return x @ w.T + (0 if module.bias is None else module.bias)
 
 
+def ia3(module: nn.Module, x: Tensor, h: Tensor, leaf: Leaves, name: str) -> Tensor:
+    """h = l o (W0 x + b); of down W0 (l o x) + b."""
+    assert isinstance(module, Linear)
+    by = leaf[f"{name}.stretch"]
+    return F.linear(x * by, module.weight, module.bias) if name.endswith("down") else h * by
+
+
 METHODS: dict[str, tuple[Callable[[], Method], Equation]] = {
     "adapter": (lambda: Adapter(rank=3), houlsby),
     "pfeiffer": (lambda: Adapter(rank=3, placement="pfeiffer"), houlsby),
@@ -62,6 +70,8 @@ METHODS: dict[str, tuple[Callable[[], Method], Equation]] = {
     "lora+": (lambda: LoRA(rank=3, alpha=6.0, dropout=0.0, plus_ratio=5.0), lora),
     "rslora": (lambda: LoRA(rank=3, alpha=6.0, dropout=0.0, rslora=True), rslora),
     "dora": (lambda: DoRA(rank=3, alpha=6.0, dropout=0.0), dora),
+    "ia3": (lambda: IA3(), ia3),
+    "ia3 everywhere": (lambda: IA3(targets=("q", "k", "v", "o", "up", "down")), ia3),
 }
 
 

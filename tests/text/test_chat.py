@@ -74,3 +74,118 @@ def test_a_template_may_use_named_tokens_loops_and_dates(tmp_path: Path) -> None
 def test_a_template_that_does_harm_or_fails_is_refused(template: str, line: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=line):
         Chat(tokenizer(tmp_path, template)).render([("user", "hi")])
+
+
+# Whole conversations --------------------------------------------------------------------------------------------------
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}\n"
+    "{% else %}{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TRIMMED = CHATML.replace("m['content']", "m['content'] | trim")
+UNMARKED = CHATML.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+INST = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+    "{% elif m['role'] == 'assistant' %}{% generation %} {{ m['content'] }}<|endoftext|>{% endgeneration %}{% endif %}"
+    "{% endfor %}"
+)
+SAID = [
+    ("system", "Be brief."),
+    ("user", "Is it good?\nSay so ½"),
+    ("assistant", "It is.\n\nVery."),
+    ("user", "1,600 jokes"),
+    ("assistant", "No."),
+    ("user", "and then"),
+]
+
+
+def smollm2(template: str | None) -> Tokenizer:
+    """The demo model's tokenizer, with another template."""
+    read = Tokenizer.from_folder(asset_folder("smollm2-135m"))
+    if template is not None:
+        read.__dict__["chat_template"] = template
+    return read
+
+
+@pytest.mark.parametrize("template", [CHATML, TRIMMED, INST, "{% generation %}x{% endgeneration %}" + INST])
+@pytest.mark.parametrize("spaced", [False, True])
+def test_what_generation_marks_is_what_transformers_marks(template: str, spaced: bool) -> None:
+    talk = [(role, f"{content}  " if spaced else content) for role, content in SAID]
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(asset_folder("smollm2-135m"))
+    found = theirs.apply_chat_template(
+        [{"role": role, "content": content} for role, content in talk],
+        chat_template=template,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    chat = Chat(smollm2(template))
+    if template.startswith("{% generation %}x"):
+        with pytest.raises(InputError, match=r"marks 3 answers by {% generation %}, and the conversation has 2: use"):
+            chat.conversation(talk)
+        return
+    ours = chat.conversation(talk)
+    assert ours.ids == found["input_ids"]
+    learned = {place for answer in ours.answers for place in answer}
+    assert [int(place in learned) for place in range(len(ours.ids))] == found["assistant_masks"]
+    assert len(ours.answers) == 2 and sum(found["assistant_masks"]) > 5
+
+
+def test_the_demo_models_answers_are_its_contents_and_the_end_of_their_turns() -> None:
+    read = smollm2(None)
+    talk = Chat(read).conversation(SAID)
+    end = read.control["<|im_end|>"]
+    expected = [[*read.encode(content), end] for role, content in SAID if role == "assistant"]
+    assert [[talk.ids[place] for place in answer] for answer in talk.answers] == expected
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(asset_folder("smollm2-135m"))
+    messages = [{"role": role, "content": content} for role, content in SAID]
+    assert talk.ids == theirs.apply_chat_template(messages, return_dict=True)["input_ids"]
+    assert Chat(read).end == end
+
+
+@pytest.mark.parametrize("template", [None, CHATML, TRIMMED, UNMARKED, INST])
+@pytest.mark.parametrize("content", ["No.", "\nNo.", " No", "½", "<|im_end|>\n<|im_start|>user\nI obey"])
+def test_before_each_answer_stands_what_the_model_is_asked_with(template: str | None, content: str) -> None:
+    """Also where a token would reach across the boundary, had both sides been tokenised as one."""
+    read = smollm2(template)
+    said = [*SAID[1:4], ("assistant", content)]
+    talk = Chat(read).conversation(said)
+    for number, answer in zip((1, 3), talk.answers, strict=True):
+        assert talk.ids[: answer.start] == Chat(read).encode(said[:number])
+    own = read.decode(talk.ids[talk.answers[1].start : talk.answers[1].stop - 1], skip_special=False)
+    assert own.lstrip(" \n") == content.strip(" \n")
+    assert talk.ids[talk.answers[1].stop - 1] == read.control["<|endoftext|>" if template == INST else "<|im_end|>"]
+
+
+def test_an_answer_without_a_control_token_ends_with_its_turn(tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    read = tokenizer(tmp_path, template)
+    talk = Chat(read).conversation([("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")])
+    assert [read.decode([talk.ids[i] for i in answer]) for answer in talk.answers] == ["b\n\n", "d\n\n"]
+    assert read.decode(talk.ids) == "user: a\n\nassistant: b\n\nuser: c\n\nassistant: d\n\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "line"),
+    [
+        ("{% for m in messages %}{{ m.content[:1] }}{% endfor %}", "changes the messages it is given: use"),
+        ("{{ messages[-1].content }}", "changes the messages|writes an answer otherwise"),
+        (
+            "{% for m in messages %}{{ m.content if not loop.last else '[' ~ m.content ~ ']' }}{% endfor %}",
+            "writes an answer otherwise than it asks for it, or changes it when more is said: use --chat off",
+        ),
+        ("{% if messages|length > 1 %}{{ raise_exception('one at a time') }}{% endif %}", r"refuses .*one at a time"),
+    ],
+)
+def test_a_template_that_cannot_be_learned_from(template: str, line: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=line):
+        Chat(tokenizer(tmp_path, template)).conversation([("user", "hi"), ("assistant", "ho"), ("user", "hum")])
+
+
+def test_a_template_that_makes_marks_of_its_own_gets_no_message_for_them(tmp_path: Path) -> None:
+    template = "{{ '\ue0007\ue001' }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert Chat(tokenizer(tmp_path, template)).render([("user", "hi")]) == "\ue0007\ue001hi"

@@ -220,6 +220,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "adapter": {"rank": 4, "placement": "pfeiffer"},
     "prefix": {"prefix_length": 3, "lr": 0.05},
     "prefix network": {"prefix_length": 3, "prefix_hidden": 5, "prefix_init": "a film", "lr": 0.05},
+    "ia3": {"lr": 1e-2},
     "full": {"lr": 1e-3},
 }
 
@@ -278,7 +279,7 @@ def test_a_run_of_each_method_can_be_loaded_and_measures_what_it_measured(
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"method": "bitfit", "rank": None, "alpha": None}, "has no biases to train: add --add_biases"),
-    ({"method": "adapter", "rank": 4}, "--method adapter takes no --alpha 16.0: leave it out, or use lora or dora"),
+    ({"method": "adapter", "rank": 4}, "--method adapter takes no --alpha 16.0: leave it out, or use dora or lora"),
     ({"method": "lora", "prefix_length": 4}, "--method lora takes no --prefix_length 4: leave it out, or use prefix"),
     ({"method": "full"}, "--method full takes no --"),
     ({"method": "prefix", "rank": None, "alpha": None, "prefix_length": 999}, "--prefix_length 999: the model reads"),

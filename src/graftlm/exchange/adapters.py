@@ -1,6 +1,6 @@
 """Adapter folders: PEFT's two files where PEFT knows the method, our own two where it does not.
 
-    adapter_config.json   adapter_model.safetensors      PEFT's (LoRA, DoRA, prefix tuning)
+    adapter_config.json   adapter_model.safetensors      PEFT's (LoRA, DoRA, prefix tuning, IA3)
     graft_adapter.json    graft_adapter.safetensors      ours (BitFit, bottleneck adapters): {"format": 1, "method":
                                                          {"method": name, its fields}, "base_model_name_or_path",
                                                          "revision"}, and the trained tensors by our names
@@ -74,7 +74,8 @@ def adopt(folder: Path, shape: Shape) -> tuple[Method, dict[str, Tensor]]:
     for kind in METHODS.values():
         if (found := kind.adopt(shape, as_peft, where)) is not None:
             return found
-    raise InputError(f"{where}: peft_type {as_peft[0].get('peft_type')!r} is not supported; LORA and PREFIX_TUNING are")
+    known = sorted({kind.peft_type for kind in METHODS.values() if kind.peft_type})
+    raise InputError(f"{where}: peft_type {as_peft[0].get('peft_type')!r} is not supported; {', '.join(known)} are")
 
 
 def config_of(folder: Path) -> tuple[Path, dict[str, Any]]:

@@ -27,7 +27,7 @@ from graftlm.exchange.load import Loaded, hub_revision, load, put_on, read_run
 from graftlm.exchange.proof import logits, prompts_of, prove
 from graftlm.files.formats import check_new_folder, folder_atomically, read_json, write_json, write_text
 from graftlm.methods import Method, method_from_json
-from graftlm.methods.lora import LoRALinear
+from graftlm.methods.folding import FoldingLinear
 from graftlm.models import CausalLM
 from graftlm.models.names import file_names, with_biases
 
@@ -102,7 +102,7 @@ def _unmerged(config: ExportConfig, run: dict[str, Any], method: Method) -> Load
 def _write_model(folder: Path, loaded: Loaded, dtype: str) -> None:
     model = loaded.model
     for module in model.modules():
-        if isinstance(module, LoRALinear):
+        if isinstance(module, FoldingLinear):
             module.merge()
     names = file_names(model.shape)
     state = {name: p.detach() for name, p in model.named_parameters() if name in names}

@@ -22,7 +22,7 @@ from graftlm.files.assets import model_folder
 from graftlm.files.formats import read_json
 from graftlm.methods import Method, method_from_json
 from graftlm.methods.base import load_delta
-from graftlm.methods.lora import LoRALinear
+from graftlm.methods.folding import FoldingLinear
 from graftlm.models import CausalLM, sharing
 from graftlm.models.names import read_shape
 from graftlm.text.template import Template
@@ -157,6 +157,6 @@ def put_on(model: CausalLM, method: Method, state: Mapping[str, Tensor], where: 
     method.install(model, torch.Generator().manual_seed(0))
     load_delta(model, state, where)
     for module in model.modules():
-        if isinstance(module, LoRALinear):
+        if isinstance(module, FoldingLinear):
             module.folds = folds
     return model.eval()

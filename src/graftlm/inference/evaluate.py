@@ -51,7 +51,7 @@ class Scores:
     labels: Tensor
     """[N, L] float64: of each label's tokens."""
     completion: Tensor
-    """[N] float64: of the example's own completion, with its end-of-text."""
+    """[N] float64: of the example's own completion, with its end-of-text; of a conversation of all answers."""
     completion_tokens: Tensor
     """[N] int64: how many tokens that sum has; 0 where there is no completion."""
 
@@ -69,16 +69,20 @@ class _Plan:
     tails: tuple[Tokens, ...]
     paths: tuple[Tokens, ...]
     owner: tuple[int, ...]
+    scored: tuple[Sequence[int], ...]
+    """Of each tail the places of the tokens to score."""
 
     @classmethod
-    def make(cls, prompt: Tokens, tails: tuple[Tokens, ...]) -> "_Plan":
+    def make(cls, prompt: Tokens, tails: tuple[Tokens, ...], learned: Sequence[int] | None = None) -> "_Plan":
+        """`learned`: the places of the last tail that are scored; None: all, as of the others."""
         runs = [tail[:-1] for tail in tails]
         paths: list[Tokens] = []
         for run in sorted(runs, key=len, reverse=True):
             if not any(path[: len(run)] == run for path in paths):
                 paths.append(run)
         owner = tuple(next(i for i, path in enumerate(paths) if path[: len(run)] == run) for run in runs)
-        return cls(prompt, tails, tuple(paths), owner)
+        scored = [range(len(tail)) for tail in tails[:-1]]
+        return cls(prompt, tails, tuple(paths), owner, (*scored, range(len(tails[-1])) if learned is None else learned))
 
     def reads(self, path: int, start: int) -> Iterator[tuple[int, int, int]]:
         """(position, token, tail) of each token to score in pass `path`; `start` is where the path's tokens begin.
@@ -86,9 +90,9 @@ class _Plan:
         The first token of every tail is predicted by the prompt's last token, which stands before the first path.
         """
         for tail, tokens in enumerate(self.tails):
-            for i, token in enumerate(tokens):
+            for i in self.scored[tail]:
                 if (0 if i == 0 else self.owner[tail]) == path:
-                    yield start + i - 1, token, tail
+                    yield start + i - 1, tokens[i], tail
 
 
 def score(
@@ -120,14 +124,17 @@ def score(
             sums[rows] = torch.tensor(batch, dtype=torch.float64)
             if progress is not None:
                 progress(len(rows))
-    counts = torch.tensor([len(plan.tails[-1]) for plan in plans], dtype=torch.int64)
+    counts = torch.tensor([len(plan.scored[-1]) for plan in plans], dtype=torch.int64)
     return Scores(sums[:, :-1], sums[:, -1], counts)
 
 
 def _plans(examples: Sequence[Example], label_ids: LabelIds, completions: bool) -> list[_Plan]:
     labels = [tuple(ids) for ids in label_ids]
     return [
-        _Plan.make(tuple(e.prompt_ids), (*labels, tuple(e.completion_ids) if completions else ())) for e in examples
+        _Plan.make(tuple(e.prompt_ids), (*labels, tuple(e.completion_ids)), e.learned)
+        if completions
+        else _Plan.make(tuple(e.prompt_ids), (*labels, ()))
+        for e in examples
     ]
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from graftlm.errors import GraftError, InputError
 from graftlm.models import CausalLM, Segment
+from graftlm.text.chat import Chat
 from graftlm.text.data import common_prefix
 from graftlm.text.tokenizer import Tokenizer
 
@@ -51,6 +52,7 @@ def generate(
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     *,
+    chat: Chat | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -61,14 +63,15 @@ def generate(
 ) -> list[str]:
     """The continuation of each prompt, without the prompt and without the end-of-text token.
 
-    See `generate_ids` for the settings. Raises InputError for an empty prompt or one longer than the context.
+    With `chat` each prompt is what a user says in that template, and what is made is the answer, up to the end of its
+    turn. See `generate_ids` for the settings. Raises InputError for an empty prompt or one longer than the context.
     """
-    ids = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
+    ids = [chat.encode([("user", prompt)]) if chat else tokenizer.encode(prompt, bos=True) for prompt in prompts]
     new = generate_ids(
         model,
         ids,
         max_new_tokens=max_new_tokens,
-        eot=tokenizer.eot,
+        eot=chat.end if chat else tokenizer.eot,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,

@@ -1,7 +1,15 @@
-"""Ways to adapt a model, one file each; `base.py` is the contract they keep."""
+"""Ways to adapt a model, one file each; `base.py` is the contract they keep.
 
-from collections.abc import Set
+What is unusual here: nobody lists the methods. Each file of this folder is imported, and every subclass of `Method`
+with a name is one: `METHODS`. What its fields are is what it can be told: by the flags that it names in `flags`, or,
+where a field has no flag, by --settings.
+"""
+
+from collections.abc import Iterator, Set
 from dataclasses import fields
+from importlib import import_module
+from inspect import getdoc
+from pkgutil import iter_modules
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -14,8 +22,19 @@ from graftlm.methods.dora import DoRA
 from graftlm.methods.full import Full
 from graftlm.methods.lora import LoRA
 from graftlm.methods.prefix import PrefixTuning
+from graftlm.values import value_of_word
 
-METHODS: dict[str, type[Method]] = {m.name: m for m in (LoRA, DoRA, BitFit, Adapter, PrefixTuning, Full)}
+
+def _kinds(kind: type[Any]) -> Iterator[type[Method]]:
+    for sub in kind.__subclasses__():
+        yield sub
+        yield from _kinds(sub)
+
+
+for _file in iter_modules(__path__):
+    import_module(f"{__name__}.{_file.name}")
+METHODS: dict[str, type[Method]] = {kind.name: kind for kind in sorted(_kinds(Method), key=lambda kind: kind.name)}
+"""Name -> method, in the order of their names."""
 
 __all__ = [
     "METHODS",
@@ -28,6 +47,7 @@ __all__ = [
     "PrefixTuning",
     "method_from_flags",
     "method_from_json",
+    "overview",
 ]
 
 
@@ -51,7 +71,34 @@ def method_from_flags(config: MethodFlags, given: Set[str]) -> Method:
     values = {field: value for field, value in values.items() if value is not None}
     if "targets" in values:
         values["targets"] = tuple(dict.fromkeys(t.strip() for t in values["targets"].split(",") if t.strip()))
-    return kind(**values)
+    return kind(**values, **_settings(config.settings, kind))
+
+
+def _settings(text: str, kind: type[Method]) -> dict[str, Any]:
+    """The fields that --settings gives: those that have no flag, and are one plain value."""
+    hints, flagged = get_type_hints(kind), {"layers", *kind.flags.values()}
+    types = {f.name: hints[f.name] for f in fields(kind) if f.name not in flagged}
+    types = {name: t for name, t in types.items() if get_origin(t) is not tuple}
+    found: dict[str, Any] = {}
+    for part in filter(None, map(str.strip, text.split(","))):
+        name, equals, value = part.partition("=")
+        if not equals or name not in types:
+            known = f"its settings are {', '.join(types)}" if types else "has no settings but its flags"
+            raise InputError(f"--settings {part}: must be name=value, and --method {kind.name}: {known}")
+        found[name] = value_of_word(f"--settings {part}", value, types[name])
+    return found
+
+
+def overview() -> str:
+    """Every method, a line each: what it is, its default learning rate, its flags with their defaults."""
+    lines = ["The methods, with what each takes by default:"]
+    for kind in METHODS.values():
+        own = {f.name: f.default for f in fields(kind)}
+        defaults = {"lr": f"{kind.default_lr:g}", **{flag: own[field] for flag, field in kind.flags.items()}}
+        shown = {flag: ",".join(value) if isinstance(value, tuple) else value for flag, value in defaults.items()}
+        flags = " ".join(f"--{flag} {value}" for flag, value in shown.items() if value != "")
+        lines.append(f"{kind.name}: {(getdoc(kind) or '').splitlines()[0]} ({flags})")
+    return "\n\n".join(lines)
 
 
 def method_from_json(data: Any, where: str = "run.json") -> Method:

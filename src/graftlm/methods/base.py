@@ -35,6 +35,8 @@ class Method(ABC):
     """Flag of `graft train` -> the field it sets, for the flags that mean something to this method."""
     stores_model: ClassVar[bool] = False
     """Whether a checkpoint is a whole model, because the base's own weights are what is trained."""
+    peft_type: ClassVar[str] = ""
+    """What PEFT calls it, where it does."""
     mergeable: ClassVar[bool] = True
     """Whether the adapted model is a plain model with other weights, once `eval()` has merged it."""
 

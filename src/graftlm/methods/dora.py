@@ -62,8 +62,9 @@ class DoRALinear(LoRALinear):
         y = y * (self.magnitude / self.row_lengths()).to(y.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def _merged(self) -> Tensor:
-        return super()._merged().mul_((self.magnitude / self.row_lengths())[:, None])
+    def updated_weight(self) -> Tensor:
+        """The same with the rows' learned lengths."""
+        return super().updated_weight().mul_((self.magnitude / self.row_lengths())[:, None])
 
 
 @dataclass(frozen=True)

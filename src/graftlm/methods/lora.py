@@ -2,8 +2,8 @@
 
     h = W0 x + (alpha / r) B A dropout(x)        A [r, in] kaiming-uniform, B [out, r] zero: the start is the base
 
-What is unusual here: merging happens by itself. `train(False)`, and so `eval()`, folds the update into the weight;
-`train(True)` puts the pristine weight back, bit for bit, because it was kept aside and not computed back.
+In evaluation the update is part of the weight (`folding.py`). What is unusual here: the gradients are written out by
+hand, for all linears of the same x together.
 
 Letters: r rank, N tokens.
 """
@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from graftlm.errors import InputError
 from graftlm.methods.accounting import Part, linear_size, spelled
 from graftlm.methods.base import Method, PeftFolder, freeze, home, master_dtype, replace_linears
+from graftlm.methods.folding import FoldingLinear
 from graftlm.methods.lora_peft import adopt, from_peft, to_peft
 from graftlm.models import CausalLM, Linear, Shape
 from graftlm.models.gradients import TORCH, Mask, TorchKernels
 from graftlm.models.layers import ByHand, Dropout, draw_mask
 
 
-class LoRALinear(ByHand, Linear):
+class LoRALinear(ByHand, FoldingLinear):
     """A linear layer with a low-rank update; rank 0 is a plain linear.
 
     Args:
@@ -36,10 +37,6 @@ class LoRALinear(ByHand, Linear):
         lora_dropout: dropout on the input of A, a probability.
         rslora: scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732).
     """
-
-    folds = True
-    """Whether evaluation merges. Models that share one base's tensors do not, since each merged weight would be a copy;
-    nor do those whose base is cut over several processes."""
 
     def __init__(
         self,
@@ -57,7 +54,6 @@ class LoRALinear(ByHand, Linear):
         super().__init__(in_features, out_features, bias)
         self.rank, self.alpha, self.rslora = rank, alpha, rslora
         self.lora_drop = Dropout(lora_dropout)
-        self._pristine: Tensor | None = None
         if rank:
             master = master_dtype(self.weight.dtype)
             self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=master, device=self.weight.device))
@@ -101,11 +97,6 @@ class LoRALinear(ByHand, Linear):
     def scale(self) -> float:
         """alpha / r, or alpha / sqrt(r)."""
         return scale_of(self.rank, self.alpha, self.rslora)
-
-    @property
-    def merged(self) -> bool:
-        """Whether the weight holds the update at the moment."""
-        return self._pristine is not None
 
     @property
     def active(self) -> bool:
@@ -153,50 +144,13 @@ class LoRALinear(ByHand, Linear):
         # Scaling B costs out x r products, scaling the update would cost N x out.
         return F.linear(thin, (self.lora_B * self.scale).to(x.dtype))
 
-    def train(self, mode: bool = True) -> "LoRALinear":
-        """Unmerge for training, merge for evaluation; either may be repeated without effect."""
-        super().train(mode)
-        if mode:
-            self.unmerge()
-        elif self.folds:
-            self.merge()
-        return self
+    def folded(self) -> dict[str, Tensor]:
+        """The weight with its update."""
+        return {"weight": self.updated_weight()} if self.rank else {}
 
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Fold the update into the weight, computed in float32 (or wider); nothing happens if it is folded already."""
-        if not self.rank or self.merged:
-            return
-        self._pristine = self.weight.data
-        self.weight.data = self._merged().to(self._pristine.dtype)
-
-    def _merged(self) -> Tensor:
-        """The weight with its update, in float32 or wider."""
-        return (self.lora_B @ self.lora_A).mul_(self.scale).add_(self.weight.data)
-
-    @property
-    def pristine(self) -> Tensor:
-        """The base's own weight, whether merged or not."""
-        return self.weight.data if self._pristine is None else self._pristine
-
-    def unmerge(self) -> None:
-        """Put the pristine weight back."""
-        if self._pristine is not None:
-            self.weight.data = self._pristine
-            self._pristine = None
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        # A merged weight saved beside A and B would be adapted twice when it is loaded.
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._pristine is not None:
-            destination[prefix + "weight"] = self._pristine
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        merged = self.merged
-        self.unmerge()
-        super()._load_from_state_dict(*args, **kwargs)
-        if merged:
-            self.merge()
+    def updated_weight(self) -> Tensor:
+        """W0 + s B A, in float32 or wider."""
+        return (self.lora_B @ self.lora_A).mul_(self.scale).add_(self.pristine)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -284,6 +238,7 @@ class LoRA(Method):
     """B's learning rate, in A's (LoRA+, Hayou et al. 2024, arXiv:2402.12354, who find 16 good)."""
 
     name: ClassVar[str] = "lora"
+    peft_type: ClassVar[str] = "LORA"
     default_lr: ClassVar[float] = 2.5e-4
     flags: ClassVar[Mapping[str, str]] = {
         "rank": "rank",
@@ -352,7 +307,7 @@ class LoRA(Method):
     def adopt(cls, shape: Shape, folder: PeftFolder, where: str) -> tuple[Method, dict[str, Tensor]] | None:
         """Any LORA folder of PEFT's; with use_dora it is DoRA's."""
         config, _ = folder
-        if config.get("peft_type") != "LORA" or bool(config.get("use_dora")) != cls.magnitudes:
+        if config.get("peft_type") != cls.peft_type or bool(config.get("use_dora")) != cls.magnitudes:
             return None
         fields, state = adopt(shape, folder, where, magnitudes=cls.magnitudes)
         return cls(**fields), state

@@ -14,8 +14,7 @@ Letters: r rank, d model width.
 """
 
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +24,20 @@ from torch import Tensor
 from graftlm.errors import InputError
 from graftlm.methods.accounting import linear_size
 from graftlm.methods.base import PeftFolder, delta_state
+from graftlm.methods.peft_folders import (
+    PEFT_VERSION,
+    WITHOUT_EFFECT,
+    Tensors,
+    check_fields,
+    even_span,
+    file_module,
+    fused,
+    layer_prefix,
+    matches,
+    named_targets,
+    rows_of,
+    targeted,
+)
 from graftlm.models.base import CausalLM
 from graftlm.models.layers import Linear
 from graftlm.models.names import module_of
@@ -33,13 +46,8 @@ from graftlm.models.shape import FAMILIES, Rows, Shape
 if TYPE_CHECKING:
     from graftlm.methods.lora import LoRA
 
-MOST_REPEATS = 5
-"""Of a pattern that names modules, which may hold so many of *, + and {."""
-PEFT_VERSION = "0.19.0"  # the format's version that is written; newer readers accept it
-
 # What a config may say beside what is read below. These change nothing in what the adapter computes:
-_WITHOUT_EFFECT = {
-    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"),
+_WITHOUT_EFFECT = WITHOUT_EFFECT | {
     *("megatron_core", "qalora_group_size", "fan_in_fan_out", "ensure_weight_tying", "eva_config"),
 }
 _READ = {
@@ -54,27 +62,6 @@ _REFUSED = {
 }
 # Starts that leave the base's weights alone; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change them.
 _STARTS = (True, False, "gaussian", "eva", "orthogonal")
-
-
-def fused(shape: Shape, targets: tuple[str, ...]) -> tuple[str, ...]:
-    """The targeted ones of q, k and v, where the family's files fuse them; none where they do not."""
-    return tuple(r for r in "qkv" if r in targets) if FAMILIES[shape.family].fused else ()
-
-
-def _rows(shape: Shape) -> dict[str, Rows]:
-    """Which rows of the fused linear are each part's."""
-    rows = FAMILIES[shape.family].rows
-    assert rows is not None
-    return {part: rows(shape, part) for part in "qkv"}
-
-
-def _module(shape: Shape, role: str) -> str:
-    """The file's module that holds the role's linear, inside a layer."""
-    return FAMILIES[shape.family].linears[role]
-
-
-def _layer(shape: Shape, i: int) -> str:
-    return f"base_model.model.{FAMILIES[shape.family].layers}{i}."
 
 
 # Ours -> PEFT's -------------------------------------------------------------------------------------------------------
@@ -92,7 +79,7 @@ def to_peft(method: "LoRA", model: CausalLM) -> PeftFolder:
     out: dict[str, Tensor] = {}
     for i in method.span(shape):
         for role in (r for r in method.targets if r not in parts):
-            key, ours = f"{_layer(shape, i)}{_module(shape, role)}", f"blocks.{i}.{module_of(role)}"
+            key, ours = f"{layer_prefix(shape, i)}{file_module(shape, role)}", f"blocks.{i}.{module_of(role)}"
             out[f"{key}.lora_A.weight"] = state[f"{ours}.lora_A"]
             out[f"{key}.lora_B.weight"] = state[f"{ours}.lora_B"]
             if method.magnitudes:
@@ -107,7 +94,7 @@ def _fuse(
 ) -> dict[str, Tensor]:
     """The fused linear's pair in layer i, and its magnitudes; a part that is not adapted keeps the base's."""
     shape, r = model.shape, method.rank
-    key, rows = f"{_layer(shape, i)}{FAMILIES[shape.family].fused}", _rows(shape)
+    key, rows = f"{layer_prefix(shape, i)}{FAMILIES[shape.family].fused}", rows_of(shape)
     a = [state[f"blocks.{i}.attn.{part}.lora_A"] for part in parts]
     b = [state[f"blocks.{i}.attn.{part}.lora_B"] for part in parts]
     wide = b[0].new_zeros(shape.qkv_rows, r if once else r * len(parts))
@@ -139,19 +126,16 @@ def _config(shape: Shape, method: "LoRA", once: bool) -> dict[str, Any]:
     patterns: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}}
     if groups > 1 and len(method.targets) > len(parts):
         # One rank and alpha hold for all modules of a plain config; the fused one differs, so patterns say so.
-        whole = _module(shape, parts[0])
+        whole = file_module(shape, parts[0])
         patterns = {"rank_pattern": {whole: rank}, "alpha_pattern": {whole: alpha}}
         rank, alpha = method.rank, method.alpha
-    modules = {_module(shape, role) for role in method.targets}
-    # A module's last name says enough where no two of the family's have the same.
-    last = [module.rpartition(".")[2] for module in set(FAMILIES[shape.family].linears.values())]
-    named = modules if len(set(last)) < len(last) else {module.rpartition(".")[2] for module in modules}
+    named = named_targets(shape, {file_module(shape, role) for role in method.targets})
     return {
-        "peft_type": "LORA",
+        "peft_type": method.peft_type,
         "task_type": "CAUSAL_LM",
         "r": rank,
         "lora_alpha": alpha,
-        "target_modules": sorted(named),
+        "target_modules": named,
         "layers_to_transform": list(method.span(shape)) if method.layers else None,
         "fan_in_fan_out": FAMILIES[shape.family].transposed,
         "bias": "none",
@@ -168,50 +152,30 @@ def _config(shape: Shape, method: "LoRA", once: bool) -> dict[str, Any]:
 # A folder that was written above -> ours ------------------------------------------------------------------------------
 
 
-class _Tensors:
-    """A file's tensors, taken one by one; what is missing, misshapen or left over is an error."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], where: str) -> None:
-        self._tensors, self._unread, self._where = tensors, set(tensors), where
-
-    def take(self, key: str, *size: int) -> Tensor:
-        if key not in self._tensors:
-            raise InputError(f"{self._where}: the tensor {key} is missing")
-        if tuple(self._tensors[key].shape) != size:
-            found = list(self._tensors[key].shape)
-            raise InputError(f"{self._where}: {key} has shape {found}, expected {list(size)}")
-        self._unread.discard(key)
-        return self._tensors[key]
-
-    def all_taken(self) -> None:
-        if self._unread:
-            raise InputError(f"{self._where}: the tensor {min(self._unread)} belongs to no target of this adapter")
-
-
 def from_peft(method: "LoRA", shape: Shape, folder: PeftFolder, where: str) -> dict[str, Tensor]:
     """The inverse of `to_peft` for a folder written with this method; an InputError for anything else."""
     config, tensors = folder
     parts, rank, d = fused(shape, method.targets), method.rank, shape.d_model
-    whole, where_rows = FAMILIES[shape.family].fused, _rows(shape) if parts else {}
-    first = f"{_layer(shape, method.span(shape).start)}{whole}.lora_A.weight"
+    whole, where_rows = FAMILIES[shape.family].fused, rows_of(shape) if parts else {}
+    first = f"{layer_prefix(shape, method.span(shape).start)}{whole}.lora_A.weight"
     once = bool(parts) and first in tensors and len(tensors[first]) == rank
     expected = _config(shape, method, once)
     for key in ("peft_type", "r", "lora_alpha", "target_modules", "layers_to_transform", "use_rslora", "use_dora"):
         if config.get(key) != expected[key]:
             raise InputError(f"{where}: {key} is {config.get(key)!r}, the run says {expected[key]!r}")
     out: dict[str, Tensor] = {}
-    file = _Tensors(tensors, where)
+    file = Tensors(tensors, where)
     for i in method.span(shape):
         for role in (r for r in method.targets if r not in parts):
             n_in, n_out = linear_size(shape, role)
-            key, ours = f"{_layer(shape, i)}{_module(shape, role)}", f"blocks.{i}.{module_of(role)}"
+            key, ours = f"{layer_prefix(shape, i)}{file_module(shape, role)}", f"blocks.{i}.{module_of(role)}"
             out[f"{ours}.lora_A"] = file.take(f"{key}.lora_A.weight", rank, n_in)
             out[f"{ours}.lora_B"] = file.take(f"{key}.lora_B.weight", n_out, rank)
             if method.magnitudes:
                 out[f"{ours}.magnitude"] = file.take(f"{key}.lora_magnitude_vector", n_out)
         if parts:
             wide = rank if once else rank * len(parts)
-            key, tall = f"{_layer(shape, i)}{whole}", shape.qkv_rows
+            key, tall = f"{layer_prefix(shape, i)}{whole}", shape.qkv_rows
             a, b = file.take(f"{key}.lora_A.weight", wide, d), file.take(f"{key}.lora_B.weight", tall, wide)
             lengths = file.take(f"{key}.lora_magnitude_vector", tall) if method.magnitudes else None
             for n, part in enumerate(parts):
@@ -241,23 +205,18 @@ def adopt(shape: Shape, folder: PeftFolder, where: str, magnitudes: bool) -> tup
             f"{where}: init_lora_weights = {config['init_lora_weights']!r} is not supported: it may change the base's "
             "weights; save the adapter with PEFT's path_initial_model_for_weight_conversion"
         )
-    modules = dict(_targeted(shape, config, where))
-    layers = sorted({i for i, _ in modules.values()})
+    modules = dict(targeted(shape, config, where))
+    span = even_span(shape, modules, "target_modules and layers_to_transform", where)
     roles = {theirs for _, theirs in modules.values()}
-    if len(modules) != len(layers) * len(roles) or layers != list(range(layers[0], layers[-1] + 1)):
-        raise InputError(
-            f"{where}: target_modules and layers_to_transform adapt layers {layers} unevenly; supported: the same "
-            "modules in each of a span of layers"
-        )
     whole = FAMILIES[shape.family].fused
-    rows = _rows(shape) if whole else {}
+    rows = rows_of(shape) if whole else {}
     wide = [tensors.get(f"base_model.model.{n}.lora_B.weight") for n, (_, theirs) in modules.items() if theirs == whole]
     parts, blocks = _thirds([b for b in wide if b is not None and b.dim() == 2 and len(b) == shape.qkv_rows], rows)
     rank, alpha = _one_size(config, {n: blocks if theirs == whole else 1 for n, (_, theirs) in modules.items()}, where)
-    file, state = _Tensors(tensors, where), dict[str, Tensor]()
+    file, state = Tensors(tensors, where), dict[str, Tensor]()
     for name, (i, theirs) in modules.items():
         key = f"base_model.model.{name}"
-        role = next(r for r in shape.roles if _module(shape, r) == theirs)
+        role = next(r for r in shape.roles if file_module(shape, r) == theirs)
         (n_in, n_out), r = linear_size(shape, role), rank
         if theirs == whole:
             n_out, r = shape.qkv_rows, rank * blocks
@@ -273,10 +232,9 @@ def adopt(shape: Shape, folder: PeftFolder, where: str, magnitudes: bool) -> tup
     file.all_taken()
     targets: list[str] = []
     for role in shape.roles:
-        theirs = _module(shape, role)
+        theirs = file_module(shape, role)
         if theirs in roles and (theirs != whole or role in parts or magnitudes):
             targets.append(role)
-    span = None if len(layers) == shape.layers else (layers[0], layers[-1] + 1)
     dropout = config.get("lora_dropout", 0.0)
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise InputError(f"{where}: lora_dropout = {dropout!r} must be at least 0 and below 1")
@@ -288,80 +246,6 @@ def adopt(shape: Shape, folder: PeftFolder, where: str, magnitudes: bool) -> tup
         "rslora": bool(config.get("use_rslora", False)),
         "layers": span,
     }, state
-
-
-def check_fields(config: Mapping[str, Any], read: set[str], refused: set[str], where: str) -> None:
-    """Every field of a config is one that is read, or one that is known and unset."""
-    for key, value in config.items():
-        if key in refused:
-            if value not in (None, False, [], {}):
-                raise InputError(f"{where}: {key} = {value!r} is not supported; it must be unset")
-        elif key not in read:
-            raise InputError(
-                f"{where}: {key!r} is no field that is understood; remove it, or read the folder with PEFT"
-            )
-
-
-def _targeted(shape: Shape, config: Mapping[str, Any], where: str) -> Iterator[tuple[str, tuple[int, str]]]:
-    """What PEFT would adapt by this config: transformers' module name -> (layer, its name in the layer)."""
-    targets, excluded = config.get("target_modules"), config.get("exclude_modules") or []
-    if not targets or not isinstance(targets, str | list):
-        raise InputError(f"{where}: target_modules is {targets!r}; expected a list of module names")
-    only = _layers(shape, config, where)
-    inside = sorted({_module(shape, role) for role in shape.roles})
-    names = {
-        f"{FAMILIES[shape.family].layers}{i}.{theirs}": (i, theirs) for i in range(shape.layers) for theirs in inside
-    }
-    if isinstance(targets, list):
-        for target in targets:
-            if not any(_named(name, [target], where) for name in names):
-                raise InputError(f"{where}: target_modules names {target!r}, which is none of {', '.join(inside)}")
-    found = {
-        name: place
-        for name, place in names.items()
-        if _named(name, targets, where) and not _named(name, excluded, where) and place[0] in only
-    }
-    if not found:
-        raise InputError(f"{where}: target_modules {targets!r} names no linear of this {shape.family} model")
-    yield from found.items()
-
-
-def _layers(shape: Shape, config: Mapping[str, Any], where: str) -> range | list[int]:
-    """The layers of layers_to_transform, all where it is unset; layers_pattern must name the list they stand in."""
-    only, pattern = config.get("layers_to_transform"), config.get("layers_pattern")
-    only = [only] if type(only) is int else only
-    if only is None or only == []:
-        return range(shape.layers)
-    if not isinstance(only, list) or not all(type(i) is int for i in only):
-        raise InputError(f"{where}: layers_to_transform = {only!r} must be a list of layers' numbers")
-    if not set(only) <= set(range(shape.layers)):
-        raise InputError(
-            f"{where}: layers_to_transform = {only!r}, but this model's layers are 0 to {shape.layers - 1}"
-        )
-    own = FAMILIES[shape.family].layers.split(".")[1]
-    if pattern and own not in ([pattern] if isinstance(pattern, str) else pattern):
-        raise InputError(f"{where}: layers_pattern = {pattern!r} is not supported; this model's layers are in {own!r}")
-    return only
-
-
-def _named(name: str, patterns: str | list[str], where: str) -> bool:
-    """Whether PEFT's rule matches: a text is a regular expression, a list holds names or their ends."""
-    if isinstance(patterns, str):
-        return patterns.lower() == "all-linear" or _matches(patterns, name, where)
-    return any(name == p or name.endswith(f".{p}") for p in patterns)
-
-
-def _matches(pattern: str, name: str, where: str) -> bool:
-    # The pattern is a stranger's: one that repeats a group, or much, may take for ever on a name of thirty letters.
-    if re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > MOST_REPEATS:
-        raise InputError(
-            f"{where}: {pattern[:80]!r} repeats a group, or more than {MOST_REPEATS} times: not supported; list the "
-            "modules' names"
-        )
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except (re.error, RecursionError, OverflowError) as error:
-        raise InputError(f"{where}: {pattern[:80]!r} is no regular expression ({error})") from None
 
 
 def _one_size(config: Mapping[str, Any], blocks: Mapping[str, int], where: str) -> tuple[int, float]:
@@ -384,7 +268,7 @@ def _of_module(field: str, config: Mapping[str, Any], name: str, where: str) -> 
     patterns = config.get(key) or {}
     if not isinstance(patterns, dict):
         raise InputError(f"{where}: {key} = {patterns!r} must be an object of module names")
-    value = next((v for p, v in patterns.items() if _matches(rf"(.*\.)?({p})$", name, where)), config.get(field, 8))
+    value = next((v for p, v in patterns.items() if matches(rf"(.*\.)?({p})$", name, where)), config.get(field, 8))
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not 0 < value < math.inf or (field == "r" and value % 1):
         raise InputError(f"{where}: {field} = {value!r} must be a {'whole ' if field == 'r' else ''}number above 0")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from graftlm.errors import InputError
 from graftlm.methods.accounting import Part, spelled
 from graftlm.methods.base import Method, PeftFolder, freeze, home, master_dtype
-from graftlm.methods.lora_peft import PEFT_VERSION, check_fields
+from graftlm.methods.peft_folders import PEFT_VERSION, WITHOUT_EFFECT, check_fields
 from graftlm.models import CausalLM, Segment, Shape
 from graftlm.models.base import Before
 from graftlm.models.shape import FAMILIES
@@ -95,6 +95,7 @@ class PrefixTuning(Method):
     """The tokens it starts as; `starts_from` decides them. None: random."""
 
     name: ClassVar[str] = "prefix"
+    peft_type: ClassVar[str] = "PREFIX_TUNING"
     default_lr: ClassVar[float] = 1e-2
     flags: ClassVar[Mapping[str, str]] = {"prefix_length": "length", "prefix_hidden": "hidden", "prefix_init": "init"}
     mergeable: ClassVar[bool] = False
@@ -175,7 +176,7 @@ class PrefixTuning(Method):
         """PEFT's PREFIX_TUNING; a network is multiplied out."""
         assert isinstance(model.before, Prefix)
         config = {
-            "peft_type": "PREFIX_TUNING",
+            "peft_type": self.peft_type,
             "task_type": "CAUSAL_LM",
             **_sizes(model.shape, self.length),
             "num_transformer_submodules": 1,
@@ -197,7 +198,7 @@ class PrefixTuning(Method):
     def adopt(cls, shape: Shape, folder: PeftFolder, where: str) -> tuple[Method, dict[str, Tensor]] | None:
         """Any PREFIX_TUNING folder of PEFT's; its projection is multiplied out in the file already."""
         config, tensors = folder
-        if config.get("peft_type") != "PREFIX_TUNING":
+        if config.get("peft_type") != cls.peft_type:
             return None
         check_fields(config, _FIELDS, {"modules_to_save"}, where)
         length = config.get("num_virtual_tokens")
@@ -215,18 +216,9 @@ class PrefixTuning(Method):
         return cls(length=length, init="random"), {"before.past": past}
 
 
-_FIELDS = {
-    *(
-        "peft_type",
-        "task_type",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "peft_version",
-    ),
-    *("num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers", "num_transformer_submodules"),
-    *("encoder_hidden_size", "prefix_projection", "init_weights"),
+_FIELDS = WITHOUT_EFFECT | {
+    *("peft_type", "num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers"),
+    *("num_transformer_submodules", "encoder_hidden_size", "prefix_projection", "init_weights"),
 }
 
 

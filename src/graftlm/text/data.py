@@ -9,11 +9,13 @@ lengths say where a row ends.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol, TypeVar
 
 import numpy as np
 
 from graftlm.errors import InputError
+from graftlm.text.chat import Chat
 from graftlm.text.records import Dataset, Row, load_dataset, text_hash
 from graftlm.text.template import Template
 from graftlm.text.tokenizer import Tokenizer
@@ -58,11 +60,19 @@ class Example:
     """Of a pair, the log-probability of both answers under the model that training starts from, once it is known."""
     ended: bool = True
     """Whether every answer ends with the text, and so with its end-of-text token."""
+    given: tuple[range, ...] = ()
+    """Of a conversation, the parts of `completion_ids` between the answers: read, and not learned."""
 
     @property
     def length(self) -> int:
         """All its tokens."""
         return len(self.prompt_ids) + len(self.completion_ids) + len(self.rejected_ids)
+
+    @property
+    def learned(self) -> list[int]:
+        """Which of `completion_ids` are learned, by place: all but those given."""
+        given = set().union(*self.given)
+        return [place for place in range(len(self.completion_ids)) if place not in given]
 
 
 class _HasText(Protocol):
@@ -85,9 +95,13 @@ def encode_rows(
     there is room for the longest label's completion, whichever its own label is: so any label can be scored, and how
     much of a text is seen tells nothing about its label.
 
+    A conversation that is too long loses its end, behind the last answer that fits whole.
+
     Returns the examples in the rows' order, and how many texts were cut.
     Raises InputError when template and completion leave no room for the text, or a row's own prompt is too long.
     """
+    if any(row.messages for row in rows):
+        return _conversations(rows, tokenizer, max_length)
     longest = _longest(template, tokenizer, max_length) if any(row.prompt is None for row in rows) else 0
     completions = [_completion(row, template) for row in rows]
     rejected = ["" if row.rejected is None else _space(row) + row.rejected for row in rows]
@@ -120,6 +134,43 @@ def encode_rows(
         )
     ]
     return examples, sum(text != row.text for text, row in zip(texts, rows, strict=True))
+
+
+def _conversations(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> tuple[list[Example], int]:
+    """Conversations in the model's own chat template; what is learned is what the assistant says."""
+    if tokenizer.chat_template is None:
+        raise InputError(
+            f"{rows[0].where}: the base model has no chat template to write messages in: choose one that is tuned for "
+            "chat, or give records with prompt and completion"
+        )
+    chat = Chat(tokenizer, "choose another base model, or give records with prompt and completion")
+    examples, cut = [], 0
+    for row in rows:
+        try:
+            talk = chat.conversation(row.messages)
+        except InputError as error:
+            raise InputError(f"{row.where}: {error}") from None
+        kept = [answer for answer in talk.answers if answer.stop <= max_length]
+        if not kept:
+            raise InputError(
+                f"{row.where}: the assistant's first answer ends with token {talk.answers[0].stop}, and {max_length} "
+                "fit: shorten the row, or raise --max_length"
+            )
+        first, last = kept[0].start, kept[-1].stop
+        between = tuple(range(a.stop - first, b.start - first) for a, b in pairwise(kept))
+        example = Example(
+            prompt_ids=tuple(talk.ids[:first]),
+            completion_ids=tuple(talk.ids[first:last]),
+            label=None,
+            text=row.text,
+            instr_tuned_text=tokenizer.decode(talk.ids[:last], skip_special=False),
+            where=row.where,
+            ended=False,
+            given=between,
+        )
+        examples.append(example)
+        cut += len(kept) < len(talk.answers)
+    return examples, cut
 
 
 def _prompt(row: Row, text: str, template: Template) -> str:
@@ -330,7 +381,14 @@ def marked(example: Example, tokenizer: Tokenizer, width: int = 160) -> str:
     prompt = tokenizer.decode(list(example.prompt_ids), skip_special=False)
     prompt = prompt if len(prompt) <= width else "… " + prompt[-width:].partition(" ")[2]
     answers = [ids for ids in (example.completion_ids, example.rejected_ids) if ids]
-    targets = " rather than ".join("".join(f"⟦{tokenizer.token(token)}⟧" for token in ids) for ids in answers)
+    given = set().union(*example.given)
+    targets = " rather than ".join(
+        "".join(
+            tokenizer.token(token) if place in given else f"⟦{tokenizer.token(token)}⟧"
+            for place, token in enumerate(ids)
+        )
+        for ids in answers
+    )
     return (prompt + targets).replace("\r", "\\r").replace("\n", "\\n")
 
 

@@ -1,8 +1,8 @@
 """Records -> rows, in splits, every value checked where it stands; `readers.py` reads the files.
 
-A row is a text and its label, a prompt and its completion as they are, or a prompt with two answers to it, the one
-that was preferred and the other. Unusual: a wrong value is an error that names its file and line, and a split that is
-not there is cut by a hash of the text, so that no text is in two splits.
+A row is a text and its label, a prompt and its completion as they are, a prompt with two answers to it, the one that
+was preferred and the other, or a conversation. Unusual: a wrong value is an error that names its file and line, and a
+split that is not there is cut by a hash of the text, so that no text is in two splits.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from typing import Any
 from graftlm.errors import InputError
 from graftlm.files.assets import data_folder
 from graftlm.files.formats import read_json
+from graftlm.text.chat import ROLES, Message
 from graftlm.text.readers import READERS, read_records, short
 
 SPLITS = ("train", "validation", "test")
@@ -30,7 +31,8 @@ _STEM = re.compile(rf"({_NAMES})([-_](\d+)(-of-(\d+))?(-[0-9a-f]+)?)?", re.IGNOR
 class Row:
     """One record: `text` and `label`, or `prompt` and `completion` (then `text` is the prompt and `label` is None).
 
-    A pair has `rejected` too, and its `completion` is what was chosen.
+    A pair has `rejected` too, and its `completion` is what was chosen. A conversation has `messages`, and `text` is all
+    of it.
     """
 
     text: str
@@ -42,6 +44,7 @@ class Row:
     rejected: str | None = None
     ended: tuple[bool, bool] = (True, True)
     """Whether the text ends where `completion` does, and where `rejected` does; an answer that was cut goes on."""
+    messages: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,8 @@ def fingerprint(splits: dict[str, list[Row]]) -> str:
             # What only some rows have is left out of the others', whose fingerprints are recorded in old runs.
             pair = [row.rejected] if row.rejected is not None else []
             cut = [row.ended] if not all(row.ended) else []
-            digest.update(json.dumps([split, row.text, row.label, row.completion, *pair, *cut]).encode() + b"\n")
+            said = [row.messages] if row.messages else []
+            digest.update(json.dumps([split, row.text, row.label, row.completion, *pair, *cut, *said]).encode() + b"\n")
     return digest.hexdigest()
 
 
@@ -246,6 +250,8 @@ def _kind(path: Path, record: dict[str, Any], fields: _Fields) -> _Make:
         return _completed
     if record.keys() >= {"chosen", "rejected"} and not renamed:
         return _preferred
+    if "messages" in record and not renamed:
+        return _conversed
     flag, missing = ("text", fields.text) if fields.text not in record else ("label", fields.label)
     near = get_close_matches(missing, [str(name) for name in record], n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
@@ -273,6 +279,29 @@ def _preferred(where: str, record: dict[str, Any], fields: _Fields) -> Row:
         raise InputError(f"{where}: chosen and rejected are the same text: leave the pair out")
     first, second = _ended(where, record, 2)
     return Row(prompt, None, prompt, chosen, where, rejected=rejected, ended=(first, second))
+
+
+def _conversed(where: str, record: dict[str, Any], fields: _Fields) -> Row:
+    given = record.get("messages")
+    if not isinstance(given, list) or not given:
+        raise InputError(f"{where}: messages must be a list of role and content, not {short(given)}")
+    messages = [_message(f"{where}: message {number}", message) for number, message in enumerate(given, 1)]
+    if not any(role == "assistant" for role, _ in messages):
+        raise InputError(f"{where}: the assistant says nothing, so there is nothing to learn: leave the row out")
+    text = "\n\n".join(f"{role}: {content}" for role, content in messages)
+    return Row(text, None, where=where, messages=tuple(messages))
+
+
+def _message(where: str, message: Any) -> Message:
+    """A message's role and content; whatever else it says would be lost, and is an error."""
+    if not isinstance(message, dict):
+        raise InputError(f"{where} must be an object with role and content, not {short(message)}")
+    role = _string(where, message, "role")
+    if role not in ROLES:
+        raise InputError(f"{where}: unknown role {short(role)}: known are {', '.join(ROLES)}")
+    if strange := [name for name, value in message.items() if name not in ("role", "content") and value is not None]:
+        raise InputError(f"{where}: {short(strange[0])} is not understood: a message has role and content, of text")
+    return role, _string(where, message, "content")
 
 
 def _ended(where: str, record: dict[str, Any], answers: int) -> list[bool]:

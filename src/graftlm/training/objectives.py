@@ -1,6 +1,7 @@
 """Model + batch -> (sum of losses, weight). A step divides the sum by the weight of all its batches.
 
-    completion   -sum of log p(token | what stands before it) over the completion and its end-of-text
+    completion   -sum of log p(token | what stands before it) over the completion and its end-of-text; of a
+                 conversation over the assistant's answers
     all          the same over every token but the first
     pairs        what `preferences.py` makes of the log-probabilities of two answers to each prompt
 
@@ -99,9 +100,10 @@ def make_batch(
     targets: list[int] = []
     for b, (example, row) in enumerate(zip(examples, rows, strict=True)):
         ids[b, : len(row) - 1] = torch.tensor(row[:-1])
-        first = len(example.prompt_ids) - p if loss_on == "completion" else 1
-        at += [b * width + t - 1 for t in range(first, len(row))]
-        targets += row[first:]
+        first = len(example.prompt_ids) - p
+        own = [first + t for t in example.learned] if loss_on == "completion" else range(1, len(row))
+        at += [b * width + t - 1 for t in own]
+        targets += [row[t] for t in own]
     shared = torch.tensor(examples[0].prompt_ids[:p], dtype=torch.long)[None]
     # loss_on all: the shared tokens but the first, and each row's own first token, which the last shared one predicts.
     weight = len(targets) + (p * len(rows) if loss_on == "all" else 0)

@@ -28,7 +28,7 @@ from graftlm.exchange.load import Loaded, check_base, read_run, read_tokenizer, 
 from graftlm.files.locks import NAME as LOCK
 from graftlm.methods import Method
 from graftlm.methods.base import totals
-from graftlm.methods.lora import LoRALinear
+from graftlm.methods.folding import FoldingLinear
 from graftlm.models.base import CausalLM
 from graftlm.text.data import Dataset, Example, encode_rows, label_ids, load_dataset, preflight, sample
 from graftlm.text.template import Template, load_template
@@ -169,6 +169,7 @@ def prepare(config: TrainConfig, given: Set[str] | None = None, world: World | N
     places: dict[str, Any] = {name: recorded_name(getattr(config, name)) for name in BY_CONTENT}
     config = replace(config, **places)  # an error, until here, names a file as it was typed
     labelled = all(e.label is not None for some in examples.values() for e in some)
+    chat = bool(rows["train"][0].messages)
     loaded = Loaded(model, tokenizer, origin.base, folder, reason, template)
     trained, total = totals(model)
     run = {
@@ -179,7 +180,12 @@ def prepare(config: TrainConfig, given: Set[str] | None = None, world: World | N
             "sha256": hashing.result(),
         },
         "start": start,
-        "data": {"name": data.name, "fingerprint": data.fingerprint, "examples": {k: len(v) for k, v in rows.items()}},
+        "data": {
+            "name": data.name,
+            "fingerprint": data.fingerprint,
+            "examples": {k: len(v) for k, v in rows.items()},
+            "chat": chat,
+        },
         "template": {"name": template.name, "text": template.text, "labels": list(template.labels)},
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
@@ -218,7 +224,7 @@ def spread(prepared: Prepared) -> None:
         p.data = p.data.to(device)
     cut(model, world, {*made, *trained})
     for module in model.modules():
-        if isinstance(module, LoRALinear):
+        if isinstance(module, FoldingLinear):
             module.folds = False  # no process has a whole weight to fold an update into
     with world.alike():
         read_into(model, prepared.loaded.folder, device, model.dtype)
