@@ -43,6 +43,24 @@ print(resident_mb() - before)
 """
 
 
+HOLES = """
+import sys
+from graftlm import process
+assert getattr(process, sys.argv[1])()
+import torch
+def resident_mb():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096 / 1e6
+before, kept = resident_mb(), []
+for _ in range(10):  # a block's weights, and what stays of its forward pass
+    weights = torch.ones(4_000_000)
+    kept.append(torch.ones(2_000))
+    del weights
+    kept.append(torch.ones(20_000))
+print(resident_mb() - before)
+"""
+
+
 def child(program: str, *words: str) -> str:
     env = child_environment(OMP_NUM_THREADS="1")
     env.pop("THP_MEM_ALLOC_ENABLE", None)
@@ -62,3 +80,9 @@ def test_freed_memory_is_kept_for_the_next_tensor() -> None:
     # there in between, so only the lower bound is a promise. Nor are page faults: huge pages change their number.
     kept, given_back = float(child(FREED, "keep")), float(child(FREED, "leave"))
     assert kept > 60 and given_back < 30, (kept, given_back)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's")
+def test_what_was_gathered_for_a_block_leaves_nothing_behind() -> None:
+    kept, given_back = (float(child(HOLES, how)) for how in ("keep_memory", "give_back_large"))
+    assert given_back < 10 < 15 < kept, (given_back, kept)  # a block's weights are 16 MB

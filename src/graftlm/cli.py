@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -372,8 +373,26 @@ def _once(error: GraftError) -> GraftError:
     return error
 
 
+def _cuts_weights(config: Any) -> bool:
+    """Whether this is one of several processes over which a model's weights are cut."""
+    if process.processes() == 1:
+        return False
+    said = {"shard": config.shard, "rank": config.rank, "method": config.method}
+    if config.resume:
+        from graftlm.exchange.load import read_run
+
+        try:
+            recorded = read_run(Path(config.out_dir))["config"]
+            said = {key: recorded.get(key) or value for key, value in said.items()}
+        except InputError:  # `train` tells it
+            return False
+    return bool(said["shard"]) or said["rank"] == 0 or said["method"] == "full"
+
+
 def _run_verb(verb: Verb, parsed: Parsed) -> None:
-    if verb.computes:
+    if verb.computes and _cuts_weights(parsed.config):
+        process.give_back_large()
+    elif verb.computes:
         process.keep_memory()
     with _libraries(parsed):
         found = verb.run(parsed, render.notes())

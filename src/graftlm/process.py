@@ -11,6 +11,7 @@ BEGAN: float | None = None
 """time.perf_counter() when the command began; None where graftlm is used as a library."""
 
 M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
 M_MMAP_MAX = -4
 
 
@@ -35,9 +36,23 @@ def keep_memory() -> bool:
     first large allocation. glibc ignores settings it dislikes, so what it answers is looked at: 1 is yes.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    return _agrees((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1))
+
+
+def give_back_large() -> bool:
+    """Tell the C library to give freed blocks of a megabyte and more back at once; True where it agreed.
+
+    For weights that are cut over several processes: each block's are gathered, and freed again. What was kept of them
+    would soon hold a few activations, too small a hole for the next block's; in the end the holes are as large as
+    the model. Left to itself, glibc maps fewer blocks the larger those are that were freed, and comes to the same.
+    """
+    return _agrees((M_MMAP_THRESHOLD, 1 << 20))
+
+
+def _agrees(*settings: tuple[int, int]) -> bool:
     if not sys.platform.startswith("linux"):
         return False
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "gnu_get_libc_version"):  # musl has neither the trouble nor the knobs
         return False
-    return libc.mallopt(M_MMAP_MAX, 0) == 1 and libc.mallopt(M_TRIM_THRESHOLD, -1) == 1
+    return all(libc.mallopt(knob, value) == 1 for knob, value in settings)
