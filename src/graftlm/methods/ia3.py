@@ -72,7 +72,7 @@ class IA3(Method):
 
     name: ClassVar[str] = "ia3"
     peft_type: ClassVar[str] = "IA3"
-    default_lr: ClassVar[float] = 3e-3
+    default_lr: ClassVar[float] = 1e-2
     flags: ClassVar[Mapping[str, str]] = {"targets": "targets"}
 
     def install(self, model: CausalLM, rng: torch.Generator) -> None:
