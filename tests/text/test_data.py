@@ -181,6 +181,20 @@ def test_many_rows_are_tokenised_in_batches():
     assert tokenizer.calls["encode_batch"] <= 5
 
 
+def test_of_a_text_that_cannot_fit_by_far_only_the_beginning_is_read() -> None:
+    tokenizer, read = words(), []
+    spans = tokenizer.encode_with_offsets
+
+    def watched(text: str) -> Any:
+        read.append(len(text))
+        return spans(text)
+
+    tokenizer.encode_with_offsets = watched
+    (example,), cut = encode_rows(rows("one two " * 10_000), TEMPLATE, tokenizer, 30)
+    assert cut == 1 and len(example.prompt_ids) + 2 == 30
+    assert max(read) <= 5 * 30 + len(TEMPLATE.prompt(""))
+
+
 def test_how_much_of_a_text_is_seen_does_not_depend_on_its_label():
     """Cut by its own label's completion, a text would tell its label, and a longer one would not fit behind it."""
     tokenizer, template = words(), replace(TEMPLATE, labels=("bad", "very good indeed"))  # 1 and 3 tokens
