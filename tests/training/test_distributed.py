@@ -44,6 +44,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "dora": {"method": "dora", "rank": 4},
     "adapter": {"method": "adapter", "rank": 4, "alpha": None},
     "bitfit": {"method": "bitfit", "alpha": None},
+    "ia3": {"method": "ia3", "alpha": None},
     "prefix": {"method": "prefix", "prefix_length": 4, "prefix_hidden": 8, "alpha": None},
     "span": {"rank": 4, "train_layers": "1:"},
     "pairs": {"rank": 4, "objective": "dpo", "kl_samples": 3},
