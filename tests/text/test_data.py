@@ -303,6 +303,7 @@ def test_sample_is_the_first_by_hash_in_the_data_order():
     assert {row.text for row in sample(items, 9)} < {row.text for row in chosen}
     assert sample([replace(row, label=0) for row in items], 10) == [replace(row, label=0) for row in chosen]
     assert sample(items, 0) == sample(items, 100) == sample(items, 500) == items
+    assert [len(sample(items, limit)) for limit in (1, 2, 99)] == [1, 2, 99]
     assert len(sample(rows(*["same"] * 20), 5)) == 5
 
 
@@ -403,6 +404,9 @@ def test_preflight_shows_an_example_with_its_targets():
 def test_a_long_example_is_shown_by_its_end():
     tokenizer = words(())
     (example,) = encoded(tokenizer, "begins " + "middle " * 50 + "ends")
+    prompt = tokenizer.decode(list(example.prompt_ids), skip_special=False)
+    assert marked(example, tokenizer, width=len(prompt)).startswith(prompt)  # which just fits
+    assert marked(example, tokenizer, width=len(prompt) - 1).startswith("… ")
     shown = marked(example, tokenizer, width=30)
     assert shown == "… middle middle middle ends =⟦ good⟧⟦<end>⟧"
 
