@@ -11,7 +11,7 @@ DEMO ?=
 # Processes of the suite, one thread each.
 WORKERS ?= 2
 
-.PHONY: demo test check docs bench clean
+.PHONY: demo test check docs bench clean coverage mutation release
 
 demo: .venv/core  ## fine-tune a real model on real reviews and show what it learned
 	$(BIN)/graft fetch smollm2-135m
@@ -32,6 +32,18 @@ check: .venv/dev  ## style, format and types
 
 docs: .venv/docs  ## the site of docs/, into site/; a link that leads nowhere is an error
 	$(BIN)/mkdocs build
+
+coverage: .venv/dev  ## by branch, children of the tests too (much slower than the tests)
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine
+	$(BIN)/coverage report
+
+mutation: .venv/dev  ## 300 seeded mutants against the unit tests; goes on where it was stopped
+	$(BIN)/python tests/mutation/run.py --work build/mutation
+
+release: .venv/dev  ## wheel and sdist, the same bytes whoever builds them, and the bill of materials
+	$(BIN)/python tools/build.py
+	$(BIN)/python tools/bill.py --out dist/graftlm.cdx.json
 
 TODAY := $(shell date +%F)
 RESULT = --json-out benchmarks/results/$(TODAY)-$@.json > /dev/null

@@ -5,7 +5,7 @@
     pip install --require-hashes -r requirements.lock     # what it is for: nothing but these very files
     pip install --no-deps --no-build-isolation -e .       # and then graftlm itself
 
-What is unusual here: pip does all of it. It resolves `.[dev,peers]` (a dry run: nothing is installed) and, while it
+What is unusual here: pip does all of it. It resolves `.[dev,peers,docs]` (a dry run: nothing is installed) and, while it
 looks through the files of a version, this script keeps their hashes, those of other platforms too. pip has no public
 way to tell them, so one of its internal functions is watched; a pip without it ends this with an error.
 Files that only a Python older than 3.11 could use are left out, and what constraints.txt does not pin is an error.
@@ -26,7 +26,7 @@ from pip._internal.index.package_finder import LinkEvaluator
 from pip._vendor.packaging.utils import canonicalize_name, parse_sdist_filename, parse_wheel_filename
 
 ROOT = Path(__file__).resolve().parents[1]
-WANTED = [f"{ROOT}[dev,peers]", "setuptools>=77"]
+WANTED = [f"{ROOT}[dev,peers,docs]", "setuptools>=77"]
 """graftlm with all its extras, and what builds it."""
 HEAD = """\
 # Written by tools/lock.py; not to be edited. Each version of constraints.txt with the sha256 of its files:
