@@ -70,7 +70,7 @@ def measure(contender: str, args: argparse.Namespace, folder: Path) -> Run:
     words += ["--rank", str(RANK) if contender.startswith("lora") else "0", "--lora_dropout", "0", "--dtype", "float32"]
     words += ["--max_iters", str(args.steps), "--eval_every", str(args.steps), "--val_limit", "16"]
     words += ["--micro_tokens", "0", "--device", "cpu", "--batch_size", str(BATCH), "--compile", "off"]
-    words += ["--loss_on", "all", "--shared_prefix", "false"]
+    words += ["--loss_on", "all", "--no_shared_prefix"]
     threads = "1" if several else "2"
     before = _sent()
     figures, out = timed(
