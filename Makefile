@@ -53,6 +53,7 @@ BENCHES := train train-all speeds dpo scaling evaluate few-shot train-layers sta
 
 bench: .venv/peers $(BENCHES)  ## measure all public claims (some hours)
 	$(BIN)/python benchmarks/page.py
+	$(BIN)/python benchmarks/paper.py
 
 .PHONY: $(BENCHES)
 train: .venv/peers

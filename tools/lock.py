@@ -5,8 +5,8 @@
     pip install --require-hashes -r requirements.lock     # what it is for: nothing but these very files
     pip install --no-deps --no-build-isolation -e .       # and then graftlm itself
 
-What is unusual here: pip does all of it. It resolves `.[dev,peers,docs]` (a dry run: nothing is installed) and, while it
-looks through the files of a version, this script keeps their hashes, those of other platforms too. pip has no public
+What is unusual here: pip does all of it. It resolves `.[dev,peers,docs]` (a dry run: nothing is installed) and, while
+it looks through the files of a version, this script keeps their hashes, those of other platforms too. pip has no public
 way to tell them, so one of its internal functions is watched; a pip without it ends this with an error.
 Files that only a Python older than 3.11 could use are left out, and what constraints.txt does not pin is an error.
 """
