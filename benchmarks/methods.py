@@ -34,10 +34,11 @@ METHODS: dict[str, tuple[tuple[str, str], ...]] = {
     "adapter": (),
     "prefix": (("prefix_length", str(PREFIX_LENGTH)),),
     "bitfit": (("add_biases", "true"),),
+    "ia3": (),
     "full": (),
 }
 IN_PEFT = ("lora", "dora", "prefix")
-OF_LORA = {"dora": 0.8, "adapter": 0.8, "prefix": 0.8, "bitfit": 0.8, "full": 0.5}
+OF_LORA = {"dora": 0.8, "adapter": 0.8, "prefix": 0.8, "bitfit": 0.8, "ia3": 0.8, "full": 0.5}
 OF_PEFT = 2.0
 
 
