@@ -8,8 +8,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Shortened by .ci/run; empty for the real thing.
 DEMO ?=
 
-# Processes of the suite, one thread each; one more than cores, as some tests wait.
-WORKERS ?= 3
+# Processes of the suite, one thread each.
+WORKERS ?= 2
 
 .PHONY: demo test check docs bench clean coverage mutation release
 
