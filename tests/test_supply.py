@@ -71,7 +71,7 @@ def lock() -> str:
 
 def test_pip_takes_the_lock_and_refuses_another_file(tmp_path: Path) -> None:
     """A wheel of a locked name and version, but of other bytes, is not installed."""
-    name, version = "colorama", re.search(r"^colorama==(\S+)", lock(), re.MULTILINE)[1]  # type: ignore[index]
+    name, (version,) = "colorama", re.findall(r"^colorama==(\S+)", lock(), re.MULTILINE)
     wheel = tmp_path / f"{name}-{version}-py2.py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         about = f"{name}-{version}.dist-info"

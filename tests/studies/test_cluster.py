@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,6 @@ from graftlm.studies.cluster import TOKEN, connected, pieces_of
 from graftlm.text.data import encode_rows, load_dataset
 from graftlm.text.template import load_template
 from tiny import TEMPLATE, data_folder, model_folder
-
-if find_spec("ray") is None:
-    pytest.skip("needs the extra ray", allow_module_level=True)
 
 SWEEP = """
 [train]
