@@ -252,12 +252,12 @@ def page(result: Mapping[str, Any]) -> str:
     )
 
 
-READING = """The formulas leave out: of time whatever is no matrix product (norms, softmax, and the optimiser's step,
-which full fine-tuning feels and an adapter hardly); of memory the tensors of a moment (the head's logits first among
-them), the tokenised data and the allocator's waste. Bytes were counted on the loopback device over the whole run and
-divided by its few steps, so they hold the plan's probe, the validation and the checkpoint too, of which the last two
-send whole weights. Cut weights take about as long again as predicted through gloo on two cores: where sending and
-computing want the same cores, what is sent is not the whole cost. On GPUs none of this has been tried."""
+READING = """The first row's seconds are given, so three are predicted. The formulas leave out: of time whatever is no
+matrix product (norms, softmax, and the optimiser's step, which full fine-tuning feels and an adapter hardly); of memory
+the tensors of a moment (the head's logits among them), the tokenised data and the allocator's waste. Bytes were counted
+on the loopback device over the whole run and divided by its few steps, so they hold the plan's probe, the validation
+and the checkpoint too. Why full fine-tuning in two processes takes about twice as long as said has not been looked
+into. On GPUs none of this has been tried."""
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
