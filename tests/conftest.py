@@ -9,11 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from soak.forks import Forks, ask_script
 
 SRC = str(Path(__file__).parent.parent / "src")
 
@@ -66,3 +68,19 @@ def graft() -> Graft:
         return subprocess.run(command, cwd=cwd, env=env, input=stdin, capture_output=True, text=True, timeout=300)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Runs it many times, in forks of a process that has imported torch once."""
+    with Forks(tmp_path_factory.mktemp("f")) as server:
+        yield server
+
+
+@pytest.fixture
+def forked_children(forks: Forks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The commands that this process starts are forks too; so are those of a command whose prelude is this."""
+    program = str(ask_script(tmp_path / "ask"))
+    monkeypatch.setenv("SOAK_SERVER", forks.address)
+    monkeypatch.setattr(sys, "executable", program)
+    return f"import sys; sys.executable = {program!r}"

@@ -1,17 +1,9 @@
-"""The server that forks commands, once for all tests of this folder."""
-
-from collections.abc import Iterator
+"""The small cases and what they come to without a fault, once for all tests of this folder."""
 
 import pytest
 
 from soak.forks import Forks
 from soak.kills import Soak
-
-
-@pytest.fixture(scope="session")
-def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    with Forks(tmp_path_factory.mktemp("f")) as server:
-        yield server
 
 
 @pytest.fixture(scope="session")

@@ -47,6 +47,10 @@ class Life:
             self._connection.close()
         return self._status
 
+    def ended(self) -> bool:
+        """Whether it has."""
+        return self._status is not None or not Path(f"/proc/{self.pid}").exists()
+
     def kill(self) -> None:
         """SIGKILL; nothing if it has ended."""
         with contextlib.suppress(ProcessLookupError):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from graftlm.errors import InputError
 from graftlm.studies import sweep as sweep_module
 from graftlm.studies.sweep import read_sweep
 from graftlm.studies.table import Outcome, make_rows, markdown
+from soak.forks import Forks, Life
 from tiny import TEMPLATE, data_folder, model_folder
 
 TRAIN = """
@@ -193,6 +195,7 @@ def test_rows_that_read_other_examples_are_not_held_against_each_other(tmp_path:
 # For real
 
 
+@pytest.mark.usefixtures("forked_children")
 def test_rows_are_trained_measured_skipped_and_may_fail(
     assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -219,6 +222,7 @@ def test_rows_are_trained_measured_skipped_and_may_fail(
     assert timeless(tmp_path / "out")[0]["n"] == 4
 
 
+@pytest.mark.usefixtures("forked_children")
 def test_a_budget_of_work_gives_wider_rows_fewer_steps(assets: Path, tmp_path: Path) -> None:
     rest = "[[rows]]\nname = 'one'\nbatch_size = 1\nshared_prefix = false\n"
     rest += "[[rows]]\nname = 'four'\nbatch_size = 4\nshared_prefix = false\n"
@@ -229,10 +233,36 @@ def test_a_budget_of_work_gives_wider_rows_fewer_steps(assets: Path, tmp_path: P
     assert one == pytest.approx(4 * four, rel=0.2) and four >= 2
 
 
+@pytest.mark.usefixtures("forked_children")
 def test_all_rows_failing_is_a_failure(assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = sweep(tmp_path, assets, "[[rows]]\nrank = 1000\n", f'out_dir = "{tmp_path}/out"\n')
     assert cli.run(["compare", "--config", str(file)]) == 1
     assert "every row failed: rank=1000, seed 0: --rank 1000" in capsys.readouterr().err
+
+
+def test_killed_five_times_it_ends_with_the_same_table(
+    assets: Path, tmp_path: Path, forks: Forks, forked_children: str
+) -> None:
+    rest = "max_iters = 60\neval_every = 5\n[grid]\nrank = [1, 2]\n"
+    file, log = sweep(tmp_path, assets, rest), tmp_path / "log.txt"
+
+    def begin(out: Path) -> Life:
+        words = ["compare", "--config", str(file), "--out_dir", str(out)]
+        return forks.start(*words, cwd=tmp_path, log=log, prelude=forked_children)
+
+    assert begin(tmp_path / "quiet").wait() == 0, log.read_text()
+    out, folders = tmp_path / "killed", [p.name for p in (tmp_path / "quiet").glob("rank=*")]
+    folders.sort(key=lambda name: name.startswith("rank=2"))
+    moments = [(0, 3), (0, 20), (0, 59), (1, 10), (1, 44)]  # which cell, and after which step
+    for cell, step in moments:
+        life = begin(out)
+        wait_for(out / folders[cell] / "run" / "metrics.jsonl", step, life.ended)
+        life.kill()
+        assert life.wait() == -signal.SIGKILL, log.read_text()
+    assert begin(out).wait() == 0, log.read_text()
+    assert timeless(out) == timeless(tmp_path / "quiet")
+    text = "".join((out / name / "log.txt").read_text() for name in folders)
+    assert text.count("--resume") >= 3
 
 
 def start(file: Path, out_dir: Path) -> "subprocess.Popen[bytes]":
@@ -243,34 +273,16 @@ def start(file: Path, out_dir: Path) -> "subprocess.Popen[bytes]":
     )
 
 
-def wait_for(path: Path, rows: int, process: "subprocess.Popen[bytes]") -> None:
-    while process.poll() is None and not (path.is_file() and path.read_bytes().count(b"\n") >= rows):
+def wait_for(path: Path, rows: int, ended: Callable[[], object]) -> None:
+    while not ended() and not (path.is_file() and path.read_bytes().count(b"\n") >= rows):
         time.sleep(0.01)
-
-
-def test_killed_five_times_it_ends_with_the_same_table(assets: Path, tmp_path: Path) -> None:
-    rest = "max_iters = 60\neval_every = 5\n[grid]\nrank = [1, 2]\n"
-    file = sweep(tmp_path, assets, rest)
-    assert start(file, tmp_path / "quiet").wait() == 0
-    out, folders = tmp_path / "killed", [p.name for p in (tmp_path / "quiet").glob("rank=*")]
-    folders.sort(key=lambda name: name.startswith("rank=2"))
-    moments = [(0, 3), (0, 20), (0, 59), (1, 10), (1, 44)]  # which cell, and after which step
-    for cell, step in moments:
-        process = start(file, out)
-        wait_for(out / folders[cell] / "run" / "metrics.jsonl", step, process)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert start(file, out).wait() == 0
-    assert timeless(out) == timeless(tmp_path / "quiet")
-    log = "".join((out / name / "log.txt").read_text() for name in folders)
-    assert log.count("--resume") >= 3
 
 
 def test_what_it_started_ends_with_it_and_another_one_waits_for_its_lock(assets: Path, tmp_path: Path) -> None:
     file = sweep(tmp_path, assets, "max_iters = 100000\neval_every = 50\nrank = 2\n")
     process = start(file, tmp_path / "out")
     try:
-        wait_for(next_metrics(tmp_path / "out", process), 2, process)
+        wait_for(next_metrics(tmp_path / "out", process), 2, lambda: process.poll() is not None)
         second = subprocess.run(
             [sys.executable, "-m", "graftlm", "compare", "--config", str(file), "--out_dir", str(tmp_path / "out")],
             capture_output=True,
@@ -298,7 +310,7 @@ def next_metrics(out: Path, process: "subprocess.Popen[bytes]") -> Path:
 def test_ctrl_c_saves_every_run_and_the_same_command_goes_on(assets: Path, tmp_path: Path) -> None:
     file = sweep(tmp_path, assets, "max_iters = 100000\neval_every = 50000\nrank = 2\n")
     process = start(file, tmp_path / "out")
-    wait_for(next_metrics(tmp_path / "out", process), 3, process)
+    wait_for(next_metrics(tmp_path / "out", process), 3, lambda: process.poll() is not None)
     os.kill(process.pid, signal.SIGINT)
     assert process.wait() == 130
     run = next((tmp_path / "out").glob("*/run"))

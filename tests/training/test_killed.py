@@ -2,13 +2,12 @@
 
 import json
 import random
-import subprocess
-import sys
+import signal
 import time
 from pathlib import Path
 from typing import Any
 
-from conftest import child_environment
+from soak.forks import Forks, Life
 from tiny import TEMPLATE, data_folder, model_folder
 
 KILLS = 20
@@ -20,33 +19,30 @@ def rows(out_dir: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
 
 
-def test_killed_twenty_times(tmp_path: Path) -> None:
+def test_killed_twenty_times(tmp_path: Path, forks: Forks) -> None:
     model_folder(tmp_path / "model", "gpt2", layers=1)
     data_folder(tmp_path / "data")
     words = (
         f"train --init_from {tmp_path / 'model'} --data {tmp_path / 'data'} --rank 2 --alpha 8 --lr 0.01 --dropout 0.1 "
         "--max_iters 600 --eval_every 3 --batch_size 4 --dtype float32 --device cpu --seed 3"
     ).split()
-    command = [sys.executable, "-m", "graftlm", *words, "--template", TEMPLATE, "--out_dir"]
-    environment = child_environment(OMP_NUM_THREADS="1")
-    subprocess.run([*command, str(tmp_path / "whole")], env=environment, check=True, capture_output=True)
+    log = tmp_path / "log.txt"
 
-    out, chance, killed = tmp_path / "killed", random.Random(0), 0
-    while killed < KILLS:
+    def start(out: Path) -> Life:
         resume = ["--resume"] if (out / "run.json").exists() else []
-        at = _newest(out)
-        with subprocess.Popen(
-            [*command, str(out), *resume], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        ) as process:
-            # A moment after this process made its first row or checkpoint, so that every life gets somewhere.
-            while _newest(out) == at and process.poll() is None:
-                time.sleep(0.002)
-            time.sleep(chance.uniform(0, 0.12))
-            assert process.poll() is None, process.stderr.read() if process.stderr else ""
-            process.kill()
-            killed += 1
-    done = subprocess.run([*command, str(out), "--resume"], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+        return forks.start(*words, "--template", TEMPLATE, "--out_dir", str(out), *resume, cwd=tmp_path, log=log)
+
+    assert start(tmp_path / "whole").wait() == 0, log.read_text()
+    out, chance = tmp_path / "killed", random.Random(0)
+    for _ in range(KILLS):
+        at, life = _newest(out), start(out)
+        # A moment after this process made its first row or checkpoint, so that every life gets somewhere.
+        while _newest(out) == at and not life.ended():
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.12))
+        life.kill()
+        assert life.wait() == -signal.SIGKILL, log.read_text()
+    assert start(out).wait() == 0, log.read_text()
 
     assert rows(out) == rows(tmp_path / "whole") and len(rows(out)) == 600
     for at in ("best", "last"):
