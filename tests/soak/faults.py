@@ -122,7 +122,7 @@ class Faults:
         if "b" in mode:
             return binary
         encoding, errors, newline = (*how, None, None, None)[:3]
-        text = io.TextIOWrapper(
+        text: Any = io.TextIOWrapper(
             binary,
             encoding or named.get("encoding") or "utf-8",
             errors or named.get("errors"),

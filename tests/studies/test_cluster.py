@@ -25,6 +25,7 @@ from graftlm.studies import cluster as module
 from graftlm.studies.cluster import TOKEN, connected, pieces_of
 from graftlm.text.data import encode_rows, load_dataset
 from graftlm.text.template import load_template
+from soak.forks import Forks, ask_script
 from tiny import TEMPLATE, data_folder, model_folder
 
 SWEEP = """
@@ -113,11 +114,12 @@ TIMES = ("seconds", "examples_per_s", "peak_rss_mb", "planned")
 
 
 @pytest.fixture(scope="module")
-def local(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def local(assets: Path, forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sweep, run on this machine."""
-    out = tmp_path_factory.mktemp("local") / "out"
-    environment = child_environment(OMP_NUM_THREADS="1")
-    subprocess.run([sys.executable, "-m", "graftlm", *compare(assets, out)], env=environment, check=True)
+    folder = tmp_path_factory.mktemp("local")
+    out, log, ask = folder / "out", folder / "log.txt", str(ask_script(folder / "ask"))
+    prelude = f"import sys; sys.executable = {ask!r}"
+    assert forks.run(*compare(assets, out), cwd=folder, log=log, prelude=prelude) == 0, log.read_text()
     return out
 
 
@@ -166,7 +168,7 @@ def trained_below(raylet: int, out: Path) -> str:
 
 
 def wait_for(found: Any, driver: "subprocess.Popen[str]") -> Any:
-    until = time.monotonic() + 60
+    until = time.monotonic() + 180
     while not (value := found()):
         assert driver.poll() is None and time.monotonic() < until, "it ended, or never began"
         time.sleep(0.02)
@@ -232,7 +234,7 @@ def test_a_worker_dies_midway_and_its_examples_are_read_again(cluster: Any, asse
 
 def wait_for_worker() -> int:
     """A Ray worker at work on a piece."""
-    until = time.monotonic() + 30
+    until = time.monotonic() + 180
     while time.monotonic() < until:
         for line, pid in processes().items():
             if line.startswith("ray::_read"):
