@@ -4,6 +4,7 @@ The built-in models and data sets come from the cache that `graft fetch` (`make 
 """
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -41,8 +42,17 @@ LONG = ("studies/test_cluster", "training/test_distributed", "test_notebook", "s
 """Files that take minutes, or wait. They come first, so that no process of the suite is left alone with one."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="files, and tests within a file, in a random order")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     tests = Path(__file__).parent
+    if (seed := config.getoption("shuffle")) is not None:
+        chance = random.Random(seed)
+        files = {item.path: chance.random() for item in items}
+        items.sort(key=lambda item: (files[item.path], chance.random()))
+        return
 
     def place(item: pytest.Item) -> int:
         name = item.path.relative_to(tests).as_posix()

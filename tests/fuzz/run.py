@@ -2,15 +2,16 @@
 
 Prints a line a target: inputs, results, GraftErrors, tracebacks (hangs, panics and too much memory among them), the
 slowest input and the memory that the inputs took at most; the last line is the same as one JSON object. A defect's
-first traceback and input go to the standard error. Each target is a process of its own.
+first traceback and input go to the standard error. Each target is a process of its own, a fork of the one that has
+imported everything.
 """
 
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,31 @@ def one(name: str, inputs: int, seed: int) -> dict[str, Any]:
     return {"target": name, **tally.to_json(), "defects": dict(tally.counts)}
 
 
-def beside(name: str, inputs: int, seed: int) -> dict[str, Any]:
-    """A target in a process of its own; one that ends otherwise than by itself is a defect."""
-    words = [sys.executable, __file__, "--only", name, "--here", "--inputs", str(inputs), "--seed", str(seed)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, env=environment, check=False)
-    if done.returncode:
-        ended = {"died": f"ended with status {done.returncode}", "tracebacks": 1}
+def apart(name: str, inputs: int, seed: int) -> dict[str, Any]:
+    """A target in a fork; one that ends otherwise than by itself is a defect."""
+    sys.stdout.flush()
+    readable, writable = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        status = 70
+        try:
+            os.close(readable)
+            with open(writable, "w", encoding="utf-8") as out:
+                json.dump(one(name, inputs, seed), out)
+            status = 0
+        except Exception:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    os.close(writable)
+    with open(readable, encoding="utf-8") as answer:
+        said = answer.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if status:
+        ended = {"died": f"ended with status {status}", "tracebacks": 1}
         return {"target": name, "inputs": 0, "results": 0, "errors": 0, "slowest_seconds": 0, "megabytes": 0, **ended}
-    return json.loads(done.stdout.splitlines()[-1])
+    return dict(json.loads(said))
 
 
 def main() -> int:
@@ -56,15 +73,12 @@ def main() -> int:
     parser.add_argument("--inputs", type=int, default=10_000, help="for each target")
     parser.add_argument("--only", choices=TARGETS)
     parser.add_argument("--seed", type=int, default=0, help="the number of the first input")
-    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.here:
-        print(json.dumps(one(given.only, given.inputs, given.seed)))
-        return 0
+    os.environ |= {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     print(f"{'target':22} {'inputs':>7} {'results':>8} {'errors':>7} {'tracebacks':>10} {'slowest':>9} {'memory':>9}")
     found = []
     for name in [given.only] if given.only else TARGETS:
-        found.append(beside(name, given.inputs, given.seed))
+        found.append(apart(name, given.inputs, given.seed))
         each = found[-1]
         print(
             f"{name:22} {each['inputs']:7} {each['results']:8} {each['errors']:7} {each['tracebacks']:10} "

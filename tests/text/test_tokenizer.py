@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ class Reference:
 
     def encode(self, text: str) -> list[int]:
         parts = DIGIT.split(text) if self.digits else [text]
-        return [index for part in parts for piece in GPT2_SPLIT.findall(part) for index in self.piece(piece)]
+        pieces = chain.from_iterable(map(GPT2_SPLIT.findall, parts))
+        return list(chain.from_iterable(map(self.piece, pieces)))
 
     def _piece(self, piece: str) -> list[int]:
         word = [self.shown[byte] for byte in piece.encode("utf-8")]

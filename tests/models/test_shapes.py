@@ -1,0 +1,244 @@
+"""The shapes that docstrings tell, said once more for jaxtyping, which has beartype look at them at every call.
+
+What is unusual here: the package itself does not know of it. A signature below has the name and the arguments of a
+function of ours, and no body; while a test runs, every module that holds the function holds one in its place that looks
+first at what goes in, and then at what comes out. A letter stands for one number within a call.
+"""
+
+import functools
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from beartype import beartype
+from jaxtyping import Float, Int, TypeCheckError, jaxtyped
+from torch import Tensor
+
+from graftlm.methods import DoRA, LoRA, Method
+from graftlm.methods.adapter import Adapter, BottleneckLinear
+from graftlm.methods.ia3 import IA3, StretchedLinear
+from graftlm.methods.lora import LoRALinear
+from graftlm.methods.prefix import PrefixTuning
+from graftlm.models import CausalLM, attention, base, layers
+from graftlm.models.attention import Segment
+from graftlm.text.data import Example
+from graftlm.training import objectives, preferences
+from tiny import FAMILIES, model_of
+
+
+def linear(self: Any, x: Float[Tensor, "*n {self.in_features}"]) -> Float[Tensor, "*n {self.out_features}"]: ...
+
+
+def norm(self: Any, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]: ...
+
+
+def look_up(self: Any, ids: Int[Tensor, "*n"], dtype: torch.dtype) -> Float[Tensor, "*n {self.embedding_dim}"]: ...
+
+
+def rope_table(
+    positions: Int[Tensor, "*n"], inverse_frequencies: Float[Tensor, " half"], dtype: torch.dtype
+) -> tuple[Float[Tensor, "*n half"], Float[Tensor, "*n half"]]: ...
+
+
+def rotate(
+    x: Float[Tensor, "*n h width"],
+    cos: Float[Tensor, "*m half"],
+    sin: Float[Tensor, "*m half"],
+    fused: bool = True,
+    kernels: Any = layers.TORCH,
+) -> Float[Tensor, "*n h width"]: ...
+
+
+def attend(
+    q: Float[Tensor, "b t h d"], parts: Any, bias: Float[Tensor, "#b 1 1 t s"] | None, drop: Any
+) -> Float[Tensor, "b t h d"]: ...
+
+
+def _scores(q: Float[Tensor, "b t k g d"], k: Float[Tensor, "#b k s d"]) -> Float[Tensor, "b k g t s"]: ...
+
+
+def _weighted(w: Float[Tensor, "b k g t s"], v: Float[Tensor, "#b k s d"]) -> Float[Tensor, "b k g t d"]: ...
+
+
+def attention_forward(self: Any, x: Float[Tensor, "*n d"], layer: int, context: Any) -> Float[Tensor, "*m d"]: ...
+
+
+def by_row(at: Int[Tensor, " n"], b: int, t: int) -> tuple[Int[Tensor, "{b} m"], Int[Tensor, " n"]]: ...
+
+
+def hidden(
+    self: Any,
+    ids: Int[Tensor, "b t"],
+    past: Sequence[Segment] = (),
+    keep: Segment | None = None,
+    at: Int[Tensor, "b m"] | None = None,
+) -> Float[Tensor, "b _ {self.shape.d_model}"]: ...
+
+
+def hidden_behind(
+    self: Any,
+    lead: Int[Tensor, "1 p"],
+    ids: Int[Tensor, "b t"],
+    at: Int[Tensor, "b m"] | None = None,
+    below: Any = None,
+    fork: Any = None,
+) -> tuple[Float[Tensor, "p {self.shape.d_model}"] | None, Float[Tensor, "b _ {self.shape.d_model}"]]: ...
+
+
+def lower(
+    self: Any, lead: Int[Tensor, "1 p"], ids: Int[Tensor, "b t"], layers: int, fork: Any = None
+) -> Float[Tensor, "{lead.numel()+ids.numel()} {self.shape.d_model}"]: ...
+
+
+def logits(self: Any, h: Float[Tensor, "*n d"]) -> Float[Tensor, "*n {self.shape.vocab}"]: ...
+
+
+def loss(
+    self: Any,
+    h: Float[Tensor, "n d"],
+    rows: Int[Tensor, " k"],
+    targets: Int[Tensor, " k"],
+    weights: Float[Tensor, " k"],
+) -> Float[Tensor, ""]: ...
+
+
+def log_probs(
+    self: Any, h: Float[Tensor, "n d"], rows: Int[Tensor, " k"], targets: Int[Tensor, " k"]
+) -> Float[Tensor, " k"]: ...
+
+
+def updated_weight(self: Any) -> Float[Tensor, "{self.out_features} {self.in_features}"]: ...
+
+
+def read_batch(
+    model: CausalLM, batch: objectives.Batch
+) -> tuple[Float[Tensor, "p d"] | None, Float[Tensor, "r d"], Int[Tensor, " n"]]: ...
+
+
+def objective(model: CausalLM, batch: objectives.Batch) -> Float[Tensor, ""]: ...
+
+
+def of_pairs(self: Any, sums: preferences.Sums) -> Float[Tensor, " b"]: ...
+
+
+def rewards(self: Any, sums: preferences.Sums) -> Float[Tensor, "b 2"]: ...
+
+
+SIGNATURES: dict[tuple[Any, str], Callable[..., Any]] = {
+    (layers.Linear, "forward"): linear,
+    (LoRALinear, "forward"): linear,
+    (BottleneckLinear, "forward"): linear,
+    (StretchedLinear, "forward"): linear,
+    (LoRALinear, "updated_weight"): updated_weight,
+    (layers.RMSNorm, "forward"): norm,
+    (layers.LayerNorm, "forward"): norm,
+    (layers.Embedding, "look_up"): look_up,
+    (layers, "rope_table"): rope_table,
+    (layers, "rotate"): rotate,
+    (attention, "attend"): attend,
+    (attention, "_scores"): _scores,
+    (attention, "_weighted"): _weighted,
+    (attention.Attention, "forward"): attention_forward,
+    (base, "by_row"): by_row,
+    (CausalLM, "hidden"): hidden,
+    (CausalLM, "hidden_behind"): hidden_behind,
+    (CausalLM, "lower"): lower,
+    (CausalLM, "logits"): logits,
+    (CausalLM, "loss"): loss,
+    (CausalLM, "log_probs"): log_probs,
+    (objectives, "read_batch"): read_batch,
+    (objectives, "completion"): objective,
+    (objectives, "all_tokens"): objective,
+    (preferences.Preferences, "losses"): of_pairs,
+    (preferences.Preferences, "deltas"): of_pairs,
+    (preferences.Preferences, "rewards"): rewards,
+}
+met: Counter[str] = Counter()
+
+
+def looking(signature: Callable[..., Any], really: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """The function, told apart from itself by nothing but that it looks."""
+
+    @functools.wraps(signature)
+    def call(*args: Any, **named: Any) -> Any:
+        met[name] += 1
+        return really(*args, **named)
+
+    return jaxtyped(typechecker=beartype)(call)
+
+
+@pytest.fixture
+def looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every function above looks, wherever it is held."""
+    met.clear()
+    ours = [module for name, module in sys.modules.items() if name.startswith("graftlm.")]
+    for (owner, name), signature in SIGNATURES.items():
+        really = vars(owner)[name]
+        looks = looking(signature, really, f"{owner.__name__}.{name}")
+        monkeypatch.setattr(owner, name, looks)
+        for module in ours:
+            if vars(module).get(name) is really:
+                monkeypatch.setattr(module, name, looks)
+    for kind, way in objectives.OBJECTIVES.items():
+        monkeypatch.setitem(objectives.OBJECTIVES, kind, vars(objectives)[way.__name__])
+
+
+METHODS: dict[str, Callable[[], Method]] = {
+    "lora": lambda: LoRA(rank=3, alpha=6.0, targets=("q", "k", "v", "o", "up", "down")),
+    "dora": lambda: DoRA(rank=3, alpha=6.0),
+    "adapter": lambda: Adapter(rank=3),
+    "prefix": lambda: PrefixTuning(length=3, tokens=(5, 40, 2)),
+    "ia3": lambda: IA3(targets=("q", "k", "v", "o", "up", "down")),
+}
+
+
+def example(number: int, pair: bool) -> Example:
+    prompt = (1, 2, 3, 4, 5, *range(6, 8 + number))
+    answers = ((7, *range(2, 3 + number), 0), (9, 0) if pair else ())
+    return Example(prompt, answers[0], None, "", "", "", answers[1], (-3.0, -4.0) if pair else None)
+
+
+@pytest.mark.usefixtures("looked_at")
+def test_training_scoring_and_decoding_keep_the_shapes_they_tell() -> None:
+    for kind, method in (*((kind, "lora") for kind in FAMILIES), *(("llama", method) for method in METHODS)):
+        model = model_of(kind, dtype=torch.float32)
+        METHODS[method]().install(model, torch.Generator().manual_seed(3))
+        for fused in (True, False):
+            model.set_fused(fused)
+            train(model)
+        decode(model.eval())
+    assert LoRALinear(8, 6, rank=2).updated_weight().shape == (6, 8)
+    assert set(met) == {f"{owner.__name__}.{name}" for owner, name in SIGNATURES}, "a function that nothing called"
+
+
+def train(model: CausalLM) -> None:
+    model.train()
+    for loss_on, share, targets_only in (("completion", True, True), ("completion", False, False), ("all", True, True)):
+        batch = objectives.make_batch([example(n, False) for n in range(4)], loss_on, share, targets_only)
+        objectives.OBJECTIVES[loss_on](model, batch).backward()
+    pairs = objectives.make_batch([example(n, True) for n in range(4)], "pairs")
+    for how in (preferences.Preferences(), preferences.Preferences("simpo")):
+        how(model, pairs)[0].backward()
+
+
+@torch.inference_mode()
+def decode(model: CausalLM) -> None:
+    shared, cache, rows = Segment(), Segment.cache(model.shape, 2, 6), torch.tensor([[4, 5], [6, 7]])
+    model(torch.tensor([[1, 2, 3]]), keep=shared)
+    assert model(rows, past=(shared, cache), keep=cache).shape == (2, 2, model.shape.vocab)
+    assert model(rows, past=(shared,), at=torch.tensor([1, 2, 3])).shape == (3, model.shape.vocab)
+
+
+def test_a_look_sees_what_does_not_fit() -> None:
+    looks = looking(linear, layers.Linear.forward, "linear")
+    narrow = layers.Linear(3, 2)
+    assert looks(narrow, torch.zeros(4, 3)).shape == (4, 2)
+    for x in (torch.zeros(4, 2), torch.zeros(4, 3, dtype=torch.long)):
+        with pytest.raises(TypeCheckError, match="x"):
+            looks(narrow, x)
+    turned = looking(linear, lambda self, x: layers.Linear.forward(self, x).T, "turned")
+    with pytest.raises(TypeCheckError, match="return"):
+        turned(narrow, torch.zeros(4, 3))
