@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from graftlm import process, render
+from graftlm.catalogue import overview
 from graftlm.config import (
     AccountConfig,
     CompareConfig,
@@ -349,7 +350,7 @@ def _dispatch(words: list[str]) -> int:
         raise unknown("verb", name, VERBS)
     verb = VERBS[name]
     if wants_help(rest):
-        show_help(name, verb.config, _methods() if issubclass(verb.config, MethodFlags) else "")
+        show_help(name, verb.config, overview() if issubclass(verb.config, MethodFlags) else "")
         return 0
     if name != "train" and process.processes() > 1:
         raise _once(InputError(f"graft {name}: only graft train runs in several processes: start it without torchrun"))
@@ -359,12 +360,6 @@ def _dispatch(words: list[str]) -> int:
         raise _once(error) from None
     _run_verb(verb, parsed)
     return 0
-
-
-def _methods() -> str:
-    from graftlm.methods import overview
-
-    return overview()
 
 
 def _once(error: GraftError) -> GraftError:
