@@ -77,7 +77,7 @@ def calls(name: str) -> Iterator[tuple[int, str]]:
 
 def test_the_files_are_found() -> None:
     assert {"graftlm", "graftlm.cli", "graftlm.config", "graftlm.files.formats"} <= set(MODULES)
-    assert "graftlm.errors" in imports("graftlm.config")
+    assert "graftlm.errors" in imports("graftlm.config.common")
     assert "graftlm.training.train" in imports("graftlm.cli")
 
 
