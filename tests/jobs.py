@@ -30,8 +30,8 @@ from torch import Tensor
 from graftlm import cli
 from graftlm.exchange import huggingface
 from graftlm.files import cut
+from graftlm.files.atomic import disk_errors
 from graftlm.files.cut import is_cut, local
-from graftlm.files.formats import disk_errors
 from graftlm.training import account, prepare, train
 from graftlm.training.distributed import World
 from graftlm.training.plan import Plan

@@ -36,7 +36,7 @@ from graftlm.config import (
     TrainConfig,
 )
 from graftlm.errors import GraftError, InputError, unknown
-from graftlm.files.formats import DISK_FULL, FAILING
+from graftlm.files.atomic import DISK_FULL, FAILING
 from graftlm.flags import Parsed, parse, show_help, wants_debug, wants_help
 
 if TYPE_CHECKING:

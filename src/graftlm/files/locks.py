@@ -15,7 +15,7 @@ from io import FileIO
 from pathlib import Path
 
 from graftlm.errors import InputError
-from graftlm.files.formats import disk_errors
+from graftlm.files.atomic import disk_errors
 from graftlm.files.wheels import note
 
 NAME = ".lock"

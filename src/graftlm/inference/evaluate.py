@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from graftlm.errors import GraftError, InputError
-from graftlm.files.formats import write_text
+from graftlm.files.atomic import write_text
 from graftlm.inference.generate import Progress, evaluating, generate_ids, read_shared, right_pad
 from graftlm.inference.statistics import GARBAGE, Reading, calibrated
 from graftlm.models import CausalLM, Segment

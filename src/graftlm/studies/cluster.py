@@ -38,7 +38,8 @@ from graftlm.config import RayFlags
 from graftlm.errors import GraftError, InputError
 from graftlm.exchange.huggingface import base_hash
 from graftlm.exchange.load import Loaded, load
-from graftlm.files.formats import sha256_file, write_text
+from graftlm.files.atomic import write_text
+from graftlm.files.formats import sha256_file
 from graftlm.inference.evaluate import Here, LabelIds, Tokens, scored_together
 from graftlm.inference.generate import Progress, decoded_together, shared_length
 from graftlm.studies.commands import LOST, Child, CommandFailed, WorkerLost, run_graft, threads

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from graftlm.errors import InputError
-from graftlm.files.formats import load_safetensors, read_json, save_safetensors, write_json
+from graftlm.files.atomic import write_json
+from graftlm.files.formats import load_safetensors, read_json, save_safetensors
 from graftlm.inference.evaluate import score
 from graftlm.inference.generate import evaluating, generate_ids
 from graftlm.methods.base import trainable

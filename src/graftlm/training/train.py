@@ -31,8 +31,8 @@ from graftlm.errors import GraftError, InputError, Interrupted
 from graftlm.exchange.device import pick_device, pick_dtype
 from graftlm.exchange.load import read_run
 from graftlm.files.assets import cache_home
+from graftlm.files.atomic import remove_leftovers, write_json
 from graftlm.files.cut import whole
-from graftlm.files.formats import remove_leftovers, write_json
 from graftlm.files.locks import NAME as LOCK
 from graftlm.files.locks import alone_in, held_by
 from graftlm.methods import Method
