@@ -19,8 +19,9 @@ from graftlm import cli
 from graftlm.config import EvaluateConfig, RayFlags
 from graftlm.errors import InputError
 from graftlm.exchange.load import load
-from graftlm.inference.evaluate import Here, evaluate, scored_together
+from graftlm.inference.evaluate import Here, evaluate
 from graftlm.inference.generate import decoded_together
+from graftlm.inference.scoring import scored_together
 from graftlm.studies import cluster as module
 from graftlm.studies.cluster import TOKEN, connected, pieces_of
 from graftlm.text.data import encode_rows, load_dataset

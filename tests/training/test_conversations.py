@@ -13,7 +13,7 @@ from graftlm.config import TrainConfig
 from graftlm.errors import InputError, Interrupted
 from graftlm.exchange.load import load
 from graftlm.files.formats import read_json
-from graftlm.inference.evaluate import score
+from graftlm.inference.scoring import score
 from graftlm.methods import LoRA
 from graftlm.methods.base import trainable
 from graftlm.models import CausalLM

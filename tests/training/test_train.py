@@ -17,7 +17,7 @@ from graftlm.config import TrainConfig
 from graftlm.errors import GraftError, InputError, Interrupted
 from graftlm.exchange.load import load
 from graftlm.files.formats import load_safetensors
-from graftlm.inference.evaluate import score
+from graftlm.inference.scoring import score
 from graftlm.text.data import encode_rows, label_ids, load_dataset
 from graftlm.training import train as train_module
 from graftlm.training.preferences import loss_of

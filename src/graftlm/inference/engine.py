@@ -34,8 +34,8 @@ from torch import Tensor
 from graftlm.errors import Busy, Closed, GraftError, InputError, unknown
 from graftlm.exchange.load import Loaded
 from graftlm.exchange.served import read_adapters
-from graftlm.inference.evaluate import score
 from graftlm.inference.generate import Batch, likeliest, sample, uniform
+from graftlm.inference.scoring import score
 from graftlm.methods.stack import Stack, stack
 from graftlm.text.data import Example
 from graftlm.text.stream import TextStream

@@ -27,8 +27,8 @@ from typing import Any
 from graftlm.config import Choice, Style
 from graftlm.errors import InputError
 from graftlm.inference.demonstrations import CONTENT_FREE, Embed, choose, reordered
-from graftlm.inference.evaluate import score
 from graftlm.inference.generate import Progress, generate_ids
+from graftlm.inference.scoring import score
 from graftlm.inference.statistics import calibrated
 from graftlm.models import CausalLM
 from graftlm.text.chat import Chat, Message

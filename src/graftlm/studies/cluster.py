@@ -40,8 +40,9 @@ from graftlm.exchange.huggingface import base_hash
 from graftlm.exchange.load import Loaded, load
 from graftlm.files.atomic import write_text
 from graftlm.files.formats import sha256_file
-from graftlm.inference.evaluate import Here, LabelIds, Tokens, scored_together
+from graftlm.inference.evaluate import Here
 from graftlm.inference.generate import Progress, decoded_together, shared_length
+from graftlm.inference.scoring import LabelIds, Tokens, scored_together
 from graftlm.studies.commands import LOST, Child, CommandFailed, WorkerLost, run_graft, threads
 from graftlm.text.data import Example
 
@@ -361,11 +362,7 @@ class Copies:
         self._task = cluster.task(_read, retries=LOST)
 
     def scores(
-        self,
-        examples: Sequence[Example],
-        label_ids: LabelIds,
-        batch_size: int,
-        progress: Progress | None,
+        self, examples: Sequence[Example], label_ids: LabelIds, batch_size: int, progress: Progress | None
     ) -> Tensor:
         """See Reader."""
         shared = shared_length([example.prompt_ids for example in examples])

@@ -24,8 +24,8 @@ from torch import Tensor
 from graftlm.errors import InputError
 from graftlm.files.atomic import write_json
 from graftlm.files.formats import load_safetensors, read_json, save_safetensors
-from graftlm.inference.evaluate import score
 from graftlm.inference.generate import evaluating, generate_ids
+from graftlm.inference.scoring import score
 from graftlm.methods.base import trainable
 from graftlm.models.base import CausalLM
 from graftlm.text.data import Example

@@ -3,8 +3,8 @@
 import torch
 
 from graftlm.config import TrainConfig
-from graftlm.inference.evaluate import score
 from graftlm.inference.generate import evaluating
+from graftlm.inference.scoring import score
 from graftlm.models.base import CausalLM
 from graftlm.text.data import Example
 from graftlm.training.distributed import World, in_step
