@@ -16,9 +16,10 @@ from graftlm.exchange.adapters import save_adapter
 from graftlm.exchange.huggingface import load_model
 from graftlm.exchange.load import Loaded, load, read_tokenizer
 from graftlm.inference import engine as module
-from graftlm.inference.engine import Completion, Engine, Piece, Request, Ticket
+from graftlm.inference.engine import Engine
 from graftlm.inference.evaluate import evaluate
 from graftlm.inference.generate import generate, generate_ids
+from graftlm.inference.requests import Completion, Piece, Request, Ticket
 from graftlm.methods import DoRA, LoRA, Method
 from graftlm.methods.lora import LoRALinear
 from graftlm.models import CausalLM, sharing

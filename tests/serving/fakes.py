@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from graftlm.inference.engine import Busy, Completion, Piece, Request, Ticket
+from graftlm.errors import Busy
+from graftlm.inference.requests import Completion, Piece, Request, Ticket
 from graftlm.serving.app import Served, Service, make_app
 from graftlm.serving.server import Server, listening, url_of
 from graftlm.text.template import load_template

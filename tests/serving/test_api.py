@@ -16,8 +16,7 @@ import httpx2 as httpx
 import openai
 import pytest
 
-from graftlm.errors import GraftError, InputError
-from graftlm.inference.engine import Closed
+from graftlm.errors import Closed, GraftError, InputError
 from graftlm.serving import limits
 from graftlm.serving.app import Service
 from graftlm.serving.limits import Hosts, Rate, is_loopback

@@ -27,7 +27,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from graftlm.errors import GraftError, InputError, nearest
-from graftlm.inference.engine import Engine, Request
+from graftlm.inference.engine import Engine
+from graftlm.inference.requests import Request
 from graftlm.serving.answers import Asked, choices, done, refused, stream, while_there, whole
 from graftlm.serving.limits import Gate, read_body, refusal
 from graftlm.serving.schemas import (
