@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from graftlm.exchange.load import Loaded
-    from graftlm.studies.cluster import Cluster
+    from graftlm.inference.evaluate import Reader
     from graftlm.text.data import Example
     from graftlm.text.template import Template
 
@@ -62,15 +62,16 @@ def _train(parsed: Parsed, notes: "Console") -> Result:
 
 def _evaluate(parsed: Parsed, notes: "Console") -> Result:
     if not parsed.config.ray:
-        return _evaluate_on(None, parsed.config, notes)
+        return _evaluate_by(None, parsed.config, notes)
     from graftlm.studies.cluster import connected
+    from graftlm.studies.cluster_copies import copies
 
     with connected(parsed.config, parsed.every.debug) as cluster:
-        return _evaluate_on(cluster, parsed.config, notes)
+        return _evaluate_by(lambda loaded: copies(cluster, parsed.config, loaded), parsed.config, notes)
 
 
-def _evaluate_on(cluster: "Cluster | None", config: EvaluateConfig, notes: "Console") -> Result:
-    """The evaluation here, or by copies of the model on a cluster."""
+def _evaluate_by(reader_of: Callable[["Loaded"], "Reader"] | None, config: EvaluateConfig, notes: "Console") -> Result:
+    """The evaluation by what is loaded here, or by a reader made of it, such as its copies on a cluster."""
     from graftlm.exchange.load import load
     from graftlm.inference.evaluate import evaluate, write_predictions
     from graftlm.text.data import common_prefix
@@ -87,7 +88,7 @@ def _evaluate_on(cluster: "Cluster | None", config: EvaluateConfig, notes: "Cons
             read=config.read,
             batch_size=config.batch_size,
             content_free=content_free,
-            reader=cluster.reader(config, loaded) if cluster else None,
+            reader=reader_of(loaded) if reader_of else None,
             progress=progress,
         )
     if config.predictions:

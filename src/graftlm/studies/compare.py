@@ -74,10 +74,11 @@ def _commands(config: CompareConfig, cells: int, lock: int, debug: bool) -> Iter
         yield Here(config.jobs or 1, lock)
         return
     from graftlm.studies.cluster import connected
+    from graftlm.studies.cluster_commands import commands
 
     with connected(config, debug) as cluster:
         at_once = min(config.jobs or MOST_ASKED, cells)
-        with cluster.commands(Path(config.out_dir), at_once) as elsewhere:
+        with commands(cluster, Path(config.out_dir), at_once) as elsewhere:
             yield elsewhere
 
 
