@@ -18,7 +18,8 @@ from graftlm.methods import LoRA
 from graftlm.methods.base import trainable
 from graftlm.models import CausalLM
 from graftlm.text.chat import Chat
-from graftlm.text.data import Example, encode_rows, load_dataset, marked, preflight
+from graftlm.text.data import Example, encode_rows, load_dataset
+from graftlm.text.preflight import marked, preflight
 from graftlm.text.template import load_template
 from graftlm.text.tokenizer import Tokenizer
 from graftlm.training import trainer as trainer_module

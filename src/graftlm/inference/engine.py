@@ -32,8 +32,9 @@ from torch import Tensor
 from graftlm.errors import Busy, Closed, GraftError, InputError, unknown
 from graftlm.exchange.load import Loaded
 from graftlm.exchange.served import read_adapters
-from graftlm.inference.generate import Batch, likeliest, sample
+from graftlm.inference.generate import Batch
 from graftlm.inference.requests import CANCELLED, Catching, Ending, Piece, Question, Request, Ticket, failure
+from graftlm.inference.sampling import likeliest, sample
 from graftlm.inference.scoring import score
 from graftlm.methods.stack import Stack, stack
 from graftlm.text.data import Example

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from graftlm.errors import GraftError, InputError
-from graftlm.inference.generate import uniform
+from graftlm.inference.sampling import uniform
 from graftlm.text.stream import TextStream
 
 

@@ -30,7 +30,8 @@ from graftlm.methods import Method
 from graftlm.methods.base import totals
 from graftlm.methods.folding import FoldingLinear
 from graftlm.models.base import CausalLM
-from graftlm.text.data import Dataset, Example, encode_rows, label_ids, load_dataset, preflight, sample
+from graftlm.text.data import Dataset, Example, encode_rows, label_ids, load_dataset, sample
+from graftlm.text.preflight import preflight
 from graftlm.text.template import Template, load_template
 from graftlm.training.distributed import World, cut, first_pass
 from graftlm.training.logs import check_loggers
