@@ -21,7 +21,7 @@ Letters: B rows, V tokens of the vocabulary.
 import secrets
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -68,6 +68,8 @@ class Request:
     """Decides the sample, whoever shares the batch; None: a seed of its own, drawn anew."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer; they are not part of it."""
+    ends: Collection[int] = ()
+    """Tokens that end it beside the end of text, as the end of a turn does (`Chat.ends`); they are not part of it."""
 
     def __post_init__(self) -> None:
         checks = (
@@ -148,7 +150,7 @@ class Ticket:
 
     def _take(self, token: int, logprob: float, eot: int) -> Piece:
         """What the next token makes of it."""
-        if token == eot:
+        if token == eot or token in self.request.ends:
             return Piece(self._stream.end(), None, None, "stop")
         self._tokens.append(token)
         self._logprobs.append(logprob)
