@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from graftlm.errors import GraftError, InputError
+from graftlm.exchange.device import exact
 from graftlm.files.formats import write_text
 from graftlm.inference.generate import Progress, evaluating, generate_ids, read_shared, right_pad
 from graftlm.inference.statistics import GARBAGE, Reading, calibrated
@@ -223,7 +224,7 @@ def _log_probs(
     logits = model(ids, past=past, keep=keep, at=at)
     index = torch.tensor(where, dtype=torch.long, device=logits.device)
     tokens = torch.tensor([token for _, _, token in wanted], dtype=torch.long, device=logits.device)
-    return (logits[index, tokens].double() - logits.logsumexp(dim=-1).double()[index]).tolist()
+    return (exact(logits[index, tokens]) - exact(logits.logsumexp(dim=-1)[index])).tolist()
 
 
 # Labels ---------------------------------------------------------------------------------------------------------------

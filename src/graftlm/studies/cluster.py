@@ -11,7 +11,6 @@ What is unusual here:
 Ray is imported when it is asked for, with its usage statistics off. A cluster started here listens on loopback only.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -35,7 +34,7 @@ import torch
 from torch import Tensor
 
 from graftlm.config import RayFlags
-from graftlm.errors import GraftError, InputError
+from graftlm.errors import GraftError, InputError, posix_module
 from graftlm.exchange.huggingface import base_hash
 from graftlm.exchange.load import Loaded, load
 from graftlm.files.formats import sha256_file, write_text
@@ -313,7 +312,7 @@ def _command(place: Place, name: str, words: list[str], cpus: int, on_gpu: bool)
 
 def _held(lock: int) -> bool:
     """Whether a lock could be had; a lost worker's command, which still has it, ends soon."""
-    until = time.monotonic() + PATIENCE
+    fcntl, until = posix_module("fcntl"), time.monotonic() + PATIENCE
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
