@@ -46,10 +46,10 @@ def test_there_are_a_form_for_each_kind_of_issue_and_a_template_for_changes() ->
     assert "make check" in (ROOT / ".github/PULL_REQUEST_TEMPLATE.md").read_text(encoding="utf-8")
 
 
-def defined(path: Path) -> set[str]:
-    """Every function, class and method of a file by its own name."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    return {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
+def defined(*paths: Path) -> set[str]:
+    """Every function, class and method of these files by its own name."""
+    nodes = (node for path in paths for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    return {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
 
 
 def test_the_walk_through_the_code_names_what_is_there() -> None:
@@ -62,10 +62,11 @@ def test_the_walk_through_the_code_names_what_is_there() -> None:
         files = [name for name in quoted if name.endswith(".py")]
         for name in (name for name in quoted if not name.endswith(".py")):
             first, _, rest = name.partition(".")
-            if (SRC / f"{first}.py").is_file():  # flags.parse
-                assert rest in defined(SRC / f"{first}.py"), f"{row}: {first}.py has no {rest}"
+            module = [*SRC.glob(f"{first}.py"), *SRC.glob(f"{first}/*.py")] if first else []
+            if module:  # flags.parse
+                assert rest in defined(*module), f"{row}: {first} has no {rest}"
                 continue
-            there = set().union(*(defined(SRC / file) for file in files))
+            there = defined(*(SRC / file for file in files))
             assert set(filter(None, name.split("."))) <= there, f"{row}: {name} is in none of {files}"
         assert all((SRC / file).is_file() for file in files), row
 
