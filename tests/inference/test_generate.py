@@ -87,6 +87,14 @@ def test_generation_stops_when_all_have_ended() -> None:
     assert len(calls) == 1
 
 
+def test_any_of_several_tokens_ends_a_row() -> None:
+    model, prompts = tiny("llama"), ragged([3, 9, 5])
+    whole = generate_ids(model, prompts, max_new_tokens=12, eot=-1)
+    ends = {whole[0][4], whole[1][7]}
+    expected = [row[: min((n for n, token in enumerate(row) if token in ends), default=12)] for row in whole]
+    assert generate_ids(model, prompts, max_new_tokens=12, eot=ends) == expected
+
+
 def test_batches_are_continued_together_while_their_prompts_are_few_and_short(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = [1, 1, 2, 2, 3, 3, 9, 9, 9]
     assert list(module.decoded_together(lengths, 2)) == [[0, 1, 2, 3, 4, 5, 6, 7], [8]]  # TOGETHER = 4 batches

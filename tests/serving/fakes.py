@@ -96,10 +96,12 @@ class FakeEngine:
             ticket.cancel()
 
 
-def service(folder: Path, *adapters: str, room: int = 200, max_tokens: int = 64) -> tuple[Service, FakeEngine]:
-    """A service on a fake engine and a byte-level tokenizer in `folder`."""
+def service(
+    folder: Path, *adapters: str, room: int = 200, max_tokens: int = 64, control: Sequence[str] = ()
+) -> tuple[Service, FakeEngine]:
+    """A service on a fake engine and a byte-level tokenizer, with these control tokens, in `folder`."""
     folder.mkdir(exist_ok=True)
-    vocab = byte_tokenizer(folder)
+    vocab = byte_tokenizer(folder, *control)
     tokenizer = Tokenizer.from_folder(folder)
     engine = FakeEngine(tokenizer)
     template = load_template("Review: {text}\nIs it:")

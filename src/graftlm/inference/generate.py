@@ -16,7 +16,7 @@ Left out: beam search, repetition penalties, speculative decoding.
 Letters: B rows, T tokens at hand, V tokens of the vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -67,7 +67,7 @@ def generate(
         model,
         ids,
         max_new_tokens=max_new_tokens,
-        eot=chat.end if chat else tokenizer.eot,
+        eot=chat.ends if chat else tokenizer.eot,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -83,7 +83,7 @@ def generate_ids(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    eot: int,
+    eot: int | Collection[int],
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -95,7 +95,8 @@ def generate_ids(
 ) -> list[list[int]]:
     """The tokens that follow each prompt, in the order given, without the end-of-text token `eot` that ended them.
 
-    A continuation ends at `eot`, after `max_new_tokens`, or where prompt and continuation fill the model's context.
+    A continuation ends at `eot` (or at any of several: `Chat.ends`), after `max_new_tokens`, or where prompt and
+    continuation fill the model's context.
     temperature: divides the logits; 0 takes the likeliest token (greedy), and the other settings then mean nothing.
     top_k: sample among the k likeliest tokens; 0 means all. top_p: and of these, among the fewest likeliest that
     together have this probability (Holtzman et al. 2020, "nucleus sampling"); 1 means all.
@@ -107,6 +108,7 @@ def generate_ids(
     """
     assert max_new_tokens >= 1 and batch_size >= 1 and temperature >= 0 and top_k >= 0 and 0 < top_p <= 1
     _check(prompts, model.room)
+    ends = frozenset({eot} if isinstance(eot, int) else eot)
 
     def pick(logits: Tensor, rows: Sequence[int], step: int) -> list[int]:
         if temperature == 0:
@@ -119,7 +121,7 @@ def generate_ids(
         for rows in decoded_together([len(prompt) - skip for prompt in prompts], batch_size):
             room = [min(max_new_tokens, model.room - len(prompts[row])) for row in rows]
             own = [prompts[row][skip:] for row in rows]
-            continuations = _continue(model, own, rows, past, room, eot, pick, batch_size, stop)
+            continuations = _continue(model, own, rows, past, room, ends, pick, batch_size, stop)
             for row, tokens in zip(rows, continuations, strict=True):
                 new[row] = tokens
             if progress is not None:
@@ -152,7 +154,7 @@ def _continue(
     names: Sequence[int],
     shared: Sequence[Segment],
     room: Sequence[int],
-    eot: int,
+    eot: Collection[int],
     pick: Callable[[Tensor, Sequence[int], int], list[int]],
     batch_size: int,
     stop: Stop | None,
@@ -177,10 +179,10 @@ def _continue(
     step = 0
     while True:
         for row, token in zip(live, tokens, strict=True):
-            if token != eot:
+            if token not in eot:
                 new[row].append(token)
         goes_on = [
-            token != eot and len(new[row]) < room[row] and not (stop and stop(new[row]))
+            token not in eot and len(new[row]) < room[row] and not (stop and stop(new[row]))
             for row, token in zip(live, tokens, strict=True)
         ]
         if not any(goes_on):

@@ -5,7 +5,7 @@ depends on nothing else. What goes wrong with it is its own end, and is told in 
 """
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -33,6 +33,8 @@ class Request:
     """Decides the sample, whoever shares the batch; None: a seed of its own, drawn anew."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer; they are not part of it."""
+    ends: Collection[int] = ()
+    """Tokens that end it beside the end of text, as the end of a turn does (`Chat.ends`); they are not part of it."""
 
     def __post_init__(self) -> None:
         checks = (
@@ -113,7 +115,7 @@ class Ticket:
 
     def _take(self, token: int, logprob: float, eot: int) -> Piece:
         """What the next token makes of it."""
-        if token == eot:
+        if token == eot or token in self.request.ends:
             return Piece(self._stream.end(), None, None, "stop")
         self._tokens.append(token)
         self._logprobs.append(logprob)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from graftlm.errors import GraftError
+from graftlm.exchange.device import exact
 
 FEW = 512
 """Of so many tokens, the likeliest, top_p has mostly enough."""
@@ -40,15 +41,15 @@ def sample(logits: Tensor, u: Sequence[float], temperature: float, top_k: int = 
     weights = torch.softmax(logits, dim=-1)
     if top_p < 1 and ids is None:
         weights, ids = _likely(weights, top_p)
-    weights = weights.double()
+    weights = exact(weights)
     cumulative = weights.cumsum(dim=-1)
     if top_p < 1:
         # A token stays when those before it do not yet reach top_p; so the first always stays.
         weights = weights.masked_fill(cumulative - weights >= top_p, 0)
         cumulative = weights.cumsum(dim=-1)
-    target = torch.tensor(u, dtype=torch.float64, device=logits.device)[:, None] * cumulative[:, -1:]
+    target = torch.tensor(u, dtype=weights.dtype, device=weights.device)[:, None] * cumulative[:, -1:]
     index = torch.searchsorted(cumulative, target, right=True)  # the first whose cumulative weight exceeds it
-    return (index if ids is None else ids.gather(-1, index))[:, 0].tolist()
+    return (index if ids is None else ids.to(index.device).gather(-1, index))[:, 0].tolist()
 
 
 def _likely(weights: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
@@ -57,7 +58,7 @@ def _likely(weights: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     Sorting a whole vocabulary for a few tokens would take longer than a step of a small model.
     """
     few, ids = weights.topk(min(FEW, weights.shape[-1]), dim=-1)
-    if bool((few.double().sum(dim=-1) < top_p).any()):
+    if bool((exact(few).sum(dim=-1) < top_p).any()):
         return weights.sort(dim=-1, descending=True, stable=True)
     return few, ids
 

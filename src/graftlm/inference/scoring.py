@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from graftlm.errors import InputError
+from graftlm.exchange.device import exact
 from graftlm.inference.generate import Progress, evaluating, read_shared, right_pad
 from graftlm.models import CausalLM, Segment
 from graftlm.text.data import Example
@@ -205,4 +206,4 @@ def _log_probs(
     logits = model(ids, past=past, keep=keep, at=at)
     index = torch.tensor(where, dtype=torch.long, device=logits.device)
     tokens = torch.tensor([token for _, _, token in wanted], dtype=torch.long, device=logits.device)
-    return (logits[index, tokens].double() - logits.logsumexp(dim=-1).double()[index]).tolist()
+    return (exact(logits[index, tokens]) - exact(logits.logsumexp(dim=-1)[index])).tolist()

@@ -5,7 +5,6 @@ the folder by a token that every node must find there, and the nodes' graftlm by
 given again and goes on from its last checkpoint.
 """
 
-import fcntl
 import os
 import secrets
 import signal
@@ -20,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from graftlm.errors import InputError
+from graftlm.errors import InputError, posix_module
 from graftlm.files.atomic import write_text
 from graftlm.studies.cluster import PATIENCE, Cluster
 from graftlm.studies.commands import LOST, Child, CommandFailed, WorkerLost, run_graft, threads
@@ -149,7 +148,7 @@ def _command(place: Place, name: str, words: list[str], cpus: int, on_gpu: bool)
 
 def _held(lock: int) -> bool:
     """Whether a lock could be had; a lost worker's command, which still has it, ends soon."""
-    until = time.monotonic() + PATIENCE
+    fcntl, until = posix_module("fcntl"), time.monotonic() + PATIENCE
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -56,7 +56,7 @@ def reference_sums(model: CausalLM, examples: Sequence[Example], world: World | 
         for at in range(world.rank * GROUP, len(order), world.size * GROUP):
             rows = order[at : at + GROUP]
             batch = make_batch([examples[i] for i in rows], "pairs").to(model.device)
-            found[rows] = answer_sums(model, batch).policy.double().cpu()
+            found[rows] = answer_sums(model, batch).policy.cpu().double()
     return world.add(found)  # what another process computes is 0 here
 
 
