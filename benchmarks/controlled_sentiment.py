@@ -79,7 +79,7 @@ def flags(values: Mapping[str, Any]) -> list[str]:
 
 def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """A jsonl file, atomically."""
-    from graftlm.files.formats import write_text
+    from graftlm.files.atomic import write_text
 
     write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
 
@@ -151,7 +151,7 @@ class Experiment:
 
     def stage(self, name: str, tables: Sequence[str], run: Callable[[], Any]) -> Any:
         """What a stage gives: run now, or read if it was run before with the same values in the recipe's `tables`."""
-        from graftlm.files.formats import write_json
+        from graftlm.files.atomic import write_json
 
         file, begun = self.work / f"{name}.json", self.work / f"{name}.begun"
         # To another list of betas belong the same runs of those that are in both.

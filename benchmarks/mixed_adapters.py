@@ -78,7 +78,8 @@ def decode(contender: Contender, prompts: Sequence[Sequence[int]], new: int) -> 
     """Continue all prompts by `new` tokens; seconds of reading them and of the steps."""
     import torch
 
-    from graftlm.inference.generate import Batch, likeliest
+    from graftlm.inference.generate import Batch
+    from graftlm.inference.sampling import likeliest
 
     batch = Batch(contender.model)
     with torch.no_grad(), contender.using(len(prompts)):

@@ -30,12 +30,12 @@ from torch import Tensor
 from graftlm import cli
 from graftlm.exchange import huggingface
 from graftlm.files import cut
+from graftlm.files.atomic import disk_errors
 from graftlm.files.cut import is_cut, local
-from graftlm.files.formats import disk_errors
-from graftlm.training import account, prepare, train
+from graftlm.training import account, prepare, train, trainer
 from graftlm.training.distributed import World
 from graftlm.training.plan import Plan
-from graftlm.training.train import Trainer
+from graftlm.training.trainer import Trainer
 
 LOOK, PASSES = 16, 4
 seen: dict[str, Any] = {}
@@ -108,10 +108,10 @@ def no_whole_model(*_: Any) -> None:
 def patch(world: World) -> None:
     """One process group for all commands; a look at what they hold; signals."""
     places: Any = (World, Trainer, huggingface, prepare)
-    train_module: Any = train
+    modules: Any = (train, trainer)
     peaks: Any = account
     peaks.matrix_peak = lambda device, dtype: 1e9  # in bfloat16 a CPU may take half a minute to measure it
-    plan, step, begin, load = train_module.make_plan, Trainer._step, Trainer.__post_init__, prepare.load_model
+    plan, step, begin, load = train.make_plan, Trainer._step, Trainer.__post_init__, prepare.load_model
 
     def stopped(self: Trainer, number: int, batches: list[list[int]]) -> Any:
         if number == stop_at[0] and world.rank == 1:
@@ -133,7 +133,8 @@ def patch(world: World) -> None:
     places[0].start, places[0].close = classmethod(lambda cls, device: world), lambda self: None
     places[1]._step, places[1].__post_init__ = stopped, begun
     places[2].stored_rows = watched(huggingface.stored_rows)
-    train_module.make_plan = lambda *args, **options: (plan if seen["plan"] else unplanned)(*args, **options)
+    for module in modules:
+        module.make_plan = lambda *args, **options: (plan if seen["plan"] else unplanned)(*args, **options)
     places[3].load_model = lambda *args: no_whole_model() if seen["cut"] else load(*args)
 
 

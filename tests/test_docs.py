@@ -1,6 +1,11 @@
-"""The pages: every link leads somewhere, every line of shell is one that graft takes, every line of Python parses."""
+"""The pages: every link leads somewhere, every line of shell is one that graft takes, every line of Python parses.
+
+What `make docs` would find is found here without mkdocs, as far as links and headings go; and what it would not: files
+and flags that are named in the text.
+"""
 
 import ast
+import dataclasses
 import json
 import re
 import shlex
@@ -25,17 +30,26 @@ def blocks(path: str, language: str) -> list[str]:
     return [block for said, block in fenced if said == language]
 
 
+def unfenced(page: Path) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
 def prose(page: Path) -> str:
     """A page without what stands in code."""
-    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-    return re.sub(r"`[^`\n]*`", "`code`", text)
+    return re.sub(r"`[^`\n]*`", "`code`", unfenced(page))
+
+
+def quoted(page: Path) -> list[str]:
+    """What stands in code within its lines, or over the end of one."""
+    return [code.replace("\n", " ") for code in re.findall(r"`([^`]+)`", unfenced(page))]
 
 
 def anchors(page: Path) -> set[str]:
-    """What its headings are called in links."""
-    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-    titles = [re.sub(r"[^\w\- ]", "", title.lower()) for title in re.findall(r"^#+ (.+)$", text, re.MULTILINE)]
-    return {title.strip().replace(" ", "-") for title in titles}
+    """What its headings are called in links, by a code host and by mkdocs alike, which makes one dash of several."""
+    titles = re.findall(r"^#+ (.+)$", unfenced(page), re.MULTILINE)
+    names = {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+    return {name for name in names if re.sub("-+", "-", name) == name and name.isascii()}
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -83,6 +97,46 @@ def test_every_line_of_shell_is_one_that_graft_takes(
         parse(verb, cli.VERBS[verb].config, words, cli.VERBS[verb].positional)
 
 
+@pytest.mark.parametrize("path", sorted({*PATHS} - {*TASKS}))
+def test_a_line_of_graft_on_any_other_page_is_one_that_it_takes(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    (tmp_path / "sweep.toml").write_text("[train]\n")
+    for block in (block for language in ("", "shell") for block in blocks(path, language)):
+        for line in block.replace("\\\n", " ").splitlines():
+            if re.match(r"graft [a-z]", line) or " -m graftlm " in line:
+                verb, *words = re.split(r"^graft | -m graftlm ", line)[1].split("#")[0].split(maxsplit=1)
+                assert verb in cli.VERBS, f"{path}: {line}"
+                parse(verb, cli.VERBS[verb].config, shlex.split(" ".join(words)), cli.VERBS[verb].positional)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_verbs_and_flags_in_the_text_are_ones(path: str) -> None:
+    everywhere = {"json", "debug", "help", "config"}
+    for code in quoted(ROOT / path):
+        if match := re.match(r"(?:graft|.* -m graftlm) ([a-z]+)\b(.*)", code):
+            verb, rest = match.groups()
+            assert verb in cli.VERBS, f"{path}: `{code}`"
+            known = everywhere | {field.name for field in dataclasses.fields(cli.VERBS[verb].config)}
+            for flag in re.findall(r"(?<![\w-])--([a-zA-Z][\w-]*)", rest):
+                name = flag.replace("-", "_")
+                assert known & {name, name.removeprefix("no_")}, f"{path}: `{code}`: {verb} has no --{flag}"
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_files_that_the_text_names_are_there(path: str) -> None:
+    top = {"tests", "docs", "src", "benchmarks", "recipes", "tools", "examples", "notebooks"}
+    rooms = {"files", "text", "models", "methods", "exchange", "inference", "training", "studies", "serving"}
+    for name in re.findall(r"[\w.*-]+(?:/[\w.*-]+)+", "\n".join(quoted(ROOT / path))):
+        first = name.partition("/")[0]
+        if first in top:
+            assert list(ROOT.glob(name)), f"{path}: there is no {name}"
+        elif first in rooms and name.endswith(".py"):
+            assert any((ROOT / where / name).is_file() for where in ("src/graftlm", "tests")), f"{path}: no {name}"
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_every_block_of_python_parses(path: str) -> None:
     for block in blocks(path, "python"):
@@ -111,6 +165,13 @@ def test_the_chat_pages_example_runs(
 def test_every_page_is_in_the_sites_navigation() -> None:
     named = set(re.findall(r"^\s*- [^:]+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE))
     assert named == {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
+
+
+def test_the_site_is_made_strictly_and_in_ci() -> None:
+    """mkdocs is no tool of the tests; what it alone would find, it finds in CI."""
+    assert re.search(r"^strict: true$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    ran = (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
+    assert ran.index("make docs") < ran.index("make test")
 
 
 def test_the_reference_names_every_public_name() -> None:

@@ -25,7 +25,7 @@ from conftest import Graft, child_environment
 from graftlm import cli
 from graftlm.config import TrainConfig
 from graftlm.files.assets import model_folder as asset_folder
-from graftlm.training import train as train_module
+from graftlm.training import trainer as trainer_module
 from graftlm.training.preferences import loss_of
 from hub_mirror import serve
 from tiny import TEMPLATE, data_folder, model_folder
@@ -880,7 +880,7 @@ def break_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
         real = loss_of(config)
         return lambda model, batch: (real(model, batch)[0] * (math.nan if next(numbers) == step else 1.0), {})
 
-    monkeypatch.setattr(train_module, "loss_of", broken)
+    monkeypatch.setattr(trainer_module, "loss_of", broken)
 
 
 def test_a_loss_that_is_nan_names_the_step_and_the_last_good_checkpoint(

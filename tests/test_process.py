@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -86,3 +87,36 @@ def test_freed_memory_is_kept_for_the_next_tensor() -> None:
 def test_what_was_gathered_for_a_block_leaves_nothing_behind() -> None:
     kept, given_back = (float(child(HOLES, how)) for how in ("keep_memory", "give_back_large"))
     assert given_back < 10 < 15 < kept, (given_back, kept)  # a block's weights are 16 MB
+
+
+WINDOWS = """
+import importlib, pkgutil, sys
+from pathlib import Path
+for name in ("fcntl", "resource", "pwd", "grp", "termios"):
+    sys.modules[name] = None  # as where Python has none: importing it is an error
+import graftlm
+for found in pkgutil.walk_packages(graftlm.__path__, "graftlm."):
+    if found.name != "graftlm.__main__":
+        importlib.import_module(found.name)
+from graftlm.errors import GraftError
+from graftlm.files.locks import alone_in
+from graftlm.training import memory
+memory._status_mb = lambda field: None
+def lock():
+    with alone_in(Path(sys.argv[1]), "graft train"):
+        pass
+for needs in (lock, memory.peak_rss_mb):
+    try:
+        needs()
+    except GraftError as error:
+        print(error)
+"""
+
+
+def test_without_what_windows_lacks_all_is_imported_and_what_needs_it_says_so(tmp_path: Path) -> None:
+    told = child(WINDOWS, str(tmp_path / "run")).splitlines()
+    assert told == [
+        f"this system lacks what graft needs here (Python's module '{name}'): on Windows, run graft within WSL"
+        for name in ("fcntl", "resource")
+    ]
+    assert not (tmp_path / "run").exists()

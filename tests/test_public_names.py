@@ -10,6 +10,7 @@ import pytest
 
 import graftlm
 from conftest import child_environment
+from graftlm.cli import VERBS
 
 ROOT = Path(__file__).parent.parent
 
@@ -58,6 +59,17 @@ def test_importing_graftlm_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], env=child_environment(), capture_output=True, text=True)
     assert done.stdout.endswith("\nset()\n"), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_no_help_page_imports_torch(verb: str) -> None:
+    program = (
+        "import sys, graftlm.cli\n"
+        f"assert graftlm.cli.run([{verb!r}, '--help']) == 0\n"
+        "print({'torch', 'tokenizers', 'huggingface_hub'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], env=child_environment(), capture_output=True, text=True)
+    assert done.stdout.startswith("usage: graft") and done.stdout.endswith("\nset()\n"), done.stdout + done.stderr
 
 
 def test_the_versions_of_package_code_and_changelog_agree() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from graftlm.config import TrainConfig
 from graftlm.methods import LoRA
-from graftlm.training.train import make_optimizer
+from graftlm.training.trainer import make_optimizer
 from tiny import model_of
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "theory"

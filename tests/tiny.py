@@ -91,16 +91,16 @@ def config_json(shape: Shape, kind: str) -> dict[str, Any]:
     }
 
 
-def byte_tokenizer(folder: Path) -> int:
-    """Write a tokenizer.json whose tokens are bytes, <|endoftext|> first; returns its size."""
+def byte_tokenizer(folder: Path, *control: str) -> int:
+    """Write a tokenizer.json whose tokens are bytes, <|endoftext|> first, `control` last; returns its size."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {"<|endoftext|>": 0} | {c: i + 1 for i, c in enumerate(alphabet)}
+    vocab = {token: i for i, token in enumerate(["<|endoftext|>", *alphabet, *control])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in ("<|endoftext|>", *control)])
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
     return len(vocab)

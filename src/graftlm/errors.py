@@ -12,6 +12,8 @@ programmer can make are assertions instead.
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from importlib import import_module
+from types import ModuleType
 
 
 class GraftError(Exception):
@@ -40,6 +42,19 @@ class Interrupted(GraftError):
     """Stopped by Ctrl-C or SIGTERM, after a checkpoint. One line that says how to go on, exit status 130."""
 
     exit_status = 130
+
+
+def posix_module(name: str) -> ModuleType:
+    """A module of Python's own library that Windows does not have. Raises GraftError where it is missing.
+
+    Asked for where it is used and not at the top of a file: there graftlm could not even be imported without it.
+    """
+    try:
+        return import_module(name)
+    except ModuleNotFoundError:
+        raise GraftError(
+            f"this system lacks what graft needs here (Python's module {name!r}): on Windows, run graft within WSL"
+        ) from None
 
 
 def unknown(what: str, given: str, known: Iterable[str]) -> InputError:

@@ -1,8 +1,11 @@
 """The device and the number format are picked by what the machine does, and the reason is told."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+import graftlm
 from graftlm.errors import InputError
 from graftlm.exchange import device
 
@@ -41,3 +44,13 @@ def test_a_gpu_without_bfloat16_gets_float16(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
     assert device.pick_dtype("auto", torch.device("cuda"))[0] == expected
+
+
+def test_float64_is_asked_of_no_device_that_may_have_none() -> None:
+    """Apple's MPS has none, and there is none here to try: `exact` alone says where float64 is computed."""
+    src = Path(graftlm.__file__).parent
+    lines = [(path.name, line) for path in src.rglob("*.py") for line in path.read_text("utf-8").splitlines()]
+    asked = [(name, line.strip()) for name, line in lines if ".double()" in line.replace(".cpu().double()", "")]
+    assert [name for name, _ in asked] == ["device.py"], asked
+    x = torch.ones(3, dtype=torch.bfloat16)
+    assert device.exact(x).dtype == torch.float64 and device.exact(x).device == x.device

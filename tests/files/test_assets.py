@@ -21,7 +21,8 @@ import torch
 from graftlm.errors import InputError
 from graftlm.files import assets
 from graftlm.files.assets import Asset, cache_home, data_folder, derive_splits, fetch, model_folder, read_reviews
-from graftlm.files.formats import read_json, read_weights, save_safetensors, sha256_file, write_json
+from graftlm.files.atomic import write_json
+from graftlm.files.formats import read_json, read_weights, save_safetensors, sha256_file
 from graftlm.files.wheels import Wheel
 
 Child = Callable[..., Any]

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from graftlm.errors import InputError
-from graftlm.files import formats
+from graftlm.files import atomic, formats
 
 
 @pytest.fixture
@@ -96,25 +96,25 @@ def test_sharded_weights_read_as_one(tmp_path: Path, tensors: dict[str, torch.Te
     for file, members in shards.items():
         formats.save_safetensors(tmp_path / file, {name: tensors[name] for name in members})
     index = {"weight_map": {name: file for file, members in shards.items() for name in members}}
-    formats.write_json(tmp_path / "model.safetensors.index.json", index)
+    atomic.write_json(tmp_path / "model.safetensors.index.json", index)
     weights = formats.read_weights(tmp_path)
     assert set(weights) == set(tensors) and torch.equal(weights["z"], tensors["z"])
     assert [path.name for path in formats.weight_files(tmp_path)] == list(shards)
 
     index["weight_map"]["ghost"] = "model-1.safetensors"
-    formats.write_json(tmp_path / "model.safetensors.index.json", index)
+    atomic.write_json(tmp_path / "model.safetensors.index.json", index)
     with pytest.raises(InputError, match="no tensor 'ghost'"):
         formats.read_weights(tmp_path)
     index["weight_map"]["ghost"] = "../model-1.safetensors"
-    formats.write_json(tmp_path / "model.safetensors.index.json", index)
+    atomic.write_json(tmp_path / "model.safetensors.index.json", index)
     with pytest.raises(InputError, match="is not a safetensors file of this folder"):
         formats.read_weights(tmp_path)
     (tmp_path / "model-2.safetensors").unlink()
     del index["weight_map"]["ghost"]
-    formats.write_json(tmp_path / "model.safetensors.index.json", index)
+    atomic.write_json(tmp_path / "model.safetensors.index.json", index)
     with pytest.raises(InputError, match=r"shard model-2\.safetensors is missing"):
         formats.read_weights(tmp_path)
-    formats.write_json(tmp_path / "model.safetensors.index.json", {"weight_map": {}})
+    atomic.write_json(tmp_path / "model.safetensors.index.json", {"weight_map": {}})
     with pytest.raises(InputError, match="has no weight_map"):
         formats.read_weights(tmp_path)
 
@@ -144,16 +144,16 @@ def test_broken_json_names_file_and_line(tmp_path: Path) -> None:
         formats.read_json(path)
     with pytest.raises(InputError, match="cannot read it: No such file"):
         formats.read_json(tmp_path / "none.json")
-    formats.write_json(path, {"é": [1.5, None]})
+    atomic.write_json(path, {"é": [1.5, None]})
     assert formats.read_json(path) == {"é": [1.5, None]} and names(tmp_path) == {"x.json"}
 
 
 def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
-    formats.write_json(path, {"old": 1})
+    atomic.write_json(path, {"old": 1})
     with pytest.raises(ValueError, match="not JSON compliant"):
-        formats.write_json(path, {"new": float("nan")})
-    with pytest.raises(ZeroDivisionError), formats.file_atomically(path) as file:
+        atomic.write_json(path, {"new": float("nan")})
+    with pytest.raises(ZeroDivisionError), atomic.file_atomically(path) as file:
         file.write(b"half")
         raise ZeroDivisionError
     assert formats.read_json(path) == {"old": 1} and names(tmp_path) == {"x.json"}
@@ -162,16 +162,16 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path: Path) ->
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "folder"
-    with pytest.raises(ZeroDivisionError), formats.folder_atomically(target) as folder:
+    with pytest.raises(ZeroDivisionError), atomic.folder_atomically(target) as folder:
         (folder / "a").write_text("half")
         raise ZeroDivisionError
     assert names(tmp_path) == set(), "neither the folder nor the one that was made for it"
-    with formats.folder_atomically(target) as folder:
+    with atomic.folder_atomically(target) as folder:
         assert folder.parent == target.parent and folder.name.startswith(".folder.tmp-")
         (folder / "sub").mkdir()
         (folder / "sub" / "a").write_text("one")
         assert not target.exists()
-    with formats.folder_atomically(target) as folder:  # an existing folder is replaced as a whole
+    with atomic.folder_atomically(target) as folder:  # an existing folder is replaced as a whole
         (folder / "b").write_text("two")
     assert names(target) == {"b"} and names(tmp_path / "deep") == {"folder"}
 
@@ -182,18 +182,18 @@ def test_leftovers_of_a_killed_process_go_and_a_moved_folder_comes_back(tmp_path
         (tmp_path / name).mkdir()
         (tmp_path / name / "a").write_text(name)
     (tmp_path / ".step-[1].tmp-2-ef").write_text("a file")
-    formats.remove_leftovers(target)
+    atomic.remove_leftovers(target)
     assert names(tmp_path) == {"step-[1]", ".step-1.tmp-1-ab"} and (target / "a").read_text() == ".step-[1].old-cd"
     (tmp_path / ".step-[1].old-cd").mkdir()
-    formats.remove_leftovers(target)
+    atomic.remove_leftovers(target)
     assert names(tmp_path) == {"step-[1]", ".step-1.tmp-1-ab"}
-    formats.remove_leftovers(tmp_path / "none" / "x")
+    atomic.remove_leftovers(tmp_path / "none" / "x")
 
 
 def test_links_are_relative_and_swapped(tmp_path: Path) -> None:
     for step in ("step-1", "step-2"):
         (tmp_path / step).mkdir()
-        formats.link_atomically(tmp_path / "last", step)
+        atomic.link_atomically(tmp_path / "last", step)
         assert os.readlink(tmp_path / "last") == step
     assert names(tmp_path) == {"step-1", "step-2", "last"}
 
@@ -203,14 +203,14 @@ import resource, sys
 from pathlib import Path
 import torch
 from graftlm.errors import InputError
-from graftlm.files import formats
+from graftlm.files import atomic, formats
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 folder = Path(sys.argv[1])
 def whole():
-    with formats.folder_atomically(folder / "new") as new:
+    with atomic.folder_atomically(folder / "new") as new:
         formats.save_safetensors(new / "model.safetensors", {"a": torch.zeros(100_000)})
 for write in (lambda: formats.save_safetensors(folder / "x", {"a": torch.zeros(100_000)}), whole,
-              lambda: formats.write_text(folder / "x", "a" * 10_000)):
+              lambda: atomic.write_text(folder / "x", "a" * 10_000)):
     try:
         write()
         print("written")
@@ -231,10 +231,10 @@ def test_a_disk_that_is_full_only_when_flushed(tmp_path: Path, monkeypatch: pyte
     def fsync(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(formats, "os", SimpleNamespace(**{**vars(os), "fsync": fsync}))
+    monkeypatch.setattr(atomic, "os", SimpleNamespace(**{**vars(os), "fsync": fsync}))
     with pytest.raises(InputError, match=r"disk full: cannot write .*x\.json \(No space left on device\)"):
-        formats.write_json(tmp_path / "x.json", {})
-    with pytest.raises(InputError, match="disk full"), formats.folder_atomically(tmp_path / "folder") as folder:
+        atomic.write_json(tmp_path / "x.json", {})
+    with pytest.raises(InputError, match="disk full"), atomic.folder_atomically(tmp_path / "folder") as folder:
         (folder / "a").touch()
     assert names(tmp_path) == set()
 
@@ -242,8 +242,8 @@ def test_a_disk_that_is_full_only_when_flushed(tmp_path: Path, monkeypatch: pyte
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"cannot write .*: File exists: choose a folder"):
-        formats.write_text(tmp_path / "file" / "x", "")
-    with pytest.raises(FileNotFoundError), formats.disk_errors(tmp_path):  # other errors stay what they are
+        atomic.write_text(tmp_path / "file" / "x", "")
+    with pytest.raises(FileNotFoundError), atomic.disk_errors(tmp_path):  # other errors stay what they are
         (tmp_path / "none").read_bytes()
 
 

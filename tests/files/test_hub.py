@@ -11,7 +11,8 @@ import torch
 
 from graftlm.errors import InputError
 from graftlm.files.assets import data_folder, fetch, model_folder
-from graftlm.files.formats import save_safetensors, write_json
+from graftlm.files.atomic import write_json
+from graftlm.files.formats import save_safetensors
 from graftlm.files.hub import NotOnHub
 from hub_mirror import serve
 

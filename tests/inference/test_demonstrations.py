@@ -9,8 +9,9 @@ import torch
 
 from graftlm.errors import InputError
 from graftlm.inference.demonstrations import BM25, CONTENT_FREE, choose, embedder, few_shot, reordered
-from graftlm.inference.evaluate import evaluate, score
+from graftlm.inference.evaluate import evaluate
 from graftlm.inference.generate import generate_ids
+from graftlm.inference.scoring import score
 from graftlm.inference.statistics import calibrated
 from graftlm.text.data import Row, label_ids
 from graftlm.text.template import Template

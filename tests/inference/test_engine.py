@@ -16,9 +16,10 @@ from graftlm.exchange.adapters import save_adapter
 from graftlm.exchange.huggingface import load_model
 from graftlm.exchange.load import Loaded, load, read_tokenizer
 from graftlm.inference import engine as module
-from graftlm.inference.engine import Completion, Engine, Piece, Request, Ticket
+from graftlm.inference.engine import Engine
 from graftlm.inference.evaluate import evaluate
 from graftlm.inference.generate import generate, generate_ids
+from graftlm.inference.requests import Completion, Piece, Request, Ticket
 from graftlm.methods import DoRA, LoRA, Method
 from graftlm.methods.lora import LoRALinear
 from graftlm.models import CausalLM, sharing
@@ -208,6 +209,19 @@ def test_a_stop_text_ends_the_answer(engine: Engine, loaded: Loaded) -> None:
     assert (done.text, done.finish) == (text[:at], "stop")
     assert pieces[-1].finish == "stop" and "".join(piece.text for piece in pieces) == text[:at]
     assert loaded.tokenizer.decode(done.tokens) == text[: at + 2]
+
+
+def test_a_token_of_its_own_ends_a_request_and_not_those_beside_it(engine: Engine, loaded: Loaded) -> None:
+    asked = Request(endless(loaded), max_new_tokens=30, temperature=0)
+    whole = engine.submit(asked).done.result(60).tokens
+    end = next(token for token in reversed(whole) if token != whole[0])
+    told: list[Piece] = []
+    ends = replace(asked, ends={end})
+    found = results([engine.submit(ends, told.append), engine.submit(asked)])
+    new = generate_ids(loaded.model, [asked.prompt], max_new_tokens=30, eot=(end, loaded.tokenizer.eot))[0]
+    assert found[0].tokens == tuple(new) == whole[: whole.index(end)] and found[0].finish == "stop"
+    assert (told[-1].token, told[-1].finish) == (None, "stop")
+    assert found[1].tokens == whole and found[1].finish == "length"
 
 
 def test_an_answer_ends_where_it_fills_the_context(loaded: Loaded) -> None:

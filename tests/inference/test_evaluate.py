@@ -11,7 +11,9 @@ from torch import nn
 
 from graftlm.errors import GraftError, InputError
 from graftlm.inference import evaluate as module
-from graftlm.inference.evaluate import evaluate, predict_labels, read_label, score, write_predictions
+from graftlm.inference import scoring
+from graftlm.inference.evaluate import evaluate, predict_labels, read_label, write_predictions
+from graftlm.inference.scoring import score
 from graftlm.models import CausalLM
 from graftlm.text.data import Example, Row, encode_rows
 from graftlm.text.template import Template
@@ -137,7 +139,7 @@ def test_few_positions_at_once_change_nothing(monkeypatch: pytest.MonkeyPatch) -
     model = tiny("llama")
     examples = [example(prompt, [7, 8, EOT]) for prompt in ragged([9, 20, 7, 13])]
     expected = score(model, examples, [[7], [9]])
-    monkeypatch.setattr(module, "MOST_POSITIONS", 6)
+    monkeypatch.setattr(scoring, "MOST_POSITIONS", 6)
     assert passes(model, examples, [[7], [9]]) == [(2, 11), (2, 22)]
     torch.testing.assert_close(
         score(model, examples, [[7], [9]]).completion, expected.completion, rtol=1e-10, atol=1e-10

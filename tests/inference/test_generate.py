@@ -9,15 +9,9 @@ from torch import nn
 
 from graftlm.errors import GraftError, InputError
 from graftlm.inference import generate as module
-from graftlm.inference.generate import (
-    compact,
-    evaluating,
-    generate,
-    generate_ids,
-    read_shared,
-    sample,
-    uniform,
-)
+from graftlm.inference import sampling
+from graftlm.inference.generate import compact, evaluating, generate, generate_ids, read_shared
+from graftlm.inference.sampling import sample, uniform
 from graftlm.models import CausalLM, Segment
 from inference.tiny import CONTEXT, full_logits, ragged, tiny, words
 
@@ -91,6 +85,14 @@ def test_generation_stops_when_all_have_ended() -> None:
     model.register_forward_pre_hook(lambda _, args: calls.append(1))
     assert generate_ids(model, [[3, 1, 4]] * 2, max_new_tokens=30, eot=first) == [[], []]
     assert len(calls) == 1
+
+
+def test_any_of_several_tokens_ends_a_row() -> None:
+    model, prompts = tiny("llama"), ragged([3, 9, 5])
+    whole = generate_ids(model, prompts, max_new_tokens=12, eot=-1)
+    ends = {whole[0][4], whole[1][7]}
+    expected = [row[: min((n for n, token in enumerate(row) if token in ends), default=12)] for row in whole]
+    assert generate_ids(model, prompts, max_new_tokens=12, eot=ends) == expected
 
 
 def test_batches_are_continued_together_while_their_prompts_are_few_and_short(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,9 +270,9 @@ def test_top_p_sorts_the_whole_vocabulary_only_where_it_must(monkeypatch: pytest
     logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(0)) * 3
     u = torch.linspace(0, 0.999, 64).tolist()
     for top_p in (0.2, 0.7, 0.99):
-        monkeypatch.setattr(module, "FEW", 50)
+        monkeypatch.setattr(sampling, "FEW", 50)
         expected = sample(logits, u, 1.0, top_p=top_p)
         for few in (1, 6, 20):  # too few for some rows of the batch, or for all
-            monkeypatch.setattr(module, "FEW", few)
+            monkeypatch.setattr(sampling, "FEW", few)
             assert sample(logits, u, 1.0, top_p=top_p) == expected
             assert [sample(logits[n : n + 1], u[n : n + 1], 1.0, top_p=top_p)[0] for n in range(64)] == expected

@@ -208,6 +208,28 @@ def test_few_shot_answers_end_where_the_next_question_would_begin(
     assert outcome.shared_tokens == len("Add.\n\nQ: 1 + 1\nA: 2\n\nQ: 1 + 2\nA: 3\n\nQ: 2 + ")
 
 
+@pytest.mark.parametrize("style", ["few-shot", "few-shot-cot", "zero-shot-cot"])
+def test_an_answer_in_chat_ends_with_its_turn(style: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    byte_tokenizer(tmp_path, "<|end|>")
+    template = CHAT.replace("<|endoftext|>", "<|end|>")
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "<|endoftext|>", "chat_template": template})
+    )
+    tokenizer, model = Tokenizer.from_folder(tmp_path), model_of("llama", vocab=258, context=800)
+    ends: list[Any] = []
+
+    def fake(model: object, rows: Sequence[Sequence[int]], *, eot: Any, **how: Any) -> list[list[int]]:
+        ends.append(set(eot))
+        return [tokenizer.encode(" 4") for _ in rows]
+
+    monkeypatch.setattr(prompting, "generate_ids", fake)
+    for chat, expected in ((True, {0, 257}), (False, {0})):
+        writer = Writer(SUMS, tokenizer, chat=chat)
+        ask(model, tokenizer, writer, SUMS, SUMS.questions, style, Asking(shots=1))
+        assert ends == [expected] * (2 if style == "zero-shot-cot" else 1)
+        ends.clear()
+
+
 def test_self_consistency_takes_the_majority_and_of_equals_the_first() -> None:
     assert majority(["3", "4", "4"]) == "4"
     assert majority(["3", "4", "4", "3"]) == "3"

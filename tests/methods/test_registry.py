@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from inspect import getdoc
 from pathlib import Path
 from typing import ClassVar
 
@@ -9,9 +10,10 @@ import pytest
 import torch
 
 import graftlm.methods
+from graftlm.catalogue import overview
 from graftlm.config import MethodFlags, TrainConfig
 from graftlm.errors import InputError
-from graftlm.methods import METHODS, Method, method_from_flags, method_from_json, overview
+from graftlm.methods import METHODS, Method, method_from_flags, method_from_json
 from graftlm.methods.accounting import Part
 from graftlm.models import CausalLM, Shape
 
@@ -56,13 +58,29 @@ def test_every_flag_of_a_method_is_a_flag_and_sets_a_field() -> None:
         assert kind.flags.keys() <= flags and set(kind.flags.values()) <= {f.name for f in fields(kind)}
 
 
+def test_the_help_page_says_of_every_method_what_its_class_says() -> None:
+    lines = ["The methods, with what each takes by default:"]
+    for kind in METHODS.values():
+        own = {f.name: f.default for f in fields(kind)}
+        defaults = {"lr": f"{kind.default_lr:g}", **{flag: own[field] for flag, field in kind.flags.items()}}
+        shown = {flag: ",".join(value) if isinstance(value, tuple) else value for flag, value in defaults.items()}
+        flags = " ".join(f"--{flag} {value}" for flag, value in shown.items() if value != "")
+        lines.append(f"{kind.name}: {(getdoc(kind) or '').splitlines()[0]} ({flags})")
+    assert overview() == "\n\n".join(lines)
+
+
+def test_a_methods_file_is_all_that_the_help_page_needs(tmp_path: Path) -> None:
+    (tmp_path / "invented.py").write_text(Path(__file__).read_text())
+    assert "invented" not in overview()
+    assert overview(tmp_path).endswith("\n\ninvented: Nothing at all. (--lr 0.001 --rank 2)")
+
+
 def test_settings_reach_the_fields_that_no_flag_sets(invented: None) -> None:
     config = TrainConfig(method="invented", rank=4, settings="strength=2, way=other,twice=true")
     method = method_from_flags(config, {"method", "rank", "settings"})
     assert method == Invented(rank=4, strength=2.0, way="other", twice=True)
     assert method_from_json(method.to_json()) == method
     assert method_from_flags(TrainConfig(method="invented"), set()) == Invented()
-    assert "invented: Nothing at all. (--lr 0.001 --rank 2)" in overview()
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ from mutation.mutants import Mutant, mutants, mutated  # noqa: E402
 UNIT, CONTRACT = "tests/methods/test_", "tests/contracts/test_methods.py"
 EQUATIONS, PEFT = "tests/methods/test_equations.py", "tests/exchange/test_peft.py"
 TRAIN, FLOAT16 = "tests/training/test_train.py", "tests/training/test_float16.py"
+EXAMPLES = ["tests/text/test_data.py", "-k", "not real and not no_torch and not nothing_fits"]
 
 
 def contract(words: str, *more: str, also: str = "") -> list[str]:
@@ -73,7 +74,8 @@ CHOSEN: dict[str, list[str]] = {
         "-k",
         "test_float16 or run_folder or every_checkpoint or longer or (same_end and (lora or full))",
     ],
-    "text/data": ["tests/text/test_data.py", "-k", "not real and not no_torch and not nothing_fits"],
+    "text/data": EXAMPLES,
+    "text/preflight": EXAMPLES,
 }
 """Module -> what pytest is given: its unit tests and what of the contracts concerns it, some seconds each."""
 

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from graftlm.inference.engine import Busy, Completion, Piece, Request, Ticket
+from graftlm.errors import Busy
+from graftlm.inference.requests import Completion, Piece, Request, Ticket
 from graftlm.serving.app import Served, Service, make_app
 from graftlm.serving.server import Server, listening, url_of
 from graftlm.text.template import load_template
@@ -95,10 +96,12 @@ class FakeEngine:
             ticket.cancel()
 
 
-def service(folder: Path, *adapters: str, room: int = 200, max_tokens: int = 64) -> tuple[Service, FakeEngine]:
-    """A service on a fake engine and a byte-level tokenizer in `folder`."""
+def service(
+    folder: Path, *adapters: str, room: int = 200, max_tokens: int = 64, control: Sequence[str] = ()
+) -> tuple[Service, FakeEngine]:
+    """A service on a fake engine and a byte-level tokenizer, with these control tokens, in `folder`."""
     folder.mkdir(exist_ok=True)
-    vocab = byte_tokenizer(folder)
+    vocab = byte_tokenizer(folder, *control)
     tokenizer = Tokenizer.from_folder(folder)
     engine = FakeEngine(tokenizer)
     template = load_template("Review: {text}\nIs it:")

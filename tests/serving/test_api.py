@@ -16,8 +16,7 @@ import httpx2 as httpx
 import openai
 import pytest
 
-from graftlm.errors import GraftError, InputError
-from graftlm.inference.engine import Closed
+from graftlm.errors import Closed, GraftError, InputError
 from graftlm.serving import limits
 from graftlm.serving.app import Service
 from graftlm.serving.limits import Hosts, Rate, is_loopback
@@ -451,6 +450,29 @@ def test_broken_bytes_are_answered_or_hung_up_on(
         assert heard.startswith(starts) and b" 50" not in heard[:15]
         assert http.get("/health").json() == {"status": "ok"}
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_a_chats_answer_ends_with_its_turn_and_plain_text_with_the_text(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "chat_template.jinja").write_text(TEMPLATE.replace("</{{ m['role'] }}>", "<|end|>"))
+    made, engine = service(tmp_path / "model", control=["<|end|>"])
+    with serving(made) as url:
+        for path, body in (("chat/completions", TALK), ("completions", TEXT)):
+            assert httpx.post(f"{url}/v1/{path}", json=body).status_code == 200
+    chat, plain = engine.requests
+    assert chat.prompt[-len("<assistant>") - 1] == made.tokenizer.control["<|end|>"] == 257
+    assert set(chat.ends) == {257, made.tokenizer.eot} and set(plain.ends) == set()
+
+
+def test_a_template_that_shows_no_answer_is_refused_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    alone = "{% if messages|length > 1 %}{{ raise_exception('one at a time') }}{% endif %}{{ messages[0].content }}"
+    (tmp_path / "model" / "chat_template.jinja").write_text(alone)
+    made, engine = service(tmp_path / "model")
+    with serving(made) as url:
+        found = error(httpx.post(f"{url}/v1/chat/completions", json=TALK), 400)
+    assert "refuses these messages (one at a time): send text to /v1/completions" in found["message"]
+    assert not engine.requests
 
 
 def test_a_model_without_a_chat_template_says_what_to_do(tmp_path: Path) -> None:

@@ -14,8 +14,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from conftest import CHROMIUM
-from graftlm.errors import GraftError
-from graftlm.inference.engine import Busy
+from graftlm.errors import Busy, GraftError
 from graftlm.serving.app import Service
 from serving.fakes import FakeEngine, eventually, service, serving
 

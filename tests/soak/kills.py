@@ -238,7 +238,7 @@ ROWS = b"text,label,source\n" + b"good,1,x\n" * 200
 ASSET = """
 import os, shutil
 from graftlm.files import assets
-from graftlm.files.formats import write_text
+from graftlm.files.atomic import write_text
 from graftlm.files.wheels import Wheel
 
 def build(members, folder):

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from graftlm.errors import InputError
-from graftlm.files.formats import check_new_folder, load_safetensors, read_weights, write_json
+from graftlm.files.atomic import check_new_folder, write_json
+from graftlm.files.formats import load_safetensors, read_weights
 from graftlm.files.gguf import gguf_to_folder
 from graftlm.files.wheels import Wheel, wheel_file, wheel_member
 from soak.kills import CASES, Soak

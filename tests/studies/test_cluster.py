@@ -19,10 +19,14 @@ from graftlm import cli
 from graftlm.config import EvaluateConfig, RayFlags
 from graftlm.errors import InputError
 from graftlm.exchange.load import load
-from graftlm.inference.evaluate import Here, evaluate, scored_together
+from graftlm.inference.evaluate import Here, evaluate
 from graftlm.inference.generate import decoded_together
+from graftlm.inference.scoring import scored_together
 from graftlm.studies import cluster as module
-from graftlm.studies.cluster import TOKEN, connected, pieces_of
+from graftlm.studies import cluster_commands, cluster_copies
+from graftlm.studies.cluster import connected
+from graftlm.studies.cluster_commands import TOKEN
+from graftlm.studies.cluster_copies import copies, pieces_of
 from graftlm.text.data import encode_rows, load_dataset
 from graftlm.text.template import load_template
 from soak.forks import Forks, ask_script
@@ -227,7 +231,7 @@ def test_a_worker_dies_midway_and_its_examples_are_read_again(cluster: Any, asse
     config = EvaluateConfig(init_from=str(assets / "model"), ray=cluster.address)
     here = evaluate(loaded.model, loaded.tokenizer, template, examples, batch_size=8)
     with connected(config) as joined:
-        reader = joined.reader(config, loaded)
+        reader = copies(joined, config, loaded)
         there = evaluate(loaded.model, loaded.tokenizer, template, examples, batch_size=8, reader=reader, progress=kill)
     assert killed and there.rows == here.rows
 
@@ -341,10 +345,11 @@ def test_a_node_without_this_version_or_with_other_weights(
     cluster: Any, assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["evaluate", f"--init_from={assets / 'model'}", f"--data={assets / 'data'}", "--template", TEMPLATE]
-    monkeypatch.setattr(module, "_fingerprint", lambda asked, loaded: "others")
+    monkeypatch.setattr(cluster_copies, "_fingerprint", lambda asked, loaded: "others")
     line = refused(capsys, *words, "--limit=4", "--ray", cluster.address)
     assert line.endswith(f"{assets / 'model'}: holds other weights there") and line.startswith("on the node ")
-    monkeypatch.setattr(module, "version", lambda name: "9.9")
+    for place in (cluster_commands, cluster_copies):
+        monkeypatch.setattr(place, "version", lambda name: "9.9")
     line = refused(capsys, *words, "--limit=4", "--ray", cluster.address)
     assert line.endswith("there, 9.9 here: install the same on every node")
     line = refused(capsys, *compare(assets, tmp_path / "out", "--ray", cluster.address))
@@ -357,7 +362,7 @@ def test_what_a_worker_refuses_is_refused_here(
     config = EvaluateConfig(init_from=str(assets / "model"), ray=cluster.address)
     loaded = load(config.init_from, device="cpu", dtype="float32")
     with connected(config) as joined, pytest.raises(InputError, match="the model reads at most 96"):
-        joined.reader(config, loaded).continuations([(1,) * 97], 1, 0, 1, None)
+        copies(joined, config, loaded).continuations([(1,) * 97], 1, 0, 1, None)
 
 
 def test_a_cluster_of_this_machine_alone(assets: Path) -> None:

@@ -19,8 +19,8 @@ TALK = [
 ]
 
 
-def tokenizer(folder: Path, template: str) -> Tokenizer:
-    byte_tokenizer(folder)
+def tokenizer(folder: Path, template: str, *control: str) -> Tokenizer:
+    byte_tokenizer(folder, *control)
     settings = {"eos_token": "<|endoftext|>", "chat_template": template}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return Tokenizer.from_folder(folder)
@@ -167,6 +167,30 @@ def test_an_answer_without_a_control_token_ends_with_its_turn(tmp_path: Path) ->
     talk = Chat(read).conversation([("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")])
     assert [read.decode([talk.ids[i] for i in answer]) for answer in talk.answers] == ["b\n\n", "d\n\n"]
     assert read.decode(talk.ids) == "user: a\n\nassistant: b\n\nuser: c\n\nassistant: d\n\n"
+
+
+@pytest.mark.parametrize(
+    ("behind", "marked", "end"),
+    [
+        ("<|end|>\n", False, "<|end|>"),
+        ("\n<|end|><|stop|>", False, "<|end|>"),
+        ("<|end|>\n", True, "<|end|>"),
+        ("<|endoftext|>", False, "<|endoftext|>"),
+        ("\n\n", False, "<|endoftext|>"),  # none: not the line break, and not the answer's own last token
+        ("", True, "<|endoftext|>"),
+    ],
+)
+def test_a_turn_ends_with_the_first_control_token_behind_an_answer_or_else_with_the_text(
+    behind: str, marked: bool, end: str, tmp_path: Path
+) -> None:
+    content = "{% generation %}{{ m.content }}{% endgeneration %}" if marked else "{{ m.content }}"
+    template = (
+        f"{{% for m in messages %}}<|stop|>{{{{ m.role }}}}: {content}{behind}{{% endfor %}}"
+        "{% if add_generation_prompt %}<|stop|>assistant: {% endif %}"
+    )
+    read = tokenizer(tmp_path, template, "<|end|>", "<|stop|>")
+    assert Chat(read).end == read.control[end]
+    assert Chat(read).ends == {read.control[end], read.eot}
 
 
 @pytest.mark.parametrize(

@@ -12,18 +12,8 @@ import pytest
 
 from graftlm.errors import InputError
 from graftlm.files.assets import data_folder, model_folder
-from graftlm.text.data import (
-    Example,
-    Row,
-    common_prefix,
-    encode_rows,
-    epoch_batches,
-    label_ids,
-    load_dataset,
-    marked,
-    preflight,
-    sample,
-)
+from graftlm.text.data import Example, Row, common_prefix, encode_rows, epoch_batches, label_ids, load_dataset, sample
+from graftlm.text.preflight import marked, preflight
 from graftlm.text.template import Template, load_template
 from graftlm.text.tokenizer import Tokenizer
 

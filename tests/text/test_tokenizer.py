@@ -20,7 +20,8 @@ from gguf import GGUFReader
 
 from graftlm.errors import InputError
 from graftlm.files.assets import data_folder, model_folder
-from graftlm.files.formats import read_json, write_json
+from graftlm.files.atomic import write_json
+from graftlm.files.formats import read_json
 from graftlm.text.tokenizer import Tokenizer
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

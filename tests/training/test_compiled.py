@@ -14,7 +14,7 @@ from graftlm.config import TrainConfig
 from graftlm.errors import InputError
 from graftlm.files.formats import load_safetensors
 from graftlm.models.kernels import CompiledKernels
-from graftlm.training import train as train_module
+from graftlm.training import trainer as trainer_module
 from graftlm.training.compiled import FIRST_STEPS, Switch
 from graftlm.training.train import train
 from tiny import TEMPLATE, data_folder, model_folder
@@ -79,13 +79,13 @@ def test_what_each_mode_comes_to(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_run_switches_at_the_step_it_recorded(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[bool] = []
-    step = train_module.Trainer._step
+    step = trainer_module.Trainer._step
 
     def watched(self: Any, number: int, batches: Any) -> Any:
         used.append(isinstance(self.model.kernels, CompiledKernels))
         return step(self, number, batches)
 
-    monkeypatch.setattr(train_module.Trainer, "_step", watched)
+    monkeypatch.setattr(trainer_module.Trainer, "_step", watched)
     tensors = {}
     for mode, expected in (("auto", [False] * 10 + [True] * 4), ("on", [True] * 14), ("off", [False] * 14)):
         used.clear()

@@ -13,15 +13,16 @@ from graftlm.config import TrainConfig
 from graftlm.errors import InputError, Interrupted
 from graftlm.exchange.load import load
 from graftlm.files.formats import read_json
-from graftlm.inference.evaluate import score
+from graftlm.inference.scoring import score
 from graftlm.methods import LoRA
 from graftlm.methods.base import trainable
 from graftlm.models import CausalLM
 from graftlm.text.chat import Chat
-from graftlm.text.data import Example, encode_rows, load_dataset, marked, preflight
+from graftlm.text.data import Example, encode_rows, load_dataset
+from graftlm.text.preflight import marked, preflight
 from graftlm.text.template import load_template
 from graftlm.text.tokenizer import Tokenizer
-from graftlm.training import train as train_module
+from graftlm.training import trainer as trainer_module
 from graftlm.training.objectives import OBJECTIVES, make_batch, make_batches
 from graftlm.training.train import train
 from tiny import model_folder, model_of
@@ -158,14 +159,14 @@ def test_a_run_of_conversations_that_is_stopped_goes_on_to_the_same_end(
     """With the frozen layers' store, and with a prefix, too."""
     data = write(tmp_path / "chat.jsonl", TALKS * 3 + [[("user", str(n)), ("assistant", "yes")] for n in range(20)])
     train(config(base, data, tmp_path / "whole", eval_every=2, **more))
-    real = train_module.Trainer._step
+    real = trainer_module.Trainer._step
 
     def interrupted(self: Any, step: int, batches: Any) -> Any:
         if step == 3:
             signal.raise_signal(signal.SIGINT)
         return real(self, step, batches)
 
-    monkeypatch.setattr(train_module.Trainer, "_step", interrupted)
+    monkeypatch.setattr(trainer_module.Trainer, "_step", interrupted)
     with pytest.raises(Interrupted):
         train(config(base, data, tmp_path / "parts", eval_every=2, **more))
     monkeypatch.undo()

@@ -21,9 +21,11 @@ from graftlm.config import TrainConfig
 from graftlm.errors import InputError, Interrupted
 from graftlm.files.formats import load_safetensors, read_weights
 from graftlm.training import train as train_module
+from graftlm.training import trainer as trainer_module
 from graftlm.training.distributed import World, buckets, from_environment
 from graftlm.training.prepare import prepare
-from graftlm.training.train import Trainer, train
+from graftlm.training.train import train
+from graftlm.training.trainer import Trainer
 from jobs import unplanned
 from tiny import TEMPLATE, data_folder, model_folder
 
@@ -67,7 +69,8 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_module, "make_plan", unplanned)
+    for module in (train_module, trainer_module):
+        monkeypatch.setattr(module, "make_plan", unplanned)
 
 
 @pytest.fixture(autouse=True)

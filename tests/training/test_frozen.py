@@ -19,7 +19,7 @@ from graftlm.models import CausalLM
 from graftlm.text.data import Example, encode_rows, load_dataset
 from graftlm.text.template import load_template
 from graftlm.text.tokenizer import Tokenizer
-from graftlm.training import train as train_module
+from graftlm.training import trainer as trainer_module
 from graftlm.training.frozen import GROUP, Frozen, open_frozen
 from graftlm.training.objectives import OBJECTIVES, make_batches
 from graftlm.training.train import train
@@ -222,7 +222,7 @@ def test_a_run_gives_the_same_bytes_with_a_cold_and_a_warm_store_and_after_a_sto
     for folder in (home / "frozen").iterdir():
         (folder / "groups").write_bytes(bytes((folder / "groups").stat().st_size))
 
-    real = train_module.Trainer._step
+    real = trainer_module.Trainer._step
 
     def stop(self: Any, step: int, batches: Any) -> Any:
         if step == 6:
@@ -230,7 +230,7 @@ def test_a_run_gives_the_same_bytes_with_a_cold_and_a_warm_store_and_after_a_sto
         return real(self, step, batches)
 
     with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, Interrupted)):
-        patch.setattr(train_module.Trainer, "_step", stop)
+        patch.setattr(trainer_module.Trainer, "_step", stop)
         train(config(assets, tmp_path / "stopped", rank=rank))
     train(replace(config(assets, tmp_path / "stopped", rank=rank), resume=True))
     assert adapter(tmp_path / "stopped") == adapter(tmp_path / "cold")

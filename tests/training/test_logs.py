@@ -12,7 +12,7 @@ import pytest
 from graftlm.config import TrainConfig
 from graftlm.errors import InputError
 from graftlm.training import logs
-from graftlm.training import train as train_module
+from graftlm.training import trainer as trainer_module
 from graftlm.training.train import train
 from tiny import TEMPLATE, data_folder, model_folder
 
@@ -140,7 +140,7 @@ def test_a_logger_that_raises_at_every_call_leaves_the_run_as_it_was(
 ) -> None:
     train(config(assets, tmp_path / "alone"))
     loggers = [("Broken", Broken()), ("Closing", BrokenAtTheEnd())]
-    monkeypatch.setattr(train_module, "start_loggers", lambda *args: loggers)
+    monkeypatch.setattr(trainer_module, "start_loggers", lambda *args: loggers)
     train(config(assets, tmp_path / "logged"), console=notes)
     assert everything(tmp_path / "logged") == everything(tmp_path / "alone")
     assert Broken.calls == 1

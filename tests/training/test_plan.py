@@ -11,7 +11,7 @@ import torch
 from conftest import Graft
 from graftlm.config import TrainConfig
 from graftlm.training import plan as plan_module
-from graftlm.training import train as train_module
+from graftlm.training import trainer as trainer_module
 from graftlm.training.objectives import OBJECTIVES
 from graftlm.training.plan import Plan, make_plan
 from graftlm.training.prepare import prepare
@@ -95,7 +95,7 @@ def test_a_run_has_the_same_bits_without(assets: Path, tmp_path: Path, monkeypat
             results["plan"][key]["measured"] / run["plan"][name], rel=0.01, abs=0.001
         )
     nothing = Plan(6, 48, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
-    monkeypatch.setattr(train_module, "make_plan", lambda *a, **k: nothing)
+    monkeypatch.setattr(trainer_module, "make_plan", lambda *a, **k: nothing)
     train(config(assets, tmp_path / "without"))
     for name in ("adapter_model.safetensors", "optimizer.safetensors"):
         assert (tmp_path / "with/last" / name).read_bytes() == (tmp_path / "without/last" / name).read_bytes()

@@ -249,7 +249,7 @@ def test_a_stop_and_a_resume_leave_no_trace(assets: Path, tmp_path: Path, monkey
     sft = train(sft_config(assets, tmp_path / "sft"))
     changes = {"init_from": sft["out_dir"], "rank": None, "alpha": None, "lora_dropout": 0.1}
     train(config(assets, tmp_path / "whole", **changes))
-    import graftlm.training.train as module
+    import graftlm.training.trainer as module
 
     real = module.Trainer._step
 

@@ -17,11 +17,12 @@ from graftlm.config import TrainConfig
 from graftlm.errors import GraftError, InputError, Interrupted
 from graftlm.exchange.load import load
 from graftlm.files.formats import load_safetensors
-from graftlm.inference.evaluate import score
+from graftlm.inference.scoring import score
 from graftlm.text.data import encode_rows, label_ids, load_dataset
-from graftlm.training import train as train_module
+from graftlm.training import trainer as trainer_module
 from graftlm.training.preferences import loss_of
-from graftlm.training.train import batch_stream, learning_rate, train
+from graftlm.training.schedule import batch_stream, learning_rate
+from graftlm.training.train import train
 from tiny import TEMPLATE, data_folder, model_folder
 
 
@@ -129,12 +130,12 @@ def test_full_fine_tuning_leaves_a_folder_that_transformers_loads(assets: Path, 
 def test_accumulated_batches_are_one_large_batch(assets: Path, tmp_path: Path) -> None:
     """Different token counts in the two halves: dividing by each half's own count would differ."""
     from graftlm.training.prepare import prepare
-    from graftlm.training.train import Trainer
+    from graftlm.training.trainer import Trainer
 
     trained = {}
     for name, accumulate in (("one", False), ("two", True)):
         prepared = prepare(config(assets, tmp_path / name, loss_on="all", lora_dropout=0.0))
-        trainer = Trainer(prepared, train_module.Console(quiet=True), 0.0)
+        trainer = Trainer(prepared, trainer_module.Console(quiet=True), 0.0)
         trainer.model.train()
         batch = list(range(16))
         loss = trainer._step(1, [batch[:5], batch[5:]] if accumulate else [batch]).loss
@@ -195,7 +196,7 @@ def test_a_loss_that_is_not_a_number_names_the_step_and_the_last_good_checkpoint
         real = loss_of(config)
         return lambda model, batch: (real(model, batch)[0] * (math.nan if next(calls) == 7 else 1.0), {})
 
-    monkeypatch.setattr(train_module, "loss_of", broken)
+    monkeypatch.setattr(trainer_module, "loss_of", broken)
     with pytest.raises(GraftError) as caught:
         train(config(assets, tmp_path / "run", eval_every=2))
     good = (tmp_path / "run" / "last").resolve()
@@ -236,14 +237,14 @@ def test_an_interrupted_run_saves_its_step_and_goes_on_to_the_same_end(
 ) -> None:
     changes = of_method(method)
     train(config(assets, tmp_path / "whole", **changes))
-    real = train_module.Trainer._step
+    real = trainer_module.Trainer._step
 
     def interrupted(self: Any, step: int, batches: Any) -> Any:
         if step == 6:
             signal.raise_signal(signal.SIGINT)
         return real(self, step, batches)
 
-    monkeypatch.setattr(train_module.Trainer, "_step", interrupted)
+    monkeypatch.setattr(trainer_module.Trainer, "_step", interrupted)
     with pytest.raises(Interrupted, match=r"step 6 is saved in .*: go on with graft train --resume") as caught:
         train(config(assets, tmp_path / "parts", **changes))
     assert caught.value.exit_status == 130
@@ -301,13 +302,13 @@ def test_a_signal_that_the_caller_ignores_stays_ignored(
     assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As `nohup` and a script's background jobs have it."""
-    real = train_module.Trainer._step
+    real = trainer_module.Trainer._step
 
     def interrupted(self: Any, step: int, batches: Any) -> Any:
         signal.raise_signal(signal.SIGINT)
         return real(self, step, batches)
 
-    monkeypatch.setattr(train_module.Trainer, "_step", interrupted)
+    monkeypatch.setattr(trainer_module.Trainer, "_step", interrupted)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         assert train(config(assets, tmp_path / "run"))["steps"] == 12

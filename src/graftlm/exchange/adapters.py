@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from graftlm.errors import InputError
-from graftlm.files.formats import load_safetensors, read_json, save_safetensors, write_json
+from graftlm.files.atomic import write_json
+from graftlm.files.formats import load_safetensors, read_json, save_safetensors
 from graftlm.methods import METHODS, Method, method_from_json
 from graftlm.methods.base import PeftFolder, delta_state
 from graftlm.models.base import CausalLM

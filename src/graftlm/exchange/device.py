@@ -73,3 +73,8 @@ def _product_seconds(dtype: torch.dtype, width: int = 512, tries: int = 5, devic
         wait()
         seconds.append(time.perf_counter() - began)
     return min(seconds[1:])
+
+
+def exact(t: torch.Tensor) -> torch.Tensor:
+    """In float64, in which long sums lose nothing that matters; on the CPU where its device has none (Apple's MPS)."""
+    return (t.cpu() if t.device.type == "mps" else t).double()

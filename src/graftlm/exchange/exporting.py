@@ -25,7 +25,8 @@ from graftlm.exchange.device import DTYPES
 from graftlm.exchange.huggingface import load_model, save_model
 from graftlm.exchange.load import Loaded, hub_revision, load, put_on, read_run
 from graftlm.exchange.proof import logits, prompts_of, prove
-from graftlm.files.formats import check_new_folder, folder_atomically, read_json, write_json, write_text
+from graftlm.files.atomic import check_new_folder, folder_atomically, write_json, write_text
+from graftlm.files.formats import read_json
 from graftlm.methods import Method, method_from_json
 from graftlm.methods.folding import FoldingLinear
 from graftlm.models import CausalLM

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.errors import InputError
+from graftlm.files.atomic import write_json
 from graftlm.files.cut import Later, like, local, rows_of, whole
-from graftlm.files.formats import read_json, read_weights, save_safetensors, tensors_sha256, write_json
+from graftlm.files.formats import read_json, read_weights, save_safetensors, tensors_sha256
 from graftlm.models import CausalLM, build
 from graftlm.models.names import Place, check_names, file_parts, one_to_file, places, read_shape, stored_name, to_file
 

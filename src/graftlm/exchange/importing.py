@@ -23,14 +23,8 @@ from graftlm.exchange.huggingface import base_hash, load_model
 from graftlm.exchange.load import Loaded, hub_revision, load, put_on, read_tokenizer, recorded_name
 from graftlm.exchange.proof import logits, prompts_of, prove
 from graftlm.files.assets import model_folder
-from graftlm.files.formats import (
-    check_new_folder,
-    folder_atomically,
-    link_atomically,
-    read_json,
-    sha256_file,
-    write_json,
-)
+from graftlm.files.atomic import check_new_folder, folder_atomically, link_atomically, write_json
+from graftlm.files.formats import read_json, sha256_file
 from graftlm.methods import Method
 from graftlm.methods.base import totals
 from graftlm.text.template import Template, load_template

@@ -25,17 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from graftlm.errors import InputError, unknown
-from graftlm.files.formats import (
-    disk_errors,
-    folder_atomically,
-    read_json,
-    remove_leftovers,
-    sha256_file,
-    temp_beside,
-    weight_files,
-    write_json,
-    write_text,
-)
+from graftlm.files.atomic import disk_errors, folder_atomically, remove_leftovers, temp_beside, write_json, write_text
+from graftlm.files.formats import read_json, sha256_file, weight_files
 from graftlm.files.hub import HUB_NAME, NotOnHub, hub_folder
 from graftlm.files.locks import one_at_a_time
 from graftlm.files.wheels import Wheel, wheel_file, wheel_member

@@ -21,15 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftlm.files.formats import (
-    DTYPES,
-    LazyTensors,
-    file_order,
-    read_weights,
-    tensor_bytes,
-    write_json,
-    write_safetensors,
-)
+from graftlm.files.atomic import write_json
+from graftlm.files.formats import DTYPES, LazyTensors, file_order, read_weights, tensor_bytes, write_safetensors
 
 _NAMES = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
 

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftlm.errors import InputError
-from graftlm.files.formats import disk_errors, write_json, write_safetensors, write_text
+from graftlm.files.atomic import disk_errors, write_json, write_text
+from graftlm.files.formats import write_safetensors
 
 if TYPE_CHECKING:
     import gguf

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from graftlm.errors import InputError
-from graftlm.files.formats import disk_errors
+from graftlm.files.atomic import disk_errors
 
 HUB_NAME = re.compile(r"(?P<id>[\w][\w.-]*(/[\w][\w.-]*)?)(@(?P<revision>[\w][\w./-]*))?")
 PATTERNS = {

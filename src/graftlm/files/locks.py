@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
 
-from graftlm.errors import InputError
-from graftlm.files.formats import disk_errors
+from graftlm.errors import InputError, posix_module
+from graftlm.files.atomic import disk_errors
 from graftlm.files.wheels import note
 
 NAME = ".lock"
@@ -75,8 +75,7 @@ def one_at_a_time(path: Path, what: str) -> Iterator[None]:
 
 def held_by(path: Path) -> str:
     """Which process holds a lock, as it has signed itself; empty where none does."""
-    import fcntl
-
+    fcntl = posix_module("fcntl")
     try:
         with open(path, "rb") as file:
             signed = file.read(300).decode("utf-8", errors="replace").strip()
@@ -90,8 +89,7 @@ def held_by(path: Path) -> str:
 
 def _taken(path: Path, until: float | None) -> FileIO | None:
     """The lock's file, locked; None if another process has it until then (None: for ever)."""
-    import fcntl
-
+    fcntl = posix_module("fcntl")
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)  # again: whoever had it may have taken the folder away
         file = FileIO(path, "a")  # the caller's to close: it is the lock

@@ -26,6 +26,7 @@ import torch
 
 from graftlm.config import Choice
 from graftlm.errors import InputError
+from graftlm.exchange.device import exact
 from graftlm.inference.generate import evaluating, right_pad
 from graftlm.models import CausalLM
 from graftlm.text.data import Example, Row, by_hash, encode_rows
@@ -160,9 +161,10 @@ def embedder(model: CausalLM, tokenizer: Tokenizer, batch_size: int = 32) -> Emb
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
                 padded, lengths = right_pad([ids[row] for row in rows], model.device)
-                hidden = model.hidden(padded)
-                real = torch.arange(padded.shape[1], device=model.device) < lengths[:, None]
-                mean = (hidden.double() * real[..., None]).sum(1) / lengths[:, None]
+                hidden = exact(model.hidden(padded))
+                lengths = lengths.to(hidden.device)
+                real = torch.arange(padded.shape[1], device=hidden.device) < lengths[:, None]
+                mean = (hidden * real[..., None]).sum(1) / lengths[:, None]
                 found[rows] = torch.nn.functional.normalize(mean, dim=-1).cpu().numpy()
         return found
 

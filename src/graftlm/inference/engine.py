@@ -18,13 +18,11 @@ Left out: a cache of prompts seen before, long prompts read in parts, beam searc
 Letters: B rows, V tokens of the vocabulary.
 """
 
-import secrets
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,180 +32,16 @@ from torch import Tensor
 from graftlm.errors import Busy, Closed, GraftError, InputError, unknown
 from graftlm.exchange.load import Loaded
 from graftlm.exchange.served import read_adapters
-from graftlm.inference.evaluate import score
-from graftlm.inference.generate import Batch, likeliest, sample, uniform
+from graftlm.inference.generate import Batch
+from graftlm.inference.requests import CANCELLED, Catching, Ending, Piece, Question, Request, Ticket, failure
+from graftlm.inference.sampling import likeliest, sample
+from graftlm.inference.scoring import score
 from graftlm.methods.stack import Stack, stack
 from graftlm.text.data import Example
 from graftlm.text.stream import TextStream
 
-__all__ = ["Busy", "Closed", "Completion", "Engine", "Piece", "Request", "Ticket"]
-
 READ_AT_ONCE = 512
 """Tokens of new prompts, filled up, that are read between two steps: a longer pass would keep the others waiting."""
-
-
-# What is asked and answered -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to continue, with which adapter, and how. Raises InputError for a setting that means nothing."""
-
-    prompt: Sequence[int]
-    """Token ids, not empty."""
-    adapter: str | None = None
-    """None: the base as it is."""
-    max_new_tokens: int = 64
-    temperature: float = 1.0
-    """Divides the logits; 0 takes the likeliest token, and the other settings then mean nothing."""
-    top_k: int | None = None
-    """Sample among the k likeliest tokens; None: all."""
-    top_p: float | None = None
-    """And of these, among the fewest likeliest that together have this probability; None: all."""
-    seed: int | None = None
-    """Decides the sample, whoever shares the batch; None: a seed of its own, drawn anew."""
-    stop: tuple[str, ...] = ()
-    """Texts that end the answer; they are not part of it."""
-
-    def __post_init__(self) -> None:
-        checks = (
-            ("prompt", len(self.prompt) > 0, "at least one token to continue"),
-            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
-            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
-            ("top_k", self.top_k is None or self.top_k >= 1, "1 or more"),
-            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("stop", all(self.stop), "texts that are not empty"),
-        )
-        for field, fine, wanted in checks:
-            if not fine:
-                raise InputError(f"{field} is {getattr(self, field)!r}: must be {wanted}")
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What became of one token, or of the request."""
-
-    text: str
-    """New text: never half a character, never the beginning of what may become a stop text."""
-    token: int | None
-    """None for the end of text, and where the request ended for another reason than a token."""
-    logprob: float | None
-    """Of the token under the model, at temperature 1."""
-    finish: str | None
-    """None while it goes on; "stop" (end of text, or a stop text), "length", "cancelled", "error"."""
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A whole answer."""
-
-    text: str
-    """All pieces' text."""
-    tokens: tuple[int, ...]
-    """With those of a stop text as far as they were made, without the end of text."""
-    logprobs: tuple[float, ...]
-    finish: str
-    prompt_tokens: int
-
-
-CANCELLED = Piece("", None, None, "cancelled")
-Ending = Piece | GraftError
-"""The last piece, or what went wrong."""
-
-
-class Ticket:
-    """A request that was taken. `done` gives the whole answer, or raises the GraftError that became of it."""
-
-    def __init__(
-        self, request: Request, room: int, stream: TextStream, on_piece: Callable[[Piece], None] | None
-    ) -> None:
-        self.request = request
-        self.done: Future[Completion] = Future()
-        self.done.set_running_or_notify_cancel()  # it is ended by `cancel` below, and not behind the engine's back
-        self._room, self._stream, self._on_piece = room, stream, on_piece
-        self._seed = secrets.randbits(62) if request.seed is None else request.seed
-        self._tokens: list[int] = []
-        self._logprobs: list[float] = []
-        self._text: list[str] = []
-        self._cancelled = False
-
-    def cancel(self) -> None:
-        """End it before the next step; `done` then gives what there is, with finish "cancelled". From any thread."""
-        self._cancelled = True
-
-    # What follows is called by the engine, on its thread.
-
-    @property
-    def _most(self) -> int:
-        """The most tokens that its row will hold: the last one that it samples is never fed."""
-        return len(self.request.prompt) + self._room - 1
-
-    def _uniform(self) -> float:
-        """The number that decides its next token: what `generate` takes for its first row."""
-        return uniform(self._seed, 0, len(self._tokens))
-
-    def _take(self, token: int, logprob: float, eot: int) -> Piece:
-        """What the next token makes of it."""
-        if token == eot:
-            return Piece(self._stream.end(), None, None, "stop")
-        self._tokens.append(token)
-        self._logprobs.append(logprob)
-        text, finish = self._stream.add(token), None
-        if not self._stream.stopped and len(self._tokens) == self._room:
-            text, finish = text + self._stream.end(), "length"
-        return Piece(text, token, logprob, "stop" if self._stream.stopped else finish)
-
-    def _tell(self, piece: Piece) -> GraftError | None:
-        """Give a piece to who asked; what that raises is this request's own end."""
-        self._text.append(piece.text)
-        if self._on_piece is None:
-            return None
-        with Catching() as caught:
-            self._on_piece(piece)
-        return None if caught.error is None else failure(caught.error, "on_piece")
-
-    def _completed(self, finish: str) -> Completion:
-        tokens, logprobs = tuple(self._tokens), tuple(self._logprobs)
-        return Completion("".join(self._text), tokens, logprobs, finish, len(self.request.prompt))
-
-
-@dataclass(frozen=True, eq=False)
-class Question:
-    """Options to score behind a prompt."""
-
-    prompt: tuple[int, ...]
-    options: tuple[tuple[int, ...], ...]
-    adapter: str | None
-    done: "Future[list[float]]"
-
-
-class Catching:
-    """Keeps what is raised within it, whatever it is.
-
-    Above the engine's thread there is nobody who could be told, so whoever catches must tell the requests.
-    """
-
-    error: Exception | None = None
-
-    def __enter__(self) -> "Catching":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
-        self.error = error if isinstance(error, Exception) else None
-        return self.error is not None
-
-
-def failure(error: Exception, what: str) -> GraftError:
-    """One line for who asked; the error itself is its cause."""
-    if isinstance(error, GraftError):
-        return error
-    said = " ".join(str(error).split())[:200]
-    failed = GraftError(f"{what} failed: {type(error).__name__}{': ' if said else ''}{said}")
-    failed.__cause__ = error
-    return failed
-
-
-# The engine -----------------------------------------------------------------------------------------------------------
 
 
 class Engine:

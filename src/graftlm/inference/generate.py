@@ -9,22 +9,21 @@ What is unusual here:
 - Prompts are read a batch at a time and continued several batches together: a step of decoding reads every weight for
   one token a row, so it costs little more for more rows.
 - The cache grows as rows do: a large `max_new_tokens` costs nothing where rows end early.
-- The sample of a row is a pure function of (seed, row, step) and of the row's own logits. Batch size and the other
-  prompts have no say in it.
+- The sample of a row is a pure function of (seed, row, step) and of the row's own logits (`sampling.py`).
 
 Left out: beam search, repetition penalties, speculative decoding.
 
 Letters: B rows, T tokens at hand, V tokens of the vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from hashlib import blake2b
 
 import torch
 from torch import Tensor, nn
 
-from graftlm.errors import GraftError, InputError
+from graftlm.errors import InputError
+from graftlm.inference.sampling import likeliest, sample, uniform
 from graftlm.models import CausalLM, Segment
 from graftlm.text.chat import Chat
 from graftlm.text.data import common_prefix
@@ -35,9 +34,6 @@ SHORTEST_SHARED = 4
 
 FIRST_ROOM = 32
 """New tokens that the cache has room for at first; when they are used up the room is doubled."""
-
-FEW = 512
-"""Of so many tokens, the likeliest, top_p has mostly enough."""
 
 TOGETHER, MOST_CACHED = 4, 8192
 """So many batches are decoded together, unless their prompts have more tokens than this (200 MB of a small model)."""
@@ -71,7 +67,7 @@ def generate(
         model,
         ids,
         max_new_tokens=max_new_tokens,
-        eot=chat.end if chat else tokenizer.eot,
+        eot=chat.ends if chat else tokenizer.eot,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -87,7 +83,7 @@ def generate_ids(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    eot: int,
+    eot: int | Collection[int],
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -99,7 +95,8 @@ def generate_ids(
 ) -> list[list[int]]:
     """The tokens that follow each prompt, in the order given, without the end-of-text token `eot` that ended them.
 
-    A continuation ends at `eot`, after `max_new_tokens`, or where prompt and continuation fill the model's context.
+    A continuation ends at `eot` (or at any of several: `Chat.ends`), after `max_new_tokens`, or where prompt and
+    continuation fill the model's context.
     temperature: divides the logits; 0 takes the likeliest token (greedy), and the other settings then mean nothing.
     top_k: sample among the k likeliest tokens; 0 means all. top_p: and of these, among the fewest likeliest that
     together have this probability (Holtzman et al. 2020, "nucleus sampling"); 1 means all.
@@ -111,6 +108,7 @@ def generate_ids(
     """
     assert max_new_tokens >= 1 and batch_size >= 1 and temperature >= 0 and top_k >= 0 and 0 < top_p <= 1
     _check(prompts, model.room)
+    ends = frozenset({eot} if isinstance(eot, int) else eot)
 
     def pick(logits: Tensor, rows: Sequence[int], step: int) -> list[int]:
         if temperature == 0:
@@ -123,7 +121,7 @@ def generate_ids(
         for rows in decoded_together([len(prompt) - skip for prompt in prompts], batch_size):
             room = [min(max_new_tokens, model.room - len(prompts[row])) for row in rows]
             own = [prompts[row][skip:] for row in rows]
-            continuations = _continue(model, own, rows, past, room, eot, pick, batch_size, stop)
+            continuations = _continue(model, own, rows, past, room, ends, pick, batch_size, stop)
             for row, tokens in zip(rows, continuations, strict=True):
                 new[row] = tokens
             if progress is not None:
@@ -156,7 +154,7 @@ def _continue(
     names: Sequence[int],
     shared: Sequence[Segment],
     room: Sequence[int],
-    eot: int,
+    eot: Collection[int],
     pick: Callable[[Tensor, Sequence[int], int], list[int]],
     batch_size: int,
     stop: Stop | None,
@@ -181,10 +179,10 @@ def _continue(
     step = 0
     while True:
         for row, token in zip(live, tokens, strict=True):
-            if token != eot:
+            if token not in eot:
                 new[row].append(token)
         goes_on = [
-            token != eot and len(new[row]) < room[row] and not (stop and stop(new[row]))
+            token not in eot and len(new[row]) < room[row] and not (stop and stop(new[row]))
             for row, token in zip(live, tokens, strict=True)
         ]
         if not any(goes_on):
@@ -299,62 +297,6 @@ def compact(cache: Segment, stays: Sequence[bool]) -> list[int]:
                 tensors[layer] = tensor[:n]
         cache.lengths = cache.lengths[torch.tensor(slots, dtype=torch.long, device=cache.lengths.device)]
     return slots
-
-
-def uniform(seed: int, row: int, step: int) -> float:
-    """A number in [0, 1) that depends on nothing else: no state, no device, the same on every machine."""
-    digest = blake2b(f"{seed} {row} {step}".encode(), digest_size=8).digest()
-    return (int.from_bytes(digest, "big") >> 11) * 2.0**-53  # the 53 bits that a float keeps
-
-
-def sample(logits: Tensor, u: Sequence[float], temperature: float, top_k: int = 0, top_p: float = 1.0) -> list[int]:
-    """One token for each row of logits [B, V], by inverting the cumulative distribution at u [B], each in [0, 1).
-
-    The order is temperature, top_k, top_p. All arithmetic is in float32 and above, whatever the model computes in.
-    """
-    logits = logits.float()
-    best = logits.max(dim=-1, keepdim=True).values
-    _refuse_nan(best)
-    # The largest is now 0, so that no temperature overflows; and below `tiny` a temperature would be 0 in float32.
-    logits = (logits - best) / max(temperature, torch.finfo(torch.float32).tiny)
-    ids = None
-    if 0 < top_k < logits.shape[-1]:
-        logits, ids = logits.topk(top_k, dim=-1)  # likeliest first
-    weights = torch.softmax(logits, dim=-1)
-    if top_p < 1 and ids is None:
-        weights, ids = _likely(weights, top_p)
-    weights = weights.double()
-    cumulative = weights.cumsum(dim=-1)
-    if top_p < 1:
-        # A token stays when those before it do not yet reach top_p; so the first always stays.
-        weights = weights.masked_fill(cumulative - weights >= top_p, 0)
-        cumulative = weights.cumsum(dim=-1)
-    target = torch.tensor(u, dtype=torch.float64, device=logits.device)[:, None] * cumulative[:, -1:]
-    index = torch.searchsorted(cumulative, target, right=True)  # the first whose cumulative weight exceeds it
-    return (index if ids is None else ids.gather(-1, index))[:, 0].tolist()
-
-
-def _likely(weights: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """The likeliest tokens first, at least as many as have top_p together: few, unless a row needs more.
-
-    Sorting a whole vocabulary for a few tokens would take longer than a step of a small model.
-    """
-    few, ids = weights.topk(min(FEW, weights.shape[-1]), dim=-1)
-    if bool((few.double().sum(dim=-1) < top_p).any()):
-        return weights.sort(dim=-1, descending=True, stable=True)
-    return few, ids
-
-
-def likeliest(logits: Tensor) -> list[int]:
-    """The likeliest token of each row of logits [B, V]."""
-    best = logits.max(dim=-1)
-    _refuse_nan(best.values)
-    return best.indices.tolist()
-
-
-def _refuse_nan(best: Tensor) -> None:
-    if bool(best.isnan().any()):
-        raise GraftError("the model's logits are NaN: its weights are broken, or overflow in this --dtype; try float32")
 
 
 def _check(prompts: Sequence[Sequence[int]], context: int) -> None:

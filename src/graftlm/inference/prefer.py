@@ -32,7 +32,7 @@ from typing import Any, Literal
 from graftlm.config import PreferConfig
 from graftlm.errors import GraftError, InputError, unknown
 from graftlm.exchange.load import load
-from graftlm.files.formats import write_text
+from graftlm.files.atomic import write_text
 from graftlm.inference.evaluate import label_probabilities
 from graftlm.inference.generate import Progress, generate_ids
 from graftlm.models import CausalLM

@@ -27,8 +27,8 @@ from typing import Any
 from graftlm.config import Choice, Style
 from graftlm.errors import InputError
 from graftlm.inference.demonstrations import CONTENT_FREE, Embed, choose, reordered
-from graftlm.inference.evaluate import score
 from graftlm.inference.generate import Progress, generate_ids
+from graftlm.inference.scoring import score
 from graftlm.inference.statistics import calibrated
 from graftlm.models import CausalLM
 from graftlm.text.chat import Chat, Message
@@ -89,6 +89,11 @@ class Writer:
             return ()
         head = self._task.question.partition(QUESTION)[0].strip()
         return (*(["\n\n"] if prompt.turns else []), *([f"\n{head}"] if head else []))
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The tokens that an answer is over at."""
+        return frozenset({self._tokenizer.eot}) if self.chat is None else self.chat.ends
 
     def _asked(self, question: str) -> str:
         return self._task.question.replace(QUESTION, question)
@@ -318,7 +323,7 @@ def _written(
         model,
         rows,
         max_new_tokens=how.max_new_tokens or (REASONING if style.endswith("-cot") else SHORT),
-        eot=tokenizer.eot,
+        eot=writer.ends,
         temperature=how.temperature,
         seed=seed,
         batch_size=how.batch_size,
@@ -332,7 +337,7 @@ def _written(
     elif style == "zero-shot-cot":
         second = [extracting(task, prompt, text) for prompt, text in zip(owners, texts, strict=True)]
         rows = [writer.ids(prompt) for prompt in second]
-        new = generate_ids(model, rows, max_new_tokens=SHORT, eot=tokenizer.eot, batch_size=how.batch_size)
+        new = generate_ids(model, rows, max_new_tokens=SHORT, eot=writer.ends, batch_size=how.batch_size)
         ends = [_until(tokenizer.decode(tokens), ("\n",)) for tokens in new]
         said = [task.first(end) for end in ends]
         texts = [f"{text.rstrip()}\nTherefore, {task.trigger}{end}" for text, end in zip(texts, ends, strict=True)]

@@ -2,13 +2,12 @@
 
 What is unusual here: nobody lists the methods. Each file of this folder is imported, and every subclass of `Method`
 with a name is one: `METHODS`. What its fields are is what it can be told: by the flags that it names in `flags`, or,
-where a field has no flag, by --settings.
+where a field has no flag, by --settings. `catalogue.py` reads them for the help page, without importing any of this.
 """
 
 from collections.abc import Iterator, Set
 from dataclasses import fields
 from importlib import import_module
-from inspect import getdoc
 from pkgutil import iter_modules
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -47,7 +46,6 @@ __all__ = [
     "PrefixTuning",
     "method_from_flags",
     "method_from_json",
-    "overview",
 ]
 
 
@@ -87,18 +85,6 @@ def _settings(text: str, kind: type[Method]) -> dict[str, Any]:
             raise InputError(f"--settings {part}: must be name=value, and --method {kind.name}: {known}")
         found[name] = value_of_word(f"--settings {part}", value, types[name])
     return found
-
-
-def overview() -> str:
-    """Every method, a line each: what it is, its default learning rate, its flags with their defaults."""
-    lines = ["The methods, with what each takes by default:"]
-    for kind in METHODS.values():
-        own = {f.name: f.default for f in fields(kind)}
-        defaults = {"lr": f"{kind.default_lr:g}", **{flag: own[field] for flag, field in kind.flags.items()}}
-        shown = {flag: ",".join(value) if isinstance(value, tuple) else value for flag, value in defaults.items()}
-        flags = " ".join(f"--{flag} {value}" for flag, value in shown.items() if value != "")
-        lines.append(f"{kind.name}: {(getdoc(kind) or '').splitlines()[0]} ({flags})")
-    return "\n\n".join(lines)
 
 
 def method_from_json(data: Any, where: str = "run.json") -> Method:

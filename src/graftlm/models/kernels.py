@@ -28,7 +28,7 @@ from torch import Tensor
 
 from graftlm.errors import GraftError
 from graftlm.files.assets import cache_home
-from graftlm.files.formats import file_atomically
+from graftlm.files.atomic import file_atomically
 from graftlm.models.gradients import Mask, TorchKernels
 
 SOURCE = Path(__file__).with_name("kernels.cpp")

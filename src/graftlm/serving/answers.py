@@ -19,8 +19,9 @@ from fastapi import Request as HTTPRequest
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from graftlm.errors import GraftError, InputError
-from graftlm.inference.engine import Busy, Closed, Completion, Engine, Piece, Request, Ticket
+from graftlm.errors import Busy, Closed, GraftError, InputError
+from graftlm.inference.engine import Engine
+from graftlm.inference.requests import Completion, Piece, Request, Ticket
 from graftlm.serving.schemas import Refused
 from graftlm.text.tokenizer import Tokenizer
 

@@ -15,7 +15,7 @@ decoded in one batch. Tokenising happens off the event loop: a long prompt holds
 import asyncio
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Annotated, Any
@@ -27,7 +27,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from graftlm.errors import GraftError, InputError, nearest
-from graftlm.inference.engine import Engine, Request
+from graftlm.inference.engine import Engine
+from graftlm.inference.requests import Request
 from graftlm.serving.answers import Asked, choices, done, refused, stream, while_there, whole
 from graftlm.serving.limits import Gate, read_body, refusal
 from graftlm.serving.schemas import (
@@ -215,7 +216,7 @@ def _completions(service: Service, body: CompletionBody) -> Asked:
     model = service.model(body.model)
     prompts = _prompts(service, body.prompt)
     logprobs = body.logprobs is not None
-    return _asked(service, model, body, "prompt", prompts, body.max_tokens, SHORT, chat=False, logprobs=logprobs)
+    return _asked(service, model, body, "prompt", prompts, body.max_tokens, SHORT, logprobs=logprobs)
 
 
 def _prompts(service: Service, prompt: Any) -> list[list[int]]:
@@ -239,12 +240,12 @@ def _chat(service: Service, chat: Chat | None, body: ChatBody) -> Asked:
     roles = {"developer": "system"}  # as OpenAI's newer models call it
     messages = [(roles.get(message.role, message.role), message.words) for message in body.messages]
     try:
-        prompt = chat.encode(messages)
+        prompt, ends = chat.encode(messages), chat.ends
     except InputError as error:
         raise Refused(400, f"messages: {error}", param="messages") from None
     given = [value for value in (body.max_tokens, body.max_completion_tokens) if value is not None]
     limit, logprobs = min(given, default=None), bool(body.logprobs)
-    return _asked(service, model, body, "messages", [prompt], limit, None, chat=True, logprobs=logprobs)
+    return _asked(service, model, body, "messages", [prompt], limit, None, ends=ends, logprobs=logprobs)
 
 
 def _asked(
@@ -256,16 +257,20 @@ def _asked(
     limit: int | None,
     default: int | None,
     *,
-    chat: bool,
+    ends: Collection[int] | None = None,
     logprobs: bool,
 ) -> Asked:
-    """limit: tokens that the request allows; default: those it gets where it does not say; None: as many as fit."""
+    """limit: tokens that the request allows; default: those it gets where it does not say; None: as many as fit.
+
+    ends: of a chat, the tokens that end the model's turn.
+    """
     n = 1 if body.n is None else body.n
     if len(prompts) * n > MOST_CHOICES:
         raise Refused(400, f"n: {len(prompts)} prompts times {n}: at most {MOST_CHOICES} answers a request", param="n")
     if limit is not None and limit > service.max_tokens:
         message = f"max_tokens: at most {service.max_tokens} here (graft serve --max_tokens)"
         raise Refused(400, message, param="max_tokens")
+    chat = ends is not None
     requests: list[Request] = []
     for prompt in prompts:
         room, least = model.room - len(prompt), limit or 1
@@ -284,6 +289,7 @@ def _asked(
             top_p=None if body.top_p in (None, 1) else body.top_p,
             seed=body.seed,
             stop=body.stops,
+            ends=ends or (),
         )
         requests += choices(request, n)
     return Asked(tuple(requests), model.name, n, chat, logprobs, body.wants_usage)

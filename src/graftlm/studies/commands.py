@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Protocol
 
-from graftlm.files.formats import disk_errors
+from graftlm.files.atomic import disk_errors
 from graftlm.training.interrupt import LEASH
 
 LOG = "log.txt"

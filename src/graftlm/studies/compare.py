@@ -31,7 +31,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from graftlm.config import CompareConfig, TrainConfig
 from graftlm.errors import GraftError, InputError, Interrupted
-from graftlm.files.formats import disk_errors, read_json, remove_leftovers, write_json, write_text
+from graftlm.files.atomic import disk_errors, remove_leftovers, write_json, write_text
+from graftlm.files.formats import read_json
 from graftlm.files.locks import NAME as LOCK
 from graftlm.files.locks import alone_in
 from graftlm.studies.commands import LOST, CommandFailed, Commands, Here, WorkerLost
@@ -73,10 +74,11 @@ def _commands(config: CompareConfig, cells: int, lock: int, debug: bool) -> Iter
         yield Here(config.jobs or 1, lock)
         return
     from graftlm.studies.cluster import connected
+    from graftlm.studies.cluster_commands import commands
 
     with connected(config, debug) as cluster:
         at_once = min(config.jobs or MOST_ASKED, cells)
-        with cluster.commands(Path(config.out_dir), at_once) as elsewhere:
+        with commands(cluster, Path(config.out_dir), at_once) as elsewhere:
             yield elsewhere
 
 

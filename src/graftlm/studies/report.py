@@ -23,7 +23,7 @@ from typing import Any
 
 from graftlm.config import ReportConfig
 from graftlm.errors import InputError
-from graftlm.files.formats import write_text
+from graftlm.files.atomic import write_text
 from graftlm.studies.report_data import Answers, Run, everyone, read_folders, run_name
 from graftlm.studies.report_figures import CURVES, calibration, charts, disagreements, thin
 

@@ -14,7 +14,7 @@ from typing import Any
 from graftlm.config import PromptConfig, Style
 from graftlm.errors import InputError
 from graftlm.exchange.load import load
-from graftlm.files.formats import write_text
+from graftlm.files.atomic import write_text
 from graftlm.inference.demonstrations import embedder
 from graftlm.inference.generate import Progress
 from graftlm.inference.prompting import Asking, Outcome, Writer, ask, extracting, prompts

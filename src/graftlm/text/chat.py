@@ -90,9 +90,18 @@ class Chat:
 
     @cached_property
     def end(self) -> int:
-        """The token that the model ends its turn with."""
-        talk = self.conversation([("user", "a"), ("assistant", "a")])
-        return talk.ids[talk.answers[0][-1]]
+        """The token that the model ends its turn with: the first control token that the template puts behind an answer.
+
+        Where it puts none there, the tokenizer's end of text.
+        """
+        frame = self._frame(("user", "assistant"))
+        ends = self._control.search(frame, frame.find(f"{OPEN}1{CLOSE}")) if f"{OPEN}1{CLOSE}" in frame else None
+        return self._tokenizer.control[ends[0]] if ends else self._tokenizer.eot
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The tokens that an answer is over at: `end`, and the end of text, which ends everything."""
+        return frozenset({self.end, self._tokenizer.eot})
 
     def _answers(self, roles: tuple[str, ...], frame: str) -> list[tuple[int, int]]:
         """Where the answers stand in a frame."""

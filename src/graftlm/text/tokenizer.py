@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftlm.errors import InputError
-from graftlm.files.formats import file_atomically, read_json
+from graftlm.files.atomic import file_atomically
+from graftlm.files.formats import read_json
 
 if TYPE_CHECKING:
     import tokenizers

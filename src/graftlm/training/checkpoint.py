@@ -29,18 +29,9 @@ from torch import Tensor
 from graftlm.errors import InputError
 from graftlm.exchange.adapters import read_adapter, save_adapter
 from graftlm.exchange.huggingface import later_file, save_config, save_model, stored_rows
+from graftlm.files.atomic import folder_atomically, link_atomically, write_json, write_text
 from graftlm.files.cut import Later, join, like, local, remove, rows_of, save_cut
-from graftlm.files.formats import (
-    LazyTensors,
-    folder_atomically,
-    link_atomically,
-    load_safetensors,
-    read_json,
-    read_weights,
-    save_safetensors,
-    write_json,
-    write_text,
-)
+from graftlm.files.formats import LazyTensors, load_safetensors, read_json, read_weights, save_safetensors
 from graftlm.methods import Method
 from graftlm.methods.base import delta_state, load_delta, trainable
 from graftlm.models.base import CausalLM

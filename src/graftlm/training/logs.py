@@ -17,7 +17,8 @@ from typing import Any, Protocol
 
 from graftlm.config import TrainConfig
 from graftlm.errors import InputError
-from graftlm.files.formats import disk_errors, read_json
+from graftlm.files.atomic import disk_errors
+from graftlm.files.formats import read_json
 
 KEY_FILE = Path("wandb_api.json")
 Row = dict[str, Any]

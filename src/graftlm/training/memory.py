@@ -1,6 +1,5 @@
 """How much memory this process holds and has held, in MB (10^6 bytes)."""
 
-import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from graftlm.errors import posix_module
 from graftlm.files.cut import local
 
 
@@ -16,8 +16,9 @@ def peak_rss_mb() -> float:
     """The most memory this process has held so far."""
     if (peak := _status_mb("VmHWM")) is not None:
         return peak
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)
+    resource = posix_module("resource")
+    most = int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    return round(most * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)
 
 
 def rss_mb() -> float:

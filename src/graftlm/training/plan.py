@@ -26,7 +26,7 @@ from torch import nn
 
 from graftlm.config import TrainConfig
 from graftlm.files.cut import local
-from graftlm.inference.evaluate import score
+from graftlm.inference.scoring import score
 from graftlm.methods.accounting import needed_flops
 from graftlm.methods.base import trainable
 from graftlm.models.base import CausalLM

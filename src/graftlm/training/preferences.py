@@ -71,7 +71,7 @@ class Preferences:
         margins = rewards[:, 0] - rewards[:, 1]
         told = {
             "reward_margin": margins.sum(),
-            "reward_accuracy": (margins > 0).double().sum(),
+            "reward_accuracy": (margins > 0).to(margins.dtype).sum(),
             "logp_chosen": sums.policy[:, 0].detach().sum(),
             "logp_rejected": sums.policy[:, 1].detach().sum(),
             "pair_weight": torch.sigmoid(-self.deltas(sums).detach()).sum(),

@@ -6,14 +6,9 @@ recorded by their whole paths, and on another machine they may be named anew: wh
 """
 
 import math
-import os
-import platform
-import secrets
-import subprocess
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
-from importlib.metadata import version
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +22,16 @@ from graftlm.exchange.huggingface import base_hash, load_model, read_into, unrea
 from graftlm.exchange.load import Loaded, check_base, read_run, read_tokenizer, recorded_name
 from graftlm.files.locks import NAME as LOCK
 from graftlm.methods import Method
-from graftlm.methods.base import totals
 from graftlm.methods.folding import FoldingLinear
 from graftlm.models.base import CausalLM
-from graftlm.text.data import Dataset, Example, encode_rows, label_ids, load_dataset, preflight, sample
+from graftlm.text.data import Dataset, Example, encode_rows, label_ids, load_dataset, sample
+from graftlm.text.preflight import preflight
 from graftlm.text.template import Template, load_template
+from graftlm.text.tokenizer import Tokenizer
 from graftlm.training.distributed import World, cut, first_pass
 from graftlm.training.logs import check_loggers
 from graftlm.training.preferences import DEFAULT_BETA, REFERENCE_FREE
+from graftlm.training.record import record_of
 from graftlm.training.reference import NAME as REFERENCE
 from graftlm.training.reference import about_reference, read_reference, with_reference
 from graftlm.training.start import Origin, find_origin, span_of
@@ -105,29 +102,13 @@ def prepare(config: TrainConfig, given: Set[str] | None = None, world: World | N
     """Check and load everything a run needs; `given` are the flags typed, None for those that differ from defaults."""
     world = world or World()
     out_dir = Path(config.out_dir)
-    previous = None
-    if config.resume:
-        previous = read_run(out_dir)
-        if "imported" in previous:
-            raise InputError(
-                f"{out_dir}: was imported, without the state of an optimiser, so there is no training to go on with; "
-                f"merge it (graft export --out_dir {out_dir} --merged --to FOLDER) and train that (--init_from FOLDER)"
-            )
-        config = _resumed(config, previous["config"], given)
-    else:
-        check_out_dir(out_dir)
+    config, previous = _begun(config, out_dir, given)
     check_loggers(config)
     origin = find_origin(config, set() if previous is not None else _typed(config, given), previous is not None)
     template = _template(config, previous)
     device = pick_device(config.device if world.size == 1 else world.device_flag)
-    if world.size > 1:
-        _check_several(config, origin)
-    elif config.shard and previous is None:
-        raise InputError("--shard: cuts the base over several processes: start with torchrun, or leave it out")
-    if previous is not None and config.dtype == "auto":  # what auto found then, so that the bits go on
-        dtype, reason = pick_dtype(previous["dtype"], device)[0], previous["dtype_reason"]
-    else:
-        dtype, reason = pick_dtype(config.dtype, device)
+    _check_processes(config, origin, world)
+    dtype, reason = _dtype(config, previous, device)
     folder = origin.folder
     data = load_dataset(
         config.data, config.val, config.test, config.text_field, config.label_field, labels=template.labels
@@ -141,21 +122,9 @@ def prepare(config: TrainConfig, given: Set[str] | None = None, world: World | N
         hashing = beside.submit(lambda: previous["base"]["sha256"] if previous else base_hash(folder))
         several = world.size > 1 and (origin.method.stores_model or config.shard)
         model = unread_model(folder, dtype) if several else load_model(folder, device, dtype)
-    room = model.shape.context - origin.method.positions
-    if room < 1:
-        raise InputError(
-            f"--prefix_length {config.prefix_length}: the model reads at most {model.shape.context} tokens; shorten it"
-        )
-    max_length = min(config.max_length or room, room)
-    rows = {"train": data.splits["train"], "validation": sample(data.splits["validation"], config.val_limit)}
-    encoded = {split: encode_rows(some, template, tokenizer, max_length) for split, some in rows.items()}
-    examples = {split: some for split, (some, _) in encoded.items()}
-    cut = {split: n for split, (_, n) in encoded.items()}
-    notes = [*data.notes, *preflight(examples, template, tokenizer, max_length, cut)]
-    method = span_of(config, origin, model.shape.layers)
-    if origin.adapter is None:
-        prompts = [e.prompt_ids for e in examples["train"]]
-        method = method.starts_from(prompts, lambda text: tokenizer.encode(text, bos=True))
+    max_length = _longest(config, model, origin.method)
+    examples, notes = _examples(data, config, template, tokenizer, max_length)
+    method = _method(config, origin, model, examples["train"], tokenizer)
     origin = replace(origin, method=method)
     method.install(model, torch.Generator().manual_seed(config.seed))
     if not several:
@@ -163,54 +132,82 @@ def prepare(config: TrainConfig, given: Set[str] | None = None, world: World | N
     start = _start(origin, model, previous, out_dir)
     model.set_dropout(config.dropout)
     model.set_fused(config.fused)
-    if config.micro_tokens is None:
-        config = replace(config, micro_tokens=CPU_TOKENS if device.type == "cpu" else 0)
-    config = _resolved(config, method, len(examples["train"]), max_length)
-    places: dict[str, Any] = {name: recorded_name(getattr(config, name)) for name in BY_CONTENT}
-    config = replace(config, **places)  # an error, until here, names a file as it was typed
+    config = _resolved(config, method, len(examples["train"]), max_length, device)
     labelled = all(e.label is not None for some in examples.values() for e in some)
-    chat = bool(rows["train"][0].messages)
     loaded = Loaded(model, tokenizer, origin.base, folder, reason, template)
-    trained, total = totals(model)
-    run = {
-        "config": asdict(config),
-        "method": method.to_json(),
-        "base": {
-            "name": origin.base,
-            "sha256": hashing.result(),
-        },
-        "start": start,
-        "data": {
-            "name": data.name,
-            "fingerprint": data.fingerprint,
-            "examples": {k: len(v) for k, v in rows.items()},
-            "chat": chat,
-        },
-        "template": {"name": template.name, "text": template.text, "labels": list(template.labels)},
-        "device": str(device),
-        "dtype": str(dtype).removeprefix("torch."),
-        "dtype_reason": reason,
-        "trainable": trained,
-        "total": total,
-        "versions": _versions(),
-        "git": _git_state(),
-        "wandb_id": previous["wandb_id"] if previous else secrets.token_hex(8),
-        "notes": notes,
-        "plan": previous.get("plan") if previous else None,
-        "compile": previous.get("compile") if previous else None,
-        "reference": previous.get("reference") if previous else None,
-        "processes": world.to_json(),
-        "resumed": [*previous["resumed"], _changes(previous, config, world)] if previous else [],
-        "results": None,
-    }
+    run = record_of(
+        config,
+        method,
+        loaded,
+        data,
+        examples,
+        base_sha256=hashing.result(),
+        start=start,
+        device=device,
+        dtype=dtype,
+        notes=notes,
+        previous=previous,
+        world=world,
+    )
     ids = label_ids(template, tokenizer) if labelled else []
     sets = examples["train"], examples["validation"]
-    unread = origin if several else None
-    prepared = Prepared(config, method, loaded, *sets, ids, notes, run, world=world, unread=unread)
+    prepared = Prepared(config, method, loaded, *sets, ids, notes, run, world=world, unread=origin if several else None)
     source = out_dir if previous else Path(config.reference) if config.reference else None
     if prepared.wants_reference and source is not None:
         prepared.refer_to(read_reference(source, prepared.splits, prepared.about_reference()))
     return prepared
+
+
+def _begun(config: TrainConfig, out_dir: Path, given: Set[str] | None) -> tuple[TrainConfig, dict[str, Any] | None]:
+    """The flags that hold, and what run.json says of the run that is gone on with; None: of a first start."""
+    if not config.resume:
+        check_out_dir(out_dir)
+        return config, None
+    previous = read_run(out_dir)
+    if "imported" in previous:
+        raise InputError(
+            f"{out_dir}: was imported, without the state of an optimiser, so there is no training to go on with; "
+            f"merge it (graft export --out_dir {out_dir} --merged --to FOLDER) and train that (--init_from FOLDER)"
+        )
+    return _resumed(config, previous["config"], given), previous
+
+
+def _dtype(config: TrainConfig, previous: dict[str, Any] | None, device: torch.device) -> tuple[torch.dtype, str]:
+    """The number format, and why; of a resumed run what auto found then, so that the bits go on."""
+    if previous is not None and config.dtype == "auto":
+        return pick_dtype(previous["dtype"], device)[0], previous["dtype_reason"]
+    return pick_dtype(config.dtype, device)
+
+
+def _method(
+    config: TrainConfig, origin: Origin, model: CausalLM, train: Sequence[Example], tokenizer: Tokenizer
+) -> Method:
+    """The method, with what it takes from the model's depth and the run's prompts decided."""
+    method = span_of(config, origin, model.shape.layers)
+    if origin.adapter is not None:
+        return method
+    return method.starts_from([e.prompt_ids for e in train], lambda text: tokenizer.encode(text, bos=True))
+
+
+def _longest(config: TrainConfig, model: CausalLM, method: Method) -> int:
+    """How many tokens an example may have, beside the positions that the method takes."""
+    room = model.shape.context - method.positions
+    if room < 1:
+        raise InputError(
+            f"--prefix_length {config.prefix_length}: the model reads at most {model.shape.context} tokens; shorten it"
+        )
+    return min(config.max_length or room, room)
+
+
+def _examples(
+    data: Dataset, config: TrainConfig, template: Template, tokenizer: Tokenizer, max_length: int
+) -> tuple[dict[str, list[Example]], list[str]]:
+    """What is trained on and what is validated on, looked at, and the lines to show of it."""
+    rows = {"train": data.splits["train"], "validation": sample(data.splits["validation"], config.val_limit)}
+    encoded = {split: encode_rows(some, template, tokenizer, max_length) for split, some in rows.items()}
+    examples = {split: some for split, (some, _) in encoded.items()}
+    cut = {split: n for split, (_, n) in encoded.items()}
+    return examples, [*data.notes, *preflight(examples, template, tokenizer, max_length, cut)]
 
 
 def spread(prepared: Prepared) -> None:
@@ -304,23 +301,17 @@ def _resumed(config: TrainConfig, recorded: dict[str, Any], given: Set[str] | No
     return replace(TrainConfig(**{**kept, "out_dir": config.out_dir}), **changes)
 
 
-def _check_several(config: TrainConfig, origin: Origin) -> None:
-    """An InputError for what works in one process alone."""
-    if not origin.method.stores_model:
+def _check_processes(config: TrainConfig, origin: Origin, world: World) -> None:
+    """An InputError for what works in one process alone, or in several alone."""
+    if world.size == 1 and config.shard and not config.resume:
+        raise InputError("--shard: cuts the base over several processes: start with torchrun, or leave it out")
+    if world.size == 1 or not origin.method.stores_model:
         return
     several = "full fine-tuning in several processes cuts its weights over them, and then there is none of this"
     if config.train_layers:
         raise InputError(f"--train_layers {config.train_layers}: {several}: leave it out, or start without torchrun")
     if config.objective == "dpo" and config.kl_samples:
         raise InputError(f"--kl_samples {config.kl_samples}: {several}: give 0, or start without torchrun")
-
-
-def _changes(previous: dict[str, Any], config: TrainConfig, world: World) -> dict[str, Any]:
-    """What this resume changed: {flag: [before, now]}; a new end plans the learning rate's schedule anew."""
-    recorded, was = previous["config"], previous.get("processes", World().to_json())
-    several = {"processes": [was, world.to_json()]} if was != world.to_json() else {}
-    flags = {k: [recorded.get(k), v] for k, v in asdict(config).items() if k != "resume" and recorded.get(k) != v}
-    return {**flags, **several}
 
 
 def _check_data(fingerprint: str, previous: dict[str, Any], out_dir: Path) -> None:
@@ -331,8 +322,8 @@ def _check_data(fingerprint: str, previous: dict[str, Any], out_dir: Path) -> No
         )
 
 
-def _resolved(config: TrainConfig, method: Method, examples: int, max_length: int) -> TrainConfig:
-    """Every None decided."""
+def _resolved(config: TrainConfig, method: Method, examples: int, max_length: int, device: torch.device) -> TrainConfig:
+    """Every None decided, and the whole paths of files."""
     per_epoch = math.ceil(examples / config.batch_size)
     epochs = config.epochs
     if config.max_iters is None:
@@ -343,36 +334,21 @@ def _resolved(config: TrainConfig, method: Method, examples: int, max_length: in
     decided = {flag: getattr(method, field) for flag, field in method.flags.items()}
     decided |= {"targets": ",".join(decided["targets"])} if "targets" in decided else {}
     decided |= {"rank": 0} if method.stores_model else {}
+    micro_tokens = config.micro_tokens
+    if micro_tokens is None:
+        micro_tokens = CPU_TOKENS if device.type == "cpu" else 0
+    # An error, until here, names a file as it was typed.
+    places: dict[str, Any] = {name: recorded_name(getattr(config, name)) for name in BY_CONTENT}
     return replace(
         config,
         **{"method": method.name, **decided},
         lr=config.lr if config.lr is not None else method.default_lr * PREFERENCE_RATE ** (config.objective == "dpo"),
         beta=DEFAULT_BETA.get(config.loss_type, 0.1) if config.beta is None else config.beta,
+        micro_tokens=micro_tokens,
         max_iters=steps,
         epochs=epochs,
         eval_every=config.eval_every or max(1, math.ceil(steps / 10)),
         warmup=min(100, math.ceil(0.06 * steps)) if config.warmup is None else config.warmup,
         max_length=max_length,
+        **places,
     )
-
-
-def _versions() -> dict[str, str]:
-    packages = {name: version(name) for name in ("graftlm", "torch", "tokenizers", "safetensors", "numpy")}
-    return {"python": platform.python_version(), "platform": platform.platform(), **packages}
-
-
-def _git_state() -> str | None:
-    """Commit and dirtiness of the checkout graftlm runs from; None when it is installed elsewhere."""
-    here = Path(__file__).parent
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from graftlm.errors import InputError
-from graftlm.files.formats import load_safetensors, read_json, save_safetensors, write_json
-from graftlm.inference.evaluate import score
+from graftlm.files.atomic import write_json
+from graftlm.files.formats import load_safetensors, read_json, save_safetensors
 from graftlm.inference.generate import evaluating, generate_ids
+from graftlm.inference.scoring import score
 from graftlm.methods.base import trainable
 from graftlm.models.base import CausalLM
 from graftlm.text.data import Example
@@ -55,7 +56,7 @@ def reference_sums(model: CausalLM, examples: Sequence[Example], world: World | 
         for at in range(world.rank * GROUP, len(order), world.size * GROUP):
             rows = order[at : at + GROUP]
             batch = make_batch([examples[i] for i in rows], "pairs").to(model.device)
-            found[rows] = answer_sums(model, batch).policy.double().cpu()
+            found[rows] = answer_sums(model, batch).policy.cpu().double()
     return world.add(found)  # what another process computes is 0 here
 
 

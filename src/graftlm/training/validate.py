@@ -3,8 +3,8 @@
 import torch
 
 from graftlm.config import TrainConfig
-from graftlm.inference.evaluate import score
 from graftlm.inference.generate import evaluating
+from graftlm.inference.scoring import score
 from graftlm.models.base import CausalLM
 from graftlm.text.data import Example
 from graftlm.training.distributed import World, in_step
@@ -44,7 +44,7 @@ def _sums(
     right = 0.0
     if label_ids:
         own = torch.tensor([e.label for e in examples])
-        right = (scores.labels.argmax(-1) == own).double().sum().item()
+        right = float((scores.labels.argmax(-1) == own).sum())
     if config.loss_on == "completion":
         return -scores.completion.sum().item(), int(scores.completion_tokens.sum()), right
     total, weight = 0.0, 0

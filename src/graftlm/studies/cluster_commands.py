@@ -1,0 +1,170 @@
+"""The commands of a comparison on a Ray cluster: each runs below a Ray worker as it would run here.
+
+What is unusual here: all nodes share the comparison's folder, and nothing else. So that is looked at before it is used:
+the folder by a token that every node must find there, and the nodes' graftlm by its version. A command that was lost is
+given again and goes on from its last checkpoint.
+"""
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from graftlm.errors import InputError, posix_module
+from graftlm.files.atomic import write_text
+from graftlm.studies.cluster import PATIENCE, Cluster
+from graftlm.studies.commands import LOST, Child, CommandFailed, WorkerLost, run_graft, threads
+
+TOKEN = ".ray-token"
+
+
+@contextmanager
+def commands(cluster: Cluster, out_dir: Path, at_once: int) -> Iterator["Elsewhere"]:
+    """Where the commands of a comparison in `out_dir` run: at most so many at once; every node is looked at first.
+
+    Raises InputError where a node does not see the folder, or has no graftlm of this version.
+    """
+    place = Place(str(out_dir.absolute()), os.getcwd(), secrets.token_hex(8), version("graftlm"))
+    token = out_dir / TOKEN
+    write_text(token, place.token)
+    try:
+        _look(cluster, place)
+        yield Elsewhere(cluster, place, at_once)
+    finally:
+        token.unlink(missing_ok=True)
+
+
+def _look(cluster: Cluster, place: "Place") -> None:
+    """Every node's look at the place; an InputError with the first complaint."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    look = cluster.ray.remote(num_cpus=0, max_retries=LOST)(_complaint)
+    refs = []
+    for node in cluster.nodes:
+        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        refs.append(look.options(scheduling_strategy=there).remote(place))
+    for node, ref in zip(cluster.nodes, refs, strict=True):
+        try:
+            complaint = cluster.get(ref)
+        except WorkerLost:
+            continue  # a node that is gone has nothing to complain of
+        if complaint:
+            raise InputError(f"node {node['NodeManagerAddress']}: {complaint}")
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a node must have to run commands."""
+
+    out_dir: str
+    """The comparison's folder; a file there, TOKEN, holds `token`."""
+    cwd: str
+    """The folder that the command was given in, to which the names of its files are relative."""
+    token: str
+    version: str
+
+
+class Elsewhere:
+    """Commands on the cluster (see `commands.Commands`)."""
+
+    def __init__(self, cluster: Cluster, place: Place, at_once: int) -> None:
+        self.at_once = at_once
+        self._cluster, self._place = cluster, place
+        self._task = cluster.task(_command, retries=0)  # which words go on with a lost run is known here only
+        self._running: set[Any] = set()
+        self._stopped = False
+        self._changing = threading.Lock()
+
+    def run(self, words: Sequence[str], folder: Path) -> str:
+        """See Commands."""
+        with self._changing:
+            if self._stopped:
+                raise CommandFailed("stopped")
+            ref = self._task.remote(self._place, folder.name, list(words), self._cluster.cpus, self._cluster.gpus > 0)
+            self._running.add(ref)
+        try:
+            out, reason = self._cluster.get(ref)
+        finally:
+            with self._changing:
+                self._running.discard(ref)
+        if reason:
+            raise CommandFailed(reason)
+        return str(out)
+
+    def stop(self) -> None:
+        """See Commands."""
+        with self._changing:
+            self._stopped = True
+            for ref in self._running:
+                self._cluster.ray.cancel(ref)  # a KeyboardInterrupt in `_command`
+
+
+def _complaint(place: Place) -> str:
+    """What is wrong with this node, where a command is to run; nothing if it is fit."""
+    if line := _unseen(place):
+        return line
+    command = [sys.executable, "-m", "graftlm", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=place.cwd, check=False)
+    found = done.stdout.strip().removeprefix("graft ")
+    if found != place.version:
+        there = f"has graftlm {found}" if found else "has no graftlm"
+        return f"{there} for {sys.executable}; install {place.version}, the version here, on every node"
+    return ""
+
+
+def _unseen(place: Place) -> str:
+    token = Path(place.out_dir, TOKEN)
+    if not token.is_file() or token.read_text(encoding="utf-8") != place.token:
+        return f"does not see --out_dir {place.out_dir}; name a folder on a file system that all nodes share"
+    if not os.path.isdir(place.cwd):
+        return f"does not see {place.cwd}; give the command in a folder on a file system that all nodes share"
+    return ""
+
+
+def _command(place: Place, name: str, words: list[str], cpus: int, on_gpu: bool) -> tuple[str, str]:
+    """Run `graft WORDS` below this Ray worker, for the cell in the folder `name`: what it printed, why it failed."""
+    if line := _unseen(place):
+        return "", f"a node {line}"
+    os.chdir(place.cwd)
+    folder = Path(place.out_dir, name)
+    environment = threads(cpus) if on_gpu else {**threads(cpus), "CUDA_VISIBLE_DEVICES": ""}
+    with open(folder / ".lock", "a") as lock:
+        if not _held(lock.fileno()):
+            return "", f"{folder}: a process of another worker still writes there"
+        try:
+            return run_graft(words, folder, environment, lock.fileno(), _wait), ""
+        except CommandFailed as failure:
+            return "", str(failure)
+
+
+def _held(lock: int) -> bool:
+    """Whether a lock could be had; a lost worker's command, which still has it, ends soon."""
+    fcntl, until = posix_module("fcntl"), time.monotonic() + PATIENCE
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.1)
+
+
+def _wait(child: "Child[str]") -> int:
+    """Wait for a command; Ray's cancelling, a KeyboardInterrupt in this process, lets it finish its step and save."""
+    while True:
+        try:
+            return child.wait(0.2)
+        except subprocess.TimeoutExpired:
+            continue
+        except KeyboardInterrupt:
+            child.send_signal(signal.SIGTERM)  # not SIGINT, which Ray's own processes may have blocked

@@ -1,0 +1,79 @@
+"""Habits: hooks run the lines of `make check`, forms are whole, CONTRIBUTING names what there is."""
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+SRC = ROOT / "src/graftlm"
+FORMS = sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"))
+
+
+def lines_of(target: str) -> list[str]:
+    """What a target of the Makefile runs, with BIN put in."""
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    found = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", text, re.MULTILINE)
+    folder = re.search(r"^BIN := (\S+)$", text, re.MULTILINE)
+    assert found and folder, f"the Makefile has no target {target}"
+    return [line.strip().replace("$(BIN)", folder[1]) for line in found[1].splitlines()]
+
+
+def test_the_hooks_are_the_lines_of_make_check_and_fetch_nothing() -> None:
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    assert [repo["repo"] for repo in config["repos"]] == ["local"]
+    hooks = config["repos"][0]["hooks"]
+    assert [hook["entry"] for hook in hooks] == lines_of("check")
+    assert all(hook["language"] == "system" and hook["pass_filenames"] is False for hook in hooks)
+    assert len({hook["id"] for hook in hooks}) == len(hooks)
+
+
+@pytest.mark.parametrize("path", [path for path in FORMS if path.name != "config.yml"], ids=lambda path: path.stem)
+def test_an_issues_form_is_one(path: Path) -> None:
+    form: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert set(form) == {"name", "description", "body"} and form["name"] and form["description"]
+    assert len({part["id"] for part in form["body"]}) == len(form["body"]) <= 4  # whoever reports has little time
+    for part in form["body"]:
+        assert part["type"] in ("textarea", "input") and part["attributes"]["label"]
+        assert isinstance(part["validations"]["required"], bool)
+
+
+def test_there_are_a_form_for_each_kind_of_issue_and_a_template_for_changes() -> None:
+    assert [path.stem for path in FORMS] == ["bug", "config", "feature"]
+    assert "make check" in (ROOT / ".github/PULL_REQUEST_TEMPLATE.md").read_text(encoding="utf-8")
+
+
+def defined(*paths: Path) -> set[str]:
+    """Every function, class and method of these files by its own name."""
+    nodes = (node for path in paths for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    return {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
+
+
+def test_the_walk_through_the_code_names_what_is_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    walk = text.partition("## The walk of one review")[2].partition("\n## ")[0]
+    rows = [row.split("|")[2] for row in re.findall(r"^\| \w+ \|.*$", walk, re.MULTILINE)]
+    assert len(rows) >= 12
+    for row in rows:
+        quoted = re.findall(r"`([^`]+)`", row)
+        files = [name for name in quoted if name.endswith(".py")]
+        for name in (name for name in quoted if not name.endswith(".py")):
+            first, _, rest = name.partition(".")
+            module = [*SRC.glob(f"{first}.py"), *SRC.glob(f"{first}/*.py")] if first else []
+            if module:  # flags.parse
+                assert rest in defined(*module), f"{row}: {first} has no {rest}"
+                continue
+            there = defined(*(SRC / file for file in files))
+            assert set(filter(None, name.split("."))) <= there, f"{row}: {name} is in none of {files}"
+        assert all((SRC / file).is_file() for file in files), row
+
+
+def test_what_contributing_calls_a_target_is_one() -> None:
+    makefile, contributing = ((ROOT / name).read_text(encoding="utf-8") for name in ("Makefile", "CONTRIBUTING.md"))
+    named = set(re.findall(r"(?:`|^)make ([a-z-]+)", contributing, re.MULTILINE))
+    assert {"check", "test", "docs", "release"} <= named
+    for target in named:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target} is no target"
