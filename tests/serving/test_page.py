@@ -162,7 +162,8 @@ def test_continuations_are_streamed_for_all_models_at_once(page: Page, engine: F
     expect(texts).to_have_text(["The film was fine fil"] * 3)
     live(page).to_contain_text("base: 8 tokens in")
     live(page).to_contain_text("prefix: 8 tokens in")
-    assert [asked.adapter for asked in engine.requests][-3:] == [None, "lora", "prefix"]
+    # Three connections, whose order is the browser's affair.
+    assert {asked.adapter for asked in engine.requests[-3:]} == {None, "lora", "prefix"}
     assert engine.requests[-1].max_new_tokens == 8 and engine.requests[-1].temperature == 0
 
 
