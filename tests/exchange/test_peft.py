@@ -257,6 +257,33 @@ def test_round_trips_of_a_fused_dora_do_not_grow(bases: dict[str, Path], tmp_pat
     assert sizes == [12, 12, 12]
 
 
+@pytest.mark.parametrize(
+    ("key", "other"),
+    [
+        ("peft_type", "IA3"),
+        ("r", 4),
+        ("lora_alpha", 8.0),
+        ("target_modules", ["c_proj"]),
+        ("layers_to_transform", [0]),
+        ("use_rslora", True),
+        ("use_dora", True),
+    ],
+)
+def test_a_folder_of_other_settings_than_the_runs_is_refused(
+    key: str, other: object, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    trained_here(bases["gpt2"], LoRA(rank=3, alpha=7.0), tmp_path / "x")
+    file = tmp_path / "x" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    assert config[key] != other
+    file.write_text(json.dumps(config | {key: other}))
+    shape = load_model(bases["gpt2"], CPU, torch.float64).shape
+    with pytest.raises(InputError, match=rf"{key} is .*, the run says "):
+        read_adapter(tmp_path / "x", shape, LoRA(rank=3, alpha=7.0))
+    file.write_text(json.dumps(config))
+    assert read_adapter(tmp_path / "x", shape, LoRA(rank=3, alpha=7.0))
+
+
 def test_a_part_of_a_fused_ia3_that_the_run_does_not_target_is_an_error(bases: dict[str, Path], tmp_path: Path) -> None:
     """PEFT, going on from our k and v, trains the vector of q too, which stands in the same tensor."""
     trained_here(bases["gpt2"], IA3(targets=("q", "k", "v", "down")), tmp_path / "more")

@@ -15,11 +15,15 @@ from graftlm.files.formats import read_json
 from graftlm.methods import Adapter, BitFit, DoRA, Full, LoRA, Method, PrefixTuning
 from graftlm.methods.accounting import (
     block_parameters,
+    ffn_parts,
+    forward_flops,
     layer_weights,
     linear_size,
+    memory_of_each,
     model_parts,
     needed_flops,
     parameters,
+    sent_by_each,
     spelled,
     total,
     training_flops,
@@ -29,7 +33,7 @@ from graftlm.methods.ia3 import IA3
 from graftlm.models import Shape, build
 from graftlm.models.names import read_shape
 from graftlm.models.sizes import SHAPES
-from tiny import FAMILIES, model_of
+from tiny import FAMILIES, model_of, shape_of
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -182,11 +186,68 @@ def test_training_work_is_the_needed_work_with_head_and_attention_apart() -> Non
     for first in (0, 20):
         lines = training_flops(shape, 0, 100, 0, first, 0, False)
         assert lines["layers"].count == needed_flops(shape, 1, first_trained=first)
+        assert lines["head"].count == 4 * 50257 * 1024
     every = training_flops(shape, 0, 100, 0, 0, 24, True)
     assert every["layers"].count == needed_flops(shape, 1, weights_trained=True)
     assert every["head"].count == 6 * 50257 * 1024
     # Scores and values: each two operations for 16 x 64 numbers and 50.5 keys on average; twice that backward.
     assert every["attention"].count == 3 * 24 * 2 * 2 * 1024 * 50.5
+    # A prefix of 7 is met by all; no gradient goes below block 20; a method's weights: forward, x's and their own.
+    some = training_flops(shape, 11, 100, 7, 20, 0, False)
+    assert some["attention"].count == (24 + 2 * 4) * 2 * 2 * 1024 * (50.5 + 7) and some["method"].count == 66
+
+
+def test_what_reading_a_text_costs() -> None:
+    lines = forward_flops(SHAPES["gpt2-medium"], 11, 100, 7)
+    assert {name: line.count for name, line in lines.items()} == {
+        "layers": 2 * 24 * 12 * 1024**2,
+        "method": 22,
+        "attention": 24 * 2 * 2 * 1024 * (50.5 + 7),
+        "head": 2 * 50257 * 1024,
+    }
+
+
+BLOCK, OUTSIDE = 3 * 32 * 48 + 2 * 32 * 32 + 2 * 32 * 16 + 2 * 32, 61 * 32 + 32
+"""Parameters of the tiny Llama: gate, up, down; q and o; k and v; two norms. Embedding and last norm."""
+
+
+@pytest.mark.parametrize(
+    ("cut", "processes", "bytes_"),
+    [
+        ("nothing", 4, (2 * (2 * BLOCK + OUTSIDE - 100), 400, 400, 800)),
+        ("frozen", 4, ((2 * BLOCK + OUTSIDE - 100) // 2, 400, 400, 800, 2 * 2 * BLOCK + 2 * OUTSIDE)),
+        ("all", 3, (11582, 134, 134, 267, 2 * 2 * BLOCK + 4 * OUTSIDE)),
+    ],
+)
+def test_what_each_of_several_processes_holds(cut: str, processes: int, bytes_: tuple[int, ...]) -> None:
+    shape = shape_of("llama")
+    everything = 2 * BLOCK + OUTSIDE
+    assert parameters(shape) == everything == 17472
+    lines = memory_of_each(shape, 100, everything, 2, processes, cut)
+    assert tuple(line.count for line in lines.values()) == bytes_
+    assert [*lines][:4] == ["frozen", "trained", "gradients", "moments"]
+
+
+@pytest.mark.parametrize(
+    ("cut", "bytes_"),
+    [
+        ("nothing", {"gradients": 600}),
+        ("frozen", {"weights": (2 * 2 * 2 * BLOCK + 2 * OUTSIDE) * 3 // 4, "gradients": 600}),
+        ("all", {"weights": (2 * 2 * 2 * BLOCK + 4 * OUTSIDE) * 3 // 4, "gradients": 300}),
+    ],
+)
+def test_what_each_of_several_processes_sends(cut: str, bytes_: dict[str, int]) -> None:
+    lines = sent_by_each(shape_of("llama"), 100, 2, 4, cut)
+    assert {name: line.count for name, line in lines.items()} == bytes_
+
+
+def test_a_feed_forward_net() -> None:
+    found = [(part.what, part.count) for part in ffn_parts([3, 5, 2])]
+    assert found == [("layer 1, weights and biases", 20), ("layer 2, weights and biases", 12)]
+    assert [(part.what, part.count) for part in ffn_parts([3, 5, 2], weights=False)] == [
+        ("layer 1, biases", 5),
+        ("layer 2, biases", 2),
+    ]
 
 
 def test_a_method_that_cannot_be_installed_is_refused_without_memory_too() -> None:

@@ -223,3 +223,21 @@ def test_explain_gives_the_size_of_a_first_step() -> None:
     step = ((128.0 / 64) * lora.lora_B @ lora.lora_A).square().mean().sqrt().item()
     predicted = 128.0 * 1e-3 / math.sqrt(3 * 256 * 64)
     assert abs(step / predicted - 1) < 0.25
+
+
+@pytest.mark.parametrize(
+    ("rslora", "scale", "step"),
+    [
+        (False, "alpha/r = 2", "alpha*lr/sqrt(3*d*r) = 8.2e-04, 0.16%"),
+        (True, "alpha/sqrt(r) = 4", "alpha*lr/sqrt(3*d) = 1.6e-03, 0.33%"),
+    ],
+)
+def test_explain_says_it_in_numbers(rslora: bool, scale: str, step: str) -> None:
+    """2 * 1e-3 * 2 * sqrt(4 / (3 * 32)) = 8.16e-4 of weights that are 0.5; twice that at 4 for 2."""
+    model, method = model_of("llama"), LoRA(rank=4, alpha=8.0, rslora=rslora, plus_ratio=2.0, dropout=0.0)
+    method.install(model, torch.Generator())
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            torch.nn.init.constant_(module.weight, 0.5)
+    said = method.explain(model, 1e-3)
+    assert f"{scale}; one step" in said and f"by about {step} of its size" in said
