@@ -15,6 +15,8 @@ from graftlm.files.formats import read_json
 from graftlm.methods import Adapter, BitFit, DoRA, Full, LoRA, Method, PrefixTuning
 from graftlm.methods.accounting import (
     block_parameters,
+    ffn_adapters,
+    ffn_flops,
     ffn_parts,
     forward_flops,
     layer_weights,
@@ -248,6 +250,15 @@ def test_a_feed_forward_net() -> None:
         ("layer 1, biases", 5),
         ("layer 2, biases", 2),
     ]
+    assert [(part.count, part.weights, part.added) for part in ffn_adapters([3, 5, 2], 4)] == [
+        (49, 40, True),
+        (22, 16, True),
+    ]
+    # 25 weights, 15 of them behind the input, which needs no gradient; a method of 11 more.
+    for weights_trained, training in ((False, 2 * (2 * 25 - 15)), (True, 2 * (3 * 25 - 15))):
+        work = ffn_flops([3, 5, 2], 11, weights_trained)
+        assert [line.count for line in work["forward"].values()] == [50, 22]
+        assert [line.count for line in work["training"].values()] == [training, 66]
 
 
 def test_a_method_that_cannot_be_installed_is_refused_without_memory_too() -> None:
