@@ -39,7 +39,13 @@ from mutation.mutants import Mutant, mutants, mutated  # noqa: E402
 UNIT, CONTRACT = "tests/methods/test_", "tests/contracts/test_methods.py"
 EQUATIONS, PEFT = "tests/methods/test_equations.py", "tests/exchange/test_peft.py"
 TRAIN, FLOAT16 = "tests/training/test_train.py", "tests/training/test_float16.py"
-EXAMPLES = ["tests/text/test_data.py", "-k", "not real and not no_torch and not nothing_fits"]
+EXAMPLES = [
+    "tests/text/test_data.py",
+    "tests/text/test_chat.py",
+    "tests/training/test_conversations.py",
+    "-k",
+    "not real and not no_torch",
+]
 
 
 def contract(words: str, *more: str, also: str = "") -> list[str]:
