@@ -7,11 +7,12 @@ imported everything.
 """
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import os
 import sys
 import tempfile
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -43,29 +44,18 @@ def one(name: str, inputs: int, seed: int) -> dict[str, Any]:
 
 def apart(name: str, inputs: int, seed: int) -> dict[str, Any]:
     """A target in a fork; one that ends otherwise than by itself is a defect."""
-    sys.stdout.flush()
-    readable, writable = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        status = 70
-        try:
-            os.close(readable)
-            with open(writable, "w", encoding="utf-8") as out:
-                json.dump(one(name, inputs, seed), out)
-            status = 0
-        except Exception:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(status)
-    os.close(writable)
-    with open(readable, encoding="utf-8") as answer:
-        said = answer.read()
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    if status:
-        ended = {"died": f"ended with status {status}", "tracebacks": 1}
-        return {"target": name, "inputs": 0, "results": 0, "errors": 0, "slowest_seconds": 0, "megabytes": 0, **ended}
-    return dict(json.loads(said))
+    fork = multiprocessing.get_context("fork")
+    answer, said = fork.Pipe(duplex=False)
+    child = fork.Process(target=lambda: said.send(one(name, inputs, seed)))
+    child.start()
+    said.close()
+    with answer, contextlib.suppress(EOFError):  # it ended without a word; its traceback is on the standard error
+        found = dict(answer.recv())
+    child.join()
+    if child.exitcode == 0:
+        return found
+    ended = {"died": f"ended with status {child.exitcode}", "tracebacks": 1}
+    return {"target": name, "inputs": 0, "results": 0, "errors": 0, "slowest_seconds": 0, "megabytes": 0, **ended}
 
 
 def main() -> int:
