@@ -22,7 +22,7 @@ from graftlm.exchange.adapters import adopt, read_adapter, save_adapter
 from graftlm.exchange.huggingface import load_model
 from graftlm.exchange.load import put_on
 from graftlm.files import assets
-from graftlm.files.formats import load_safetensors
+from graftlm.files.formats import load_safetensors, save_safetensors
 from graftlm.methods import DoRA, LoRA, Method, PrefixTuning
 from graftlm.methods.base import trainable
 from graftlm.methods.ia3 import IA3
@@ -284,6 +284,49 @@ def test_a_folder_of_other_settings_than_the_runs_is_refused(
     assert read_adapter(tmp_path / "x", shape, LoRA(rank=3, alpha=7.0))
 
 
+def test_one_pair_for_q_k_and_v_is_written_once_and_read_back(bases: dict[str, Path], tmp_path: Path) -> None:
+    """As PEFT trains c_attn: one A for all three, whose rows are no blocks of one part each."""
+    trained_there(bases["gpt2"], lora("gpt2", "c_attn"), tmp_path / "theirs")
+    model = load_model(bases["gpt2"], CPU, torch.float64)
+    method, state = adopt(tmp_path / "theirs", model.shape)
+    put_on(model, method, state, "theirs", folds=False)
+    (tmp_path / "ours").mkdir()
+    save_adapter(tmp_path / "ours", model, method, "base")
+    assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["r"] == 3
+    again = read_adapter(tmp_path / "ours", model.shape, method)
+    assert again.keys() == state.keys() and all(torch.equal(again[name], state[name]) for name in state)
+
+
+def test_b_that_reaches_into_the_next_block_has_no_blocks(bases: dict[str, Path], tmp_path: Path) -> None:
+    """Of rank 3 one column each for q, k and v would do; here q's rows use k's column, too."""
+    trained_there(bases["gpt2"], lora("gpt2", "c_attn"), tmp_path / "x")
+    file, shape = tmp_path / "x" / "adapter_model.safetensors", load_model(bases["gpt2"], CPU, torch.float64).shape
+    tensors = load_safetensors(file)
+    for name, b in tensors.items():
+        if "lora_B" in name:
+            q, k, v = b.split(shape.d_model)
+            q[:, 2], k[:, [0, 2]], v[:, [0, 1]] = 0, 0, 0
+    save_safetensors(file, tensors)
+    method, _ = adopt(tmp_path / "x", shape)
+    assert isinstance(method, LoRA) and method.rank == 3
+    for name, b in tensors.items():
+        if "lora_B" in name:
+            b[: shape.d_model, 1] = 0
+    save_safetensors(file, tensors)
+    method, _ = adopt(tmp_path / "x", shape)
+    assert isinstance(method, LoRA) and method.rank == 1
+
+
+def test_a_folder_that_says_nothing_of_dropout_has_none(bases: dict[str, Path], tmp_path: Path) -> None:
+    trained_here(bases["llama"], LoRA(rank=3, alpha=7.0), tmp_path / "x")
+    file = tmp_path / "x" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    assert config.pop("lora_dropout") == 0.05
+    file.write_text(json.dumps(config))
+    method, _ = adopt(tmp_path / "x", load_model(bases["llama"], CPU, torch.float64).shape)
+    assert isinstance(method, LoRA) and method.dropout == 0.0
+
+
 def test_a_part_of_a_fused_ia3_that_the_run_does_not_target_is_an_error(bases: dict[str, Path], tmp_path: Path) -> None:
     """PEFT, going on from our k and v, trains the vector of q too, which stands in the same tensor."""
     trained_here(bases["gpt2"], IA3(targets=("q", "k", "v", "down")), tmp_path / "more")
@@ -416,6 +459,8 @@ LORA_CHANGES: list[tuple[str, dict[str, Any]]] = [
     ("target_modules", {"target_modules": ["q_proj", "lm_head"]}),
     ("target_modules", {"target_modules": None}),
     ("target_modules", {"target_modules": "lm_head"}),
+    ("layers_to_transform = .* must be a list", {"layers_to_transform": [True]}),
+    ("layers_to_transform = .* layers are 0 to 1", {"layers_to_transform": [2]}),
     ("regular expression", {"target_modules": "(q_proj"}),
     ("r =", {"r": 0}),
     ("r =", {"r": 2.5}),

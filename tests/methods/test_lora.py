@@ -83,6 +83,7 @@ def test_rank_zero_is_a_plain_linear() -> None:
     lora, x = layer(rank=0), inputs()
     assert [name for name, _ in lora.named_parameters()] == ["weight", "bias"]
     assert torch.equal(lora(x), F.linear(x, lora.weight, lora.bias)) and not lora.eval().merged and lora.scale == 0
+    assert LoRALinear(7, 5).rank == 0  # as loralib's
 
 
 def test_a_merged_layers_state_dict_holds_the_pristine_weight() -> None:
@@ -93,6 +94,7 @@ def test_a_merged_layers_state_dict_holds_the_pristine_weight() -> None:
     for mode in (True, False):  # adapted once, whether the receiver is merged or not
         other = LoRALinear(7, 5, rank=3, alpha=6.0).double().train(mode)
         other.load_state_dict(state)
+        assert other.merged != mode
         torch.testing.assert_close(other(x), expected, rtol=0, atol=1e-12)
         assert torch.equal(other.train().weight, weight)
 
@@ -241,3 +243,17 @@ def test_explain_says_it_in_numbers(rslora: bool, scale: str, step: str) -> None
             torch.nn.init.constant_(module.weight, 0.5)
     said = method.explain(model, 1e-3)
     assert f"{scale}; one step" in said and f"by about {step} of its size" in said
+
+
+def test_several_of_different_dropout_are_each_what_they_are_alone() -> None:
+    linears, x = frozen(), inputs()
+    linears[2].lora_drop.p = 0.5
+    torch.manual_seed(3)
+    ys = project(x, *linears)
+    torch.manual_seed(3)
+    for y, linear in zip(ys, linears, strict=True):
+        assert torch.equal(y, linear(x))
+
+
+def test_the_handouts_settings_are_the_defaults() -> None:
+    assert LoRA() == LoRA(rank=128, alpha=512.0, targets=("q", "k", "v"), dropout=0.05, rslora=False, plus_ratio=1.0)

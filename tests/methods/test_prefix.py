@@ -119,6 +119,25 @@ def test_a_network_is_multiplied_out_for_evaluation_only() -> None:
     with torch.no_grad():
         prefix.b2.add_(1.0)
     assert not torch.equal(model.eval() and prefix.whole(), folded)
+    assert PrefixTuning().lossless and not PrefixTuning(hidden=5).lossless  # the net cannot be had back
+
+
+@pytest.mark.parametrize("random", [True, False])
+def test_a_network_starts_as_the_tokens_or_as_small_noise(random: bool) -> None:
+    """By the equation P = start + tanh(E W1 + b1) W2 + b2, whose biases and, above tokens, W2 are zero at first."""
+    model, tokens = model_of("llama"), () if random else (1, 2, 3, 4)
+    PrefixTuning(length=4, hidden=64, init="random", tokens=tokens).install(model, torch.Generator().manual_seed(1))
+    prefix = model.before
+    assert isinstance(prefix, Prefix) and not prefix.b1.any() and not prefix.b2.any()
+    assert prefix.w2.any() == prefix.whole().ne(prefix.start).any() == random and prefix.start.any() != random
+    assert prefix.embedding.std().item() == pytest.approx(1, abs=0.2)
+    if random:
+        assert prefix.w2.std().item() == pytest.approx(0.02, rel=0.1)
+    with torch.no_grad():
+        for p in prefix.parameters():
+            p.normal_(generator=torch.Generator().manual_seed(2))
+    inner = torch.tanh(prefix.embedding @ prefix.w1.T + prefix.b1)
+    torch.testing.assert_close(prefix.whole(), prefix.start + inner @ prefix.w2.T + prefix.b2)
 
 
 def test_generation_continues_behind_it() -> None:

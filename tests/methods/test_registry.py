@@ -1,10 +1,11 @@
 """A method is a file: it is found without being listed, and what its fields are it can be told."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from inspect import getdoc
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ import graftlm.methods
 from graftlm.catalogue import overview
 from graftlm.config import MethodFlags, TrainConfig
 from graftlm.errors import InputError
-from graftlm.methods import METHODS, Method, method_from_flags, method_from_json
+from graftlm.methods import METHODS, Full, LoRA, Method, method_from_flags, method_from_json
 from graftlm.methods.accounting import Part
+from graftlm.methods.base import trainable
 from graftlm.models import CausalLM, Shape
+from tiny import model_of, shape_of
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Invented(Method):
 
     rank: int = 2
     strength: float = 1.0
-    way: str = "plain"
+    way: Literal["plain", "other"] = "plain"
     twice: bool = False
     many: tuple[int, ...] = ()
 
@@ -95,6 +98,7 @@ def test_settings_reach_the_fields_that_no_flag_sets(invented: None) -> None:
         ("many=3", "--settings many=3: must be"),
         ("strength=much", "--settings strength=much: not a number"),
         ("twice=maybe", "--settings twice=maybe: not true or false"),
+        ("way=third", "--settings way=third: "),
         ("strength=nan", "--settings strength=nan: not a finite number"),
     ],
 )
@@ -102,3 +106,80 @@ def test_settings_that_cannot_be(settings: str, line: str, invented: None) -> No
     with pytest.raises(InputError) as caught:
         method_from_flags(TrainConfig(method="invented", settings=settings), {"method", "settings"})
     assert str(caught.value).startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("flags", "given", "method"),
+    [
+        ({"method": "lora", "rank": 1, "alpha": 2.0}, "method rank alpha", LoRA(rank=1, alpha=2.0)),
+        ({"targets": " q,v ,,q"}, "targets", LoRA(targets=("q", "v"))),
+        ({"rank": 0}, "rank", Full()),
+        ({"rank": 0, "alpha": 8.0}, "rank alpha", Full()),  # a sweep over ranks, alpha held
+        ({"method": "full", "rank": 0}, "method rank", Full()),
+        ({"method": "full"}, "method", Full()),
+    ],
+)
+def test_flags_and_the_method_they_mean(flags: dict[str, Any], given: str, method: Method) -> None:
+    assert method_from_flags(TrainConfig(**flags), set(given.split())) == method
+
+
+@pytest.mark.parametrize(
+    ("flags", "given", "line"),
+    [
+        ({"method": "lroa"}, "method", "unknown --method 'lroa': did you mean 'lora'?"),
+        ({"method": "lora", "rank": 0}, "method rank", "--rank 0 means full fine-tuning and contradicts --method lora"),
+        ({"method": "full", "rank": 4}, "method rank", "--method full takes no --rank 4: leave it out, or use "),
+    ],
+)
+def test_flags_that_mean_no_method(flags: dict[str, Any], given: str, line: str) -> None:
+    with pytest.raises(InputError) as caught:
+        method_from_flags(TrainConfig(**flags), set(given.split()))
+    assert str(caught.value).startswith(line)
+
+
+def test_a_method_that_says_nothing_of_itself_merges_takes_no_room_and_has_one_rate(invented: None) -> None:
+    method, shape = Invented(), shape_of("gpt2")
+    assert method.mergeable and method.lossless and not method.stores_model and method.positions == 0
+    assert method.lr_ratio("blocks.0.attn.q.lora_B") == 1.0 and method.span(shape) == range(shape.layers)
+    assert method.for_inference is method and method.explain(model_of("gpt2"), 1.0) == ""
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_what_is_trained_beside_bfloat16_is_float32_and_computed_with_in_bfloat16(name: str, kind: str) -> None:
+    model = model_of(kind, dtype=torch.bfloat16)
+    small = {"lora": {"rank": 4}, "dora": {"rank": 4}, "bitfit": {"add_biases": kind == "llama"}}
+    method = METHODS[name](**small.get(name, {}))
+    method.install(model, torch.Generator().manual_seed(0))
+    assert {p.dtype for p in trainable(model).values()} == {torch.float32}
+    seen: list[torch.dtype] = []
+    model.blocks[0].register_forward_hook(lambda module, given, out: seen.append(out[0].dtype))
+    model(torch.tensor([[1, 2, 3]]))
+    assert seen == [torch.bfloat16]
+
+
+@pytest.mark.parametrize(
+    ("said", "fits"),
+    [
+        ({"method": "lora", "rank": 2**31 - 1}, True),
+        ({"method": "lora", "rank": 2**31}, False),
+        ({"method": "lora", "rank": True}, False),
+        ({"method": "lora", "alpha": 3}, True),
+        ({"method": "lora", "alpha": 1e300}, False),
+        ({"method": "lora", "layers": [0, 2]}, True),
+        ({"method": "lora", "layers": [0, 1, 2]}, False),
+        ({"method": "lora", "layers": "02"}, False),
+        ({"method": "lora", "targets": ["q"]}, True),
+        ({"method": "lora", "targets": [1]}, False),
+        ({"method": "lora", "targets": "q"}, False),
+        ({"method": "invented", "way": "other"}, True),
+        ({"method": "invented", "way": "third"}, False),
+    ],
+)
+def test_what_a_file_says_must_be_of_the_field_s_type(said: dict[str, Any], fits: bool, invented: None) -> None:
+    if fits:
+        again = json.loads(json.dumps(method_from_json(said).to_json()))
+        assert {**again, **said} == again
+    else:
+        with pytest.raises(InputError, match="its method is not understood"):
+            method_from_json(said)

@@ -56,15 +56,20 @@ def contract(words: str, *more: str, also: str = "") -> list[str]:
 
 
 CHOSEN: dict[str, list[str]] = {
-    "methods/__init__": contract("lora or adapter", "tests/fuzz/test_fuzz.py", also=" and not inputs_give"),
+    "methods/__init__": contract(
+        "lora or adapter", f"{UNIT}registry.py", "tests/fuzz/test_fuzz.py", also=" and not inputs_give"
+    ),
     "methods/accounting": [f"{UNIT}accounting.py", "-k", "not dora or gpt2"],
     "methods/adapter": contract("adapter"),
     "methods/base": contract("lora or full or bitfit", f"{UNIT}lora.py"),
     "methods/bitfit": contract("bitfit"),
     "methods/dora": contract("dora", PEFT, also=" and dora and gpt2"),
+    "methods/folding": contract("lora", f"{UNIT}lora.py"),
     "methods/full": contract("full"),
+    "methods/ia3": contract("ia3", PEFT, also=" and ia3"),
     "methods/lora": contract("lora", f"{UNIT}lora.py"),
     "methods/lora_peft": [PEFT, "-k", "not real_weights and (gpt2 or refused or understood or files_hold or fused)"],
+    "methods/peft_folders": [PEFT, "-k", "not real_weights and (gpt2 or refused or understood or files_hold or fused)"],
     "methods/prefix": contract("prefix", f"{UNIT}prefix.py", PEFT, also=" and prefix"),
     "methods/stack": [f"{UNIT}stack.py", "-k", "not real_weights"],
     "training/objectives": [
@@ -75,10 +80,11 @@ CHOSEN: dict[str, list[str]] = {
     ],
     "training/preferences": ["tests/training/test_preferences.py", "-k", "fork or parts or each_loss or hinge"],
     "training/checkpoint": [
+        "tests/training/test_checkpoint.py",
         TRAIN,
         FLOAT16,
         "-k",
-        "test_float16 or run_folder or every_checkpoint or longer or (same_end and (lora or full))",
+        "test_checkpoint or test_float16 or run_folder or every_checkpoint or longer or (same_end and (lora or full))",
     ],
     "text/data": EXAMPLES,
     "text/preflight": EXAMPLES,

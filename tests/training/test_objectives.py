@@ -68,6 +68,10 @@ def test_a_large_batch_runs_in_parts_that_add_up(loss_on: Any, most: int, parts:
         assert g is not None and p.grad is not None and (p.grad - g).norm() <= 1e-9 * norm
 
 
+def test_a_batch_without_a_bound_is_one() -> None:
+    assert len(make_batches(EXAMPLES, "completion")) == 1
+
+
 @pytest.mark.parametrize("share", [False, True])
 def test_the_weight_counts_the_targets_of_all_rows(share: bool) -> None:
     completion = make_batch(EXAMPLES, "completion", share)

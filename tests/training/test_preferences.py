@@ -144,6 +144,8 @@ def test_each_loss_equals_its_paper(name: str) -> None:
     assert how.losses(sums).item() == pytest.approx(value, rel=1e-12)
     (slope,) = torch.autograd.grad(how.losses(sums).sum(), policy)
     assert slope[0, 0] < 0 < slope[0, 1]  # the chosen one is pushed up, the rejected one down
+    rewards = [L_W - R_W, L_L - R_L] if how.needs_reference else [L_W / N_W, L_L / N_L]
+    assert how.rewards(sums)[0].tolist() == pytest.approx([0.3 * reward for reward in rewards])
     if name == "sigmoid":
         assert slope[0].tolist() == pytest.approx([-0.3 * s(-DELTA), 0.3 * s(-DELTA)])
 
