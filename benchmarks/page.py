@@ -32,6 +32,7 @@ KINDS = {  # kind -> (title, script and flags, the figure that is drawn)
     "mixed": ("Four adapters in one batch", "mixed_adapters.py", "tokens_per_s"),
     "processes": ("One process and two", "processes.py", "examples_per_s"),
     "plan": ("What the plan says, and what comes", "plan_vs_run.py", ""),
+    "before": ("Today's checkout and an earlier one", "before_and_now.py", ""),
 }
 
 

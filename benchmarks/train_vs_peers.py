@@ -253,9 +253,9 @@ def run_rounds(args: argparse.Namespace, job: Job, work: Path) -> tuple[list[dic
     return rounds, thrown_away
 
 
-def git_state() -> str:
-    """The checkout's commit, with -dirty when files differ from it; "no commit" in a fresh repository."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+def git_state(checkout: Path = ROOT) -> str:
+    """A checkout's commit, with -dirty when files differ from it; "no commit" in a fresh repository."""
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "no commit"
 
 

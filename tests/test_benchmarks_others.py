@@ -580,3 +580,40 @@ def test_the_load_calls_serve_with_flags_that_exist(load: type[ModuleType]) -> N
     assert words[1:4] == ["-m", "graftlm", "serve"]
     config = parse("serve", ServeConfig, words[4:], "adapters").config
     assert config.adapters == ("one=a", "two=b") and (config.max_rows, config.max_tokens, config.port) == (64, 32, 0)
+
+
+def test_what_became_slower_than_noise_is_said(load: type[ModuleType]) -> None:
+    module = load("before_and_now")
+
+    def round_of(before: float, now: float, again: float) -> dict[str, dict[str, float]]:
+        speeds = {"before": before, "now": now, "again": again}
+        return {side: {"speed": speed, "peak_rss_mb": 100.0 + 10 * (side == "now")} for side, speed in speeds.items()}
+
+    found = {
+        "train": [round_of(10, 9.6, 10), round_of(10, 9.5, 10), round_of(20, 20, 20)],  # within the 5% always allowed
+        "score": [round_of(10, 9.4, 10)] * 3,
+        "help": [round_of(10, 8.1, 8)] * 3,  # before itself lies a fifth apart
+    }
+    summary = module.summarise(found)
+    assert list(summary["claims"].values()) == [True, False, True]
+    assert summary["ratios"]["train now/before"] == {"rounds": [0.96, 0.95, 1.0], "median": 0.96}
+    assert summary["medians"]["help"] == {
+        "before": 9.0,
+        "now": 8.1,
+        "noise": pytest.approx(0.2),
+        "memory now/before": pytest.approx(1.1),
+    }
+    said = module.table(summary)
+    assert [line.endswith("SLOWER") for line in said.split("\n")] == [False, False, True, False]
+
+
+def test_before_and_now_use_flags_that_exist(load: type[ModuleType], capsys: pytest.CaptureFixture[str]) -> None:
+    module = load("before_and_now")
+    for verb, *words in module.TASKS.values():
+        assert verb == "--help" or parse(verb, VERBS[verb].config, words).given
+    args = module.parse(["--before", str(module.ROOT), "--only", "full,score"])
+    assert args.only == ["full", "score"]
+    for words in (["--before", "nowhere"], ["--before", str(module.ROOT), "--only", "sleep"]):
+        with pytest.raises(SystemExit):
+            module.parse(words)
+    assert "no checkout of graftlm" in capsys.readouterr().err

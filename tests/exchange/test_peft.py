@@ -317,7 +317,7 @@ def test_b_that_reaches_into_the_next_block_has_no_blocks(bases: dict[str, Path]
     assert isinstance(method, LoRA) and method.rank == 1
 
 
-def test_a_folder_that_says_nothing_of_dropout_has_none(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_a_folder_that_says_nothing_of_dropout_has_none_of_it(bases: dict[str, Path], tmp_path: Path) -> None:
     trained_here(bases["llama"], LoRA(rank=3, alpha=7.0), tmp_path / "x")
     file = tmp_path / "x" / "adapter_config.json"
     config = json.loads(file.read_text())

@@ -38,6 +38,12 @@ from mutation.mutants import Mutant, mutants, mutated  # noqa: E402
 
 UNIT, CONTRACT = "tests/methods/test_", "tests/contracts/test_methods.py"
 EQUATIONS, PEFT = "tests/methods/test_equations.py", "tests/exchange/test_peft.py"
+REGISTRY = f"{UNIT}registry.py"
+FOLDERS = [
+    PEFT,
+    "-k",
+    "not real_weights and (gpt2 or refused or understood or files_hold or fused or once or block or none)",
+]
 TRAIN, FLOAT16 = "tests/training/test_train.py", "tests/training/test_float16.py"
 EXAMPLES = [
     "tests/text/test_data.py",
@@ -56,20 +62,18 @@ def contract(words: str, *more: str, also: str = "") -> list[str]:
 
 
 CHOSEN: dict[str, list[str]] = {
-    "methods/__init__": contract(
-        "lora or adapter", f"{UNIT}registry.py", "tests/fuzz/test_fuzz.py", also=" and not inputs_give"
-    ),
+    "methods/__init__": contract("lora or adapter", REGISTRY, "tests/fuzz/test_fuzz.py", also=" and not inputs_give"),
     "methods/accounting": [f"{UNIT}accounting.py", "-k", "not dora or gpt2"],
     "methods/adapter": contract("adapter"),
-    "methods/base": contract("lora or full or bitfit", f"{UNIT}lora.py"),
-    "methods/bitfit": contract("bitfit"),
+    "methods/base": contract("lora or full or bitfit", f"{UNIT}lora.py", REGISTRY),
+    "methods/bitfit": contract("bitfit", REGISTRY),
     "methods/dora": contract("dora", PEFT, also=" and dora and gpt2"),
     "methods/folding": contract("lora", f"{UNIT}lora.py"),
-    "methods/full": contract("full"),
+    "methods/full": contract("full", REGISTRY),
     "methods/ia3": contract("ia3", PEFT, also=" and ia3"),
     "methods/lora": contract("lora", f"{UNIT}lora.py"),
-    "methods/lora_peft": [PEFT, "-k", "not real_weights and (gpt2 or refused or understood or files_hold or fused)"],
-    "methods/peft_folders": [PEFT, "-k", "not real_weights and (gpt2 or refused or understood or files_hold or fused)"],
+    "methods/lora_peft": FOLDERS,
+    "methods/peft_folders": FOLDERS,
     "methods/prefix": contract("prefix", f"{UNIT}prefix.py", PEFT, also=" and prefix"),
     "methods/stack": [f"{UNIT}stack.py", "-k", "not real_weights"],
     "training/objectives": [
