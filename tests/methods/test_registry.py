@@ -146,7 +146,7 @@ def test_a_method_that_says_nothing_of_itself_merges_takes_no_room_and_has_one_r
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_what_is_trained_beside_bfloat16_is_float32_and_computed_with_in_bfloat16(name: str, kind: str) -> None:
+def test_what_is_trained_is_float32_and_the_arithmetic_is_the_bases_own(name: str, kind: str) -> None:
     model = model_of(kind, dtype=torch.bfloat16)
     small = {"lora": {"rank": 4}, "dora": {"rank": 4}, "bitfit": {"add_biases": kind == "llama"}}
     method = METHODS[name](**small.get(name, {}))
