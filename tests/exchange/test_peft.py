@@ -26,6 +26,7 @@ from graftlm.files.formats import load_safetensors, save_safetensors
 from graftlm.methods import DoRA, LoRA, Method, PrefixTuning
 from graftlm.methods.base import trainable
 from graftlm.methods.ia3 import IA3
+from graftlm.methods.peft_folders import matches
 from graftlm.models import CausalLM
 from tiny import FAMILIES, model_folder
 
@@ -325,6 +326,25 @@ def test_a_folder_that_says_nothing_of_dropout_has_none_of_it(bases: dict[str, P
     file.write_text(json.dumps(config))
     method, _ = adopt(tmp_path / "x", load_model(bases["llama"], CPU, torch.float64).shape)
     assert isinstance(method, LoRA) and method.dropout == 0.0
+
+
+def test_a_pattern_may_repeat_five_times_and_no_more() -> None:
+    """Of what is refused because it could take for ever."""
+    assert matches("a*b*c*d*e*", "abcde", "x") and not matches("a*b*c*d*e*", "f", "x")
+    with pytest.raises(InputError, match="more than 5 times"):
+        matches("a*b*c*d*e*f*", "abcdef", "x")
+
+
+def test_ia3_says_of_itself_what_peft_says(bases: dict[str, Path], tmp_path: Path) -> None:
+    """Once over through PEFT: each field that it keeps has the value it was given."""
+    trained_here(bases["gpt2"], IA3(), tmp_path / "ours")
+    read = peft.PeftModel.from_pretrained(reference(bases["gpt2"]), tmp_path / "ours")
+    read.save_pretrained(tmp_path / "again")
+    ours, again = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("ours", "again"))
+    assert ours["init_ia3_weights"] is True
+    for key in ours.keys() - {"peft_version"}:
+        same = sorted if isinstance(ours[key], list) else lambda value: value
+        assert same(again[key]) == same(ours[key]), key
 
 
 def test_a_part_of_a_fused_ia3_that_the_run_does_not_target_is_an_error(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -257,3 +257,18 @@ def test_several_of_different_dropout_are_each_what_they_are_alone() -> None:
 
 def test_the_handouts_settings_are_the_defaults() -> None:
     assert LoRA() == LoRA(rank=128, alpha=512.0, targets=("q", "k", "v"), dropout=0.05, rslora=False, plus_ratio=1.0)
+
+
+def test_a_starts_uniform_up_to_one_over_the_root_of_its_width() -> None:
+    a = LoRALinear(64, 64, rank=64).lora_A
+    assert 0.99 / 8 < a.abs().max() <= 1 / 8 and abs(a.std().item() - 1 / (8 * math.sqrt(3))) < 2e-3
+
+
+def test_it_adopts_lora_folders_only() -> None:
+    model, method = model_of("llama"), LoRA(rank=2, alpha=4.0)
+    method.install(model, torch.Generator())
+    config, tensors = method.to_peft(model)
+    found = LoRA.adopt(model.shape, (config, tensors), "x")
+    assert found is not None and isinstance(found[0], LoRA) and found[0].rank == 2
+    for other in ({"peft_type": "IA3"}, {"use_dora": True}):
+        assert LoRA.adopt(model.shape, ({**config, **other}, tensors), "x") is None

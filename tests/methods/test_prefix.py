@@ -12,6 +12,7 @@ from graftlm.exchange.huggingface import load_model
 from graftlm.files.assets import model_folder
 from graftlm.inference.generate import generate_ids
 from graftlm.methods import PrefixTuning
+from graftlm.methods.base import trainable
 from graftlm.methods.prefix import Prefix
 from graftlm.models import CausalLM
 from graftlm.models.attention import Context, score_bias
@@ -119,6 +120,8 @@ def test_a_network_is_multiplied_out_for_evaluation_only() -> None:
     with torch.no_grad():
         prefix.b2.add_(1.0)
     assert not torch.equal(model.eval() and prefix.whole(), folded)
+    prefix.eval().train()
+    assert prefix.whole().requires_grad
     assert PrefixTuning().lossless and not PrefixTuning(hidden=5).lossless  # the net cannot be had back
 
 
@@ -163,3 +166,20 @@ def test_where_it_does_not_fit() -> None:
     PrefixTuning(length=2, init="random").install(model, torch.Generator())
     with pytest.raises(InputError, match="has a prefix already"):
         PrefixTuning(length=2).install(model, torch.Generator())
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_reading_its_tokens_leaves_the_model_in_its_mode(mode: bool) -> None:
+    model = model_of("gpt2").train(mode)
+    PrefixTuning(length=2, tokens=(1, 2)).install(model, torch.Generator())
+    assert model.training == mode
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_prefix_of_one_position_is_one_too(length: int) -> None:
+    model, method = model_of("gpt2"), PrefixTuning(length=length, init="random")
+    method.install(model, torch.Generator())
+    folder = method.to_peft(model)
+    assert folder is not None and method.from_peft(model.shape, folder, "x").keys() == trainable(model).keys()
+    with pytest.raises(InputError, match="num_virtual_tokens = 0 must be a whole number above 0"):
+        PrefixTuning.adopt(model.shape, ({**folder[0], "num_virtual_tokens": 0}, folder[1]), "x")

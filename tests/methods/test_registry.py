@@ -14,9 +14,10 @@ import graftlm.methods
 from graftlm.catalogue import overview
 from graftlm.config import MethodFlags, TrainConfig
 from graftlm.errors import InputError
-from graftlm.methods import METHODS, Full, LoRA, Method, method_from_flags, method_from_json
+from graftlm.methods import METHODS, Adapter, Full, LoRA, Method, method_from_flags, method_from_json
 from graftlm.methods.accounting import Part
-from graftlm.methods.base import trainable
+from graftlm.methods.base import layer_span, trainable
+from graftlm.methods.ia3 import IA3
 from graftlm.models import CausalLM, Shape
 from tiny import model_of, shape_of
 
@@ -146,7 +147,7 @@ def test_a_method_that_says_nothing_of_itself_merges_takes_no_room_and_has_one_r
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_what_is_trained_is_float32_and_the_arithmetic_is_the_bases_own(name: str, kind: str) -> None:
+def test_what_is_trained_is_kept_wide_and_the_arithmetic_is_the_bases_own(name: str, kind: str) -> None:
     model = model_of(kind, dtype=torch.bfloat16)
     small = {"lora": {"rank": 4}, "dora": {"rank": 4}, "bitfit": {"add_biases": kind == "llama"}}
     method = METHODS[name](**small.get(name, {}))
@@ -183,3 +184,31 @@ def test_what_a_file_says_must_be_of_the_field_s_type(said: dict[str, Any], fits
     else:
         with pytest.raises(InputError, match="its method is not understood"):
             method_from_json(said)
+
+
+@pytest.mark.parametrize(
+    ("text", "span"), [("", None), (" ", None), ("1:", (1, 4)), (":2", (0, 2)), ("-1:", (3, 4)), ("2:9", (2, 4))]
+)
+def test_the_layers_that_a_slice_holds(text: str, span: tuple[int, int] | None) -> None:
+    assert layer_span(text, 4) == span
+
+
+@pytest.mark.parametrize("text", ["2:2", "4:", ":0", "3:1"])
+def test_a_slice_that_holds_no_layer(text: str) -> None:
+    with pytest.raises(InputError, match="holds none of the model's 4 layers, 0 to 3"):
+        layer_span(text, 4)
+
+
+@pytest.mark.parametrize("text", ["2", "a:", "1:2:3"])
+def test_what_is_no_slice(text: str) -> None:
+    with pytest.raises(InputError, match="is no slice such as '2:'"):
+        layer_span(text, 4)
+
+
+@pytest.mark.parametrize("method", [Adapter(rank=3), Adapter(rank=3, layers=(1, 2)), LoRA(rank=3), IA3()])
+def test_what_every_token_is_multiplied_with_is_what_the_model_holds(method: Method) -> None:
+    """Matrices are; biases, and IA3's vectors, are no products."""
+    model = model_of("gpt2")
+    method.install(model, torch.Generator())
+    held = sum(p.numel() for p in trainable(model).values() if p.dim() == 2)
+    assert sum(part.weights for part in method.parts(model.shape)) == held

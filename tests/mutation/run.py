@@ -42,7 +42,7 @@ REGISTRY = f"{UNIT}registry.py"
 FOLDERS = [
     PEFT,
     "-k",
-    "not real_weights and (gpt2 or refused or understood or files_hold or fused or once or block or none)",
+    "not real_weights and (gpt2 or refused or understood or files_hold or fused or once or block or none or pattern)",
 ]
 TRAIN, FLOAT16 = "tests/training/test_train.py", "tests/training/test_float16.py"
 EXAMPLES = [
@@ -64,7 +64,7 @@ def contract(words: str, *more: str, also: str = "") -> list[str]:
 CHOSEN: dict[str, list[str]] = {
     "methods/__init__": contract("lora or adapter", REGISTRY, "tests/fuzz/test_fuzz.py", also=" and not inputs_give"),
     "methods/accounting": [f"{UNIT}accounting.py", "-k", "not dora or gpt2"],
-    "methods/adapter": contract("adapter"),
+    "methods/adapter": contract("adapter", REGISTRY),
     "methods/base": contract("lora or full or bitfit", f"{UNIT}lora.py", REGISTRY),
     "methods/bitfit": contract("bitfit", REGISTRY),
     "methods/dora": contract("dora", PEFT, also=" and dora and gpt2"),

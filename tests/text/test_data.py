@@ -455,6 +455,24 @@ def test_preflight_refuses(change: dict, message: str):
         check({"train": [first], "test": [first, replace(second, **change)]}, tokenizer)
 
 
+def test_preflight_takes_an_example_that_just_fits():
+    tokenizer = words()
+    (example,) = encoded(tokenizer, "a")
+    room = 12 - len(example.completion_ids)
+    check({"train": [replace(example, prompt_ids=(5,) * room)]}, tokenizer)
+    with refused(
+        f"a.jsonl:1: prompt and completion longer than the context: the prompt takes {room + 1} tokens, and {room} fit "
+        "before its completion: shorten the row"
+    ):
+        check({"train": [replace(example, prompt_ids=(5,) * (room + 1))]}, tokenizer)
+
+
+def test_a_prompt_of_the_users_own_with_a_label_is_answered_by_the_labels_word():
+    tokenizer = words()
+    (example,), _ = encode_rows([Row("a", 1, prompt="Is it good?", where="a.jsonl:1")], TEMPLATE, tokenizer, 30)
+    assert tokenizer.decode(list(example.prompt_ids + example.completion_ids)) == "Is it good? good"
+
+
 def test_preflight_refuses_a_split_without_examples_and_equal_label_words():
     tokenizer = words()
     examples = encoded(tokenizer, "a")

@@ -17,7 +17,7 @@ from graftlm.methods import Full, LoRA, Method, PrefixTuning
 from graftlm.methods.base import trainable
 from graftlm.models import CausalLM
 from graftlm.text.tokenizer import Tokenizer
-from graftlm.training.checkpoint import OPTIMIZER, TRAINED, Progress, Store
+from graftlm.training.checkpoint import OPTIMIZER, TRAINED, Progress, Store, cut_metrics
 from graftlm.training.distributed import World
 from tiny import model_folder
 
@@ -143,3 +143,13 @@ def test_an_adapter_is_whole_in_every_process_and_written_by_one(base: Path, tmp
     two = World(size=2, backend="gloo")
     assert store(base, tmp_path, Full(), two).by_all and not store(base, tmp_path, Full()).by_all
     assert not store(base, tmp_path, LoRA(rank=2, alpha=4.0), two).by_all
+
+
+def test_rows_behind_the_step_and_half_a_line_are_cut(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    cut_metrics(file, 2)  # there is none yet
+    assert not file.exists()
+    lines = [json.dumps({"step": step}) + "\n" for step in (1, 2, 3)]
+    file.write_text("".join(lines) + '{"step": 1, "tra')
+    cut_metrics(file, 2)
+    assert file.read_text() == "".join(lines[:2])

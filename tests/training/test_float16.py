@@ -108,3 +108,8 @@ def test_the_scale_doubles_after_a_while() -> None:
     assert (progress.loss_scale, progress.clean_steps, progress.skipped) == (2 * FIRST_SCALE, 0, 0)
     progress.rescale(False)
     assert (progress.loss_scale, progress.clean_steps, progress.skipped) == (FIRST_SCALE, 0, 1)
+
+
+def test_the_scale_begins_and_grows_as_torchs_own() -> None:
+    theirs = torch.amp.GradScaler("cpu")
+    assert theirs.get_scale() == FIRST_SCALE and theirs.get_growth_interval() == checkpoint.GROWTH_STEPS

@@ -116,3 +116,12 @@ def test_a_batch_moves_as_a_whole(loss_on: Any) -> None:
     kept = {name for name, value in tensors(there).items() if value.device.type != "meta"}
     assert kept == ({"reference"} if loss_on == "pairs" else set())
     assert all(value.shape == tensors(here)[name].shape for name, value in tensors(there).items())
+
+
+def test_a_batch_on_another_device_is_the_same_batch() -> None:
+    batch = replace(make_batch(EXAMPLES, "completion"), below=(1, torch.ones(2, 3)))
+    moved = batch.to(torch.device("cpu"))
+    assert moved.below is not None and moved.below[0] == 1 and torch.equal(moved.below[1], torch.ones(2, 3))
+    assert moved.fork is None and moved.answer is None and torch.equal(moved.ids, batch.ids)
+    far = batch.to(torch.device("meta")).below
+    assert far is not None and far[1].device.type == "meta"
