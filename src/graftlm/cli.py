@@ -17,10 +17,8 @@ from types import TracebackType
 from typing import Any
 
 from graftlm import process, render
-from graftlm.catalogue import overview
 from graftlm.config import MethodFlags
-from graftlm.errors import GraftError, InputError, unknown
-from graftlm.files.atomic import DISK_FULL, FAILING
+from graftlm.errors import DISK_FULL, FAILING, GraftError, InputError, unknown
 from graftlm.flags import Parsed, parse, show_help, wants_debug, wants_help
 from graftlm.verbs import VERBS, Verb
 
@@ -63,6 +61,8 @@ def _dispatch(words: list[str]) -> int:
         raise unknown("verb", name, VERBS)
     verb = VERBS[name]
     if wants_help(rest):
+        from graftlm.catalogue import overview
+
         show_help(name, verb.config, overview() if issubclass(verb.config, MethodFlags) else "")
         return 0
     if name != "train" and process.processes() > 1:

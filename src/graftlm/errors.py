@@ -10,10 +10,15 @@
 programmer can make are assertions instead.
 """
 
+import errno
 from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib import import_module
 from types import ModuleType
+
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FAILING = {errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ETIMEDOUT}
+"""What an OSError's number says of a disk, and of no input."""
 
 
 class GraftError(Exception):

@@ -8,7 +8,6 @@ with None, or tuple[str, ...], which takes every text given for it; of the other
 Left out: short flags, abbreviated flags, several values behind one flag.
 """
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
@@ -137,6 +136,8 @@ def _from_words(name: str, texts: Sequence[str], kind: Any) -> Any:
 
 def _read_recipe(file: str, types: Mapping[str, Any], tables: Sequence[str]) -> dict[str, Any]:
     """The values of a recipe by field; InputError names the file and the key. `tables` are read by the verb itself."""
+    import tomllib
+
     try:
         table = tomllib.loads(Path(file).read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -19,11 +19,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from graftlm.errors import GraftError, InputError
+from graftlm.errors import DISK_FULL, FAILING, GraftError, InputError
 
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
-FAILING = {errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ETIMEDOUT}
 TEMP = re.compile(r"\.([^/]+)\.tmp-\d+-[0-9a-f]{12}(?=/|$)")  # what `temp_beside` makes of a name
 MAKER = re.compile(r"\.(?:tmp|old)-(?P<process>\d{1,9})-(?P<machine>[0-9a-f]{4})[0-9a-f]{8}$")
 
