@@ -115,7 +115,7 @@ def test_it_says_where_and_what(running: Process, client: openai.OpenAI) -> None
 
 def test_each_model_says_what_generate_says_streamed_or_not(client: openai.OpenAI, home: Path) -> None:
     for name, folder in (("base", None), ("one", "one"), ("second", "two")):
-        loaded = load("resume", home / folder) if folder else load(str(home / "base"), dtype="float32")
+        loaded = load("resume", home / folder, dtype="float32") if folder else load(str(home / "base"), dtype="float32")
         prompts = ["good fun", "Review: dull\nIs it:"]
         expected = generate(loaded.model, loaded.tokenizer, prompts, max_new_tokens=12)
         found = client.completions.create(model=name, prompt=prompts, max_tokens=12, temperature=0)
@@ -137,7 +137,7 @@ def test_classify_gives_the_probabilities_that_python_gives(running: Process, ho
     texts = ["good fun", "dull", "x" * 500]
     found = httpx.post(f"{running.url}/v1/classify", json={"texts": texts}, headers=headers, timeout=60).json()
     for name, folder in (("one", "one"), ("second", "two")):
-        loaded = load("resume", home / folder)
+        loaded = load("resume", home / folder, dtype="float32")
         assert loaded.template is not None and loaded.template.text == TEMPLATE
         expected = label_probabilities(loaded.model, loaded.tokenizer, loaded.template, texts)
         for result, wanted in zip(found["results"], expected, strict=True):
@@ -161,7 +161,7 @@ def test_a_run_of_any_method_is_served_alone(home: Path, tmp_path: Path) -> None
         assert process.said["models"] == ["prefix"]
         (described,) = httpx.get(f"{process.url}/v1/models").json()["data"]
         assert described["context"] == 92  # 96, less the prefix
-        loaded = load("resume", home / "prefix")
+        loaded = load("resume", home / "prefix", dtype="float32")
         expected = generate(loaded.model, loaded.tokenizer, ["good fun"], max_new_tokens=12)
         body = {"model": "prefix", "prompt": "good fun", "max_tokens": 12, "temperature": 0}
         found = httpx.post(f"{process.url}/v1/completions", json=body, timeout=60).json()
