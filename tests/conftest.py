@@ -76,6 +76,10 @@ def loopback_only() -> Any:
         yield
 
 
+UNCOUNTED = {"COVERAGE_PROCESS_CONFIG": ""}
+"""For a child that may write no large file: `make coverage` does not look at it, whose own file would be too large."""
+
+
 def child_environment(**changes: str) -> dict[str, str]:
     """This process's environment for a child that imports graftlm from this checkout, offline unless told otherwise."""
     path = os.pathsep.join(filter(None, [SRC, os.environ.get("PYTHONPATH", "")]))

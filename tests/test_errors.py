@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import Graft, child_environment
+from conftest import UNCOUNTED, Graft, child_environment
 from graftlm import cli
 from graftlm.config import TrainConfig
 from graftlm.files.assets import model_folder as asset_folder
@@ -817,7 +817,7 @@ sys.exit(main())
 def limited(size: int, *words: str) -> "subprocess.CompletedProcess[str]":
     """The command in a process that may write no file of more than `size` bytes: a disk that is full after them."""
     command = [sys.executable, "-c", LIMITED, str(size), *words]
-    environment = child_environment(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
+    environment = child_environment(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1", **UNCOUNTED)
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 

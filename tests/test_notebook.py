@@ -214,7 +214,8 @@ def test_the_project_is_found_and_installed(
     else:
         shutil.copyfile(ROOT / "pyproject.toml", tmp_path / project / "pyproject.toml")
     monkeypatch.chdir(tmp_path / here)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: SimpleNamespace(origin=None))  # a folder, no package
+    folder_alone = SimpleNamespace(origin=None, submodule_search_locations=None)  # no package
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: folder_alone)
     monkeypatch.setattr(process, "keep_memory", lambda: None)
     installed: list[tuple[str, str]] = []
     shell = SimpleNamespace(run_line_magic=lambda *words: installed.append(words))

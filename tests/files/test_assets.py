@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from conftest import UNCOUNTED
 from graftlm.errors import InputError
 from graftlm.files import assets
 from graftlm.files.assets import Asset, cache_home, data_folder, derive_splits, fetch, model_folder, read_reviews
@@ -328,6 +329,6 @@ def test_a_process_killed_midway_leaves_nothing_that_is_used(tmp_path: Path, unp
 
 
 def test_a_full_disk_is_one_line_and_no_folder(tmp_path: Path, unpack: Child) -> None:
-    output, errors = unpack(limit=1000).communicate()
+    output, errors = unpack(limit=1000, **UNCOUNTED).communicate()
     assert output.startswith("InputError: disk full: cannot write ") and output.count("\n") == 1 and errors == ""
     assert names(tmp_path / "home" / "data") == set() == names(tmp_path / "home" / "tmp")
