@@ -33,6 +33,7 @@ KINDS = {  # kind -> (title, script and flags, the figure that is drawn)
     "processes": ("One process and two", "processes.py", "examples_per_s"),
     "plan": ("What the plan says, and what comes", "plan_vs_run.py", ""),
     "before": ("Today's checkout and an earlier one", "before_and_now.py", ""),
+    "before-again": ("The same again, where it was slower", "before_and_now.py --only few-shot,help", ""),
 }
 
 
@@ -86,9 +87,11 @@ def machine(result: Mapping[str, Any]) -> str:
     """The machine in a line."""
     about = result["machine"]
     flags = [flag for flag in about["flags"] if flag in ("avx2", "avx512_bf16", "amx_bf16")]
+    earlier = result.get("config", {}).get("before")
+    before = f", before it at {earlier}" if earlier else ""
     return (
         f"{about['cores']} cores of {about['cpu']} (family/model/stepping {about['family_model_stepping']}, "
-        f"{', '.join(flags)}), {about['memory_gb']:.0f} GB, torch {about['torch']}; graftlm at {result['graftlm']}."
+        f"{', '.join(flags)}), {about['memory_gb']:.0f} GB, torch {about['torch']}; graftlm at {result['graftlm']}{before}."
     )
 
 

@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import importlib
 import json
+import math
 import sys
 from collections.abc import Iterator
 from itertools import pairwise
@@ -617,3 +618,14 @@ def test_before_and_now_use_flags_that_exist(load: type[ModuleType], capsys: pyt
         with pytest.raises(SystemExit):
             module.parse(words)
     assert "no checkout of graftlm" in capsys.readouterr().err
+
+
+def test_a_reference_without_rounding_has_a_first_loss_of_log_2(load: type[ModuleType]) -> None:
+    module = load("reference_rounding")
+    same = module.summarise([[-1.0, -2.0], [-3.0, -4.0]], [[-1.0, -2.0], [-3.0, -4.0]])
+    assert same["loss"] == pytest.approx(math.log(2)) and same["sum std"] == same["margin mean"] == 0
+    apart = module.summarise([[-1.0, -2.0]] * 2, [[-1.0, -3.0], [-1.0, -1.0]])
+    assert apart["margin mean"] == 0 and apart["sum mean"] == 0 and apart["margin std"] == pytest.approx(math.sqrt(2))
+    beta = 0.1
+    wanted = (math.log1p(math.exp(-beta)) + math.log1p(math.exp(beta))) / 2
+    assert apart["loss"] == pytest.approx(wanted)
