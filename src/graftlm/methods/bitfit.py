@@ -40,7 +40,6 @@ class BitFit(Method):
         shape = model.shape
         trained: list[nn.Module] = [model.blocks[i] for i in self.span(shape)]
         trained += [model.norm] if self.span(shape).stop == shape.layers else []
-        model.compute_dtype = model.dtype
         found = 0
         for module in (m for root in trained for m in root.modules()):
             bias = getattr(module, "bias", None)
