@@ -91,7 +91,8 @@ def machine(result: Mapping[str, Any]) -> str:
     before = f", before it at {earlier}" if earlier else ""
     return (
         f"{about['cores']} cores of {about['cpu']} (family/model/stepping {about['family_model_stepping']}, "
-        f"{', '.join(flags)}), {about['memory_gb']:.0f} GB, torch {about['torch']}; graftlm at {result['graftlm']}{before}."
+        f"{', '.join(flags)}), {about['memory_gb']:.0f} GB, torch {about['torch']}; "
+        f"graftlm at {result['graftlm']}{before}."
     )
 
 

@@ -100,6 +100,39 @@ def test_a_file_that_was_taken_away_meanwhile_is_no_lock(tmp_path: Path, monkeyp
         assert len(opened) == 2 and held_by(tmp_path / "run" / NAME)
 
 
+def test_a_folder_that_is_taken_away_between_two_calls_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever had the lock takes its empty folder away, too: behind mkdir's look at it, or before the file is made."""
+    run, really_open, really_is_dir, gone = tmp_path / "run", locks.FileIO, Path.is_dir, list[str]()
+
+    def open_late(path: Path, mode: str) -> "locks.FileIO":
+        if len(gone) < 2:
+            gone.append("before the file")
+            run.rmdir()
+        return really_open(path, mode)
+
+    def look_late(path: Path) -> bool:
+        if path == run and not gone and path.exists():
+            gone.append("behind mkdir")
+            run.rmdir()
+        return really_is_dir(path)
+
+    run.mkdir()
+    monkeypatch.setattr(locks, "FileIO", open_late)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_dir", look_late)
+        file = locks._taken(run / NAME, time.monotonic())
+    assert gone == ["behind mkdir", "before the file"] and file is not None and (run / NAME).exists()
+    file.close()
+
+
+def test_a_place_that_stays_no_folder_is_given_up(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileExistsError):
+        locks._taken(tmp_path / "file" / NAME, time.monotonic())
+
+
 def test_a_file_system_without_locks_is_told_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

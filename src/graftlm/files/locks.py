@@ -35,7 +35,7 @@ def alone_in(folder: Path, what: str, wait: float = 0.0, keep: bool = False) -> 
 
     Raises InputError, having touched nothing, when another process holds it.
     """
-    if folder.exists() and not folder.is_dir():
+    if folder.is_file():  # one look: whoever had the lock may take the folder away between two
         raise InputError(f"--out_dir {folder}: is a file; name a folder")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     path = folder / NAME
@@ -91,8 +91,7 @@ def _taken(path: Path, until: float | None) -> FileIO | None:
     """The lock's file, locked; None if another process has it until then (None: for ever)."""
     fcntl = posix_module("fcntl")
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)  # again: whoever had it may have taken the folder away
-        file = FileIO(path, "a")  # the caller's to close: it is the lock
+        file = _opened(path)  # the caller's to close: it is the lock
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if until is not None else 0))
             if _is(file, path):
@@ -109,6 +108,18 @@ def _taken(path: Path, until: float | None) -> FileIO | None:
                 return file
             file.close()
             raise
+
+
+def _opened(path: Path) -> FileIO:
+    """A lock's file, and the folder it is in: whoever had it may take either away between any two calls."""
+    for left in reversed(range(100)):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return FileIO(path, "a")
+        except (FileExistsError, FileNotFoundError):  # mkdir looks again whether it is a folder; or it went behind that
+            if not left:
+                raise
+    raise AssertionError("the last try returns or raises")
 
 
 def _is(file: FileIO, path: Path) -> bool:

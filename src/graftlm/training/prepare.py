@@ -275,7 +275,7 @@ def check_out_dir(out_dir: Path) -> None:
     """An InputError unless a run can start there."""
     if (out_dir / "run.json").exists():
         raise InputError(f"--out_dir {out_dir}: holds a run already; add --resume to go on with it, or name another")
-    if out_dir.exists() and not out_dir.is_dir():
+    if out_dir.is_file():
         raise InputError(f"--out_dir {out_dir}: is a file; name a folder")
     # By a first start that was killed before run.json stood:
     left = (LOCK, ".run.json.tmp-", REFERENCE, f".{REFERENCE}")
