@@ -33,7 +33,7 @@ check: .venv/dev  ## style, format and types
 docs: .venv/docs  ## the site of docs/, into site/; a link that leads nowhere is an error
 	$(BIN)/mkdocs build
 
-coverage: .venv/dev  ## by branch, children of the tests too (half as long again as the tests)
+coverage: .venv/dev  ## by branch, children of the tests too (slower than the tests)
 	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 	$(BIN)/coverage combine
 	$(BIN)/coverage report

@@ -5,12 +5,11 @@
 
 Both are run as their user runs them, `python -m graftlm …` of either folder with this interpreter, on the same model,
 reviews and pairs: LoRA r=16 on completions and on every token, full fine-tuning, preferences, scoring, generating,
-few-shot scoring, and the help page. Each run is a process of its own, in the order before, now, before, now, …; ratios
-are formed within a round, and the median counts. A run during which others used more than 3% of the cores is thrown
-away and repeated. The earlier checkout runs once more in each round, at its end: how far its two runs lie apart is what
-this machine calls noise, and a task holds where now is slower than before by no more than that, or than 5%. A task that
-the earlier checkout did not know yet is told as such. A table goes to stderr, one JSON object to the last line of
-stdout.
+few-shot scoring, and the help page. Each run is a process of its own; ratios are formed within a round, and the median
+counts. A run during which others used more than 3% of the cores is thrown away and repeated. In a round come before,
+now, and before again, whose mean it is compared with: how far its two runs lie apart is what this machine calls
+noise, and a task holds where now is slower than before by no more than that, or than 5%. A task that the earlier
+checkout did not know yet is told as such. A table goes to stderr, one JSON object to the last line of stdout.
 """
 
 import argparse
