@@ -48,8 +48,7 @@ release: .venv/dev  ## wheel and sdist, the same bytes whoever builds them, and 
 TODAY := $(shell date +%F)
 RESULT = --json-out benchmarks/results/$(TODAY)-$@.json > /dev/null
 
-BENCHES := train train-all speeds dpo scaling evaluate few-shot train-layers startup memory time-to-accuracy serve mixed \
-	processes plan
+BENCHES := train train-all speeds dpo evaluate few-shot train-layers startup serve processes plan
 
 bench: .venv/peers $(BENCHES)  ## measure all public claims (some hours)
 	$(BIN)/python benchmarks/page.py
@@ -64,8 +63,6 @@ speeds: .venv/peers
 	$(BIN)/python benchmarks/methods.py $(RESULT)
 dpo: .venv/peers
 	$(BIN)/python benchmarks/dpo_vs_trl.py $(RESULT)
-scaling: .venv/peers
-	$(BIN)/python benchmarks/scaling.py $(RESULT)
 evaluate: .venv/peers
 	$(BIN)/python benchmarks/evaluate_vs_peers.py $(RESULT)
 few-shot: .venv/peers
@@ -74,16 +71,10 @@ train-layers: .venv/peers
 	$(BIN)/python benchmarks/train_layers.py $(RESULT)
 startup: .venv/peers
 	$(BIN)/python benchmarks/startup.py $(RESULT)
-memory: .venv/peers
-	$(BIN)/python benchmarks/memory.py $(RESULT)
 serve: .venv/peers
 	$(BIN)/python benchmarks/serve_load.py $(RESULT)
-mixed: .venv/peers
-	$(BIN)/python benchmarks/mixed_adapters.py $(RESULT)
 processes: .venv/peers
 	$(BIN)/python benchmarks/processes.py $(RESULT)
-time-to-accuracy: .venv/peers
-	$(BIN)/python benchmarks/time_to_accuracy.py $(RESULT)
 plan: .venv/peers
 	$(BIN)/python benchmarks/plan_vs_run.py $(RESULT)
 

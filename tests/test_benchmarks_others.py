@@ -4,7 +4,6 @@ import asyncio
 import dataclasses
 import importlib
 import json
-import math
 import sys
 from collections.abc import Iterator
 from itertools import pairwise
@@ -18,11 +17,9 @@ import torch
 
 from graftlm.cli import VERBS
 from graftlm.config import EvaluateConfig, ServeConfig, TrainConfig
-from graftlm.exchange.huggingface import load_model
 from graftlm.flags import parse
 from graftlm.methods import METHODS
-from graftlm.training.train import train
-from tiny import TEMPLATE, data_folder, model_folder
+from tiny import model_folder
 
 BENCHMARKS = str(Path(__file__).parent.parent / "benchmarks")
 
@@ -142,40 +139,6 @@ def test_one_figure_beyond_a_fifth_breaks_the_plans_claim(load: type[ModuleType]
     assert all(set(flags) <= {f.name for f in dataclasses.fields(TrainConfig)} for flags in bench.RUNS.values())
 
 
-def test_scaling_compares_within_rounds_at_every_setting(load: type[ModuleType], tmp_path: Path) -> None:
-    bench = load("scaling")
-
-    def each(speed: float, memory: float) -> dict[str, float]:
-        return {"examples_per_s": speed, "peak_rss_mb": memory}
-
-    rounds = [{"peft": each(5, 2000), "graft": each(speed, 1000)} for speed in (10, 20, 15)]
-    summary = bench.summarise({"as it is": rounds, "rank 4": [{"peft": each(5, 2000), "graft": each(6, 2100)}]})
-    assert summary["found"]["as it is"]["examples_per_s"] == {"peft": 5, "graft": 15, "ratio": 3}
-    assert list(summary["claims"].values()) == [True, False]
-    assert "3.00" in bench.table(summary)
-    data = tmp_path / "data"
-    data.mkdir()
-    for split in ("train", "validation", "test"):
-        (data / f"{split}.jsonl").write_text("".join(json.dumps({"text": "x" * n}) + "\n" for n in (2, 3, 1)))
-    for texts, first in (("shortest", 1), ("longest", 3)):
-        folder = bench.source(texts, data, tmp_path / texts)
-        lines = (folder / "train.jsonl").read_text().splitlines()
-        assert len(lines) == 3 and len(json.loads(lines[0])["text"]) == first
-        assert (folder / "test.jsonl").read_text() == (data / "test.jsonl").read_text()
-    assert bench.source("", data, tmp_path / "none") == data
-
-
-def test_a_model_with_its_first_layers_only(load: type[ModuleType], tmp_path: Path) -> None:
-    bench = load("scaling")
-    model_folder(tmp_path / "model")
-    whole = load_model(tmp_path / "model", torch.device("cpu"), torch.float32)
-    lower = load_model(bench.lower(1, tmp_path / "model", tmp_path / "lower"), torch.device("cpu"), torch.float32)
-    assert (whole.shape.layers, lower.shape.layers) == (2, 1)
-    ids = torch.tensor([[5, 6, 7]])
-    assert torch.equal(lower.lower(ids[:, :0], ids, 1), whole.lower(ids[:, :0], ids, 1))
-    assert bench.lower(0, tmp_path / "model", tmp_path / "none") == tmp_path / "model"
-
-
 def test_the_page_shows_the_newest_result_of_each_kind_on_each_processor(
     load: type[ModuleType], tmp_path: Path
 ) -> None:
@@ -234,134 +197,6 @@ def test_the_committed_page_is_what_the_committed_results_give(load: type[Module
     docs = page.ROOT / "docs"
     assert (docs / "benchmarks.md").read_text(encoding="utf-8") == text
     assert {p.name: p.read_text(encoding="utf-8") for p in (docs / "benchmarks").iterdir()} == pictures
-
-
-# Memory
-
-
-def test_memory_is_that_of_the_longest_reviews(load: type[ModuleType], tmp_path: Path) -> None:
-    bench = load("memory")
-    data = tmp_path / "data"
-    data.mkdir()
-    texts = [{"text": "x" * (5 + i % 7)} for i in range(300)]
-    for split in ("train", "validation", "test"):
-        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
-    folder = bench.source(data, 2, 12, tmp_path / "source")
-    lengths = [len(json.loads(line)["text"]) for line in (folder / "train.jsonl").read_text().splitlines()]
-    assert lengths == [11] * 4 + [5, 6, 7, 8, 9, 10] * 4 + [5 + i % 7 for i in range(28, 128)]
-    assert (folder / "test.jsonl").read_text() == (data / "test.jsonl").read_text()
-    fields = {field.name for field in dataclasses.fields(load("_peers").Job)}
-    assert all(set(changes) <= fields for changes in bench.TRAININGS.values())
-
-
-def test_memory_compares_with_the_peer_of_its_setting(load: type[ModuleType]) -> None:
-    bench = load("memory")
-
-    def each(**peaks: float) -> dict[str, dict[str, float]]:
-        return {who: {"peak_rss_mb": peak, "below_mb": 150.0} for who, peak in peaks.items()}
-
-    found = {
-        "as it is": [each(trl=3000, peft=2000, graft=1400), each(trl=3000, peft=2000, graft=1000)],
-        "batch 64": [each(peft=4000, graft=1600)],
-        "scoring": [each(hf=1000, graft=900)],
-    }
-    summary = bench.summarise(found)
-    assert summary["found"]["as it is"]["peak_rss_mb"]["graft"] == 1200
-    assert summary["found"]["scoring"]["peak_rss_mb"]["graft/strongest peer"] == 0.9
-    assert summary["ratios"]["peak_rss_mb graft/peft"] == {"rounds": [0.7, 0.5], "median": 0.6}
-    assert list(summary["claims"].values()) == [True, True, True]
-    assert "0.40     150" in bench.table(summary)
-    alone = bench.summarise({"scoring": [each(hf=1000, graft=1000)]})
-    assert list(alone["claims"].values()) == [None, None, False]
-    assert "not measured" in bench.table(alone)
-
-
-# Time to an accuracy
-
-
-def test_validations_and_checkpoints_cost_no_seconds(load: type[ModuleType]) -> None:
-    """Five steps of 2 s and half a second between two; behind the second stand a validation and a checkpoint."""
-    bench = load("time_to_accuracy")
-    clock = [2.0, 34.5, 40.0, 42.5, 75.0]
-    rows = [
-        {"step": i + 1, "tokens": 100 * (i + 1), "tokens_per_s": 50.0, "seconds": seconds, "val_loss": None}
-        | {"val_accuracy": {1: 0.8, 4: 0.9}.get(i)}
-        for i, seconds in enumerate(clock)
-    ]
-    curve = bench.curve_of(rows)
-    assert [(point["step"], point["seconds"]) for point in curve] == [(2, 4.0), (5, 10.5)]
-    assert bench.figures(curve, 0.85, 16)["examples_per_s"] == 80 / 10.5
-    assert bench.figures(curve, 0.8, 16)["steps"] == 2
-    short = bench.figures(curve[:1], 0.85, 16)
-    assert short["reached"] is False and short["steps"] == 2
-
-
-def test_a_file_in_the_making_is_read_up_to_its_last_whole_line(load: type[ModuleType], tmp_path: Path) -> None:
-    bench = load("time_to_accuracy")
-    assert bench.read_rows(tmp_path / "none") == []
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st')
-    assert bench.read_rows(tmp_path / "metrics.jsonl") == [{"step": 1}]
-
-
-def test_who_does_not_get_there_has_no_time(load: type[ModuleType]) -> None:
-    bench = load("time_to_accuracy")
-
-    def each(seconds: float, reached: bool = True) -> dict[str, float | bool]:
-        return {"seconds": seconds, "steps": 50, "val_accuracy": 0.86, "examples_per_s": 8.0, "reached": reached}
-
-    both = {"peft": each(200), "graft": each(100)}
-    summary = bench.summarise([both, {"peft": each(210), "graft": each(70)}], 0.85)
-    assert summary["ratios"]["seconds peft/graft"] == {"rounds": [2, 3], "median": 2.5}
-    assert summary["claims"] == {"sooner at 0.85 than the strongest peer": True}
-    summary = bench.summarise([both, {"peft": each(210), "graft": each(70, reached=False)}], 0.85)
-    assert summary["ratios"]["seconds peft/graft"]["rounds"] == [2]
-    assert "seconds" in summary["medians"]["peft"] and "seconds" not in summary["medians"]["graft"]
-    assert list(summary["claims"].values()) == [False]
-    assert "not there" in bench.table(summary)
-    assert list(bench.summarise([{"graft": each(70)}], 0.85)["claims"].values()) == [None]
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_without_dropout_the_peer_learns_what_graft_learns(
-    load: type[ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Same initial weights, batches, rates and judge: the same curve, so only the seconds are compared."""
-    bench, peers = load("time_to_accuracy"), load("_peers")
-    monkeypatch.setattr(bench, "keep_memory_or_fail", lambda: None)
-    model, data = str(model_folder(tmp_path / "model")), str(data_folder(tmp_path / "data"))
-    flags = {"init_from": model, "data": data, "template": TEMPLATE, "rank": 4, "alpha": 16, "lora_dropout": 0.0}
-    flags |= {
-        "lr": 0.01,
-        "batch_size": 8,
-        "max_iters": 8,
-        "eval_every": 3,
-        "dtype": "float32",
-        "out_dir": str(tmp_path / "run"),
-    }
-    job = peers.Job(
-        model=model, eot=0, examples="", steps=8, batch_size=8, rank=4, alpha=16, lora_dropout=0.0,
-        targets=("q", "k", "v"), lr=1.0, warmup=1, untimed_steps=1, precision="fp32", trl_precision="fp32",
-        loss_on="completion", seed=0,
-    )  # fmt: skip
-    curve = bench.run_peer(bench.Task(job, flags, 1.1))["curve"]
-    train(TrainConfig(**flags))
-    own = bench.curve_of(bench.read_rows(tmp_path / "run" / "metrics.jsonl"))
-    assert [point["step"] for point in curve] == [point["step"] for point in own] == [3, 6, 8]
-    losses = [[point["val_loss"] for point in each] for each in (curve, own)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and losses[0][2] < losses[0][0]
-    assert [point["val_accuracy"] for point in curve] == [point["val_accuracy"] for point in own]
-    assert curve[0]["seconds"] < curve[1]["seconds"] < curve[2]["seconds"]
-    assert len(bench.run_peer(bench.Task(job, {**flags, "out_dir": str(tmp_path / "no")}, 0.0))["curve"]) == 1
-
-
-def test_time_to_accuracy_uses_flags_that_exist(load: type[ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
-    bench, peers = load("time_to_accuracy"), load("_peers")
-    job = peers.Job("model", 0, "", 6, 16, 16, 64, 0.05, ("q",), 1.0, 1, 1, "best", "best", "completion", 0)
-    monkeypatch.setattr(bench, "prepare", lambda trial, work: (job, {}))
-    monkeypatch.setattr(bench, "choose", lambda job, trial, work: (job, {}))
-    task, _ = bench.task_of(bench.arguments(["--max-steps", "50"]), Path())
-    assert set(task.flags) <= {field.name for field in dataclasses.fields(TrainConfig)}
-    assert (task.job.steps, task.job.lr) == (task.flags["max_iters"], task.flags["lr"]) == (50, 1e-3)
 
 
 def test_methods_compare_with_lora_and_with_peft_in_their_round(load: type[ModuleType]) -> None:
@@ -618,14 +453,3 @@ def test_before_and_now_use_flags_that_exist(load: type[ModuleType], capsys: pyt
         with pytest.raises(SystemExit):
             module.parse(words)
     assert "no checkout of graftlm" in capsys.readouterr().err
-
-
-def test_a_reference_without_rounding_has_a_first_loss_of_log_2(load: type[ModuleType]) -> None:
-    module = load("reference_rounding")
-    same = module.summarise([[-1.0, -2.0], [-3.0, -4.0]], [[-1.0, -2.0], [-3.0, -4.0]])
-    assert same["loss"] == pytest.approx(math.log(2)) and same["sum std"] == same["margin mean"] == 0
-    apart = module.summarise([[-1.0, -2.0]] * 2, [[-1.0, -3.0], [-1.0, -1.0]])
-    assert apart["margin mean"] == 0 and apart["sum mean"] == 0 and apart["margin std"] == pytest.approx(math.sqrt(2))
-    beta = 0.1
-    wanted = (math.log1p(math.exp(-beta)) + math.log1p(math.exp(beta))) / 2
-    assert apart["loss"] == pytest.approx(wanted)
