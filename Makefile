@@ -11,7 +11,7 @@ DEMO ?=
 # Processes of the suite, one thread each.
 WORKERS ?= 2
 
-.PHONY: demo test check docs bench clean coverage mutation release
+.PHONY: demo test check docs bench clean coverage mutation lock release
 
 demo: .venv/core  ## fine-tune a real model on real reviews and show what it learned
 	$(BIN)/graft fetch smollm2-135m
@@ -41,9 +41,22 @@ coverage: .venv/dev  ## by branch, children of the tests too (slower than the te
 mutation: .venv/dev  ## 300 seeded mutants against the unit tests; goes on where it was stopped
 	$(BIN)/python tests/mutation/run.py --work build/mutation
 
-release: .venv/dev  ## wheel and sdist, the same bytes whoever builds them, and the bill of materials
-	$(BIN)/python tools/build.py
-	$(BIN)/python tools/bill.py --out dist/graftlm.cdx.json
+# Where `make lock` finds the CPU build of torch; LOCK="--find-links DIR" where PyTorch's own index is out of reach.
+LOCK ?= --torch-backend cpu
+
+lock: .venv/dev  ## requirements.lock from constraints.txt, and the licences of what is installed
+	UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile pyproject.toml --extra dev --extra peers --extra docs \
+	  -c constraints.txt --python $(BIN)/python --generate-hashes --no-annotate --upgrade --quiet $(LOCK) -o requirements.lock
+	(echo '# Licences'; echo; echo 'As declared by the packages that `.[dev]` installs (`make lock`). graftlm itself is MIT.'; echo; \
+	  $(BIN)/pip-licenses --python $(BIN)/python --ignore-packages graftlm --format markdown) > docs/licences.md
+
+release: .venv/dev  ## wheel, source archive and bill of materials; the same bytes for everyone
+	rm -rf dist build/release
+	$(BIN)/hatchling build -d dist
+	$(PYTHON) -m venv --without-pip build/release
+	$(BIN)/pip --python build/release/bin/python install --quiet -c constraints.txt dist/*.whl
+	$(BIN)/cyclonedx-py environment build/release/bin/python --pyproject pyproject.toml --output-reproducible \
+	  -o dist/graftlm.cdx.json
 
 TODAY := $(shell date +%F)
 RESULT = --json-out benchmarks/results/$(TODAY)-$@.json > /dev/null
@@ -79,7 +92,7 @@ plan: .venv/peers
 	$(BIN)/python benchmarks/plan_vs_run.py $(RESULT)
 
 clean:  ## what make made; the fetched models and data stay in their cache
-	rm -rf .venv runs site .mypy_cache .pytest_cache .ruff_cache build src/*.egg-info
+	rm -rf .venv runs site .mypy_cache .pytest_cache .ruff_cache build dist
 
 .venv/core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -11,7 +11,9 @@ import subprocess
 import sys
 import sysconfig
 import time
+import tomllib
 import zipfile
+from importlib.metadata import files
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from conftest import child_environment
 from tiny import TEMPLATE, data_folder, model_folder
 
 ROOT = Path(__file__).parents[1]
-EPOCH = "1750000000"
+LOCK, CONSTRAINTS = ((ROOT / name).read_text(encoding="utf-8") for name in ("requirements.lock", "constraints.txt"))
 
 
 def plain(**changes: str) -> dict[str, str]:
@@ -31,16 +33,10 @@ def plain(**changes: str) -> dict[str, str]:
     return environment
 
 
-def tool(name: str, *words: str, **changes: str) -> str:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / name), *words],
-        env=child_environment(**changes),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def tool(*words: str) -> None:
+    """Run a Python module of this environment, as the Makefile does by its script."""
+    done = subprocess.run([sys.executable, "-m", *words], env=plain(), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 # The lock -------------------------------------------------------------------------------------------------------------
@@ -50,35 +46,33 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+def pinned(text: str) -> dict[str, str]:
+    return {canonical(name): version for name, version in re.findall(r"^([\w.-]+)==([^\s#]+)", text, re.MULTILINE)}
+
+
+CORE = pinned(CONSTRAINTS.partition("# What the tests")[0])
+"""What graftlm needs without its extras."""
+
+
 def test_the_lock_holds_the_versions_of_constraints_each_with_its_hashes() -> None:
-    pins = dict(re.findall(r"^([\w.-]+)==([^\s#]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
-    pins = {canonical(name): version for name, version in pins.items()}
-    blocks = re.findall(
-        r"^([\w.-]+)==(\S+)((?: \\\n    --hash=sha256:[0-9a-f]{64})*)\n", (text := lock()), re.MULTILINE
-    )
-    assert len(blocks) == len(re.findall(r"^[\w.-]+==", text, re.MULTILINE)), "a line that is no block"
-    locked = {canonical(name): version for name, version, _ in blocks}
-    assert all(hashes for _, _, hashes in blocks)
-    assert locked.pop("setuptools")  # it builds graftlm, which constraints.txt does not speak of
-    assert {name: pins.get(name) for name in locked} == locked, "python tools/lock.py makes it anew"
-    core = (ROOT / "constraints.txt").read_text().partition("# What the tests")[0]
-    assert {canonical(name) for name in re.findall(r"^([\w.-]+)==", core, re.MULTILINE)} <= locked.keys()
-
-
-def lock() -> str:
-    return (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    hashed = re.findall(r"^([\w.-]+)==\S+(?: \\\n    --hash=sha256:[0-9a-f]{64})+\n", LOCK, re.MULTILINE)
+    locked, pins = pinned(LOCK), pinned(CONSTRAINTS)
+    assert [canonical(name) for name in hashed] == list(locked), "a package without hashes"
+    pins["torch"] += "+cpu"  # the build with CUDA would bring packages that are not pinned
+    assert locked == pins, "`make lock` writes it anew"
+    assert CORE.keys() <= locked.keys()
 
 
 def test_pip_takes_the_lock_and_refuses_another_file(tmp_path: Path) -> None:
     """A wheel of a locked name and version, but of other bytes, is not installed."""
-    name, (version,) = "colorama", re.findall(r"^colorama==(\S+)", lock(), re.MULTILINE)
+    name, (version,) = "colorama", re.findall(r"^colorama==(\S+)", LOCK, re.MULTILINE)
     wheel = tmp_path / f"{name}-{version}-py2.py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         about = f"{name}-{version}.dist-info"
         archive.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
         archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py2-none-any\n")
         archive.writestr(f"{about}/RECORD", "")
-    block = re.search(rf"^{name}==(?:.*\\\n)+.*\n", lock(), re.MULTILINE)
+    block = re.search(rf"^{name}==(?:.*\\\n)+.*\n", LOCK, re.MULTILINE)
     assert block is not None
     (tmp_path / "lock").write_text(block[0])
     words = [sys.executable, "-m", "pip", "download", "--no-index", "--find-links", str(tmp_path), "--require-hashes"]
@@ -92,30 +86,26 @@ def test_pip_takes_the_lock_and_refuses_another_file(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """The folder of a first build, and what two of them printed, the second at another time and by another umask."""
-    folder, said = tmp_path_factory.mktemp("built"), []
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two builds, the second at another time and under another umask."""
+    folder = tmp_path_factory.mktemp("built")
     for name, umask in (("one", 0o022), ("two", 0o077)):
         before = os.umask(umask)
         try:
-            said.append(tool("build.py", "--out", str(folder / name), SOURCE_DATE_EPOCH=EPOCH))
+            tool("hatchling", "build", "-d", str(folder / name))
         finally:
             os.umask(before)
-        time.sleep(2.1 - time.time() % 2)  # what a zip file knows of time is two seconds
-    return folder / "one", said
+        time.sleep(2.1 - time.time() % 2)  # a zip file stores times in steps of two seconds
+    return folder
 
 
-def test_two_builds_have_the_same_bytes(built: tuple[Path, list[str]]) -> None:
-    folder, (one, two) = built
-    assert one == two and len(one.splitlines()) == 2
-    for line in one.splitlines():
-        digest, _, name = line.partition("  ")
-        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
-    assert {Path(path.name).suffix for path in folder.iterdir()} == {".whl", ".gz"}
+def test_two_builds_have_the_same_bytes(built: Path) -> None:
+    one, two = ({path.name: path.read_bytes() for path in (built / name).iterdir()} for name in ("one", "two"))
+    assert one == two and {Path(name).suffix for name in one} == {".whl", ".gz"}
 
 
-def test_the_wheel_holds_all_that_is_in_src_and_nothing_else(built: tuple[Path, list[str]]) -> None:
-    (wheel,) = built[0].glob("*.whl")
+def test_the_wheel_holds_all_that_is_in_src_and_nothing_else(built: Path) -> None:
+    (wheel,) = built.glob("one/*.whl")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     files = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src" / "graftlm").rglob("*") if path.is_file()}
     assert names == {name for name in files if "__pycache__" not in name}
@@ -124,9 +114,9 @@ def test_the_wheel_holds_all_that_is_in_src_and_nothing_else(built: tuple[Path, 
 
 
 @pytest.fixture(scope="module")
-def installed(built: tuple[Path, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def installed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The `bin` of a fresh environment with the wheel alone; the other packages are borrowed."""
-    home, (wheel,) = tmp_path_factory.mktemp("fresh") / "env", built[0].glob("*.whl")
+    home, (wheel,) = tmp_path_factory.mktemp("fresh") / "env", built.glob("one/*.whl")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(home)], check=True)
     pip = [sys.executable, "-m", "pip", "--python", str(home / "bin" / "python"), "install", "--quiet", "--no-deps"]
     subprocess.run([*pip, "--no-index", str(wheel)], env=plain(PIP_DISABLE_PIP_VERSION_CHECK="1"), check=True)
@@ -166,20 +156,27 @@ def built_name(installed: Path) -> str:
 # What it is made of ---------------------------------------------------------------------------------------------------
 
 
-def test_the_bill_of_materials_names_what_graftlm_needs_and_no_more(installed: Path, tmp_path: Path) -> None:
-    python, out = str(installed / "python"), [tmp_path / "one.json", tmp_path / "two.json"]
+def test_the_bill_of_materials_names_what_graftlm_needs_and_no_more(tmp_path: Path) -> None:
+    """By the command of `make release`, of an environment that has the metadata of the core packages alone."""
+    home, out = tmp_path / "env", [tmp_path / "one.json", tmp_path / "two.json"]
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(home)], check=True)
+    (packages,) = home.glob("lib/python*/site-packages")
+    for name in CORE:
+        folder = next(file for file in files(name) or () if file.name == "METADATA").locate().parent
+        (packages / folder.name).symlink_to(folder)
     for path in out:
-        words = [python, str(ROOT / "tools" / "bill.py"), "--out", str(path), "--page", str(tmp_path / "page.md")]
-        subprocess.run(words, env=plain(SOURCE_DATE_EPOCH=EPOCH), capture_output=True, check=True)
+        words = ["environment", str(home / "bin/python"), "--pyproject", "pyproject.toml", "--output-reproducible"]
+        tool("cyclonedx_py", *words, "-o", str(path))
     assert out[0].read_bytes() == out[1].read_bytes()
     bill = json.loads(out[0].read_text())
-    assert (bill["bomFormat"], bill["specVersion"]) == ("CycloneDX", "1.5")
-    assert bill["metadata"]["component"]["name"] == "graftlm"
-    assert bill["metadata"]["component"]["licenses"] == [{"expression": "MIT"}]
-    names = {each["name"] for each in bill["components"]}
-    assert {"torch", "numpy", "safetensors", "jinja2"} <= names and not {"pytest", "graftlm", "fastapi"} & names
-    refs = {each["bom-ref"] for each in [bill["metadata"]["component"], *bill["components"]]}
-    for each in bill["dependencies"]:
-        assert {each["ref"], *each["dependsOn"]} <= refs
-    assert len(bill["dependencies"]) == len(refs) == len(bill["components"]) + 1
-    assert all(f"| {name} |" in (tmp_path / "page.md").read_text() for name in names)
+    root = bill["metadata"]["component"]
+    assert (bill["bomFormat"], root["name"]) == ("CycloneDX", "graftlm") and root["licenses"][0]["license"][
+        "id"
+    ] == "MIT"
+    assert {canonical(each["name"]): each["version"].partition("+")[0] for each in bill["components"]} == CORE
+    needs = {each["ref"]: each.get("dependsOn", []) for each in bill["dependencies"]}
+    assert {each["bom-ref"] for each in [root, *bill["components"]]} == needs.keys()
+    direct = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert pinned("\n".join(needs[root["bom-ref"]])).keys() == {
+        canonical(re.split("[<>=]", line)[0]) for line in direct
+    }
