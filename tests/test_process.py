@@ -99,11 +99,11 @@ for found in pkgutil.walk_packages(graftlm.__path__, "graftlm."):
     if found.name != "graftlm.__main__":
         importlib.import_module(found.name)
 from graftlm.errors import GraftError
-from graftlm.files.locks import alone_in
+from graftlm.files.locks import lock_dir
 from graftlm.training import memory
 memory._status_mb = lambda field: None
 def lock():
-    with alone_in(Path(sys.argv[1]), "graft train"):
+    with lock_dir(Path(sys.argv[1])):
         pass
 for needs in (lock, memory.peak_rss_mb):
     try:

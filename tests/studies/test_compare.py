@@ -288,7 +288,7 @@ def test_what_it_started_ends_with_it_and_another_one_waits_for_its_lock(assets:
             capture_output=True,
             text=True,
         )
-        assert second.returncode == 2 and "another process is at work there (graft compare, process " in second.stderr
+        assert second.returncode == 2 and " is locked by another graft process (pid " in second.stderr
     finally:
         process.kill()
         process.wait()

@@ -28,7 +28,7 @@ from graftlm.errors import InputError, unknown
 from graftlm.files.atomic import disk_errors, folder_atomically, remove_leftovers, temp_beside, write_json, write_text
 from graftlm.files.formats import read_json, sha256_file, weight_files
 from graftlm.files.hub import HUB_NAME, NotOnHub, hub_folder
-from graftlm.files.locks import one_at_a_time
+from graftlm.files.locks import lock_file
 from graftlm.files.wheels import Wheel, wheel_file, wheel_member
 
 FORMAT = 1  # raise it when an unpacked folder's content changes: older ones are then made anew
@@ -341,7 +341,7 @@ def _is_complete(target: Path) -> bool:
 
 def _locked(name: str) -> contextlib.AbstractContextManager[None]:
     """Hold the cache's lock of that name, waiting for whoever has it."""
-    return one_at_a_time(cache_home() / "locks" / f"{name}.lock", f"unpacking {name}")
+    return lock_file(cache_home() / "locks" / f"{name}.lock", f"unpacking {name}")
 
 
 @contextlib.contextmanager

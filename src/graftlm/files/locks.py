@@ -1,8 +1,8 @@
-"""One process at a time on a folder: a lock that ends with the process, however it ends.
+"""File locks: one process at a time writes a run folder or an entry of the cache.
 
-What is unusual here: the lock is the system's (flock), held on a file that stays open, so a file that a killed process
-left behind is no obstacle and is never asked how old it is. What stands in the file is only for the line that another
-process is shown: which process holds it, and since when. A child that inherits the descriptor holds the lock too.
+The lock is `filelock`'s (flock). The system releases it when its process ends, even by SIGKILL, so a file left on the
+disk is not a stale lock. The file's content names the owner and only serves messages. A child process that inherits
+the descriptor holds the lock too.
 """
 
 import contextlib
@@ -11,127 +11,116 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from io import FileIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from graftlm.errors import InputError, posix_module
 from graftlm.files.atomic import disk_errors
 from graftlm.files.wheels import note
 
-NAME = ".lock"
-"""The lock's file in a folder that is locked as a whole."""
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
+LOCK_NAME = ".lock"
+"""The lock file of a directory that is locked as a whole."""
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
-"""What a file system answers that has no locks, as some of a network are."""
+"""Errors of a file system without locks, such as some network file systems."""
+ATTEMPTS = 20
+"""To create a lock file in a directory that its last owner is removing."""
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path, what: str, wait: float = 0.0, keep: bool = False) -> Iterator[int]:
-    """Hold the lock of `folder`, which is made if need be; yields its file's descriptor.
+def lock_dir(directory: Path, timeout: float = 0.0, keep: bool = False) -> Iterator[tuple[int, ...]]:
+    """Hold the lock of --out_dir `directory`, which is created if needed; yields its descriptor, for `pass_fds`.
 
     Args:
-        folder: the run or comparison that `what` ("graft train") writes.
-        wait: seconds that another process may take to end.
-        keep: leave the lock's file there afterwards; else it goes, and so do folders made here that are still empty.
+        directory: the folder of a run or a comparison.
+        timeout: seconds to wait for the current owner.
+        keep: leave the lock file there. By default it is removed, and so are directories created here that are empty.
 
-    Raises InputError, having touched nothing, when another process holds it.
+    Raises InputError, having changed nothing, if another process holds the lock.
     """
-    if folder.is_file():  # one look: whoever had the lock may take the folder away between two
-        raise InputError(f"--out_dir {folder}: is a file; name a folder")
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    path = folder / NAME
-    with disk_errors(folder):
-        file = _taken(path, time.monotonic() + wait)
-    if file is None:
+    from filelock import Timeout
+
+    if directory.is_file():
+        raise InputError(f"--out_dir {directory}: is a file; name a folder")
+    created = [path for path in (directory, *directory.parents) if not path.exists()]
+    path = directory / LOCK_NAME
+    try:
+        lock, descriptors = _acquire(path, timeout)
+    except Timeout:
+        owner = lock_owner(path) or "pid unknown"
         raise InputError(
-            f"--out_dir {folder}: another process is at work there ({held_by(path) or 'it does not say which'}); wait "
-            "for it to end, or name another folder"
-        )
-    with file:
-        _sign(file, what)
-        try:
-            yield file.fileno()
-        finally:
-            if not keep:
-                path.unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # what holds something stays
-                    for each in made:
-                        each.rmdir()
+            f"--out_dir {directory} is locked by another graft process ({owner}); wait, or choose another folder"
+        ) from None
+    try:
+        yield descriptors
+    finally:
+        if not keep:
+            path.unlink(missing_ok=True)  # filelock refuses an unlinked file: no other process can hold this one
+            with contextlib.suppress(OSError):  # not empty
+                for each in created:
+                    each.rmdir()
+        lock.release()
 
 
 @contextlib.contextmanager
-def one_at_a_time(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock `path`, a file of the cache that stays, waiting for whoever has it; `what` it does, in words."""
-    with disk_errors(path):
-        file = _taken(path, time.monotonic())
-    if file is None:
-        note(f"another process is {what}: waiting for it")
-        with disk_errors(path):
-            file = _taken(path, None)
-    assert file is not None, "without an end there is no giving up"
-    with file:
-        _sign(file, what)
+def lock_file(path: Path, purpose: str) -> Iterator[None]:
+    """Hold the lock `path`, a file of the cache that stays; waits for its owner. `purpose`: "unpacking x"."""
+    from filelock import Timeout
+
+    try:
+        lock, _ = _acquire(path, 0.0)
+    except Timeout:
+        note(f"another process is {purpose}: waiting for it")
+        lock, _ = _acquire(path, -1)
+    try:
         yield
+    finally:
+        lock.release()
 
 
-def held_by(path: Path) -> str:
-    """Which process holds a lock, as it has signed itself; empty where none does."""
-    fcntl = posix_module("fcntl")
+def lock_owner(path: Path) -> str:
+    """The process that holds a lock, such as "pid 123 on host, since …"; "" if none does."""
+    posix_module("fcntl")
+    from filelock import lock_descriptor
+
     try:
         with open(path, "rb") as file:
-            signed = file.read(300).decode("utf-8", errors="replace").strip()
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return signed or "it has not said which yet"
+            owner = file.read(300).decode("utf-8", errors="replace").strip()
+            return "" if lock_descriptor(file.fileno(), blocking=False) else owner or "pid unknown"
     except OSError:  # no file, or a file system without locks
         return ""
-    return ""
 
 
-def _taken(path: Path, until: float | None) -> FileIO | None:
-    """The lock's file, locked; None if another process has it until then (None: for ever)."""
-    fcntl = posix_module("fcntl")
-    while True:
-        file = _opened(path)  # the caller's to close: it is the lock
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if until is not None else 0))
-            if _is(file, path):
-                return file
-            file.close()  # whoever had it took its file away: the next one counts
-        except BlockingIOError:
-            file.close()
-            if until is None or time.monotonic() >= until:
-                return None
-            time.sleep(0.1)
-        except OSError as error:
-            if error.errno in NO_LOCKS:
-                note(f"{path.parent}: the file system has no locks: see to it that no other process writes there")
-                return file
-            file.close()
-            raise
+def _acquire(path: Path, timeout: float) -> "tuple[BaseFileLock, tuple[int, ...]]":
+    """The held lock and its descriptor, or no descriptor on a file system without locks. Raises filelock.Timeout."""
+    posix_module("fcntl")
+    from filelock import FileLock
+
+    held: list[int] = []
+    lock = FileLock(path, timeout=timeout, on_acquired=held.append)
+    with disk_errors(path.parent):
+        for attempt in range(ATTEMPTS):
+            try:
+                lock.acquire()
+                break
+            except (FileExistsError, FileNotFoundError):
+                if attempt == ATTEMPTS - 1:
+                    raise
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                note(f"{path.parent}: the file system has no locks: make sure that no other process writes there")
+                break
+    if held:
+        _write_owner(held[0])
+    return lock, tuple(held)
 
 
-def _opened(path: Path) -> FileIO:
-    """A lock's file, and the folder it is in: whoever had it may take either away between any two calls."""
-    for left in reversed(range(100)):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            return FileIO(path, "a")
-        except (FileExistsError, FileNotFoundError):  # mkdir looks again whether it is a folder; or it went behind that
-            if not left:
-                raise
-    raise AssertionError("the last try returns or raises")
-
-
-def _is(file: FileIO, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-def _sign(file: FileIO, what: str) -> None:
-    """Say who has it; a disk too full for a line is no reason to stop: the lock holds without."""
-    since = time.strftime("%Y-%m-%d %H:%M:%S")
+def _write_owner(descriptor: int) -> None:
+    """Name this process in the lock file. A full disk is no error here: the lock holds without."""
+    owner = f"pid {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
     with contextlib.suppress(OSError):
-        file.truncate(0)
-        file.write(f"{what}, process {os.getpid()} on {socket.gethostname()}, since {since}\n".encode())
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, owner.encode(), 0)

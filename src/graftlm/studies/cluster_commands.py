@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,8 +18,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from graftlm.errors import InputError, posix_module
+from graftlm.errors import InputError
 from graftlm.files.atomic import write_text
+from graftlm.files.locks import lock_dir
 from graftlm.studies.cluster import PATIENCE, Cluster
 from graftlm.studies.commands import LOST, Child, CommandFailed, WorkerLost, run_graft, threads
 
@@ -137,26 +137,11 @@ def _command(place: Place, name: str, words: list[str], cpus: int, on_gpu: bool)
     os.chdir(place.cwd)
     folder = Path(place.out_dir, name)
     environment = threads(cpus) if on_gpu else {**threads(cpus), "CUDA_VISIBLE_DEVICES": ""}
-    with open(folder / ".lock", "a") as lock:
-        if not _held(lock.fileno()):
-            return "", f"{folder}: a process of another worker still writes there"
-        try:
-            return run_graft(words, folder, environment, lock.fileno(), _wait), ""
-        except CommandFailed as failure:
-            return "", str(failure)
-
-
-def _held(lock: int) -> bool:
-    """Whether a lock could be had; a lost worker's command, which still has it, ends soon."""
-    fcntl, until = posix_module("fcntl"), time.monotonic() + PATIENCE
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() > until:
-                return False
-            time.sleep(0.1)
+    try:
+        with lock_dir(folder, PATIENCE, keep=True) as lock:  # the command of a lost worker ends soon
+            return run_graft(words, folder, environment, lock, _wait), ""
+    except (CommandFailed, InputError) as failure:
+        return "", str(failure)
 
 
 def _wait(child: "Child[str]") -> int:

@@ -49,7 +49,7 @@ class Commands(Protocol):
 class Here:
     """Processes of this machine; its cores are divided between as many as run at once."""
 
-    def __init__(self, at_once: int, lock: int) -> None:
+    def __init__(self, at_once: int, lock: tuple[int, ...]) -> None:
         self.at_once = at_once
         self._lock = lock
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -88,7 +88,11 @@ def threads(count: int) -> dict[str, str]:
 
 
 def run_graft(
-    words: Sequence[str], folder: Path, environment: Mapping[str, str], lock: int, wait: Callable[["Child[str]"], int]
+    words: Sequence[str],
+    folder: Path,
+    environment: Mapping[str, str],
+    lock: tuple[int, ...],
+    wait: Callable[["Child[str]"], int],
 ) -> str:
     """What `graft WORDS` prints; CommandFailed with its last line if it fails.
 
@@ -96,7 +100,7 @@ def run_graft(
         words: those behind `graft`.
         folder: its log.txt gets the command and all notes.
         environment: what differs from this process's.
-        lock: a file descriptor that the command keeps open to its end.
+        lock: file descriptors that the command keeps open to its end.
         wait: waits for the command's end, and tells its exit status.
     """
     with disk_errors(folder), open(folder / LOG, "a+", encoding="utf-8") as log, TemporaryFile("w+") as out:
@@ -110,7 +114,7 @@ def run_graft(
             text=True,
             env={**os.environ, **environment, LEASH: "1"},
             start_new_session=True,
-            pass_fds=(lock,),
+            pass_fds=lock,
         )
         with child:
             status = wait(child)

@@ -33,8 +33,7 @@ from graftlm.config import CompareConfig, TrainConfig
 from graftlm.errors import GraftError, InputError, Interrupted
 from graftlm.files.atomic import disk_errors, remove_leftovers, write_json, write_text
 from graftlm.files.formats import read_json
-from graftlm.files.locks import NAME as LOCK
-from graftlm.files.locks import alone_in
+from graftlm.files.locks import LOCK_NAME, lock_dir
 from graftlm.studies.commands import LOST, CommandFailed, Commands, Here, WorkerLost
 from graftlm.studies.sweep import Cell, read_sweep
 from graftlm.studies.table import FAILED, Outcome, failures, make_rows, markdown
@@ -68,7 +67,7 @@ def compare(config: CompareConfig, sweep: str, console: Console | None = None, d
 
 
 @contextlib.contextmanager
-def _commands(config: CompareConfig, cells: int, lock: int, debug: bool) -> Iterator[Commands]:
+def _commands(config: CompareConfig, cells: int, lock: tuple[int, ...], debug: bool) -> Iterator[Commands]:
     """Where the cells' commands run: on this machine, or on the cluster that --ray names."""
     if not config.ray:
         yield Here(config.jobs or 1, lock)
@@ -82,11 +81,11 @@ def _commands(config: CompareConfig, cells: int, lock: int, debug: bool) -> Iter
             yield elsewhere
 
 
-def _alone(out_dir: Path) -> contextlib.AbstractContextManager[int]:
-    """The folder's lock: its file's descriptor. The commands inherit it: none of them outlives the lock."""
-    if out_dir.is_dir() and any(out_dir.iterdir()) and not (out_dir / LOCK).exists():
+def _alone(out_dir: Path) -> contextlib.AbstractContextManager[tuple[int, ...]]:
+    """The folder's lock: its descriptor. The commands inherit it, so none of them outlives the lock."""
+    if out_dir.is_dir() and any(out_dir.iterdir()) and not (out_dir / LOCK_NAME).exists():
         raise InputError(f"--out_dir {out_dir}: holds other files; name a folder that is empty or does not exist")
-    return alone_in(out_dir, "graft compare", PATIENCE, keep=True)
+    return lock_dir(out_dir, PATIENCE, keep=True)
 
 
 @dataclass

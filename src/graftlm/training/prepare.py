@@ -20,7 +20,7 @@ from graftlm.errors import InputError
 from graftlm.exchange.device import pick_device, pick_dtype
 from graftlm.exchange.huggingface import base_hash, load_model, read_into, unread_model
 from graftlm.exchange.load import Loaded, check_base, read_run, read_tokenizer, recorded_name
-from graftlm.files.locks import NAME as LOCK
+from graftlm.files.locks import LOCK_NAME
 from graftlm.methods import Method
 from graftlm.methods.folding import FoldingLinear
 from graftlm.models.base import CausalLM
@@ -278,7 +278,7 @@ def check_out_dir(out_dir: Path) -> None:
     if out_dir.is_file():
         raise InputError(f"--out_dir {out_dir}: is a file; name a folder")
     # By a first start that was killed before run.json stood:
-    left = (LOCK, ".run.json.tmp-", REFERENCE, f".{REFERENCE}")
+    left = (LOCK_NAME, ".run.json.tmp-", REFERENCE, f".{REFERENCE}")
     if out_dir.is_dir() and any(not p.name.startswith(left) for p in out_dir.iterdir()):
         raise InputError(f"--out_dir {out_dir}: holds other files; name a folder that is empty or does not exist")
 

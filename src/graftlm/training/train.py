@@ -13,8 +13,7 @@ from graftlm.config import TrainConfig
 from graftlm.errors import InputError
 from graftlm.exchange.device import pick_device, pick_dtype
 from graftlm.exchange.load import read_run
-from graftlm.files.locks import NAME as LOCK
-from graftlm.files.locks import alone_in, held_by
+from graftlm.files.locks import LOCK_NAME, lock_dir, lock_owner
 from graftlm.training.account import share_trained
 from graftlm.training.distributed import World
 from graftlm.training.plan import make_plan
@@ -80,9 +79,9 @@ def _alone(config: TrainConfig) -> AbstractContextManager[object]:
     out_dir = Path(config.out_dir)
     if config.plan:
         return nullcontext()
-    if not held_by(out_dir / LOCK):
+    if not lock_owner(out_dir / LOCK_NAME):
         read_run(out_dir) if config.resume else check_out_dir(out_dir)
-    return alone_in(out_dir, "graft train")
+    return lock_dir(out_dir)
 
 
 def _device_flag(config: TrainConfig) -> str:

@@ -30,7 +30,7 @@ from graftlm.errors import GraftError, InputError, Interrupted
 from graftlm.files.assets import cache_home
 from graftlm.files.atomic import remove_leftovers, write_json
 from graftlm.files.cut import whole
-from graftlm.files.locks import NAME as LOCK
+from graftlm.files.locks import LOCK_NAME
 from graftlm.methods import Method
 from graftlm.methods.base import trainable
 from graftlm.models.base import CausalLM
@@ -120,7 +120,7 @@ class Trainer:
                 for path in self.out_dir.iterdir():
                     if path.is_dir() and not path.is_symlink():
                         shutil.rmtree(path)
-                    elif path.name != LOCK:
+                    elif path.name != LOCK_NAME:
                         path.unlink()
                 self.console.print(f"nothing was saved: {self.out_dir} is cleared again", markup=False, highlight=False)
 
@@ -128,7 +128,7 @@ class Trainer:
         for name in ("run.json", "metrics.jsonl", "best", "last") if self.world.first else ():
             remove_leftovers(self.out_dir / name)  # of a process that was killed while it wrote
         with self.world.alike():
-            if self.store.by_all and not (self.out_dir / LOCK).exists():
+            if self.store.by_all and not (self.out_dir / LOCK_NAME).exists():
                 raise InputError(
                     f"--out_dir {self.out_dir}: is not the folder that process 0 sees; on several machines name one "
                     "that they share: each process writes its part of a checkpoint"
