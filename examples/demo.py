@@ -19,9 +19,9 @@ from typing import Any  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 import graftlm  # noqa: E402
+from graftlm.cli.display import progress  # noqa: E402
 from graftlm.exchange.load import Loaded  # noqa: E402
 from graftlm.files.atomic import write_text  # noqa: E402
-from graftlm.render import progress  # noqa: E402
 from graftlm.text.data import Example, encode_rows, load_dataset, sample  # noqa: E402
 from graftlm.text.template import Template, load_template  # noqa: E402
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from graftlm.cli.parser import parse
 from graftlm.config import TrainConfig
-from graftlm.flags import parse
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 

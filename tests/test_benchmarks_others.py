@@ -15,9 +15,9 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from graftlm.cli import VERBS
+from graftlm.cli import COMMANDS
+from graftlm.cli.parser import parse
 from graftlm.config import EvaluateConfig, ServeConfig, TrainConfig
-from graftlm.flags import parse
 from graftlm.methods import METHODS
 from tiny import model_folder
 
@@ -81,7 +81,7 @@ def test_few_shot_uses_flags_that_exist(load: type[ModuleType]) -> None:
 
 def test_every_piece_of_the_prompting_page_is_a_command_that_parses(load: type[ModuleType]) -> None:
     for verb, *words in load("prompting").pieces(200, 2, "runs/x").values():
-        assert parse(verb, VERBS[verb].config, [*words, "--json"]).given
+        assert parse(verb, COMMANDS[verb].config, [*words, "--json"]).explicit
 
 
 def test_the_committed_page_of_prompting_is_what_its_result_gives(load: type[ModuleType]) -> None:
@@ -446,7 +446,7 @@ def test_what_became_slower_than_noise_is_said(load: type[ModuleType]) -> None:
 def test_before_and_now_use_flags_that_exist(load: type[ModuleType], capsys: pytest.CaptureFixture[str]) -> None:
     module = load("before_and_now")
     for verb, *words in module.TASKS.values():
-        assert verb == "--help" or parse(verb, VERBS[verb].config, words).given
+        assert verb == "--help" or parse(verb, COMMANDS[verb].config, words).explicit
     args = module.parse(["--before", str(module.ROOT), "--only", "full,score"])
     assert args.only == ["full", "score"]
     for words in (["--before", "nowhere"], ["--before", str(module.ROOT), "--only", "sleep"]):

@@ -17,12 +17,14 @@ import pytest
 from rich.console import Console
 
 from conftest import Graft, child_environment
-from graftlm import __version__, cli, render
+from graftlm import __version__, cli
+from graftlm.cli import display
+from graftlm.cli.parser import CommonFlags, parse
 from graftlm.config import FetchConfig, GenerateConfig, ReportConfig, TrainConfig
 from graftlm.errors import GraftError, InputError, Interrupted
-from graftlm.flags import EveryVerb, parse
+from graftlm.methods import METHODS, describe
 
-VERBS = (
+COMMANDS = (
     "train",
     "generate",
     "evaluate",
@@ -52,9 +54,9 @@ HANDOUT_TRAIN = [
 
 def fake(monkeypatch: pytest.MonkeyPatch, run: Callable[..., Any], name: str = "fetch") -> None:
     """Put `run` in place of a verb's handler."""
-    verb = cli.VERBS[name]
-    row = cli.Verb(verb.config, run, verb.show, verb.positional, computes=False)
-    monkeypatch.setitem(cli.VERBS, name, row)
+    verb = cli.COMMANDS[name]
+    row = cli.Command(verb.config, run, verb.print_result, verb.positional, uses_tensors=False)
+    monkeypatch.setitem(cli.COMMANDS, name, row)
 
 
 def refuse(words: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -94,7 +96,7 @@ def test_the_handouts_flags_are_read_as_it_prints_them() -> None:
 def test_underscores_and_hyphens_blank_and_equals_sign_read_the_same(words: list[str]) -> None:
     parsed = parse("train", TrainConfig, words)
     assert parsed.config.lora_dropout == 0.5
-    assert parsed.given == {"lora_dropout"}
+    assert parsed.explicit == {"lora_dropout"}
 
 
 def test_switches_turn_on_and_off_and_the_last_word_wins() -> None:
@@ -113,7 +115,7 @@ def test_values_may_look_like_anything_a_user_types() -> None:
     parsed = parse("generate", GenerateConfig, words)
     assert (parsed.config.prompt, parsed.config.data, parsed.config.out_dir) == ("--debug", "-", "a=b c")
     assert parsed.config.top_k == 2
-    assert not parsed.every.debug
+    assert not parsed.common.debug
     assert parse("train", TrainConfig, ["--rank", "none"]).config.rank is None
 
 
@@ -139,11 +141,11 @@ def test_report_takes_any_number_of_folders_with_and_without_the_flag() -> None:
     [
         (
             ["trian"],
-            f"unknown verb 'trian': did you mean 'train'? known are {', '.join(VERBS)}",
+            f"unknown subcommand 'trian': did you mean 'train'? known are {', '.join(COMMANDS)}",
         ),
         (
             ["--rank", "4"],
-            f"--rank: a verb comes first: graft {' | '.join(VERBS)} (see graft --help)",
+            f"--rank: a subcommand comes first: graft {' | '.join(COMMANDS)} (see graft --help)",
         ),
         (["train", "--rnak", "4"], "unknown flag --rnak: did you mean --rank? see graft train --help"),
         (["train", "--zzz=4"], "unknown flag --zzz: see graft train --help"),
@@ -218,7 +220,7 @@ def test_a_recipe_sets_flags_and_flags_beside_it_win(tmp_path: Path) -> None:
     parsed = parse("train", TrainConfig, ["--rank=8", "--config", str(recipe), "--no-resume"])
     assert parsed.config == TrainConfig(rank=8, lr=1.0, lora_dropout=0.5, dtype="float32", template="a {text}")
     assert type(parsed.config.lr) is float
-    assert parsed.given == {"rank", "lr", "lora_dropout", "resume", "dtype", "template"}
+    assert parsed.explicit == {"rank", "lr", "lora_dropout", "resume", "dtype", "template"}
 
 
 def test_a_recipe_can_name_what_fetch_needs(tmp_path: Path) -> None:
@@ -242,9 +244,9 @@ def test_a_recipe_lists_the_folders_of_a_report_and_words_beside_it_win(tmp_path
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        (b"rnak = 4\n", "{file}: unknown key 'rnak': did you mean rank? keys are the verb's flags"),
-        (b"[zzz]\nrank = 4\n", "{file}: unknown key 'zzz': keys are the verb's flags"),
-        (b"json = true\n", "{file}: unknown key 'json': keys are the verb's flags"),
+        (b"rnak = 4\n", "{file}: unknown key 'rnak': did you mean rank? keys are flags of the subcommand"),
+        (b"[zzz]\nrank = 4\n", "{file}: unknown key 'zzz': keys are flags of the subcommand"),
+        (b"json = true\n", "{file}: unknown key 'json': keys are flags of the subcommand"),
         (b'rank = "4"\n', "{file}: rank = '4': not a whole number"),
         (b"rank = 4.0\n", "{file}: rank = 4.0: not a whole number"),
         (b"rank = true\n", "{file}: rank = True: not a whole number"),
@@ -308,7 +310,7 @@ def test_without_json_the_result_is_for_people(
 
 def test_a_table_is_never_cut_however_narrow_the_window() -> None:
     file = io.StringIO()
-    render._table(Console(file=file, width=20), ["name", "figures"], [["n" * 30, "f" * 40]])
+    display._table(Console(file=file, width=20), ["name", "figures"], [["n" * 30, "f" * 40]])
     assert f"  {'n' * 30}   {'f' * 40}  " in file.getvalue().splitlines()
 
 
@@ -343,8 +345,8 @@ import sys, time
 from graftlm import __main__, cli
 def handler(parsed, notes):
     {body}
-verb = cli.VERBS["fetch"]
-cli.VERBS["fetch"] = cli.Verb(verb.config, handler, verb.show, verb.positional, computes=False)
+verb = cli.COMMANDS["fetch"]
+cli.COMMANDS["fetch"] = cli.Command(verb.config, handler, verb.print_result, verb.positional, uses_tensors=False)
 sys.argv = ["graft", "fetch", "x", *sys.argv[1:]]
 sys.exit(__main__.main())
 """
@@ -391,7 +393,7 @@ def test_ctrl_c_ends_with_130() -> None:
 
 
 def test_the_verbs_are_those_promised() -> None:
-    assert tuple(cli.VERBS) == VERBS
+    assert tuple(cli.COMMANDS) == COMMANDS
 
 
 def test_help_lists_the_verbs_and_every_verb_its_flags(capsys: pytest.CaptureFixture[str]) -> None:
@@ -399,14 +401,24 @@ def test_help_lists_the_verbs_and_every_verb_its_flags(capsys: pytest.CaptureFix
     page = capsys.readouterr().out
     assert cli.run([]) == 0
     assert capsys.readouterr().out == page
-    for name, verb in cli.VERBS.items():
+    for name, verb in cli.COMMANDS.items():
         assert f"  {name}" in page and verb.summary in page
         assert cli.run([name, "--help"]) == 0
         help_page = capsys.readouterr().out
         assert help_page.startswith(f"usage: graft {name} ")
-        for field in (*fields(verb.config), *fields(EveryVerb)):
+        for field in (*fields(verb.config), *fields(CommonFlags)):
             assert field.name == verb.positional or f"--{field.name}" in help_page
         assert "The base model: a built-in name" in help_page or name != "train"
+
+
+def test_the_help_page_of_train_lists_the_methods_and_with_method_the_defaults_of_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.run(["train", "--help"]) == 0
+    page = capsys.readouterr().out.partition("\nmethods (")[2]
+    assert {line.split()[0] for line in page.splitlines() if line[:3].strip()} >= set(METHODS)
+    assert cli.run(["train", "--method=dora", "-h"]) == 0
+    assert capsys.readouterr().out.endswith(f"\n{describe('dora')}\n")
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -447,12 +459,11 @@ def test_the_help_page_reads_nothing_that_it_does_not_need() -> None:
         [sys.executable, "-c", look], capture_output=True, text=True, check=True, env=child_environment()
     )
     read = set(done.stderr.split())
-    assert "graftlm.verbs" in read and "usage: graft VERB" in done.stdout
+    assert "graftlm.cli.commands" in read and "usage: graft SUBCOMMAND" in done.stdout
     heavy = {
         "torch",
         "numpy",
         "rich",
-        "tyro",
         "hashlib",
         "socket",
         "tomllib",

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from graftlm import cli
-from graftlm.flags import parse
+from graftlm.cli.parser import parse
 from tiny import model_folder
 
 ROOT = Path(__file__).parent.parent
@@ -93,8 +93,8 @@ def test_every_line_of_shell_is_one_that_graft_takes(
     found = list(commands(path))
     assert found
     for verb, *words in found:
-        assert verb in cli.VERBS, f"{path}: graft {verb}"
-        parse(verb, cli.VERBS[verb].config, words, cli.VERBS[verb].positional)
+        assert verb in cli.COMMANDS, f"{path}: graft {verb}"
+        parse(verb, cli.COMMANDS[verb].config, words, cli.COMMANDS[verb].positional)
 
 
 @pytest.mark.parametrize("path", sorted({*PATHS} - {*TASKS}))
@@ -108,8 +108,8 @@ def test_a_line_of_graft_on_any_other_page_is_one_that_it_takes(
         for line in block.replace("\\\n", " ").splitlines():
             if re.match(r"graft [a-z]", line) or " -m graftlm " in line:
                 verb, *words = re.split(r"^graft | -m graftlm ", line)[1].split("#")[0].split(maxsplit=1)
-                assert verb in cli.VERBS, f"{path}: {line}"
-                parse(verb, cli.VERBS[verb].config, shlex.split(" ".join(words)), cli.VERBS[verb].positional)
+                assert verb in cli.COMMANDS, f"{path}: {line}"
+                parse(verb, cli.COMMANDS[verb].config, shlex.split(" ".join(words)), cli.COMMANDS[verb].positional)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -118,8 +118,8 @@ def test_verbs_and_flags_in_the_text_are_ones(path: str) -> None:
     for code in quoted(ROOT / path):
         if match := re.match(r"(?:graft|.* -m graftlm) ([a-z]+)\b(.*)", code):
             verb, rest = match.groups()
-            assert verb in cli.VERBS, f"{path}: `{code}`"
-            known = everywhere | {field.name for field in dataclasses.fields(cli.VERBS[verb].config)}
+            assert verb in cli.COMMANDS, f"{path}: `{code}`"
+            known = everywhere | {field.name for field in dataclasses.fields(cli.COMMANDS[verb].config)}
             for flag in re.findall(r"(?<![\w-])--([a-zA-Z][\w-]*)", rest):
                 name = flag.replace("-", "_")
                 assert known & {name, name.removeprefix("no_")}, f"{path}: `{code}`: {verb} has no --{flag}"

@@ -138,7 +138,7 @@ def has(line: str, *parts: str) -> None:
     [
         (
             ["trian"],
-            "unknown verb 'trian': did you mean 'train'? known are train, generate, evaluate, prompt, prefer, ",
+            "unknown subcommand 'trian': did you mean 'train'? known are train, generate, evaluate, prompt, prefer, ",
         ),
         (["train", "--rnk=4"], "unknown flag --rnk: did you mean --rank? see graft train --help"),
         (["train", "--method=lra"], "unknown --method 'lra': did you mean 'lora'? known are adapter, bitfit, dora, "),

@@ -21,9 +21,9 @@ from IPython.core.inputtransformer2 import TransformerManager
 
 from conftest import child_environment
 from graftlm import process
-from graftlm.cli import VERBS
+from graftlm.cli import COMMANDS
+from graftlm.cli.parser import parse
 from graftlm.config import TrainConfig
-from graftlm.flags import parse
 from tiny import data_folder, model_folder, shape_of
 
 ROOT = Path(__file__).parent.parent
@@ -175,7 +175,7 @@ def test_the_lines_that_it_shows_are_lines_that_graft_takes() -> None:
     assert len(SHOWN) == 4
     for line in SHOWN:
         verb, *words = shlex.split(line.removeprefix("!graft "))
-        assert parse(verb, VERBS[verb].config, words).given
+        assert parse(verb, COMMANDS[verb].config, words).explicit
 
 
 @pytest.mark.parametrize(

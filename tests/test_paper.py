@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from graftlm.cli.parser import parse
 from graftlm.config import TrainConfig
-from graftlm.flags import parse
 
 BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
 

@@ -10,7 +10,7 @@ import pytest
 
 import graftlm
 from conftest import child_environment
-from graftlm.cli import VERBS
+from graftlm.cli import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,13 +55,13 @@ def test_importing_graftlm_imports_nothing_heavy() -> None:
     program = (
         "import sys, graftlm, graftlm.cli\n"
         "assert graftlm.cli.run(['--help']) == 0 and graftlm.cli.run(['--version']) == 0\n"
-        "print({'torch', 'numpy', 'tyro', 'rich', 'tokenizers', 'huggingface_hub'} & set(sys.modules))"
+        "print({'torch', 'numpy', 'rich', 'tokenizers', 'huggingface_hub'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", program], env=child_environment(), capture_output=True, text=True)
     assert done.stdout.endswith("\nset()\n"), done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", COMMANDS)
 def test_no_help_page_imports_torch(verb: str) -> None:
     program = (
         "import sys, graftlm.cli\n"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from graftlm.cli.parser import parse
 from graftlm.config import CompareConfig, TrainConfig
-from graftlm.flags import parse
 from graftlm.methods import METHODS
 from graftlm.studies.sweep import Cell, read_sweep
 
@@ -21,7 +21,7 @@ SWEEPS = [path for path in RECIPES if "rows" in tomllib.loads(path.read_text(enc
 @pytest.mark.parametrize("path", [p for p in RECIPES if p not in SWEEPS], ids=lambda path: path.name)
 def test_a_recipe_for_train_holds_nothing_but_its_flags(path: Path) -> None:
     keys = set(tomllib.loads(path.read_text(encoding="utf-8")))
-    assert parse("train", TrainConfig, ["--config", str(path)]).given == keys
+    assert parse("train", TrainConfig, ["--config", str(path)]).explicit == keys
 
 
 def cells(path: Path) -> list[Cell]:

@@ -1,4 +1,4 @@
-"""`graft` and `python -m graftlm`: the same command. What it does is in `cli.py`."""
+"""`graft` and `python -m graftlm`: the same command, which `cli/` runs."""
 
 import sys
 import time
@@ -7,10 +7,10 @@ BEGAN = time.perf_counter()
 
 
 def main() -> int:
-    """Run the command with the words it was given; the exit status."""
+    """Run the command with this process's arguments; returns the exit status."""
     from graftlm import process
     from graftlm.cli import internal_error, run
-    from graftlm.flags import wants_debug
+    from graftlm.cli.parser import wants_debug
     from graftlm.training.interrupt import obey_leash
 
     process.BEGAN = BEGAN

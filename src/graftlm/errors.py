@@ -6,7 +6,7 @@
     ├── Closed            a server that is going away           (never of a command)
     └── Interrupted       stopped by the user, all saved        exit status 130
 
-`cli.py` prints the line and exits; a library caller catches `GraftError` for both. Mistakes only a
+`cli/main.py` prints the line and exits; a library caller catches `GraftError` for both. Mistakes only a
 programmer can make are assertions instead.
 """
 

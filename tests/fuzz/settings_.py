@@ -7,9 +7,9 @@ from pathlib import Path
 from hypothesis import strategies as st
 
 from fuzz.base import ANY, Target
-from graftlm.cli import VERBS
+from graftlm.cli import COMMANDS
+from graftlm.cli.parser import parse
 from graftlm.config import TrainConfig
-from graftlm.flags import parse
 from graftlm.studies.sweep import read_sweep
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -28,8 +28,8 @@ def read_cells(folder: Path, content: bytes) -> object:
 
 def read_words(folder: Path, content: bytes) -> object:
     verb, *words = content.decode("utf-8", errors="surrogateescape").split("\0")
-    found = VERBS.get(verb, VERBS["train"])
-    return parse(verb if verb in VERBS else "train", found.config, words, found.positional)
+    found = COMMANDS.get(verb, COMMANDS["train"])
+    return parse(verb if verb in COMMANDS else "train", found.config, words, found.positional)
 
 
 def toml(value: object) -> str:
@@ -61,7 +61,7 @@ def made_words(valid: Sequence[bytes]) -> "st.SearchStrategy[bytes]":
     value = st.one_of(st.text(max_size=10), st.sampled_from(["1e999", "nan", "-1", "none", "9" * 5000, "true", "٣"]))
     flag = st.tuples(st.sampled_from(NAMES), value).map(lambda pair: f"--{pair[0]}={pair[1]}")
     words = st.lists(st.one_of(flag, flag, value, st.text("-=abc", max_size=6)), max_size=5)
-    return st.tuples(st.sampled_from([*VERBS, "nope"]), words).map(
+    return st.tuples(st.sampled_from([*COMMANDS, "nope"]), words).map(
         lambda pair: "\0".join([pair[0], *pair[1]]).encode("utf-8", "surrogatepass")
     )
 

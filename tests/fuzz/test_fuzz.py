@@ -12,11 +12,11 @@ import torch
 
 from conftest import child_environment
 from fuzz import run
+from graftlm.cli.parser import parse
 from graftlm.config import TrainConfig
 from graftlm.errors import InputError
 from graftlm.exchange.adapters import adopt
 from graftlm.files.formats import read_json, save_safetensors
-from graftlm.flags import parse
 from graftlm.methods import method_from_json
 from graftlm.models.names import read_shape
 from graftlm.text.records import load_dataset

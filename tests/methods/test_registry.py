@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from inspect import getdoc
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -11,10 +10,9 @@ import pytest
 import torch
 
 import graftlm.methods
-from graftlm.catalogue import overview
 from graftlm.config import MethodFlags, TrainConfig
 from graftlm.errors import InputError
-from graftlm.methods import METHODS, Adapter, Full, LoRA, Method, method_from_flags, method_from_json
+from graftlm.methods import METHODS, Adapter, Full, LoRA, Method, describe, method_from_flags, method_from_json
 from graftlm.methods.accounting import Part
 from graftlm.methods.base import layer_span, trainable
 from graftlm.methods.ia3 import IA3
@@ -62,21 +60,20 @@ def test_every_flag_of_a_method_is_a_flag_and_sets_a_field() -> None:
         assert kind.flags.keys() <= flags and set(kind.flags.values()) <= {f.name for f in fields(kind)}
 
 
-def test_the_help_page_says_of_every_method_what_its_class_says() -> None:
-    lines = ["The methods, with what each takes by default:"]
-    for kind in METHODS.values():
-        own = {f.name: f.default for f in fields(kind)}
-        defaults = {"lr": f"{kind.default_lr:g}", **{flag: own[field] for flag, field in kind.flags.items()}}
-        shown = {flag: ",".join(value) if isinstance(value, tuple) else value for flag, value in defaults.items()}
-        flags = " ".join(f"--{flag} {value}" for flag, value in shown.items() if value != "")
-        lines.append(f"{kind.name}: {(getdoc(kind) or '').splitlines()[0]} ({flags})")
-    assert overview() == "\n\n".join(lines)
-
-
-def test_a_methods_file_is_all_that_the_help_page_needs(tmp_path: Path) -> None:
-    (tmp_path / "invented.py").write_text(Path(__file__).read_text())
-    assert "invented" not in overview()
-    assert overview(tmp_path).endswith("\n\ninvented: Nothing at all. (--lr 0.001 --rank 2)")
+def test_describe_lists_every_flag_and_setting_with_its_default(invented: None) -> None:
+    assert describe("invented").splitlines() == [
+        "--method invented: Nothing at all.",
+        "  --lr 0.001",
+        "  --rank 2",
+        "  --settings strength=1.0",
+        "  --settings way=plain",
+        "  --settings twice=False",
+    ]
+    for name, kind in METHODS.items():
+        words = describe(name).split()
+        assert {f"--{flag}" for flag in kind.flags} <= set(words) and f"{kind.default_lr:g}" in words
+    with pytest.raises(InputError, match="unknown --method 'lroa': did you mean 'lora'"):
+        describe("lroa")
 
 
 def test_settings_reach_the_fields_that_no_flag_sets(invented: None) -> None:

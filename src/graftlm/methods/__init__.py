@@ -2,7 +2,7 @@
 
 What is unusual here: nobody lists the methods. Each file of this folder is imported, and every subclass of `Method`
 with a name is one: `METHODS`. What its fields are is what it can be told: by the flags that it names in `flags`, or,
-where a field has no flag, by --settings. `catalogue.py` reads them for the help page, without importing any of this.
+where a field has no flag, by --settings.
 """
 
 from collections.abc import Iterator, Set
@@ -13,6 +13,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from graftlm.config import MethodFlags
+from graftlm.config.parsing import parse_value
 from graftlm.errors import InputError, unknown
 from graftlm.methods.adapter import Adapter
 from graftlm.methods.base import Method
@@ -21,7 +22,6 @@ from graftlm.methods.dora import DoRA
 from graftlm.methods.full import Full
 from graftlm.methods.lora import LoRA
 from graftlm.methods.prefix import PrefixTuning
-from graftlm.values import value_of_word
 
 
 def _kinds(kind: type[Any]) -> Iterator[type[Method]]:
@@ -44,6 +44,7 @@ __all__ = [
     "LoRA",
     "Method",
     "PrefixTuning",
+    "describe",
     "method_from_flags",
     "method_from_json",
 ]
@@ -72,18 +73,37 @@ def method_from_flags(config: MethodFlags, given: Set[str]) -> Method:
     return kind(**values, **_settings(config.settings, kind))
 
 
-def _settings(text: str, kind: type[Method]) -> dict[str, Any]:
-    """The fields that --settings gives: those that have no flag, and are one plain value."""
+def describe(name: str) -> str:
+    """A method's summary, its flags and its settings with their defaults, one a line. Raises InputError."""
+    if name not in METHODS:
+        raise unknown("--method", name, METHODS)
+    kind = METHODS[name]
+    defaults = {f.name: f.default for f in fields(kind)}
+    shown = {f"--{flag}": defaults[field] for flag, field in kind.flags.items()}
+    shown |= {f"--settings {field}=": defaults[field] for field in _settings_types(kind)}
+    shown = {flag: ",".join(value) if isinstance(value, tuple) else value for flag, value in shown.items()}
+    lines = [f"  {flag} {value}".replace("= ", "=").rstrip() for flag, value in shown.items()]
+    summary = (kind.__doc__ or "").partition("\n")[0]
+    return "\n".join([f"--method {name}: {summary}", f"  --lr {kind.default_lr:g}", *lines])
+
+
+def _settings_types(kind: type[Method]) -> dict[str, Any]:
+    """The fields that --settings can set, with their types: those that have no flag and are one plain value."""
     hints, flagged = get_type_hints(kind), {"layers", *kind.flags.values()}
     types = {f.name: hints[f.name] for f in fields(kind) if f.name not in flagged}
-    types = {name: t for name, t in types.items() if get_origin(t) is not tuple}
+    return {name: t for name, t in types.items() if get_origin(t) is not tuple}
+
+
+def _settings(text: str, kind: type[Method]) -> dict[str, Any]:
+    """The fields that --settings gives: those that have no flag, and are one plain value."""
+    types = _settings_types(kind)
     found: dict[str, Any] = {}
     for part in filter(None, map(str.strip, text.split(","))):
         name, equals, value = part.partition("=")
         if not equals or name not in types:
             known = f"its settings are {', '.join(types)}" if types else "has no settings but its flags"
             raise InputError(f"--settings {part}: must be name=value, and --method {kind.name}: {known}")
-        found[name] = value_of_word(f"--settings {part}", value, types[name])
+        found[name] = parse_value(f"--settings {part}", value, types[name])
     return found
 
 

@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from graftlm.config import EvaluateConfig, TrainConfig
+from graftlm.config.parsing import validate_toml_value
 from graftlm.errors import InputError, nearest
 from graftlm.files.formats import sha256_file
-from graftlm.values import checked_value
 
 Flags = dict[str, Any]
 ZERO_SHOT = "zero-shot"
@@ -147,7 +147,7 @@ def _flags(where: str, table: Mapping[str, Any]) -> Flags:
             raise InputError(f"{where}: {key}: graft compare sets it itself; leave it out")
         if name not in types:
             raise InputError(f"{where}: unknown key {key!r}: {nearest(name, types, '')}keys are flags of graft train")
-        found[name] = checked_value(f"{where}: {key} = {value!r}", value, types[name])
+        found[name] = validate_toml_value(f"{where}: {key} = {value!r}", value, types[name])
     return found
 
 

@@ -1,7 +1,7 @@
-"""Values as a field of a config takes them: what a type allows, in words that a mistake's line can use.
+"""Values of flags: text of the command line and values of a TOML file -> what a config's field holds.
 
-A field's type is bool, int, float, str or a Literal, maybe with None, or tuple[str, ...]. Words of the command line
-(`flags.py`), keys of a recipe and cells of a sweep all meet these checks.
+A field's type is bool, int, float, str or a Literal, possibly with None, or tuple[str, ...]. The command line, recipes
+and sweeps use these checks.
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from graftlm.errors import InputError
 
 
-def split_optional(kind: Any) -> tuple[Any, bool]:
+def without_none(kind: Any) -> tuple[Any, bool]:
     """A field's type without None, and whether None is allowed."""
     if get_origin(kind) in (UnionType, Union):
         (inner,) = (part for part in get_args(kind) if part is not NoneType)
@@ -19,29 +19,29 @@ def split_optional(kind: Any) -> tuple[Any, bool]:
     return kind, False
 
 
-def takes_several(kind: Any) -> bool:
+def is_variadic(kind: Any) -> bool:
     """Whether a field's type is tuple[str, ...]: any number of texts."""
     return get_origin(kind) is tuple
 
 
-def checked_value(where: str, value: Any, kind: Any) -> Any:
-    """A recipe's value as a field of type `kind` takes it; an InputError that begins with `where`."""
-    if takes_several(kind):
+def validate_toml_value(where: str, value: Any, kind: Any) -> Any:
+    """The value for a field of type `kind`; raises an InputError that begins with `where`."""
+    if is_variadic(kind):
         if type(value) is not list or not all(type(text) is str for text in value):
             raise InputError(f"{where}: not a list of texts in quotes")
         return tuple(value)
-    inner, _ = split_optional(kind)
+    inner, _ = without_none(kind)
     exact = str if get_origin(inner) is Literal else inner
     if exact is float and type(value) is int:
         value = float(value)
     if type(value) is not exact:
-        raise InputError(f"{where}: not {wanted(inner)}")
-    return allowed_value(where, value, inner)
+        raise InputError(f"{where}: not {type_name(inner)}")
+    return _check_allowed(where, value, inner)
 
 
-def value_of_word(where: str, text: str, kind: Any) -> Any:
-    """A word as a field of type `kind` takes it; an InputError that begins with `where`."""
-    inner, optional = split_optional(kind)
+def parse_value(where: str, text: str, kind: Any) -> Any:
+    """The value of a text for a field of type `kind`; raises an InputError that begins with `where`."""
+    inner, optional = without_none(kind)
     if optional and inner is not str and text.lower() == "none":
         return None
     value: Any = text
@@ -51,20 +51,18 @@ def value_of_word(where: str, text: str, kind: Any) -> Any:
         elif inner in (int, float):
             value = inner(text)
     except (ValueError, KeyError):
-        raise InputError(f"{where}: not {wanted(inner)}") from None
-    return allowed_value(where, value, inner)
+        raise InputError(f"{where}: not {type_name(inner)}") from None
+    return _check_allowed(where, value, inner)
 
 
-def allowed_value(where: str, value: Any, inner: Any) -> Any:
-    """The value, if a field of type `inner` may have it; an InputError that begins with `where`."""
+def _check_allowed(where: str, value: Any, inner: Any) -> Any:
     if get_origin(inner) is Literal and value not in get_args(inner):
-        choices = get_args(inner)
-        raise InputError(f"{where}: not one of {', '.join(choices)}")
+        raise InputError(f"{where}: not one of {', '.join(get_args(inner))}")
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{where}: not a finite number")
     return value
 
 
-def wanted(inner: Any) -> str:
-    """What a field of type `inner` takes, in words."""
+def type_name(inner: Any) -> str:
+    """What a field of type `inner` takes, for an error."""
     return {bool: "true or false", int: "a whole number", float: "a number"}.get(inner, "a text in quotes")

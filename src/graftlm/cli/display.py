@@ -1,6 +1,6 @@
-"""Results as people read them: tables on the standard output; notes and progress on the standard error.
+"""Prints results as tables on stdout, and notes and progress on stderr.
 
-Beside `cli.py` the only file that prints. rich is imported where it is used, so that `graft --help` need not wait.
+rich is imported where it is used, so that `graft --help` does not wait for it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,23 +13,23 @@ if TYPE_CHECKING:
 Result = dict[str, Any]
 
 
-def screen() -> "Console":
-    """The standard output, for results."""
+def stdout_console() -> "Console":
+    """The console for results."""
     from rich.console import Console
 
     return Console(highlight=False)
 
 
-def notes() -> "Console":
-    """The standard error, for everything else; a note is one line, however narrow the log."""
+def stderr_console() -> "Console":
+    """The console for everything else; a note is one line, however narrow the window."""
     from rich.console import Console
 
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 @contextmanager
-def library_notes() -> Iterator[None]:
-    """Show what the library has to say meanwhile (its log, such as a download that begins) on the standard error."""
+def log_to_stderr() -> Iterator[None]:
+    """Print the library's log (for example that a download begins) to stderr."""
     import logging
 
     logger, handler = logging.getLogger("graftlm"), logging.StreamHandler()
@@ -245,7 +245,7 @@ def account(out: "Console", result: Result) -> None:
     _facts(out, facts)
 
 
-def exchanged(out: "Console", result: Result) -> None:
+def export(out: "Console", result: Result) -> None:
     """Where the folder is, what it is, and how far its model's logits lie from the run's or the adapter's."""
     formats = {"peft": "an adapter that PEFT loads", "graft": "an adapter in graftlm's own format"}
     facts = {

@@ -1,17 +1,21 @@
-"""The verbs of `graft`: for each its flags, the one call it makes, and how its result is shown to people.
+"""The subcommands of `graft`: each is a config (its flags), a handler and a printer for its result.
 
-Each handler reads its config, writes notes and progress to the given console (standard error) and returns its JSON
-object. What is unusual here: everything heavy is imported inside the handler that needs it, so that `graft --help`
-answers before torch could even be found on the disk. A verb whose result is there before its work is done (`serve`)
-yields it.
+A handler writes notes and progress to the given console (stderr) and returns its JSON object. A handler whose result is
+known before its work is done (`serve`) yields it. Heavy imports are inside the handlers, so that `graft --help` answers
+at once.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from graftlm import process, render
+from graftlm import process
+from graftlm.cli import display
+from graftlm.cli.parser import ParsedArgs, parse
 from graftlm.config import (
     AccountConfig,
     CompareConfig,
@@ -27,7 +31,6 @@ from graftlm.config import (
     TrainConfig,
 )
 from graftlm.errors import InputError
-from graftlm.flags import Parsed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,19 +43,19 @@ if TYPE_CHECKING:
 Result = dict[str, Any]
 
 
-def _train(parsed: Parsed, notes: "Console") -> Result:
+def _train(parsed: ParsedArgs, notes: "Console") -> Result:
     from graftlm.training.train import train
 
-    return train(parsed.config, given=parsed.given, console=notes, started=process.BEGAN)
+    return train(parsed.config, given=parsed.explicit, console=notes, started=process.BEGAN)
 
 
-def _evaluate(parsed: Parsed, notes: "Console") -> Result:
+def _evaluate(parsed: ParsedArgs, notes: "Console") -> Result:
     if not parsed.config.ray:
         return _evaluate_by(None, parsed.config, notes)
     from graftlm.studies.cluster import connected
     from graftlm.studies.cluster_copies import copies
 
-    with connected(parsed.config, parsed.every.debug) as cluster:
+    with connected(parsed.config, parsed.common.debug) as cluster:
         return _evaluate_by(lambda loaded: copies(cluster, parsed.config, loaded), parsed.config, notes)
 
 
@@ -65,7 +68,7 @@ def _evaluate_by(reader_of: Callable[["Loaded"], "Reader"] | None, config: Evalu
     loaded = load(config.init_from, config.out_dir, config.checkpoint, config.device, config.dtype)
     template, examples, content_free = _examples(loaded, config, notes)
     readings = 2 if config.read == "both" else 1
-    with render.progress(notes, "evaluate", readings * len(examples)) as progress:
+    with display.progress(notes, "evaluate", readings * len(examples)) as progress:
         evaluation = evaluate(
             loaded.model,
             loaded.tokenizer,
@@ -88,7 +91,7 @@ def _evaluate_by(reader_of: Callable[["Loaded"], "Reader"] | None, config: Evalu
     }
 
 
-def _generate(parsed: Parsed, notes: "Console") -> Result:
+def _generate(parsed: ParsedArgs, notes: "Console") -> Result:
     from graftlm.exchange.load import load
 
     config: GenerateConfig = parsed.config
@@ -130,7 +133,7 @@ def _classify(loaded: "Loaded", config: GenerateConfig, notes: "Console") -> Res
 
     template, examples, _ = _examples(loaded, EvaluateConfig(data=config.data, limit=config.limit), notes)
     start = time.perf_counter()
-    with render.progress(notes, "classify", len(examples)) as progress:
+    with display.progress(notes, "classify", len(examples)) as progress:
         new = generate_ids(
             loaded.model,
             [example.prompt_ids for example in examples],
@@ -202,77 +205,99 @@ def _examples(
     return template, asked.examples, asked.content_free
 
 
-def _prompt(parsed: Parsed, notes: "Console") -> Result:
+def _prompt(parsed: ParsedArgs, notes: "Console") -> Result:
     from graftlm.studies.styles import prompt
 
     return prompt(
-        parsed.config, lambda line: notes.print(line, markup=False), lambda what, n: render.progress(notes, what, n)
+        parsed.config, lambda line: notes.print(line, markup=False), lambda what, n: display.progress(notes, what, n)
     )
 
 
-def _prefer(parsed: Parsed, notes: "Console") -> Result:
+def _prefer(parsed: ParsedArgs, notes: "Console") -> Result:
     from graftlm.inference.prefer import prefer
 
     return prefer(
         parsed.config,
         lambda line: notes.print(line, markup=False),
-        lambda what, total: render.progress(notes, what, total),
+        lambda what, total: display.progress(notes, what, total),
     )
 
 
-def _compare(parsed: Parsed, notes: "Console") -> Result:
+def _compare(parsed: ParsedArgs, notes: "Console") -> Result:
     from graftlm.studies.compare import compare
 
-    return compare(parsed.config, parsed.every.config, notes, parsed.every.debug)
+    return compare(parsed.config, parsed.common.config, notes, parsed.common.debug)
 
 
-def _report(parsed: Parsed, notes: "Console") -> Result:
+def _report(parsed: ParsedArgs, notes: "Console") -> Result:
     from graftlm.studies.report import report
 
     return report(parsed.config)
 
 
-def _account(parsed: Parsed, notes: "Console") -> Result:
+def _account(parsed: ParsedArgs, notes: "Console") -> Result:
     from graftlm.studies.account import account
 
-    return account(parsed.config, parsed.given)
+    return account(parsed.config, parsed.explicit)
 
 
-def _export(parsed: Parsed, notes: "Console") -> Result:
+def _export(parsed: ParsedArgs, notes: "Console") -> Result:
     from graftlm.exchange.exporting import export
 
     return export(parsed.config, lambda line: notes.print(line, markup=False))
 
 
-def _import(parsed: Parsed, notes: "Console") -> Result:
+def _import(parsed: ParsedArgs, notes: "Console") -> Result:
     from graftlm.exchange.importing import import_adapter
 
     return import_adapter(parsed.config, lambda line: notes.print(line, markup=False))
 
 
-def _serve(parsed: Parsed, notes: "Console") -> Iterator[Result]:
+def _serve(parsed: ParsedArgs, notes: "Console") -> Iterator[Result]:
     from graftlm.serving.server import serve
 
     return serve(parsed.config, lambda line: notes.print(line, markup=False))
 
 
-def _fetch(parsed: Parsed, notes: "Console") -> Result:
+def _fetch(parsed: ParsedArgs, notes: "Console") -> Result:
     from graftlm.files.assets import fetch
 
     return {"name": parsed.config.name, "path": str(fetch(parsed.config.name))}
 
 
+# The table ------------------------------------------------------------------------------------------------------------
+
+
+def _methods_help(words: Sequence[str]) -> str:
+    """The methods for the help page: with --method its flags and defaults, else a line for each, without torch."""
+    with suppress(InputError):
+        parsed = parse("train", TrainConfig, [word for word in words if word not in ("-h", "--help")])
+        if "method" in parsed.explicit:
+            from graftlm.methods import describe
+
+            return describe(parsed.config.method)
+    lines = ["methods (graft train --method NAME --help shows one with its defaults):"]
+    for file in sorted(Path(__file__).parents[1].glob("methods/*.py")):
+        text = file.read_text(encoding="utf-8")
+        if "    name: ClassVar[str] = " in text:  # a method's file; its docstring begins with what the method is
+            title = text.removeprefix('"""').partition("\n")[0]
+            lines.append(fill(f"{file.stem:<8} {title}", 78, initial_indent="  ", subsequent_indent=" " * 11))
+    return "\n".join(lines)
+
+
 @dataclass(frozen=True)
-class Verb:
-    """One row of the table: what its flags are, what it calls, and how its result is shown to people."""
+class Command:
+    """A subcommand: its flags, what runs it, and how its result is printed."""
 
     config: type
-    run: Callable[[Parsed, "Console"], Result | Iterator[Result]]
-    show: Callable[["Console", Result], None]
+    run: Callable[[ParsedArgs, "Console"], Result | Iterator[Result]]
+    print_result: Callable[["Console", Result], None]
     positional: str = ""
-    """The field that may be given as a word without dashes, or as several where it takes several."""
-    computes: bool = True
-    """Whether it will work with large tensors."""
+    """The field that a word without dashes sets; several words where the field holds several."""
+    uses_tensors: bool = True
+    """Whether it works with large tensors, so that the allocator should be tuned for them."""
+    epilog: Callable[[Sequence[str]], str] = lambda words: ""
+    """The end of its help page, by the words of the command line."""
 
     @property
     def summary(self) -> str:
@@ -280,17 +305,17 @@ class Verb:
         return (self.config.__doc__ or "").partition("\n")[0]
 
 
-VERBS = {
-    "train": Verb(TrainConfig, _train, render.train),
-    "generate": Verb(GenerateConfig, _generate, render.generate),
-    "evaluate": Verb(EvaluateConfig, _evaluate, render.evaluate),
-    "prompt": Verb(PromptConfig, _prompt, render.prompt),
-    "prefer": Verb(PreferConfig, _prefer, render.prefer, positional="prompts"),
-    "compare": Verb(CompareConfig, _compare, render.compare, computes=False),
-    "report": Verb(ReportConfig, _report, render.report, positional="folders", computes=False),
-    "serve": Verb(ServeConfig, _serve, render.serve, positional="adapters"),
-    "account": Verb(AccountConfig, _account, render.account, computes=False),
-    "export": Verb(ExportConfig, _export, render.exchanged),
-    "import": Verb(ImportConfig, _import, render.exchanged, positional="folder"),
-    "fetch": Verb(FetchConfig, _fetch, render.fetch, positional="name", computes=False),
+COMMANDS = {
+    "train": Command(TrainConfig, _train, display.train, epilog=_methods_help),
+    "generate": Command(GenerateConfig, _generate, display.generate),
+    "evaluate": Command(EvaluateConfig, _evaluate, display.evaluate),
+    "prompt": Command(PromptConfig, _prompt, display.prompt),
+    "prefer": Command(PreferConfig, _prefer, display.prefer, positional="prompts"),
+    "compare": Command(CompareConfig, _compare, display.compare, uses_tensors=False),
+    "report": Command(ReportConfig, _report, display.report, positional="folders", uses_tensors=False),
+    "serve": Command(ServeConfig, _serve, display.serve, positional="adapters"),
+    "account": Command(AccountConfig, _account, display.account, uses_tensors=False, epilog=_methods_help),
+    "export": Command(ExportConfig, _export, display.export),
+    "import": Command(ImportConfig, _import, display.export, positional="folder"),
+    "fetch": Command(FetchConfig, _fetch, display.fetch, positional="name", uses_tensors=False),
 }
