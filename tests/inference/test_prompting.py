@@ -13,8 +13,7 @@ from graftlm.inference import prompting
 from graftlm.inference.generate import generate_ids
 from graftlm.inference.prompting import Asking, Writer, ask, extracting, majority, prompts
 from graftlm.models import CausalLM
-from graftlm.text.problems import Problem
-from graftlm.text.tasks import Task
+from graftlm.text.tasks import Problem, Task
 from graftlm.text.tokenizer import Tokenizer
 from inference.tiny import full_logits, tiny, words
 from tiny import byte_tokenizer, model_of

@@ -119,9 +119,9 @@ def test_two_that_want_one_run_folder(soak: Soak, tmp_path: Path) -> None:
             second = tmp_path / f"second{len(more)}"
             assert soak.forks.run(*words, *more, cwd=tmp_path, log=second, GRAFT_HOME=home) == 2
             (line,) = second.read_text().splitlines()
-            assert f"at work there (graft train, process {first.pid} on " in line and ", since 20" in line
+            assert f"locked by another graft process (pid {first.pid} on " in line and ", since 20" in line
     finally:
         first.kill()
         first.wait()
     assert soak.forks.run(*words[:-2], "--resume", "--max_iters=6", cwd=tmp_path, log=log, GRAFT_HOME=home) in (0, 2)
-    assert "at work there" not in log.read_text(), "the lock of a dead process is no obstacle"
+    assert "is locked by" not in log.read_text(), "the lock of a dead process is no obstacle"

@@ -1,13 +1,15 @@
-"""The generator's answers are right, checked by an arithmetic of its own from the numbers in the question."""
+"""The word problems of the built-in tasks: answers and reasoning are checked by arithmetic of the tests' own."""
 
 import re
-from collections import Counter
 
 import pytest
 
-from graftlm.text.problems import ELECTRICITY, KINDS, STORIES, problems
+from graftlm.text.tasks import WORD_PROBLEMS, Problem, load_task
 
-MANY = 400
+
+def problems(task: str) -> tuple[Problem, ...]:
+    loaded, _ = load_task(task)
+    return (*loaded.questions, *loaded.demonstrations)
 
 
 def numbers(text: str) -> list[float]:
@@ -35,44 +37,41 @@ def solved(question: str) -> float:
     return (n[1] - n[0]) / 2
 
 
-def test_the_electricity_problem_is_the_handouts() -> None:
-    assert numbers(ELECTRICITY.question) == [5, 150, 100, 45] and ELECTRICITY.answer == "16"
+def test_the_electricity_task_begins_with_the_handouts_problem() -> None:
+    first = problems("electricity")[0]
+    assert numbers(first.question) == [5, 150, 100, 45] and first.answer == "16"
     assert 150 * 16 + 100 * (16 + 5) == 4500
-    assert "250x + 500 = 4500" in ELECTRICITY.reasoning
 
 
-@pytest.mark.parametrize("task", KINDS)
-def test_answers_are_right_whole_and_greater_than_nothing(task: str) -> None:
-    for problem in problems(task, "questions", 3, MANY):
+@pytest.mark.parametrize("task", WORD_PROBLEMS)
+def test_answers_are_right_whole_and_greater_than_zero(task: str) -> None:
+    for problem in problems(task):
         assert float(problem.answer) == pytest.approx(solved(problem.question), abs=1e-9), problem
         assert problem.answer.isdecimal() and int(problem.answer) > 0
+
+
+@pytest.mark.parametrize("task", WORD_PROBLEMS)
+def test_the_reasoning_of_every_demonstration_holds_and_ends_with_the_answer(task: str) -> None:
+    """Equations of plain numbers by evaluating both sides; those in x at x = the answer."""
+    checked, demonstrations = 0, load_task(task)[0].demonstrations
+    for problem in demonstrations:
         assert re.search(rf"(= |x = ){problem.answer}( \w+)?\.$", problem.reasoning), problem
-
-
-@pytest.mark.parametrize("task", KINDS)
-def test_every_equation_in_the_reasoning_holds(task: str) -> None:
-    """The equations of plain numbers by evaluating both sides; those in x at x = the answer."""
-    checked = 0
-    for problem in problems(task, "questions", 5, MANY):
         text = re.sub(r"(?<=\d)x", f" * {problem.answer}", problem.reasoning)
         text = re.sub(r"(?<=\d)\(x", f" * ({problem.answer}", text)
         for sides in re.findall(r"[\d()*+/ -]*\d[\d()*+/ -]*(?:= [\d()*+/ -]*\d[\d()*+/ -]*)+", text):
             first, *rest = (eval(side) for side in sides.split("=") if side.strip())
             assert all(side == first for side in rest), (problem, sides)
             checked += bool(rest)
-    assert checked >= MANY
+    assert checked >= len(demonstrations) >= 490
 
 
-def test_problems_differ_and_are_decided_by_stream_seed_and_number() -> None:
-    first = problems("electricity", "questions", 0, MANY)
-    assert len({problem.question for problem in first}) == MANY
-    assert problems("electricity", "questions", 0, 10) == first[:10]
-    assert not {p.question for p in first} & {p.question for p in problems("electricity", "questions", 1, 50)}
-    assert problems("electricity", "demonstrations", 0, 10) != first[:10]
-    assert {story for story in STORIES if any(story[0] in p.question for p in first)} == set(STORIES)
+@pytest.mark.parametrize("task", WORD_PROBLEMS)
+def test_there_are_500_questions_and_no_problem_occurs_twice(task: str) -> None:
+    texts = [problem.question for problem in problems(task)]
+    assert len(load_task(task)[0].questions) == 500 and len(set(texts)) == len(texts)
 
 
-def test_arithmetic_goes_through_all_its_kinds_the_electricity_problems_among_them() -> None:
-    kinds = Counter(" ".join(re.findall("[a-z]{6,}", p.question)[-2:]) for p in problems("arithmetic", "q", 0, 70))
-    assert len(kinds) >= len(KINDS["arithmetic"])
-    assert sum("at the old price" in p.question for p in problems("arithmetic", "q", 0, 70)) == 10
+def test_arithmetic_takes_its_seven_kinds_in_turn() -> None:
+    kinds = ("gives", "boxes of", "share", "spoons", "train", "years older", "at the old price")
+    for number, problem in enumerate(load_task("arithmetic")[0].questions[:70]):
+        assert kinds[number % 7] in problem.question

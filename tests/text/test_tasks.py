@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from graftlm.errors import InputError
-from graftlm.text.problems import ELECTRICITY, Problem
-from graftlm.text.tasks import Task, load_task, normal
+from graftlm.text.tasks import Problem, Task, load_task, normal
 
 TOML = """
 instruction = "Add."
@@ -114,13 +113,14 @@ def test_a_task_that_is_not_there() -> None:
 # Built in
 
 
-def test_the_electricity_task_begins_with_the_handouts_problem() -> None:
-    found, _ = load_task("electricity")
-    assert found.questions[0] == ELECTRICITY and len(found.questions) >= 200
-    assert len({p.question for p in (*found.questions, *found.demonstrations)}) == len(
-        (*found.questions, *found.demonstrations)
-    )
-    assert load_task("electricity", 1)[0].questions[1:] != found.questions[1:]
+@pytest.mark.parametrize("name", ["electricity", "arithmetic"])
+def test_a_task_seed_orders_the_same_problems_differently(name: str) -> None:
+    first, again, other = (load_task(name, seed)[0] for seed in (0, 0, 1))
+    assert first == again and first.name == name
+    for key in ("questions", "demonstrations"):
+        one, two = getattr(first, key), getattr(other, key)
+        assert one[:8] != two[:8] and sorted(p.question for p in one) == sorted(p.question for p in two)
+    assert load_task(name, 1)[0] == other != load_task(name, 2)[0]
 
 
 def test_reviews_are_asked_from_the_test_split_and_shown_from_the_train_split() -> None:

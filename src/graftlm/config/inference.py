@@ -142,7 +142,7 @@ class PromptConfig:
     seed: int = 0
     """Seed of the choice of demonstrations, where it is random or balanced, and of sampled answers."""
     task_seed: int = 0
-    """Seed of the questions and demonstrations of electricity and arithmetic."""
+    """Order of the questions and demonstrations of electricity and arithmetic: 0 is the file's, others are shuffled."""
     seeds: int = 1
     """Do all of it with so many seeds, and report each."""
     orders: int = 1

@@ -33,8 +33,7 @@ from graftlm.inference.statistics import calibrated
 from graftlm.models import CausalLM
 from graftlm.text.chat import Chat, Message
 from graftlm.text.data import Example, common_prefix, label_ids
-from graftlm.text.problems import Problem
-from graftlm.text.tasks import ANSWER, QUESTION, Task, normal
+from graftlm.text.tasks import ANSWER, QUESTION, Problem, Task, normal
 from graftlm.text.template import FIELD, Template
 from graftlm.text.tokenizer import Tokenizer
 

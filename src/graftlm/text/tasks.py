@@ -1,29 +1,29 @@
-"""Tasks for prompting: how a question is asked, how it is answered, and how an answer is read.
+"""Tasks for prompting: questions, demonstrations, how a question is asked, and how an answer is read.
 
-    electricity, arithmetic     word problems from a seeded generator (`text/problems.py`)
-    rotten-tomatoes, imdb       reviews of the data sets' test splits; demonstrations of the train splits
+    electricity, arithmetic     word problems with worked reasoning, `builtin_tasks/*.jsonl`
+    rotten-tomatoes, imdb       questions are the test split's reviews, demonstrations the train split's
     FILE.toml, FILE.jsonl       your own
 
-A task file holds, all but the questions with defaults:
+A task file holds the questions and any of these (the values are the defaults, but for pattern and labels):
 
-    instruction = "Solve the problem."      # stands first in every prompt
+    instruction = ""                        # first line of every prompt
     question = "Q: {question}"              # how a question is asked
-    answer = "A:"                           # what stands before an answer, in plain text
+    answer = "A:"                           # precedes an answer, in plain text
     conclusion = "The answer is {answer}."  # ends a worked answer
-    trigger = "the answer is"               # asks for the answer behind free reasoning ("Therefore, the answer is")
-    answer_pattern = '-?\\d+'                # a regular expression: what an answer looks like: its group, if any
-    labels = ["no", "yes"]                  # instead of a pattern: the answers there are
+    trigger = "the answer is"               # asks for the answer after free reasoning ("Therefore, the answer is")
+    answer_pattern = '-?\\d+'                # a regular expression for an answer: its group, if it has one
+    labels = ["no", "yes"]                  # instead of a pattern: the possible answers
     [[demonstrations]]                      # question, answer and, for chain of thought, reasoning
     [[questions]]                           # question and answer
 
-`demonstrations` and `questions` may instead be the name of a jsonl file beside it. A jsonl file alone holds questions,
-and demonstrations in the rows that have `"demonstration": true`.
+`demonstrations` and `questions` may instead name a jsonl file in the same folder. A jsonl file alone holds questions,
+and demonstrations in the rows with `"demonstration": true`.
 """
 
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from decimal import Decimal, InvalidOperation
 from functools import cached_property
 from pathlib import Path
@@ -31,17 +31,31 @@ from typing import Any
 
 from graftlm.errors import InputError, nearest, unknown
 from graftlm.text.data import by_hash, load_dataset
-from graftlm.text.problems import ELECTRICITY, KINDS, Problem, problems
-from graftlm.text.readers import read_records
-from graftlm.text.reviews import WORKED_REVIEWS
+from graftlm.text.readers import Record, read_records
+from graftlm.text.records import text_hash
 
 QUESTION, ANSWER = "{question}", "{answer}"
 NUMBER = r"(?<![\d.])-?\d(?:[\d,]*\d)?(?:\.\d+)?"
-GENERATED = 500
-"""Questions that a generator makes at most, and so many demonstrations."""
 
-DATA = {"rotten-tomatoes": "rotten-tomatoes-pypi", "imdb": "imdb-pypi"}
-BUILTIN = (*KINDS, *DATA)
+BUILTIN_DIR = Path(__file__).parent / "builtin_tasks"
+WORD_PROBLEMS = ("electricity", "arithmetic")
+REVIEWS = {"rotten-tomatoes": "rotten-tomatoes-pypi", "imdb": "imdb-pypi"}
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A question with its answer; `reasoning` leads from one to the other, where it is known."""
+
+    question: str
+    answer: str
+    reasoning: str = ""
+    where: str = ""
+    """The file and line it came from, for errors."""
+
+    @property
+    def text(self) -> str:
+        """The question, by which problems are compared."""
+        return self.question
 
 
 @dataclass(frozen=True)
@@ -114,53 +128,58 @@ def normal(answer: str) -> str:
 
 
 def load_task(name: str, seed: int = 0) -> tuple[Task, list[str]]:
-    """A task by name or file, and what its data say of themselves. `seed` decides what a generator makes.
+    """A task by name or file, and the notes of its data set.
+
+    seed: 0 keeps the file order of electricity and arithmetic, where electricity begins with the course handout's
+    problem; any other number shuffles their questions and demonstrations.
 
     Raises InputError for an unknown name, an unreadable file and whatever `Task` refuses.
     """
-    if name in KINDS:
-        return _generated(name, seed), []
-    if name in DATA:
+    if name in WORD_PROBLEMS:
+        task = _from_jsonl(BUILTIN_DIR / f"{name}.jsonl")
+        return replace(
+            task,
+            name=name,
+            questions=_shuffled(task.questions, seed),
+            demonstrations=_shuffled(task.demonstrations, seed),
+            trigger="the answer (arabic numerals) is",
+        ), []
+    if name in REVIEWS:
         return _reviews(name)
     path = Path(name)
     if path.suffix.lower() in (".toml", ".jsonl"):
         if not path.is_file():
             raise InputError(f"--task {name}: no such file")
         return (_from_toml(path) if path.suffix.lower() == ".toml" else _from_jsonl(path)), []
-    raise InputError(f"{unknown('task', name, BUILTIN)}; or give a .toml or .jsonl file")
+    raise InputError(f"{unknown('task', name, (*WORD_PROBLEMS, *REVIEWS))}; or give a .toml or .jsonl file")
 
 
-def _generated(name: str, seed: int) -> Task:
-    """`electricity` begins with the course handout's problem itself."""
-    first = [ELECTRICITY] if name == "electricity" else []
-    drawn = problems(name, "questions", seed, GENERATED)
-    asked = [*first, *(p for p in drawn if p.question != ELECTRICITY.question)][:GENERATED]
-    taken = {problem.question for problem in asked}
-    shown = [p for p in problems(name, "demonstrations", seed, GENERATED) if p.question not in taken]
-    return Task(name, tuple(asked), tuple(shown), trigger="the answer (arabic numerals) is")
+def _shuffled(problems: tuple[Problem, ...], seed: int) -> tuple[Problem, ...]:
+    return tuple(sorted(problems, key=lambda p: text_hash(f"{seed}\n{p.question}"))) if seed else problems
 
 
 def _reviews(name: str) -> tuple[Task, list[str]]:
-    """The test split asked about, in an order blind to its labels; worked reviews, then the train split, to show."""
-    words = ("negative", "positive")
-    dataset = load_dataset(DATA[name], labels=words)
+    """Questions: the test split, in an order blind to its labels. Demonstrations: worked reviews, the train split."""
+    labels = ("negative", "positive")
+    dataset = load_dataset(REVIEWS[name], labels=labels)
 
-    def made(split: str) -> list[Problem]:
+    def problems(split: str) -> list[Problem]:
         rows = by_hash(dataset.splits[split])
-        return [Problem(row.text, words[row.label], where=row.where) for row in rows if row.label is not None]
+        return [Problem(row.text, labels[row.label], where=row.where) for row in rows if row.label is not None]
 
-    asked, shown = made("test"), [*WORKED_REVIEWS, *made("train")]
-    taken = {problem.question for problem in asked}
+    worked = [_problem(*record) for record in read_records(BUILTIN_DIR / "reviews.jsonl")]
+    questions = problems("test")
+    asked = {problem.question for problem in questions}
     task = Task(
         name,
-        tuple(asked),
-        tuple(problem for problem in shown if problem.question not in taken),
+        tuple(questions),
+        tuple(problem for problem in (*worked, *problems("train")) if problem.question not in asked),
         instruction="Decide whether the sentiment of a movie review is negative or positive.",
         question="Review: {question}",
         answer="Sentiment:",
         trigger="the sentiment (negative or positive) is",
         conclusion="The sentiment is {answer}.",
-        labels=words,
+        labels=labels,
     )
     return task, dataset.notes
 
@@ -170,9 +189,9 @@ def _reviews(name: str) -> tuple[Task, list[str]]:
 
 def _from_jsonl(path: Path) -> Task:
     rows = list(read_records(path))
-    shown = [record for record in rows if record[1].get("demonstration") is True]
-    asked = [record for record in rows if record[1].get("demonstration") is not True]
-    return _task(str(path), asked, shown, {})
+    demonstrations = [row for row in rows if row[1].get("demonstration") is True]
+    questions = [row for row in rows if row[1].get("demonstration") is not True]
+    return _task(str(path), questions, demonstrations, {})
 
 
 def _from_toml(path: Path) -> Task:
@@ -190,13 +209,13 @@ def _from_toml(path: Path) -> Task:
     labels = table.get("labels", [])
     if not isinstance(labels, list) or not all(isinstance(label, str) and label.strip() for label in labels):
         raise InputError(f"{path}: labels: not a list of texts in quotes")
-    words = {key: table[key] for key in texts & set(table)}
-    asked, shown = (_list(path, key, table.get(key, [])) for key in ("questions", "demonstrations"))
-    return _task(str(path), asked, shown, words, tuple(labels))
+    settings = {key: table[key] for key in texts & set(table)} | {"labels": tuple(labels)}
+    questions, demonstrations = (_records(path, key, table.get(key, [])) for key in ("questions", "demonstrations"))
+    return _task(str(path), questions, demonstrations, settings)
 
 
-def _list(path: Path, key: str, value: object) -> list[tuple[str, dict[str, Any]]]:
-    """[[questions]] as they stand, or the records of the file that is named."""
+def _records(path: Path, key: str, value: object) -> list[Record]:
+    """The [[questions]] of the table, or the records of the file that `value` names."""
     if isinstance(value, str):
         file = path.parent / value
         if not file.is_file():
@@ -207,20 +226,18 @@ def _list(path: Path, key: str, value: object) -> list[tuple[str, dict[str, Any]
     return [(f"{path}: {key} {number}", item) for number, item in enumerate(value, 1)]
 
 
-def _task(
-    name: str,
-    asked: Iterable[tuple[str, dict[str, Any]]],
-    shown: Iterable[tuple[str, dict[str, Any]]],
-    words: Mapping[str, str],
-    labels: tuple[str, ...] = (),
-) -> Task:
-    questions = [_problem(where, record) for where, record in asked]
-    taken = {problem.question for problem in questions}
-    demonstrations = [_problem(where, record) for where, record in shown]
-    for problem in demonstrations:
-        if problem.question in taken:
+def _task(name: str, questions: list[Record], demonstrations: list[Record], settings: Mapping[str, Any]) -> Task:
+    task = Task(
+        name,
+        tuple(_problem(where, record) for where, record in questions),
+        tuple(_problem(where, record) for where, record in demonstrations),
+        **settings,
+    )
+    asked = {problem.question for problem in task.questions}
+    for problem in task.demonstrations:
+        if problem.question in asked:
             raise InputError(f"{problem.where}: this demonstration is also one of the questions: leave one out")
-    return Task(name, tuple(questions), tuple(demonstrations), labels=labels, **words)
+    return task
 
 
 def _problem(where: str, record: Mapping[str, Any]) -> Problem:
