@@ -11,7 +11,10 @@ DEMO ?=
 # Processes of the suite, one thread each.
 WORKERS ?= 2
 
-.PHONY: demo test check docs bench clean coverage mutation lock release
+# Where uv finds torch's CPU build; TORCH="--find-links DIR" where PyTorch's own index is out of reach.
+TORCH ?= --torch-backend cpu
+
+.PHONY: demo test check cpu-torch docs bench clean coverage mutation lock release
 
 demo: .venv/core  ## fine-tune a real model on real reviews and show what it learned
 	$(BIN)/graft fetch smollm2-135m
@@ -31,23 +34,29 @@ check: .venv/dev  ## style, format, types and words
 	$(BIN)/python tools/words.py
 	$(BIN)/mypy
 
+cpu-torch:  ## before another target: .venv with torch's CPU build, where pip would choose the one with CUDA
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH) -c constraints.txt torch
+
 docs: .venv/docs  ## the site of docs/, into site/; a link that leads nowhere is an error
 	$(BIN)/mkdocs build
 
-coverage: .venv/dev  ## by branch, children of the tests too (slower than the tests)
+coverage: .venv/dev  ## by branch, with the tests' subprocesses; fails under the floor of .coveragerc
 	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 	$(BIN)/coverage combine
 	$(BIN)/coverage report
 
-mutation: .venv/dev  ## 300 seeded mutants against the unit tests; goes on where it was stopped
-	$(BIN)/python tests/mutation/run.py --work build/mutation
+# Which mutants: a pattern of their names, such as MUTANTS='graftlm.methods.lora.*'.
+MUTANTS ?= graftlm.*
 
-# Where `make lock` finds the CPU build of torch; LOCK="--find-links DIR" where PyTorch's own index is out of reach.
-LOCK ?= --torch-backend cpu
+mutation: .venv/dev  ## mutate the code and run the unit tests (hours for all; a second run continues)
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run '$(MUTANTS)'
+	$(BIN)/mutmut results
 
 lock: .venv/dev  ## requirements.lock from constraints.txt, and the licences of what is installed
 	UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile pyproject.toml --extra dev --extra peers --extra docs \
-	  -c constraints.txt --python $(BIN)/python --generate-hashes --no-annotate --upgrade --quiet $(LOCK) -o requirements.lock
+	  -c constraints.txt --python $(BIN)/python --generate-hashes --no-annotate --upgrade --quiet $(TORCH) -o requirements.lock
 	(echo '# Licences'; echo; echo 'As declared by the packages that `.[dev]` installs (`make lock`). graftlm itself is MIT.'; echo; \
 	  $(BIN)/pip-licenses --python $(BIN)/python --ignore-packages graftlm --format markdown) > docs/licences.md
 
@@ -93,7 +102,7 @@ plan: .venv/peers
 	$(BIN)/python benchmarks/plan_vs_run.py $(RESULT)
 
 clean:  ## what make made; the fetched models and data stay in their cache
-	rm -rf .venv runs site .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf .venv runs site .mypy_cache .pytest_cache .ruff_cache build dist mutants
 
 .venv/core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -1,7 +1,11 @@
-"""Habits: hooks run the lines of `make check`, forms are whole, CONTRIBUTING names what there is."""
+"""Hooks, CI, coverage, mutation tests, issue forms and CONTRIBUTING agree with the Makefile and the code."""
 
 import ast
+import configparser
 import re
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,39 @@ def test_the_hooks_are_the_lines_of_make_check_and_fetch_nothing() -> None:
     assert [hook["entry"] for hook in hooks] == lines_of("check")
     assert all(hook["language"] == "system" and hook["pass_filenames"] is False for hook in hooks)
     assert len({hook["id"] for hook in hooks}) == len(hooks)
+
+
+def test_the_workflow_runs_make_targets_on_the_pythons_of_the_classifiers() -> None:
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
+    assert set(workflow[True]) == {"push", "pull_request"}  # yaml reads the key `on` as true
+    jobs = workflow["jobs"]
+    lines = {name: [step["run"] for step in job["steps"] if "run" in step] for name, job in jobs.items()}
+    assert [run[-1] for run in lines.values()] == ["make check", "make test", "make docs"]
+    for target in re.findall(r"\bmake ([\w-]+)", str(lines)):
+        assert lines_of(target)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    versions = re.findall(r":: (3\.\d+)", "\n".join(project["classifiers"]))
+    assert jobs["test"]["strategy"]["matrix"]["python"] == versions
+    assert project["requires-python"] == f">={versions[0]}"
+    assert {"fetch-depth": 0} in [step.get("with") for step in jobs["check"]["steps"]]  # subjects of commits
+
+
+def test_coverage_fails_under_its_floor(tmp_path: Path) -> None:
+    config = configparser.ConfigParser()
+    config.read(ROOT / ".coveragerc")
+    assert 90 <= config.getfloat("report", "fail_under") < 100
+    (tmp_path / "half.py").write_text("import sys\nif len(sys.argv) > 9:\n    print(1)\n    print(2)\n")
+    (tmp_path / "rc").write_text(f"[report]\nfail_under = {config['report']['fail_under']}\n")
+    for words, status in ((["run", "half.py"], 0), (["report"], 2)):
+        line = [sys.executable, "-m", "coverage", words[0], "--rcfile", "rc", *words[1:]]
+        done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == status, done.stderr
+
+
+def test_mutmut_mutates_and_runs_files_that_exist() -> None:
+    mutmut = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mutmut"]
+    for pattern in mutmut["only_mutate"] + mutmut["pytest_add_cli_args_test_selection"]:
+        assert list(ROOT.glob(pattern)), pattern
 
 
 @pytest.mark.parametrize("path", [path for path in FORMS if path.name != "config.yml"], ids=lambda path: path.stem)
