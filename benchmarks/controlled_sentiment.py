@@ -118,7 +118,7 @@ def take(texts: Iterator[tuple[str, str]], count: int, taken: set[str], what: st
 
 def make_texts(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Write the texts' files; no opening is in two of them."""
-    from graftlm.text.records import load_dataset, text_hash
+    from graftlm.text.dataset import load_dataset, text_hash
 
     splits = load_dataset(values["data"]).splits
     taken: set[str] = set()
@@ -268,11 +268,11 @@ class Experiment:
     def reward(self) -> Callable[[Sequence[str], Sequence[str]], list[float]]:
         """Prompts and answers -> the classifier's probability of its last label, positive."""
         from graftlm.exchange.load import load
-        from graftlm.inference.prefer import classifier
+        from graftlm.inference.preference_data import classifier_reward
 
         judge = load("resume", self.work / "classifier")
         assert judge.template is not None
-        judged = classifier(judge.model, judge.tokenizer, judge.template)
+        judged = classifier_reward(judge.model, judge.tokenizer, judge.template)
         return lambda prompts, answers: judged(list(zip(prompts, answers, strict=True)), lambda done: None)
 
     def checkpoints(self) -> dict[str, tuple[str, str]]:
@@ -353,10 +353,10 @@ def kl_of_answers(
     """
     import torch
 
-    from graftlm.inference.generate import evaluating, right_pad
+    from graftlm.inference.generate import eval_mode, right_pad
 
     kl, ratio = [0.0] * len(prompts), [0.0] * len(prompts)
-    with evaluating(policy.model), evaluating(reference.model):
+    with eval_mode(policy.model), eval_mode(reference.model):
         for rows in _together([len(answer) for answer in answers], POSITIONS):
             ids, _ = right_pad([[*prompts[row], *answers[row][:-1]] for row in rows], policy.model.device)
             place = [

@@ -64,11 +64,11 @@ def run_peer(contender: str, task: Task) -> Run:
     from transformers import AutoModelForCausalLM
 
     from graftlm.exchange.load import read_tokenizer
-    from graftlm.text.data import encode_rows, label_ids, load_dataset, sample
+    from graftlm.text.collate import encode_rows, label_ids, load_dataset, subset
     from graftlm.text.template import DEFAULT, load_template
 
     template, tokenizer = load_template(DEFAULT), read_tokenizer(Path(task.model))
-    rows = sample(load_dataset("rotten-tomatoes-pypi", labels=template.labels).splits["test"], task.limit)
+    rows = subset(load_dataset("rotten-tomatoes-pypi", labels=template.labels).splits["test"], task.limit)
     examples, _ = encode_rows(rows, template, tokenizer, 512)
     labels = label_ids(template, tokenizer)
     dtype = getattr(torch, task.formats[contender])
@@ -104,7 +104,7 @@ def _generated(model: Any, tokenizer: Any, template: Any, prompts: list[list[int
     """The label found in generated text, as graft finds it."""
     import torch
 
-    from graftlm.inference.evaluate import read_label
+    from graftlm.inference.evaluate import parse_label
 
     width = max(map(len, prompts))
     ids = torch.tensor([[tokenizer.eot] * (width - len(prompt)) + prompt for prompt in prompts])
@@ -118,7 +118,7 @@ def _generated(model: Any, tokenizer: Any, template: Any, prompts: list[list[int
         pad_token_id=tokenizer.eot,
     )
     new = [[t for t in row if t != tokenizer.eot] for row in out[:, width:].tolist()]
-    return [read_label(tokenizer.decode(row), template.labels) for row in new]
+    return [parse_label(tokenizer.decode(row), template.labels) for row in new]
 
 
 # ---------------------------------------------------------------------------------------------------------- one run

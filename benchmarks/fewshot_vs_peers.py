@@ -62,15 +62,15 @@ def run_peer(task: Task) -> Run:
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     from graftlm.exchange.load import load
-    from graftlm.inference.demonstrations import few_shot
-    from graftlm.text.data import label_ids, load_dataset, sample
+    from graftlm.inference.fewshot import build_fewshot
+    from graftlm.text.collate import label_ids, load_dataset, subset
     from graftlm.text.template import DEFAULT, load_template
 
     ours = load(task.model, device="cpu", dtype="float32")
     template = load_template(DEFAULT)
     splits = load_dataset(DATA, labels=template.labels).splits
-    rows = sample(splits["test"], task.limit)
-    examples = few_shot(ours.model, ours.tokenizer, template, rows, splits["train"], shots=task.shots).examples
+    rows = subset(splits["test"], task.limit)
+    examples = build_fewshot(ours.model, ours.tokenizer, template, rows, splits["train"], shots=task.shots).examples
     labels = label_ids(template, ours.tokenizer)
     del ours
 
@@ -84,7 +84,7 @@ def run_peer(task: Task) -> Run:
         for word, ids in zip(words, labels, strict=True):
             context, continuation = harness._encode_pair(prompt, word)
             if (context, continuation) != (list(example.prompt_ids), list(ids)):
-                raise RuntimeError(f"{example.where}: the harness makes other tokens of this prompt than graft")
+                raise RuntimeError(f"{example.source}: the harness makes other tokens of this prompt than graft")
             requests.append(((prompt, word), context, continuation))
     began = time.perf_counter()
     found = [logp for logp, _ in harness._loglikelihood_tokens(requests, disable_tqdm=True)]

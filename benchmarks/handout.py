@@ -150,7 +150,7 @@ def picture(series: Mapping[str, Curve], what: str) -> str:
 
 def blocks(study: Study, result: Mapping[str, Any], date: str) -> tuple[dict[str, str], dict[str, str]]:
     """What belongs between the page's marks, and the pictures: file name -> SVG."""
-    from graftlm.studies.table import markdown
+    from graftlm.studies.results_table import markdown
 
     steps = result["config"]["budget_steps"]
     size = study.batch_size

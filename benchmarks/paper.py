@@ -27,7 +27,7 @@ from page import ROOT, machine, newest
 from processes import BATCH
 
 from graftlm.config import AccountConfig
-from graftlm.studies.account import account
+from graftlm.studies.cost_report import account
 
 PAGE = ROOT / "docs" / "large_models.md"
 

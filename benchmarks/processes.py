@@ -34,7 +34,7 @@ from startup import GRAFT, timed
 from train_vs_peers import BenchmarkError, git_state
 
 from graftlm.config import AccountConfig
-from graftlm.studies.account import account
+from graftlm.studies.cost_report import account
 
 BATCH, RANK = 16, 16
 PROBE_BYTES = 100_000_000

@@ -298,11 +298,11 @@ def table(summary: Mapping[str, Any]) -> str:
 
 def prompts(limit: int) -> list[str]:
     """The classification prompts of test reviews, a fixed, label-blind sample."""
-    from graftlm.text.data import load_dataset, sample
+    from graftlm.text.collate import load_dataset, subset
     from graftlm.text.template import DEFAULT, load_template
 
     template = load_template(DEFAULT)
-    rows = sample(load_dataset(DATA, labels=template.labels).splits["test"], limit)
+    rows = subset(load_dataset(DATA, labels=template.labels).splits["test"], limit)
     return [template.prompt(row.text) for row in rows]
 
 

@@ -7,8 +7,8 @@
 
 Each is a process of its own, in turn. Speed is examples over the wall seconds of the steps behind the first epoch,
 which fills the store of `upper`; the first epochs are reported apart.
-That the gradients are the same is a test: tests/training/test_frozen.py. A table goes to stderr, one JSON object to the
-last line of stdout.
+That the gradients are the same is a test: tests/training/test_activation_cache.py. A table goes to stderr, one JSON
+object to the last line of stdout.
 """
 
 import argparse

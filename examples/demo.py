@@ -22,7 +22,7 @@ import graftlm  # noqa: E402
 from graftlm.cli.display import progress  # noqa: E402
 from graftlm.exchange.load import Loaded  # noqa: E402
 from graftlm.files.atomic import write_text  # noqa: E402
-from graftlm.text.data import Example, encode_rows, load_dataset, sample  # noqa: E402
+from graftlm.text.collate import Example, encode_rows, load_dataset, subset  # noqa: E402
 from graftlm.text.template import Template, load_template  # noqa: E402
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "demo.toml"
@@ -81,9 +81,9 @@ def main() -> None:
     console.rule("1. before: zero-shot")
     template = load_template(config.template, config.labels)
     base = graftlm.load(config.init_from)
-    rows = sample(load_dataset(config.data, labels=template.labels).splits["test"], args.limit)
-    examples, _ = encode_rows(rows, template, base.tokenizer, base.model.shape.context)
-    shown = sample(examples, 5)
+    rows = subset(load_dataset(config.data, labels=template.labels).splits["test"], args.limit)
+    examples, _ = encode_rows(rows, template, base.tokenizer, base.model.shape.max_positions)
+    shown = subset(examples, 5)
     before, old = measure(base, template, examples, console), answers(base, shown, template)
     console.print(f"zero-shot accuracy on {before['n']:,} test reviews: {before['accuracy']:.3f}")
     del base

@@ -29,12 +29,12 @@ from torch import Tensor
 
 from graftlm import cli
 from graftlm.exchange import huggingface
-from graftlm.files import cut
+from graftlm.files import sharded
 from graftlm.files.atomic import disk_errors
-from graftlm.files.cut import is_cut, local
-from graftlm.training import account, prepare, train, trainer
-from graftlm.training.distributed import World
-from graftlm.training.plan import Plan
+from graftlm.files.sharded import is_sharded, to_local
+from graftlm.training import mfu, setup, train, trainer
+from graftlm.training.distributed import DistContext
+from graftlm.training.estimate import Estimate
 from graftlm.training.trainer import Trainer
 
 LOOK, PASSES = 16, 4
@@ -47,13 +47,13 @@ def alive() -> int:
     found: dict[int, int] = {}
     for t in gc.get_objects():
         if issubclass(type(t), Tensor) and t.device.type == "cpu":
-            t = local(t.detach())
+            t = to_local(t.detach())
             found[t.data_ptr()] = max(found.get(t.data_ptr(), 0), t.nbytes)
     return sum(found.values())
 
 
 def watched(stored_rows: Callable[..., Any]) -> Callable[..., Iterator[tuple[str, Tensor]]]:
-    """`stored_rows` that looks at what it hands out, and at what is alive meanwhile."""
+    """`iter_local_shards` that looks at what it hands out, and at what is alive meanwhile."""
 
     def rows(model: Any, folder: Path, wanted: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         gc.collect()  # what the last command left would be let go of meanwhile
@@ -65,7 +65,7 @@ def watched(stored_rows: Callable[..., Any]) -> Callable[..., Iterator[tuple[str
             if n % LOOK == LOOK - 1:
                 seen["peak"] = max(seen.get("peak", 0), alive() - before)
             yield name, part
-        seen["own"] = sum(local(p).nbytes for p in model.parameters())
+        seen["own"] = sum(to_local(p).nbytes for p in model.parameters())
 
     return rows
 
@@ -80,7 +80,7 @@ def watching(loss: Callable[..., Any]) -> Callable[..., Any]:
             return loss(model, batch)
 
         def save(t: Tensor) -> Tensor:
-            gathered = [p for block in model.blocks for p in block.parameters() if p.dim() == 2 and not is_cut(p)]
+            gathered = [p for block in model.blocks for p in block.parameters() if p.dim() == 2 and not is_sharded(p)]
             wide = [p for p in gathered if min(p.shape) > 8]  # not A and B of LoRA, which each process has
             views = (t, t.mT) if t.dim() == 2 else ()
             if any(view.shape == p.shape and torch.equal(view, p.to(view.dtype)) for p in wide for view in views):
@@ -96,22 +96,22 @@ def watching(loss: Callable[..., Any]) -> Callable[..., Any]:
     return looked_at
 
 
-def unplanned(*_: Any, **__: Any) -> Plan:
+def unplanned(*_: Any, **__: Any) -> Estimate:
     """A plan that no time went into."""
-    return Plan(*[1] * len(fields(Plan)))
+    return Estimate(*[1] * len(fields(Estimate)))
 
 
 def no_whole_model(*_: Any) -> None:
     raise AssertionError("a process read the whole model")
 
 
-def patch(world: World) -> None:
+def patch(world: DistContext) -> None:
     """One process group for all commands; a look at what they hold; signals."""
-    places: Any = (World, Trainer, huggingface, prepare)
+    places: Any = (DistContext, Trainer, huggingface, setup)
     modules: Any = (train, trainer)
-    peaks: Any = account
-    peaks.matrix_peak = lambda device, dtype: 1e9  # in bfloat16 a CPU may take half a minute to measure it
-    plan, step, begin, load = train.make_plan, Trainer._step, Trainer.__post_init__, prepare.load_model
+    peaks: Any = mfu
+    peaks.measure_matmul_flops = lambda device, dtype: 1e9  # in bfloat16 a CPU may take half a minute to measure it
+    plan, step, begin, load = train.make_plan, Trainer._step, Trainer.__post_init__, setup.load_model
 
     def stopped(self: Trainer, number: int, batches: list[list[int]]) -> Any:
         if number == stop_at[0] and world.rank == 1:
@@ -128,11 +128,11 @@ def patch(world: World) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(path, *args)
 
-    files: Any = cut
-    write, files.write_safetensors = cut.write_safetensors, written
+    files: Any = sharded
+    write, files.write_safetensors = sharded.write_safetensors, written
     places[0].start, places[0].close = classmethod(lambda cls, device: world), lambda self: None
     places[1]._step, places[1].__post_init__ = stopped, begun
-    places[2].stored_rows = watched(huggingface.stored_rows)
+    places[2].iter_local_shards = watched(huggingface.iter_local_shards)
     for module in modules:
         module.make_plan = lambda *args, **options: (plan if seen["plan"] else unplanned)(*args, **options)
     places[3].load_model = lambda *args: no_whole_model() if seen["cut"] else load(*args)
@@ -140,7 +140,7 @@ def patch(world: World) -> None:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    world, close = World.start("cpu"), World.close
+    world, close = DistContext.start("cpu"), DistContext.close
     patch(world)
     gc.freeze()  # what is there by now need not be looked through for tensors
     answers = {}
@@ -149,9 +149,9 @@ def main(folder: Path) -> None:
         seen.update(plan=job["plan"], full=job["full"])
         seen["cut"] = "--shard" in job["words"] or "--rank=0" in job["words"]
         stop_at[0] = job["stop"]
-        if job["copy"] and world.first:
+        if job["copy"] and world.is_main:
             shutil.copytree(*job["copy"], symlinks=True)
-        world.gather([0])
+        world.all_gather([0])
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             status = cli.run(job["words"])

@@ -26,7 +26,7 @@ from graftlm import cli
 from graftlm.config import TrainConfig
 from graftlm.files.assets import model_folder as asset_folder
 from graftlm.training import trainer as trainer_module
-from graftlm.training.preferences import loss_of
+from graftlm.training.preferences import make_loss
 from hub_mirror import serve
 from tiny import TEMPLATE, data_folder, model_folder
 
@@ -877,10 +877,10 @@ def break_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = count(1)
 
     def broken(config: TrainConfig) -> Any:
-        real = loss_of(config)
+        real = make_loss(config)
         return lambda model, batch: (real(model, batch)[0] * (math.nan if next(numbers) == step else 1.0), {})
 
-    monkeypatch.setattr(trainer_module, "loss_of", broken)
+    monkeypatch.setattr(trainer_module, "make_loss", broken)
 
 
 def test_a_loss_that_is_nan_names_the_step_and_the_last_good_checkpoint(

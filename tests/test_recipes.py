@@ -11,7 +11,7 @@ import pytest
 from graftlm.cli.parser import parse
 from graftlm.config import CompareConfig, TrainConfig
 from graftlm.methods import METHODS
-from graftlm.studies.sweep import Cell, read_sweep
+from graftlm.studies.sweep import Trial, read_sweep
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.toml") if path.parent.name != "preferences")
@@ -24,7 +24,7 @@ def test_a_recipe_for_train_holds_nothing_but_its_flags(path: Path) -> None:
     assert parse("train", TrainConfig, ["--config", str(path)]).explicit == keys
 
 
-def cells(path: Path) -> list[Cell]:
+def cells(path: Path) -> list[Trial]:
     return read_sweep(str(path), {}, {})
 
 

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from graftlm.models import CausalLM, Shape, random_model
-from graftlm.models.names import to_file
+from graftlm.models import CausalLM, ModelConfig, random_model
+from graftlm.models.checkpoint_mapping import to_file
 from graftlm.models.neox import NeoXShape
 
 FAMILIES = ("gpt2", "llama", "llama-biased", "neox")
 
 
-def shape_of(kind: str, vocab: int = 61, context: int = 96, layers: int = 2) -> Shape:
+def shape_of(kind: str, vocab: int = 61, context: int = 96, layers: int = 2) -> ModelConfig:
     """GPT-2; Llama with grouped queries and tied head, or with biases on q, k, v and its own head (Qwen2); Pythia."""
     plain, biased = kind in ("gpt2", "neox"), kind == "llama-biased"
     sizes: dict[str, Any] = {
@@ -26,21 +26,21 @@ def shape_of(kind: str, vocab: int = 61, context: int = 96, layers: int = 2) -> 
         "head_dim": 8,
         "d_ff": 48,
         "vocab": vocab,
-        "context": context,
+        "max_positions": context,
         "norm_eps": 1e-5,
         "tied": not biased,
         "qkv_bias": plain or biased,
         "out_bias": plain,
         "mlp_bias": plain,
     }
-    return NeoXShape(**sizes, rotary=4) if kind == "neox" else Shape(**sizes)
+    return NeoXShape(**sizes, rotary=4) if kind == "neox" else ModelConfig(**sizes)
 
 
 def model_of(kind: str, seed: int = 0, dtype: torch.dtype = torch.float64, **sizes: int) -> CausalLM:
     return random_model(shape_of(kind, **sizes), seed=seed, std=0.2, dtype=dtype)
 
 
-def config_json(shape: Shape, kind: str) -> dict[str, Any]:
+def config_json(shape: ModelConfig, kind: str) -> dict[str, Any]:
     """The config.json transformers and we read as this shape."""
     ends = {"bos_token_id": 0, "eos_token_id": 0}
     if shape.family == "gpt2":
@@ -51,7 +51,7 @@ def config_json(shape: Shape, kind: str) -> dict[str, Any]:
             "n_head": shape.heads,
             "n_embd": shape.d_model,
             "n_inner": shape.d_ff,
-            "n_positions": shape.context,
+            "n_positions": shape.max_positions,
             "vocab_size": shape.vocab,
             "layer_norm_epsilon": shape.norm_eps,
             **ends,
@@ -64,7 +64,7 @@ def config_json(shape: Shape, kind: str) -> dict[str, Any]:
             "num_attention_heads": shape.heads,
             "hidden_size": shape.d_model,
             "intermediate_size": shape.d_ff,
-            "max_position_embeddings": shape.context,
+            "max_position_embeddings": shape.max_positions,
             "vocab_size": shape.vocab,
             "layer_norm_eps": shape.norm_eps,
             "hidden_act": "gelu",
@@ -82,7 +82,7 @@ def config_json(shape: Shape, kind: str) -> dict[str, Any]:
         "num_key_value_heads": shape.kv_heads,
         "hidden_size": shape.d_model,
         "intermediate_size": shape.d_ff,
-        "max_position_embeddings": shape.context,
+        "max_position_embeddings": shape.max_positions,
         "vocab_size": shape.vocab,
         "rms_norm_eps": shape.norm_eps,
         "rope_theta": shape.rope_theta,

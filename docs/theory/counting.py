@@ -11,7 +11,7 @@ from _equation import Row, equation
 from torch import nn
 
 from graftlm.config import AccountConfig
-from graftlm.studies.account import account
+from graftlm.studies.cost_report import account
 
 L, M = 10, 4
 WIDTHS = [2 ** (L - layer) for layer in range(L + 1)]

@@ -13,7 +13,7 @@ import torch
 from _equation import Row, drawn, equation, worst
 from torch import Tensor
 
-from graftlm.models.attention import Segment, attend, causal_bias, score_bias
+from graftlm.models.attention import KVCache, attention_mask, causal_mask, scaled_dot_product
 from graftlm.models.layers import Dropout
 
 N, T, D = 2, 3, 5
@@ -30,11 +30,11 @@ def head(prefix: bool, v: Tensor, p_v: Tensor) -> Tensor:
     def batched(x: Tensor) -> Tensor:
         return x[None, None]  # one row, one key/value head
 
-    past = [Segment([batched(P_K)], [batched(p_v)])] if prefix else []
+    past = [KVCache([batched(P_K)], [batched(p_v)])] if prefix else []
     pairs = [(segment.keys[0], segment.values[0]) for segment in past]
     dtype, device = Q.dtype, Q.device
-    bias = score_bias(past, T, device, dtype) if prefix else causal_bias(T, device, dtype)
-    return attend(Q[None, :, None], [*pairs, (batched(K), batched(v))], bias, Dropout())[0, :, 0]
+    bias = attention_mask(past, T, device, dtype) if prefix else causal_mask(T, device, dtype)
+    return scaled_dot_product(Q[None, :, None], [*pairs, (batched(K), batched(v))], bias, Dropout())[0, :, 0]
 
 
 def weights(prefix: bool) -> Tensor:

@@ -11,10 +11,10 @@ def main() -> int:
     from graftlm import process
     from graftlm.cli import internal_error, run
     from graftlm.cli.parser import wants_debug
-    from graftlm.training.interrupt import obey_leash
+    from graftlm.training.signals import exit_with_parent
 
     process.BEGAN = BEGAN
-    obey_leash()
+    exit_with_parent()
     words = sys.argv[1:]
     if not wants_debug(words):
         sys.excepthook = internal_error  # the exit status stays Python's own for an exception: 1

@@ -17,7 +17,7 @@ from importlib import import_module
 from types import ModuleType
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-FAILING = {errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ETIMEDOUT}
+DISK_IO_ERRNOS = {errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ETIMEDOUT}
 """What an OSError's number says of a disk, and of no input."""
 
 
@@ -35,11 +35,11 @@ class InputError(GraftError):
     exit_status = 2
 
 
-class Busy(GraftError):
+class Overloaded(GraftError):
     """A server has as many requests waiting as it takes; ask again later."""
 
 
-class Closed(GraftError):
+class ShuttingDown(GraftError):
     """A server takes no new requests: it is going away."""
 
 
@@ -49,7 +49,7 @@ class Interrupted(GraftError):
     exit_status = 130
 
 
-def posix_module(name: str) -> ModuleType:
+def require_posix(name: str) -> ModuleType:
     """A module of Python's own library that Windows does not have. Raises GraftError where it is missing.
 
     Asked for where it is used and not at the top of a file: there graftlm could not even be imported without it.
@@ -62,13 +62,13 @@ def posix_module(name: str) -> ModuleType:
         ) from None
 
 
-def unknown(what: str, given: str, known: Iterable[str]) -> InputError:
+def unknown_name_error(what: str, given: str, known: Iterable[str]) -> InputError:
     """An error for a name that matches nothing: the nearest name first, then all of them."""
     names = list(known)
-    return InputError(f"unknown {what} {given!r}: {nearest(given, names)}known are {', '.join(names)}")
+    return InputError(f"unknown {what} {given!r}: {did_you_mean(given, names)}known are {', '.join(names)}")
 
 
-def nearest(given: str, known: Iterable[str], dashes: str | None = None) -> str:
+def did_you_mean(given: str, known: Iterable[str], dashes: str | None = None) -> str:
     """A question with the nearest known name, or nothing; quoted, or as a flag or key behind its `dashes`."""
     found = get_close_matches(given, list(known), n=1)
     return f"did you mean {repr(found[0]) if dashes is None else dashes + found[0]}? " if found else ""

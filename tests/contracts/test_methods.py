@@ -13,14 +13,14 @@ import torch
 
 from graftlm.errors import InputError
 from graftlm.exchange.adapters import read_adapter, save_adapter
-from graftlm.exchange.load import beside
+from graftlm.exchange.load import adapter_on_shared_base
 from graftlm.methods import Adapter, BitFit, DoRA, Full, LoRA, Method, PrefixTuning, method_from_json
-from graftlm.methods.accounting import parameters
-from graftlm.methods.base import delta_state, load_delta, totals, trainable
+from graftlm.methods.base import count_parameters, load_trainable_state_dict, trainable, trainable_state_dict
+from graftlm.methods.cost_model import parameters
 from graftlm.methods.ia3 import IA3
 from graftlm.models import CausalLM
-from graftlm.text.data import Example
-from graftlm.training.objectives import completion, make_batch
+from graftlm.text.collate import Example
+from graftlm.training.objectives import collate, completion
 from tiny import FAMILIES, model_of
 
 METHODS: dict[str, Callable[[], Method]] = {
@@ -84,7 +84,7 @@ def steps(model: CausalLM, count: int = 2) -> None:
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-2, weight_decay=0.0)
     for _ in range(count):
         model.train()
-        completion(model, make_batch(examples(), "completion")).backward()
+        completion(model, collate(examples(), "completion")).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -141,7 +141,7 @@ def test_2_frozen_tensors_stay_and_all_trained_ones_move(
 def test_2_the_gradient_of_a_key_bias_is_zero(name: str) -> None:
     model, _ = installed(name, "gpt2")
     model.train()
-    completion(model, make_batch(examples(), "completion")).backward()
+    completion(model, collate(examples(), "completion")).backward()
     grads = {n: p.grad for n, p in trainable(model).items() if p.grad is not None}
     norm = sum(g.norm().item() ** 2 for g in grads.values()) ** 0.5
     for n, g in grads.items():
@@ -157,8 +157,8 @@ def test_3_save_and_load_is_exact(name: str, kind: str, dtype: torch.dtype, tmp_
     save_adapter(tmp_path, model, method, "base")
     fresh = model_of(kind, dtype=dtype)
     method.for_inference.install(fresh, torch.Generator().manual_seed(4))
-    load_delta(fresh, read_adapter(tmp_path, fresh.shape, method.for_inference), "here")
-    if method.lossless:
+    load_trainable_state_dict(fresh, read_adapter(tmp_path, fresh.shape, method.for_inference), "here")
+    if method.resumable_from_adapter:
         for n, p in trainable(model).items():
             assert torch.equal(p, trainable(fresh)[n])
     assert torch.equal(logits(fresh.train()), logits(model.train()))
@@ -196,21 +196,23 @@ def test_3_an_adapter_of_another_base_is_an_error(name: str, kind: str, tmp_path
     larger = model_of(kind, layers=3)
     method.for_inference.install(larger, torch.Generator())
     with pytest.raises(InputError, match=r"is missing|has shape|belongs to no|this base wants"):
-        load_delta(larger, read_adapter(tmp_path, larger.shape, method.for_inference), "here")
+        load_trainable_state_dict(larger, read_adapter(tmp_path, larger.shape, method.for_inference), "here")
 
 
 @table
 @rows
 def test_3_loading_is_strict(name: str, kind: str) -> None:
     model, _ = installed(name, kind)
-    state = {n: t.clone() for n, t in delta_state(model).items()}
+    state = {n: t.clone() for n, t in trainable_state_dict(model).items()}
     first = min(state)
     with pytest.raises(InputError, match=f"here: {first} is missing \\(1 of {len(state)} are\\)"):
-        load_delta(model, {n: t for n, t in state.items() if n != first}, "here")
+        load_trainable_state_dict(model, {n: t for n, t in state.items() if n != first}, "here")
     with pytest.raises(InputError, match="here: extra belongs to no trained part"):
-        load_delta(model, {**state, "extra": state[first]}, "here")
+        load_trainable_state_dict(model, {**state, "extra": state[first]}, "here")
     with pytest.raises(InputError, match="has shape"):
-        load_delta(model, {**state, first: state[first][:1].repeat(99, *[1] * (state[first].dim() - 1))}, "here")
+        load_trainable_state_dict(
+            model, {**state, first: state[first][:1].repeat(99, *[1] * (state[first].dim() - 1))}, "here"
+        )
 
 
 @table
@@ -230,7 +232,7 @@ def test_4_merged_equals_unmerged_and_unmerging_is_exact(name: str, kind: str, d
 @rows
 def test_5_the_count_is_the_closed_form(name: str, kind: str) -> None:
     model, method = installed(name, kind)
-    trained, total = totals(model)
+    trained, total = count_parameters(model)
     assert trained == method.count(model.shape) == method.count(model_of(kind).shape)
     new = 0 if name.startswith("full") else trained
     if isinstance(method, BitFit):
@@ -249,14 +251,14 @@ def test_7_batching_padding_and_sharing_change_rounding_only(name: str, kind: st
     model.zero_grad()
     losses = []
     for e in examples():
-        loss = completion(model, make_batch([e], "completion", share=False, targets_only=False))
+        loss = completion(model, collate([e], "completion", share=False, targets_only=False))
         loss.backward()
         losses.append(loss.item())
     expected = {n: p.grad.clone() for n, p in trainable(model).items() if p.grad is not None}
     norm = sum(g.norm().item() ** 2 for g in expected.values()) ** 0.5
     for share in (False, True):
         model.zero_grad()
-        batch = make_batch(examples(), "completion", share=share)
+        batch = collate(examples(), "completion", share=share)
         assert (batch.shared.shape[1] > 0) == share
         loss = completion(model, batch)
         loss.backward()
@@ -280,7 +282,7 @@ def test_several_adapters_share_one_base(name: str, kind: str, tmp_path: Path) -
         folder = tmp_path / str(len(made))
         folder.mkdir()
         save_adapter(folder, model, method, "base")
-        together = beside(base, folder, method)
+        together = adapter_on_shared_base(base, folder, method)
         made.append((together, logits(model.train())))
         shared = {p.data_ptr() for p in base.parameters()}
         own = {n for n, p in together.named_parameters() if p.data_ptr() not in shared}
@@ -296,6 +298,6 @@ def test_trained_weights_are_float32_beside_a_bfloat16_base(name: str) -> None:
     model, method = installed(name, "llama", torch.bfloat16)
     assert {p.dtype for p in trainable(model).values()} == {torch.float32}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} <= {torch.bfloat16}
-    assert model.dtype == torch.bfloat16 and model.hidden(torch.tensor([[1, 2]])).dtype == torch.bfloat16
+    assert model.dtype == torch.bfloat16 and model.hidden_states(torch.tensor([[1, 2]])).dtype == torch.bfloat16
     steps(model)
     assert method_from_json(method.to_json()) == method

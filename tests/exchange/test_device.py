@@ -53,4 +53,4 @@ def test_float64_is_asked_of_no_device_that_may_have_none() -> None:
     asked = [(name, line.strip()) for name, line in lines if ".double()" in line.replace(".cpu().double()", "")]
     assert [name for name, _ in asked] == ["device.py"], asked
     x = torch.ones(3, dtype=torch.bfloat16)
-    assert device.exact(x).dtype == torch.float64 and device.exact(x).device == x.device
+    assert device.to_float64(x).dtype == torch.float64 and device.to_float64(x).device == x.device

@@ -18,15 +18,15 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from graftlm.errors import InputError
-from graftlm.exchange.adapters import adopt, read_adapter, save_adapter
+from graftlm.exchange.adapters import from_foreign_peft, read_adapter, save_adapter
 from graftlm.exchange.huggingface import load_model
-from graftlm.exchange.load import put_on
+from graftlm.exchange.load import apply_adapter
 from graftlm.files import assets
 from graftlm.files.formats import load_safetensors, save_safetensors
 from graftlm.methods import DoRA, LoRA, Method, PrefixTuning
 from graftlm.methods.base import trainable
 from graftlm.methods.ia3 import IA3
-from graftlm.methods.peft_folders import matches
+from graftlm.methods.peft_format import matches
 from graftlm.models import CausalLM
 from tiny import FAMILIES, model_folder
 
@@ -164,8 +164,8 @@ def test_what_peft_trained_is_the_same_here(kind: str, name: str, bases: dict[st
     expected, plain = trained_there(bases[kind], THEIRS[name](kind), tmp_path / "theirs")
     for folds in (False, True):
         model = load_model(bases[kind], CPU, torch.float64)
-        method, state = adopt(tmp_path / "theirs", model.shape)
-        put_on(model, method, state, "theirs", folds)
+        method, state = from_foreign_peft(tmp_path / "theirs", model.shape)
+        apply_adapter(model, method, state, "theirs", folds)
         with torch.no_grad():
             near(model(IDS), expected, plain)
     # And written again it is the same adapter, of the same size, for PEFT too.
@@ -232,8 +232,8 @@ def test_what_is_trained_here_is_the_same_in_peft(kind: str, name: str, bases: d
         near(model.eval()(IDS), expected, plain)
     # Read as a folder of unknown origin it is the same method, but for what only training needs.
     fresh = load_model(bases[kind], CPU, torch.float64)
-    found, state = adopt(tmp_path / "ours", fresh.shape)
-    put_on(fresh, found, state, "ours", folds=False)
+    found, state = from_foreign_peft(tmp_path / "ours", fresh.shape)
+    apply_adapter(fresh, found, state, "ours", folds=False)
     with torch.no_grad():
         near(fresh(IDS), expected, plain)
     # PEFT's q, k and v in one linear have lengths for k, too, and so have we then.
@@ -249,8 +249,8 @@ def test_round_trips_of_a_fused_dora_do_not_grow(bases: dict[str, Path], tmp_pat
     sizes = []
     for trip in range(3):
         model = load_model(bases["gpt2"], CPU, torch.float64)
-        method, state = adopt(tmp_path / str(trip), model.shape)
-        put_on(model, method, state, "", folds=False)
+        method, state = from_foreign_peft(tmp_path / str(trip), model.shape)
+        apply_adapter(model, method, state, "", folds=False)
         folder = tmp_path / str(trip + 1)
         folder.mkdir()
         save_adapter(folder, model, method, "base")
@@ -289,8 +289,8 @@ def test_one_pair_for_q_k_and_v_is_written_once_and_read_back(bases: dict[str, P
     """As PEFT trains c_attn: one A for all three, whose rows are no blocks of one part each."""
     trained_there(bases["gpt2"], lora("gpt2", "c_attn"), tmp_path / "theirs")
     model = load_model(bases["gpt2"], CPU, torch.float64)
-    method, state = adopt(tmp_path / "theirs", model.shape)
-    put_on(model, method, state, "theirs", folds=False)
+    method, state = from_foreign_peft(tmp_path / "theirs", model.shape)
+    apply_adapter(model, method, state, "theirs", folds=False)
     (tmp_path / "ours").mkdir()
     save_adapter(tmp_path / "ours", model, method, "base")
     assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["r"] == 3
@@ -308,13 +308,13 @@ def test_b_that_reaches_into_the_next_block_has_no_blocks(bases: dict[str, Path]
             q, k, v = b.split(shape.d_model)
             q[:, 2], k[:, [0, 2]], v[:, [0, 1]] = 0, 0, 0
     save_safetensors(file, tensors)
-    method, _ = adopt(tmp_path / "x", shape)
+    method, _ = from_foreign_peft(tmp_path / "x", shape)
     assert isinstance(method, LoRA) and method.rank == 3
     for name, b in tensors.items():
         if "lora_B" in name:
             b[: shape.d_model, 1] = 0
     save_safetensors(file, tensors)
-    method, _ = adopt(tmp_path / "x", shape)
+    method, _ = from_foreign_peft(tmp_path / "x", shape)
     assert isinstance(method, LoRA) and method.rank == 1
 
 
@@ -324,7 +324,7 @@ def test_a_folder_that_says_nothing_of_dropout_has_none_of_it(bases: dict[str, P
     config = json.loads(file.read_text())
     assert config.pop("lora_dropout") == 0.05
     file.write_text(json.dumps(config))
-    method, _ = adopt(tmp_path / "x", load_model(bases["llama"], CPU, torch.float64).shape)
+    method, _ = from_foreign_peft(tmp_path / "x", load_model(bases["llama"], CPU, torch.float64).shape)
     assert isinstance(method, LoRA) and method.dropout == 0.0
 
 
@@ -435,8 +435,8 @@ def test_real_weights_trained_by_peft(name: str, tmp_path: Path) -> None:
             theirs.prompt_encoder["default"].embedding.weight.mul_(0.1)
     train_really([p for p in theirs.parameters() if p.requires_grad], lambda: theirs(REAL).logits)
     theirs.eval().save_pretrained(tmp_path)
-    method, state = adopt(tmp_path, ours.shape)
-    put_on(ours, method, state, "theirs", folds=False)
+    method, state = from_foreign_peft(tmp_path, ours.shape)
+    apply_adapter(ours, method, state, "theirs", folds=False)
     with torch.no_grad():
         really_near(ours(REAL), theirs(REAL).logits, plain, apart)
 
@@ -534,14 +534,14 @@ def test_a_field_that_is_not_understood_is_named(
     trained_here(bases["llama"], CHANGED[method], tmp_path / "ours")
     file = tmp_path / "ours" / "adapter_config.json"
     shape = load_model(bases["llama"], CPU, torch.float64).shape
-    adopt(file.parent, shape)
+    from_foreign_peft(file.parent, shape)
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(InputError, match=rf"adapter_config\.json: .*{field}") as caught:
-        adopt(file.parent, shape)
+        from_foreign_peft(file.parent, shape)
     assert "\n" not in str(caught.value)
 
 
 def test_a_model_without_such_an_adapter_layout_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     trained_here(bases["gpt2"], LoRA(rank=3, alpha=7.0), tmp_path / "ours")
     with pytest.raises(InputError, match=r"target_modules names 'attn\.c_attn', which is none of mlp\.down_proj, "):
-        adopt(tmp_path / "ours", load_model(bases["llama"], CPU, torch.float64).shape)
+        from_foreign_peft(tmp_path / "ours", load_model(bases["llama"], CPU, torch.float64).shape)

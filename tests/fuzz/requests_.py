@@ -28,7 +28,7 @@ from graftlm.exchange.adapters import save_adapter
 from graftlm.exchange.load import load
 from graftlm.inference.engine import Engine
 from graftlm.methods import LoRA
-from graftlm.serving.app import Served, Service, make_app
+from graftlm.serving.app import ServedModel, Service, make_app
 from graftlm.serving.limits import HEADERS
 from graftlm.serving.server import Server
 from graftlm.text.template import load_template
@@ -187,7 +187,9 @@ class House:
         self.engine = Engine(loaded, {"one": folder / "adapter"})
         template = load_template("Review: {text}\nIs it:")
         names = {"base": None, "one": "one"}
-        models = {name: Served(name, adapter, template, self.engine.room) for name, adapter in names.items()}
+        models = {
+            name: ServedModel(name, adapter, template, self.engine.max_seq_len) for name, adapter in names.items()
+        }
         service = Service(self.engine, loaded.tokenizer, models, loaded.model.shape.vocab, 4)
         app = make_app(service, host="127.0.0.1", names=("my.name",), key=KEY, rate=10**9)
         self.answers: list[Answer] = []

@@ -9,7 +9,7 @@ from pathlib import Path
 from hypothesis import strategies as st
 
 from fuzz.base import ANY, Target, changed_json
-from graftlm.text.records import load_dataset
+from graftlm.text.dataset import load_dataset
 
 TEXTS = ["good fun", "a dull \x85 film", 'he said "no", twice', "½ naïve", "x" * 50]
 ROWS = [{"text": f"{text} {n}", "label": n % 2} for n, text in enumerate(TEXTS * 3)]

@@ -15,11 +15,11 @@ from fuzz import run
 from graftlm.cli.parser import parse
 from graftlm.config import TrainConfig
 from graftlm.errors import InputError
-from graftlm.exchange.adapters import adopt
+from graftlm.exchange.adapters import from_foreign_peft
 from graftlm.files.formats import read_json, save_safetensors
 from graftlm.methods import method_from_json
-from graftlm.models.names import read_shape
-from graftlm.text.records import load_dataset
+from graftlm.models.checkpoint_mapping import read_shape
+from graftlm.text.dataset import load_dataset
 from tiny import config_json, shape_of
 
 
@@ -91,4 +91,4 @@ def test_an_adapter_s_pattern_cannot_keep_us_for_ever(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     save_safetensors(tmp_path / "adapter_model.safetensors", {"a": torch.zeros(1)})
     with pytest.raises(InputError, match="repeats a group"):
-        adopt(tmp_path, shape_of("gpt2"))
+        from_foreign_peft(tmp_path, shape_of("gpt2"))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from exchange.runs import run_of
-from graftlm.errors import Busy, Closed, GraftError, InputError
+from graftlm.errors import GraftError, InputError, Overloaded, ShuttingDown
 from graftlm.exchange.adapters import save_adapter
 from graftlm.exchange.huggingface import load_model
 from graftlm.exchange.load import Loaded, load, read_tokenizer
@@ -19,12 +19,12 @@ from graftlm.inference import engine as module
 from graftlm.inference.engine import Engine
 from graftlm.inference.evaluate import evaluate
 from graftlm.inference.generate import generate, generate_ids
-from graftlm.inference.requests import Completion, Piece, Request, Ticket
+from graftlm.inference.requests import Completion, Request, RequestHandle, TokenOutput
 from graftlm.methods import DoRA, LoRA, Method
 from graftlm.methods.lora import LoRALinear
-from graftlm.models import CausalLM, sharing
-from graftlm.text.data import encode_rows, label_ids
-from graftlm.text.records import Row
+from graftlm.models import CausalLM, clone_with_shared_weights
+from graftlm.text.collate import encode_rows, label_ids
+from graftlm.text.dataset import Record
 from tiny import data_folder, model_folder
 
 METHODS: dict[str, Method] = {
@@ -46,7 +46,7 @@ def alone(loaded: Loaded) -> dict[str | None, CausalLM]:
     """The base, and it with each adapter of random A and B."""
     models: dict[str | None, CausalLM] = {None: loaded.model}
     for seed, (name, method) in enumerate(METHODS.items()):
-        model, rng = sharing(loaded.model), torch.Generator().manual_seed(seed)
+        model, rng = clone_with_shared_weights(loaded.model), torch.Generator().manual_seed(seed)
         method.install(model, rng)
         for module_ in model.modules():
             if isinstance(module_, LoRALinear):
@@ -90,7 +90,7 @@ class Gate:
         self.ticket = engine.submit(Request(prompt, max_new_tokens=tokens, temperature=0), self._held)
         self.reached.acquire()
 
-    def _held(self, piece: Piece) -> None:
+    def _held(self, piece: TokenOutput) -> None:
         self.reached.release()
         self.go.acquire()
 
@@ -117,7 +117,7 @@ def requests(loaded: Loaded, count: int, **settings: Any) -> list[Request]:
     ]
 
 
-def results(tickets: Sequence[Ticket]) -> list[Completion]:
+def results(tickets: Sequence[RequestHandle]) -> list[Completion]:
     return [ticket.done.result(timeout=60) for ticket in tickets]
 
 
@@ -143,7 +143,7 @@ def test_a_mixed_batch_gives_each_what_generate_gives_it_alone(
         )[0]
         assert list(completion.tokens) == expected
         assert completion.text == loaded.tokenizer.decode(expected)
-        assert completion.finish == ("length" if len(expected) == request.max_new_tokens else "stop")
+        assert completion.finish_reason == ("length" if len(expected) == request.max_new_tokens else "stop")
         assert completion.prompt_tokens == len(request.prompt)
         with torch.no_grad():
             logps = alone[request.adapter](torch.tensor([[*request.prompt, *expected]]))[0].log_softmax(-1)
@@ -173,12 +173,12 @@ def test_a_sample_depends_on_its_seed_and_not_on_the_batch(engine: Engine, loade
 
 def test_pieces_come_in_order_and_make_up_the_answer(engine: Engine, loaded: Loaded) -> None:
     for asked in requests(loaded, 6):
-        pieces: list[Piece] = []
+        pieces: list[TokenOutput] = []
         done = engine.submit(replace(asked, seed=3), pieces.append).done.result(60)
         assert "".join(piece.text for piece in pieces) == done.text
         assert tuple(piece.token for piece in pieces if piece.token is not None) == done.tokens
         assert tuple(piece.logprob for piece in pieces if piece.logprob is not None) == done.logprobs
-        assert [piece.finish for piece in pieces] == [None] * (len(pieces) - 1) + [done.finish]
+        assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + [done.finish_reason]
 
 
 def test_rows_join_while_others_are_decoded(engine: Engine, loaded: Loaded, alone: dict[str | None, CausalLM]) -> None:
@@ -204,10 +204,10 @@ def test_a_stop_text_ends_the_answer(engine: Engine, loaded: Loaded) -> None:
     text = engine.submit(asked).done.result(60).text
     pairs = [(n, text[n : n + 2]) for n in range(5, len(text) - 4)]
     at, stop = next((n, pair) for n, pair in pairs if pair.isascii() and text.find(pair) == n)  # two bytes, two tokens
-    pieces: list[Piece] = []
+    pieces: list[TokenOutput] = []
     done = engine.submit(replace(asked, stop=("never comes", stop)), pieces.append).done.result(60)
-    assert (done.text, done.finish) == (text[:at], "stop")
-    assert pieces[-1].finish == "stop" and "".join(piece.text for piece in pieces) == text[:at]
+    assert (done.text, done.finish_reason) == (text[:at], "stop")
+    assert pieces[-1].finish_reason == "stop" and "".join(piece.text for piece in pieces) == text[:at]
     assert loaded.tokenizer.decode(done.tokens) == text[: at + 2]
 
 
@@ -215,22 +215,22 @@ def test_a_token_of_its_own_ends_a_request_and_not_those_beside_it(engine: Engin
     asked = Request(endless(loaded), max_new_tokens=30, temperature=0)
     whole = engine.submit(asked).done.result(60).tokens
     end = next(token for token in reversed(whole) if token != whole[0])
-    told: list[Piece] = []
+    told: list[TokenOutput] = []
     ends = replace(asked, ends={end})
     found = results([engine.submit(ends, told.append), engine.submit(asked)])
     new = generate_ids(loaded.model, [asked.prompt], max_new_tokens=30, eot=(end, loaded.tokenizer.eot))[0]
-    assert found[0].tokens == tuple(new) == whole[: whole.index(end)] and found[0].finish == "stop"
-    assert (told[-1].token, told[-1].finish) == (None, "stop")
-    assert found[1].tokens == whole and found[1].finish == "length"
+    assert found[0].tokens == tuple(new) == whole[: whole.index(end)] and found[0].finish_reason == "stop"
+    assert (told[-1].token, told[-1].finish_reason) == (None, "stop")
+    assert found[1].tokens == whole and found[1].finish_reason == "length"
 
 
 def test_an_answer_ends_where_it_fills_the_context(loaded: Loaded) -> None:
-    context, prompt = loaded.model.room, endless(loaded)
+    context, prompt = loaded.model.max_seq_len, endless(loaded)
     engine = Engine(loaded, {}, max_tokens=20)
     try:
-        assert engine.room == 20 < context
+        assert engine.max_seq_len == 20 < context
         done = engine.submit(Request(prompt * 5, max_new_tokens=90, temperature=0)).done.result(60)
-        assert len(done.tokens) <= 15 and (done.finish == "stop" or len(done.tokens) == 15)
+        assert len(done.tokens) <= 15 and (done.finish_reason == "stop" or len(done.tokens) == 15)
         with pytest.raises(InputError, match="the prompt has 20 tokens and prompt and answer at most 20: shorten it"):
             engine.submit(Request(prompt * 20))
     finally:
@@ -246,7 +246,9 @@ def test_scores_are_those_of_evaluate(loaded: Loaded, tmp_path: Path) -> None:
     adapted = load("resume", run, device="cpu", dtype="float32")
     assert adapted.template is not None
     texts = ["good fun", "dull", "a film that is neither", "bad", "fine", "good"]
-    examples, _ = encode_rows([Row(text, 0) for text in texts], adapted.template, adapted.tokenizer, adapted.model.room)
+    examples, _ = encode_rows(
+        [Record(text, 0) for text in texts], adapted.template, adapted.tokenizer, adapted.model.max_seq_len
+    )
     evaluation = evaluate(adapted.model, adapted.tokenizer, adapted.template, examples, read="score")
     base = load(str(loaded.folder), device="cpu", dtype="float32")
     options = label_ids(adapted.template, base.tokenizer)
@@ -303,7 +305,7 @@ def test_wrong_questions_are_refused_in_one_line(engine: Engine, prompt: Any, op
 
 
 def test_an_adapter_that_cannot_be_served_is_refused(loaded: Loaded, tmp_path: Path, alone: Any, folders: Any) -> None:
-    model = sharing(loaded.model)
+    model = clone_with_shared_weights(loaded.model)
     dora = DoRA(rank=2, alpha=4.0, targets=("q",))
     dora.install(model, torch.Generator().manual_seed(0))
     (tmp_path / "dora").mkdir()
@@ -345,7 +347,7 @@ def test_cancel_ends_a_row_and_one_that_waits(loaded: Loaded) -> None:
     engine = Engine(loaded, {}, max_rows=2)
     try:
         gate = Gate(engine, loaded)
-        pieces: list[Piece] = []
+        pieces: list[TokenOutput] = []
         running = engine.submit(Request(endless(loaded), max_new_tokens=50, temperature=0), pieces.append)
         for _ in range(4):
             gate.go.release()
@@ -356,10 +358,10 @@ def test_cancel_ends_a_row_and_one_that_waits(loaded: Loaded) -> None:
         waiting.cancel()
         gate.open()
         done = running.done.result(60)
-        assert done.finish == "cancelled" and 0 < len(done.tokens) < 50
-        assert pieces[-1] == Piece("", None, None, "cancelled") and len(pieces) == len(done.tokens) + 1
+        assert done.finish_reason == "cancelled" and 0 < len(done.tokens) < 50
+        assert pieces[-1] == TokenOutput("", None, None, "cancelled") and len(pieces) == len(done.tokens) + 1
         assert waiting.done.result(60) == Completion("", (), (), "cancelled", 1)
-        assert gate.ticket.done.result(60).finish == "length"
+        assert gate.ticket.done.result(60).finish_reason == "length"
         running.cancel()  # once more changes nothing
         assert engine.stats()["cancelled"] == 2 and engine.stats()["completed"] == 1
     finally:
@@ -370,7 +372,7 @@ def test_the_engine_outlives_what_is_raised_in_it(loaded: Loaded, monkeypatch: p
     engine = Engine(loaded, {})
     try:
         asked = Request(endless(loaded), max_new_tokens=20, temperature=0)
-        real, calls = module.Batch.step, list[int]()
+        real, calls = module.DecodingBatch.step, list[int]()
 
         def step(batch: Any, tokens: Sequence[int]) -> Any:
             calls.append(len(tokens))
@@ -378,12 +380,12 @@ def test_the_engine_outlives_what_is_raised_in_it(loaded: Loaded, monkeypatch: p
                 raise RuntimeError("out of\nmemory")
             return real(batch, tokens)
 
-        monkeypatch.setattr(module.Batch, "step", step)
-        pieces: list[Piece] = []
+        monkeypatch.setattr(module.DecodingBatch, "step", step)
+        pieces: list[TokenOutput] = []
         failed = engine.submit(asked, pieces.append)
         with pytest.raises(GraftError, match=r"^the engine failed: RuntimeError: out of memory$"):
             failed.done.result(60)
-        assert pieces[-1] == Piece("", None, None, "error")
+        assert pieces[-1] == TokenOutput("", None, None, "error")
         assert len(engine.submit(asked).done.result(60).tokens) == 20
         monkeypatch.setattr(module, "score", lambda *_, **__: 1 / 0)
         with pytest.raises(GraftError, match="the engine failed: ZeroDivisionError: division by zero"):
@@ -395,7 +397,7 @@ def test_the_engine_outlives_what_is_raised_in_it(loaded: Loaded, monkeypatch: p
 
 
 def test_who_listens_badly_fails_alone(engine: Engine, loaded: Loaded) -> None:
-    def bad(piece: Piece) -> None:
+    def bad(piece: TokenOutput) -> None:
         raise KeyError("mine")
 
     asked = Request(endless(loaded), max_new_tokens=10, temperature=0)
@@ -420,7 +422,7 @@ def test_rows_without_numbers_fail_alone(loaded: Loaded, folders: dict[str, Path
                 with pytest.raises(GraftError, match="the logits are no numbers"):
                     ticket.done.result(60)
             else:
-                assert ticket.done.result(60).finish in ("stop", "length")
+                assert ticket.done.result(60).finish_reason in ("stop", "length")
     finally:
         engine.close()
 
@@ -434,9 +436,9 @@ def test_the_line_has_an_end(loaded: Loaded) -> None:
         gate = Gate(engine, loaded)
         waiting = engine.submit(Request((1,), max_new_tokens=2))
         score = engine.score((1,), [(2,)])
-        with pytest.raises(Busy, match="2 requests are waiting already: ask again later"):
+        with pytest.raises(Overloaded, match="2 requests are waiting already: ask again later"):
             engine.submit(Request((1,)))
-        with pytest.raises(Busy):
+        with pytest.raises(Overloaded):
             engine.score((1,), [(2,)])
         gate.open()
         waiting.done.result(60), score.result(60)
@@ -448,14 +450,14 @@ def test_the_line_has_an_end(loaded: Loaded) -> None:
 def test_memory_is_bounded_by_waiting(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(loaded, {}, max_rows=8, max_tokens=100)
     sizes: list[tuple[int, int]] = []
-    real = module.Batch.step
+    real = module.DecodingBatch.step
 
     def step(batch: Any, tokens: Sequence[int]) -> Any:
         logits = real(batch, tokens)
         sizes.append(batch.reserved)
         return logits
 
-    monkeypatch.setattr(module.Batch, "step", step)
+    monkeypatch.setattr(module.DecodingBatch, "step", step)
     try:
         gate = Gate(engine, loaded, tokens=2)
         lengths = [(3, 20), (30, 50), (3, 3), (5, 9), (2, 4), (1, 1), (20, 70)]
@@ -482,10 +484,10 @@ def test_nothing_is_kept_of_requests_that_have_ended(engine: Engine, loaded: Loa
             engine.score((1, 2), [(3,), (4,)], "wide").result(60)
 
     serve(2)
-    before, tickets = tensors(), sum(type(thing) is Ticket for thing in gc.get_objects())
+    before, tickets = tensors(), sum(type(thing) is RequestHandle for thing in gc.get_objects())
     serve(6)
     assert abs(tensors() - before) <= 5
-    assert sum(type(thing) is Ticket for thing in gc.get_objects()) <= tickets
+    assert sum(type(thing) is RequestHandle for thing in gc.get_objects()) <= tickets
 
 
 def test_close_finishes_what_was_taken_and_refuses_what_is_new(loaded: Loaded) -> None:
@@ -494,9 +496,9 @@ def test_close_finishes_what_was_taken_and_refuses_what_is_new(loaded: Loaded) -
     tickets = [engine.submit(request) for request in asked]
     score = engine.score((1,), [(2,)])
     engine.close()
-    assert all(ticket.done.done() and ticket.done.result().finish in ("stop", "length") for ticket in tickets)
+    assert all(ticket.done.done() and ticket.done.result().finish_reason in ("stop", "length") for ticket in tickets)
     assert score.done() and not engine._thread.is_alive()
-    with pytest.raises(Closed, match="the engine is closed: it takes no new requests"):
+    with pytest.raises(ShuttingDown, match="the engine is closed: it takes no new requests"):
         engine.submit(Request((1,)))
     engine.close()
 
@@ -508,11 +510,11 @@ def test_close_at_once_cancels(loaded: Loaded) -> None:
     score = engine.score((1,), [(2,)])
     closing = threading.Thread(target=engine.close, kwargs={"drain": False})
     closing.start()
-    with pytest.raises(Closed, match="closed before it could answer"):
+    with pytest.raises(ShuttingDown, match="closed before it could answer"):
         score.result(60)
     gate.open()
     closing.join(60)
-    assert waiting.done.result(60).finish == gate.ticket.done.result(60).finish == "cancelled"
+    assert waiting.done.result(60).finish_reason == gate.ticket.done.result(60).finish_reason == "cancelled"
     assert not engine._thread.is_alive()
 
 

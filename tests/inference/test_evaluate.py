@@ -12,10 +12,10 @@ from torch import nn
 from graftlm.errors import GraftError, InputError
 from graftlm.inference import evaluate as module
 from graftlm.inference import scoring
-from graftlm.inference.evaluate import evaluate, predict_labels, read_label, write_predictions
+from graftlm.inference.evaluate import evaluate, parse_label, predict_labels, write_predictions
 from graftlm.inference.scoring import score
 from graftlm.models import CausalLM
-from graftlm.text.data import Example, Row, encode_rows
+from graftlm.text.collate import Example, Record, encode_rows
 from graftlm.text.template import Template
 from inference.tiny import CONTEXT, full_logits, ragged, tiny, words
 
@@ -139,7 +139,7 @@ def test_few_positions_at_once_change_nothing(monkeypatch: pytest.MonkeyPatch) -
     model = tiny("llama")
     examples = [example(prompt, [7, 8, EOT]) for prompt in ragged([9, 20, 7, 13])]
     expected = score(model, examples, [[7], [9]])
-    monkeypatch.setattr(scoring, "MOST_POSITIONS", 6)
+    monkeypatch.setattr(scoring, "MAX_POSITIONS", 6)
     assert passes(model, examples, [[7], [9]]) == [(2, 11), (2, 22)]
     torch.testing.assert_close(
         score(model, examples, [[7], [9]]).completion, expected.completion, rtol=1e-10, atol=1e-10
@@ -188,21 +188,21 @@ def test_scoring_leaves_the_model_training_and_reports_progress() -> None:
     ],
 )
 def test_read_label(generated: str, label: int) -> None:
-    assert read_label(generated, ("negative", "positive")) == label
+    assert parse_label(generated, ("negative", "positive")) == label
 
 
 def test_read_label_takes_the_longer_of_two_at_one_place() -> None:
-    assert read_label(" good enough", ("good", "good enough", "enough")) == 1
-    assert read_label(" good", ("good", "good enough", "enough")) == 0
-    assert read_label(" Enough good", ("good", "good enough", "enough")) == 2
+    assert parse_label(" good enough", ("good", "good enough", "enough")) == 1
+    assert parse_label(" good", ("good", "good enough", "enough")) == 0
+    assert parse_label(" Enough good", ("good", "good enough", "enough")) == 2
 
 
 def test_read_label_of_signs_numbers_and_other_alphabets() -> None:
-    assert read_label("a++", ("+", "-")) == 0
-    assert read_label("10", ("0", "1")) == -1
-    assert read_label("10", ("1", "10")) == 1
-    assert read_label("1.", ("0", "1")) == 1
-    assert read_label("Größe STRASSE", ("straße", "größe")) == 1
+    assert parse_label("a++", ("+", "-")) == 0
+    assert parse_label("10", ("0", "1")) == -1
+    assert parse_label("10", ("1", "10")) == 1
+    assert parse_label("1.", ("0", "1")) == 1
+    assert parse_label("Größe STRASSE", ("straße", "größe")) == 1
 
 
 # Evaluation -----------------------------------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ def test_rows_come_in_the_datas_order(tmp_path: Path) -> None:
         assert (row["text"], row["label"], row["read"]) == (f"text {i} \x85", i % 2, "score")
         assert row["scores"] == pytest.approx({"bad": scores[i][0], "good": scores[i][1]})
         assert row["predicted"] == (scores[i][1] > scores[i][0])
-        assert row["garbage"] == (read_label(row["generated"], TEMPLATE.labels) == -1)
+        assert row["garbage"] == (parse_label(row["generated"], TEMPLATE.labels) == -1)
 
 
 @pytest.mark.parametrize("read", ["score", "generate"])
@@ -287,14 +287,14 @@ def test_a_long_text_is_cut_to_leave_room_for_any_label(monkeypatch: pytest.Monk
     fits = " ".join(["hm"] * (CONTEXT - 2 - 4))  # "it", "so", and the longest label with its end-of-text
     assert predict_labels(model, TOKENIZER, [fits + " bad" * 50], template, read="score") in ([0], [1])
     read: list[Example] = []
-    monkeypatch.setattr(module, "_by_score", lambda *args: (read.extend(args[3]), []))
+    monkeypatch.setattr(module, "_predict_by_loglikelihood", lambda *args: (read.extend(args[3]), []))
     predict_labels(model, TOKENIZER, [fits + " bad" * 50], template, read="score")
     assert list(read[0].prompt_ids) == TOKENIZER.encode(template.prompt(fits))
 
 
 def test_a_cut_text_with_a_short_label_has_room_for_the_long_one() -> None:
     model, template = tiny("gpt2"), Template("custom", "it {text} so", ("bad", "good hm it so it"))
-    examples, cut = encode_rows([Row("hm " * 99, label) for label in (0, 1)], template, TOKENIZER, CONTEXT)
+    examples, cut = encode_rows([Record("hm " * 99, label) for label in (0, 1)], template, TOKENIZER, CONTEXT)
     assert cut == 2 and len({e.prompt_ids for e in examples}) == 1
     first, second = evaluate(model, TOKENIZER, template, examples, read="score").rows
     assert first["scores"] == pytest.approx(second["scores"])

@@ -10,9 +10,9 @@ from torch import nn
 from graftlm.errors import GraftError, InputError
 from graftlm.inference import generate as module
 from graftlm.inference import sampling
-from graftlm.inference.generate import compact, evaluating, generate, generate_ids, read_shared
-from graftlm.inference.sampling import sample, uniform
-from graftlm.models import CausalLM, Segment
+from graftlm.inference.generate import compact, eval_mode, generate, generate_ids, prefill_shared_prefix
+from graftlm.inference.sampling import counter_based_uniform, sample_tokens
+from graftlm.models import CausalLM, KVCache
 from inference.tiny import CONTEXT, full_logits, ragged, tiny, words
 
 FAMILIES = pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -21,7 +21,7 @@ FAMILIES = pytest.mark.parametrize("family", ["gpt2", "llama"])
 def naive(model: CausalLM, prompt: Sequence[int], new: int, eot: int) -> list[int]:
     """Greedy, by a full forward pass for every token."""
     ids = list(prompt)
-    while len(ids) < min(len(prompt) + new, model.shape.context):
+    while len(ids) < min(len(prompt) + new, model.shape.max_positions):
         token = int(full_logits(model, ids)[-1].argmax())
         if token == eot:
             break
@@ -52,12 +52,12 @@ def test_greedy_equals_full_forwards(family: str, batch_size: int, shared: int) 
 def test_the_prefix_is_run_once_and_shared() -> None:
     model = tiny("llama")
     seen: list[tuple[int, int]] = []
-    with evaluating(model):
-        past, length = read_shared(model, ragged([8, 11, 9], shared=7))
+    with eval_mode(model):
+        past, length = prefill_shared_prefix(model, ragged([8, 11, 9], shared=7))
         assert (length, past[0].size, past[0].keys[0].shape[0]) == (7, 7, 1)
-        assert read_shared(model, ragged([8, 11, 9], shared=3)) == ((), 0)  # too short to pay
-        assert read_shared(model, ragged([8])) == ((), 0)  # nobody to share with
-        past, length = read_shared(model, [[1, 2, 3, 4, 5, 6]] * 4)
+        assert prefill_shared_prefix(model, ragged([8, 11, 9], shared=3)) == ((), 0)  # too short to pay
+        assert prefill_shared_prefix(model, ragged([8])) == ((), 0)  # nobody to share with
+        past, length = prefill_shared_prefix(model, [[1, 2, 3, 4, 5, 6]] * 4)
         assert length == 5  # each row keeps its last token
     model.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape)))
     generate_ids(model, ragged([8, 11, 9, 30], shared=7), max_new_tokens=1, eot=-1, batch_size=2)
@@ -97,10 +97,10 @@ def test_any_of_several_tokens_ends_a_row() -> None:
 
 def test_batches_are_continued_together_while_their_prompts_are_few_and_short(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = [1, 1, 2, 2, 3, 3, 9, 9, 9]
-    assert list(module.decoded_together(lengths, 2)) == [[0, 1, 2, 3, 4, 5, 6, 7], [8]]  # TOGETHER = 4 batches
+    assert list(module.decode_groups(lengths, 2)) == [[0, 1, 2, 3, 4, 5, 6, 7], [8]]  # TOGETHER = 4 batches
     monkeypatch.setattr(module, "MOST_CACHED", 18)
-    assert list(module.decoded_together(lengths, 2)) == [[0, 1, 2, 3, 4, 5], [6, 7], [8]]
-    assert list(module.decoded_together(lengths, 9)) == [[*range(9)]]  # one batch is never split
+    assert list(module.decode_groups(lengths, 2)) == [[0, 1, 2, 3, 4, 5], [6, 7], [8]]
+    assert list(module.decode_groups(lengths, 9)) == [[*range(9)]]  # one batch is never split
 
 
 def test_a_small_cache_grows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +113,7 @@ def test_a_small_cache_grows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_compact_moves_the_last_rows_into_the_holes() -> None:
-    cache = Segment.cache(tiny("llama").shape, rows=5, capacity=3)
+    cache = KVCache.cache(tiny("llama").shape, rows=5, capacity=3)
     for row in range(5):
         cache.keys[1][row], cache.values[0][row] = row, 10 + row
     cache.lengths = torch.tensor([0, 1, 2, 3, 4])
@@ -188,19 +188,19 @@ def test_a_sample_depends_on_seed_row_and_step_alone() -> None:
 
 
 def test_uniform_is_uniform() -> None:
-    draws = [uniform(seed, row, step) for seed in range(10) for row in range(20) for step in range(50)]
+    draws = [counter_based_uniform(seed, row, step) for seed in range(10) for row in range(20) for step in range(50)]
     assert len(set(draws)) == len(draws)
     assert 0 <= min(draws) < max(draws) < 1
     buckets = torch.histc(torch.tensor(draws), bins=10, min=0, max=1)
     assert (buckets - 1000).abs().max() < 4 * 1000**0.5
-    assert uniform(0, 1, 2) == 0.9302973074308816  # the same on every machine and in every release
+    assert counter_based_uniform(0, 1, 2) == 0.9302973074308816  # the same on every machine and in every release
 
 
 def frequencies(logits: Sequence[float], temperature: float, top_k: int = 0, top_p: float = 1.0) -> list[float]:
     """How often each token comes when u walks evenly through [0, 1)."""
     n = 20_000
     rows = torch.tensor([list(logits)]).expand(n, -1)
-    tokens = sample(rows, [(i + 0.5) / n for i in range(n)], temperature, top_k, top_p)
+    tokens = sample_tokens(rows, [(i + 0.5) / n for i in range(n)], temperature, top_k, top_p)
     return [tokens.count(token) / n for token in range(len(logits))]
 
 
@@ -232,12 +232,12 @@ def test_sampling_distributions(settings: dict[str, Any], expected: list[float])
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-300])
 def test_no_temperature_is_too_small(temperature: float) -> None:
-    assert sample(torch.tensor([[100.0, 3e10, 2e10]]), [0.999], temperature) == [1]
+    assert sample_tokens(torch.tensor([[100.0, 3e10, 2e10]]), [0.999], temperature) == [1]
 
 
 def test_a_token_without_probability_never_comes() -> None:
     logits = torch.tensor([[float("-inf"), 0.0, 0.0, float("-inf")]] * 2)
-    assert sample(logits, [0.0, 1 - 2**-53], temperature=1.0) == [1, 2]
+    assert sample_tokens(logits, [0.0, 1 - 2**-53], temperature=1.0) == [1, 2]
 
 
 # Evaluation mode ------------------------------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ def test_every_modules_mode_comes_back() -> None:
     model.train()
     frozen.eval()
     flags = [m.training for m in model.modules()]
-    with pytest.raises(ZeroDivisionError), evaluating(model):
+    with pytest.raises(ZeroDivisionError), eval_mode(model):
         assert not any(m.training for m in model.modules())
         assert not torch.is_grad_enabled()
         raise ZeroDivisionError
@@ -270,9 +270,9 @@ def test_top_p_sorts_the_whole_vocabulary_only_where_it_must(monkeypatch: pytest
     logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(0)) * 3
     u = torch.linspace(0, 0.999, 64).tolist()
     for top_p in (0.2, 0.7, 0.99):
-        monkeypatch.setattr(sampling, "FEW", 50)
-        expected = sample(logits, u, 1.0, top_p=top_p)
+        monkeypatch.setattr(sampling, "TOPK_FIRST", 50)
+        expected = sample_tokens(logits, u, 1.0, top_p=top_p)
         for few in (1, 6, 20):  # too few for some rows of the batch, or for all
-            monkeypatch.setattr(sampling, "FEW", few)
-            assert sample(logits, u, 1.0, top_p=top_p) == expected
-            assert [sample(logits[n : n + 1], u[n : n + 1], 1.0, top_p=top_p)[0] for n in range(64)] == expected
+            monkeypatch.setattr(sampling, "TOPK_FIRST", few)
+            assert sample_tokens(logits, u, 1.0, top_p=top_p) == expected
+            assert [sample_tokens(logits[n : n + 1], u[n : n + 1], 1.0, top_p=top_p)[0] for n in range(64)] == expected

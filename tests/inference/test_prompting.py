@@ -11,7 +11,7 @@ import torch
 from graftlm.errors import InputError
 from graftlm.inference import prompting
 from graftlm.inference.generate import generate_ids
-from graftlm.inference.prompting import Asking, Writer, ask, extracting, majority, prompts
+from graftlm.inference.prompting import PromptBuilder, PromptingConfig, ask, extraction_prompt, majority, prompts
 from graftlm.models import CausalLM
 from graftlm.text.tasks import Problem, Task
 from graftlm.text.tokenizer import Tokenizer
@@ -73,8 +73,8 @@ def byte_level(folder: Path, template: str = CHAT) -> Tokenizer:
 
 
 def written(style: str, shots: int = 2) -> str:
-    writer = Writer(SUMS, words(), chat=False)
-    return writer.text(prompts(SUMS, SUMS.questions, style, Asking(shots=shots))[0])
+    writer = PromptBuilder(SUMS, words(), chat=False)
+    return writer.text(prompts(SUMS, SUMS.questions, style, PromptingConfig(shots=shots))[0])
 
 
 def test_the_styles_in_plain_text() -> None:
@@ -87,56 +87,58 @@ def test_the_styles_in_plain_text() -> None:
 
 
 def test_the_second_call_holds_the_reasoning_and_asks_for_the_answer() -> None:
-    writer = Writer(SUMS, words(), chat=False)
-    first = prompts(SUMS, SUMS.questions, "zero-shot-cot", Asking())[1]
-    assert writer.text(extracting(SUMS, first, " Two and\nthree. ")) == (
+    writer = PromptBuilder(SUMS, words(), chat=False)
+    first = prompts(SUMS, SUMS.questions, "zero-shot-cot", PromptingConfig())[1]
+    assert writer.text(extraction_prompt(SUMS, first, " Two and\nthree. ")) == (
         "Add.\n\nQ: 2 + 3\nA: Let's think step by step. Two and\nthree.\nTherefore, the sum is"
     )
 
 
 def test_the_styles_in_chat_give_each_demonstration_a_turn(tmp_path: Path) -> None:
-    writer = Writer(SUMS, byte_level(tmp_path), chat=True)
-    few = prompts(SUMS, SUMS.questions, "few-shot", Asking(shots=1))[0]
+    writer = PromptBuilder(SUMS, byte_level(tmp_path), chat=True)
+    few = prompts(SUMS, SUMS.questions, "few-shot", PromptingConfig(shots=1))[0]
     assert writer.text(few) == (
         "<user>Add.\n\nQ: 1 + 1<|endoftext|><assistant>2<|endoftext|><user>Q: 2 + 2<|endoftext|><assistant>"
     )
-    zero = prompts(SUMS, SUMS.questions, "zero-shot-cot", Asking())[0]
+    zero = prompts(SUMS, SUMS.questions, "zero-shot-cot", PromptingConfig())[0]
     assert writer.text(zero) == "<user>Add.\n\nQ: 2 + 2<|endoftext|><assistant>Let's think step by step."
 
 
 def test_labels_have_a_space_before_them_but_not_at_the_beginning_of_a_chats_answer(tmp_path: Path) -> None:
     tokenizer = byte_level(tmp_path)
-    prompt = prompts(MOODS, MOODS.questions, "few-shot", Asking(shots=1))[0]
-    plain, chat = (Writer(MOODS, tokenizer, chat=chat).label_ids(prompt) for chat in (False, True))
+    prompt = prompts(MOODS, MOODS.questions, "few-shot", PromptingConfig(shots=1))[0]
+    plain, chat = (PromptBuilder(MOODS, tokenizer, chat=chat).label_ids(prompt) for chat in (False, True))
     assert [tokenizer.decode(ids) for ids in plain] == [" bad", " good"]
     assert [tokenizer.decode(ids) for ids in chat] == ["bad", "good"]
 
 
 def test_chain_of_thought_shows_only_demonstrations_with_reasoning() -> None:
     with pytest.raises(InputError, match="--shots 3: task sums has 2 demonstrations with reasoning"):
-        prompts(SUMS, SUMS.questions, "few-shot-cot", Asking(shots=3))
-    assert len(prompts(SUMS, SUMS.questions, "few-shot", Asking(shots=3))[0].turns) == 3
+        prompts(SUMS, SUMS.questions, "few-shot-cot", PromptingConfig(shots=3))
+    assert len(prompts(SUMS, SUMS.questions, "few-shot", PromptingConfig(shots=3))[0].demonstrations) == 3
 
 
 def test_nearest_demonstrations_differ_from_question_to_question() -> None:
-    near = prompts(MOODS, MOODS.questions, "few-shot", Asking(shots=1, choose="bm25"))
-    assert [prompt.turns[0][0] for prompt in near] == ["good fun", "weak", "good fun"]
+    near = prompts(MOODS, MOODS.questions, "few-shot", PromptingConfig(shots=1, choose="bm25"))
+    assert [prompt.demonstrations[0][0] for prompt in near] == ["good fun", "weak", "good fun"]
 
 
 # Answers
 
 
-def ran(model: CausalLM, tokenizer: Tokenizer, task: Task, style: str, how: Asking, **more: Any) -> prompting.Outcome:
-    return ask(model, tokenizer, Writer(task, tokenizer, chat=False), task, task.questions, style, how, **more)
+def ran(
+    model: CausalLM, tokenizer: Tokenizer, task: Task, style: str, how: PromptingConfig, **more: Any
+) -> prompting.PromptingResult:
+    return ask(model, tokenizer, PromptBuilder(task, tokenizer, chat=False), task, task.questions, style, how, **more)
 
 
 @pytest.mark.parametrize("choose", ["fixed", "bm25"])
 @pytest.mark.parametrize("calibrate", [False, True])
 def test_labels_are_scored_as_by_whole_prompts(choose: str, calibrate: bool) -> None:
     model, tokenizer = tiny("llama"), words(*KNOWN)
-    how = Asking(shots=2, choose=choose, calibrate=calibrate, batch_size=2)
+    how = PromptingConfig(shots=2, choose=choose, calibrate=calibrate, batch_size=2)
     outcome = ran(model, tokenizer, MOODS, "few-shot", how)
-    writer = Writer(MOODS, tokenizer, chat=False)
+    writer = PromptBuilder(MOODS, tokenizer, chat=False)
     ids = [tokenizer.encode(" bad")[0], tokenizer.encode(" good")[0]]
 
     def share(prompt: prompting.Prompt) -> torch.Tensor:
@@ -145,10 +147,10 @@ def test_labels_are_scored_as_by_whole_prompts(choose: str, calibrate: bool) -> 
     for prompt, answer in zip(prompts(MOODS, MOODS.questions, "few-shot", how), outcome.answers, strict=True):
         p = share(prompt)
         if calibrate:
-            free = [share(prompting.Prompt(prompt.turns, text)) for text in ("N/A", "[MASK]", "")]
+            free = [share(prompting.Prompt(prompt.demonstrations, text)) for text in ("N/A", "[MASK]", "")]
             p = p / torch.stack(free).mean(0)
-        assert answer.said == MOODS.labels[int(p.argmax())]
-        assert answer.right == (answer.said == answer.answer)
+        assert answer.prediction == MOODS.labels[int(p.argmax())]
+        assert answer.right == (answer.prediction == answer.answer)
     assert outcome.new_tokens == 0
     assert outcome.prompt_tokens == sum(len(tokenizer.encode(answer.prompt)) for answer in outcome.answers)
 
@@ -185,9 +187,9 @@ def test_zero_shot_chain_of_thought_takes_two_calls(
         return [" We add 9 and 9.\nQ: 9 + 9"]
 
     calls = scripted(monkeypatch, plain[1], say)
-    outcome = ran(*plain, SUMS, "zero-shot-cot", Asking())
+    outcome = ran(*plain, SUMS, "zero-shot-cot", PromptingConfig())
     assert calls[1][0] == "Add.\n\nQ: 2 + 2\nA: Let's think step by step. We add 9 and 9.\nTherefore, the sum is"
-    assert [answer.said for answer in outcome.answers] == ["4", None]
+    assert [answer.prediction for answer in outcome.answers] == ["4", None]
     assert [answer.right for answer in outcome.answers] == [True, False]
     assert outcome.answers[0].texts == [" We add 9 and 9.\nTherefore, the sum is 4. Or 7?"]
     assert outcome.prompt_tokens == sum(len(text) for call in calls for text in call)  # tokens are bytes here
@@ -199,11 +201,11 @@ def test_few_shot_answers_end_where_the_next_question_would_begin(
     scripted(
         monkeypatch, plain[1], lambda prompt: [" Two and 9. The answer is 4.\n\nQ: 7 + 7\nA: 14. The answer is 14."]
     )
-    outcome = ran(*plain, SUMS, "few-shot-cot", Asking(shots=2))
-    assert [answer.said for answer in outcome.answers] == ["4", "4"]
+    outcome = ran(*plain, SUMS, "few-shot-cot", PromptingConfig(shots=2))
+    assert [answer.prediction for answer in outcome.answers] == ["4", "4"]
     scripted(monkeypatch, plain[1], lambda prompt: [" 5\n\nQ: 7 + 7\nA: 14"])
-    outcome = ran(*plain, SUMS, "few-shot", Asking(shots=2))
-    assert [(answer.said, answer.right) for answer in outcome.answers] == [("5", False), ("5", True)]
+    outcome = ran(*plain, SUMS, "few-shot", PromptingConfig(shots=2))
+    assert [(answer.prediction, answer.right) for answer in outcome.answers] == [("5", False), ("5", True)]
     assert outcome.shared_tokens == len("Add.\n\nQ: 1 + 1\nA: 2\n\nQ: 1 + 2\nA: 3\n\nQ: 2 + ")
 
 
@@ -223,8 +225,8 @@ def test_an_answer_in_chat_ends_with_its_turn(style: str, tmp_path: Path, monkey
 
     monkeypatch.setattr(prompting, "generate_ids", fake)
     for chat, expected in ((True, {0, 257}), (False, {0})):
-        writer = Writer(SUMS, tokenizer, chat=chat)
-        ask(model, tokenizer, writer, SUMS, SUMS.questions, style, Asking(shots=1))
+        writer = PromptBuilder(SUMS, tokenizer, chat=chat)
+        ask(model, tokenizer, writer, SUMS, SUMS.questions, style, PromptingConfig(shots=1))
         assert ends == [expected] * (2 if style == "zero-shot-cot" else 1)
         ends.clear()
 
@@ -243,14 +245,14 @@ def test_each_questions_samples_vote_for_it_alone(
         return [" 4", " 9", " 4"] if prompt.rstrip().endswith("2 + 2\nA:") else [" 6", " 5", " no"]
 
     calls = scripted(monkeypatch, plain[1], say)
-    outcome = ran(*plain, SUMS, "few-shot", Asking(shots=1, samples=3, temperature=1.0))
+    outcome = ran(*plain, SUMS, "few-shot", PromptingConfig(shots=1, samples=3, temperature=1.0))
     assert [answer.samples for answer in outcome.answers] == [["4", "9", "4"], ["6", "5", None]]
-    assert [answer.said for answer in outcome.answers] == ["4", "6"]
+    assert [answer.prediction for answer in outcome.answers] == ["4", "6"]
     assert len(calls[0]) == 6
 
 
 def test_samples_differ_and_are_decided_by_the_seed(plain: tuple[CausalLM, Tokenizer]) -> None:
-    how = Asking(shots=1, samples=4, temperature=1.0, max_new_tokens=6)
+    how = PromptingConfig(shots=1, samples=4, temperature=1.0, max_new_tokens=6)
     first, again, other = (ran(*plain, SUMS, "few-shot", how, seed=seed) for seed in (1, 1, 2))
     assert [a.texts for a in first.answers] == [a.texts for a in again.answers]
     assert [a.texts for a in first.answers] != [a.texts for a in other.answers]
@@ -273,11 +275,17 @@ def test_prompts_that_leave_no_room_are_refused() -> None:
     with pytest.raises(
         InputError, match=r"--shots 3: the longest few-shot prompt takes \d+ tokens .* at most 40: use fewer"
     ):
-        ran(model, tokenizer, Task(**{**vars_of(MOODS), "instruction": "so " * 30}), "few-shot", Asking(shots=3))
+        ran(
+            model,
+            tokenizer,
+            Task(**{**vars_of(MOODS), "instruction": "so " * 30}),
+            "few-shot",
+            PromptingConfig(shots=3),
+        )
     with pytest.raises(
         InputError, match=r"the longest zero-shot-cot prompt takes \d+ tokens and its answer may take 2\d\d"
     ):
-        ran(model, tokenizer, SUMS, "zero-shot-cot", Asking())
+        ran(model, tokenizer, SUMS, "zero-shot-cot", PromptingConfig())
 
 
 def vars_of(task: Task) -> dict[str, Any]:

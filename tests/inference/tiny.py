@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from graftlm.models import CausalLM, Shape, random_model
+from graftlm.models import CausalLM, ModelConfig, random_model
 from graftlm.text.tokenizer import Tokenizer
 
 VOCAB, CONTEXT = 48, 40
@@ -16,7 +16,7 @@ VOCAB, CONTEXT = 48, 40
 def tiny(family: str, seed: int = 0) -> CausalLM:
     """Two layers in float64; weights large enough that the likeliest token changes from step to step."""
     gpt2 = family == "gpt2"
-    shape = Shape(
+    shape = ModelConfig(
         family="gpt2" if gpt2 else "llama",
         layers=2,
         heads=4,
@@ -25,7 +25,7 @@ def tiny(family: str, seed: int = 0) -> CausalLM:
         head_dim=8,
         d_ff=64,
         vocab=VOCAB,
-        context=CONTEXT,
+        max_positions=CONTEXT,
         norm_eps=1e-5,
         qkv_bias=gpt2,
         out_bias=gpt2,

@@ -1,6 +1,6 @@
 """Three training steps of each method against a plain reference: the paper's equation in a hook, autograd's gradients.
 
-The reference is the base model with nothing installed and no shortcut (`set_fused(False)`, whole rows, the head at
+The reference is the base model with nothing installed and no shortcut (`use_fused_ops(False)`, whole rows, the head at
 every position), whose linears' outputs a hook changes as the equation says; its tensors are leaves of its own.
 """
 
@@ -15,8 +15,8 @@ from graftlm.methods import Adapter, BitFit, DoRA, LoRA, Method
 from graftlm.methods.base import trainable
 from graftlm.methods.ia3 import IA3
 from graftlm.models import CausalLM, Linear
-from graftlm.text.data import Example
-from graftlm.training.objectives import completion, make_batch
+from graftlm.text.collate import Example
+from graftlm.training.objectives import collate, completion
 from tiny import FAMILIES, model_of
 
 Leaves = dict[str, Tensor]
@@ -113,7 +113,7 @@ def test_training_steps_equal_the_papers_equation(name: str, kind: str) -> None:
     ours.set_dropout(0.0)
 
     plain = model_of(kind).train()
-    plain.set_fused(False)
+    plain.use_fused_ops(False)
     plain.set_dropout(0.0)
     for p in plain.parameters():
         p.requires_grad_(False)
@@ -121,13 +121,13 @@ def test_training_steps_equal_the_papers_equation(name: str, kind: str) -> None:
     attach(plain, leaves, equation)
 
     def adam(params: Leaves) -> torch.optim.AdamW:
-        groups = [{"params": [p], "lr": 1e-2 * method.lr_ratio(n)} for n, p in params.items()]
+        groups = [{"params": [p], "lr": 1e-2 * method.lr_multiplier(n)} for n, p in params.items()]
         # An epsilon that no rounding reaches: where the true gradient is zero, Adam would take the sign of the noise.
         return torch.optim.AdamW(groups, weight_decay=0.0, eps=1e-6)
 
     mine, theirs = adam(dict(trainable(ours))), adam(leaves)
     for _ in range(3):
-        batch = make_batch(examples(), "completion")
+        batch = collate(examples(), "completion")
         loss = completion(ours, batch) / batch.weight
         expected = reference_loss(plain)
         assert abs(loss.item() - expected.item()) < 1e-9

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from graftlm.errors import InputError
 from graftlm.methods.lora import LoRA, LoRALinear, mark_only_lora_as_trainable
 from graftlm.models import Linear
-from graftlm.models.layers import project
+from graftlm.models.layers import apply_linears
 from tiny import model_of
 
 
@@ -113,7 +113,7 @@ def test_dropout_acts_on_the_input_of_a_and_only_in_training() -> None:
 def frozen(**fields: float) -> list[Linear]:
     """q, k and v as they stand in a model: the weights frozen, k without an update."""
     rng, linears = torch.Generator().manual_seed(0), [Linear(7, out, bias=out == 5).double() for out in (5, 3, 4)]
-    loras = [LoRALinear.around(m, 2, 6.0, fields.get("dropout", 0.0), rng) for m in linears[::2]]
+    loras = [LoRALinear.from_linear(m, 2, 6.0, fields.get("dropout", 0.0), rng) for m in linears[::2]]
     for lora in loras:
         torch.nn.init.normal_(lora.lora_B, generator=rng)
         lora.weight.requires_grad_(False)
@@ -134,7 +134,7 @@ def test_several_of_one_input_share_their_work_and_keep_their_gradients(dropout:
         for m in linears[::2]:
             m.fused = fused
         torch.manual_seed(3)
-        ys = project(x, *linears)
+        ys = apply_linears(x, *linears)
         loss = sum((y * y.detach().roll(1, 0)).sum() for y in ys)
         results.append([*ys, *torch.autograd.grad(loss, wanted)])
     for a, b in zip(*results, strict=True):
@@ -144,7 +144,7 @@ def test_several_of_one_input_share_their_work_and_keep_their_gradients(dropout:
 def test_one_dropout_mask_serves_all_linears_of_one_input() -> None:
     linears, x = frozen(dropout=0.5), inputs()
     torch.manual_seed(3)
-    y, _, z = project(x, *linears)
+    y, _, z = apply_linears(x, *linears)
     torch.manual_seed(3)
     mask = linears[0].lora_drop(torch.ones_like(x))
     for out, lora in ((y, linears[0]), (z, linears[2])):
@@ -155,9 +155,9 @@ def test_one_dropout_mask_serves_all_linears_of_one_input() -> None:
 def test_around_takes_the_weight_over_without_a_copy() -> None:
     linear = Linear(7, 5)
     rng = torch.Generator().manual_seed(0)
-    lora = LoRALinear.around(linear, 3, 6.0, 0.0, rng)
+    lora = LoRALinear.from_linear(linear, 3, 6.0, 0.0, rng)
     assert lora.weight is linear.weight and lora.bias is linear.bias and lora.lora_A.device.type == "cpu"
-    again = LoRALinear.around(linear, 3, 6.0, 0.0, torch.Generator().manual_seed(0))
+    again = LoRALinear.from_linear(linear, 3, 6.0, 0.0, torch.Generator().manual_seed(0))
     assert torch.equal(lora.lora_A, again.lora_A)
 
 
@@ -201,8 +201,8 @@ def test_adapting_twice_is_an_error() -> None:
 
 def test_the_handouts_numbers() -> None:
     """LoRA r on q, k, v of GPT-2 medium (facts of the handout and of the paper's closed form)."""
-    from graftlm.methods.accounting import parameters
-    from graftlm.models.names import read_shape
+    from graftlm.methods.cost_model import parameters
+    from graftlm.models.checkpoint_mapping import read_shape
 
     medium = {"model_type": "gpt2", "n_layer": 24, "n_head": 16, "n_embd": 1024, "n_positions": 1024}
     shape = read_shape({**medium, "vocab_size": 50257}, "config.json")
@@ -218,7 +218,7 @@ def test_explain_gives_the_size_of_a_first_step() -> None:
     """The line's estimate against a real first step of Adam on random gradients."""
     torch.manual_seed(0)
     linear = Linear(256, 192)
-    lora = LoRALinear.around(linear, 64, 128.0, 0.0, torch.Generator().manual_seed(0))
+    lora = LoRALinear.from_linear(linear, 64, 128.0, 0.0, torch.Generator().manual_seed(0))
     optimizer = torch.optim.AdamW([lora.lora_B], lr=1e-3, weight_decay=0.0)
     lora(torch.randn(512, 256)).mul(torch.randn(512, 192)).sum().backward()
     optimizer.step()
@@ -241,7 +241,7 @@ def test_explain_says_it_in_numbers(rslora: bool, scale: str, step: str) -> None
     for module in model.modules():
         if isinstance(module, LoRALinear):
             torch.nn.init.constant_(module.weight, 0.5)
-    said = method.explain(model, 1e-3)
+    said = method.describe_scale(model, 1e-3)
     assert f"{scale}; one step" in said and f"by about {step} of its size" in said
 
 
@@ -249,7 +249,7 @@ def test_several_of_different_dropout_are_each_what_they_are_alone() -> None:
     linears, x = frozen(), inputs()
     linears[2].lora_drop.p = 0.5
     torch.manual_seed(3)
-    ys = project(x, *linears)
+    ys = apply_linears(x, *linears)
     torch.manual_seed(3)
     for y, linear in zip(ys, linears, strict=True):
         assert torch.equal(y, linear(x))
@@ -268,7 +268,7 @@ def test_it_adopts_lora_folders_only() -> None:
     model, method = model_of("llama"), LoRA(rank=2, alpha=4.0)
     method.install(model, torch.Generator())
     config, tensors = method.to_peft(model)
-    found = LoRA.adopt(model.shape, (config, tensors), "x")
+    found = LoRA.from_foreign_peft(model.shape, (config, tensors), "x")
     assert found is not None and isinstance(found[0], LoRA) and found[0].rank == 2
     for other in ({"peft_type": "IA3"}, {"use_dora": True}):
-        assert LoRA.adopt(model.shape, ({**config, **other}, tensors), "x") is None
+        assert LoRA.from_foreign_peft(model.shape, ({**config, **other}, tensors), "x") is None

@@ -15,7 +15,7 @@ from graftlm.methods import PrefixTuning
 from graftlm.methods.base import trainable
 from graftlm.methods.prefix import Prefix
 from graftlm.models import CausalLM
-from graftlm.models.attention import Context, score_bias
+from graftlm.models.attention import AttentionInputs, attention_mask
 from graftlm.text.tokenizer import Tokenizer
 from tiny import model_of
 
@@ -75,8 +75,10 @@ def test_ratios_between_content_tokens_stay_what_they_were() -> None:
         assert deeper > 1e-3, "deeper layers' own queries and keys change"
 
         past, t = (prefix.segment(model.dtype),), ids.shape[1]
-        context = Context(
-            past, rope=model.rope(torch.arange(n, n + t)), bias=score_bias(past, t, ids.device, model.dtype)
+        context = AttentionInputs(
+            past,
+            rotary_cos_sin=model.rotary_cos_sin(torch.arange(n, n + t)),
+            attn_mask=attention_mask(past, t, ids.device, model.dtype),
         )
         with attention_weights(model) as held:
             for layer, block in enumerate(model.blocks):
@@ -91,10 +93,10 @@ def test_it_starts_from_what_the_prompts_begin_with_or_from_a_text() -> None:
     def encode(text: str) -> list[int]:
         return [ord(c) for c in text]
 
-    assert PrefixTuning(length=5).starts_from(prompts, encode).tokens == (7, 8, 9, 7, 8)
-    assert PrefixTuning(length=3).starts_from([(1, 2), (3,)], encode).tokens == (1, 2, 1)
-    assert PrefixTuning(length=2, init="abc").starts_from(prompts, encode).tokens == (97, 98)
-    assert PrefixTuning(length=2, init="random").starts_from(prompts, encode).tokens == ()
+    assert PrefixTuning(length=5).resolve_init(prompts, encode).tokens == (7, 8, 9, 7, 8)
+    assert PrefixTuning(length=3).resolve_init([(1, 2), (3,)], encode).tokens == (1, 2, 1)
+    assert PrefixTuning(length=2, init="abc").resolve_init(prompts, encode).tokens == (97, 98)
+    assert PrefixTuning(length=2, init="random").resolve_init(prompts, encode).tokens == ()
 
 
 @pytest.mark.parametrize("hidden", [0, 5])
@@ -104,7 +106,7 @@ def test_without_tokens_it_starts_at_random_by_the_seed(hidden: int) -> None:
         model = model_of("llama")
         PrefixTuning(length=4, hidden=hidden, init="random").install(model, torch.Generator().manual_seed(seed))
         assert isinstance(model.before, Prefix)
-        made.append(model.before.whole().detach())
+        made.append(model.before.materialize().detach())
     assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
 
 
@@ -114,15 +116,17 @@ def test_a_network_is_multiplied_out_for_evaluation_only() -> None:
     prefix = model.before
     assert isinstance(prefix, Prefix)
     model.eval()
-    folded = prefix.whole()
-    assert not folded.requires_grad and prefix.whole() is folded
-    assert model.train() and prefix.whole().requires_grad
+    folded = prefix.materialize()
+    assert not folded.requires_grad and prefix.materialize() is folded
+    assert model.train() and prefix.materialize().requires_grad
     with torch.no_grad():
         prefix.b2.add_(1.0)
-    assert not torch.equal(model.eval() and prefix.whole(), folded)
+    assert not torch.equal(model.eval() and prefix.materialize(), folded)
     prefix.eval().train()
-    assert prefix.whole().requires_grad
-    assert PrefixTuning().lossless and not PrefixTuning(hidden=5).lossless  # the net cannot be had back
+    assert prefix.materialize().requires_grad
+    assert (
+        PrefixTuning().resumable_from_adapter and not PrefixTuning(hidden=5).resumable_from_adapter
+    )  # the net cannot be had back
 
 
 @pytest.mark.parametrize("random", [True, False])
@@ -132,7 +136,7 @@ def test_a_network_starts_as_the_tokens_or_as_small_noise(random: bool) -> None:
     PrefixTuning(length=4, hidden=64, init="random", tokens=tokens).install(model, torch.Generator().manual_seed(1))
     prefix = model.before
     assert isinstance(prefix, Prefix) and not prefix.b1.any() and not prefix.b2.any()
-    assert prefix.w2.any() == prefix.whole().ne(prefix.start).any() == random and prefix.start.any() != random
+    assert prefix.w2.any() == prefix.materialize().ne(prefix.start).any() == random and prefix.start.any() != random
     assert prefix.embedding.std().item() == pytest.approx(1, abs=0.2)
     if random:
         assert prefix.w2.std().item() == pytest.approx(0.02, rel=0.1)
@@ -140,7 +144,7 @@ def test_a_network_starts_as_the_tokens_or_as_small_noise(random: bool) -> None:
         for p in prefix.parameters():
             p.normal_(generator=torch.Generator().manual_seed(2))
     inner = torch.tanh(prefix.embedding @ prefix.w1.T + prefix.b1)
-    torch.testing.assert_close(prefix.whole(), prefix.start + inner @ prefix.w2.T + prefix.b2)
+    torch.testing.assert_close(prefix.materialize(), prefix.start + inner @ prefix.w2.T + prefix.b2)
 
 
 def test_generation_continues_behind_it() -> None:
@@ -150,8 +154,8 @@ def test_generation_continues_behind_it() -> None:
     expected = generate_ids(model, [[*tokens, *p] for p in prompts], max_new_tokens=8, eot=0)
     PrefixTuning(length=3, tokens=tokens).install(model, torch.Generator())
     assert generate_ids(model, prompts, max_new_tokens=8, eot=0) == expected
-    assert model.room == model.shape.context - 3
-    longest = list(range(1, model.room + 1))
+    assert model.max_seq_len == model.shape.max_positions - 3
+    longest = list(range(1, model.max_seq_len + 1))
     assert generate_ids(model, [[min(i, 60) for i in longest]], max_new_tokens=8, eot=0) == [[]]
     with pytest.raises(InputError, match="reads at most 93"):
         generate_ids(model, [[1] * 94], max_new_tokens=1, eot=0)
@@ -182,4 +186,4 @@ def test_a_prefix_of_one_position_is_one_too(length: int) -> None:
     folder = method.to_peft(model)
     assert folder is not None and method.from_peft(model.shape, folder, "x").keys() == trainable(model).keys()
     with pytest.raises(InputError, match="num_virtual_tokens = 0 must be a whole number above 0"):
-        PrefixTuning.adopt(model.shape, ({**folder[0], "num_virtual_tokens": 0}, folder[1]), "x")
+        PrefixTuning.from_foreign_peft(model.shape, ({**folder[0], "num_virtual_tokens": 0}, folder[1]), "x")

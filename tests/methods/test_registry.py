@@ -13,10 +13,10 @@ import graftlm.methods
 from graftlm.config import MethodFlags, TrainConfig
 from graftlm.errors import InputError
 from graftlm.methods import METHODS, Adapter, Full, LoRA, Method, describe, method_from_flags, method_from_json
-from graftlm.methods.accounting import Part
-from graftlm.methods.base import layer_span, trainable
+from graftlm.methods.base import parse_layer_range, trainable
+from graftlm.methods.cost_model import ParameterGroup
 from graftlm.methods.ia3 import IA3
-from graftlm.models import CausalLM, Shape
+from graftlm.models import CausalLM, ModelConfig
 from tiny import model_of, shape_of
 
 
@@ -37,7 +37,7 @@ class Invented(Method):
     def install(self, model: CausalLM, rng: torch.Generator) -> None:
         """Do nothing."""
 
-    def parts(self, shape: Shape) -> list[Part]:
+    def param_breakdown(self, shape: ModelConfig) -> list[ParameterGroup]:
         """None."""
         return []
 
@@ -137,9 +137,9 @@ def test_flags_that_mean_no_method(flags: dict[str, Any], given: str, line: str)
 
 def test_a_method_that_says_nothing_of_itself_merges_takes_no_room_and_has_one_rate(invented: None) -> None:
     method, shape = Invented(), shape_of("gpt2")
-    assert method.mergeable and method.lossless and not method.stores_model and method.positions == 0
-    assert method.lr_ratio("blocks.0.attn.q.lora_B") == 1.0 and method.span(shape) == range(shape.layers)
-    assert method.for_inference is method and method.explain(model_of("gpt2"), 1.0) == ""
+    assert method.mergeable and method.resumable_from_adapter and not method.is_full_finetune and method.positions == 0
+    assert method.lr_multiplier("blocks.0.attn.q.lora_B") == 1.0 and method.layer_range(shape) == range(shape.layers)
+    assert method.for_inference is method and method.describe_scale(model_of("gpt2"), 1.0) == ""
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -187,19 +187,19 @@ def test_what_a_file_says_must_be_of_the_field_s_type(said: dict[str, Any], fits
     ("text", "span"), [("", None), (" ", None), ("1:", (1, 4)), (":2", (0, 2)), ("-1:", (3, 4)), ("2:9", (2, 4))]
 )
 def test_the_layers_that_a_slice_holds(text: str, span: tuple[int, int] | None) -> None:
-    assert layer_span(text, 4) == span
+    assert parse_layer_range(text, 4) == span
 
 
 @pytest.mark.parametrize("text", ["2:2", "4:", ":0", "3:1"])
 def test_a_slice_that_holds_no_layer(text: str) -> None:
     with pytest.raises(InputError, match="holds none of the model's 4 layers, 0 to 3"):
-        layer_span(text, 4)
+        parse_layer_range(text, 4)
 
 
 @pytest.mark.parametrize("text", ["2", "a:", "1:2:3"])
 def test_what_is_no_slice(text: str) -> None:
     with pytest.raises(InputError, match="is no slice such as '2:'"):
-        layer_span(text, 4)
+        parse_layer_range(text, 4)
 
 
 @pytest.mark.parametrize("method", [Adapter(rank=3), Adapter(rank=3, layers=(1, 2)), LoRA(rank=3), IA3()])
@@ -208,4 +208,4 @@ def test_what_every_token_is_multiplied_with_is_what_the_model_holds(method: Met
     model = model_of("gpt2")
     method.install(model, torch.Generator())
     held = sum(p.numel() for p in trainable(model).values() if p.dim() == 2)
-    assert sum(part.weights for part in method.parts(model.shape)) == held
+    assert sum(part.weights for part in method.param_breakdown(model.shape)) == held

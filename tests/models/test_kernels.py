@@ -12,8 +12,8 @@ from torch import Tensor
 from graftlm.methods import LoRA
 from graftlm.methods.base import trainable
 from graftlm.models import kernels
-from graftlm.models.gradients import TORCH, Mask
-from graftlm.models.kernels import CompiledKernels, NoKernels, load_kernels
+from graftlm.models.fused_ops import TORCH, DropoutMask
+from graftlm.models.kernels import CppKernels, KernelsUnavailable, load_kernels
 from tiny import FAMILIES, model_of
 
 # How far apart two results may be, for values of about one.
@@ -22,7 +22,7 @@ SHAPES = [(3, 8), (2, 5, 7), (600, 33), (1, 1), (40, 576)]
 
 
 @pytest.fixture(scope="module")
-def compiled() -> CompiledKernels:
+def compiled() -> CppKernels:
     return load_kernels()
 
 
@@ -36,85 +36,96 @@ def same(got: object, want: object, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", CLOSE)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_norm(compiled: CompiledKernels, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_norm(compiled: CppKernels, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, g, w = (random(*s, dtype=dtype, seed=i) for i, s in enumerate((shape, shape, shape[-1:])))
     y, s = compiled.norm(x, w, 1e-5)
     same((y, s), TORCH.norm(x, w, 1e-5), dtype)
-    same(compiled.norm_back(g, x, w, s), TORCH.norm_back(g, x, w, s), dtype)
+    same(compiled.rms_norm_backward(g, x, w, s), TORCH.rms_norm_backward(g, x, w, s), dtype)
 
 
 @pytest.mark.parametrize("dtype", CLOSE)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gated(compiled: CompiledKernels, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_gated(compiled: CppKernels, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     y, g, u = (random(*shape, dtype=dtype, seed=i) for i in range(3))
-    same(compiled.gated_back(y, 9 * g, u), TORCH.gated_back(y, 9 * g, u), dtype)
+    same(compiled.silu_mul_backward(y, 9 * g, u), TORCH.silu_mul_backward(y, 9 * g, u), dtype)
 
 
 @pytest.mark.parametrize("dtype", CLOSE)
 @pytest.mark.parametrize("back", [False, True])
 @pytest.mark.parametrize("table", [(5, 1, 4), (2, 5, 1, 4), (1, 5, 1, 4)])
-def test_rotate(compiled: CompiledKernels, table: tuple[int, ...], back: bool, dtype: torch.dtype) -> None:
+def test_rotate(compiled: CppKernels, table: tuple[int, ...], back: bool, dtype: torch.dtype) -> None:
     x, cos, sin = random(2, 5, 3, 8, dtype=dtype), *(random(*table, dtype=dtype, seed=i) for i in (1, 2))
-    same(compiled.rotate(x, cos, sin, back), TORCH.rotate(x, cos, sin, back), dtype)
+    same(compiled.apply_rotary_emb(x, cos, sin, back), TORCH.apply_rotary_emb(x, cos, sin, back), dtype)
     flat = x.flatten(0, 1), *(t.expand(2, 5, 1, 4).flatten(0, 1) for t in (cos, sin))
-    same(compiled.rotate(*flat, back), TORCH.rotate(*flat, back), dtype)
+    same(compiled.apply_rotary_emb(*flat, back), TORCH.apply_rotary_emb(*flat, back), dtype)
 
 
 @pytest.mark.parametrize("dtype", CLOSE)
 @pytest.mark.parametrize("n", [1, 3, 4, 511, 512, 513, 20_001])
-def test_masks_are_the_same_to_the_element(compiled: CompiledKernels, n: int, dtype: torch.dtype) -> None:
+def test_masks_are_the_same_to_the_element(compiled: CppKernels, n: int, dtype: torch.dtype) -> None:
     x = random(n, dtype=dtype) + 10
     for seed, below in ((0, 3277), (2**62, 60_000), (-(2**62), 1)):
-        assert torch.equal(compiled.masked(x, Mask(seed, below)), TORCH.masked(x, Mask(seed, below)))
+        assert torch.equal(
+            compiled.apply_dropout_mask(x, DropoutMask(seed, below)),
+            TORCH.apply_dropout_mask(x, DropoutMask(seed, below)),
+        )
 
 
-def test_what_is_not_contiguous(compiled: CompiledKernels) -> None:
+def test_what_is_not_contiguous(compiled: CppKernels) -> None:
     x, g = (random(9, 40, dtype=torch.float64, seed=i).T for i in (0, 1))
     w = random(18, dtype=torch.float64)[::2]
     y, s = compiled.norm(x, w, 1e-5)
     same((y, s), TORCH.norm(x, w, 1e-5), torch.float64)
-    same(compiled.norm_back(g, x, w, s), TORCH.norm_back(g, x, w, s), torch.float64)
-    same(compiled.gated_back(g, x, g), TORCH.gated_back(g, x, g), torch.float64)
-    assert torch.equal(compiled.masked(x, Mask(5, 9000)), TORCH.masked(x, Mask(5, 9000)))
+    same(compiled.rms_norm_backward(g, x, w, s), TORCH.rms_norm_backward(g, x, w, s), torch.float64)
+    same(compiled.silu_mul_backward(g, x, g), TORCH.silu_mul_backward(g, x, g), torch.float64)
+    assert torch.equal(
+        compiled.apply_dropout_mask(x, DropoutMask(5, 9000)), TORCH.apply_dropout_mask(x, DropoutMask(5, 9000))
+    )
     q, cos = random(2, 3, 5, 8, dtype=torch.float64).transpose(1, 2), random(5, 1, 4, dtype=torch.float64)
-    same(compiled.rotate(q, cos, cos), TORCH.rotate(q, cos, cos), torch.float64)
+    same(compiled.apply_rotary_emb(q, cos, cos), TORCH.apply_rotary_emb(q, cos, cos), torch.float64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nan_and_infinity_stay_visible(compiled: CompiledKernels, dtype: torch.dtype) -> None:
+def test_nan_and_infinity_stay_visible(compiled: CppKernels, dtype: torch.dtype) -> None:
     one = torch.ones(4, dtype=dtype)
     for value in (float("nan"), float("inf"), float("-inf")):
         x = torch.tensor([[1.0, value, 2.0, 3.0]], dtype=dtype)
         y, s = compiled.norm(x, one, 1e-5)
         assert not y.isfinite().all()
-        assert not compiled.norm_back(torch.ones_like(x), x, one, s).isfinite().all()
-        assert not compiled.gated_back(x, torch.ones_like(x), torch.ones_like(x))[0].isfinite().all()
-        assert not compiled.masked(x, Mask(0, 1)).isfinite().all()
+        assert not compiled.rms_norm_backward(torch.ones_like(x), x, one, s).isfinite().all()
+        assert not compiled.silu_mul_backward(x, torch.ones_like(x), torch.ones_like(x))[0].isfinite().all()
+        assert not compiled.apply_dropout_mask(x, DropoutMask(0, 1)).isfinite().all()
     # The sigmoid's ends: the gradient is 0 far below, that of the identity far above.
     extreme, one = torch.tensor([-1e4, -100.0, 100.0, 1e4], dtype=dtype), torch.ones(4, dtype=dtype)
-    dg, du = compiled.gated_back(one, extreme, one)
+    dg, du = compiled.silu_mul_backward(one, extreme, one)
     torch.testing.assert_close(dg, torch.tensor([0.0, 0, 1, 1], dtype=dtype), rtol=0, atol=1e-30)
     torch.testing.assert_close(du, extreme.clamp(min=0), rtol=0, atol=1e-30)
 
 
-def test_other_formats_and_devices_go_torchs_way(compiled: CompiledKernels) -> None:
+def test_other_formats_and_devices_go_torchs_way(compiled: CppKernels) -> None:
     x, w = random(3, 8, dtype=torch.float16), random(8, dtype=torch.float16, seed=1)
     for got, want in zip(compiled.norm(x, w, 1e-5), TORCH.norm(x, w, 1e-5), strict=True):
         assert torch.equal(got, want)
-    assert compiled.gated_back(*(torch.empty(3, 8, device="meta") for _ in range(3)))[0].device.type == "meta"
-    assert compiled.masked(x, Mask(1, 9)).dtype == torch.float16
+    assert compiled.silu_mul_backward(*(torch.empty(3, 8, device="meta") for _ in range(3)))[0].device.type == "meta"
+    assert compiled.apply_dropout_mask(x, DropoutMask(1, 9)).dtype == torch.float16
     table = torch.ones(3, 1, 4, dtype=torch.float16)
-    assert torch.equal(compiled.rotate(x[:, None], table, table), TORCH.rotate(x[:, None], table, table))
+    assert torch.equal(
+        compiled.apply_rotary_emb(x[:, None], table, table), TORCH.apply_rotary_emb(x[:, None], table, table)
+    )
 
 
-def test_results_do_not_depend_on_the_number_of_threads(compiled: CompiledKernels) -> None:
+def test_results_do_not_depend_on_the_number_of_threads(compiled: CppKernels) -> None:
     x, g, w = (random(*s, dtype=torch.float32, seed=i) for i, s in enumerate(((300, 100), (300, 100), (100,))))
     threads, results = torch.get_num_threads(), []
     try:
         for n in (1, 2):
             torch.set_num_threads(n)
             y, s = compiled.norm(x, w, 1e-5)
-            more = compiled.norm_back(g, x, w, s), *compiled.gated_back(g, x, x), compiled.masked(x, Mask(3, 9000))
+            more = (
+                compiled.rms_norm_backward(g, x, w, s),
+                *compiled.silu_mul_backward(g, x, x),
+                compiled.apply_dropout_mask(x, DropoutMask(3, 9000)),
+            )
             results.append([y, s, *more])
     finally:
         torch.set_num_threads(threads)
@@ -123,7 +134,7 @@ def test_results_do_not_depend_on_the_number_of_threads(compiled: CompiledKernel
 
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("trained", ["lora", "all"])
-def test_a_models_gradients_equal_the_plain_way(compiled: CompiledKernels, kind: str, trained: str) -> None:
+def test_a_models_gradients_equal_the_plain_way(compiled: CppKernels, kind: str, trained: str) -> None:
     model, ids = model_of(kind), torch.randint(0, 61, (3, 12), generator=torch.Generator().manual_seed(1))
     if trained == "lora":
         LoRA(rank=3, alpha=6.0, dropout=0.3).install(model, torch.Generator().manual_seed(1))
@@ -136,17 +147,18 @@ def test_a_models_gradients_equal_the_plain_way(compiled: CompiledKernels, kind:
 
     def gradients() -> list[Tensor]:
         torch.manual_seed(7)  # the same dropout masks
-        _, h = model.hidden_behind(lead, ids)
+        _, h = model.forward_shared_prefix(lead, ids)
         loss = model.loss(h.flatten(0, 1), rows, targets, torch.ones(36))
         return [loss.detach(), *torch.autograd.grad(loss, list(trainable(model).values()))]
 
-    model.set_fused(False)
+    model.use_fused_ops(False)
     want = gradients()
-    model.set_fused(True)
+    model.use_fused_ops(True)
     model.set_kernels(_Watched(compiled, used))  # type: ignore[arg-type]
     got = gradients()
-    expected = {"gpt2": set[str](), "neox": {"rotate"}}.get(kind, {"norm", "norm_back", "rotate", "gated_back"})
-    assert used == expected | ({"masked"} if trained == "lora" else set())
+    all_kernels = {"norm", "rms_norm_backward", "apply_rotary_emb", "silu_mul_backward"}
+    expected = {"gpt2": set[str](), "neox": {"apply_rotary_emb"}}.get(kind, all_kernels)
+    assert used == expected | ({"apply_dropout_mask"} if trained == "lora" else set())
     norm = sum(g.norm().item() ** 2 for g in want[1:]) ** 0.5
     for a, b in zip(got, want, strict=True):
         assert (a - b).norm() <= 1e-9 * norm
@@ -156,14 +168,17 @@ def test_a_models_gradients_equal_the_plain_way(compiled: CompiledKernels, kind:
     assert not used
 
 
+KERNELS = ("norm", "rms_norm_backward", "apply_rotary_emb", "silu_mul_backward", "apply_dropout_mask")
+
+
 class _Watched:
     """Kernels that write down which of them are called."""
 
-    def __init__(self, kernels: CompiledKernels, used: set[str]) -> None:
+    def __init__(self, kernels: CppKernels, used: set[str]) -> None:
         self._kernels, self._used = kernels, used
 
     def __getattr__(self, name: str) -> Callable[..., object]:
-        if name in kernels.SIGNATURES:
+        if name in KERNELS:
             self._used.add(name)
         method: Callable[..., object] = getattr(self._kernels, name)
         return method
@@ -194,28 +209,28 @@ def test_they_are_compiled_once_into_a_folder_of_the_users_own(home: Path, monke
 def test_a_folder_of_somebody_else_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (home / "compiled").mkdir(parents=True)
     monkeypatch.setattr(os, "getuid", lambda: 12345)
-    with pytest.raises(NoKernels, match="belongs to another user, and code would be loaded from it"):
+    with pytest.raises(KernelsUnavailable, match="belongs to another user, and code would be loaded from it"):
         load_kernels()
 
 
 def test_a_file_that_is_no_library_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_compile", lambda cxx, openmp, path: path.write_bytes(b"nothing"))
-    with pytest.raises(NoKernels, match=r"kernels-.*\.so cannot be loaded: "):
+    with pytest.raises(KernelsUnavailable, match=r"kernels-.*\.so cannot be loaded: "):
         load_kernels()
 
 
 def test_no_compiler_and_one_that_fails(home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(NoKernels, match=r"^no C\+\+ compiler is found \(no-such-compiler\)$"):
+    with pytest.raises(KernelsUnavailable, match=r"^no C\+\+ compiler is found \(no-such-compiler\)$"):
         load_kernels()
     broken = tmp_path / "broken"
     broken.write_text('#!/bin/sh\n[ "$1" = --version ] && echo 1 && exit\necho "x.cpp:1: error: no" >&2; exit 1\n')
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
-    with pytest.raises(NoKernels, match=r"^the C\+\+ compiler .*/broken failed: x\.cpp:1: error: no$"):
+    with pytest.raises(KernelsUnavailable, match=r"^the C\+\+ compiler .*/broken failed: x\.cpp:1: error: no$"):
         load_kernels()
     assert not list((home / "compiled").iterdir())
     broken.chmod(0o755)
     broken.write_text("not a program")
-    with pytest.raises(NoKernels, match="cannot be run: "):
+    with pytest.raises(KernelsUnavailable, match="cannot be run: "):
         load_kernels()

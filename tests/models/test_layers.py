@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from graftlm.models.gradients import Mask
-from graftlm.models.layers import Dropout, RMSNorm, dropout, rope_table, rotate
+from graftlm.models.fused_ops import DropoutMask
+from graftlm.models.layers import Dropout, RMSNorm, apply_rotary_emb, dropout, rope_cos_sin
 
 
 def test_rms_norm_and_its_gradient() -> None:
@@ -23,11 +23,11 @@ def test_rms_norm_and_its_gradient() -> None:
 
 def test_rotation_and_its_gradient() -> None:
     x = torch.randn(2, 5, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    cos, sin = rope_table(torch.arange(5), torch.tensor([1.0, 0.5, 0.1, 0.01]), torch.float64)
-    y = rotate(x, cos, sin)
+    cos, sin = rope_cos_sin(torch.arange(5), torch.tensor([1.0, 0.5, 0.1, 0.01]), torch.float64)
+    y = apply_rotary_emb(x, cos, sin)
     as_complex = torch.complex(x[..., :4], x[..., 4:]) * torch.complex(cos, sin)[:, None]
     torch.testing.assert_close(y, torch.cat([as_complex.real, as_complex.imag], dim=-1), rtol=0, atol=1e-12)
-    assert torch.autograd.gradcheck(lambda t: rotate(t, cos, sin), (x,))
+    assert torch.autograd.gradcheck(lambda t: apply_rotary_emb(t, cos, sin), (x,))
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
@@ -49,7 +49,7 @@ def test_masks_are_made_of_splitmix64() -> None:
     draws = [(z >> 16 * lane) % 65536 for z in published for lane in range(4)]
     signed = [d - 65536 if d >= 32768 else d for d in draws]
     for below in (1000, 20000, 50000):
-        kept = Mask(1234567, below).kept(torch.zeros(11))
+        kept = DropoutMask(1234567, below).keep_mask(torch.zeros(11))
         assert kept.tolist() == [d >= below - 32768 for d in signed[:11]]
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from graftlm.exchange.huggingface import load_model, save_model
 from graftlm.files.assets import model_folder
 from graftlm.models import CausalLM, build
-from graftlm.models.names import check_names, file_names, read_shape, stored_name
+from graftlm.models.checkpoint_mapping import check_names, file_names, read_shape, stored_name
 
 GPT2_SIZES = {  # name: layers, heads, width, and the layers tested here (large and XL at reduced depth)
     "gpt2": (12, 12, 768, 12),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from graftlm.models import CausalLM, Segment
+from graftlm.models import CausalLM, KVCache
 from tiny import FAMILIES, model_of
 
 
@@ -29,8 +29,8 @@ def test_a_shared_segment_gives_the_logits_and_the_gradient_of_the_whole(kind: s
     weights = torch.randn(3, 13, 61, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     whole = model(ids)[:, 7:]
     expected = gradients(model, (whole * weights).sum())
-    shared = Segment()
-    model.hidden(ids[:1, :7], keep=shared)
+    shared = KVCache()
+    model.hidden_states(ids[:1, :7], keep=shared)
     parts = model(ids[:, 7:], past=(shared,))
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-9)
     got = gradients(model, (parts * weights).sum())
@@ -42,10 +42,10 @@ def test_a_shared_segment_gives_the_logits_and_the_gradient_of_the_whole(kind: s
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_a_lead_beside_its_rows_equals_a_segment_before_them(kind: str) -> None:
     model, ids = model_of(kind), ids_of(3, 20, shared=7)
-    shared = Segment()
-    before = model.hidden(ids[:1, :7], keep=shared)
-    behind = model.hidden(ids[:, 7:], past=(shared,))
-    lead, rows = model.hidden_behind(ids[:1, :7], ids[:, 7:])
+    shared = KVCache()
+    before = model.hidden_states(ids[:1, :7], keep=shared)
+    behind = model.hidden_states(ids[:, 7:], past=(shared,))
+    lead, rows = model.forward_shared_prefix(ids[:1, :7], ids[:, 7:])
     torch.testing.assert_close(lead, before[0], rtol=0, atol=1e-9)
     torch.testing.assert_close(rows, behind, rtol=0, atol=1e-9)
 
@@ -55,8 +55,8 @@ def test_a_lead_beside_its_rows_equals_a_segment_before_them(kind: str) -> None:
 def test_only_the_positions_that_are_wanted_behind_a_lead(kind: str, p: int) -> None:
     model, ids = model_of(kind), ids_of(3, 20, shared=7)
     at = torch.tensor([[12, 0], [3, 3], [0, 11]])  # in any order, also twice
-    whole = model.hidden(ids)[torch.arange(3)[:, None], p + at]
-    lead, rows = model.hidden_behind(ids[:1, :p], ids[:, p:], at)
+    whole = model.hidden_states(ids)[torch.arange(3)[:, None], p + at]
+    lead, rows = model.forward_shared_prefix(ids[:1, :p], ids[:, p:], at)
     assert lead is None
     torch.testing.assert_close(rows, whole, rtol=0, atol=1e-9)
     weights = torch.randn(rows.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -70,14 +70,14 @@ def test_only_the_positions_that_are_wanted_behind_a_lead(kind: str, p: int) -> 
 def test_only_the_positions_that_are_wanted_behind_a_past(kind: str) -> None:
     model, ids = model_of(kind), ids_of(3, 20, shared=7)
     at = torch.tensor([[12, 0], [3, 3], [0, 11]])
-    shared, cache = Segment(), Segment.cache(model.shape, 3, 9, dtype=torch.float64)
+    shared, cache = KVCache(), KVCache.cache(model.shape, 3, 9, dtype=torch.float64)
     assert cache.lengths is not None
     with torch.no_grad():
-        model.hidden(ids[:1, :7], keep=shared)
-        model.hidden(ids_of(3, 9, seed=4), past=(shared,), keep=cache)
+        model.hidden_states(ids[:1, :7], keep=shared)
+        model.hidden_states(ids_of(3, 9, seed=4), past=(shared,), keep=cache)
         cache.lengths += torch.tensor([9, 1, 4])
-        whole = model.hidden(ids[:, 7:], past=(shared, cache))
-        some = model.hidden(ids[:, 7:], past=(shared, cache), at=at)
+        whole = model.hidden_states(ids[:, 7:], past=(shared, cache))
+        some = model.hidden_states(ids[:, 7:], past=(shared, cache), at=at)
     torch.testing.assert_close(some, whole[torch.arange(3)[:, None], at], rtol=0, atol=1e-9)
 
 
@@ -87,9 +87,11 @@ def test_only_the_positions_that_are_wanted_behind_a_past(kind: str) -> None:
 def test_the_lower_layers_first_and_the_others_behind_them(kind: str, p: int, layers: int) -> None:
     model, ids = model_of(kind), ids_of(3, 20, shared=7)
     lead, rows = ids[:1, :p], ids[:, p:]
-    x = model.lower(lead, rows, layers)
+    x = model.forward_lower_layers(lead, rows, layers)
     assert x.shape == (p + 3 * (20 - p), 32)
-    for a, b in zip(model.hidden_behind(lead, rows, below=(layers, x)), model.hidden_behind(lead, rows), strict=True):
+    for a, b in zip(
+        model.forward_shared_prefix(lead, rows, below=(layers, x)), model.forward_shared_prefix(lead, rows), strict=True
+    ):
         assert (a is None and b is None) or torch.equal(a, b)
 
 
@@ -99,11 +101,11 @@ def test_segments_of_every_kind_together(kind: str, gradient: bool) -> None:
     """Shared instruction, then a cache that holds another number of tokens for each row, then new tokens."""
     model, ids, lengths = model_of(kind), ids_of(3, 20, shared=5), [6, 9, 2]
     with torch.set_grad_enabled(gradient):
-        shared = Segment()
-        model.hidden(ids[:1, :5], keep=shared)
-        cache = Segment.cache(model.shape, 3, 12, dtype=torch.float64)
+        shared = KVCache()
+        model.hidden_states(ids[:1, :5], keep=shared)
+        cache = KVCache.cache(model.shape, 3, 12, dtype=torch.float64)
         assert cache.lengths is not None
-        model.hidden(ids[:, 5:14], past=(shared,), keep=cache)  # padded on the right: not all nine are real
+        model.hidden_states(ids[:, 5:14], past=(shared,), keep=cache)  # padded on the right: not all nine are real
         cache.lengths += torch.tensor(lengths)
         new = ids_of(3, 2, seed=9)
         logits = model(new, past=(shared, cache), keep=cache)
@@ -114,10 +116,10 @@ def test_segments_of_every_kind_together(kind: str, gradient: bool) -> None:
 
 def test_several_shared_segments_stand_one_behind_the_other() -> None:
     model, ids = model_of("llama"), ids_of(2, 18, shared=10)
-    first, second = Segment(), Segment()
+    first, second = KVCache(), KVCache()
     with torch.no_grad():
-        model.hidden(ids[:1, :4], keep=first)
-        model.hidden(ids[:1, 4:10], past=(first,), keep=second)
+        model.hidden_states(ids[:1, :4], keep=first)
+        model.hidden_states(ids[:1, 4:10], past=(first,), keep=second)
         logits = model(ids[:, 10:], past=(first, second))
         torch.testing.assert_close(logits, model(ids)[:, 10:], rtol=0, atol=1e-9)
 
@@ -137,12 +139,12 @@ def test_logits_only_where_asked_for(kind: str) -> None:
 
 def test_a_caches_rows_can_be_chosen() -> None:
     model, ids = model_of("llama"), ids_of(3, 6)
-    cache = Segment.cache(model.shape, 3, 8, dtype=torch.float64)
+    cache = KVCache.cache(model.shape, 3, 8, dtype=torch.float64)
     assert cache.lengths is not None
     with torch.no_grad():
-        model.hidden(ids, keep=cache)
+        model.hidden_states(ids, keep=cache)
         cache.lengths += 6
         new = torch.tensor([[4], [5]])
-        logits = model(new, past=(cache.select(torch.tensor([2, 0])),))
+        logits = model(new, past=(cache.index_select(torch.tensor([2, 0])),))
         plain = model(torch.cat([ids[[2, 0]], new], dim=1))[:, -1:]
     torch.testing.assert_close(logits, plain, rtol=0, atol=1e-9)

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from graftlm.methods import DoRA, LoRA, Method
 from graftlm.methods.adapter import Adapter, BottleneckLinear
-from graftlm.methods.ia3 import IA3, StretchedLinear
+from graftlm.methods.ia3 import IA3, IA3Linear
 from graftlm.methods.lora import LoRALinear
 from graftlm.methods.prefix import PrefixTuning
 from graftlm.models import CausalLM, attention, base, layers
-from graftlm.models.attention import Segment
-from graftlm.text.data import Example
+from graftlm.models.attention import KVCache
+from graftlm.text.collate import Example
 from graftlm.training import objectives, preferences
 from tiny import FAMILIES, model_of
 
@@ -72,8 +72,8 @@ def by_row(at: Int[Tensor, " n"], b: int, t: int) -> tuple[Int[Tensor, "{b} m"],
 def hidden(
     self: Any,
     ids: Int[Tensor, "b t"],
-    past: Sequence[Segment] = (),
-    keep: Segment | None = None,
+    past: Sequence[KVCache] = (),
+    keep: KVCache | None = None,
     at: Int[Tensor, "b m"] | None = None,
 ) -> Float[Tensor, "b _ {self.shape.d_model}"]: ...
 
@@ -114,24 +114,24 @@ def updated_weight(self: Any) -> Float[Tensor, "{self.out_features} {self.in_fea
 
 
 def read_batch(
-    model: CausalLM, batch: objectives.Batch
+    model: CausalLM, batch: objectives.TrainingBatch
 ) -> tuple[Float[Tensor, "p d"] | None, Float[Tensor, "r d"], Int[Tensor, " n"]]: ...
 
 
-def objective(model: CausalLM, batch: objectives.Batch) -> Float[Tensor, ""]: ...
+def objective(model: CausalLM, batch: objectives.TrainingBatch) -> Float[Tensor, ""]: ...
 
 
-def of_pairs(self: Any, sums: preferences.Sums) -> Float[Tensor, " b"]: ...
+def of_pairs(self: Any, sums: preferences.SequenceLogProbs) -> Float[Tensor, " b"]: ...
 
 
-def rewards(self: Any, sums: preferences.Sums) -> Float[Tensor, "b 2"]: ...
+def rewards(self: Any, sums: preferences.SequenceLogProbs) -> Float[Tensor, "b 2"]: ...
 
 
 SIGNATURES: dict[tuple[Any, str], Callable[..., Any]] = {
     (layers.Linear, "forward"): linear,
     (LoRALinear, "forward"): linear,
     (BottleneckLinear, "forward"): linear,
-    (StretchedLinear, "forward"): linear,
+    (IA3Linear, "forward"): linear,
     (LoRALinear, "updated_weight"): updated_weight,
     (layers.RMSNorm, "forward"): norm,
     (layers.LayerNorm, "forward"): norm,
@@ -152,9 +152,9 @@ SIGNATURES: dict[tuple[Any, str], Callable[..., Any]] = {
     (objectives, "read_batch"): read_batch,
     (objectives, "completion"): objective,
     (objectives, "all_tokens"): objective,
-    (preferences.Preferences, "losses"): of_pairs,
-    (preferences.Preferences, "deltas"): of_pairs,
-    (preferences.Preferences, "rewards"): rewards,
+    (preferences.PreferenceLoss, "losses"): of_pairs,
+    (preferences.PreferenceLoss, "deltas"): of_pairs,
+    (preferences.PreferenceLoss, "rewards"): rewards,
 }
 met: Counter[str] = Counter()
 
@@ -207,26 +207,26 @@ def test_training_scoring_and_decoding_keep_the_shapes_they_tell() -> None:
         model = model_of(kind, dtype=torch.float32)
         METHODS[method]().install(model, torch.Generator().manual_seed(3))
         for fused in (True, False):
-            model.set_fused(fused)
+            model.use_fused_ops(fused)
             train(model)
         decode(model.eval())
-    assert LoRALinear(8, 6, rank=2).updated_weight().shape == (6, 8)
+    assert LoRALinear(8, 6, rank=2).merged_weight().shape == (6, 8)
     assert set(met) == {f"{owner.__name__}.{name}" for owner, name in SIGNATURES}, "a function that nothing called"
 
 
 def train(model: CausalLM) -> None:
     model.train()
     for loss_on, share, targets_only in (("completion", True, True), ("completion", False, False), ("all", True, True)):
-        batch = objectives.make_batch([example(n, False) for n in range(4)], loss_on, share, targets_only)
+        batch = objectives.collate([example(n, False) for n in range(4)], loss_on, share, targets_only)
         objectives.OBJECTIVES[loss_on](model, batch).backward()
-    pairs = objectives.make_batch([example(n, True) for n in range(4)], "pairs")
-    for how in (preferences.Preferences(), preferences.Preferences("simpo")):
+    pairs = objectives.collate([example(n, True) for n in range(4)], "pairs")
+    for how in (preferences.PreferenceLoss(), preferences.PreferenceLoss("simpo")):
         how(model, pairs)[0].backward()
 
 
 @torch.inference_mode()
 def decode(model: CausalLM) -> None:
-    shared, cache, rows = Segment(), Segment.cache(model.shape, 2, 6), torch.tensor([[4, 5], [6, 7]])
+    shared, cache, rows = KVCache(), KVCache.cache(model.shape, 2, 6), torch.tensor([[4, 5], [6, 7]])
     model(torch.tensor([[1, 2, 3]]), keep=shared)
     assert model(rows, past=(shared, cache), keep=cache).shape == (2, 2, model.shape.vocab)
     assert model(rows, past=(shared,), at=torch.tensor([1, 2, 3])).shape == (3, model.shape.vocab)

@@ -8,16 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from graftlm.errors import Busy
-from graftlm.inference.requests import Completion, Piece, Request, Ticket
-from graftlm.serving.app import Served, Service, make_app
+from graftlm.errors import Overloaded
+from graftlm.inference.requests import Completion, Request, RequestHandle, TokenOutput
+from graftlm.serving.app import ServedModel, Service, make_app
 from graftlm.serving.server import Server, listening, url_of
 from graftlm.text.template import load_template
 from graftlm.text.tokenizer import Tokenizer
 from tiny import byte_tokenizer
 
 
-class FakeTicket(Ticket):
+class FakeTicket(RequestHandle):
     def __init__(self) -> None:
         self.done: Future[Completion] = Future()
         self.cancelled = threading.Event()
@@ -46,18 +46,18 @@ class FakeEngine:
         self.most = 10**9  # requests that are taken
         self.hold = 10**9  # tokens that a request has, until this is raised
 
-    def submit(self, request: Request, on_piece: Callable[[Piece], None] | None = None) -> Ticket:
+    def submit(self, request: Request, on_piece: Callable[[TokenOutput], None] | None = None) -> RequestHandle:
         if self.refuse is not None:
             raise self.refuse
         if len(self.tickets) >= self.most:
-            raise Busy("too many requests are waiting: try again later")
+            raise Overloaded("too many requests are waiting: try again later")
         ticket = FakeTicket()
         self.tickets.append(ticket)
         self.requests.append(request)
         threading.Thread(target=self._work, args=(request, ticket, on_piece), daemon=True).start()
         return ticket
 
-    def _work(self, request: Request, ticket: FakeTicket, on_piece: Callable[[Piece], None] | None) -> None:
+    def _work(self, request: Request, ticket: FakeTicket, on_piece: Callable[[TokenOutput], None] | None) -> None:
         tokens = self.tokenizer.encode(self.answer)[: request.max_new_tokens]
         told: list[int] = []
         finish = self.finish
@@ -72,9 +72,9 @@ class FakeEngine:
                 return
             told.append(token)
             if on_piece:
-                on_piece(Piece(self.tokenizer.decode([token]), token, -0.5, None))
+                on_piece(TokenOutput(self.tokenizer.decode([token]), token, -0.5, None))
         if on_piece:
-            on_piece(Piece("", None, None, finish))
+            on_piece(TokenOutput("", None, None, finish))
         text = self.tokenizer.decode(told)
         ticket.done.set_result(Completion(text, tuple(told), (-0.5,) * len(told), finish, len(request.prompt)))
 
@@ -105,8 +105,8 @@ def service(
     tokenizer = Tokenizer.from_folder(folder)
     engine = FakeEngine(tokenizer)
     template = load_template("Review: {text}\nIs it:")
-    models = {"base": Served("base", None, template, room)}
-    models |= {name: Served(name, name, template, room) for name in adapters}
+    models = {"base": ServedModel("base", None, template, room)}
+    models |= {name: ServedModel(name, name, template, room) for name in adapters}
     engine_: Any = engine
     return Service(engine_, tokenizer, models, vocab, max_tokens), engine
 

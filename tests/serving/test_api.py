@@ -16,11 +16,11 @@ import httpx2 as httpx
 import openai
 import pytest
 
-from graftlm.errors import Closed, GraftError, InputError
+from graftlm.errors import GraftError, InputError, ShuttingDown
 from graftlm.serving import limits
 from graftlm.serving.app import Service
-from graftlm.serving.limits import Hosts, Rate, is_loopback
-from graftlm.serving.schemas import Refused
+from graftlm.serving.limits import RateLimiter, TrustedHosts, is_loopback
+from graftlm.serving.schemas import APIError
 from serving.fakes import FakeEngine, eventually, service, serving
 
 TEXT = {"model": "base", "prompt": "a film"}
@@ -188,7 +188,7 @@ def test_the_client_raises_what_happened(client: openai.OpenAI, engine: FakeEngi
     engine.refuse = InputError("the prompt is odd")
     with pytest.raises(openai.BadRequestError, match="the prompt is odd"):
         client.completions.create(model="base", prompt="a")
-    engine.refuse = Closed("closed")
+    engine.refuse = ShuttingDown("closed")
     with pytest.raises(openai.InternalServerError, match="the server is stopping"):
         client.completions.create(model="base", prompt="a")
     engine.refuse, engine.fails = None, GraftError("the logits are NaN")
@@ -460,8 +460,8 @@ def test_a_chats_answer_ends_with_its_turn_and_plain_text_with_the_text(tmp_path
         for path, body in (("chat/completions", TALK), ("completions", TEXT)):
             assert httpx.post(f"{url}/v1/{path}", json=body).status_code == 200
     chat, plain = engine.requests
-    assert chat.prompt[-len("<assistant>") - 1] == made.tokenizer.control["<|end|>"] == 257
-    assert set(chat.ends) == {257, made.tokenizer.eot} and set(plain.ends) == set()
+    assert chat.prompt[-len("<assistant>") - 1] == made.tokenizer.special_tokens["<|end|>"] == 257
+    assert set(chat.stop_tokens) == {257, made.tokenizer.eot} and set(plain.stop_tokens) == set()
 
 
 def test_a_template_that_shows_no_answer_is_refused_in_a_line(tmp_path: Path) -> None:
@@ -545,7 +545,7 @@ def test_the_rate(made: tuple[Service, FakeEngine], engine: FakeEngine) -> None:
 def test_a_bucket_fills_again_evenly_and_few_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "MOST_CLIENTS", 3)
     now = 0.0
-    rate = Rate(60, clock=lambda: now)
+    rate = RateLimiter(60, clock=lambda: now)
     assert [rate.take("a") for _ in range(60)] == [0.0] * 60
     assert rate.take("a") == pytest.approx(1.0) and rate.take("b") == 0
     now = 0.5
@@ -557,7 +557,7 @@ def test_a_bucket_fills_again_evenly_and_few_are_remembered(monkeypatch: pytest.
     for client in "cdefgh":
         rate.take(client)
     assert len(rate) == 3
-    small = Rate(1, clock=lambda: 0.0)
+    small = RateLimiter(1, clock=lambda: 0.0)
     assert small.take("2001:db8::1") == 0 and small.take("2001:db8::2") > 0 and small.take("2001:db8:0:1::2") == 0
 
 
@@ -584,13 +584,13 @@ def test_our_own_page_and_names_are_let_in(http: httpx.Client, url: str) -> None
 
 
 def test_which_names_an_open_server_has() -> None:
-    everywhere = Hosts("0.0.0.0", ("My.Machine",))
+    everywhere = TrustedHosts("0.0.0.0", ("My.Machine",))
     for host in ("192.168.1.5:8000", "my.machine:8000", "localhost", "[2001:db8::1]:80"):
         everywhere.check(host, None)
-    with pytest.raises(Refused, match=r"this server is not called 'evil.example': graft serve --allow_hosts"):
+    with pytest.raises(APIError, match=r"this server is not called 'evil.example': graft serve --allow_hosts"):
         everywhere.check("evil.example", None)
-    with pytest.raises(Refused):
-        Hosts("127.0.0.1").check("192.168.1.5", None)
+    with pytest.raises(APIError):
+        TrustedHosts("127.0.0.1").check("192.168.1.5", None)
     assert is_loopback("127.8.8.8") and is_loopback("::1") and not is_loopback("0.0.0.0")
     assert not is_loopback("localhost.evil.example")
 

@@ -14,7 +14,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from conftest import CHROMIUM
-from graftlm.errors import Busy, GraftError
+from graftlm.errors import GraftError, Overloaded
 from graftlm.serving.app import Service
 from serving.fakes import FakeEngine, eventually, service, serving
 
@@ -135,7 +135,7 @@ def test_an_empty_review_is_not_sent(page: Page, engine: FakeEngine) -> None:
 
 def test_what_the_server_refuses_is_told(browser: Browser, url: str, engine: FakeEngine) -> None:
     visit = Visit(browser, url)
-    engine.refuse = Busy("too many requests are waiting: try again later")
+    engine.refuse = Overloaded("too many requests are waiting: try again later")
     visit.page.get_by_label("A review").fill("a")
     visit.page.get_by_role("button", name="Read it").click()
     live(visit.page).to_have_text("too many requests are waiting: try again later")

@@ -133,7 +133,7 @@ class Faults:
         return text
 
     def _meet_the_store(self) -> None:
-        frozen = sys.modules.get("graftlm.training.frozen")
+        frozen = sys.modules.get("graftlm.training.activation_cache")
         if frozen is None:
             return
         really = frozen.Frozen._compute

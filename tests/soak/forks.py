@@ -178,10 +178,10 @@ def _import_everything() -> None:
 
     import graftlm.__main__
     import graftlm.cli
-    import graftlm.exchange.exporting
-    import graftlm.exchange.importing
+    import graftlm.exchange.export
+    import graftlm.exchange.import_adapter
     import graftlm.files.gguf
-    import graftlm.inference.prefer
+    import graftlm.inference.preference_data
     import graftlm.studies.compare
     import graftlm.training.train  # noqa: F401
 

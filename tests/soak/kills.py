@@ -239,14 +239,14 @@ ASSET = """
 import os, shutil
 from graftlm.files import assets
 from graftlm.files.atomic import write_text
-from graftlm.files.wheels import Wheel
+from graftlm.files.pypi import PinnedWheel
 
 def build(members, folder):
     write_text(folder / "train.csv", members[0].read_text())
     shutil.copyfile(members[0], folder / "rows.csv")
     return {"counts": 200}
 
-wheel = Wheel("tiny-reviews", "1.0", "tiny_reviews-1.0-py3-none-any.whl", "WHEEL_HASH", 1)
+wheel = PinnedWheel("tiny-reviews", "1.0", "tiny_reviews-1.0-py3-none-any.whl", "WHEEL_HASH", 1)
 assets.BUILTIN_DATA["tiny-pypi"] = assets.Asset("data", wheel, {"tiny/rows.csv": "ROWS_HASH"}, build)
 """
 

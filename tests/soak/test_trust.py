@@ -15,7 +15,7 @@ from graftlm.errors import InputError
 from graftlm.files.atomic import check_new_folder, write_json
 from graftlm.files.formats import load_safetensors, read_weights
 from graftlm.files.gguf import gguf_to_folder
-from graftlm.files.wheels import Wheel, wheel_file, wheel_member
+from graftlm.files.pypi import PinnedWheel, wheel_file, wheel_member
 from soak.kills import CASES, Soak
 
 ROOT = Path(__file__).parents[2]
@@ -75,7 +75,7 @@ def test_an_archive_of_another_hash_is_never_unpacked(tmp_path: Path, monkeypatc
     monkeypatch.setenv("GRAFT_WHEELS", str(tmp_path))
     monkeypatch.setattr(zipfile, "ZipFile", None)
     with pytest.raises(InputError, match=r"cannot use x\.whl for 'x': its sha256 is"):
-        wheel_file("x", Wheel("x", "1", "x.whl", "0" * 64, 1), tmp_path)
+        wheel_file("x", PinnedWheel("x", "1", "x.whl", "0" * 64, 1), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["x.whl"]
 
 

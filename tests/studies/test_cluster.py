@@ -19,15 +19,15 @@ from graftlm import cli
 from graftlm.config import EvaluateConfig, RayFlags
 from graftlm.errors import InputError
 from graftlm.exchange.load import load
-from graftlm.inference.evaluate import Here, evaluate
-from graftlm.inference.generate import decoded_together
-from graftlm.inference.scoring import scored_together
+from graftlm.inference.evaluate import LocalPredictor, evaluate
+from graftlm.inference.generate import decode_groups
+from graftlm.inference.scoring import score_batches
 from graftlm.studies import cluster as module
-from graftlm.studies import cluster_commands, cluster_copies
-from graftlm.studies.cluster import connected
-from graftlm.studies.cluster_commands import TOKEN
-from graftlm.studies.cluster_copies import copies, pieces_of
-from graftlm.text.data import encode_rows, load_dataset
+from graftlm.studies import ray_evaluator, ray_jobs
+from graftlm.studies.ray_cluster import connected
+from graftlm.studies.ray_evaluator import chunk_batches, copies
+from graftlm.studies.ray_jobs import TOKEN
+from graftlm.text.collate import encode_rows, load_dataset
 from graftlm.text.template import load_template
 from soak.forks import Forks, ask_script
 from tiny import TEMPLATE, data_folder, model_folder
@@ -220,7 +220,7 @@ def test_a_worker_dies_midway_and_its_examples_are_read_again(cluster: Any, asse
     loaded = load(str(assets / "model"), device="cpu", dtype="float32")
     template = load_template(TEMPLATE, "negative,positive")
     rows = load_dataset(str(assets / "data"), labels=template.labels).splits["test"]
-    examples, _ = encode_rows(rows, template, loaded.tokenizer, loaded.model.room)
+    examples, _ = encode_rows(rows, template, loaded.tokenizer, loaded.model.max_seq_len)
     killed: list[int] = []
 
     def kill(done: int) -> None:
@@ -250,31 +250,32 @@ def test_pieces_hold_whole_batches_and_make_them_again(assets: Path) -> None:
     loaded = load(str(assets / "model"), device="cpu", dtype="float32")
     template = load_template(TEMPLATE, "negative,positive")
     rows = load_dataset(str(assets / "data"), labels=template.labels).splits["test"][:97]
-    examples, _ = encode_rows(rows, template, loaded.tokenizer, loaded.model.room)
+    examples, _ = encode_rows(rows, template, loaded.tokenizer, loaded.model.max_seq_len)
     ids = [[5, 6], [7], [5, 8, 9]]
-    batches = scored_together(examples, ids, 8)
+    batches = score_batches(examples, ids, 8)
     for most in (1, 3, 7, 100):
-        pieces = pieces_of(batches, most)
+        pieces = chunk_batches(batches, most)
         assert sorted(row for piece in pieces for row in piece) == list(range(97))
         assert len(pieces) == min(most, len(batches))
         again = [
             [piece[i] for i in batch]
             for piece in pieces
-            for batch in scored_together([examples[row] for row in piece], ids, 8)
+            for batch in score_batches([examples[row] for row in piece], ids, 8)
         ]
         assert again == batches
         lengths = [len(e.prompt_ids) for e in examples]
-        groups = list(decoded_together(lengths, 8))
+        groups = list(decode_groups(lengths, 8))
         again = [
             [piece[i] for i in group]
-            for piece in pieces_of(groups, most)
-            for group in decoded_together([lengths[row] for row in piece], 8)
+            for piece in chunk_batches(groups, most)
+            for group in decode_groups([lengths[row] for row in piece], 8)
         ]
         assert again == groups
-    assert pieces_of([], 4) == []
-    whole = Here(loaded.model, 3).scores(examples, ids, 8, None)
+    assert chunk_batches([], 4) == []
+    whole = LocalPredictor(loaded.model, 3).scores(examples, ids, 8, None)
     parts = [
-        Here(loaded.model, 3).scores([examples[r] for r in piece], ids, 8, None) for piece in pieces_of(batches, 3)
+        LocalPredictor(loaded.model, 3).scores([examples[r] for r in piece], ids, 8, None)
+        for piece in chunk_batches(batches, 3)
     ]
     order = [row for batch in batches for row in batch]
     assert torch.equal(torch.cat(parts), whole[order])
@@ -345,10 +346,10 @@ def test_a_node_without_this_version_or_with_other_weights(
     cluster: Any, assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["evaluate", f"--init_from={assets / 'model'}", f"--data={assets / 'data'}", "--template", TEMPLATE]
-    monkeypatch.setattr(cluster_copies, "_fingerprint", lambda asked, loaded: "others")
+    monkeypatch.setattr(ray_evaluator, "_fingerprint", lambda asked, loaded: "others")
     line = refused(capsys, *words, "--limit=4", "--ray", cluster.address)
     assert line.endswith(f"{assets / 'model'}: holds other weights there") and line.startswith("on the node ")
-    for place in (cluster_commands, cluster_copies):
+    for place in (ray_jobs, ray_evaluator):
         monkeypatch.setattr(place, "version", lambda name: "9.9")
     line = refused(capsys, *words, "--limit=4", "--ray", cluster.address)
     assert line.endswith("there, 9.9 here: install the same on every node")
@@ -370,10 +371,10 @@ def test_a_cluster_of_this_machine_alone(assets: Path) -> None:
         addresses = {node["NodeManagerAddress"] for node in alone.nodes}
         assert addresses == {"127.0.0.1"} and alone.places >= 1
         assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
-        assert alone.ray.get(alone.task(pieces_of, 0).remote([[0], [1]], 1)) == [[0, 1]]
+        assert alone.ray.get(alone.task(chunk_batches, 0).remote([[0], [1]], 1)) == [[0, 1]]
 
 
 def test_the_command_does_without_ray_until_it_is_asked_for() -> None:
-    program = "import sys, graftlm.cli, graftlm.studies.cluster\nprint('ray' in sys.modules)"
+    program = "import sys, graftlm.cli, graftlm.studies.ray_cluster\nprint('ray' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], env=child_environment(), capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr

@@ -15,8 +15,8 @@ import pytest
 from graftlm import cli
 from graftlm.errors import InputError
 from graftlm.studies import sweep as sweep_module
+from graftlm.studies.results_table import CellResult, make_rows, markdown
 from graftlm.studies.sweep import read_sweep
-from graftlm.studies.table import Outcome, make_rows, markdown
 from soak.forks import Forks, Life
 from tiny import TEMPLATE, data_folder, model_folder
 
@@ -157,7 +157,7 @@ def test_wrong_words_are_refused(
 # The table
 
 
-def outcome(folder: Path, cell: Any, accuracy: str, texts: str = "abcd") -> Outcome:
+def outcome(folder: Path, cell: Any, accuracy: str, texts: str = "abcd") -> CellResult:
     """An outcome whose predictions are right where `accuracy` has a 1."""
     at = folder / cell.folder
     (at / "run").mkdir(parents=True)
@@ -171,7 +171,7 @@ def outcome(folder: Path, cell: Any, accuracy: str, texts: str = "abcd") -> Outc
     results |= {"share_trained": 0.5, "best": {"val_loss": 0.25, "val_accuracy": None}}
     plan = {"train_seconds": 30.0, "validation_seconds": 60.0, "peak_rss_mb": 4.0}
     (at / "run" / "run.json").write_text(json.dumps({"results": results, "plan": plan}))
-    return Outcome(cell, "best", at)
+    return CellResult(cell, "best", at)
 
 
 def test_a_row_is_held_against_the_first_example_by_example(tmp_path: Path) -> None:

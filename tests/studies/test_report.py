@@ -15,8 +15,8 @@ from fake_runs import compared, metrics, predictions, realistic, record, run_fol
 from graftlm import cli
 from graftlm.errors import InputError
 from graftlm.studies.report import make_page
-from graftlm.studies.report_data import Answers, Run, read_folders
-from graftlm.studies.report_figures import calibration, charts, disagreements, smooth, thin
+from graftlm.studies.report_data import Predictions, Run, read_folders
+from graftlm.studies.report_stats import calibration, charts, disagreements, downsample, moving_average
 
 TODAY = date(2026, 11, 24)
 NASTY = '</script><img src=x onerror="alert(1)"> & <b>{{title}}</b>\u2028\x85'
@@ -280,9 +280,9 @@ def test_the_same_folders_make_the_same_bytes(tmp_path: Path) -> None:
 # Figures
 
 
-def answers(scores: list[list[float]] | None, true: list[int], predicted: list[int]) -> Answers:
+def answers(scores: list[list[float]] | None, true: list[int], predicted: list[int]) -> Predictions:
     texts = [f"text {n}" for n in range(len(true))]
-    return Answers("best", ["no", "yes"], texts, true, predicted, None, scores)
+    return Predictions("best", ["no", "yes"], texts, true, predicted, None, scores)
 
 
 def test_calibration_by_hand() -> None:
@@ -306,20 +306,25 @@ def test_disagreements_are_those_that_two_read_and_the_most_divided_come_first()
     one, two, three = (answers(None, [1, 1, 1, 0], p) for p in ([1, 1, 0, 0], [1, 0, 0, 0], [1, 0, -1, 0]))
     found = disagreements([one, two, three])
     assert [review.text for review in found] == ["text 1", "text 2"]
-    assert found[0].said == [("yes", True), ("no", False), ("no", False)]
-    assert found[1].said == [("no", False), ("no", False), ("garbage", False)]
-    other = Answers("best", ["no", "yes"], ["text 1", "text 1"], [1, 1], [0, 1], None, None)
+    assert found[0].predictions == [("yes", True), ("no", False), ("no", False)]
+    assert found[1].predictions == [("no", False), ("no", False), ("garbage", False)]
+    other = Predictions("best", ["no", "yes"], ["text 1", "text 1"], [1, 1], [0, 1], None, None)
     (twice,) = disagreements([one, other])  # the second time nobody else read it
-    assert twice.said == [("yes", True), ("no", False)]
+    assert twice.predictions == [("yes", True), ("no", False)]
 
 
 def test_curves_are_smoothed_without_running_late_and_thinned_to_their_end() -> None:
-    assert smooth([3.0, 1.0, 2.0]) == [3.0, 1.0, 2.0]
+    assert moving_average([3.0, 1.0, 2.0]) == [3.0, 1.0, 2.0]
     line = [float(n) for n in range(400)]
-    assert smooth(line) == pytest.approx(line)
+    assert moving_average(line) == pytest.approx(line)
     noise = [float(n % 2) for n in range(400)]
-    assert max(abs(value - 0.5) for value in smooth(noise)[20:-20]) < 0.05
-    assert thin(5, 3) == [0, 2, 4] and thin(6, 3) == [0, 2, 4, 5] and thin(0) == [] and len(thin(100_000)) <= 1001
+    assert max(abs(value - 0.5) for value in moving_average(noise)[20:-20]) < 0.05
+    assert (
+        downsample(5, 3) == [0, 2, 4]
+        and downsample(6, 3) == [0, 2, 4, 5]
+        and downsample(0) == []
+        and len(downsample(100_000)) <= 1001
+    )
 
 
 def test_charts_hold_curves_costs_and_reliability(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from graftlm.errors import InputError
-from graftlm.text.tasks import Problem, Task, load_task, normal
+from graftlm.text.tasks import Problem, Task, load_task, normalize_answer
 
 TOML = """
 instruction = "Add."
@@ -161,16 +161,16 @@ def test_the_first_number_is_found(text: str, answer: str | None) -> None:
     ],
 )
 def test_the_conclusion_counts_else_the_last_answer(text: str, answer: str | None) -> None:
-    assert task().concluded(text) == answer
+    assert task().parse_final_answer(text) == answer
 
 
 def test_labels_are_found_as_whole_words() -> None:
     labelled = task(questions=(Problem("x", "not bad"),), labels=("bad", "not bad"))
     assert labelled.first("It is NOT BAD at all") == "not bad"
     assert labelled.first("badly") is None
-    assert labelled.concluded("bad, but the answer is: not bad.") == "not bad"
+    assert labelled.parse_final_answer("bad, but the answer is: not bad.") == "not bad"
 
 
 @pytest.mark.parametrize(("one", "other"), [("1,600", "1600.0"), ("$5", "5"), (" Yes", "yes"), ("100", "1e2")])
 def test_equal_answers_have_one_form(one: str, other: str) -> None:
-    assert normal(one) == normal(other)
+    assert normalize_answer(one) == normalize_answer(other)

@@ -12,7 +12,7 @@ from graftlm import cli
 from graftlm.config import TrainConfig
 from graftlm.errors import InputError
 from graftlm.files.formats import read_json
-from graftlm.text.records import load_dataset
+from graftlm.text.dataset import load_dataset
 from graftlm.text.tokenizer import Tokenizer
 from graftlm.training.train import train
 from tiny import model_folder

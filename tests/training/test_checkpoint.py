@@ -17,13 +17,13 @@ from graftlm.methods import Full, LoRA, Method, PrefixTuning
 from graftlm.methods.base import trainable
 from graftlm.models import CausalLM
 from graftlm.text.tokenizer import Tokenizer
-from graftlm.training.checkpoint import OPTIMIZER, TRAINED, Progress, Store, cut_metrics
-from graftlm.training.distributed import World
+from graftlm.training.checkpoint import OPTIMIZER, TRAINED, CheckpointManager, TrainState, truncate_metrics
+from graftlm.training.distributed import DistContext
 from tiny import model_folder
 
 
 @dataclass
-class Threads(World):
+class Threads(DistContext):
     """Processes that are threads: what each says is laid on one table, and none goes on before all have."""
 
     table: list[Any] = field(default_factory=list)
@@ -61,8 +61,10 @@ def trained(base: Path, method: Method, steps: int = 1) -> tuple[CausalLM, torch
     return model, optimizer
 
 
-def store(base: Path, out: Path, method: Method, world: World | None = None) -> Store:
-    return Store(out, method, str(base), None, base, Tokenizer.from_folder(base), world=world or World())
+def store(base: Path, out: Path, method: Method, world: DistContext | None = None) -> CheckpointManager:
+    return CheckpointManager(
+        out, method, str(base), None, base, Tokenizer.from_folder(base), world=world or DistContext()
+    )
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -75,7 +77,7 @@ def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tens
 
 
 def test_a_run_begins_with_nothing_done() -> None:
-    said = asdict(Progress())
+    said = asdict(TrainState())
     assert said.pop("last") == said.pop("best") == {} and said.pop("loss_scale") == 1.0
     assert set(said.values()) == {0}
 
@@ -85,18 +87,18 @@ def test_what_was_saved_is_restored_to_the_bit(base: Path, tmp_path: Path, metho
     """Prefix tuning's adapter holds what its net comes to; the net itself stands beside it."""
     model, optimizer = trained(base, method, steps=3)
     kept = store(base, tmp_path, method)
-    folder = kept.save(model, optimizer, Progress(step=3, skipped=0))
+    folder = kept.save(model, optimizer, TrainState(step=3, skipped=0))
     assert (folder / TRAINED).exists() == isinstance(method, PrefixTuning)
     again, other = trained(base, method, steps=0)
-    assert kept.restore(again, other) == Progress(step=3)
+    assert kept.load_checkpoint(again, other) == TrainState(step=3)
     assert all(torch.equal(a, b) for a, b in zip(state(again, other), state(model, optimizer), strict=True))
 
 
 def test_skipped_steps_moved_no_moment(base: Path, tmp_path: Path) -> None:
     method = LoRA(rank=2, alpha=4.0)
     model, optimizer = trained(base, method)
-    store(base, tmp_path, method).save(model, optimizer, Progress(step=5, skipped=2))
-    store(base, tmp_path, method).restore(model, optimizer)
+    store(base, tmp_path, method).save(model, optimizer, TrainState(step=5, skipped=2))
+    store(base, tmp_path, method).load_checkpoint(model, optimizer)
     assert {optimizer.state[p]["step"].item() for p in trainable(model).values()} == {3.0}
 
 
@@ -104,7 +106,7 @@ def test_skipped_steps_moved_no_moment(base: Path, tmp_path: Path) -> None:
 def test_moments_of_another_run_are_refused(base: Path, tmp_path: Path, change: str) -> None:
     method = LoRA(rank=2, alpha=4.0)
     model, optimizer = trained(base, method)
-    folder = store(base, tmp_path, method).save(model, optimizer, Progress(step=1))
+    folder = store(base, tmp_path, method).save(model, optimizer, TrainState(step=1))
     moments = load_safetensors(folder / OPTIMIZER)
     name = next(iter(moments))
     moments[name] = moments[name][:1]
@@ -112,23 +114,23 @@ def test_moments_of_another_run_are_refused(base: Path, tmp_path: Path, change: 
         del moments[name]
     save_safetensors(folder / OPTIMIZER, moments)
     with pytest.raises(InputError, match="is missing or has another shape; this checkpoint is of another run"):
-        store(base, tmp_path, method).restore(model, optimizer)
+        store(base, tmp_path, method).load_checkpoint(model, optimizer)
 
 
 def test_several_processes_write_what_one_would_have(base: Path, tmp_path: Path) -> None:
     """Each its part, with an index, until `join`; then the same files, to the byte."""
     one = store(base, tmp_path / "one", Full())
-    one.save(*trained(base, Full()), Progress(step=1))
+    one.save(*trained(base, Full()), TrainState(step=1))
     table, barrier, left = [""] * 3, threading.Barrier(3), list[Path]()
 
     def process(rank: int) -> None:
         world = Threads(rank=rank, size=3, backend="gloo", table=table, barrier=barrier)
         mine = store(base, tmp_path / "three", Full(), world)
-        assert mine.by_all
-        folder = mine.save(*trained(base, Full()), Progress(step=1))
+        assert mine.writes_sharded
+        folder = mine.save(*trained(base, Full()), TrainState(step=1))
         if rank == 0:
             left.extend(sorted(folder.glob("*.safetensors")))
-        mine.join()
+        mine.consolidate()
 
     threads = [threading.Thread(target=process, args=(rank,)) for rank in range(3)]
     for thread in threads:
@@ -140,16 +142,16 @@ def test_several_processes_write_what_one_would_have(base: Path, tmp_path: Path)
 
 
 def test_an_adapter_is_whole_in_every_process_and_written_by_one(base: Path, tmp_path: Path) -> None:
-    two = World(size=2, backend="gloo")
-    assert store(base, tmp_path, Full(), two).by_all and not store(base, tmp_path, Full()).by_all
-    assert not store(base, tmp_path, LoRA(rank=2, alpha=4.0), two).by_all
+    two = DistContext(size=2, backend="gloo")
+    assert store(base, tmp_path, Full(), two).writes_sharded and not store(base, tmp_path, Full()).writes_sharded
+    assert not store(base, tmp_path, LoRA(rank=2, alpha=4.0), two).writes_sharded
 
 
 def test_rows_behind_the_step_and_half_a_line_are_cut(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
-    cut_metrics(file, 2)  # there is none yet
+    truncate_metrics(file, 2)  # there is none yet
     assert not file.exists()
     lines = [json.dumps({"step": step}) + "\n" for step in (1, 2, 3)]
     file.write_text("".join(lines) + '{"step": 1, "tra')
-    cut_metrics(file, 2)
+    truncate_metrics(file, 2)
     assert file.read_text() == "".join(lines[:2])

@@ -18,12 +18,12 @@ from graftlm.methods import LoRA
 from graftlm.methods.base import trainable
 from graftlm.models import CausalLM
 from graftlm.text.chat import Chat
-from graftlm.text.data import Example, encode_rows, load_dataset
-from graftlm.text.preflight import marked, preflight
+from graftlm.text.collate import Example, encode_rows, load_dataset
+from graftlm.text.data_checks import preflight, show_targets
 from graftlm.text.template import load_template
 from graftlm.text.tokenizer import Tokenizer
 from graftlm.training import trainer as trainer_module
-from graftlm.training.objectives import OBJECTIVES, make_batch, make_batches
+from graftlm.training.objectives import OBJECTIVES, collate, make_microbatches
 from graftlm.training.train import train
 from tiny import model_folder, model_of
 
@@ -87,22 +87,26 @@ def test_loss_and_gradient_equal_the_plain_masked_ones(
     expected = plain_loss(model, base)
     want = torch.autograd.grad(expected, list(trainable(model).values()))
     some = examples(base, tmp_path)
-    made = make_batches(some, "completion", share, most, targets_only)
+    made = make_microbatches(some, "completion", share, most, targets_only)
     assert len(made) > (most > 0)
     losses = [OBJECTIVES["completion"](model, batch) for batch in made]
     got = torch.autograd.grad(torch.stack(losses).sum(), list(trainable(model).values()))
     assert abs(sum(loss.item() for loss in losses) - expected.item()) <= 1e-9 * expected.item()
     norm = sum(g.norm().item() ** 2 for g in want) ** 0.5
     assert sum((a - b).norm().item() ** 2 for a, b in zip(got, want, strict=True)) ** 0.5 <= 1e-9 * norm
-    assert sum(batch.weight for batch in made) == sum(len(e.learned) for e in some) == 3 + 4 + 2 + 6 + 2 + 2 + 2 + 2 + 5
+    assert (
+        sum(batch.weight for batch in made)
+        == sum(len(e.loss_positions) for e in some)
+        == 3 + 4 + 2 + 6 + 2 + 2 + 2 + 2 + 5
+    )
     scores = score(model, some)
     assert abs(scores.completion.sum().item() + expected.item()) <= 1e-9 * expected.item()
-    assert scores.completion_tokens.tolist() == [len(e.learned) for e in some]
+    assert scores.completion_tokens.tolist() == [len(e.loss_positions) for e in some]
 
 
 def test_conversations_that_begin_alike_share_what_stands_before_their_first_answer(base: Path, tmp_path: Path) -> None:
     alike = [e for e in examples(base, tmp_path) if e.text.startswith("user: one")]
-    batch = make_batch(alike, "completion")
+    batch = collate(alike, "completion")
     assert batch.shared.shape[1] == len("<user>one") + 1 + len("<assistant>") - 1
 
 
@@ -110,11 +114,11 @@ def test_what_is_shown_of_a_conversation_brackets_the_answers(base: Path, tmp_pa
     first, second, *_ = examples(base, tmp_path)
     read = Tokenizer.from_folder(base)
     brackets = "".join(f"⟦{c}⟧" for c in "two") + "⟦<|endoftext|>⟧"
-    assert marked(first, read).startswith(
+    assert show_targets(first, read).startswith(
         f"<user>one<|endoftext|><assistant>{brackets}<user>three<|endoftext|><assistant>⟦f⟧"
     )
     assert second.instr_tuned_text.endswith("<assistant>and ho<|endoftext|>")  # what follows is never learned
-    assert preflight({"train": [first]}, PROMPT, read, 96, {})[-1] == f"example: {marked(first, read)}"
+    assert preflight({"train": [first]}, PROMPT, read, 96, {})[-1] == f"example: {show_targets(first, read)}"
 
 
 def test_a_long_conversation_loses_its_end_behind_a_whole_answer(base: Path, tmp_path: Path) -> None:
@@ -123,7 +127,7 @@ def test_a_long_conversation_loses_its_end_behind_a_whole_answer(base: Path, tmp
     whole, none_cut = encode_rows(rows[:1], PROMPT, read, 96)
     length = whole[0].length
     cut, number = encode_rows(rows[:1], PROMPT, read, length - 1)
-    assert (none_cut, number) == (0, 1) and cut[0].given == () and cut[0].prompt_ids == whole[0].prompt_ids
+    assert (none_cut, number) == (0, 1) and cut[0].masked_spans == () and cut[0].prompt_ids == whole[0].prompt_ids
     assert read.decode(cut[0].completion_ids) == "two" and cut[0].completion_ids[-1] == read.eot
     with pytest.raises(
         InputError, match=r"c\.jsonl:1: the assistant's first answer ends with token 25, and 24 fit: sh"
@@ -149,7 +153,7 @@ def test_a_run_learns_to_answer_and_answers_in_its_template(base: Path, tmp_path
     assert cli.run(words) == 0
     assert json.loads(capsys.readouterr().out)["texts"] == ["yes"]
     tuned = load("resume", tmp_path / "run", device="cpu")
-    assert Chat(tuned.tokenizer).end == tuned.tokenizer.eot
+    assert Chat(tuned.tokenizer).turn_end == tuned.tokenizer.eot
 
 
 @pytest.mark.parametrize("more", [{"train_layers": "1:"}, {"method": "prefix", "rank": None, "prefix_length": 4}])

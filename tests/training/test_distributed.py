@@ -22,8 +22,8 @@ from graftlm.errors import InputError, Interrupted
 from graftlm.files.formats import load_safetensors, read_weights
 from graftlm.training import train as train_module
 from graftlm.training import trainer as trainer_module
-from graftlm.training.distributed import World, buckets, from_environment
-from graftlm.training.prepare import prepare
+from graftlm.training.distributed import DistContext, buckets, from_environment
+from graftlm.training.setup import prepare
 from graftlm.training.train import train
 from graftlm.training.trainer import Trainer
 from jobs import unplanned
@@ -296,12 +296,12 @@ def test_a_process_that_cannot_write_its_part_ends_all(place: Path, several: lis
 def test_shares_are_complete_and_balanced(size: int, count: int) -> None:
     lengths = [(7 * i) % 41 + 5 for i in range(100)]
     batch = [(13 * i) % 100 for i in range(count)]
-    shares = [World(rank, size).share(batch, lengths) for rank in range(size)]
+    shares = [DistContext(rank, size).partition(batch, lengths) for rank in range(size)]
     assert sorted(row for share in shares for row in share) == sorted(batch)
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
     work = [sum(lengths[row] for row in share) for share in shares]
     assert max(work) - min(work) <= 2 * max(lengths[row] for row in batch)
-    assert World().share(batch, lengths) == batch
+    assert DistContext().partition(batch, lengths) == batch
 
 
 def test_buckets_hold_every_parameter_once() -> None:
@@ -314,11 +314,16 @@ def test_buckets_hold_every_parameter_once() -> None:
 
 def test_alone_nothing_is_sent() -> None:
     world = from_environment({})
-    assert world.size == 1 and world.first and world.sum([1, 2.5]) == [1, 2.5] and world.tell({"a": 1}) == {"a": 1}
-    world.agree(None)
-    with pytest.raises(InputError, match="no such"), world.alike():
+    assert (
+        world.size == 1
+        and world.is_main
+        and world.all_reduce_numbers([1, 2.5]) == [1, 2.5]
+        and world.broadcast_object({"a": 1}) == {"a": 1}
+    )
+    world.raise_on_any_rank(None)
+    with pytest.raises(InputError, match="no such"), world.same_error_on_all_ranks():
         raise InputError("no such")
-    assert world.sent == 0
+    assert world.bytes_communicated == 0
 
 
 @pytest.mark.parametrize(
@@ -352,16 +357,16 @@ def test_what_cut_weights_do_not_allow(assets: Path, tmp_path: Path) -> None:
     ):
         config = TrainConfig(**settings(assets, tmp_path / "run", rank=0, **changes))
         with pytest.raises(InputError, match=said):
-            prepare(config, world=World(0, 2, backend="gloo"))
+            prepare(config, world=DistContext(0, 2, backend="gloo"))
 
 
 def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match="--device mps: in several processes"):
-        World.start("mps")
+        DistContext.start("mps")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(InputError, match="2 processes on a machine with 1 GPU") as caught:
-        World.start("auto")
+        DistContext.start("auto")
     assert caught.value.told  # process 0 prints it

@@ -11,7 +11,7 @@ from graftlm.config import TrainConfig
 from graftlm.errors import GraftError
 from graftlm.training import checkpoint
 from graftlm.training import trainer as trainer_module
-from graftlm.training.checkpoint import FIRST_SCALE, Progress
+from graftlm.training.checkpoint import FIRST_SCALE, TrainState
 from graftlm.training.train import train
 from tiny import TEMPLATE, data_folder, model_folder
 
@@ -100,14 +100,14 @@ def test_a_gradient_that_overflows_at_any_scale_ends_the_run(
 
 
 def test_the_scale_doubles_after_a_while() -> None:
-    progress = Progress(loss_scale=FIRST_SCALE)
+    progress = TrainState(loss_scale=FIRST_SCALE)
     for _ in range(checkpoint.GROWTH_STEPS - 1):
-        progress.rescale(True)
+        progress.update_loss_scale(True)
     assert progress.loss_scale == FIRST_SCALE
-    progress.rescale(True)
-    assert (progress.loss_scale, progress.clean_steps, progress.skipped) == (2 * FIRST_SCALE, 0, 0)
-    progress.rescale(False)
-    assert (progress.loss_scale, progress.clean_steps, progress.skipped) == (FIRST_SCALE, 0, 1)
+    progress.update_loss_scale(True)
+    assert (progress.loss_scale, progress.steps_since_overflow, progress.skipped) == (2 * FIRST_SCALE, 0, 0)
+    progress.update_loss_scale(False)
+    assert (progress.loss_scale, progress.steps_since_overflow, progress.skipped) == (FIRST_SCALE, 0, 1)
 
 
 def test_the_scale_begins_and_grows_as_torchs_own() -> None:

@@ -14,7 +14,7 @@ from graftlm.config import TrainConfig
 from graftlm.errors import GraftError
 from graftlm.files.formats import load_safetensors
 from graftlm.training import trainer as trainer_module
-from graftlm.training.preferences import loss_of
+from graftlm.training.preferences import make_loss
 from graftlm.training.train import train
 from tiny import TEMPLATE, data_folder, model_folder
 
@@ -67,7 +67,7 @@ def test_whatever_is_no_number_ends_the_run_with_its_step_and_the_last_good_chec
     calls = iter(range(1, 100))
 
     def broken(config: TrainConfig) -> Any:
-        real = loss_of(config)
+        real = make_loss(config)
 
         def loss(model: Any, batch: Any) -> Any:
             found, about = real(model, batch)
@@ -77,7 +77,7 @@ def test_whatever_is_no_number_ends_the_run_with_its_step_and_the_last_good_chec
 
         return loss
 
-    monkeypatch.setattr(trainer_module, "loss_of", broken)
+    monkeypatch.setattr(trainer_module, "make_loss", broken)
     with pytest.raises(GraftError) as caught:
         train(config(assets, tmp_path / "run", eval_every=2))
     good = (tmp_path / "run" / "last").resolve()

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from graftlm.models import CausalLM
-from graftlm.text.data import Example
-from graftlm.training.objectives import OBJECTIVES, Batch, make_batch, make_batches
+from graftlm.text.collate import Example
+from graftlm.training.objectives import OBJECTIVES, TrainingBatch, collate, make_microbatches
 from tiny import model_of
 
 HEAD = (7, 3, 9, 11, 30)
@@ -37,11 +37,11 @@ def test_loss_and_gradient_equal_the_plain_way(
     kind: str, loss_on: str, share: bool, targets_only: bool, fused: bool
 ) -> None:
     model = model_of(kind)
-    model.set_fused(False)
+    model.use_fused_ops(False)
     expected = plain(model, loss_on)
     want = torch.autograd.grad(expected, list(model.parameters()), allow_unused=True)
-    model.set_fused(fused)
-    batch = make_batch(EXAMPLES, "completion" if loss_on == "completion" else "all", share, targets_only)
+    model.use_fused_ops(fused)
+    batch = collate(EXAMPLES, "completion" if loss_on == "completion" else "all", share, targets_only)
     assert batch.shared.shape == (1, 5 if share else 0)
     loss = OBJECTIVES[loss_on](model, batch)
     assert abs(loss.item() - expected.item()) <= 1e-9 * expected.item()
@@ -58,9 +58,9 @@ def test_loss_and_gradient_equal_the_plain_way(
 def test_a_large_batch_runs_in_parts_that_add_up(loss_on: Any, most: int, parts: int) -> None:
     model = model_of("llama")
     expected = torch.autograd.grad(plain(model, loss_on), list(model.parameters()), allow_unused=True)
-    made = make_batches(EXAMPLES, loss_on, most_tokens=most)
+    made = make_microbatches(EXAMPLES, loss_on, most_tokens=most)
     assert len(made) == parts and sum(b.ids.shape[0] for b in made) == 3
-    assert sum(b.weight for b in made) == make_batch(EXAMPLES, loss_on).weight
+    assert sum(b.weight for b in made) == collate(EXAMPLES, loss_on).weight
     for batch in made:
         OBJECTIVES[loss_on](model, batch).backward()
     norm = sum(g.norm().item() ** 2 for g in expected if g is not None) ** 0.5
@@ -69,45 +69,45 @@ def test_a_large_batch_runs_in_parts_that_add_up(loss_on: Any, most: int, parts:
 
 
 def test_a_batch_without_a_bound_is_one() -> None:
-    assert len(make_batches(EXAMPLES, "completion")) == 1
+    assert len(make_microbatches(EXAMPLES, "completion")) == 1
 
 
 @pytest.mark.parametrize("share", [False, True])
 def test_the_weight_counts_the_targets_of_all_rows(share: bool) -> None:
-    completion = make_batch(EXAMPLES, "completion", share)
+    completion = collate(EXAMPLES, "completion", share)
     assert completion.weight == 2 + 3 + 2
-    every = make_batch(EXAMPLES, "all", share)
+    every = collate(EXAMPLES, "all", share)
     assert every.weight == sum(len(p) + len(c) - 1 for p, c in ROWS)
     assert completion.tokens == every.tokens == sum(len(p) + len(c) for p, c in ROWS)
-    assert completion.own_tokens == sum(len(p) + len(c) - (len(HEAD) if share else 0) for p, c in ROWS)
+    assert completion.non_shared_tokens == sum(len(p) + len(c) - (len(HEAD) if share else 0) for p, c in ROWS)
 
 
 def test_the_end_of_text_is_a_target() -> None:
     for share in (False, True):
-        batch = make_batch(EXAMPLES, "completion", share)
+        batch = collate(EXAMPLES, "completion", share)
         assert batch.targets.tolist() == [4, 0, 6, 6, 0, 5, 0]
 
 
 def test_a_prompt_keeps_the_token_that_predicts_its_first_target() -> None:
     same = [Example((*HEAD, 1), (c, 0), None, "", "", "") for c in (2, 3)]
-    batch = make_batch(same, "completion")
+    batch = collate(same, "completion")
     assert batch.shared.tolist() == [list(HEAD)] and batch.ids[:, 0].tolist() == [1, 1]
 
 
 def test_a_single_row_shares_nothing() -> None:
-    assert make_batch(EXAMPLES[:1], "completion").shared.shape == (1, 0)
+    assert collate(EXAMPLES[:1], "completion").shared.shape == (1, 0)
 
 
 @pytest.mark.parametrize("loss_on", ["completion", "all", "pairs"])
 def test_a_batch_moves_as_a_whole(loss_on: Any) -> None:
     """All its tensors go, and none comes or is lost; what the reference thinks of pairs stays where it is."""
     examples = [replace(each, rejected_ids=(3, 0), reference=(-1.0, -2.0)) for each in EXAMPLES]
-    here = replace(make_batch(examples, loss_on), below=(1, torch.zeros(3, 4)))
+    here = replace(collate(examples, loss_on), below=(1, torch.zeros(3, 4)))
     there = here.to(torch.device("meta"))
 
-    def tensors(batch: Batch) -> dict[str, torch.Tensor]:
+    def tensors(batch: TrainingBatch) -> dict[str, torch.Tensor]:
         found = {field.name: getattr(batch, field.name) for field in fields(batch)}
-        found["below"] = batch.below and batch.below[1]
+        found["below"] = batch.cached_hidden and batch.cached_hidden[1]
         found |= {} if batch.fork is None else {f"fork {n}": t for n, t in enumerate(vars(batch.fork).values())}
         return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
 
@@ -119,9 +119,13 @@ def test_a_batch_moves_as_a_whole(loss_on: Any) -> None:
 
 
 def test_a_batch_on_another_device_is_the_same_batch() -> None:
-    batch = replace(make_batch(EXAMPLES, "completion"), below=(1, torch.ones(2, 3)))
+    batch = replace(collate(EXAMPLES, "completion"), below=(1, torch.ones(2, 3)))
     moved = batch.to(torch.device("cpu"))
-    assert moved.below is not None and moved.below[0] == 1 and torch.equal(moved.below[1], torch.ones(2, 3))
+    assert (
+        moved.cached_hidden is not None
+        and moved.cached_hidden[0] == 1
+        and torch.equal(moved.cached_hidden[1], torch.ones(2, 3))
+    )
     assert moved.fork is None and moved.answer is None and torch.equal(moved.ids, batch.ids)
-    far = batch.to(torch.device("meta")).below
+    far = batch.to(torch.device("meta")).cached_hidden
     assert far is not None and far[1].device.type == "meta"

@@ -16,12 +16,12 @@ from graftlm.exchange.load import load
 from graftlm.files.formats import load_safetensors
 from graftlm.methods.base import trainable
 from graftlm.models import CausalLM
-from graftlm.text.data import Example
-from graftlm.training.objectives import make_batch, make_batches
-from graftlm.training.plan import make_plan
-from graftlm.training.preferences import Preferences, Sums, answer_sums
-from graftlm.training.prepare import prepare
-from graftlm.training.reference import Start, reference_sums, sampled_kl, with_reference
+from graftlm.text.collate import Example
+from graftlm.training.estimate import make_plan
+from graftlm.training.objectives import collate, make_microbatches
+from graftlm.training.preferences import PreferenceLoss, SequenceLogProbs, sequence_logps
+from graftlm.training.reference_logps import InitialWeights, reference_logps, sampled_kl, with_reference
+from graftlm.training.setup import prepare
 from graftlm.training.train import train
 from tiny import model_folder, model_of
 
@@ -68,16 +68,16 @@ def close(got: list[Tensor | None], want: list[Tensor | None]) -> bool:
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_fork_equals_two_rows(kind: str, share: bool, targets_only: bool, fused: bool) -> None:
     model = model_of(kind)
-    model.set_fused(False)
-    loss = Preferences(beta=0.3).losses(Sums(plain_sums(model), REFERENCE, LENGTHS)).sum()
+    model.use_fused_ops(False)
+    loss = PreferenceLoss(beta=0.3).losses(SequenceLogProbs(plain_sums(model), REFERENCE, LENGTHS)).sum()
     want = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-    model.set_fused(fused)
-    batch = make_batch(pairs(), "pairs", share, targets_only)
+    model.use_fused_ops(fused)
+    batch = collate(pairs(), "pairs", share, targets_only)
     assert batch.shared.shape[1] == (5 if share else 0) and batch.weight == 4
     assert batch.tokens == sum(len(p) + len(w) + len(other) for p, w, other in PAIRS)
-    sums = answer_sums(model, batch)
+    sums = sequence_logps(model, batch)
     assert torch.allclose(sums.policy, plain_sums(model), rtol=1e-10) and torch.equal(sums.lengths, LENGTHS)
-    got, told = Preferences(beta=0.3)(model, batch)
+    got, told = PreferenceLoss(beta=0.3)(model, batch)
     assert abs(got.item() - loss.item()) <= 1e-9 * loss.item()
     assert close(list(torch.autograd.grad(got, list(model.parameters()), allow_unused=True)), list(want))
     rewards = 0.3 * (plain_sums(model) - REFERENCE)
@@ -90,7 +90,7 @@ def test_a_long_row_forks_too() -> None:
     """From FUSED_FROM tokens on attention takes another way, which knows of no fork."""
     model = model_of("llama", context=700)
     long = Example(tuple(range(1, 61)) * 9, (4, 9), None, "", "", "", rejected_ids=(6, 7, 8))
-    (got,) = answer_sums(model, make_batch([long], "pairs", targets_only=False)).policy
+    (got,) = sequence_logps(model, collate([long], "pairs", targets_only=False)).policy
     for answer, value in zip((long.completion_ids, long.rejected_ids), got, strict=True):
         log_p = model(torch.tensor([[*long.prompt_ids, *answer]])).log_softmax(-1)[0]
         first = len(long.prompt_ids) - 1
@@ -100,9 +100,9 @@ def test_a_long_row_forks_too() -> None:
 @pytest.mark.parametrize(("most", "parts"), [(0, 1), (20, 2), (1, 4)])
 def test_a_large_batch_of_pairs_runs_in_parts_that_add_up(most: int, parts: int) -> None:
     model = model_of("llama")
-    how = Preferences()
-    want = torch.autograd.grad(how(model, make_batch(pairs(), "pairs"))[0], list(model.parameters()))
-    made = make_batches(pairs(), "pairs", most_tokens=most)
+    how = PreferenceLoss()
+    want = torch.autograd.grad(how(model, collate(pairs(), "pairs"))[0], list(model.parameters()))
+    made = make_microbatches(pairs(), "pairs", most_tokens=most)
     assert len(made) == parts and sum(batch.weight for batch in made) == 4
     total = sum((how(model, batch)[0] for batch in made), torch.zeros((), dtype=torch.float64))
     assert close(list(torch.autograd.grad(total, list(model.parameters()))), list(want))
@@ -139,8 +139,10 @@ def test_each_loss_equals_its_paper(name: str) -> None:
     fields, value = BY_HAND[name]
     policy = torch.tensor([[L_W, L_L]], dtype=torch.float64, requires_grad=True)
     reference = torch.tensor([[R_W, R_L]], dtype=torch.float64)
-    how = Preferences(beta=0.3, **fields)
-    sums = Sums(policy, reference if how.needs_reference else None, torch.tensor([[N_W, N_L]], dtype=torch.float64))
+    how = PreferenceLoss(beta=0.3, **fields)
+    sums = SequenceLogProbs(
+        policy, reference if how.needs_reference else None, torch.tensor([[N_W, N_L]], dtype=torch.float64)
+    )
     assert how.losses(sums).item() == pytest.approx(value, rel=1e-12)
     (slope,) = torch.autograd.grad(how.losses(sums).sum(), policy)
     assert slope[0, 0] < 0 < slope[0, 1]  # the chosen one is pushed up, the rejected one down
@@ -152,8 +154,8 @@ def test_each_loss_equals_its_paper(name: str) -> None:
 
 def test_a_hinge_is_flat_behind_its_margin() -> None:
     policy = torch.tensor([[0.0, -9.0]], dtype=torch.float64, requires_grad=True)
-    sums = Sums(policy, torch.zeros(1, 2, dtype=torch.float64), torch.ones(1, 2, dtype=torch.float64))
-    loss = Preferences("hinge", beta=0.2).losses(sums).sum()
+    sums = SequenceLogProbs(policy, torch.zeros(1, 2, dtype=torch.float64), torch.ones(1, 2, dtype=torch.float64))
+    loss = PreferenceLoss("hinge", beta=0.2).losses(sums).sum()
     assert loss.item() == 0 and torch.autograd.grad(loss, policy)[0].abs().sum() == 0
 
 
@@ -283,9 +285,9 @@ def test_an_adapted_start_is_the_reference(assets: Path, tmp_path: Path) -> None
     adapted = prepare(config(assets, tmp_path / "dpo", init_from=str(tmp_path / "sft"), rank=None, alpha=None))
     started = load("resume", tmp_path / "sft", device="cpu", dtype="float32")
     base = prepare(config(assets, tmp_path / "other"))
-    of_start = reference_sums(adapted.loaded.model, adapted.train)
-    assert torch.allclose(of_start, reference_sums(started.model, adapted.train), atol=2e-4)
-    assert (of_start - reference_sums(base.loaded.model, adapted.train)).abs().max() > 0.5
+    of_start = reference_logps(adapted.loaded.model, adapted.train)
+    assert torch.allclose(of_start, reference_logps(started.model, adapted.train), atol=2e-4)
+    assert (of_start - reference_logps(base.loaded.model, adapted.train)).abs().max() > 0.5
     assert adapted.method == replace(adapted.method, rank=4, alpha=16.0) and adapted.run["base"] == base.run["base"]
     train(adapted.config)
     assert metrics(tmp_path / "dpo")[0]["train_loss"] == pytest.approx(math.log(2), abs=1e-5)
@@ -356,7 +358,7 @@ def test_kl_is_that_of_the_distributions(assets: Path) -> None:
     """One token that is sure to be drawn from few: against the sum over the vocabulary, from 4,000 samples."""
     prepared = prepare(config(assets, assets / "none", alpha=64.0))
     model = prepared.loaded.model.train()
-    start = Start.of(model)
+    start = InitialWeights.of(model)
     torch.manual_seed(0)
     with torch.no_grad():
         for p in trainable(model).values():
@@ -369,13 +371,13 @@ def test_kl_is_that_of_the_distributions(assets: Path) -> None:
         ids = torch.tensor([example.prompt_ids])
         with torch.no_grad():
             now = model(ids)[0, -1].double().log_softmax(-1)
-            with start.put_back(model):
+            with start.restored(model):
                 before = model(ids)[0, -1].double().log_softmax(-1)
         exact.append((now.exp() * (now - before)).sum().item())
     mean, truth = sum(got) / len(got), sum(exact) / len(exact)
     assert truth > 0.02 and abs(mean - truth) < 0.1 * truth
-    with start.put_back(model):
-        assert sampled_kl(model, Start.of(model), prompts, 10, eot=0, seed=0) == 0
+    with start.restored(model):
+        assert sampled_kl(model, InitialWeights.of(model), prompts, 10, eot=0, seed=0) == 0
 
 
 def test_a_plan_knows_of_the_reference_and_the_samples(assets: Path, tmp_path: Path) -> None:
@@ -409,7 +411,7 @@ def test_losses_gradients_and_rewards_equal_trl(
         changes |= {"init_from": str(adapted), "rank": None, "alpha": None}
     ours = prepare(config(assets, tmp_path / "ours", **changes))
     model, examples = ours.loaded.model, ours.train[:8]
-    examples = with_reference(examples, reference_sums(model, examples))
+    examples = with_reference(examples, reference_logps(model, examples))
     theirs = trl_trainer(assets, adapted if start == "adapted" else None, loss_type, tmp_path)
     pairs = parameters_in_common(model, theirs.model)
     torch.manual_seed(1)
@@ -419,7 +421,7 @@ def test_losses_gradients_and_rewards_equal_trl(
             mine.add_(torch.randn_like(mine) * 0.02)
             other.copy_(mine)
     model.train()
-    loss, told = Preferences(loss_type, beta=0.2)(model, make_batch(examples, "pairs"))
+    loss, told = PreferenceLoss(loss_type, beta=0.2)(model, collate(examples, "pairs"))
     (loss / 8).backward()
     theirs.model.train()
     inputs = theirs.data_collator([theirs.train_dataset[i] for i in range(8)])

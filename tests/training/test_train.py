@@ -18,9 +18,9 @@ from graftlm.errors import GraftError, InputError, Interrupted
 from graftlm.exchange.load import load
 from graftlm.files.formats import load_safetensors
 from graftlm.inference.scoring import score
-from graftlm.text.data import encode_rows, label_ids, load_dataset
+from graftlm.text.collate import encode_rows, label_ids, load_dataset
 from graftlm.training import trainer as trainer_module
-from graftlm.training.preferences import loss_of
+from graftlm.training.preferences import make_loss
 from graftlm.training.schedule import batch_stream, learning_rate
 from graftlm.training.train import train
 from tiny import TEMPLATE, data_folder, model_folder
@@ -129,7 +129,7 @@ def test_full_fine_tuning_leaves_a_folder_that_transformers_loads(assets: Path, 
 
 def test_accumulated_batches_are_one_large_batch(assets: Path, tmp_path: Path) -> None:
     """Different token counts in the two halves: dividing by each half's own count would differ."""
-    from graftlm.training.prepare import prepare
+    from graftlm.training.setup import prepare
     from graftlm.training.trainer import Trainer
 
     trained = {}
@@ -193,10 +193,10 @@ def test_a_loss_that_is_not_a_number_names_the_step_and_the_last_good_checkpoint
     calls = iter(range(1, 100))
 
     def broken(config: TrainConfig) -> Any:
-        real = loss_of(config)
+        real = make_loss(config)
         return lambda model, batch: (real(model, batch)[0] * (math.nan if next(calls) == 7 else 1.0), {})
 
-    monkeypatch.setattr(trainer_module, "loss_of", broken)
+    monkeypatch.setattr(trainer_module, "make_loss", broken)
     with pytest.raises(GraftError) as caught:
         train(config(assets, tmp_path / "run", eval_every=2))
     good = (tmp_path / "run" / "last").resolve()
@@ -267,7 +267,7 @@ def test_a_run_of_each_method_can_be_loaded_and_measures_what_it_measured(
     loaded = load("resume", tmp_path / "run", "last", dtype="float32")
     assert loaded.template is not None
     data = load_dataset(str(assets / "data"))
-    examples, _ = encode_rows(data.splits["validation"], loaded.template, loaded.tokenizer, loaded.model.room)
+    examples, _ = encode_rows(data.splits["validation"], loaded.template, loaded.tokenizer, loaded.model.max_seq_len)
     scores = score(loaded.model, examples, label_ids(loaded.template, loaded.tokenizer), batch_size=32)
     loss = -scores.completion.sum().item() / int(scores.completion_tokens.sum())
     assert loss == pytest.approx(results["last"]["val_loss"], rel=1e-4)

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from graftlm.exchange.load import Loaded
-    from graftlm.inference.evaluate import Reader
-    from graftlm.text.data import Example
+    from graftlm.inference.evaluate import Predictor
+    from graftlm.text.collate import Example
     from graftlm.text.template import Template
 
 Result = dict[str, Any]
@@ -52,18 +52,20 @@ def _train(parsed: ParsedArgs, notes: "Console") -> Result:
 def _evaluate(parsed: ParsedArgs, notes: "Console") -> Result:
     if not parsed.config.ray:
         return _evaluate_by(None, parsed.config, notes)
-    from graftlm.studies.cluster import connected
-    from graftlm.studies.cluster_copies import copies
+    from graftlm.studies.ray_cluster import connected
+    from graftlm.studies.ray_evaluator import copies
 
     with connected(parsed.config, parsed.common.debug) as cluster:
         return _evaluate_by(lambda loaded: copies(cluster, parsed.config, loaded), parsed.config, notes)
 
 
-def _evaluate_by(reader_of: Callable[["Loaded"], "Reader"] | None, config: EvaluateConfig, notes: "Console") -> Result:
+def _evaluate_by(
+    reader_of: Callable[["Loaded"], "Predictor"] | None, config: EvaluateConfig, notes: "Console"
+) -> Result:
     """The evaluation by what is loaded here, or by a reader made of it, such as its copies on a cluster."""
     from graftlm.exchange.load import load
     from graftlm.inference.evaluate import evaluate, write_predictions
-    from graftlm.text.data import common_prefix
+    from graftlm.text.collate import common_prefix_length
 
     loaded = load(config.init_from, config.out_dir, config.checkpoint, config.device, config.dtype)
     template, examples, content_free = _examples(loaded, config, notes)
@@ -87,7 +89,7 @@ def _evaluate_by(reader_of: Callable[["Loaded"], "Reader"] | None, config: Evalu
         **evaluation.to_json(),
         "labels": list(template.labels),
         "prompt_tokens": sum(map(len, prompts)) / len(prompts),
-        "shared_prompt_tokens": common_prefix(prompts) if len(prompts) > 1 else 0,
+        "shared_prompt_tokens": common_prefix_length(prompts) if len(prompts) > 1 else 0,
     }
 
 
@@ -127,9 +129,9 @@ def _classify(loaded: "Loaded", config: GenerateConfig, notes: "Console") -> Res
     """What the course handout's generate.py does: the test split by generation, with the given sampling."""
     import time
 
-    from graftlm.inference.evaluate import answer_length, read_label
+    from graftlm.inference.evaluate import max_label_tokens, parse_label
     from graftlm.inference.generate import generate_ids
-    from graftlm.inference.statistics import Reading
+    from graftlm.inference.metrics import Metrics
 
     template, examples, _ = _examples(loaded, EvaluateConfig(data=config.data, limit=config.limit), notes)
     start = time.perf_counter()
@@ -137,7 +139,7 @@ def _classify(loaded: "Loaded", config: GenerateConfig, notes: "Console") -> Res
         new = generate_ids(
             loaded.model,
             [example.prompt_ids for example in examples],
-            max_new_tokens=config.max_new_tokens or answer_length(template, loaded.tokenizer),
+            max_new_tokens=config.max_new_tokens or max_label_tokens(template, loaded.tokenizer),
             eot=loaded.tokenizer.eot,
             temperature=config.temperature,
             top_k=config.top_k,
@@ -147,11 +149,11 @@ def _classify(loaded: "Loaded", config: GenerateConfig, notes: "Console") -> Res
             progress=progress,
         )
     seconds = time.perf_counter() - start
-    predicted = [read_label(loaded.tokenizer.decode(ids), template.labels) for ids in new]
+    predicted = [parse_label(loaded.tokenizer.decode(ids), template.labels) for ids in new]
     true = [example.label for example in examples if example.label is not None]
     if len(true) < len(predicted):
         raise InputError("--data: a row has no label, so there is no accuracy; give --prompt to generate text")
-    reading = Reading.make("generate", true, predicted, len(template.labels), seconds)
+    reading = Metrics.make("generate", true, predicted, len(template.labels), seconds)
     return {**reading.to_json(), "labels": list(template.labels)}
 
 
@@ -162,8 +164,8 @@ def _examples(
 
     Template, examples, and the inputs without content that calibrate them (none unless asked for).
     """
-    from graftlm.inference.demonstrations import few_shot
-    from graftlm.text.data import load_dataset, sample
+    from graftlm.inference.fewshot import build_fewshot
+    from graftlm.text.collate import load_dataset, subset
     from graftlm.text.template import load_template
 
     run: Result = (loaded.run or {}).get("config", {})
@@ -186,12 +188,12 @@ def _examples(
             f"--split {config.split}: {dataset.name} has no such split; it has {', '.join(dataset.splits)}"
         )
     # A run's own length holds for its prompts, which have no demonstrations before them.
-    max_length = config.max_length or (0 if config.shots else run.get("max_length")) or loaded.model.room
-    asked = few_shot(
+    max_length = config.max_length or (0 if config.shots else run.get("max_length")) or loaded.model.max_seq_len
+    asked = build_fewshot(
         loaded.model,
         loaded.tokenizer,
         template,
-        sample(rows, config.limit),
+        subset(rows, config.limit),
         dataset.splits.get("train", []) if config.shots else [],
         shots=config.shots,
         how=config.choose,
@@ -200,13 +202,15 @@ def _examples(
         calibrate=config.calibrate,
         batch_size=config.batch_size,
     )
-    if asked.cut:
-        notes.print(f"{asked.cut} of {len(asked.examples)} texts were cut to fit {max_length} tokens", soft_wrap=True)
+    if asked.truncated:
+        notes.print(
+            f"{asked.truncated} of {len(asked.examples)} texts were cut to fit {max_length} tokens", soft_wrap=True
+        )
     return template, asked.examples, asked.content_free
 
 
 def _prompt(parsed: ParsedArgs, notes: "Console") -> Result:
-    from graftlm.studies.styles import prompt
+    from graftlm.studies.prompting_eval import prompt
 
     return prompt(
         parsed.config, lambda line: notes.print(line, markup=False), lambda what, n: display.progress(notes, what, n)
@@ -214,7 +218,7 @@ def _prompt(parsed: ParsedArgs, notes: "Console") -> Result:
 
 
 def _prefer(parsed: ParsedArgs, notes: "Console") -> Result:
-    from graftlm.inference.prefer import prefer
+    from graftlm.inference.preference_data import prefer
 
     return prefer(
         parsed.config,
@@ -236,19 +240,19 @@ def _report(parsed: ParsedArgs, notes: "Console") -> Result:
 
 
 def _account(parsed: ParsedArgs, notes: "Console") -> Result:
-    from graftlm.studies.account import account
+    from graftlm.studies.cost_report import account
 
     return account(parsed.config, parsed.explicit)
 
 
 def _export(parsed: ParsedArgs, notes: "Console") -> Result:
-    from graftlm.exchange.exporting import export
+    from graftlm.exchange.export import export
 
     return export(parsed.config, lambda line: notes.print(line, markup=False))
 
 
 def _import(parsed: ParsedArgs, notes: "Console") -> Result:
-    from graftlm.exchange.importing import import_adapter
+    from graftlm.exchange.import_adapter import import_adapter
 
     return import_adapter(parsed.config, lambda line: notes.print(line, markup=False))
 

@@ -183,10 +183,10 @@ def prompt(out: "Console", result: Result) -> None:
 
 def compare(out: "Console", result: Result) -> None:
     """The table, what failed, and where all of it is."""
-    from graftlm.studies.table import COLUMNS, failures, words
+    from graftlm.studies.results_table import COLUMNS, failures, format_row
 
     several = len({row["checkpoint"] for row in result["rows"] if row["checkpoint"]}) > 1
-    _table(out, COLUMNS, [words(row, several) for row in result["rows"]])
+    _table(out, COLUMNS, [format_row(row, several) for row in result["rows"]])
     for line in dict.fromkeys(failures(result["rows"])):
         out.print(f"failed: {line}", markup=False, soft_wrap=True)
     _facts(out, {"table": f"{result['out_dir']}/table.md"})

@@ -18,7 +18,7 @@ from graftlm import process
 from graftlm.cli import display
 from graftlm.cli.commands import COMMANDS, Command
 from graftlm.cli.parser import ParsedArgs, help_page, parse, wants_debug, wants_help
-from graftlm.errors import DISK_FULL, FAILING, GraftError, InputError, unknown
+from graftlm.errors import DISK_FULL, DISK_IO_ERRNOS, GraftError, InputError, unknown_name_error
 
 
 def run(words: Sequence[str]) -> int:
@@ -37,10 +37,10 @@ def run(words: Sequence[str]) -> int:
     except OSError as error:
         if error.errno in DISK_FULL:
             return _fail(words, f"disk full: {error.filename or 'the output'} could not be written", 2)
-        if error.filename is None and error.errno not in FAILING:
+        if error.filename is None and error.errno not in DISK_IO_ERRNOS:
             raise
         place, what = error.filename or "a file", (error.strerror or str(error)).lower()
-        return _fail(words, f"{place}: {what}", 1 if error.errno in FAILING else 2)
+        return _fail(words, f"{place}: {what}", 1 if error.errno in DISK_IO_ERRNOS else 2)
 
 
 def _dispatch(words: list[str]) -> None:
@@ -54,7 +54,7 @@ def _dispatch(words: list[str]) -> None:
     elif name.startswith("-"):
         raise InputError(f"{name}: a subcommand comes first: graft {' | '.join(COMMANDS)} (see graft --help)")
     elif name not in COMMANDS:
-        raise unknown("subcommand", name, COMMANDS)
+        raise unknown_name_error("subcommand", name, COMMANDS)
     elif wants_help(rest):
         command = COMMANDS[name]
         print(help_page(name, command.config, command.positional, command.epilog(rest)), end="")

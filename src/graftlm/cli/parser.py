@@ -2,7 +2,7 @@
 
 The docstring below a field is the flag's help text, and the class that defines the field is its group on the help page.
 A recipe (--config) goes through the same checks as the command line. Every mistake is one line that names the flag or
-the file and offers the nearest name.
+the file and offers the did_you_mean name.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from graftlm.config.parsing import is_variadic, parse_value, validate_toml_value, without_none
-from graftlm.errors import InputError, nearest
+from graftlm.errors import InputError, did_you_mean
 
 SECRETS = frozenset({"key"})
 """Fields whose values no error shows."""
@@ -164,7 +164,7 @@ def _joined(command: str, words: Sequence[str], kinds: Mapping[str, Any], positi
         if name not in kinds and not equals and kinds.get(name.removeprefix("no_")) is bool:
             yield f"--{name}"
         elif name not in kinds:
-            raise InputError(f"unknown flag {flag}: {nearest(name, kinds, '--')}see graft {command} --help")
+            raise InputError(f"unknown flag {flag}: {did_you_mean(name, kinds, '--')}see graft {command} --help")
         elif kinds[name] is bool:
             yield f"--{name}" if not equals or parse_value(f"--{name} {value}", value, bool) else f"--no_{name}"
         else:
@@ -218,7 +218,9 @@ def _read_recipe(file: str, config: type) -> dict[str, Any]:
         if key in getattr(config, "TABLES", ()):
             continue
         if name not in kinds:
-            raise InputError(f"{file}: unknown key {key!r}: {nearest(name, kinds, '')}keys are flags of the subcommand")
+            raise InputError(
+                f"{file}: unknown key {key!r}: {did_you_mean(name, kinds, '')}keys are flags of the subcommand"
+            )
         shown = "..." if name in SECRETS else repr(value)
         values[name] = validate_toml_value(f"{file}: {key} = {shown}", value, kinds[name])
     return values

@@ -5,7 +5,7 @@ A default of None means "decided by the method or the run"; `run.json` records w
 A file for each room of verbs; import the names from here. No torch here: `graft --help` must answer at once.
 """
 
-from graftlm.config.common import Checkpoint, Choice, Device, Dtype, LossType, MethodFlags, RayFlags, Style
+from graftlm.config.common import Checkpoint, DemoSelection, Device, Dtype, LossType, MethodFlags, RayFlags, Style
 from graftlm.config.exchange import ExportConfig, FetchConfig, ImportConfig
 from graftlm.config.inference import EvaluateConfig, GenerateConfig, PreferConfig, PromptConfig
 from graftlm.config.serving import ServeConfig, check_key
@@ -15,8 +15,8 @@ from graftlm.config.training import TrainConfig
 __all__ = [
     "AccountConfig",
     "Checkpoint",
-    "Choice",
     "CompareConfig",
+    "DemoSelection",
     "Device",
     "Dtype",
     "EvaluateConfig",

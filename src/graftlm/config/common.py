@@ -11,7 +11,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Checkpoint = Literal["best", "last"]
 LossType = Literal["sigmoid", "hinge", "ipo", "sigmoid_norm", "simpo", "orpo"]
 Style = Literal["zero-shot", "few-shot", "few-shot-cot", "zero-shot-cot"]
-Choice = Literal["fixed", "random", "balanced", "bm25", "embedding"]
+DemoSelection = Literal["fixed", "random", "balanced", "bm25", "embedding"]
 
 
 def require(ok: bool, flag: str, value: object, allowed: str) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from graftlm.config.common import Checkpoint, Choice, Device, Dtype, RayFlags, require
+from graftlm.config.common import Checkpoint, DemoSelection, Device, Dtype, RayFlags, require
 from graftlm.errors import InputError
 
 
@@ -76,7 +76,7 @@ class EvaluateConfig(RayFlags):
     """The split to read."""
     shots: int = 0
     """Demonstrations before each text, out of the train split; no text that is asked about is ever one."""
-    choose: Choice = "fixed"
+    choose: DemoSelection = "fixed"
     """Which ones: fixed (by a hash of the text), random, balanced (over the labels), or for each text those nearest to
     it, by bm25 or by the base model's embedding."""
     seed: int = 0
@@ -136,7 +136,7 @@ class PromptConfig:
     """Questions to ask, from the first on; 0 means all. Three or fewer are shown with their answers."""
     shots: int = 8
     """Demonstrations before each question, in the few-shot styles."""
-    choose: Choice = "fixed"
+    choose: DemoSelection = "fixed"
     """Which ones: fixed (the task's first), random, balanced (over the answers), or for each question those nearest to
     it, by bm25 or by the model's embedding."""
     seed: int = 0

@@ -17,13 +17,13 @@ from graftlm.errors import InputError
 from graftlm.files.atomic import write_json
 from graftlm.files.formats import load_safetensors, read_json, save_safetensors
 from graftlm.methods import METHODS, Method, method_from_json
-from graftlm.methods.base import PeftFolder, delta_state
+from graftlm.methods.base import PeftFolder, trainable_state_dict
 from graftlm.models.base import CausalLM
-from graftlm.models.shape import Shape
+from graftlm.models.config import ModelConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OWN_CONFIG, OWN_WEIGHTS = "graft_adapter.json", "graft_adapter.safetensors"
-FORMAT = 1
+FORMAT_VERSION = 1
 
 
 def save_adapter(folder: Path, model: CausalLM, method: Method, base: str, revision: str | None = None) -> str:
@@ -37,19 +37,19 @@ def save_adapter(folder: Path, model: CausalLM, method: Method, base: str, revis
         save_safetensors(folder / WEIGHTS, {name: t.contiguous() for name, t in tensors.items()})
         write_json(folder / CONFIG, {**config, **about})
         return "peft"
-    save_safetensors(folder / OWN_WEIGHTS, delta_state(model))
-    write_json(folder / OWN_CONFIG, {"format": FORMAT, "method": method.to_json(), **about})
+    save_safetensors(folder / OWN_WEIGHTS, trainable_state_dict(model))
+    write_json(folder / OWN_CONFIG, {"format": FORMAT_VERSION, "method": method.to_json(), **about})
     return "graft"
 
 
-def read_adapter(folder: Path, shape: Shape, method: Method) -> dict[str, Tensor]:
+def read_adapter(folder: Path, shape: ModelConfig, method: Method) -> dict[str, Tensor]:
     """The trained tensors, by our names, out of a folder that `save_adapter` wrote with this method."""
     if (folder / OWN_CONFIG).is_file():
         config = _object(folder / OWN_CONFIG)
         said, expected = config.get("method"), method.to_json()
-        if config.get("format") != FORMAT or not isinstance(said, dict):
+        if config.get("format") != FORMAT_VERSION or not isinstance(said, dict):
             raise InputError(
-                f"{folder / OWN_CONFIG}: is no adapter of format {FORMAT}; use the folder as it was written"
+                f"{folder / OWN_CONFIG}: is no adapter of format {FORMAT_VERSION}; use the folder as it was written"
             )
         for key in sorted(expected.keys() | said.keys()):
             value = expected.get(key)
@@ -66,14 +66,14 @@ def read_peft(folder: Path) -> PeftFolder:
     return _object(folder / CONFIG), load_safetensors(folder / WEIGHTS)
 
 
-def adopt(folder: Path, shape: Shape) -> tuple[Method, dict[str, Tensor]]:
+def from_foreign_peft(folder: Path, shape: ModelConfig) -> tuple[Method, dict[str, Tensor]]:
     """The method and the trained tensors of any adapter folder; an InputError names what is not understood."""
     if (folder / OWN_CONFIG).is_file():
         method = method_from_json(_object(folder / OWN_CONFIG).get("method"), str(folder / OWN_CONFIG))
         return method, read_adapter(folder, shape, method)
     as_peft, where = read_peft(folder), str(folder / CONFIG)
     for kind in METHODS.values():
-        if (found := kind.adopt(shape, as_peft, where)) is not None:
+        if (found := kind.from_foreign_peft(shape, as_peft, where)) is not None:
             return found
     known = sorted({kind.peft_type for kind in METHODS.values() if kind.peft_type})
     raise InputError(f"{where}: peft_type {as_peft[0].get('peft_type')!r} is not supported; {', '.join(known)} are")

@@ -50,7 +50,7 @@ SLOW = 0.01
 """Seconds of a product of 256 x 256 above which there is no need of larger ones: 3 GFLOP/s."""
 
 
-def matrix_peak(device: torch.device, dtype: torch.dtype, width: int = 1024) -> float:
+def measure_matmul_flops(device: torch.device, dtype: torch.dtype, width: int = 1024) -> float:
     """FLOP/s of square matrix products: the best of some, what this device reaches at most in this dtype.
 
     Of a device that only emulates the dtype (any processor float16, some bfloat16) small ones tell as much, and soon.
@@ -75,6 +75,6 @@ def _product_seconds(dtype: torch.dtype, width: int = 512, tries: int = 5, devic
     return min(seconds[1:])
 
 
-def exact(t: torch.Tensor) -> torch.Tensor:
+def to_float64(t: torch.Tensor) -> torch.Tensor:
     """In float64, in which long sums lose nothing that matters; on the CPU where its device has none (Apple's MPS)."""
     return (t.cpu() if t.device.type == "mps" else t).double()

@@ -2,7 +2,7 @@
 
 What is unusual here: a base is loaded tensor by tensor from a memory-mapped file into the dtype it will compute in,
 so there is never a second copy. Of a model that is cut over several processes each reads the rows that it holds, and
-no more: `unread_model`, then cut, then `read_into`.
+no more: `meta_model`, then cut, then `load_weights_into`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,22 +14,31 @@ from torch import Tensor, nn
 
 from graftlm.errors import InputError
 from graftlm.files.atomic import write_json
-from graftlm.files.cut import Later, like, local, rows_of, whole
 from graftlm.files.formats import read_json, read_weights, save_safetensors, tensors_sha256
+from graftlm.files.sharded import LazyTensor, full_tensor, local_rows, to_local, wrap_like
 from graftlm.models import CausalLM, build
-from graftlm.models.names import Place, check_names, file_parts, one_to_file, places, read_shape, stored_name, to_file
+from graftlm.models.checkpoint_mapping import (
+    TensorMapping,
+    check_names,
+    file_parts,
+    one_to_file,
+    read_shape,
+    stored_name,
+    tensor_mapping,
+    to_file,
+)
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> CausalLM:
     """The model in a Hugging Face folder, in evaluation mode and with nothing trained; InputError for a broken one."""
-    model = unread_model(folder, dtype)
-    read_into(model, folder, device, dtype)
+    model = meta_model(folder, dtype)
+    load_weights_into(model, folder, device, dtype)
     return model
 
 
-def unread_model(folder: Path, dtype: torch.dtype) -> CausalLM:
+def meta_model(folder: Path, dtype: torch.dtype) -> CausalLM:
     """The same without weights: all are on torch's meta device, and take no memory."""
     shape = read_shape(read_json(folder / CONFIG), str(folder / CONFIG))
     check_names(shape, read_weights(folder), str(folder))
@@ -38,23 +47,23 @@ def unread_model(folder: Path, dtype: torch.dtype) -> CausalLM:
     return model.requires_grad_(False).eval()
 
 
-def read_into(model: CausalLM, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+def load_weights_into(model: CausalLM, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
     """Give every parameter that is on the meta device, and stands in the folder, its values; what is trained, too.
 
     They are rounded to `dtype` first, as a frozen base's are.
     """
     unread = [name for name, p in model.named_parameters() if p.device.type == "meta"]
-    for name, rows in stored_rows(model, folder, unread):
+    for name, rows in iter_local_shards(model, folder, unread):
         module, _, attribute = name.rpartition(".")
         p = model.get_parameter(name)
         # A copy even where dtype and layout fit: a mapped file that is replaced on disk must not change the model.
         kept = rows.to(device=device, dtype=dtype, copy=True).to(p.dtype).contiguous()
-        setattr(model.get_submodule(module), attribute, nn.Parameter(like(p, kept), requires_grad=p.requires_grad))
+        setattr(model.get_submodule(module), attribute, nn.Parameter(wrap_like(p, kept), requires_grad=p.requires_grad))
 
 
-def stored_rows(model: CausalLM, folder: Path, wanted: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+def iter_local_shards(model: CausalLM, folder: Path, wanted: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     """(our name, those rows that this process holds, as the folder has them) of the wanted parameters it stores."""
-    stored, ours = read_weights(folder), places(model.shape)
+    stored, ours = read_weights(folder), tensor_mapping(model.shape)
     for name in wanted:
         if name not in ours:
             continue
@@ -65,11 +74,11 @@ def stored_rows(model: CausalLM, folder: Path, wanted: Iterable[str]) -> Iterato
         found = place.read(torch.empty(stored.shape(key), device="meta")).shape
         if found != p.shape:
             raise InputError(f"{folder}: {key} gives shape {list(found)}, the config wants {list(p.shape)}")
-        rows = rows_of(p)
+        rows = local_rows(p)
         if len(rows) == (p.shape[0] if p.dim() else 1):
             yield name, place.read(stored[key])
         else:
-            yield name, place.part(stored, key, rows) if rows else torch.empty(local(p).shape)
+            yield name, place.part(stored, key, rows) if rows else torch.empty(to_local(p).shape)
 
 
 def base_hash(folder: Path) -> str:
@@ -101,15 +110,15 @@ def save_config(folder: Path, config: Mapping[str, Any], stored: torch.dtype) ->
     write_json(folder / CONFIG, {**rest, "dtype": str(stored).removeprefix("torch.")})
 
 
-def later_file(model: CausalLM, state: Mapping[str, Tensor]) -> dict[str, Later]:
+def lazy_state_dict(model: CausalLM, state: Mapping[str, Tensor]) -> dict[str, LazyTensor]:
     """The tensors of the folder that `save_model` would write, each gathered over the processes when asked for."""
 
-    def later(parts: Mapping[str, Place]) -> Later:
+    def later(parts: Mapping[str, TensorMapping]) -> LazyTensor:
         empty = one_to_file(model.shape, parts, {n: torch.empty(state[n].shape, device="meta") for n in parts})
 
         def make() -> Tensor:
-            return one_to_file(model.shape, parts, {n: whole(state[n].detach()) for n in parts})
+            return one_to_file(model.shape, parts, {n: full_tensor(state[n].detach()) for n in parts})
 
-        return Later(state[next(iter(parts))].dtype, tuple(empty.shape), make)
+        return LazyTensor(state[next(iter(parts))].dtype, tuple(empty.shape), make)
 
     return {name: later(parts) for name, parts in file_parts(model.shape).items()}

@@ -21,10 +21,10 @@ from graftlm.exchange.huggingface import base_hash, load_model
 from graftlm.files.assets import model_folder
 from graftlm.files.formats import read_json
 from graftlm.methods import Method, method_from_json
-from graftlm.methods.base import load_delta
-from graftlm.methods.folding import FoldingLinear
-from graftlm.models import CausalLM, sharing
-from graftlm.models.names import read_shape
+from graftlm.methods.base import load_trainable_state_dict
+from graftlm.methods.mergeable import MergeableLinear
+from graftlm.models import CausalLM, clone_with_shared_weights
+from graftlm.models.checkpoint_mapping import read_shape
 from graftlm.text.template import Template
 from graftlm.text.tokenizer import Tokenizer
 
@@ -83,9 +83,9 @@ def load(
     if onto is not None:
         if onto.folder != folder or onto.run is not None:
             raise InputError(f"{run_dir}: is an adapter of {run['base']['name']}; load that first, and put it onto it")
-        model = beside(onto.model, at, method)
+        model = adapter_on_shared_base(onto.model, at, method)
     else:
-        model = restore(at, folder, method, target, number_format)
+        model = load_checkpoint(at, folder, method, target, number_format)
     template = Template(run["template"]["name"], run["template"]["text"], tuple(run["template"]["labels"]))
     return Loaded(model, read_tokenizer(folder), run["base"]["name"], folder, reason, template, run)
 
@@ -100,7 +100,7 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     return run
 
 
-def recorded_name(name: str) -> str:
+def resolve_path(name: str) -> str:
     """A base model's name as run.json keeps it: a local path whole, so that the run can be loaded from any folder."""
     return str(Path(name).resolve()) if name and Path(name).exists() else name
 
@@ -134,29 +134,29 @@ def check_base(folder: Path, run: dict[str, Any], run_dir: Path, found: str = ""
         )
 
 
-def restore(checkpoint: Path, base: Path, method: Method, device: torch.device, dtype: torch.dtype) -> CausalLM:
+def load_checkpoint(checkpoint: Path, base: Path, method: Method, device: torch.device, dtype: torch.dtype) -> CausalLM:
     """The model of a checkpoint folder, in evaluation mode."""
-    if method.stores_model:
+    if method.is_full_finetune:
         return load_model(checkpoint, device, dtype)
     return _adapted(load_model(base, device, dtype), checkpoint, method.for_inference)
 
 
-def beside(base: CausalLM, checkpoint: Path, method: Method) -> CausalLM:
+def adapter_on_shared_base(base: CausalLM, checkpoint: Path, method: Method) -> CausalLM:
     """An adapted model, in evaluation mode, that has the tensors of `base`, which stays as it is."""
-    if method.stores_model:
+    if method.is_full_finetune:
         raise InputError(f"{checkpoint}: full fine-tuning trained the base's own weights; load it on its own")
-    return _adapted(sharing(base), checkpoint, method.for_inference, folds=False)
+    return _adapted(clone_with_shared_weights(base), checkpoint, method.for_inference, folds=False)
 
 
 def _adapted(model: CausalLM, checkpoint: Path, method: Method, folds: bool = True) -> CausalLM:
-    return put_on(model, method, read_adapter(checkpoint, model.shape, method), str(checkpoint), folds)
+    return apply_adapter(model, method, read_adapter(checkpoint, model.shape, method), str(checkpoint), folds)
 
 
-def put_on(model: CausalLM, method: Method, state: Mapping[str, Tensor], where: str, folds: bool) -> CausalLM:
+def apply_adapter(model: CausalLM, method: Method, state: Mapping[str, Tensor], where: str, folds: bool) -> CausalLM:
     """The model adapted by a method with these trained tensors, in evaluation mode; `folds`: merged where possible."""
     method.install(model, torch.Generator().manual_seed(0))
-    load_delta(model, state, where)
+    load_trainable_state_dict(model, state, where)
     for module in model.modules():
-        if isinstance(module, FoldingLinear):
+        if isinstance(module, MergeableLinear):
             module.folds = folds
     return model.eval()

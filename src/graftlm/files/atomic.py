@@ -2,7 +2,7 @@
 
 What is unusual here: everything is written beside its target under a name `.{target}.tmp-…`, flushed to the disk and
 renamed, so that a reader sees the old file, the new one, or none. A killed process leaves only a temp, which tells the
-machine and the process that made it, and goes when the same is written again (`remove_leftovers`).
+machine and the process that made it, and goes when the same is written again (`cleanup_tmp`).
 """
 
 import contextlib
@@ -19,10 +19,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from graftlm.errors import DISK_FULL, FAILING, GraftError, InputError
+from graftlm.errors import DISK_FULL, DISK_IO_ERRNOS, GraftError, InputError
 
 NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
-TEMP = re.compile(r"\.([^/]+)\.tmp-\d+-[0-9a-f]{12}(?=/|$)")  # what `temp_beside` makes of a name
+TMP_RE = re.compile(r"\.([^/]+)\.tmp-\d+-[0-9a-f]{12}(?=/|$)")  # what `tmp_path_for` makes of a name
 MAKER = re.compile(r"\.(?:tmp|old)-(?P<process>\d{1,9})-(?P<machine>[0-9a-f]{4})[0-9a-f]{8}$")
 
 
@@ -35,7 +35,7 @@ def disk_errors(path: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        place = TEMP.sub(r"\1", str(path))  # the temp that it stands in is gone when the line is read
+        place = TMP_RE.sub(r"\1", str(path))  # the temp that it stands in is gone when the line is read
         if error.errno in DISK_FULL:
             raise InputError(
                 f"disk full: cannot write {place} ({error.strerror}): free some space or choose another folder"
@@ -44,13 +44,13 @@ def disk_errors(path: Path | str) -> Iterator[None]:
             raise InputError(
                 f"cannot write {place}: {error.strerror}: choose a folder that you may write to"
             ) from error
-        if error.errno in FAILING:
+        if error.errno in DISK_IO_ERRNOS:
             raise GraftError(f"cannot write {place}: the disk failed ({error.strerror}): look at the disk") from error
         raise
 
 
-def temp_beside(target: Path) -> Path:
-    """A name beside `target` for what is still being made; `remove_leftovers` knows it."""
+def tmp_path_for(target: Path) -> Path:
+    """A name beside `target` for what is still being made; `cleanup_tmp` knows it."""
     return _beside(target, "tmp")
 
 
@@ -73,13 +73,13 @@ def _fsync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def file_atomically(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Yield a binary file that takes the place of `path` when the block ends, and vanishes when it raises."""
     path = Path(path)
-    temp = temp_beside(path)
+    temp = tmp_path_for(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path, dead=True)
+        cleanup_tmp(path, dead=True)
         try:
             with open(temp, "wb") as file:
                 yield file
@@ -93,7 +93,7 @@ def file_atomically(path: Path) -> Iterator[BinaryIO]:
 
 def write_text(path: Path | str, text: str) -> None:
     """Write `text` as UTF-8, atomically; line ends stay as they are."""
-    with file_atomically(Path(path)) as file:
+    with atomic_write(Path(path)) as file:
         file.write(text.encode("utf-8"))
 
 
@@ -103,18 +103,18 @@ def write_json(path: Path | str, obj: Any) -> None:
 
 
 @contextlib.contextmanager
-def folder_atomically(target: Path | str) -> Iterator[Path]:
+def atomic_directory(target: Path | str) -> Iterator[Path]:
     """Yield a temp folder beside `target`; flush and rename it there on success, remove it on any exception.
 
     Parents that had to be made for it go with it.
-    An existing `target` is moved aside first and removed after; killed in between, `remove_leftovers` puts it back.
+    An existing `target` is moved aside first and removed after; killed in between, `cleanup_tmp` puts it back.
     """
     target = Path(target)
-    temp, aside = temp_beside(target), _beside(target, "old")
+    temp, aside = tmp_path_for(target), _beside(target, "old")
     with disk_errors(target):
         made = [parent for parent in target.parents if not parent.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(target, dead=True)
+        cleanup_tmp(target, dead=True)
         temp.mkdir()
         try:
             yield temp
@@ -151,7 +151,7 @@ def check_new_folder(target: Path | str, flag: str) -> None:
         raise InputError(f"--{flag} {target}: holds other files; name a folder that is empty or does not exist")
 
 
-def remove_leftovers(target: Path | str, dead: bool = False) -> None:
+def cleanup_tmp(target: Path | str, dead: bool = False) -> None:
     """Clean up what a killed process left while writing `target`.
 
     dead: only what was made on this machine by a process that is no more. Without, whatever there is: call it so only
@@ -196,10 +196,10 @@ def glob_escape(name: str) -> str:
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
-def link_atomically(link: Path | str, target_name: str) -> None:
+def atomic_symlink(link: Path | str, target_name: str) -> None:
     """Make `link` a relative symbolic link to its sibling `target_name`, swapped in one step."""
     link = Path(link)
-    temp = temp_beside(link)
+    temp = tmp_path_for(link)
     with disk_errors(link):
         try:
             os.symlink(target_name, temp)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftlm.errors import InputError
-from graftlm.files.atomic import file_atomically
+from graftlm.files.atomic import atomic_write
 
 if TYPE_CHECKING:
     import torch
@@ -110,7 +110,7 @@ def write_safetensors(path: Path | str, entries: Sequence[tuple[str, str, Sequen
         offset += size
     head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     head += b" " * (-len(head) % 8)
-    with file_atomically(Path(path)) as file:
+    with atomic_write(Path(path)) as file:
         file.write(len(head).to_bytes(8, "little") + head)
         for name, _, _, chunks in ordered:
             for chunk in chunks:

@@ -87,7 +87,7 @@ def _open(path: Path) -> gguf.GGUFReader:
     """Read the file's header; unlike the package's reader, stop where the file ends instead of reading on as empty."""
     from gguf import GGUFReader
 
-    class Reader(GGUFReader):
+    class BoundedReader(GGUFReader):
         def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> np.ndarray:
             part = super()._get(offset, dtype, count, override_order)
             if len(part) != int(count):
@@ -95,7 +95,7 @@ def _open(path: Path) -> gguf.GGUFReader:
             return part
 
     try:
-        reader = Reader(path)
+        reader = GGUFReader(path)
     except OSError as error:
         raise InputError(f"{path}: cannot read it: {error.strerror or error}") from error
     except BROKEN as error:

@@ -80,7 +80,7 @@ def hub_folder(name: str, kind: str, instead: str, only: str | None = None) -> P
     http_error = cast("type[Exception]", HfHubHTTPError.__bases__[0])
     seconds = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or SECONDS)
     try:
-        with disk_errors(_cache() or "the Hugging Face cache"), _patience(seconds):
+        with disk_errors(_cache() or "the Hugging Face cache"), _request_timeout(seconds):
             folder = snapshot_download(
                 repo,
                 repo_type=kind,
@@ -100,7 +100,7 @@ def hub_folder(name: str, kind: str, instead: str, only: str | None = None) -> P
 
 
 @contextlib.contextmanager
-def _patience(seconds: float) -> Iterator[None]:
+def _request_timeout(seconds: float) -> Iterator[None]:
     """Within the block no request waits longer than `seconds` for its answer, nor is repeated after that time."""
     from huggingface_hub import get_session
 

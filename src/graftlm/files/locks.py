@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from graftlm.errors import InputError, posix_module
+from graftlm.errors import InputError, require_posix
 from graftlm.files.atomic import disk_errors
-from graftlm.files.wheels import note
+from graftlm.files.pypi import note
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -82,7 +82,7 @@ def lock_file(path: Path, purpose: str) -> Iterator[None]:
 
 def lock_owner(path: Path) -> str:
     """The process that holds a lock, such as "pid 123 on host, since …"; "" if none does."""
-    posix_module("fcntl")
+    require_posix("fcntl")
     from filelock import lock_descriptor
 
     try:
@@ -95,7 +95,7 @@ def lock_owner(path: Path) -> str:
 
 def _acquire(path: Path, timeout: float) -> "tuple[BaseFileLock, tuple[int, ...]]":
     """The held lock and its descriptor, or no descriptor on a file system without locks. Raises filelock.Timeout."""
-    posix_module("fcntl")
+    require_posix("fcntl")
     from filelock import FileLock
 
     held: list[int] = []

@@ -6,7 +6,7 @@
 
 What is unusual here:
 - Rows join and leave between two steps (continuous batching; Yu et al. 2022, "Orca"), whatever adapter each asks for
-  (`methods/stack.py`). The decoder is the one of `generate`, the label scores are those of `evaluate`.
+  (`methods/multi_lora.py`). The decoder is the one of `generate`, the label scores are those of `evaluate`.
 - A row's answer depends on its own prompt, adapter and seed, and is what `generate` gives for that prompt alone with
   that seed. Only rounding can tell who shared the batch.
 - Memory has a bound that is kept by waiting: a request joins when all rows, each as long as the longest may become, fit
@@ -29,18 +29,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftlm.errors import Busy, Closed, GraftError, InputError, unknown
+from graftlm.errors import GraftError, InputError, Overloaded, ShuttingDown, unknown_name_error
 from graftlm.exchange.load import Loaded
-from graftlm.exchange.served import read_adapters
-from graftlm.inference.generate import Batch
-from graftlm.inference.requests import CANCELLED, Catching, Ending, Piece, Question, Request, Ticket, failure
-from graftlm.inference.sampling import likeliest, sample
+from graftlm.exchange.serving_adapters import read_adapters
+from graftlm.inference.generate import DecodingBatch
+from graftlm.inference.requests import (
+    CANCELLED,
+    CaptureError,
+    FinishOutput,
+    Request,
+    RequestHandle,
+    ScoreRequest,
+    TokenOutput,
+    failure,
+)
+from graftlm.inference.sampling import greedy, sample_tokens
 from graftlm.inference.scoring import score
-from graftlm.methods.stack import Stack, stack
-from graftlm.text.data import Example
-from graftlm.text.stream import TextStream
+from graftlm.methods.multi_lora import MultiLoRAModel, stack
+from graftlm.text.collate import Example
+from graftlm.text.detokenizer import TextStream
 
-READ_AT_ONCE = 512
+MAX_PREFILL_TOKENS = 512
 """Tokens of new prompts, filled up, that are read between two steps: a longer pass would keep the others waiting."""
 
 
@@ -49,7 +58,7 @@ class Engine:
 
     adapters: name -> run folder or adapter folder; LoRA only, of the base's very weights.
     max_rows: requests that are decoded together at most. max_tokens: rows times tokens that the cache has room for at
-    most; one request can use all of it. max_waiting: requests that may wait, beyond which `Busy` is raised.
+    most; one request can use all of it. max_waiting: requests that may wait, beyond which `Overloaded` is raised.
 
     Raises InputError for an adapter that cannot be served on this base.
     """
@@ -65,42 +74,43 @@ class Engine:
     ) -> None:
         assert max_rows >= 1 and max_tokens >= 2 and max_waiting >= 1
         found = read_adapters(loaded, adapters)
-        self._stack: Stack | None = stack(loaded.model, found) if found else None
+        self._stack: MultiLoRAModel | None = stack(loaded.model, found) if found else None
         self._model = loaded.model.eval() if self._stack is None else self._stack.model
         self._tokenizer = loaded.tokenizer
         self._max_rows, self._max_tokens, self._max_waiting = max_rows, max_tokens, max_waiting
         self.names = tuple(adapters)
         self._changed = threading.Condition()  # guards what follows
-        self._waiting: deque[Ticket] = deque()
-        self._asked: deque[Question] = deque()
+        self._waiting: deque[RequestHandle] = deque()
+        self._asked: deque[ScoreRequest] = deque()
         self._closed = False
         self._counts = {"completed": 0, "cancelled": 0, "failed": 0, "tokens_generated": 0, "rows_at_most": 0}
-        self._batch = Batch(self._model)  # from here on the thread's own
-        self._rows: list[Ticket] = []
+        self._batch = DecodingBatch(self._model)  # from here on the thread's own
+        self._rows: list[RequestHandle] = []
         self._thread = threading.Thread(target=self._work, name="graft-engine", daemon=True)
         self._thread.start()
 
     # For all threads
 
     @property
-    def room(self) -> int:
+    def max_seq_len(self) -> int:
         """The most tokens that a prompt and its answer may have together."""
-        return min(self._model.room, self._max_tokens)
+        return min(self._model.max_seq_len, self._max_tokens)
 
-    def submit(self, request: Request, on_piece: Callable[[Piece], None] | None = None) -> Ticket:
+    def submit(self, request: Request, on_piece: Callable[[TokenOutput], None] | None = None) -> RequestHandle:
         """Take a request, from any thread. `on_piece` is called on the engine's thread and must return soon.
 
         An answer ends by "length" where it fills the context. Raises InputError for a request that cannot be answered,
         Busy where too many wait, Closed after `close`.
         """
         self._check(request.prompt, request.adapter, "the prompt")
-        room = min(request.max_new_tokens, self.room - len(request.prompt))
+        room = min(request.max_new_tokens, self.max_seq_len - len(request.prompt))
         if room < 1:
             raise InputError(
-                f"the prompt has {len(request.prompt)} tokens and prompt and answer at most {self.room}: shorten it"
+                f"the prompt has {len(request.prompt)} tokens and prompt and answer at most "
+                f"{self.max_seq_len}: shorten it"
             )
-        ticket = Ticket(request, room, TextStream(self._tokenizer.decode, request.stop), on_piece)
-        self._line_up(self._waiting, ticket)
+        ticket = RequestHandle(request, room, TextStream(self._tokenizer.decode, request.stop), on_piece)
+        self._enqueue(self._waiting, ticket)
         return ticket
 
     def score(
@@ -118,11 +128,13 @@ class Engine:
         for option in options:
             self._check(option, adapter, "an option")
         fed = len(prompt) + max(map(len, options)) - 1  # the last token is predicted, never fed
-        if fed > self._model.room:
-            raise InputError(f"prompt and option have {fed + 1} tokens, the model reads at most {self._model.room}")
-        question = Question(tuple(prompt), tuple(map(tuple, options)), adapter, Future())
+        if fed > self._model.max_seq_len:
+            raise InputError(
+                f"prompt and option have {fed + 1} tokens, the model reads at most {self._model.max_seq_len}"
+            )
+        question = ScoreRequest(tuple(prompt), tuple(map(tuple, options)), adapter, Future())
         question.done.set_running_or_notify_cancel()
-        self._line_up(self._asked, question)
+        self._enqueue(self._asked, question)
         return question.done
 
     def stats(self) -> dict[str, Any]:
@@ -149,24 +161,24 @@ class Engine:
             self._changed.notify_all()
         if not drain:
             for question in questions:
-                question.done.set_exception(Closed("the engine was closed before it could answer"))
+                question.done.set_exception(ShuttingDown("the engine was closed before it could answer"))
         self._thread.join()
 
     def _check(self, ids: Sequence[int], adapter: str | None, what: str) -> None:
         if adapter is not None and not self.names:
             raise InputError(f"unknown adapter {adapter!r}: there is none, only the base")
         if adapter is not None and adapter not in self.names:
-            raise unknown("adapter", adapter, self.names)
+            raise unknown_name_error("adapter", adapter, self.names)
         vocab = self._model.shape.vocab
         if wrong := [token for token in ids if not 0 <= token < vocab]:
             raise InputError(f"{what} has a token {wrong[0]}: the model's are 0 to {vocab - 1}")
 
-    def _line_up(self, line: deque[Any], one: Ticket | Question) -> None:
+    def _enqueue(self, line: deque[Any], one: RequestHandle | ScoreRequest) -> None:
         with self._changed:
             if self._closed:
-                raise Closed("the engine is closed: it takes no new requests")
+                raise ShuttingDown("the engine is closed: it takes no new requests")
             if len(self._waiting) + len(self._asked) >= self._max_waiting:
-                raise Busy(f"{self._max_waiting} requests are waiting already: ask again later")
+                raise Overloaded(f"{self._max_waiting} requests are waiting already: ask again later")
             line.append(one)
             self._changed.notify_all()
 
@@ -176,7 +188,7 @@ class Engine:
         try:
             with torch.no_grad():
                 while self._wait():
-                    self._round()
+                    self._step_loop()
         finally:  # where even telling of an error failed: nobody is left to wait for ever
             with self._changed:
                 self._closed = True
@@ -195,32 +207,32 @@ class Engine:
                 self._changed.wait()
         return True
 
-    def _round(self) -> None:
+    def _step_loop(self) -> None:
         """One step of all rows; before it new rows join, and some questions are answered."""
         for work in (self._join, self._answer, self._step):
             at_hand: list[Any] = []
-            with Catching() as caught:
+            with CaptureError() as caught:
                 work(at_hand)
             if caught.error is not None:
                 if not at_hand:  # then going on would only meet it again
                     raise caught.error
-                self._give_up(at_hand, failure(caught.error, "the engine"))
+                self._fail_batch(at_hand, failure(caught.error, "the engine"))
 
     def _join(self, at_hand: list[Any]) -> None:
         """Read the prompts of those whose turn it is."""
-        joining = self._turn()
+        joining = self._schedule()
         at_hand += [*self._rows, *joining]  # a cache that was half written is of no use to anyone
         if joining:
             with self._using([ticket.request.adapter for ticket in joining]):
-                logits = self._batch.join([t.request.prompt for t in joining], [t._most for t in joining])
+                logits = self._batch.join([t.request.prompt for t in joining], [t._max_row_len for t in joining])
             with self._changed:
                 self._rows = [*self._rows, *joining]
                 self._counts["rows_at_most"] = max(self._counts["rows_at_most"], len(self._rows))
-            self._advance(joining, logits)
+            self._sample_and_emit(joining, logits)
 
-    def _turn(self) -> list[Ticket]:
+    def _schedule(self) -> list[RequestHandle]:
         """Who may join now, in the order of coming; those who were cancelled meanwhile are ended."""
-        joining: list[Ticket] = []
+        joining: list[RequestHandle] = []
         with self._changed:
             cancelled = [ticket for ticket in self._waiting if ticket._cancelled]
             while self._waiting and len(self._rows) + len(joining) < self._max_rows:
@@ -228,8 +240,8 @@ class Engine:
                 if not ticket._cancelled:
                     rows = [*self._rows, *joining, ticket]
                     width = max(len(each.request.prompt) for each in (*joining, ticket))
-                    size = Batch.rows_for(len(rows)) * max(each._most for each in rows)
-                    too_much = joining and (len(joining) + 1) * width > READ_AT_ONCE
+                    size = DecodingBatch.rows_for(len(rows)) * max(each._max_row_len for each in rows)
+                    too_much = joining and (len(joining) + 1) * width > MAX_PREFILL_TOKENS
                     if too_much or (len(rows) > 1 and size > self._max_tokens):
                         break
                     joining.append(ticket)
@@ -247,14 +259,14 @@ class Engine:
             first = self._asked[0]
             alike = [q for q in self._asked if (q.adapter, q.options) == (first.adapter, first.options)]
             longest = max(len(question.prompt) for question in alike) + max(map(len, first.options))
-            at_hand += alike[: max(1, READ_AT_ONCE // longest)]
+            at_hand += alike[: max(1, MAX_PREFILL_TOKENS // longest)]
             self._asked = deque(question for question in self._asked if question not in at_hand)
         examples = [Example(q.prompt, (), None, "", "", "the prompt") for q in at_hand]
         with self._using(first.adapter):
             found = score(self._model, examples, first.options, completions=False).labels.tolist()
         for question, scores in zip(at_hand, found, strict=True):
             question.done.set_result(scores)
-            self._count("completed")
+            self._update_counters("completed")
 
     def _step(self, at_hand: list[Any]) -> None:
         """One token for every row."""
@@ -263,9 +275,9 @@ class Engine:
         if self._rows:
             with self._using([ticket.request.adapter for ticket in self._rows]):
                 logits = self._batch.step([ticket._tokens[-1] for ticket in self._rows])
-            self._advance(self._rows, logits)
+            self._sample_and_emit(self._rows, logits)
 
-    def _advance(self, tickets: Sequence[Ticket], logits: Tensor) -> None:
+    def _sample_and_emit(self, tickets: Sequence[RequestHandle], logits: Tensor) -> None:
         """Choose each one's next token behind logits [B, V], and tell of it."""
         sums = logits.logsumexp(dim=-1)
         broken = (~sums.isfinite()).tolist()
@@ -273,78 +285,79 @@ class Engine:
             logits = logits.masked_fill(~sums.isfinite()[:, None], 0)
         tokens = choose(logits, tickets)
         chosen = logits.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
-        endings: list[tuple[Ticket, Ending]] = []
+        endings: list[tuple[RequestHandle, FinishOutput]] = []
         for ticket, token, logprob, wrong in zip(tickets, tokens, (chosen - sums).tolist(), broken, strict=True):
             if wrong:
                 endings.append((ticket, GraftError("the logits are no numbers: broken weights, or --dtype float16")))
                 continue
-            piece = ticket._take(token, logprob, self._tokenizer.eot)
+            piece = ticket._append_token(token, logprob, self._tokenizer.eot)
             if piece.token is not None:
-                self._count("tokens_generated")
-            if piece.finish is not None:
+                self._update_counters("tokens_generated")
+            if piece.finish_reason is not None:
                 endings.append((ticket, piece))
-            elif (error := ticket._tell(piece)) is not None:
+            elif (error := ticket._emit(piece)) is not None:
                 endings.append((ticket, error))
         self._leave(endings)
 
-    def _leave(self, endings: Sequence[tuple[Ticket, Ending]]) -> None:
+    def _leave(self, endings: Sequence[tuple[RequestHandle, FinishOutput]]) -> None:
         """Take rows out of the batch, and then end their requests."""
         ended = {ticket for ticket, _ in endings}
         if ended:
-            slots = self._batch.leave([ticket not in ended for ticket in self._rows])
+            slots = self._batch.evict([ticket not in ended for ticket in self._rows])
             with self._changed:
                 self._rows = [self._rows[slot] for slot in slots]
         for ticket, ending in endings:
             self._end(ticket, ending)
 
-    def _end(self, ticket: Ticket, ending: Ending) -> None:
+    def _end(self, ticket: RequestHandle, ending: FinishOutput) -> None:
         """End a request: count it, tell of its last piece, and fulfil what was promised."""
         if ticket.done.done():
             return
-        error = ending if isinstance(ending, GraftError) else ticket._tell(ending)
+        error = ending if isinstance(ending, GraftError) else ticket._emit(ending)
         if isinstance(ending, GraftError):
-            ticket._tell(Piece("", None, None, "error"))
+            ticket._emit(TokenOutput("", None, None, "error"))
         if error is not None:
-            self._count("failed")
+            self._update_counters("failed")
             ticket.done.set_exception(error)
-        elif isinstance(ending, Piece) and ending.finish is not None:
-            self._count("cancelled" if ending is CANCELLED else "completed")
-            ticket.done.set_result(ticket._completed(ending.finish))
+        elif isinstance(ending, TokenOutput) and ending.finish_reason is not None:
+            self._update_counters("cancelled" if ending is CANCELLED else "completed")
+            ticket.done.set_result(ticket._completed(ending.finish_reason))
 
-    def _count(self, what: str) -> None:
+    def _update_counters(self, what: str) -> None:
         with self._changed:
             self._counts[what] += 1
 
-    def _give_up(self, at_hand: Sequence[Any], error: GraftError) -> None:
+    def _fail_batch(self, at_hand: Sequence[Any], error: GraftError) -> None:
         """Fail what was at hand; rows begin again with an empty batch."""
-        tickets = [one for one in at_hand if isinstance(one, Ticket)]
-        for question in (one for one in at_hand if isinstance(one, Question) and not one.done.done()):
-            self._count("failed")
+        tickets = [one for one in at_hand if isinstance(one, RequestHandle)]
+        for question in (one for one in at_hand if isinstance(one, ScoreRequest) and not one.done.done()):
+            self._update_counters("failed")
             question.done.set_exception(error)
         if tickets:
-            self._batch = Batch(self._model)
+            self._batch = DecodingBatch(self._model)
             with self._changed:
                 self._rows = []
             for ticket in tickets:
                 self._end(ticket, error)
 
     def _using(self, adapters: Sequence[str | None] | str | None) -> AbstractContextManager[None]:
-        return nullcontext() if self._stack is None else self._stack.using(adapters)
+        return nullcontext() if self._stack is None else self._stack.adapters_for(adapters)
 
 
-def choose(logits: Tensor, tickets: Sequence[Ticket]) -> list[int]:
+def choose(logits: Tensor, tickets: Sequence[RequestHandle]) -> list[int]:
     """Each row's next token behind logits [B, V]; rows with the same settings are sampled together."""
     groups: dict[tuple[float, int, float], list[int]] = {}
     for row, ticket in enumerate(tickets):
         asked = ticket.request
-        greedy = asked.temperature == 0
-        settings = (0.0, 0, 1.0) if greedy else (asked.temperature, asked.top_k or 0, asked.top_p or 1.0)
+        settings = (
+            (0.0, 0, 1.0) if asked.temperature == 0 else (asked.temperature, asked.top_k or 0, asked.top_p or 1.0)
+        )
         groups.setdefault(settings, []).append(row)
     tokens = [0] * len(tickets)
     for (temperature, top_k, top_p), rows in groups.items():
         part = logits if len(groups) == 1 else logits[rows]
         u = [tickets[row]._uniform() for row in rows]
-        found = likeliest(part) if temperature == 0 else sample(part, u, temperature, top_k, top_p)
+        found = greedy(part) if temperature == 0 else sample_tokens(part, u, temperature, top_k, top_p)
         for row, token in zip(rows, found, strict=True):
             tokens[row] = token
     return tokens

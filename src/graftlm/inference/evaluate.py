@@ -19,11 +19,11 @@ from torch import Tensor
 
 from graftlm.errors import GraftError, InputError
 from graftlm.files.atomic import write_text
-from graftlm.inference.generate import Progress, generate_ids
+from graftlm.inference.generate import ProgressCallback, generate_ids
+from graftlm.inference.metrics import GARBAGE, Metrics, calibrated
 from graftlm.inference.scoring import LabelIds, Tokens, score
-from graftlm.inference.statistics import GARBAGE, Reading, calibrated
 from graftlm.models import CausalLM
-from graftlm.text.data import Example, Row, encode_rows, label_ids
+from graftlm.text.collate import Example, Record, encode_rows, label_ids
 from graftlm.text.template import Template
 from graftlm.text.tokenizer import Tokenizer
 
@@ -36,29 +36,34 @@ WINDOW = 10
 # Labels ---------------------------------------------------------------------------------------------------------------
 
 
-class Reader(Protocol):
+class Predictor(Protocol):
     """What reads the examples for `evaluate`: a model of this process, or copies of it elsewhere."""
 
     def scores(
-        self, examples: Sequence[Example], label_ids: LabelIds, batch_size: int, progress: Progress | None
+        self, examples: Sequence[Example], label_ids: LabelIds, batch_size: int, progress: ProgressCallback | None
     ) -> Tensor:
         """The labels' scores [N, L], as `score` gives them."""
 
     def continuations(
-        self, prompts: Sequence[Tokens], max_new_tokens: int, eot: int, batch_size: int, progress: Progress | None
+        self,
+        prompts: Sequence[Tokens],
+        max_new_tokens: int,
+        eot: int,
+        batch_size: int,
+        progress: ProgressCallback | None,
     ) -> list[list[int]]:
         """The likeliest continuation of each prompt, as `generate_ids` gives it."""
 
 
 @dataclass(frozen=True)
-class Here:
+class LocalPredictor:
     """A reader with a model of this process. `shared`: see `score`."""
 
     model: CausalLM
     shared: int | None = None
 
     def scores(
-        self, examples: Sequence[Example], label_ids: LabelIds, batch_size: int, progress: Progress | None
+        self, examples: Sequence[Example], label_ids: LabelIds, batch_size: int, progress: ProgressCallback | None
     ) -> Tensor:
         """See Reader."""
         found = score(
@@ -73,7 +78,12 @@ class Here:
         return found.labels
 
     def continuations(
-        self, prompts: Sequence[Tokens], max_new_tokens: int, eot: int, batch_size: int, progress: Progress | None
+        self,
+        prompts: Sequence[Tokens],
+        max_new_tokens: int,
+        eot: int,
+        batch_size: int,
+        progress: ProgressCallback | None,
     ) -> list[list[int]]:
         """See Reader."""
         return generate_ids(
@@ -87,7 +97,7 @@ class Here:
         )
 
 
-def read_label(generated: str, labels: Sequence[str]) -> int:
+def parse_label(generated: str, labels: Sequence[str]) -> int:
     """The number of the label that a generated text names, -1 for none (garbage).
 
     Leading white space is dropped and letter case ignored. A label counts when it stands whole within as many first
@@ -125,30 +135,32 @@ def predict_labels(
     read: "generate" looks for a label in the text the model continues with; "score" takes the label whose tokens are
         likeliest, and never gives -1.
     """
-    examples = _encoded(texts, template, tokenizer, model.room)
+    examples = _encoded(texts, template, tokenizer, model.max_seq_len)
     if not examples:
         return []
     if read == "score":
-        return _by_score(Here(model), tokenizer, template, examples, batch_size, None)[0]
-    return _by_text(Here(model), tokenizer, template, examples, batch_size, max_new_tokens, None)[0]
+        return _predict_by_loglikelihood(LocalPredictor(model), tokenizer, template, examples, batch_size, None)[0]
+    return _predict_by_generation(
+        LocalPredictor(model), tokenizer, template, examples, batch_size, max_new_tokens, None
+    )[0]
 
 
 def _encoded(
     texts: Sequence[str] | Sequence[Example], template: Template, tokenizer: Tokenizer, context: int
 ) -> list[Example]:
-    plain = [Row(text, 0) for text in texts if isinstance(text, str)]  # no text has a label yet, so any will do
+    plain = [Record(text, 0) for text in texts if isinstance(text, str)]  # no text has a label yet, so any will do
     examples = [text for text in texts if isinstance(text, Example)]
     assert not plain or not examples, "either texts or examples"
     return encode_rows(plain, template, tokenizer, context)[0] if plain else examples
 
 
-def _by_score(
-    reader: Reader,
+def _predict_by_loglikelihood(
+    reader: Predictor,
     tokenizer: Tokenizer,
     template: Template,
     examples: Sequence[Example],
     batch_size: int,
-    progress: Progress | None,
+    progress: ProgressCallback | None,
     content_free: Sequence[Sequence[Example]] = (),
 ) -> tuple[list[int], list[list[float]]]:
     """The likeliest labels [N], and the scores [N, L] they were read from: calibrated, where `content_free` says so."""
@@ -171,37 +183,37 @@ def label_probabilities(
     texts: Sequence[str],
     *,
     batch_size: int = 32,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> list[list[float]]:
     """For each text the probability of each label, by label number: a softmax over the labels' scores alone.
 
     The template asks about the text, which loses its end where it is too long for the model. Raises GraftError where
     the scores are NaN.
     """
-    examples = _encoded(texts, template, tokenizer, model.room)
-    scores = _by_score(Here(model), tokenizer, template, examples, batch_size, progress)[1]
+    examples = _encoded(texts, template, tokenizer, model.max_seq_len)
+    scores = _predict_by_loglikelihood(LocalPredictor(model), tokenizer, template, examples, batch_size, progress)[1]
     return torch.tensor(scores, dtype=torch.float64).softmax(dim=-1).tolist() if scores else []
 
 
-def answer_length(template: Template, tokenizer: Tokenizer) -> int:
+def max_label_tokens(template: Template, tokenizer: Tokenizer) -> int:
     """How many tokens to generate where a label is looked for: 5, or as many as the longest label has."""
     return max(5, *(len(ids) for ids in label_ids(template, tokenizer)))
 
 
-def _by_text(
-    reader: Reader,
+def _predict_by_generation(
+    reader: Predictor,
     tokenizer: Tokenizer,
     template: Template,
     examples: Sequence[Example],
     batch_size: int,
     max_new_tokens: int | None,
-    progress: Progress | None,
+    progress: ProgressCallback | None,
 ) -> tuple[list[int], list[str]]:
-    longest = max_new_tokens or answer_length(template, tokenizer)
+    longest = max_new_tokens or max_label_tokens(template, tokenizer)
     prompts = [example.prompt_ids for example in examples]
     new = reader.continuations(prompts, longest, tokenizer.eot, batch_size, progress)
     texts = [tokenizer.decode(ids) for ids in new]
-    return [read_label(text, template.labels) for text in texts], texts
+    return [parse_label(text, template.labels) for text in texts], texts
 
 
 # Evaluation -----------------------------------------------------------------------------------------------------------
@@ -211,7 +223,7 @@ def _by_text(
 class Evaluation:
     """One or both readings of the same examples, and a row for each example."""
 
-    readings: dict[str, Reading]
+    readings: dict[str, Metrics]
     """By "score" and "generate", whichever were asked for."""
     rows: list[dict[str, Any]]
     """In the data's order: text, label, predicted, scores {label word: sum of its tokens' log-probabilities, or what
@@ -219,7 +231,7 @@ class Evaluation:
     names no label). `scores` and `generated` are there where they were read."""
 
     @property
-    def main(self) -> Reading:
+    def main(self) -> Metrics:
         """The reading whose figures stand for the whole: by score, where that was asked for."""
         return self.readings.get("score") or self.readings["generate"]
 
@@ -239,8 +251,8 @@ def evaluate(
     batch_size: int = 32,
     max_new_tokens: int | None = None,
     content_free: Sequence[Sequence[Example]] = (),
-    reader: Reader | None = None,
-    progress: Progress | None = None,
+    reader: Predictor | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Evaluation:
     """Accuracy and its kin on labelled examples.
 
@@ -252,20 +264,24 @@ def evaluate(
 
     Raises InputError when there is no example or one has no label, GraftError when the model's figures are NaN.
     """
-    true, reader = _true_labels(examples), reader or Here(model)
-    readings: dict[str, Reading] = {}
+    true, reader = _true_labels(examples), reader or LocalPredictor(model)
+    readings: dict[str, Metrics] = {}
     scores: list[list[float]] = []
     texts: list[str] = []
     if read in ("both", "score"):
         start = time.perf_counter()
-        predicted, scores = _by_score(reader, tokenizer, template, examples, batch_size, progress, content_free)
+        predicted, scores = _predict_by_loglikelihood(
+            reader, tokenizer, template, examples, batch_size, progress, content_free
+        )
         seconds = time.perf_counter() - start
-        readings["score"] = Reading.make("score", true, predicted, len(template.labels), seconds)
+        readings["score"] = Metrics.make("score", true, predicted, len(template.labels), seconds)
     if read in ("both", "generate"):
         start = time.perf_counter()
-        predicted, texts = _by_text(reader, tokenizer, template, examples, batch_size, max_new_tokens, progress)
+        predicted, texts = _predict_by_generation(
+            reader, tokenizer, template, examples, batch_size, max_new_tokens, progress
+        )
         seconds = time.perf_counter() - start
-        readings["generate"] = Reading.make("generate", true, predicted, len(template.labels), seconds)
+        readings["generate"] = Metrics.make("generate", true, predicted, len(template.labels), seconds)
     evaluation = Evaluation(readings, [])
     for i, example in enumerate(examples):
         row: dict[str, Any] = {"text": example.text, "label": true[i], "predicted": evaluation.main.predicted[i]}
@@ -284,7 +300,7 @@ def _true_labels(examples: Sequence[Example]) -> list[int]:
         raise InputError("no examples to evaluate: the split is empty")
     for example in examples:
         if example.label is None:
-            raise InputError(f"{example.where or 'an example'}: no label; accuracy needs a label in every row")
+            raise InputError(f"{example.source or 'an example'}: no label; accuracy needs a label in every row")
     return [example.label for example in examples if example.label is not None]
 
 

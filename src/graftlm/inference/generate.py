@@ -3,7 +3,7 @@
 What is unusual here:
 - Rows are padded on the right only. Each row decodes at its own position, so a ragged batch needs no mask and no
   position correction, and gives what its rows give alone.
-- What all prompts begin with is run once for the whole call and never copied (a shared `Segment`).
+- What all prompts begin with is run once for the whole call and never copied (a shared `KVCache`).
 - A row that has ended leaves the `Batch`: the cache is compacted in place, and a step costs what its living rows cost.
   Rows may join it too, which is how a server (`engine.py`) decodes requests that came at different times together.
 - Prompts are read a batch at a time and continued several batches together: a step of decoding reads every weight for
@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.errors import InputError
-from graftlm.inference.sampling import likeliest, sample, uniform
-from graftlm.models import CausalLM, Segment
+from graftlm.inference.sampling import counter_based_uniform, greedy, sample_tokens
+from graftlm.models import CausalLM, KVCache
 from graftlm.text.chat import Chat
-from graftlm.text.data import common_prefix
+from graftlm.text.collate import common_prefix_length
 from graftlm.text.tokenizer import Tokenizer
 
-SHORTEST_SHARED = 4
+MIN_SHARED_PREFIX = 4
 """A common prefix of fewer tokens is not worth a forward pass of its own."""
 
 FIRST_ROOM = 32
@@ -39,7 +39,7 @@ TOGETHER, MOST_CACHED = 4, 8192
 """So many batches are decoded together, unless their prompts have more tokens than this (200 MB of a small model)."""
 
 Stop = Callable[[Sequence[int]], bool]
-Progress = Callable[[int], object]
+ProgressCallback = Callable[[int], object]
 """Called with the number of examples that were just finished."""
 
 
@@ -55,7 +55,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     batch_size: int = 32,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> list[str]:
     """The continuation of each prompt, without the prompt and without the end-of-text token.
 
@@ -67,7 +67,7 @@ def generate(
         model,
         ids,
         max_new_tokens=max_new_tokens,
-        eot=chat.ends if chat else tokenizer.eot,
+        eot=chat.stop_tokens if chat else tokenizer.eot,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -91,7 +91,7 @@ def generate_ids(
     batch_size: int = 32,
     stop: Stop | None = None,
     shared: int | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> list[list[int]]:
     """The tokens that follow each prompt, in the order given, without the end-of-text token `eot` that ended them.
 
@@ -102,24 +102,26 @@ def generate_ids(
     together have this probability (Holtzman et al. 2020, "nucleus sampling"); 1 means all.
     seed: with it, a row's index and the step, the sample is decided.
     stop: called with a row's new tokens after each step; True ends the row, which keeps them.
-    shared: see `read_shared`.
+    shared: see `prefill_shared_prefix`.
 
     Raises InputError for an empty prompt or one longer than the context, GraftError where the logits are NaN.
     """
     assert max_new_tokens >= 1 and batch_size >= 1 and temperature >= 0 and top_k >= 0 and 0 < top_p <= 1
-    _check(prompts, model.room)
+    _check(prompts, model.max_seq_len)
     ends = frozenset({eot} if isinstance(eot, int) else eot)
 
     def pick(logits: Tensor, rows: Sequence[int], step: int) -> list[int]:
         if temperature == 0:
-            return likeliest(logits)
-        return sample(logits, [uniform(seed, row, step) for row in rows], temperature, top_k, top_p)
+            return greedy(logits)
+        return sample_tokens(
+            logits, [counter_based_uniform(seed, row, step) for row in rows], temperature, top_k, top_p
+        )
 
     new: list[list[int]] = [[] for _ in prompts]
-    with evaluating(model):
-        past, skip = read_shared(model, prompts, shared)
-        for rows in decoded_together([len(prompt) - skip for prompt in prompts], batch_size):
-            room = [min(max_new_tokens, model.room - len(prompts[row])) for row in rows]
+    with eval_mode(model):
+        past, skip = prefill_shared_prefix(model, prompts, shared)
+        for rows in decode_groups([len(prompt) - skip for prompt in prompts], batch_size):
+            room = [min(max_new_tokens, model.max_seq_len - len(prompts[row])) for row in rows]
             own = [prompts[row][skip:] for row in rows]
             continuations = _continue(model, own, rows, past, room, ends, pick, batch_size, stop)
             for row, tokens in zip(rows, continuations, strict=True):
@@ -129,7 +131,7 @@ def generate_ids(
     return new
 
 
-def decoded_together(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+def decode_groups(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     """Rows to decode together, by their prompts' own lengths: up to TOGETHER batches, below MOST_CACHED tokens.
 
     Rows are sorted by length, so that neighbours differ little and there is less padding. Any run of these groups, on
@@ -152,7 +154,7 @@ def _continue(
     model: CausalLM,
     prompts: Sequence[Sequence[int]],
     names: Sequence[int],
-    shared: Sequence[Segment],
+    shared: Sequence[KVCache],
     room: Sequence[int],
     eot: Collection[int],
     pick: Callable[[Tensor, Sequence[int], int], list[int]],
@@ -169,7 +171,7 @@ def _continue(
         return new
     # The last token that a row samples is never fed and needs no place.
     ends = {row: len(prompts[row]) + room[row] - 1 for row in live}
-    batch = Batch(model, shared)
+    batch = DecodingBatch(model, shared)
     batch.reserve(len(live), min(max(ends.values()), max(len(prompts[row]) for row in live) + FIRST_ROOM))
     tokens: list[int] = []
     for start in range(0, len(live), batch_size):
@@ -187,23 +189,23 @@ def _continue(
         ]
         if not any(goes_on):
             return new
-        slots = batch.leave(goes_on)
+        slots = batch.evict(goes_on)
         live, tokens = [live[slot] for slot in slots], [tokens[slot] for slot in slots]
         logits = batch.step(tokens)
         step += 1
         tokens = pick(logits, [names[row] for row in live], step)
 
 
-class Batch:
+class DecodingBatch:
     """Rows that are decoded together, and their cache: rows join behind the others and leave from anywhere.
 
     shared: what stands before every row. The cache is one block of memory for as many rows and tokens as were reserved;
     a step reads of it only the rows there are, up to the longest one's tokens.
     """
 
-    def __init__(self, model: CausalLM, shared: Sequence[Segment] = ()) -> None:
+    def __init__(self, model: CausalLM, shared: Sequence[KVCache] = ()) -> None:
         self._model, self._shared = model, shared
-        self._cache = Segment.cache(model.shape, 0, 0, model.device, model.dtype)
+        self._cache = KVCache.cache(model.shape, 0, 0, model.device, model.dtype)
         self.lengths: list[int] = []
         """How many tokens each row holds."""
         self._ends: list[int] = []
@@ -234,7 +236,7 @@ class Batch:
         ids, lengths = right_pad(prompts, self._model.device)
         first, width = len(self), ids.shape[1]
         self._ends += ends
-        self._need(first + len(prompts), width, FIRST_ROOM)
+        self._ensure_capacity(first + len(prompts), width, FIRST_ROOM)
         part = self._part(slice(first, first + len(prompts)), width)
         last = torch.arange(len(prompts), device=ids.device) * width + lengths - 1
         logits = self._model(ids, past=self._shared, keep=part, at=last)
@@ -244,14 +246,14 @@ class Batch:
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Feed each of the B rows its token; the logits [B, V] behind it."""
         longest = max(self.lengths) + 1
-        self._need(len(self), longest, longest)
+        self._ensure_capacity(len(self), longest, longest)
         part = self._part(slice(len(self)), longest)
         ids = torch.tensor(tokens, device=self._model.device)[:, None]
         logits = self._model(ids, past=[*self._shared, part], keep=part)[:, 0]
         self.lengths = [length + 1 for length in self.lengths]
         return logits
 
-    def leave(self, stays: Sequence[bool]) -> list[int]:
+    def evict(self, stays: Sequence[bool]) -> list[int]:
         """Drop rows; returns which old row each new row is. Without rows the memory is given back."""
         slots = compact(self._part(slice(len(self)), max(self.lengths)), stays)
         self.lengths = [self.lengths[slot] for slot in slots]
@@ -260,7 +262,7 @@ class Batch:
             self.reserve(0, 0)
         return slots
 
-    def _need(self, rows: int, tokens: int, spare: int) -> None:
+    def _ensure_capacity(self, rows: int, tokens: int, spare: int) -> None:
         """Make room where there is none: for more rows, and for `spare` more tokens as far as the rows want them."""
         has_rows, has_tokens = self.reserved
         most = max(self._ends)
@@ -270,14 +272,14 @@ class Batch:
                 min(most, tokens + spare) if tokens > has_tokens else min(most, has_tokens),
             )
 
-    def _part(self, rows: slice, tokens: int) -> Segment:
+    def _part(self, rows: slice, tokens: int) -> KVCache:
         """Views of some rows, up to so many tokens; rows that are only joining hold none yet."""
         lengths = self.lengths[rows] or [0] * (rows.stop - rows.start)
         keys, values = ([t[rows, :, :tokens] for t in tensors] for tensors in (self._cache.keys, self._cache.values))
-        return Segment(keys, values, torch.tensor(lengths, device=self._model.device))
+        return KVCache(keys, values, torch.tensor(lengths, device=self._model.device))
 
 
-def compact(cache: Segment, stays: Sequence[bool]) -> list[int]:
+def compact(cache: KVCache, stays: Sequence[bool]) -> list[int]:
     """Drop rows of a cache in place: the last rows that stay move into the places of those that go.
 
     Returns which old row each new row is. Only as many rows are copied as there are holes to fill; the tensors become
@@ -309,7 +311,7 @@ def _check(prompts: Sequence[Sequence[int]], context: int) -> None:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Within it the model is in evaluation mode and without gradients; after it, every module's mode is as before.
 
     Not `inference_mode`: a tensor that a module keeps from it could never take part in training again.
@@ -326,24 +328,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                 module.train(training)
 
 
-def shared_length(prompts: Sequence[Sequence[int]]) -> int:
+def shared_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
     """How many first tokens of all prompts are worth a forward pass of their own; each keeps at least its last."""
-    length = common_prefix(prompts) if len(prompts) > 1 else 0
-    return length if length >= SHORTEST_SHARED else 0
+    length = common_prefix_length(prompts) if len(prompts) > 1 else 0
+    return length if length >= MIN_SHARED_PREFIX else 0
 
 
-def read_shared(
+def prefill_shared_prefix(
     model: CausalLM, prompts: Sequence[Sequence[int]], length: int | None = None
-) -> tuple[tuple[Segment, ...], int]:
+) -> tuple[tuple[KVCache, ...], int]:
     """What all prompts begin with, as a past that was run once, and how many tokens it is; nothing where it is 0.
 
-    length: `shared_length` of them; another where they are some of many prompts, or where nothing shall be shared.
+    length: `shared_prefix_length` of them; another where they are some of many prompts, or to share nothing.
     """
-    length = shared_length(prompts) if length is None else length
+    length = shared_prefix_length(prompts) if length is None else length
     if not length:
         return (), 0
-    segment = Segment()
-    model.hidden(torch.tensor([list(prompts[0][:length])], device=model.device), keep=segment)
+    segment = KVCache()
+    model.hidden_states(torch.tensor([list(prompts[0][:length])], device=model.device), keep=segment)
     return (segment,), length
 
 

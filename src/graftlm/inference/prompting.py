@@ -10,7 +10,7 @@ Each works on any task (`text/tasks.py`), in plain text or in the model's chat t
 with the majority of several sampled ones (self-consistency, Wang et al. 2022).
 
 What is unusual here:
-- Demonstrations that are the same for all questions are run once for all of them (`generate.read_shared`).
+- Demonstrations that are the same for all questions are run once for all of them (`generate.prefill_shared_prefix`).
 - Where a task names its labels, the styles without reasoning take the label whose tokens are likeliest, and may be
   calibrated; all others read the generated text by the task's pattern. Text without an answer is wrong, and counted.
 - Accuracy is never one number of one order: every order and seed asked for is a run, and all are reported.
@@ -24,16 +24,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from graftlm.config import Choice, Style
+from graftlm.config import DemoSelection, Style
 from graftlm.errors import InputError
-from graftlm.inference.demonstrations import CONTENT_FREE, Embed, choose, reordered
-from graftlm.inference.generate import Progress, generate_ids
+from graftlm.inference.fewshot import CONTENT_FREE, Embed, permute, select_demonstrations
+from graftlm.inference.generate import ProgressCallback, generate_ids
+from graftlm.inference.metrics import calibrated
 from graftlm.inference.scoring import score
-from graftlm.inference.statistics import calibrated
 from graftlm.models import CausalLM
 from graftlm.text.chat import Chat, Message
-from graftlm.text.data import Example, common_prefix, label_ids
-from graftlm.text.tasks import ANSWER, QUESTION, Problem, Task, normal
+from graftlm.text.collate import Example, common_prefix_length, label_ids
+from graftlm.text.tasks import ANSWER, QUESTION, Problem, Task, normalize_answer
 from graftlm.text.template import FIELD, Template
 from graftlm.text.tokenizer import Tokenizer
 
@@ -41,7 +41,7 @@ STEP_BY_STEP = "Let's think step by step."
 """Kojima et al. (2022), the best of their triggers."""
 REASONING, SHORT = 256, 24
 """New tokens of a worked answer and of a bare one, unless told otherwise."""
-PEEK = 8
+STOP_WINDOW = 8
 """A stop is looked for in the text of the last so many tokens."""
 
 
@@ -49,14 +49,14 @@ PEEK = 8
 class Prompt:
     """What is shown and asked; how that is written is the writer's."""
 
-    turns: tuple[tuple[str, str], ...]
+    demonstrations: tuple[tuple[str, str], ...]
     """Demonstrations: what was asked and what was answered."""
     asked: str
-    begun: str = ""
+    answer_prefix: str = ""
     """What the answer begins with."""
 
 
-class Writer:
+class PromptBuilder:
     """Prompts as text and tokens: plain, or in a chat template, where each demonstration is a turn of its own."""
 
     def __init__(self, task: Task, tokenizer: Tokenizer, chat: bool) -> None:
@@ -66,20 +66,20 @@ class Writer:
     def text(self, prompt: Prompt) -> str:
         """Exactly what the model reads."""
         if self.chat is not None:
-            return self.chat.render(self._messages(prompt), prompt.begun)
+            return self.chat.render(self._messages(prompt), prompt.answer_prefix)
         parts = [self._task.instruction] if self._task.instruction else []
-        parts += [self._plain(asked, answered) for asked, answered in prompt.turns]
-        return "\n\n".join([*parts, self._plain(prompt.asked, prompt.begun)])
+        parts += [self._plain(asked, answered) for asked, answered in prompt.demonstrations]
+        return "\n\n".join([*parts, self._plain(prompt.asked, prompt.answer_prefix)])
 
     def ids(self, prompt: Prompt) -> list[int]:
         """The same as tokens."""
         if self.chat is not None:
-            return self.chat.encode(self._messages(prompt), prompt.begun)
+            return self.chat.encode(self._messages(prompt), prompt.answer_prefix)
         return self._tokenizer.encode(self.text(prompt), bos=True)
 
     def label_ids(self, prompt: Prompt) -> list[list[int]]:
         """The tokens of each label behind this prompt: behind an answer in chat, which nothing begins, no space."""
-        space = self.chat is None or bool(prompt.begun)
+        space = self.chat is None or bool(prompt.answer_prefix)
         return label_ids(Template("task", FIELD if space else FIELD + "\n", self._task.labels), self._tokenizer)
 
     def stops(self, prompt: Prompt) -> tuple[str, ...]:
@@ -87,12 +87,12 @@ class Writer:
         if self.chat is not None:
             return ()
         head = self._task.question.partition(QUESTION)[0].strip()
-        return (*(["\n\n"] if prompt.turns else []), *([f"\n{head}"] if head else []))
+        return (*(["\n\n"] if prompt.demonstrations else []), *([f"\n{head}"] if head else []))
 
     @property
-    def ends(self) -> frozenset[int]:
+    def stop_tokens(self) -> frozenset[int]:
         """The tokens that an answer is over at."""
-        return frozenset({self._tokenizer.eot}) if self.chat is None else self.chat.ends
+        return frozenset({self._tokenizer.eot}) if self.chat is None else self.chat.stop_tokens
 
     def _asked(self, question: str) -> str:
         return self._task.question.replace(QUESTION, question)
@@ -102,20 +102,20 @@ class Writer:
 
     def _messages(self, prompt: Prompt) -> list[Message]:
         messages: list[Message] = []
-        for asked, answered in (*prompt.turns, (prompt.asked, "")):
+        for asked, answered in (*prompt.demonstrations, (prompt.asked, "")):
             first = f"{self._task.instruction}\n\n" if self._task.instruction and not messages else ""
             messages += [("user", first + self._asked(asked)), ("assistant", answered)]
         return messages[:-1]
 
 
 @dataclass(frozen=True)
-class Answer:
+class QuestionResult:
     """One question's answer, and how it came about."""
 
     question: str
     answer: str
     """The right one."""
-    said: str | None
+    prediction: str | None
     """The one that was read; None where the text has none."""
     right: bool
     prompt: str
@@ -126,10 +126,10 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class PromptingResult:
     """One run over all questions."""
 
-    answers: list[Answer]
+    answers: list[QuestionResult]
     prompt_tokens: int
     """Of all prompts: of each sample, and of the second calls."""
     shared_tokens: int
@@ -139,11 +139,11 @@ class Outcome:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asking:
+class PromptingConfig:
     """How questions are asked; `PromptConfig` explains the fields."""
 
     shots: int = 8
-    choose: Choice = "fixed"
+    choose: DemoSelection = "fixed"
     samples: int = 1
     temperature: float = 0.0
     max_new_tokens: int | None = None
@@ -158,7 +158,7 @@ def prompts(
     task: Task,
     problems: Sequence[Problem],
     style: Style,
-    how: Asking,
+    how: PromptingConfig,
     seed: int = 0,
     order: int = 0,
     embed: Embed | None = None,
@@ -180,9 +180,11 @@ def prompts(
     return [Prompt(turns[0 if shared else n], p.question, begun) for n, p in enumerate(problems)]
 
 
-def extracting(task: Task, prompt: Prompt, reasoning: str) -> Prompt:
+def extraction_prompt(task: Task, prompt: Prompt, reasoning: str) -> Prompt:
     """The second call of zero-shot-cot: all of the first with what it gave, and the question for the answer."""
-    return Prompt(prompt.turns, prompt.asked, f"{prompt.begun} {reasoning.strip()}\nTherefore, {task.trigger}")
+    return Prompt(
+        prompt.demonstrations, prompt.asked, f"{prompt.answer_prefix} {reasoning.strip()}\nTherefore, {task.trigger}"
+    )
 
 
 def _worked(task: Task, demo: Problem) -> str:
@@ -190,22 +192,28 @@ def _worked(task: Task, demo: Problem) -> str:
 
 
 def _demonstrations(
-    task: Task, problems: Sequence[Problem], style: Style, how: Asking, seed: int, order: int, embed: Embed | None
+    task: Task,
+    problems: Sequence[Problem],
+    style: Style,
+    how: PromptingConfig,
+    seed: int,
+    order: int,
+    embed: Embed | None,
 ) -> list[list[Problem]]:
     pool = [demo for demo in task.demonstrations if demo.reasoning or style == "few-shot"]
     if len(pool) < how.shots:
         what = "demonstrations" if style == "few-shot" else "demonstrations with reasoning"
         raise InputError(f"--shots {how.shots}: task {task.name} has {len(pool)} {what}: ask for fewer, or add some")
-    chosen = choose(
+    chosen = select_demonstrations(
         [demo.question for demo in pool],
-        [normal(demo.answer) for demo in pool],
+        [normalize_answer(demo.answer) for demo in pool],
         [problem.question for problem in problems],
         shots=how.shots,
         how=how.choose,
         seed=seed,
         embed=embed,
     )
-    return [[pool[place] for place in reordered(places, order)] for places in chosen]
+    return [[pool[place] for place in permute(places, order)] for places in chosen]
 
 
 # Runs -----------------------------------------------------------------------------------------------------------------
@@ -214,16 +222,16 @@ def _demonstrations(
 def ask(
     model: CausalLM,
     tokenizer: Tokenizer,
-    writer: Writer,
+    writer: PromptBuilder,
     task: Task,
     problems: Sequence[Problem],
     style: Style,
-    how: Asking,
+    how: PromptingConfig,
     seed: int = 0,
     order: int = 0,
     embed: Embed | None = None,
-    progress: Progress | None = None,
-) -> Outcome:
+    progress: ProgressCallback | None = None,
+) -> PromptingResult:
     """Ask all questions in one style, once. `seed` decides the choice of demonstrations and the samples.
 
     Raises InputError for a prompt that leaves no room for an answer in the model's context.
@@ -232,11 +240,11 @@ def ask(
     ids = [writer.ids(prompt) for prompt in asked]
     scored = bool(task.labels) and not style.endswith("-cot")
     samples: list[list[str | None]]
-    _check(ids, 1 if scored else _room(task, tokenizer, style, how), model.room, style, how)
+    _check(ids, 1 if scored else _room(task, tokenizer, style, how), model.max_seq_len, style, how)
     began = time.perf_counter()
     if scored:
         texts = _likeliest(model, writer, task, asked, ids, how, progress)
-        prompt_tokens, new_tokens, samples = sum(map(len, ids)), 0, [[normal(text)] for [text] in texts]
+        prompt_tokens, new_tokens, samples = sum(map(len, ids)), 0, [[normalize_answer(text)] for [text] in texts]
     else:
         texts, samples, prompt_tokens, new_tokens = _written(
             model, tokenizer, writer, task, asked, ids, style, how, seed, progress
@@ -244,9 +252,11 @@ def ask(
     seconds = time.perf_counter() - began
     answers = []
     for problem, prompt, own, said in zip(problems, asked, texts, samples, strict=True):
-        voted, true = majority(said), normal(problem.answer)
-        answers.append(Answer(problem.question, true, voted, voted == true, writer.text(prompt), own, said))
-    return Outcome(answers, prompt_tokens, common_prefix(ids) if len(ids) > 1 else 0, new_tokens, seconds)
+        voted, true = majority(said), normalize_answer(problem.answer)
+        answers.append(QuestionResult(problem.question, true, voted, voted == true, writer.text(prompt), own, said))
+    return PromptingResult(
+        answers, prompt_tokens, common_prefix_length(ids) if len(ids) > 1 else 0, new_tokens, seconds
+    )
 
 
 def majority(samples: Sequence[str | None]) -> str | None:
@@ -255,7 +265,7 @@ def majority(samples: Sequence[str | None]) -> str | None:
     return counts.most_common(1)[0][0] if counts else None  # equals in the order of their coming
 
 
-def _room(task: Task, tokenizer: Tokenizer, style: Style, how: Asking) -> int:
+def _room(task: Task, tokenizer: Tokenizer, style: Style, how: PromptingConfig) -> int:
     """The tokens that may follow the longest prompt, in both calls."""
     first = how.max_new_tokens or (REASONING if style.endswith("-cot") else SHORT)
     if style != "zero-shot-cot":
@@ -263,7 +273,7 @@ def _room(task: Task, tokenizer: Tokenizer, style: Style, how: Asking) -> int:
     return first + len(tokenizer.encode(f"\nTherefore, {task.trigger}")) + SHORT
 
 
-def _check(ids: Sequence[Sequence[int]], room: int, context: int, style: Style, how: Asking) -> None:
+def _check(ids: Sequence[Sequence[int]], room: int, context: int, style: Style, how: PromptingConfig) -> None:
     longest = max(map(len, ids))
     if longest + room <= context:
         return
@@ -277,18 +287,21 @@ def _check(ids: Sequence[Sequence[int]], room: int, context: int, style: Style, 
 
 def _likeliest(
     model: CausalLM,
-    writer: Writer,
+    writer: PromptBuilder,
     task: Task,
     asked: Sequence[Prompt],
     ids: Sequence[Sequence[int]],
-    how: Asking,
-    progress: Progress | None,
+    how: PromptingConfig,
+    progress: ProgressCallback | None,
 ) -> list[list[str]]:
     """The likeliest label of each question, calibrated where asked for; the demonstrations run once for all."""
     free: list[list[list[int]]] = []
     if how.calibrate:
-        groups = asked if len({prompt.turns for prompt in asked}) > 1 else asked[:1]
-        free = [[writer.ids(Prompt(prompt.turns, text, prompt.begun)) for text in CONTENT_FREE] for prompt in groups]
+        groups = asked if len({prompt.demonstrations for prompt in asked}) > 1 else asked[:1]
+        free = [
+            [writer.ids(Prompt(prompt.demonstrations, text, prompt.answer_prefix)) for text in CONTENT_FREE]
+            for prompt in groups
+        ]
     everything = [Example(tuple(row), (), None, "", "", "a question") for row in (*ids, *(x for g in free for x in g))]
     labels = writer.label_ids(asked[0])
     found = score(
@@ -305,14 +318,14 @@ def _likeliest(
 def _written(
     model: CausalLM,
     tokenizer: Tokenizer,
-    writer: Writer,
+    writer: PromptBuilder,
     task: Task,
     asked: Sequence[Prompt],
     ids: Sequence[list[int]],
     style: Style,
-    how: Asking,
+    how: PromptingConfig,
     seed: int,
-    progress: Progress | None,
+    progress: ProgressCallback | None,
 ) -> tuple[list[list[str]], list[list[str | None]], int, int]:
     """Texts and the answers read in them, [N][S] each, and the tokens of all prompts and of all new text."""
     each = range(how.samples)
@@ -322,21 +335,21 @@ def _written(
         model,
         rows,
         max_new_tokens=how.max_new_tokens or (REASONING if style.endswith("-cot") else SHORT),
-        eot=writer.ends,
+        eot=writer.stop_tokens,
         temperature=how.temperature,
         seed=seed,
         batch_size=how.batch_size,
-        stop=lambda tokens: any(stop in tokenizer.decode(tokens[-PEEK:]) for stop in stops),
+        stop=lambda tokens: any(stop in tokenizer.decode(tokens[-STOP_WINDOW:]) for stop in stops),
         progress=progress,
     )
     texts = [_until(tokenizer.decode(tokens), stops) for tokens in new]
     prompt_tokens, new_tokens = sum(map(len, rows)), sum(map(len, new))
     if style == "few-shot-cot":
-        said = [task.concluded(text) for text in texts]
+        said = [task.parse_final_answer(text) for text in texts]
     elif style == "zero-shot-cot":
-        second = [extracting(task, prompt, text) for prompt, text in zip(owners, texts, strict=True)]
+        second = [extraction_prompt(task, prompt, text) for prompt, text in zip(owners, texts, strict=True)]
         rows = [writer.ids(prompt) for prompt in second]
-        new = generate_ids(model, rows, max_new_tokens=SHORT, eot=writer.ends, batch_size=how.batch_size)
+        new = generate_ids(model, rows, max_new_tokens=SHORT, eot=writer.stop_tokens, batch_size=how.batch_size)
         ends = [_until(tokenizer.decode(tokens), ("\n",)) for tokens in new]
         said = [task.first(end) for end in ends]
         texts = [f"{text.rstrip()}\nTherefore, {task.trigger}{end}" for text, end in zip(texts, ends, strict=True)]

@@ -10,8 +10,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from graftlm.errors import GraftError, InputError
-from graftlm.inference.sampling import uniform
-from graftlm.text.stream import TextStream
+from graftlm.inference.sampling import counter_based_uniform
+from graftlm.text.detokenizer import TextStream
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Request:
     """Decides the sample, whoever shares the batch; None: a seed of its own, drawn anew."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer; they are not part of it."""
-    ends: Collection[int] = ()
+    stop_tokens: Collection[int] = ()
     """Tokens that end it beside the end of text, as the end of a turn does (`Chat.ends`); they are not part of it."""
 
     def __post_init__(self) -> None:
@@ -51,7 +51,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TokenOutput:
     """What became of one token, or of the request."""
 
     text: str
@@ -60,7 +60,7 @@ class Piece:
     """None for the end of text, and where the request ended for another reason than a token."""
     logprob: float | None
     """Of the token under the model, at temperature 1."""
-    finish: str | None
+    finish_reason: str | None
     """None while it goes on; "stop" (end of text, or a stop text), "length", "cancelled", "error"."""
 
 
@@ -73,20 +73,20 @@ class Completion:
     tokens: tuple[int, ...]
     """With those of a stop text as far as they were made, without the end of text."""
     logprobs: tuple[float, ...]
-    finish: str
+    finish_reason: str
     prompt_tokens: int
 
 
-CANCELLED = Piece("", None, None, "cancelled")
-Ending = Piece | GraftError
+CANCELLED = TokenOutput("", None, None, "cancelled")
+FinishOutput = TokenOutput | GraftError
 """The last piece, or what went wrong."""
 
 
-class Ticket:
+class RequestHandle:
     """A request that was taken. `done` gives the whole answer, or raises the GraftError that became of it."""
 
     def __init__(
-        self, request: Request, room: int, stream: TextStream, on_piece: Callable[[Piece], None] | None
+        self, request: Request, room: int, stream: TextStream, on_piece: Callable[[TokenOutput], None] | None
     ) -> None:
         self.request = request
         self.done: Future[Completion] = Future()
@@ -105,31 +105,31 @@ class Ticket:
     # What follows is called by the engine, on its thread.
 
     @property
-    def _most(self) -> int:
+    def _max_row_len(self) -> int:
         """The most tokens that its row will hold: the last one that it samples is never fed."""
         return len(self.request.prompt) + self._room - 1
 
     def _uniform(self) -> float:
         """The number that decides its next token: what `generate` takes for its first row."""
-        return uniform(self._seed, 0, len(self._tokens))
+        return counter_based_uniform(self._seed, 0, len(self._tokens))
 
-    def _take(self, token: int, logprob: float, eot: int) -> Piece:
+    def _append_token(self, token: int, logprob: float, eot: int) -> TokenOutput:
         """What the next token makes of it."""
-        if token == eot or token in self.request.ends:
-            return Piece(self._stream.end(), None, None, "stop")
+        if token == eot or token in self.request.stop_tokens:
+            return TokenOutput(self._stream.finish(), None, None, "stop")
         self._tokens.append(token)
         self._logprobs.append(logprob)
         text, finish = self._stream.add(token), None
         if not self._stream.stopped and len(self._tokens) == self._room:
-            text, finish = text + self._stream.end(), "length"
-        return Piece(text, token, logprob, "stop" if self._stream.stopped else finish)
+            text, finish = text + self._stream.finish(), "length"
+        return TokenOutput(text, token, logprob, "stop" if self._stream.stopped else finish)
 
-    def _tell(self, piece: Piece) -> GraftError | None:
+    def _emit(self, piece: TokenOutput) -> GraftError | None:
         """Give a piece to who asked; what that raises is this request's own end."""
         self._text.append(piece.text)
         if self._on_piece is None:
             return None
-        with Catching() as caught:
+        with CaptureError() as caught:
             self._on_piece(piece)
         return None if caught.error is None else failure(caught.error, "on_piece")
 
@@ -139,7 +139,7 @@ class Ticket:
 
 
 @dataclass(frozen=True, eq=False)
-class Question:
+class ScoreRequest:
     """Options to score behind a prompt."""
 
     prompt: tuple[int, ...]
@@ -148,7 +148,7 @@ class Question:
     done: "Future[list[float]]"
 
 
-class Catching:
+class CaptureError:
     """Keeps what is raised within it, whatever it is.
 
     Above the engine's thread there is nobody who could be told, so whoever catches must tell the requests.
@@ -156,7 +156,7 @@ class Catching:
 
     error: Exception | None = None
 
-    def __enter__(self) -> "Catching":
+    def __enter__(self) -> "CaptureError":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:

@@ -13,19 +13,21 @@ import torch
 from torch import Tensor
 
 from graftlm.errors import GraftError
-from graftlm.exchange.device import exact
+from graftlm.exchange.device import to_float64
 
-FEW = 512
+TOPK_FIRST = 512
 """Of so many tokens, the likeliest, top_p has mostly enough."""
 
 
-def uniform(seed: int, row: int, step: int) -> float:
+def counter_based_uniform(seed: int, row: int, step: int) -> float:
     """A number in [0, 1) that depends on nothing else: no state, no device, the same on every machine."""
     digest = blake2b(f"{seed} {row} {step}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) * 2.0**-53  # the 53 bits that a float keeps
 
 
-def sample(logits: Tensor, u: Sequence[float], temperature: float, top_k: int = 0, top_p: float = 1.0) -> list[int]:
+def sample_tokens(
+    logits: Tensor, u: Sequence[float], temperature: float, top_k: int = 0, top_p: float = 1.0
+) -> list[int]:
     """One token for each row of logits [B, V], by inverting the cumulative distribution at u [B], each in [0, 1).
 
     The order is temperature, top_k, top_p. All arithmetic is in float32 and above, whatever the model computes in.
@@ -41,7 +43,7 @@ def sample(logits: Tensor, u: Sequence[float], temperature: float, top_k: int = 
     weights = torch.softmax(logits, dim=-1)
     if top_p < 1 and ids is None:
         weights, ids = _likely(weights, top_p)
-    weights = exact(weights)
+    weights = to_float64(weights)
     cumulative = weights.cumsum(dim=-1)
     if top_p < 1:
         # A token stays when those before it do not yet reach top_p; so the first always stays.
@@ -57,13 +59,13 @@ def _likely(weights: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
 
     Sorting a whole vocabulary for a few tokens would take longer than a step of a small model.
     """
-    few, ids = weights.topk(min(FEW, weights.shape[-1]), dim=-1)
-    if bool((exact(few).sum(dim=-1) < top_p).any()):
+    few, ids = weights.topk(min(TOPK_FIRST, weights.shape[-1]), dim=-1)
+    if bool((to_float64(few).sum(dim=-1) < top_p).any()):
         return weights.sort(dim=-1, descending=True, stable=True)
     return few, ids
 
 
-def likeliest(logits: Tensor) -> list[int]:
+def greedy(logits: Tensor) -> list[int]:
     """The likeliest token of each row of logits [B, V]."""
     best = logits.max(dim=-1)
     _refuse_nan(best.values)

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from graftlm.errors import InputError
-from graftlm.exchange.device import exact
-from graftlm.inference.generate import Progress, evaluating, read_shared, right_pad
-from graftlm.models import CausalLM, Segment
-from graftlm.text.data import Example
+from graftlm.exchange.device import to_float64
+from graftlm.inference.generate import ProgressCallback, eval_mode, prefill_shared_prefix, right_pad
+from graftlm.models import CausalLM, KVCache
+from graftlm.text.collate import Example
 
 Tokens = tuple[int, ...]
 LabelIds = Sequence[Sequence[int]]
 
-MOST_POSITIONS = 1024
+MAX_POSITIONS = 1024
 """Logits of so many positions are made at once; at V = 50,000 they take 200 MB."""
 
 
@@ -40,7 +40,7 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class ScoringPlan:
     """What to feed behind one prompt and what to read.
 
     `tails` are what is scored: the labels and last the completion. To score a tail, all of it but its last token is
@@ -56,7 +56,7 @@ class _Plan:
     """Of each tail the places of the tokens to score."""
 
     @classmethod
-    def make(cls, prompt: Tokens, tails: tuple[Tokens, ...], learned: Sequence[int] | None = None) -> "_Plan":
+    def make(cls, prompt: Tokens, tails: tuple[Tokens, ...], learned: Sequence[int] | None = None) -> "ScoringPlan":
         """`learned`: the places of the last tail that are scored; None: all, as of the others."""
         runs = [tail[:-1] for tail in tails]
         paths: list[Tokens] = []
@@ -86,7 +86,7 @@ def score(
     batch_size: int = 32,
     shared: int | None = None,
     completions: bool = True,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Scores:
     """The log-probability of each label, and of each example's own completion, behind its prompt.
 
@@ -98,10 +98,10 @@ def score(
     Raises InputError for an example whose prompt and tail are longer than the context.
     """
     plans = _plans(examples, label_ids or (), completions)
-    _check(plans, examples, model.room)
+    _check(plans, examples, model.max_seq_len)
     sums = torch.zeros(len(plans), len(label_ids or ()) + 1, dtype=torch.float64)
-    with evaluating(model):
-        past, skip = read_shared(model, [plan.prompt for plan in plans], shared)
+    with eval_mode(model):
+        past, skip = prefill_shared_prefix(model, [plan.prompt for plan in plans], shared)
         for rows in _batches(plans, batch_size):
             batch = _score_batch(model, [plans[row] for row in rows], past, skip)
             sums[rows] = torch.tensor(batch, dtype=torch.float64)
@@ -111,34 +111,34 @@ def score(
     return Scores(sums[:, :-1], sums[:, -1], counts)
 
 
-def _plans(examples: Sequence[Example], label_ids: LabelIds, completions: bool) -> list[_Plan]:
+def _plans(examples: Sequence[Example], label_ids: LabelIds, completions: bool) -> list[ScoringPlan]:
     labels = [tuple(ids) for ids in label_ids]
     return [
-        _Plan.make(tuple(e.prompt_ids), (*labels, tuple(e.completion_ids)), e.learned)
+        ScoringPlan.make(tuple(e.prompt_ids), (*labels, tuple(e.completion_ids)), e.loss_positions)
         if completions
-        else _Plan.make(tuple(e.prompt_ids), (*labels, ()))
+        else ScoringPlan.make(tuple(e.prompt_ids), (*labels, ()))
         for e in examples
     ]
 
 
-def scored_together(examples: Sequence[Example], label_ids: LabelIds, batch_size: int) -> list[list[int]]:
+def score_batches(examples: Sequence[Example], label_ids: LabelIds, batch_size: int) -> list[list[int]]:
     """The rows of each batch in which `score` reads the labels. Any run of them, on its own, makes the same batches."""
     return list(_batches(_plans(examples, label_ids, False), batch_size))
 
 
-def _check(plans: Sequence[_Plan], examples: Sequence[Example], context: int) -> None:
+def _check(plans: Sequence[ScoringPlan], examples: Sequence[Example], context: int) -> None:
     for plan, example in zip(plans, examples, strict=True):
-        assert plan.prompt, f"an empty prompt at {example.where}"
+        assert plan.prompt, f"an empty prompt at {example.source}"
         # The last token of a tail is predicted, never fed.
         fed = len(plan.prompt) + len(plan.paths[0])
         if fed > context:
             raise InputError(
-                f"{example.where or 'an example'}: prompt and answer have {fed + 1} tokens, the model reads at most "
+                f"{example.source or 'an example'}: prompt and answer have {fed + 1} tokens, the model reads at most "
                 f"{context}: lower --max_length or shorten the text"
             )
 
 
-def _batches(plans: Sequence[_Plan], batch_size: int) -> Iterator[list[int]]:
+def _batches(plans: Sequence[ScoringPlan], batch_size: int) -> Iterator[list[int]]:
     """Rows of similar length together, at most `batch_size` of them, and at most MOST_POSITIONS predicted tokens.
 
     Padding never reaches beyond the context (where GPT-2 has no position to give), whichever rows meet: behind the
@@ -148,7 +148,7 @@ def _batches(plans: Sequence[_Plan], batch_size: int) -> Iterator[list[int]]:
     positions = 0
     for row in sorted(range(len(plans)), key=lambda row: len(plans[row].prompt) + len(plans[row].paths[0])):
         own = 1 + sum(len(path) for path in plans[row].paths)
-        if batch and (len(batch) == batch_size or positions + own > MOST_POSITIONS):
+        if batch and (len(batch) == batch_size or positions + own > MAX_POSITIONS):
             yield batch
             batch, positions = [], 0
         batch.append(row)
@@ -157,7 +157,9 @@ def _batches(plans: Sequence[_Plan], batch_size: int) -> Iterator[list[int]]:
         yield batch
 
 
-def _score_batch(model: CausalLM, plans: Sequence[_Plan], past: Sequence[Segment], skip: int) -> list[list[float]]:
+def _score_batch(
+    model: CausalLM, plans: Sequence[ScoringPlan], past: Sequence[KVCache], skip: int
+) -> list[list[float]]:
     """The sum for each plan's tails. `past` holds the first `skip` tokens of every prompt.
 
     The first pass reads the prompt with its first path, so a single path (one label word and the completion that holds
@@ -169,7 +171,7 @@ def _score_batch(model: CausalLM, plans: Sequence[_Plan], past: Sequence[Segment
     sums = [[0.0] * len(plan.tails) for plan in plans]
     cache = None
     if passes > 1:
-        cache = Segment.cache(model.shape, len(plans), max(map(len, fed)), model.device, model.dtype)
+        cache = KVCache.cache(model.shape, len(plans), max(map(len, fed)), model.device, model.dtype)
     for number in range(passes):
         if number == 1:
             assert cache is not None
@@ -195,8 +197,8 @@ def _log_probs(
     model: CausalLM,
     fed: Sequence[Sequence[int]],
     wanted: Sequence[tuple[int, int, int]],
-    past: Sequence[Segment],
-    keep: Segment | None,
+    past: Sequence[KVCache],
+    keep: KVCache | None,
 ) -> list[float]:
     """The log-probability of `token` behind position `position` of row `row`, for each (row, position, token)."""
     ids, _ = right_pad(fed, model.device)
@@ -206,4 +208,4 @@ def _log_probs(
     logits = model(ids, past=past, keep=keep, at=at)
     index = torch.tensor(where, dtype=torch.long, device=logits.device)
     tokens = torch.tensor([token for _, _, token in wanted], dtype=torch.long, device=logits.device)
-    return (exact(logits[index, tokens]) - exact(logits.logsumexp(dim=-1)[index])).tolist()
+    return (to_float64(logits[index, tokens]) - to_float64(logits.logsumexp(dim=-1)[index])).tolist()

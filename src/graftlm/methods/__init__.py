@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from graftlm.config import MethodFlags
 from graftlm.config.parsing import parse_value
-from graftlm.errors import InputError, unknown
+from graftlm.errors import InputError, unknown_name_error
 from graftlm.methods.adapter import Adapter
 from graftlm.methods.base import Method
 from graftlm.methods.bitfit import BitFit
@@ -57,7 +57,7 @@ def method_from_flags(config: MethodFlags, given: Set[str]) -> Method:
     InputError. Of the flags at None the method's own default holds.
     """
     if config.method not in METHODS:
-        raise unknown("--method", config.method, METHODS)
+        raise unknown_name_error("--method", config.method, METHODS)
     if config.rank == 0 and "method" in given and config.method != "full":
         raise InputError(f"--rank 0 means full fine-tuning and contradicts --method {config.method}: leave one out")
     kind = Full if config.rank == 0 else METHODS[config.method]
@@ -76,7 +76,7 @@ def method_from_flags(config: MethodFlags, given: Set[str]) -> Method:
 def describe(name: str) -> str:
     """A method's summary, its flags and its settings with their defaults, one a line. Raises InputError."""
     if name not in METHODS:
-        raise unknown("--method", name, METHODS)
+        raise unknown_name_error("--method", name, METHODS)
     kind = METHODS[name]
     defaults = {f.name: f.default for f in fields(kind)}
     shown = {f"--{flag}": defaults[field] for flag, field in kind.flags.items()}

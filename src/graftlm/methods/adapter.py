@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graftlm.errors import InputError, unknown
-from graftlm.methods.accounting import Part, spelled
-from graftlm.methods.base import Method, freeze, home, master_dtype, replace_linears
-from graftlm.models import CausalLM, Linear, Shape
+from graftlm.errors import InputError, unknown_name_error
+from graftlm.methods.base import Method, freeze, master_dtype, replace_linears, target_device
+from graftlm.methods.cost_model import ParameterGroup, format_formula
+from graftlm.models import CausalLM, Linear, ModelConfig
 
 PLACEMENTS = {"houlsby": ("o", "down"), "pfeiffer": ("down",)}
 
@@ -33,7 +33,7 @@ class BottleneckLinear(Linear):
         with torch.device("meta"):  # no memory, no random numbers: every tensor is given below
             super().__init__(linear.in_features, linear.out_features, linear.bias is not None)
         self.weight, self.bias = linear.weight, linear.bias
-        d, master, device = linear.out_features, master_dtype(linear.weight.dtype), home(linear.weight)
+        d, master, device = linear.out_features, master_dtype(linear.weight.dtype), target_device(linear.weight)
         down = torch.empty(rank, d, dtype=master)
         nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=rng)
         self.adapter_down = nn.Parameter(down.to(device))
@@ -69,7 +69,7 @@ class Adapter(Method):
 
     def __post_init__(self) -> None:
         if self.placement not in PLACEMENTS:
-            raise unknown("--placement", self.placement, PLACEMENTS)
+            raise unknown_name_error("--placement", self.placement, PLACEMENTS)
         if self.rank < 1:
             raise InputError(f"--rank {self.rank}: an adapter's bottleneck has 1 or more units")
 
@@ -81,16 +81,16 @@ class Adapter(Method):
             made.append(BottleneckLinear(linear, self.rank, rng))
             return made[-1]
 
-        replace_linears(model, PLACEMENTS[self.placement], wrap, self.span(model.shape))
+        replace_linears(model, PLACEMENTS[self.placement], wrap, self.layer_range(model.shape))
         freeze(model)
         for p in (p for module in made for p in BottleneckLinear.adapter_parameters(module)):
             p.requires_grad_(True)
 
-    def parts(self, shape: Shape) -> list[Part]:
+    def param_breakdown(self, shape: ModelConfig) -> list[ParameterGroup]:
         """2 d r + r + d for each adapter."""
-        layers, d, r = len(self.span(shape)), shape.d_model, self.rank
-        count, formula = layers * (2 * d * r + r + d), spelled("L (2 d r + r + d)", L=layers, d=d, r=r)
+        layers, d, r = len(self.layer_range(shape)), shape.d_model, self.rank
+        count, formula = layers * (2 * d * r + r + d), format_formula("L (2 d r + r + d)", L=layers, d=d, r=r)
         return [
-            Part(f"{role}, adapter", count, formula, role, added=True, weights=layers * 2 * d * r)
+            ParameterGroup(f"{role}, adapter", count, formula, role, added=True, weights=layers * 2 * d * r)
             for role in PLACEMENTS[self.placement]
         ]

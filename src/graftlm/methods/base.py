@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from graftlm.errors import InputError, unknown
-from graftlm.methods.accounting import Part, total
-from graftlm.models import CausalLM, Linear, Shape
-from graftlm.models.names import module_of
+from graftlm.errors import InputError, unknown_name_error
+from graftlm.methods.cost_model import ParameterGroup, total
+from graftlm.models import CausalLM, Linear, ModelConfig
+from graftlm.models.checkpoint_mapping import our_module_name
 
 PeftFolder = tuple[dict[str, Any], dict[str, Tensor]]
 """What PEFT's two files hold: adapter_config.json (without the base's name) and adapter_model.safetensors."""
@@ -33,14 +33,14 @@ class Method(ABC):
     default_lr: ClassVar[float]
     flags: ClassVar[Mapping[str, str]] = {}
     """Flag of `graft train` -> the field it sets, for the flags that mean something to this method."""
-    stores_model: ClassVar[bool] = False
+    is_full_finetune: ClassVar[bool] = False
     """Whether a checkpoint is a whole model, because the base's own weights are what is trained."""
     peft_type: ClassVar[str] = ""
     """What PEFT calls it, where it does."""
     mergeable: ClassVar[bool] = True
     """Whether the adapted model is a plain model with other weights, once `eval()` has merged it."""
 
-    def span(self, shape: Shape) -> range:
+    def layer_range(self, shape: ModelConfig) -> range:
         """The numbers of the blocks it adapts."""
         return range(*self.layers) if self.layers else range(shape.layers)
 
@@ -53,7 +53,7 @@ class Method(ABC):
     def install(self, model: CausalLM, rng: torch.Generator) -> None:
         """Replace or add modules, freeze the rest; initial weights come from `rng` (on the CPU)."""
 
-    def settle(self, model: CausalLM) -> None:
+    def init_from_base_weights(self, model: CausalLM) -> None:
         """Do what `install` does with a base's weights; called once they are read, where they were not before.
 
         They may be cut over several processes, which all call it.
@@ -61,26 +61,26 @@ class Method(ABC):
         return None
 
     @abstractmethod
-    def parts(self, shape: Shape) -> list[Part]:
+    def param_breakdown(self, shape: ModelConfig) -> list[ParameterGroup]:
         """All that it trains, each part with its closed form."""
 
-    def count(self, shape: Shape) -> int:
+    def count(self, shape: ModelConfig) -> int:
         """How many parameters it trains."""
-        return total(self.parts(shape))
+        return total(self.param_breakdown(shape))
 
-    def reshaped(self, shape: Shape) -> Shape:
+    def adapted_config(self, shape: ModelConfig) -> ModelConfig:
         """The shape that it gives the model's own parts."""
         return shape
 
-    def starts_from(self, prompts: Sequence[Sequence[int]], encode: Callable[[str], Sequence[int]]) -> "Method":
+    def resolve_init(self, prompts: Sequence[Sequence[int]], encode: Callable[[str], Sequence[int]]) -> "Method":
         """The method with whatever it takes from the run's prompts, or from a text of its own, decided."""
         return self
 
-    def lr_ratio(self, name: str) -> float:
+    def lr_multiplier(self, name: str) -> float:
         """What the learning rate of the trained parameter of this name is multiplied by."""
         return 1.0
 
-    def explain(self, model: CausalLM, lr: float) -> str:
+    def describe_scale(self, model: CausalLM, lr: float) -> str:
         """One line on how far a step of this method at this rate moves the model; empty where there is none to say."""
         return ""
 
@@ -94,17 +94,19 @@ class Method(ABC):
         """What a model that this method adapted is in PEFT; None: PEFT has no such method."""
         return None
 
-    def from_peft(self, shape: Shape, folder: PeftFolder, where: str) -> dict[str, Tensor]:
+    def from_peft(self, shape: ModelConfig, folder: PeftFolder, where: str) -> dict[str, Tensor]:
         """The trained tensors, by our names, of a folder that `to_peft` made; an InputError if another method did."""
         raise NotImplementedError
 
     @classmethod
-    def adopt(cls, shape: Shape, folder: PeftFolder, where: str) -> "tuple[Method, dict[str, Tensor]] | None":
+    def from_foreign_peft(
+        cls, shape: ModelConfig, folder: PeftFolder, where: str
+    ) -> "tuple[Method, dict[str, Tensor]] | None":
         """The method and tensors of any PEFT folder; None: another method's; InputError for what is not understood."""
         return None
 
     @property
-    def lossless(self) -> bool:
+    def resumable_from_adapter(self) -> bool:
         """Whether what is trained can be read back from an adapter folder, so that a run can go on from it."""
         return True
 
@@ -119,7 +121,7 @@ def master_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def home(weight: Tensor) -> torch.device:
+def target_device(weight: Tensor) -> torch.device:
     """Where what is trained beside a weight is to be: with it, or on torch's default device while it is not read."""
     return torch.get_default_device() if weight.device.type == "meta" else weight.device
 
@@ -135,12 +137,12 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def totals(model: nn.Module) -> tuple[int, int]:
+def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trained, all) parameters; a tied head counts once."""
     return sum(p.numel() for p in trainable(model).values()), sum(p.numel() for p in model.parameters())
 
 
-def layer_span(text: str, layers: int) -> tuple[int, int] | None:
+def parse_layer_range(text: str, layers: int) -> tuple[int, int] | None:
     """What --train_layers says of a model of so many layers; None for all. An InputError for what is no slice."""
     if not text.strip():
         return None
@@ -167,11 +169,11 @@ def replace_linears(
         raise InputError(f"--targets is empty: name at least one of {', '.join(model.shape.roles)}")
     for role in targets:
         if role not in model.shape.roles:
-            raise unknown("target", role, model.shape.roles)
+            raise unknown_name_error("target", role, model.shape.roles)
     for i in span:
         block = model.blocks[i]
         for role in targets:
-            parent_name, child = module_of(role).split(".")
+            parent_name, child = our_module_name(role).split(".")
             parent = block.get_submodule(parent_name)
             old = getattr(parent, child)
             if type(old) is not Linear:
@@ -181,12 +183,12 @@ def replace_linears(
             setattr(parent, child, make(old, f"blocks.{i}.{parent_name}.{child}"))
 
 
-def delta_state(model: nn.Module) -> dict[str, Tensor]:
+def trainable_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Name -> tensor of all that is trained: what a checkpoint holds."""
     return {name: p.detach() for name, p in trainable(model).items()}
 
 
-def load_delta(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+def load_trainable_state_dict(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     """Set all trained parameters from `state`; exactly these names and shapes, or an InputError."""
     params = trainable(model)
     if missing := sorted(set(params) - set(state)):

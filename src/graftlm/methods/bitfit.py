@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from graftlm.errors import InputError
-from graftlm.methods.accounting import Part, linear_size, spelled
-from graftlm.methods.base import Method, freeze, home, master_dtype
-from graftlm.models import CausalLM, Linear, Shape
-from graftlm.models.names import module_of
-from graftlm.models.shape import FAMILIES
+from graftlm.methods.base import Method, freeze, master_dtype, target_device
+from graftlm.methods.cost_model import ParameterGroup, format_formula, linear_size
+from graftlm.models import CausalLM, Linear, ModelConfig
+from graftlm.models.checkpoint_mapping import our_module_name
+from graftlm.models.config import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class BitFit(Method):
         if self.add_biases:
             _add_biases(model)
         shape = model.shape
-        trained: list[nn.Module] = [model.blocks[i] for i in self.span(shape)]
-        trained += [model.norm] if self.span(shape).stop == shape.layers else []
+        trained: list[nn.Module] = [model.blocks[i] for i in self.layer_range(shape)]
+        trained += [model.norm] if self.layer_range(shape).stop == shape.layers else []
         found = 0
         for module in (m for root in trained for m in root.modules()):
             bias = getattr(module, "bias", None)
@@ -53,25 +53,27 @@ class BitFit(Method):
                 "every linear one that starts at zero"
             )
 
-    def reshaped(self, shape: Shape) -> Shape:
+    def adapted_config(self, shape: ModelConfig) -> ModelConfig:
         """With add_biases, one with a bias on every linear, whatever the span."""
         return biased(shape) if self.add_biases else shape
 
-    def parts(self, shape: Shape) -> list[Part]:
+    def param_breakdown(self, shape: ModelConfig) -> list[ParameterGroup]:
         """The widths of all that has a bias: linears, and in GPT-2 the norms."""
-        shape, layers = self.reshaped(shape), len(self.span(shape))
+        shape, layers = self.adapted_config(shape), len(self.layer_range(shape))
         parts = []
         for role in (role for role in shape.roles if shape.has_bias(role)):
             out = linear_size(shape, role)[1]
-            parts.append(Part(f"{role}, biases", layers * out, spelled("L out", L=layers, out=out), role))
+            parts.append(
+                ParameterGroup(f"{role}, biases", layers * out, format_formula("L out", L=layers, out=out), role)
+            )
         if FAMILIES[shape.family].norm_biases:
-            d, last = shape.d_model, self.span(shape).stop == shape.layers
-            formula = spelled("d (2 L + 1)" if last else "d 2 L", L=layers, d=d)
-            parts.append(Part("norms, biases", d * (2 * layers + last), formula, "norms"))
+            d, last = shape.d_model, self.layer_range(shape).stop == shape.layers
+            formula = format_formula("d (2 L + 1)" if last else "d 2 L", L=layers, d=d)
+            parts.append(ParameterGroup("norms, biases", d * (2 * layers + last), formula, "norms"))
         return parts
 
 
-def biased(shape: Shape) -> Shape:
+def biased(shape: ModelConfig) -> ModelConfig:
     """The shape with a bias on every linear."""
     return replace(shape, qkv_bias=True, out_bias=True, mlp_bias=True)
 
@@ -81,8 +83,8 @@ def _add_biases(model: CausalLM) -> None:
     model.shape = biased(model.shape)
     for block in model.blocks:
         for role in model.shape.roles:
-            linear = block.get_submodule(module_of(role))
+            linear = block.get_submodule(our_module_name(role))
             assert isinstance(linear, Linear)
             if linear.bias is None:
-                zeros = torch.zeros(linear.out_features, dtype=linear.weight.dtype, device=home(linear.weight))
+                zeros = torch.zeros(linear.out_features, dtype=linear.weight.dtype, device=target_device(linear.weight))
                 linear.bias = nn.Parameter(zeros, requires_grad=False)

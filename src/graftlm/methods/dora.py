@@ -16,10 +16,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from graftlm.files.cut import whole
-from graftlm.methods.accounting import Part, linear_size, spelled
+from graftlm.files.sharded import full_tensor
+from graftlm.methods.cost_model import ParameterGroup, format_formula, linear_size
 from graftlm.methods.lora import LoRA, LoRALinear
-from graftlm.models import CausalLM, Linear, Shape
+from graftlm.models import CausalLM, Linear, ModelConfig
 
 
 class DoRALinear(LoRALinear):
@@ -28,7 +28,7 @@ class DoRALinear(LoRALinear):
     magnitude: nn.Parameter
 
     @classmethod
-    def around(
+    def from_linear(
         cls,
         linear: Linear,
         rank: int,
@@ -38,33 +38,33 @@ class DoRALinear(LoRALinear):
         rslora: bool = False,
     ) -> "DoRALinear":
         """As LoRALinear's; the lengths start as those of the linear's rows."""
-        new = super().around(linear, rank, alpha, lora_dropout, rng, rslora)
+        new = super().from_linear(linear, rank, alpha, lora_dropout, rng, rslora)
         assert isinstance(new, DoRALinear)
         unread = torch.empty(linear.out_features, dtype=new.lora_A.dtype, device="meta")
-        new.magnitude = nn.Parameter(unread if linear.weight.device.type == "meta" else new.row_lengths())
+        new.magnitude = nn.Parameter(unread if linear.weight.device.type == "meta" else new.weight_norm())
         return new
 
     @torch.no_grad()
-    def row_lengths(self) -> Tensor:
+    def weight_norm(self) -> Tensor:
         """n [out]: the lengths of the rows of W0 + s B A, in float32 or wider."""
         a, b, s = self.lora_A, self.lora_B, self.scale
-        w = whole(self.pristine).to(a.dtype)
+        w = full_tensor(self.base_weight).to(a.dtype)
         squares = w.square().sum(dim=1)
         squares += 2 * s * ((w @ a.T) * b).sum(dim=1)
         squares += s**2 * ((b @ (a @ a.T)) * b).sum(dim=1)
         return squares.sqrt_()
 
-    def inner_bias(self, x: Tensor) -> None:
+    def bias_before_norm(self, x: Tensor) -> None:
         """The bias is added behind the lengths."""
 
-    def finish(self, y: Tensor) -> Tensor:
+    def _post_process(self, y: Tensor) -> Tensor:
         """Give the rows their lengths, and add the bias."""
-        y = y * (self.magnitude / self.row_lengths()).to(y.dtype)
+        y = y * (self.magnitude / self.weight_norm()).to(y.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def updated_weight(self) -> Tensor:
+    def merged_weight(self) -> Tensor:
         """The same with the rows' learned lengths."""
-        return super().updated_weight().mul_((self.magnitude / self.row_lengths())[:, None])
+        return super().merged_weight().mul_((self.magnitude / self.weight_norm())[:, None])
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class DoRA(LoRA):
 
     name: ClassVar[str] = "dora"
     linear: ClassVar[type[LoRALinear]] = DoRALinear
-    magnitudes: ClassVar[bool] = True
+    use_dora: ClassVar[bool] = True
 
     def install(self, model: CausalLM, rng: torch.Generator) -> None:
         """As LoRA's, and the lengths are trained too."""
@@ -85,17 +85,17 @@ class DoRA(LoRA):
             if isinstance(module, DoRALinear):
                 module.magnitude.requires_grad_(True)
 
-    def settle(self, model: CausalLM) -> None:
+    def init_from_base_weights(self, model: CausalLM) -> None:
         """The lengths start as those of the base's rows, and of an update that is zero."""
         for module in model.modules():
             if isinstance(module, DoRALinear):
-                module.magnitude = nn.Parameter(module.row_lengths())
+                module.magnitude = nn.Parameter(module.weight_norm())
 
-    def parts(self, shape: Shape) -> list[Part]:
+    def param_breakdown(self, shape: ModelConfig) -> list[ParameterGroup]:
         """r (in + out) + out for each targeted linear, times the adapted layers."""
-        parts, layers = super().parts(shape), len(self.span(shape))
+        parts, layers = super().param_breakdown(shape), len(self.layer_range(shape))
         for role in self.targets:
             out = linear_size(shape, role)[1]
-            formula = spelled("L out", L=layers, out=out)
-            parts.append(Part(f"{role}, lengths of rows", layers * out, formula, role, added=True))
+            formula = format_formula("L out", L=layers, out=out)
+            parts.append(ParameterGroup(f"{role}, lengths of rows", layers * out, formula, role, added=True))
         return parts

@@ -10,10 +10,10 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from graftlm.methods.accounting import Part, block_parts, model_parts
 from graftlm.methods.base import Method, freeze, master_dtype
+from graftlm.methods.cost_model import ParameterGroup, block_parts, model_parts
 from graftlm.models.base import CausalLM
-from graftlm.models.shape import Shape
+from graftlm.models.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Full(Method):
 
     name: ClassVar[str] = "full"
     default_lr: ClassVar[float] = 2e-5
-    stores_model: ClassVar[bool] = True
+    is_full_finetune: ClassVar[bool] = True
 
     def install(self, model: CausalLM, rng: torch.Generator) -> None:
         """Mark every parameter of the span; the arithmetic's dtype stays what the base was loaded in."""
@@ -30,14 +30,14 @@ class Full(Method):
         trained: list[nn.Module] = [model]
         if self.layers:
             freeze(model)
-            trained = [model.blocks[i] for i in self.span(model.shape)]
+            trained = [model.blocks[i] for i in self.layer_range(model.shape)]
             trained += [model.norm] if self.layers[1] == model.shape.layers else []
         for p in (p for module in trained for p in module.parameters()):
             p.data = p.data.to(master_dtype(p.dtype))
             p.requires_grad_(True)
 
-    def parts(self, shape: Shape) -> list[Part]:
+    def param_breakdown(self, shape: ModelConfig) -> list[ParameterGroup]:
         """All parameters of the shape, or those of the span's blocks."""
         if not self.layers:
             return model_parts(shape)
-        return block_parts(shape, len(self.span(shape)), self.layers[1] == shape.layers)
+        return block_parts(shape, len(self.layer_range(shape)), self.layers[1] == shape.layers)

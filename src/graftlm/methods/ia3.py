@@ -18,28 +18,36 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.errors import InputError
-from graftlm.methods.accounting import Part, linear_size, spelled
-from graftlm.methods.base import Method, PeftFolder, delta_state, freeze, home, master_dtype, replace_linears
-from graftlm.methods.folding import FoldingLinear
-from graftlm.methods.peft_folders import (
+from graftlm.methods.base import (
+    Method,
+    PeftFolder,
+    freeze,
+    master_dtype,
+    replace_linears,
+    target_device,
+    trainable_state_dict,
+)
+from graftlm.methods.cost_model import ParameterGroup, format_formula, linear_size
+from graftlm.methods.mergeable import MergeableLinear
+from graftlm.methods.peft_format import (
     PEFT_VERSION,
     WITHOUT_EFFECT,
-    Tensors,
+    StrictTensorReader,
     check_fields,
-    even_span,
-    file_module,
+    fused_slices,
+    hf_module_name,
     layer_prefix,
     matches,
     named_targets,
-    rows_of,
     targeted,
+    uniform_layer_range,
 )
-from graftlm.models import CausalLM, Linear, Shape
-from graftlm.models.names import module_of
-from graftlm.models.shape import FAMILIES, Rows
+from graftlm.models import CausalLM, Linear, ModelConfig
+from graftlm.models.checkpoint_mapping import our_module_name
+from graftlm.models.config import FAMILIES, Rows
 
 
-class StretchedLinear(FoldingLinear):
+class IA3Linear(MergeableLinear):
     """A frozen linear whose output, or input, is multiplied by a learned vector."""
 
     def __init__(self, linear: Linear, inward: bool) -> None:
@@ -47,7 +55,7 @@ class StretchedLinear(FoldingLinear):
             super().__init__(linear.in_features, linear.out_features, linear.bias is not None)
         self.weight, self.bias, self.inward = linear.weight, linear.bias, inward
         width, weight = linear.in_features if inward else linear.out_features, linear.weight
-        self.stretch = nn.Parameter(torch.ones(width, dtype=master_dtype(weight.dtype), device=home(weight)))
+        self.stretch = nn.Parameter(torch.ones(width, dtype=master_dtype(weight.dtype), device=target_device(weight)))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
@@ -56,7 +64,7 @@ class StretchedLinear(FoldingLinear):
         by = self.stretch.to(x.dtype)
         return super().forward(x * by) if self.inward else super().forward(x) * by
 
-    def folded(self) -> dict[str, Tensor]:
+    def merged_tensors(self) -> dict[str, Tensor]:
         """The weight's columns or rows stretched, and with its rows the bias."""
         if self.inward:
             return {"weight": self.weight.data * self.stretch}
@@ -77,32 +85,32 @@ class IA3(Method):
 
     def install(self, model: CausalLM, rng: torch.Generator) -> None:
         """Wrap the targeted linears; an InputError names an unknown target."""
-        made: list[StretchedLinear] = []
+        made: list[IA3Linear] = []
 
-        def wrap(linear: Linear, name: str) -> StretchedLinear:
-            made.append(StretchedLinear(linear, inward=name.endswith(module_of("down"))))
+        def wrap(linear: Linear, name: str) -> IA3Linear:
+            made.append(IA3Linear(linear, inward=name.endswith(our_module_name("down"))))
             return made[-1]
 
-        replace_linears(model, self.targets, wrap, self.span(model.shape))
+        replace_linears(model, self.targets, wrap, self.layer_range(model.shape))
         freeze(model)
         for module in made:
             module.stretch.requires_grad_(True)
 
-    def parts(self, shape: Shape) -> list[Part]:
+    def param_breakdown(self, shape: ModelConfig) -> list[ParameterGroup]:
         """The width of each targeted linear's output (of down: of its input), times the adapted layers."""
-        parts, layers = [], len(self.span(shape))
+        parts, layers = [], len(self.layer_range(shape))
         for role in self.targets:
             side = "in" if role == "down" else "out"
             width = linear_size(shape, role)[side == "out"]
-            formula = spelled(f"L {side}", **{"L": layers, side: width})
-            parts.append(Part(f"{role}, stretched", layers * width, formula, role, added=True))
+            formula = format_formula(f"L {side}", **{"L": layers, side: width})
+            parts.append(ParameterGroup(f"{role}, stretched", layers * width, formula, role, added=True))
         return parts
 
     # PEFT's folder ------------------------------------------------------------------------------------------------
 
     def to_peft(self, model: CausalLM) -> PeftFolder:
         """PEFT's IA3."""
-        shape, state, tensors = model.shape, delta_state(model), {}
+        shape, state, tensors = model.shape, trainable_state_dict(model), {}
         for key, size, parts in self._vectors(shape):
             vector = next(iter(state.values())).new_ones(size)
             for name, rows in parts.items():
@@ -110,7 +118,7 @@ class IA3(Method):
             tensors[key] = vector
         return self._config(shape), tensors
 
-    def from_peft(self, shape: Shape, folder: PeftFolder, where: str) -> dict[str, Tensor]:
+    def from_peft(self, shape: ModelConfig, folder: PeftFolder, where: str) -> dict[str, Tensor]:
         """The inverse."""
         config, expected = folder[0], self._config(shape)
         for key in ("peft_type", "target_modules", "feedforward_modules"):
@@ -119,7 +127,9 @@ class IA3(Method):
         return self._state(shape, folder, where)
 
     @classmethod
-    def adopt(cls, shape: Shape, folder: PeftFolder, where: str) -> tuple[Method, dict[str, Tensor]] | None:
+    def from_foreign_peft(
+        cls, shape: ModelConfig, folder: PeftFolder, where: str
+    ) -> tuple[Method, dict[str, Tensor]] | None:
         """Any IA3 folder of PEFT's whose feedforward_modules are the linears that we call down."""
         config, tensors = folder
         if config.get("peft_type") != cls.peft_type:
@@ -127,25 +137,28 @@ class IA3(Method):
         check_fields(config, _FIELDS, {"modules_to_save"}, where)
         modules = dict(targeted(shape, config, where))
         inward = {name for name in modules if _is_inward(name, config.get("feedforward_modules"), where)}
-        if inward != {name for name, (_, theirs) in modules.items() if theirs == file_module(shape, "down")}:
-            wanted = file_module(shape, "down")
+        if inward != {name for name, (_, theirs) in modules.items() if theirs == hf_module_name(shape, "down")}:
+            wanted = hf_module_name(shape, "down")
             raise InputError(
                 f"{where}: feedforward_modules = {config.get('feedforward_modules')!r} is not supported: of this "
                 f"{shape.family} model the inputs of {wanted}, and of no other module, can be stretched"
             )
-        span, theirs = even_span(shape, modules, "target_modules", where), {theirs for _, theirs in modules.values()}
-        targets = [role for role in shape.roles if file_module(shape, role) in theirs]
+        span, theirs = (
+            uniform_layer_range(shape, modules, "target_modules", where),
+            {theirs for _, theirs in modules.values()},
+        )
+        targets = [role for role in shape.roles if hf_module_name(shape, role) in theirs]
         if (whole := FAMILIES[shape.family].fused) in theirs:
             vectors = [t.flatten() for key, t in tensors.items() if key.endswith(f".{whole}.ia3_l")]
             vectors = [vector for vector in vectors if len(vector) == shape.qkv_rows]
-            moved = [r for r, rows in rows_of(shape).items() if any(bool((v[rows] != 1).any()) for v in vectors)]
+            moved = [r for r, rows in fused_slices(shape).items() if any(bool((v[rows] != 1).any()) for v in vectors)]
             targets = [role for role in targets if role not in "qkv" or role in (moved or ["k", "v"])]
         method = cls(targets=tuple(targets), layers=span)
         return method, method._state(shape, folder, where)
 
-    def _state(self, shape: Shape, folder: PeftFolder, where: str) -> dict[str, Tensor]:
+    def _state(self, shape: ModelConfig, folder: PeftFolder, where: str) -> dict[str, Tensor]:
         """The trained tensors by our names; exactly these must be in the folder."""
-        file, state = Tensors(folder[1], where), {}
+        file, state = StrictTensorReader(folder[1], where), {}
         for key, size, parts in self._vectors(shape):
             left = file.take(key, *size).flatten().clone()
             for name, rows in parts.items():
@@ -156,19 +169,19 @@ class IA3(Method):
         file.all_taken()
         return state
 
-    def _vectors(self, shape: Shape) -> Iterator[tuple[str, tuple[int, int], dict[str, Rows]]]:
+    def _vectors(self, shape: ModelConfig) -> Iterator[tuple[str, tuple[int, int], dict[str, Rows]]]:
         """PEFT's tensors: name, shape, and which part of it is which of ours."""
         whole = FAMILIES[shape.family].fused
-        for i in self.span(shape):
-            for theirs in dict.fromkeys(file_module(shape, role) for role in self.targets):
-                roles = [role for role in self.targets if file_module(shape, role) == theirs]
+        for i in self.layer_range(shape):
+            for theirs in dict.fromkeys(hf_module_name(shape, role) for role in self.targets):
+                roles = [role for role in self.targets if hf_module_name(shape, role) == theirs]
                 n_in, n_out = linear_size(shape, roles[0])
                 size = (1, n_in) if roles == ["down"] else (shape.qkv_rows if theirs == whole else n_out, 1)
-                rows = rows_of(shape) if theirs == whole else dict.fromkeys(roles, slice(None))
-                parts = {f"blocks.{i}.{module_of(role)}.stretch": rows[role] for role in roles}
+                rows = fused_slices(shape) if theirs == whole else dict.fromkeys(roles, slice(None))
+                parts = {f"blocks.{i}.{our_module_name(role)}.stretch": rows[role] for role in roles}
                 yield f"{layer_prefix(shape, i)}{theirs}.ia3_l", size, parts
 
-    def _config(self, shape: Shape) -> dict[str, Any]:
+    def _config(self, shape: ModelConfig) -> dict[str, Any]:
         """adapter_config.json but for the base's name."""
         return {
             "peft_type": self.peft_type,
@@ -181,13 +194,13 @@ class IA3(Method):
             "peft_version": PEFT_VERSION,
         }
 
-    def _named(self, shape: Shape, roles: Sequence[str]) -> list[str]:
+    def _named(self, shape: ModelConfig, roles: Sequence[str]) -> list[str]:
         """Modules as a config names them; IA3's has no layers_to_transform, so of a span of layers each by itself."""
-        modules = {file_module(shape, role) for role in roles}
+        modules = {hf_module_name(shape, role) for role in roles}
         if not self.layers:
             return named_targets(shape, modules)
         prefix = FAMILIES[shape.family].layers
-        return [f"{prefix}{i}.{module}" for i in self.span(shape) for module in sorted(modules)]
+        return [f"{prefix}{i}.{module}" for i in self.layer_range(shape) for module in sorted(modules)]
 
 
 _FIELDS = WITHOUT_EFFECT | {

@@ -18,16 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graftlm.errors import InputError
-from graftlm.methods.accounting import Part, linear_size, spelled
-from graftlm.methods.base import Method, PeftFolder, freeze, home, master_dtype, replace_linears
-from graftlm.methods.folding import FoldingLinear
-from graftlm.methods.lora_peft import adopt, from_peft, to_peft
-from graftlm.models import CausalLM, Linear, Shape
-from graftlm.models.gradients import TORCH, Mask, TorchKernels
-from graftlm.models.layers import ByHand, Dropout, draw_mask
+from graftlm.methods.base import Method, PeftFolder, freeze, master_dtype, replace_linears, target_device
+from graftlm.methods.cost_model import ParameterGroup, format_formula, linear_size
+from graftlm.methods.lora_peft_format import adopt, from_peft, to_peft
+from graftlm.methods.mergeable import MergeableLinear
+from graftlm.models import CausalLM, Linear, ModelConfig
+from graftlm.models.fused_ops import TORCH, DropoutMask, ReferenceKernels
+from graftlm.models.layers import Dropout, HasFusedOps, draw_mask
 
 
-class LoRALinear(ByHand, FoldingLinear):
+class LoRALinear(HasFusedOps, MergeableLinear):
     """A linear layer with a low-rank update; rank 0 is a plain linear.
 
     Args:
@@ -61,7 +61,7 @@ class LoRALinear(ByHand, FoldingLinear):
             self.reset_lora()
 
     @classmethod
-    def around(
+    def from_linear(
         cls,
         linear: Linear,
         rank: int,
@@ -75,7 +75,7 @@ class LoRALinear(ByHand, FoldingLinear):
         with torch.device("meta"):  # no memory, no random numbers: every tensor is given below
             new = cls(*sizes, rank, alpha, lora_dropout, rslora)
         new.weight, new.bias = linear.weight, linear.bias
-        master, device = master_dtype(linear.weight.dtype), home(linear.weight)
+        master, device = master_dtype(linear.weight.dtype), target_device(linear.weight)
         a = torch.empty(rank, linear.in_features, dtype=master)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=rng)
         new.lora_A = nn.Parameter(a.to(device))
@@ -99,43 +99,45 @@ class LoRALinear(ByHand, FoldingLinear):
         return scale_of(self.rank, self.alpha, self.rslora)
 
     @property
-    def active(self) -> bool:
+    def has_update(self) -> bool:
         """Whether forward has an update to add to the weight's own product."""
         return self.rank > 0 and not self.merged
 
     @property
-    def drop_rate(self) -> float:
+    def dropout_p(self) -> float:
         """The probability of dropout on A's input at the moment: 0 in evaluation."""
         return self.lora_drop.p if self.lora_drop.training else 0.0
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
-        return self.together([self], x)[0]
+        return self.forward_many([self], x)[0]
 
     @staticmethod
-    def together(linears: Sequence[Linear], x: Tensor) -> list[Tensor]:
+    def forward_many(linears: Sequence[Linear], x: Tensor) -> list[Tensor]:
         """Each linear of the same x: W_i x + (alpha_i / r_i) B_i A_i dropout(x); they share one dropout mask."""
-        adapted = [m for m in linears if isinstance(m, LoRALinear) and m.active]
-        rates = {m.drop_rate for m in adapted}
+        adapted = [m for m in linears if isinstance(m, LoRALinear) and m.has_update]
+        rates = {m.dropout_p for m in adapted}
         if len(rates) > 1:
-            return [LoRALinear.together([m], x)[0] for m in linears]
+            return [LoRALinear.forward_many([m], x)[0] for m in linears]
         mask = draw_mask(rates.pop()) if adapted else None
         frozen = not any(p.requires_grad for m in adapted for p in (m.weight, m.bias) if p is not None)
         if adapted and frozen and all(m.fused for m in adapted):
-            ys = iter(updated(adapted, x, mask))
-            return [m.finish(next(ys)) if m in adapted else Linear.forward(m, x) for m in linears]
-        dropped = x if mask is None else TORCH.masked(x, mask) * mask.rescale
-        return [m.plainly(x, dropped) if m in adapted else Linear.forward(m, x) for m in linears]
+            ys = iter(fused_lora_forward(adapted, x, mask))
+            return [m._post_process(next(ys)) if m in adapted else Linear.forward(m, x) for m in linears]
+        dropped = x if mask is None else TORCH.apply_dropout_mask(x, mask) * mask.scale
+        return [m._forward_reference(x, dropped) if m in adapted else Linear.forward(m, x) for m in linears]
 
-    def plainly(self, x: Tensor, dropped: Tensor) -> Tensor:
+    def _forward_reference(self, x: Tensor, dropped: Tensor) -> Tensor:
         """The formula as it stands, with autograd's own gradients."""
-        return self.finish(F.linear(x, self.weight.to(x.dtype), self.inner_bias(x)) + self._update(dropped))
+        return self._post_process(
+            F.linear(x, self.weight.to(x.dtype), self.bias_before_norm(x)) + self._update(dropped)
+        )
 
-    def inner_bias(self, x: Tensor) -> Tensor | None:
+    def bias_before_norm(self, x: Tensor) -> Tensor | None:
         """The bias as it is added to the products, in the dtype of x."""
         return None if self.bias is None else self.bias.to(x.dtype)
 
-    def finish(self, y: Tensor) -> Tensor:
+    def _post_process(self, y: Tensor) -> Tensor:
         """What becomes of the products and the inner bias; here nothing more."""
         return y
 
@@ -144,13 +146,13 @@ class LoRALinear(ByHand, FoldingLinear):
         # Scaling B costs out x r products, scaling the update would cost N x out.
         return F.linear(thin, (self.lora_B * self.scale).to(x.dtype))
 
-    def folded(self) -> dict[str, Tensor]:
+    def merged_tensors(self) -> dict[str, Tensor]:
         """The weight with its update."""
-        return {"weight": self.updated_weight()} if self.rank else {}
+        return {"weight": self.merged_weight()} if self.rank else {}
 
-    def updated_weight(self) -> Tensor:
+    def merged_weight(self) -> Tensor:
         """W0 + s B A, in float32 or wider."""
-        return (self.lora_B @ self.lora_A).mul_(self.scale).add_(self.pristine)
+        return (self.lora_B @ self.lora_A).mul_(self.scale).add_(self.base_weight)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -162,15 +164,15 @@ def scale_of(rank: int, alpha: float, rslora: bool) -> float:
     return alpha / (math.sqrt(rank) if rslora else rank) if rank else 0.0
 
 
-def updated(adapted: list["LoRALinear"], x: Tensor, mask: Mask | None) -> list[Tensor]:
+def fused_lora_forward(adapted: list["LoRALinear"], x: Tensor, mask: DropoutMask | None) -> list[Tensor]:
     """W x + inner bias + s B A D x for each of the linears, by hand."""
-    tensors = [t for m in adapted for t in (m.weight, m.inner_bias(x), m.lora_A, m.lora_B)]
-    scales, kernels = [m.scale for m in adapted], adapted[0].kernels_now
-    ys = _Updated.apply(x.reshape(-1, x.shape[-1]), mask, scales, kernels, *tensors)
+    tensors = [t for m in adapted for t in (m.weight, m.bias_before_norm(x), m.lora_A, m.lora_B)]
+    scales, kernels = [m.scale for m in adapted], adapted[0].active_kernels
+    ys = _FusedLoRAFunction.apply(x.reshape(-1, x.shape[-1]), mask, scales, kernels, *tensors)
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 
-class _Updated(torch.autograd.Function):
+class _FusedLoRAFunction(torch.autograd.Function):
     """y_i = W_i x + b_i + s_i B_i A_i D x for several linears of the same x, W_i and b_i frozen; D is the dropout.
 
     With A all A_i below one another and t = A D x, cut into t_i, and the gradient g_i of y_i:
@@ -183,13 +185,13 @@ class _Updated(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, mask: Mask | None, scales: list[float], kernels: TorchKernels, *tensors: Tensor
+        ctx: Any, x: Tensor, mask: DropoutMask | None, scales: list[float], kernels: ReferenceKernels, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        rescale = mask.rescale if mask is not None else 1.0
+        rescale = mask.scale if mask is not None else 1.0
         weights, biases, a_s, b_s = (tensors[i::4] for i in range(4))
         a = torch.cat([t * rescale for t in a_s]).to(x.dtype)
         b_t = [(b * s).to(x.dtype) for b, s in zip(b_s, scales, strict=True)]
-        dropped = x if mask is None else kernels.masked(x, mask)
+        dropped = x if mask is None else kernels.apply_dropout_mask(x, mask)
         thin = dropped @ a.T
         ys = []
         for weight, bias, b, t in zip(weights, biases, b_t, thin.split([len(t) for t in a_s], dim=-1), strict=True):
@@ -210,7 +212,7 @@ class _Updated(torch.autograd.Function):
         d_x = None
         if ctx.needs_input_grad[0]:
             d_x = d_thin @ torch.cat([a * ctx.rescale for a in a_s]).to(dtype)
-            d_x = d_x if ctx.mask is None else ctx.kernels.masked(d_x, ctx.mask)
+            d_x = d_x if ctx.mask is None else ctx.kernels.apply_dropout_mask(d_x, ctx.mask)
             for g, weight in zip(g_s, weights, strict=True):
                 d_x.addmm_(g, weight.to(dtype))
         return d_x, None, None, None, *(t for a, b in zip(d_a, d_b, strict=True) for t in (None, None, a, b))
@@ -249,7 +251,7 @@ class LoRA(Method):
         "lora_plus_ratio": "plus_ratio",
     }
     linear: ClassVar[type[LoRALinear]] = LoRALinear
-    magnitudes: ClassVar[bool] = False
+    use_dora: ClassVar[bool] = False
     """Whether each row of a weight has a learned length (DoRA)."""
 
     def install(self, model: CausalLM, rng: torch.Generator) -> None:
@@ -258,26 +260,26 @@ class LoRA(Method):
         def wrap(linear: Linear, name: str) -> LoRALinear:
             if self.rank > linear.in_features:
                 raise InputError(f"--rank {self.rank}: above the width of {name}: choose at most {linear.in_features}")
-            return self.linear.around(linear, self.rank, self.alpha, self.dropout, rng, self.rslora)
+            return self.linear.from_linear(linear, self.rank, self.alpha, self.dropout, rng, self.rslora)
 
-        replace_linears(model, self.targets, wrap, self.span(model.shape))
+        replace_linears(model, self.targets, wrap, self.layer_range(model.shape))
         mark_only_lora_as_trainable(model)
 
-    def parts(self, shape: Shape) -> list[Part]:
+    def param_breakdown(self, shape: ModelConfig) -> list[ParameterGroup]:
         """r (in + out) for each targeted linear, times the adapted layers."""
-        parts, layers, r = [], len(self.span(shape)), self.rank
+        parts, layers, r = [], len(self.layer_range(shape)), self.rank
         for role in self.targets:
             n_in, n_out = linear_size(shape, role)
             count = layers * r * (n_in + n_out)
-            formula = spelled("L r (in + out)", **{"L": layers, "r": r, "in": n_in, "out": n_out})
-            parts.append(Part(f"{role}, A and B", count, formula, role, added=True, weights=count))
+            formula = format_formula("L r (in + out)", **{"L": layers, "r": r, "in": n_in, "out": n_out})
+            parts.append(ParameterGroup(f"{role}, A and B", count, formula, role, added=True, weights=count))
         return parts
 
-    def lr_ratio(self, name: str) -> float:
+    def lr_multiplier(self, name: str) -> float:
         """LoRA+: B learns faster than A."""
         return self.plus_ratio if name.endswith("lora_B") else 1.0
 
-    def explain(self, model: CausalLM, lr: float) -> str:
+    def describe_scale(self, model: CausalLM, lr: float) -> str:
         """What alpha, rank and lr together make of one step.
 
         Adam moves each element of B by about lr, so a first step moves W by (alpha / r) dB A: a sum of r terms of
@@ -299,15 +301,17 @@ class LoRA(Method):
         """PEFT's LORA; GPT-2's q, k and v become its fused c_attn (`lora_peft.py`)."""
         return to_peft(self, model)
 
-    def from_peft(self, shape: Shape, folder: PeftFolder, where: str) -> dict[str, Tensor]:
+    def from_peft(self, shape: ModelConfig, folder: PeftFolder, where: str) -> dict[str, Tensor]:
         """The inverse."""
         return from_peft(self, shape, folder, where)
 
     @classmethod
-    def adopt(cls, shape: Shape, folder: PeftFolder, where: str) -> tuple[Method, dict[str, Tensor]] | None:
+    def from_foreign_peft(
+        cls, shape: ModelConfig, folder: PeftFolder, where: str
+    ) -> tuple[Method, dict[str, Tensor]] | None:
         """Any LORA folder of PEFT's; with use_dora it is DoRA's."""
         config, _ = folder
-        if config.get("peft_type") != cls.peft_type or bool(config.get("use_dora")) != cls.magnitudes:
+        if config.get("peft_type") != cls.peft_type or bool(config.get("use_dora")) != cls.use_dora:
             return None
-        fields, state = adopt(shape, folder, where, magnitudes=cls.magnitudes)
+        fields, state = adopt(shape, folder, where, magnitudes=cls.use_dora)
         return cls(**fields), state

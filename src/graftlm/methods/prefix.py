@@ -2,7 +2,7 @@
 
     head = softmax(q [P_k; K]^T / sqrt(D)) [P_v; V]        P_k, P_v [n, D] learned for each layer and key/value head
 
-What is unusual here: nothing about attention is new. The prefix is a shared `Segment` of the past, like the
+What is unusual here: nothing about attention is new. The prefix is a shared `KVCache` of the past, like the
 instruction that all prompts begin with; the text's positions continue behind it. It can start as what the model makes
 of real tokens (the paper's advice for little data), and then the model starts as if it had read them.
 
@@ -21,19 +21,19 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.errors import InputError
-from graftlm.methods.accounting import Part, spelled
-from graftlm.methods.base import Method, PeftFolder, freeze, home, master_dtype
-from graftlm.methods.peft_folders import PEFT_VERSION, WITHOUT_EFFECT, check_fields
-from graftlm.models import CausalLM, Segment, Shape
-from graftlm.models.base import Before
-from graftlm.models.shape import FAMILIES
-from graftlm.text.data import common_prefix
+from graftlm.methods.base import Method, PeftFolder, freeze, master_dtype, target_device
+from graftlm.methods.cost_model import ParameterGroup, format_formula
+from graftlm.methods.peft_format import PEFT_VERSION, WITHOUT_EFFECT, check_fields
+from graftlm.models import CausalLM, KVCache, ModelConfig
+from graftlm.models.base import PrefixModule
+from graftlm.models.config import FAMILIES
+from graftlm.text.collate import common_prefix_length
 
 
-class Prefix(Before):
+class Prefix(PrefixModule):
     """The learned keys and values of n positions: one matrix [n, 2 L K D] in PEFT's order, key and value by layer."""
 
-    def __init__(self, shape: Shape, start: Tensor, hidden: int, random: bool, rng: torch.Generator) -> None:
+    def __init__(self, shape: ModelConfig, start: Tensor, hidden: int, random: bool, rng: torch.Generator) -> None:
         super().__init__()
         self.shape, self.size = shape, len(start)
         self.start = start
@@ -52,7 +52,7 @@ class Prefix(Before):
         self.w1, self.b1 = draw(hidden, d, std=d**-0.5), draw(hidden, std=0.0)
         self.w2, self.b2 = draw(width, hidden, std=0.02 if random else 0.0), draw(width, std=0.0)
 
-    def whole(self) -> Tensor:
+    def materialize(self) -> Tensor:
         """[n, 2 L K D], the network multiplied out; float32 or wider."""
         if self.past is not None:
             return self.past
@@ -60,25 +60,25 @@ class Prefix(Before):
             return self._folded
         return self.start + torch.tanh(self.embedding @ self.w1.T + self.b1) @ self.w2.T + self.b2
 
-    def begin(self, start: Tensor) -> None:
+    def set_initial(self, start: Tensor) -> None:
         """Start as these keys and values [n, 2 L K D] instead."""
         self.start = start
         if self.past is not None:
             self.past.data = start
 
-    def segment(self, dtype: torch.dtype) -> Segment:
+    def segment(self, dtype: torch.dtype) -> KVCache:
         """The past that it is, shared by all rows."""
         shape = self.shape
-        tables = self.whole().to(dtype).view(self.size, 2 * shape.layers, shape.kv_heads, shape.head_dim)
+        tables = self.materialize().to(dtype).view(self.size, 2 * shape.layers, shape.kv_heads, shape.head_dim)
         parts = tables.permute(1, 2, 0, 3)[:, None].unbind()
-        return Segment(list(parts[0::2]), list(parts[1::2]))
+        return KVCache(list(parts[0::2]), list(parts[1::2]))
 
     def train(self, mode: bool = True) -> "Prefix":
         """Evaluation multiplies the network out once; training computes it anew in each forward pass."""
         super().train(mode)
         self._folded = None
         if not mode:
-            self._folded = self.whole().detach()
+            self._folded = self.materialize().detach()
         return self
 
 
@@ -92,7 +92,7 @@ class PrefixTuning(Method):
     init: str = ""
     """A text whose tokens it starts as, "random", or "" for what the run's prompts begin with."""
     tokens: tuple[int, ...] = ()
-    """The tokens it starts as; `starts_from` decides them. None: random."""
+    """The tokens it starts as; `resolve_init` decides them. None: random."""
 
     name: ClassVar[str] = "prefix"
     peft_type: ClassVar[str] = "PREFIX_TUNING"
@@ -105,11 +105,11 @@ class PrefixTuning(Method):
         """n."""
         return self.length
 
-    def starts_from(self, prompts: Sequence[Sequence[int]], encode: Callable[[str], Sequence[int]]) -> "PrefixTuning":
+    def resolve_init(self, prompts: Sequence[Sequence[int]], encode: Callable[[str], Sequence[int]]) -> "PrefixTuning":
         """Tokens of the text, or of what all prompts begin with (or the first, if nothing), repeated to n of them."""
         if self.init == "random":
             return self
-        ids = list(encode(self.init)) if self.init else list(prompts[0][: common_prefix(prompts)] or prompts[0])
+        ids = list(encode(self.init)) if self.init else list(prompts[0][: common_prefix_length(prompts)] or prompts[0])
         return replace(self, tokens=tuple((ids * (self.length // len(ids) + 1))[: self.length]))
 
     def install(self, model: CausalLM, rng: torch.Generator) -> None:
@@ -117,9 +117,9 @@ class PrefixTuning(Method):
         shape = model.shape
         if self.layers is not None:
             raise InputError("--method prefix learns keys and values for every layer: leave out --train_layers")
-        if self.length >= shape.context:
+        if self.length >= shape.max_positions:
             raise InputError(
-                f"--prefix_length {self.length}: the model reads at most {shape.context} tokens; shorten it"
+                f"--prefix_length {self.length}: the model reads at most {shape.max_positions} tokens; shorten it"
             )
         if model.before is not None:
             raise InputError("the model has a prefix already; adapt a fresh base")
@@ -127,12 +127,12 @@ class PrefixTuning(Method):
         start = self._noise(model, rng) if not self.tokens or model.device.type == "meta" else self._read(model)
         model.before = Prefix(shape, start, self.hidden, not self.tokens, rng)
 
-    def settle(self, model: CausalLM) -> None:
+    def init_from_base_weights(self, model: CausalLM) -> None:
         """Start as what the model makes of the tokens, where there are such."""
         prefix = model.before
         assert isinstance(prefix, Prefix)
         model.before = None
-        prefix.begin(self._read(model) if self.tokens else prefix.start.to(model.device))
+        prefix.set_initial(self._read(model) if self.tokens else prefix.start.to(model.device))
         model.before = prefix
 
     def _noise(self, model: CausalLM, rng: torch.Generator) -> Tensor:
@@ -140,30 +140,30 @@ class PrefixTuning(Method):
         noise = torch.zeros(self.length, width(model.shape), dtype=master_dtype(model.dtype))
         if not self.tokens:
             noise = noise.normal_(std=0.02, generator=rng) * (self.hidden == 0)
-        return noise.to(home(model.embed.weight))
+        return noise.to(target_device(model.embed.weight))
 
     def _read(self, model: CausalLM) -> Tensor:
         """[n, 2 L K D]: the keys and values of the tokens."""
         master = master_dtype(model.dtype)
-        read, mode = Segment(), model.training
+        read, mode = KVCache(), model.training
         with torch.no_grad():
-            model.eval().hidden(torch.tensor([self.tokens], device=model.device), keep=read)
+            model.eval().hidden_states(torch.tensor([self.tokens], device=model.device), keep=read)
         model.train(mode)
         pairs = [t for pair in zip(read.keys, read.values, strict=True) for t in pair]
         return torch.cat([t[0].transpose(0, 1).flatten(1) for t in pairs], dim=1).to(master)
 
-    def parts(self, shape: Shape) -> list[Part]:
+    def param_breakdown(self, shape: ModelConfig) -> list[ParameterGroup]:
         """n 2 L K D; with a network n d + h (d + 1) + (h + 1) 2 L K D."""
         n, h, d = self.length, self.hidden, shape.d_model
         letters = {"n": n, "h": h, "d": d, "L": shape.layers, "K": shape.kv_heads, "D": shape.head_dim}
         if not h:
-            formula = spelled("n 2 L K D", **letters)
-            return [Part("prefix, keys and values", n * width(shape), formula, "prefix", added=True)]
+            formula = format_formula("n 2 L K D", **letters)
+            return [ParameterGroup("prefix, keys and values", n * width(shape), formula, "prefix", added=True)]
         count, formula = n * d + h * (d + 1) + (h + 1) * width(shape), "n d + h (d + 1) + (h + 1) 2 L K D"
-        return [Part("prefix, its network", count, spelled(formula, **letters), "prefix", added=True)]
+        return [ParameterGroup("prefix, its network", count, format_formula(formula, **letters), "prefix", added=True)]
 
     @property
-    def lossless(self) -> bool:
+    def resumable_from_adapter(self) -> bool:
         """A network cannot be got back from what it comes to."""
         return self.hidden == 0
 
@@ -185,17 +185,19 @@ class PrefixTuning(Method):
             "inference_mode": True,
             "peft_version": PEFT_VERSION,
         }
-        return config, {"prompt_embeddings": _reordered(model.shape, model.before.whole().detach(), ours=False)}
+        return config, {"prompt_embeddings": _reordered(model.shape, model.before.materialize().detach(), ours=False)}
 
-    def from_peft(self, shape: Shape, folder: PeftFolder, where: str) -> dict[str, Tensor]:
+    def from_peft(self, shape: ModelConfig, folder: PeftFolder, where: str) -> dict[str, Tensor]:
         """The inverse, for a method without a network."""
-        found = self.adopt(shape, folder, where)
+        found = self.from_foreign_peft(shape, folder, where)
         if found is None or not isinstance(found[0], PrefixTuning) or found[0].length != self.length:
             raise InputError(f"{where}: holds no prefix of {self.length} positions, as the run says")
         return found[1]
 
     @classmethod
-    def adopt(cls, shape: Shape, folder: PeftFolder, where: str) -> tuple[Method, dict[str, Tensor]] | None:
+    def from_foreign_peft(
+        cls, shape: ModelConfig, folder: PeftFolder, where: str
+    ) -> tuple[Method, dict[str, Tensor]] | None:
         """Any PREFIX_TUNING folder of PEFT's; its projection is multiplied out in the file already."""
         config, tensors = folder
         if config.get("peft_type") != cls.peft_type:
@@ -222,14 +224,14 @@ _FIELDS = WITHOUT_EFFECT | {
 }
 
 
-def width(shape: Shape) -> int:
+def width(shape: ModelConfig) -> int:
     """2 L K D: the numbers that one position's keys and values are."""
     return 2 * shape.layers * shape.kv_heads * shape.head_dim
 
 
-def _reordered(shape: Shape, past: Tensor, ours: bool) -> Tensor:
+def _reordered(shape: ModelConfig, past: Tensor, ours: bool) -> Tensor:
     """[n, 2 L K D] with the keys' dimensions in our order, of one in transformers', or the other way round."""
-    head_order = FAMILIES[shape.family].head_order
+    head_order = FAMILIES[shape.family].rotary_permutation
     if head_order is None:
         return past
     order = head_order(shape)
@@ -238,7 +240,7 @@ def _reordered(shape: Shape, past: Tensor, ours: bool) -> Tensor:
     return pairs.flatten(1)
 
 
-def _sizes(shape: Shape, length: int) -> dict[str, Any]:
+def _sizes(shape: ModelConfig, length: int) -> dict[str, Any]:
     heads = shape.kv_heads
     return {
         "num_virtual_tokens": length,

@@ -2,27 +2,27 @@
 
 import torch
 
-from graftlm.models.attention import Segment
+from graftlm.models.attention import KVCache
 from graftlm.models.base import CausalLM
+from graftlm.models.config import FAMILIES, ModelConfig
 from graftlm.models.gpt2 import FAMILY as GPT2
 from graftlm.models.layers import Linear
 from graftlm.models.llama import FAMILY as LLAMA
 from graftlm.models.neox import FAMILY as NEOX
-from graftlm.models.shape import FAMILIES, Shape
 
-__all__ = ["CausalLM", "Linear", "Segment", "Shape", "build", "random_model", "sharing"]
+__all__ = ["CausalLM", "KVCache", "Linear", "ModelConfig", "build", "clone_with_shared_weights", "random_model"]
 
 
 FAMILIES.update({family.name: family for family in (GPT2, LLAMA, NEOX)})
 
 
-def build(shape: Shape) -> CausalLM:
+def build(shape: ModelConfig) -> CausalLM:
     """A model of this shape on the current default device, its weights not yet meaningful."""
     model: CausalLM = FAMILIES[shape.family].build(shape)
     return model
 
 
-def sharing(base: CausalLM) -> CausalLM:
+def clone_with_shared_weights(base: CausalLM) -> CausalLM:
     """A model of its own modules that has the very tensors of `base`, with nothing trained, in evaluation mode."""
     with torch.device("meta"):
         model = build(base.shape)
@@ -32,7 +32,7 @@ def sharing(base: CausalLM) -> CausalLM:
     return model.eval()
 
 
-def random_model(shape: Shape, seed: int = 0, std: float = 0.02, dtype: torch.dtype = torch.float32) -> CausalLM:
+def random_model(shape: ModelConfig, seed: int = 0, std: float = 0.02, dtype: torch.dtype = torch.float32) -> CausalLM:
     """A model with random weights: matrices normal(0, std), norms near one, biases small; for tests and examples."""
     rng = torch.Generator().manual_seed(seed)
     model = build(shape).to(dtype)

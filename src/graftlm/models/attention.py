@@ -1,6 +1,6 @@
 """Causal self-attention over what stands before and what is at hand.
 
-What is unusual here: *the past is an argument*. A `Segment` holds keys and values of tokens that stand before the
+What is unusual here: *the past is an argument*. A `KVCache` holds keys and values of tokens that stand before the
 tokens at hand, either shared by all rows or a row's own, and `Attention` reads any number of them:
 
     softmax([Q K_1^T, Q K_2^T, …, Q K^T] / sqrt(D)) [V_1; V_2; …; V]
@@ -22,25 +22,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graftlm.models.layers import ByHand, Dropout, Linear, project, rotate
+from graftlm.models.layers import Dropout, HasFusedOps, Linear, apply_linears, apply_rotary_emb
 
 if TYPE_CHECKING:
-    from graftlm.models.shape import Shape
+    from graftlm.models.config import ModelConfig
 
 # The fused kernel never materialises the [T, T] scores, but is slower on a CPU for rows as short as reviews. From this
 # many tokens on it is used for the memory's sake; where the two are equally fast has not been measured.
 FUSED_FROM = 512
 
-Pair = tuple[Tensor, Tensor]
+KeyValue = tuple[Tensor, Tensor]
 """Keys and values, each [1|B, K, S, D]."""
 
 
-class Segment:
+class KVCache:
     """Keys and values of tokens that stand before the tokens at hand, for every layer.
 
-    Shared: `Segment()` is empty until a forward pass is told to `keep` into it; each tensor is then [1, K, S, D], or
+    Shared: `KVCache()` is empty until a forward pass is told to `keep` into it; each tensor is then [1, K, S, D], or
     [B, K, S, D] when it was filled from several rows of the same length.
-    A row's own: `Segment.cache(...)` is preallocated with room for `capacity` tokens, and `lengths` [B] says how many
+    A row's own: `KVCache.cache(...)` is preallocated with room for `capacity` tokens, and `lengths` [B] says how many
     of them each row holds. A forward pass that keeps into it writes behind each row's length; the caller then adds to
     `lengths` (right-padded rows differ in how many of the new tokens were real).
     """
@@ -58,12 +58,12 @@ class Segment:
     @classmethod
     def cache(
         cls,
-        shape: "Shape",
+        shape: "ModelConfig",
         rows: int,
         capacity: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-    ) -> "Segment":
+    ) -> "KVCache":
         """An empty cache of `rows` rows with room for `capacity` tokens each."""
 
         def empty() -> list[Tensor]:
@@ -78,11 +78,11 @@ class Segment:
         return self.keys[0].shape[2] if self.keys else 0
 
     @property
-    def start(self) -> int | Tensor:
+    def offset(self) -> int | Tensor:
         """How far it moves the position of what follows: S, or each row's length [B]."""
         return self.size if self.lengths is None else self.lengths
 
-    def put(self, layer: int, k: Tensor, v: Tensor) -> None:
+    def update(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Keep layer `layer`'s new keys and values, each [B, K, T, D]."""
         if self.lengths is None:
             assert len(self.keys) == layer, "a shared segment is filled once, layer by layer"
@@ -94,65 +94,65 @@ class Segment:
         self.keys[layer][rows, :, at] = k.transpose(1, 2)
         self.values[layer][rows, :, at] = v.transpose(1, 2)
 
-    def select(self, rows: Tensor) -> "Segment":
+    def index_select(self, rows: Tensor) -> "KVCache":
         """A cache that holds only these rows, in this order."""
         assert self.lengths is not None
-        return Segment([k[rows] for k in self.keys], [v[rows] for v in self.values], self.lengths[rows])
+        return KVCache([k[rows] for k in self.keys], [v[rows] for v in self.values], self.lengths[rows])
 
 
 @dataclass(frozen=True)
-class Context:
+class AttentionInputs:
     """What a forward pass's tokens stand in; computed once and read by every layer."""
 
-    past: Sequence[Segment] = ()
-    keep: Segment | None = None
-    rope: tuple[Tensor, Tensor] | None = None
+    past: Sequence[KVCache] = ()
+    use_cache: KVCache | None = None
+    rotary_cos_sin: tuple[Tensor, Tensor] | None = None
     """Cosine and sine, each [T, D/2] or [B, T, D/2]; None for learned positions."""
-    bias: Tensor | None = None
+    attn_mask: Tensor | None = None
     """Added to the scores: 0 where a query may look, -inf where not, [1|B, 1, 1, T, ΣS]; None: everywhere."""
     causal: bool = True
     """Whether a token may look at all that stands before it; False where a row forks."""
-    lead: "Lead | None" = None
-    """Set when the tokens are the flat [N, d] of `CausalLM.hidden_behind` instead of [B, T, d]."""
-    at: Tensor | None = None
+    shared_prefix: "SharedPrefix | None" = None
+    """Set when the tokens are the flat [N, d] of `CausalLM.forward_shared_prefix` instead of [B, T, d]."""
+    positions: Tensor | None = None
     """[B, M] positions of each row that are still wanted, in the last layer; None: all of them."""
 
-    def only(self, at: Tensor) -> "Context":
+    def restrict_to(self, at: Tensor) -> "AttentionInputs":
         """The same, of a layer of which only the positions `at` [B, M] of each row are wanted."""
-        bias = self.bias
+        bias = self.attn_mask
         if bias is not None:
             rows = torch.arange(bias.shape[0], device=at.device)[:, None]
             bias = bias[rows, :, :, at].movedim(1, 3)
-        return replace(self, bias=bias, at=at)
+        return replace(self, attn_mask=bias, positions=at)
 
-    def wanted(self, x: Tensor) -> Tensor:
+    def select(self, x: Tensor) -> Tensor:
         """x at the positions that are wanted, [B, M, …]; x itself where all are. The lead is never wanted then."""
-        if self.at is None:
+        if self.positions is None:
             return x
-        if self.lead is not None:
-            x = x[self.lead.p :].unflatten(0, (self.lead.b, self.lead.t))
-        return x[torch.arange(x.shape[0], device=x.device)[:, None], self.at]
+        if self.shared_prefix is not None:
+            x = x[self.shared_prefix.p :].unflatten(0, (self.shared_prefix.b, self.shared_prefix.t))
+        return x[torch.arange(x.shape[0], device=x.device)[:, None], self.positions]
 
-    def for_queries(self, table: Tensor) -> Tensor:
+    def gather_rope(self, table: Tensor) -> Tensor:
         """A table by position, [T, D/2], [B, T, D/2] or with a lead [N, D/2], at the positions that are wanted."""
-        if self.at is None or self.lead is not None or table.dim() > 2:
-            return self.wanted(table)
-        return table[self.at]
+        if self.positions is None or self.shared_prefix is not None or table.dim() > 2:
+            return self.select(table)
+        return table[self.positions]
 
 
 @dataclass(frozen=True)
-class Lead:
+class SharedPrefix:
     """How a flat [N, d] is made up: P tokens that stand before every row, then B rows of T tokens, N = P + B T."""
 
     p: int
     b: int
     t: int
-    bias: Tensor | None
-    """The lead's own causal bias [1, 1, 1, P, P]; `Context.bias` is the rows', [1, 1, 1, T, P + T]."""
+    attn_mask: Tensor | None
+    """The lead's own causal bias [1, 1, 1, P, P]; `AttentionInputs.bias` is the rows', [1, 1, 1, T, P + T]."""
 
 
 @dataclass(frozen=True)
-class Fork:
+class PairedRow:
     """Rows of a prompt and two answers to it: the second stands behind the first, and reads the prompt only.
 
     So a pair costs its prompt once. Positions of the second go on from the prompt, as those of the first do.
@@ -163,9 +163,9 @@ class Fork:
     second: Tensor
     """[B] where each row's second answer begins."""
 
-    def to(self, device: torch.device) -> "Fork":
+    def to(self, device: torch.device) -> "PairedRow":
         """The same on a device."""
-        return Fork(self.prompt.to(device), self.second.to(device))
+        return PairedRow(self.prompt.to(device), self.second.to(device))
 
     def positions(self, t: int) -> Tensor:
         """Where each token stands in its own text: [B, T]."""
@@ -182,13 +182,13 @@ class Fork:
         return bias.masked_fill_(hidden, float("-inf"))[:, None, None]
 
 
-def causal_bias(t: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def causal_mask(t: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The bias of t tokens that look at themselves and those before: [1, 1, 1, T, T]."""
     return torch.full((1, 1, 1, t, t), float("-inf"), device=device, dtype=dtype).triu_(1)
 
 
-def score_bias(past: Sequence[Segment], t: int, device: torch.device, dtype: torch.dtype) -> Tensor | None:
-    """The bias of `Context` for t tokens behind this past: causal among themselves, each row up to its own length."""
+def attention_mask(past: Sequence[KVCache], t: int, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+    """The mask of `AttentionInputs` for t tokens after this past: causal, each row up to its own length."""
     causal = torch.ones(1, t, t, dtype=torch.bool, device=device).triu(1)
     ignored = []
     for segment in past:
@@ -203,10 +203,10 @@ def score_bias(past: Sequence[Segment], t: int, device: torch.device, dtype: tor
     return torch.zeros(ignore.shape, device=device, dtype=dtype).masked_fill_(ignore, float("-inf"))[:, None, None]
 
 
-class Attention(ByHand):
+class Attention(HasFusedOps):
     """Causal self-attention with K key/value heads for H query heads (K = H: plain; K < H: grouped-query)."""
 
-    def __init__(self, shape: "Shape") -> None:
+    def __init__(self, shape: "ModelConfig") -> None:
         super().__init__()
         d, hd = shape.d_model, shape.head_dim
         self.heads, self.kv_heads, self.head_dim = shape.heads, shape.kv_heads, hd
@@ -216,55 +216,57 @@ class Attention(ByHand):
         self.o = Linear(shape.heads * hd, d, bias=shape.out_bias)
         self.drop = Dropout()
 
-    def forward(self, x: Tensor, layer: int, context: Context) -> Tensor:
+    def forward(self, x: Tensor, layer: int, context: AttentionInputs) -> Tensor:
         """[B, T, d] -> [B, T, d], or [N, d] -> [N, d] with a lead; [B, M, d] where only some positions are wanted."""
-        if context.at is None:
-            q, k, v = project(x, self.q, self.k, self.v)
+        if context.positions is None:
+            q, k, v = apply_linears(x, self.q, self.k, self.v)
         else:
-            (q,), (k, v) = project(context.wanted(x), self.q), project(x, self.k, self.v)
+            (q,), (k, v) = apply_linears(context.select(x), self.q), apply_linears(x, self.k, self.v)
         q = q.unflatten(-1, (self.heads, self.head_dim))
         k, v = (y.unflatten(-1, (self.kv_heads, self.head_dim)) for y in (k, v))
-        if context.rope is not None:
-            cos, sin = context.rope
-            how = (self.fused, self.kernels_now)
-            q = rotate(q, context.for_queries(cos), context.for_queries(sin), *how)
-            k = rotate(k, cos, sin, *how)
+        if context.rotary_cos_sin is not None:
+            cos, sin = context.rotary_cos_sin
+            how = (self.fused, self.active_kernels)
+            q = apply_rotary_emb(q, context.gather_rope(cos), context.gather_rope(sin), *how)
+            k = apply_rotary_emb(k, cos, sin, *how)
         past = [(segment.keys[layer], segment.values[layer]) for segment in context.past]
-        if context.lead is not None:
-            return self.o(self._behind(q, k, v, past, context.lead, context).flatten(-2))
+        if context.shared_prefix is not None:
+            return self.o(self._attend_shared_prefix(q, k, v, past, context.shared_prefix, context).flatten(-2))
         k, v = k.transpose(1, 2), v.transpose(1, 2)
-        if not past and context.causal and context.at is None and q.shape[1] >= FUSED_FROM:
+        if not past and context.causal and context.positions is None and q.shape[1] >= FUSED_FROM:
             p = self.drop.p if self.training else 0.0
             y = F.scaled_dot_product_attention(
                 q.transpose(1, 2), k, v, dropout_p=p, is_causal=True, enable_gqa=self.kv_heads < self.heads
             ).transpose(1, 2)
         else:
-            y = attend(q, [*past, (k, v)], context.bias, self.drop)
-        if context.keep is not None:
-            context.keep.put(layer, k, v)
+            y = scaled_dot_product(q, [*past, (k, v)], context.attn_mask, self.drop)
+        if context.use_cache is not None:
+            context.use_cache.update(layer, k, v)
         return self.o(y.flatten(-2))
 
-    def _behind(self, q: Tensor, k: Tensor, v: Tensor, past: list[Pair], lead: Lead, context: Context) -> Tensor:
+    def _attend_shared_prefix(
+        self, q: Tensor, k: Tensor, v: Tensor, past: list[KeyValue], lead: SharedPrefix, context: AttentionInputs
+    ) -> Tensor:
         """The lead among itself, each row over the lead and itself; q [N, H, D], k and v [N, K, D] -> [N, H, D].
 
         Before both stands the past. Where only some positions are wanted, q is [B, M, H, D] and so is the result.
         """
 
-        def apart(x: Tensor) -> tuple[Tensor, Tensor]:
+        def split_prefix(x: Tensor) -> tuple[Tensor, Tensor]:
             first, rest = x.split([lead.p, lead.b * lead.t])
             return first[None], rest.unflatten(0, (lead.b, lead.t))
 
-        (k1, k2), (v1, v2) = apart(k), apart(v)
+        (k1, k2), (v1, v2) = split_prefix(k), split_prefix(v)
         before, own = (k1.transpose(1, 2), v1.transpose(1, 2)), (k2.transpose(1, 2), v2.transpose(1, 2))
-        if context.at is not None:
-            return attend(q, [*past, before, own], context.bias, self.drop)
-        q1, q2 = apart(q)
-        y1 = attend(q1, [*past, before], lead.bias, self.drop)
-        y2 = attend(q2, [*past, before, own], context.bias, self.drop)
+        if context.positions is not None:
+            return scaled_dot_product(q, [*past, before, own], context.attn_mask, self.drop)
+        q1, q2 = split_prefix(q)
+        y1 = scaled_dot_product(q1, [*past, before], lead.attn_mask, self.drop)
+        y2 = scaled_dot_product(q2, [*past, before, own], context.attn_mask, self.drop)
         return torch.cat([y1.flatten(0, 1), y2.flatten(0, 1)])
 
 
-def attend(q: Tensor, parts: list[Pair], bias: Tensor | None, drop: Dropout) -> Tensor:
+def scaled_dot_product(q: Tensor, parts: list[KeyValue], bias: Tensor | None, drop: Dropout) -> Tensor:
     """Attention of q [B, T, H, D] over parts of keys and values, each [1|B, K, S, D]; returns [B, T, H, D].
 
     A product of scores for each part, one softmax over all of them, a product of values for each part. With gradient

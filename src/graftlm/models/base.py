@@ -14,27 +14,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graftlm.models.attention import Context, Fork, Lead, Segment, causal_bias, score_bias
-from graftlm.models.gradients import HeadLoss, LogProbs, TorchKernels
-from graftlm.models.layers import ByHand, Dropout, Embedding, Linear
-from graftlm.models.shape import Shape
+from graftlm.models.attention import AttentionInputs, KVCache, PairedRow, SharedPrefix, attention_mask, causal_mask
+from graftlm.models.config import ModelConfig
+from graftlm.models.fused_ops import FusedLinearCrossEntropy, FusedLinearLogProbs, ReferenceKernels
+from graftlm.models.layers import Dropout, Embedding, HasFusedOps, Linear
 
 
-class Before(nn.Module):
+class PrefixModule(nn.Module):
     """What a method lets stand before all that a model reads: learned keys and values (`methods/prefix.py`)."""
 
     size = 0
     """How many positions it takes."""
 
-    def segment(self, dtype: torch.dtype) -> Segment:
+    def segment(self, dtype: torch.dtype) -> KVCache:
         """The past that it is, shared by all rows, in this dtype."""
         raise NotImplementedError
 
 
-class CausalLM(ByHand):
+class CausalLM(HasFusedOps):
     """A decoder-only language model; `gpt2.GPT2`, `llama.Llama` and `neox.NeoX` fill in the parts."""
 
-    def __init__(self, shape: Shape, blocks: Sequence[nn.Module], norm: nn.Module) -> None:
+    def __init__(self, shape: ModelConfig, blocks: Sequence[nn.Module], norm: nn.Module) -> None:
         super().__init__()
         self.shape = shape
         self.embed = Embedding(shape.vocab, shape.d_model)
@@ -43,7 +43,7 @@ class CausalLM(ByHand):
         self.norm = norm
         self.head = None if shape.tied else Linear(shape.d_model, shape.vocab, bias=False)
         self.compute_dtype: torch.dtype | None = None
-        self.before: Before | None = None
+        self.before: PrefixModule | None = None
 
     @property
     def device(self) -> torch.device:
@@ -56,9 +56,9 @@ class CausalLM(ByHand):
         return self.compute_dtype or self.embed.weight.dtype
 
     @property
-    def room(self) -> int:
+    def max_seq_len(self) -> int:
         """The most tokens that it reads: its context less what stands before every text."""
-        return self.shape.context - self._taken
+        return self.shape.max_positions - self._num_prefix_tokens
 
     def set_dropout(self, p: float) -> None:
         """Dropout on embeddings, attention probabilities and residual branches (a method's own is left alone)."""
@@ -66,49 +66,51 @@ class CausalLM(ByHand):
             if type(module) is Dropout and not name.endswith("lora_drop"):
                 module.p = p
 
-    def set_fused(self, fused: bool) -> None:
+    def use_fused_ops(self, fused: bool) -> None:
         """Whether modules use gradients written out by hand, or autograd's own; the same numbers but for rounding."""
         for module in self.modules():
-            if isinstance(module, ByHand):
+            if isinstance(module, HasFusedOps):
                 vars(module)["fused"] = fused
 
-    def set_kernels(self, kernels: TorchKernels) -> None:
+    def set_kernels(self, kernels: ReferenceKernels) -> None:
         """With what modules whose gradients are written out by hand compute while they train."""
         for module in self.modules():
-            if isinstance(module, ByHand):
+            if isinstance(module, HasFusedOps):
                 vars(module)["kernels"] = kernels
 
-    def place(self, x: Tensor, positions: Tensor) -> Tensor:
+    def add_positions(self, x: Tensor, positions: Tensor) -> Tensor:
         """Add learned positions to the embedded tokens, where a family has them."""
         return x
 
-    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+    def rotary_cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         """Cosine and sine of the positions, where a family rotates."""
         return None
 
-    def hidden(
-        self, ids: Tensor, past: Sequence[Segment] = (), keep: Segment | None = None, at: Tensor | None = None
+    def hidden_states(
+        self, ids: Tensor, past: Sequence[KVCache] = (), keep: KVCache | None = None, at: Tensor | None = None
     ) -> Tensor:
         """[B, T] ids behind `past` -> [B, T, d] after the last norm; the new keys and values go to `keep`.
 
         With `at` [B, M], positions in each row: [B, M, d], the same as all of them indexed with `at`; in the last layer
         all that follows keys and values is then computed there only.
         """
-        t, past = ids.shape[1], (*self._before(), *past)
+        t, past = ids.shape[1], (*self._prefix_kv(), *past)
         positions = torch.arange(t, device=ids.device)
         for segment in past:
-            start = segment.start
+            start = segment.offset
             positions = positions + (start if isinstance(start, int) else start[:, None])
-        context = Context(past, keep, self.rope(positions), score_bias(past, t, ids.device, self.dtype))
-        return self.norm(self._walk(self._embedded(ids, positions), context, at))
+        context = AttentionInputs(
+            past, keep, self.rotary_cos_sin(positions), attention_mask(past, t, ids.device, self.dtype)
+        )
+        return self.norm(self._run_blocks(self._embed(ids, positions), context, at))
 
-    def hidden_behind(
+    def forward_shared_prefix(
         self,
         lead: Tensor,
         ids: Tensor,
         at: Tensor | None = None,
         below: tuple[int, Tensor] | None = None,
-        fork: Fork | None = None,
+        fork: PairedRow | None = None,
     ) -> tuple[Tensor | None, Tensor]:
         """[1, P] ids that stand before every row of [B, T] ids -> [P, d] and [B, T, d] after the last norm.
 
@@ -119,54 +121,63 @@ class CausalLM(ByHand):
         is what `lower(lead, ids, L)` gives. With `fork` the rows hold two answers each.
         """
         (p, (b, t)) = (lead.shape[1], ids.shape)
-        context = self._behind(lead, ids, fork)
-        first, x = below if below is not None else (0, self.lower(lead, ids, 0, fork))
+        context = self._forward_with_shared_prefix(lead, ids, fork)
+        first, x = below if below is not None else (0, self.forward_lower_layers(lead, ids, 0, fork))
         if p == 0:
             x = x.unflatten(0, (b, t))
-        x = self.norm(self._walk(x, context, at, first))
+        x = self.norm(self._run_blocks(x, context, at, first))
         if p == 0 or at is not None:
             return None, x
         own, rest = x.split([p, b * t])
         return own, rest.unflatten(0, (b, t))
 
-    def lower(self, lead: Tensor, ids: Tensor, layers: int, fork: Fork | None = None) -> Tensor:
+    def forward_lower_layers(self, lead: Tensor, ids: Tensor, layers: int, fork: PairedRow | None = None) -> Tensor:
         """[1, P] and [B, T] ids -> what enters block `layers`: [P + B T, d], the lead first, P may be 0."""
         (p, (b, t)), device = (lead.shape[1], ids.shape), ids.device
-        positions = _positions(p, b, t, device, fork) + self._taken
-        x = self._embedded(torch.cat([lead.flatten(), ids.flatten()]), positions)
+        positions = _positions(p, b, t, device, fork) + self._num_prefix_tokens
+        x = self._embed(torch.cat([lead.flatten(), ids.flatten()]), positions)
         if layers:
-            context = self._behind(lead, ids, fork)
-            x = self._walk(x if p else x.unflatten(0, (b, t)), context, None, 0, layers)
+            context = self._forward_with_shared_prefix(lead, ids, fork)
+            x = self._run_blocks(x if p else x.unflatten(0, (b, t)), context, None, 0, layers)
         return x if x.dim() == 2 else x.flatten(0, 1)
 
-    def _behind(self, lead: Tensor, ids: Tensor, fork: Fork | None) -> Context:
+    def _forward_with_shared_prefix(self, lead: Tensor, ids: Tensor, fork: PairedRow | None) -> AttentionInputs:
         """The context of a flat [P + B T, d], or of [B, T, d] where P is 0."""
         (p, (b, t)), device = (lead.shape[1], ids.shape), ids.device
-        past, n = self._before(), self._taken
-        own = causal_bias(t, device, self.dtype) if fork is None else fork.bias(t, self.dtype)
+        past, n = self._prefix_kv(), self._num_prefix_tokens
+        own = causal_mask(t, device, self.dtype) if fork is None else fork.bias(t, self.dtype)
         bias = F.pad(own, (n + p, 0))
         if p == 0:
             at = torch.arange(t, device=device) if fork is None else fork.positions(t)
-            return Context(past, rope=self.rope(at + n), bias=bias, causal=fork is None)
-        parts = Lead(p, b, t, F.pad(causal_bias(p, device, self.dtype), (n, 0)))
-        return Context(past, rope=self.rope(_positions(p, b, t, device, fork) + n), bias=bias, lead=parts)
+            return AttentionInputs(
+                past, rotary_cos_sin=self.rotary_cos_sin(at + n), attn_mask=bias, causal=fork is None
+            )
+        parts = SharedPrefix(p, b, t, F.pad(causal_mask(p, device, self.dtype), (n, 0)))
+        return AttentionInputs(
+            past,
+            rotary_cos_sin=self.rotary_cos_sin(_positions(p, b, t, device, fork) + n),
+            attn_mask=bias,
+            shared_prefix=parts,
+        )
 
-    def _before(self) -> tuple[Segment, ...]:
+    def _prefix_kv(self) -> tuple[KVCache, ...]:
         return () if self.before is None else (self.before.segment(self.dtype),)
 
     @property
-    def _taken(self) -> int:
+    def _num_prefix_tokens(self) -> int:
         return 0 if self.before is None else self.before.size
 
-    def _embedded(self, ids: Tensor, positions: Tensor) -> Tensor:
-        return self.drop(self.place(self.embed.look_up(ids, self.dtype), positions))
+    def _embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        return self.drop(self.add_positions(self.embed.embed_in_dtype(ids, self.dtype), positions))
 
-    def _walk(self, x: Tensor, context: Context, at: Tensor | None, first: int = 0, end: int | None = None) -> Tensor:
+    def _run_blocks(
+        self, x: Tensor, context: AttentionInputs, at: Tensor | None, first: int = 0, end: int | None = None
+    ) -> Tensor:
         """Through the blocks first … end - 1; in the model's last one, what follows keys and values at `at` only."""
         end = len(self.blocks) if end is None else end
         for layer in range(first, end):
             if at is not None and layer == len(self.blocks) - 1:
-                context = context.only(at)
+                context = context.restrict_to(at)
             x = self.blocks[layer](x, layer, context)
         return x
 
@@ -179,7 +190,7 @@ class CausalLM(ByHand):
         """The sum of weights[k] * -log p(targets[k] | h[rows[k]]): h [N, d], the rest [K]; float32 or wider."""
         if self.fused:
             head = self.embed.weight if self.head is None else self.head.weight
-            return HeadLoss.apply(h, head, rows, targets, weights)
+            return FusedLinearCrossEntropy.apply(h, head, rows, targets, weights)
         log_p = self.logits(h).log_softmax(-1)
         return -(log_p[rows, targets] * weights.to(log_p.dtype)).sum()
 
@@ -187,24 +198,24 @@ class CausalLM(ByHand):
         """log p(targets[k] | h[rows[k]]): h [N, d], the rest [K] -> [K], float32 or wider."""
         if self.fused:
             head = self.embed.weight if self.head is None else self.head.weight
-            return LogProbs.apply(h, head, rows, targets)
+            return FusedLinearLogProbs.apply(h, head, rows, targets)
         return self.logits(h).log_softmax(-1)[rows, targets]
 
     def forward(
         self,
         ids: Tensor,
-        past: Sequence[Segment] = (),
-        keep: Segment | None = None,
+        past: Sequence[KVCache] = (),
+        keep: KVCache | None = None,
         at: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, T, V], or [N, V] at the flat positions `at` [N] (row * T + token)."""
         if at is None:
-            return self.logits(self.hidden(ids, past, keep))
-        where, pick = by_row(at, *ids.shape)
-        return self.logits(self.hidden(ids, past, keep, where).flatten(0, 1)[pick])
+            return self.logits(self.hidden_states(ids, past, keep))
+        where, pick = flat_to_padded(at, *ids.shape)
+        return self.logits(self.hidden_states(ids, past, keep, where).flatten(0, 1)[pick])
 
 
-def by_row(at: Tensor, b: int, t: int) -> tuple[Tensor, Tensor]:
+def flat_to_padded(at: Tensor, b: int, t: int) -> tuple[Tensor, Tensor]:
     """Flat positions [N] in [B, T] -> (the same row by row [B, M], where each of the N is in that, flat [N]).
 
     M is the most that one row has; rows with fewer are filled up with their position 0.
@@ -220,7 +231,7 @@ def by_row(at: Tensor, b: int, t: int) -> tuple[Tensor, Tensor]:
     return where, rows * m + slots
 
 
-def _positions(p: int, b: int, t: int, device: torch.device, fork: Fork | None = None) -> Tensor:
+def _positions(p: int, b: int, t: int, device: torch.device, fork: PairedRow | None = None) -> Tensor:
     """0 … P-1 and then P … P+T-1 for each of B rows, or as they fork: [P + B T]."""
     own = torch.arange(t, device=device).repeat(b) if fork is None else fork.positions(t).flatten()
     return torch.cat([torch.arange(p, device=device), p + own])

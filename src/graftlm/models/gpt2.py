@@ -14,16 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graftlm.errors import InputError
-from graftlm.models.attention import Attention, Context
+from graftlm.models.attention import Attention, AttentionInputs
 from graftlm.models.base import CausalLM
+from graftlm.models.config import ModelConfig, ModelFamily, require_values
 from graftlm.models.layers import Dropout, Embedding, LayerNorm, Linear
-from graftlm.models.shape import Family, Shape, only
 
 
 class MLP(nn.Module):
     """down(gelu(up(x))), with the tanh approximation GPT-2 was trained with."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: ModelConfig) -> None:
         super().__init__()
         self.up = Linear(shape.d_model, shape.d_ff, bias=shape.mlp_bias)
         self.down = Linear(shape.d_ff, shape.d_model, bias=shape.mlp_bias)
@@ -36,7 +36,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: ModelConfig) -> None:
         super().__init__()
         self.norm1 = LayerNorm(shape.d_model, eps=shape.norm_eps)
         self.attn = Attention(shape)
@@ -44,32 +44,32 @@ class Block(nn.Module):
         self.mlp = MLP(shape)
         self.drop = Dropout()
 
-    def forward(self, x: Tensor, layer: int, context: Context) -> Tensor:
+    def forward(self, x: Tensor, layer: int, context: AttentionInputs) -> Tensor:
         """[B, T, d] -> [B, T, d], or whatever else `context` says x is."""
-        x = context.wanted(x) + self.drop(self.attn(self.norm1(x), layer, context))
+        x = context.select(x) + self.drop(self.attn(self.norm1(x), layer, context))
         return x + self.drop(self.mlp(self.norm2(x)))
 
 
 class GPT2(CausalLM):
     """GPT-2 of any size."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: ModelConfig) -> None:
         super().__init__(
             shape, [Block(shape) for _ in range(shape.layers)], LayerNorm(shape.d_model, eps=shape.norm_eps)
         )
-        self.positions = Embedding(shape.context, shape.d_model)
+        self.positions = Embedding(shape.max_positions, shape.d_model)
 
-    def place(self, x: Tensor, positions: Tensor) -> Tensor:
+    def add_positions(self, x: Tensor, positions: Tensor) -> Tensor:
         """Add the learned position vectors."""
-        return x + self.positions.look_up(positions, x.dtype)
+        return x + self.positions.embed_in_dtype(positions, x.dtype)
 
 
 # What its files are like ----------------------------------------------------------------------------------------------
 
 
-def read_shape(config: Mapping[str, Any], where: str) -> Shape:
+def read_shape(config: Mapping[str, Any], where: str) -> ModelConfig:
     """The shape that GPT-2's config.json describes."""
-    only(
+    require_values(
         config,
         where,
         activation_function=("gelu_new", "gelu_pytorch_tanh"),
@@ -80,7 +80,7 @@ def read_shape(config: Mapping[str, Any], where: str) -> Shape:
     d, heads = config["n_embd"], config["n_head"]
     if d % heads:
         raise InputError(f"{where}: n_embd {d} is not a multiple of n_head {heads}")
-    return Shape(
+    return ModelConfig(
         family="gpt2",
         layers=config["n_layer"],
         heads=heads,
@@ -89,7 +89,7 @@ def read_shape(config: Mapping[str, Any], where: str) -> Shape:
         head_dim=d // heads,
         d_ff=config.get("n_inner") or 4 * d,
         vocab=config["vocab_size"],
-        context=config.get("n_positions", config.get("n_ctx", 1024)),
+        max_positions=config.get("n_positions", config.get("n_ctx", 1024)),
         norm_eps=config.get("layer_norm_epsilon", 1e-5),
         tied=config.get("tie_word_embeddings", True),
         qkv_bias=True,
@@ -98,15 +98,15 @@ def read_shape(config: Mapping[str, Any], where: str) -> Shape:
     )
 
 
-def _rows(shape: Shape, role: str) -> slice:
+def _rows(shape: ModelConfig, role: str) -> slice:
     """c_attn holds q, k and v one after the other."""
     part = "qkv".index(role)
     return slice(part * shape.d_model, (part + 1) * shape.d_model)
 
 
-FAMILY = Family(
+FAMILY = ModelFamily(
     name="gpt2",
-    kinds=("gpt2",),
+    model_types=("gpt2",),
     build=GPT2,
     read=read_shape,
     embed="transformer.wte",
@@ -123,6 +123,6 @@ FAMILY = Family(
     norms={"norm1": "ln_1", "norm2": "ln_2"},
     norm_biases=True,
     transposed=True,
-    rows=_rows,
+    fused_qkv_slices=_rows,
     ignored=r"\.attn\.(bias|masked_bias)$",  # causal masks
 )

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from graftlm.errors import GraftError
 from graftlm.files.assets import cache_home
-from graftlm.files.atomic import file_atomically
-from graftlm.models.gradients import Mask, TorchKernels
+from graftlm.files.atomic import atomic_write
+from graftlm.models.fused_ops import DropoutMask, ReferenceKernels
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
@@ -45,7 +45,7 @@ SIGNATURES = {
 DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 
 
-class NoKernels(GraftError):
+class KernelsUnavailable(GraftError):
     """They cannot be had on this machine; the text says why."""
 
 
@@ -54,13 +54,13 @@ def compiler() -> str:
     asked = os.environ.get("CXX") or "g++"
     found = shutil.which(asked)
     if not platform.system() == "Linux":
-        raise NoKernels("kernels are compiled on Linux only")
+        raise KernelsUnavailable("kernels are compiled on Linux only")
     if found is None:
-        raise NoKernels(f"no C++ compiler is found ({asked})")
+        raise KernelsUnavailable(f"no C++ compiler is found ({asked})")
     return found
 
 
-def load_kernels() -> "CompiledKernels":
+def load_kernels() -> "CppKernels":
     """Compile what has not been compiled yet, and load it. Raises NoKernels; takes about a second the first time."""
     cxx = compiler()
     version = _run([cxx, "--version"]).splitlines()[0]
@@ -70,7 +70,7 @@ def load_kernels() -> "CompiledKernels":
     path = _own_folder(cache_home() / "compiled") / f"kernels-{key}.so"
     if not path.is_file():
         _compile(cxx, openmp, path)
-    return CompiledKernels(path)
+    return CppKernels(path)
 
 
 def _own_folder(folder: Path) -> Path:
@@ -78,11 +78,11 @@ def _own_folder(folder: Path) -> Path:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if folder.stat().st_uid != os.getuid():
-            raise NoKernels(f"{folder} belongs to another user, and code would be loaded from it")
+            raise KernelsUnavailable(f"{folder} belongs to another user, and code would be loaded from it")
         if stat.S_IMODE(folder.stat().st_mode) != 0o700:
             folder.chmod(0o700)
     except OSError as error:
-        raise NoKernels(f"cannot use {folder}: {error.strerror}") from error
+        raise KernelsUnavailable(f"cannot use {folder}: {error.strerror}") from error
     return folder
 
 
@@ -94,10 +94,10 @@ def _compile(cxx: str, openmp: Path, path: Path) -> None:
         # sets would keep each other from the cores.
         _run([cxx, "-shared", str(part), str(openmp), "-o", str(whole)])
         try:
-            with file_atomically(path) as file:
+            with atomic_write(path) as file:
                 file.write(whole.read_bytes())
         except GraftError as error:
-            raise NoKernels(str(error)) from error
+            raise KernelsUnavailable(str(error)) from error
 
 
 def _run(command: list[str]) -> str:
@@ -106,10 +106,10 @@ def _run(command: list[str]) -> str:
             command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S, stdin=subprocess.DEVNULL
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise NoKernels(f"the C++ compiler {command[0]} cannot be run: {error}") from error
+        raise KernelsUnavailable(f"the C++ compiler {command[0]} cannot be run: {error}") from error
     if done.returncode:
         said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
-        raise NoKernels(f"the C++ compiler {command[0]} failed: {said.strip()}")
+        raise KernelsUnavailable(f"the C++ compiler {command[0]} failed: {said.strip()}")
     return done.stdout
 
 
@@ -127,11 +127,11 @@ def _openmp() -> Path:
     lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
     paths = sorted({line.split(maxsplit=5)[5] for line in lines if re.search(r"/lib(gomp|iomp5)[^/]*\.so", line)})
     if len(paths) != 1:
-        raise NoKernels(f"torch has loaded {len(paths)} GNU-compatible OpenMP libraries, not one")
+        raise KernelsUnavailable(f"torch has loaded {len(paths)} GNU-compatible OpenMP libraries, not one")
     return Path(paths[0])
 
 
-class CompiledKernels(TorchKernels):
+class CppKernels(ReferenceKernels):
     """The same results as torch's to rounding, each in one pass; what they do not take goes torch's way."""
 
     def __init__(self, path: Path) -> None:
@@ -141,7 +141,7 @@ class CompiledKernels(TorchKernels):
                 function = getattr(library, f"{name}_{dtype}")
                 function.argtypes, function.restype = signature, None
         except (OSError, AttributeError) as error:
-            raise NoKernels(f"{path} cannot be loaded: {error}") from error
+            raise KernelsUnavailable(f"{path} cannot be loaded: {error}") from error
         self._library = library
 
     def _call(self, name: str, x: Tensor, *arguments: Tensor | float) -> None:
@@ -157,40 +157,40 @@ class CompiledKernels(TorchKernels):
         self._call("norm", x, x, weight, s.numel(), x.shape[-1], eps, y, s)
         return y, s
 
-    def norm_back(self, g: Tensor, x: Tensor, weight: Tensor, s: Tensor) -> Tensor:
+    def rms_norm_backward(self, g: Tensor, x: Tensor, weight: Tensor, s: Tensor) -> Tensor:
         """As in TorchKernels."""
         if not _takes(g, x, weight):
-            return super().norm_back(g, x, weight, s)
+            return super().rms_norm_backward(g, x, weight, s)
         g, x, weight, dx = g.contiguous(), x.contiguous(), weight.contiguous(), torch.empty(x.shape, dtype=x.dtype)
         self._call("norm_back", x, g, x, weight, s, s.numel(), x.shape[-1], dx)
         return dx
 
-    def gated_back(self, y: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    def silu_mul_backward(self, y: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         """As in TorchKernels."""
         if not _takes(y, g, u):
-            return super().gated_back(y, g, u)
+            return super().silu_mul_backward(y, g, u)
         y, g, u = y.contiguous(), g.contiguous(), u.contiguous()
         dg, du = torch.empty(g.shape, dtype=g.dtype), torch.empty(g.shape, dtype=g.dtype)
         self._call("gated_back", g, y, g, u, g.numel(), dg, du)
         return dg, du
 
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
+    def apply_rotary_emb(self, x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
         """As in TorchKernels."""
         heads, half, places = x.shape[-2], x.shape[-1] // 2, cos.numel() // max(1, cos.shape[-1])
         # The table is [..., 1, D/2] for the last axes of x's [..., H, D]: of all rows, or repeated for each sequence.
         if not _takes(x, cos, sin) or cos.shape[:-2] != x.shape[x.dim() - cos.dim() : -2]:
-            return super().rotate(x, cos, sin, back)
+            return super().apply_rotary_emb(x, cos, sin, back)
         x, cos, sin, y = x.contiguous(), cos.contiguous(), sin.contiguous(), torch.empty(x.shape, dtype=x.dtype)
         rows = x.numel() // (heads * 2 * half)
         self._call("rotate", x, x, cos, sin, rows, heads, half, places, -1.0 if back else 1.0, y)
         return y
 
-    def masked(self, x: Tensor, mask: Mask) -> Tensor:
+    def apply_dropout_mask(self, x: Tensor, mask: DropoutMask) -> Tensor:
         """As in TorchKernels; which elements are kept is worked out again each time instead of being stored."""
         if not _takes(x):
-            return super().masked(x, mask)
+            return super().apply_dropout_mask(x, mask)
         x, y = x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
-        self._call("masked", x, x, mask.seed, mask.below - 32768, x.numel(), y)
+        self._call("masked", x, x, mask.seed, mask.threshold - 32768, x.numel(), y)
         return y
 
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graftlm.models import gradients
-from graftlm.models.gradients import TORCH, Mask, TorchKernels
+from graftlm.models import fused_ops
+from graftlm.models.fused_ops import TORCH, DropoutMask, ReferenceKernels
 
 
 class Linear(nn.Linear):
@@ -24,21 +24,21 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     @staticmethod
-    def together(linears: "Sequence[Linear]", x: Tensor) -> list[Tensor]:
+    def forward_many(linears: "Sequence[Linear]", x: Tensor) -> list[Tensor]:
         """Each linear of the same x. A method whose linears can share work does so in its own subclass."""
         return [linear(x) for linear in linears]
 
 
-def project(x: Tensor, *linears: Linear) -> list[Tensor]:
+def apply_linears(x: Tensor, *linears: Linear) -> list[Tensor]:
     """What `linears` make of the same x, by the rule of the first that is not plain."""
     kind = next((type(linear) for linear in linears if type(linear) is not Linear), Linear)
-    return kind.together(linears, x)
+    return kind.forward_many(linears, x)
 
 
 class Embedding(nn.Embedding):
     """Rows of a table, in a stated dtype."""
 
-    def look_up(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    def embed_in_dtype(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """[...] int64 -> [..., d]."""
         return F.embedding(ids, self.weight).to(dtype)
 
@@ -51,21 +51,21 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
-class ByHand(nn.Module):
-    """A module that has gradients written out by hand; `CausalLM.set_fused` and `set_kernels` reach all of them."""
+class HasFusedOps(nn.Module):
+    """A module that has gradients written out by hand; `CausalLM.use_fused_ops` and `set_kernels` reach all of them."""
 
     fused = True
     """Whether they are used, or autograd's own."""
-    kernels: TorchKernels = TORCH
+    kernels: ReferenceKernels = TORCH
     """What they are computed with in training."""
 
     @property
-    def kernels_now(self) -> TorchKernels:
+    def active_kernels(self) -> ReferenceKernels:
         """In evaluation torch's: scores do not depend on how a model was trained."""
         return self.kernels if self.training else TORCH
 
 
-class RMSNorm(ByHand):
+class RMSNorm(HasFusedOps):
     """Root-mean-square normalisation (Zhang & Sennrich 2019): w * x / sqrt(mean(x^2) + eps)."""
 
     def __init__(self, d: int, eps: float) -> None:
@@ -76,7 +76,7 @@ class RMSNorm(ByHand):
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] -> [..., d]. The statistics are float32 (float64 for float64 inputs)."""
         if self.fused:
-            return gradients.RMSNorm.apply(x, self.weight.to(x.dtype), self.eps, self.kernels_now)
+            return fused_ops.RMSNorm.apply(x, self.weight.to(x.dtype), self.eps, self.active_kernels)
         exact = x.to(torch.promote_types(x.dtype, torch.float32))
         n = exact * torch.rsqrt(exact.square().mean(dim=-1, keepdim=True) + self.eps)
         return n.to(x.dtype) * self.weight.to(x.dtype)
@@ -101,28 +101,30 @@ def dropout(x: Tensor, p: float) -> Tensor:
     if x.device.type != "cpu":
         return F.dropout(x, p)
     mask = draw_mask(p)
-    return x if mask is None else x * mask.kept(x).to(x.dtype).mul_(mask.rescale)
+    return x if mask is None else x * mask.keep_mask(x).to(x.dtype).mul_(mask.scale)
 
 
-def draw_mask(p: float) -> Mask | None:
+def draw_mask(p: float) -> DropoutMask | None:
     """A mask that drops with probability p, seeded from torch's generator; None: keeps all."""
     below = round(p * 65536)
-    return Mask(int(torch.randint(-(2**62), 2**62, ())), below) if below else None
+    return DropoutMask(int(torch.randint(-(2**62), 2**62, ())), below) if below else None
 
 
-def rope_table(positions: Tensor, inverse_frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rope_cos_sin(positions: Tensor, inverse_frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosine and sine of position times frequency: [...] and [D/2] -> two tensors [..., D/2] (Su et al. 2021)."""
     angles = positions.to(torch.float32)[..., None] * inverse_frequencies
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, fused: bool = True, kernels: TorchKernels = TORCH) -> Tensor:
+def apply_rotary_emb(
+    x: Tensor, cos: Tensor, sin: Tensor, fused: bool = True, kernels: ReferenceKernels = TORCH
+) -> Tensor:
     """Rotate the pairs (x_i, x_{i + D/2}) of each head by their position's angles.
 
     x [B, T, H, D]; cos, sin [T, D/2] or [B, T, D/2]. Or x [N, H, D] and cos, sin [N, D/2].
     """
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     if fused:
-        return gradients.Rotate.apply(x, cos, sin, kernels)
+        return fused_ops.ApplyRoPE.apply(x, cos, sin, kernels)
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)

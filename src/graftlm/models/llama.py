@@ -16,17 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graftlm.errors import InputError
-from graftlm.models.attention import Attention, Context
+from graftlm.models.attention import Attention, AttentionInputs
 from graftlm.models.base import CausalLM
-from graftlm.models.gradients import Gated
-from graftlm.models.layers import ByHand, Dropout, Linear, RMSNorm, project, rope_table
-from graftlm.models.shape import Family, Shape, only
+from graftlm.models.config import ModelConfig, ModelFamily, require_values
+from graftlm.models.fused_ops import SwiGLU
+from graftlm.models.layers import Dropout, HasFusedOps, Linear, RMSNorm, apply_linears, rope_cos_sin
 
 
-class MLP(ByHand):
+class MLP(HasFusedOps):
     """down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: ModelConfig) -> None:
         super().__init__()
         self.gate = Linear(shape.d_model, shape.d_ff, bias=shape.mlp_bias)
         self.up = Linear(shape.d_model, shape.d_ff, bias=shape.mlp_bias)
@@ -34,14 +34,14 @@ class MLP(ByHand):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, d] -> [B, T, d]."""
-        gate, up = project(x, self.gate, self.up)
-        return self.down(Gated.apply(gate, up, self.kernels_now) if self.fused else F.silu(gate) * up)
+        gate, up = apply_linears(x, self.gate, self.up)
+        return self.down(SwiGLU.apply(gate, up, self.active_kernels) if self.fused else F.silu(gate) * up)
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: ModelConfig) -> None:
         super().__init__()
         self.norm1 = RMSNorm(shape.d_model, eps=shape.norm_eps)
         self.attn = Attention(shape)
@@ -49,24 +49,24 @@ class Block(nn.Module):
         self.mlp = MLP(shape)
         self.drop = Dropout()
 
-    def forward(self, x: Tensor, layer: int, context: Context) -> Tensor:
+    def forward(self, x: Tensor, layer: int, context: AttentionInputs) -> Tensor:
         """[B, T, d] -> [B, T, d], or whatever else `context` says x is."""
-        x = context.wanted(x) + self.drop(self.attn(self.norm1(x), layer, context))
+        x = context.select(x) + self.drop(self.attn(self.norm1(x), layer, context))
         return x + self.drop(self.mlp(self.norm2(x)))
 
 
 class Llama(CausalLM):
     """A Llama-family model of any size."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: ModelConfig) -> None:
         super().__init__(shape, [Block(shape) for _ in range(shape.layers)], RMSNorm(shape.d_model, eps=shape.norm_eps))
 
-    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def rotary_cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine of each position's angles."""
-        return rope_table(positions, inverse_frequencies(self.shape).to(positions.device), self.dtype)
+        return rope_cos_sin(positions, inverse_frequencies(self.shape).to(positions.device), self.dtype)
 
 
-def inverse_frequencies(shape: Shape) -> Tensor:
+def inverse_frequencies(shape: ModelConfig) -> Tensor:
     """theta^(-2i/D) for i < D/2 in float32, slowed as the file's rope settings say: linear, or llama3's by bands."""
     exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.int64).float() / shape.head_dim
     frequencies = 1.0 / shape.rope_theta**exponents
@@ -88,9 +88,9 @@ _LLAMA3_KEYS = ("original_max_position_embeddings", "low_freq_factor", "high_fre
 # What its files are like ----------------------------------------------------------------------------------------------
 
 
-def read_shape(config: Mapping[str, Any], where: str) -> Shape:
+def read_shape(config: Mapping[str, Any], where: str) -> ModelConfig:
     """The shape that the config.json of a Llama, Mistral or Qwen2 describes."""
-    only(config, where, hidden_act=("silu",), pretraining_tp=(1,), use_sliding_window=(False, None))
+    require_values(config, where, hidden_act=("silu",), pretraining_tp=(1,), use_sliding_window=(False, None))
     context = config["max_position_embeddings"]
     window = config.get("sliding_window")
     if window is not None and window < context and config.get("use_sliding_window") is not False:
@@ -110,7 +110,7 @@ def read_shape(config: Mapping[str, Any], where: str) -> Shape:
         raise InputError(f"{where}: the rope setting {strange[0]!r} is not understood for rope_type {kind!r}")
     heads, d = config["num_attention_heads"], config["hidden_size"]
     biased = config["model_type"] == "qwen2" or bool(config.get("attention_bias", False))
-    return Shape(
+    return ModelConfig(
         family="llama",
         layers=config["num_hidden_layers"],
         heads=heads,
@@ -119,7 +119,7 @@ def read_shape(config: Mapping[str, Any], where: str) -> Shape:
         head_dim=config.get("head_dim") or d // heads,
         d_ff=config["intermediate_size"],
         vocab=config["vocab_size"],
-        context=context,
+        max_positions=context,
         norm_eps=config.get("rms_norm_eps", 1e-6),
         tied=config.get("tie_word_embeddings", False),
         qkv_bias=biased,
@@ -134,7 +134,7 @@ def read_shape(config: Mapping[str, Any], where: str) -> Shape:
 _NOT_LLAMAS = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
 
 
-def _with_biases(config: Mapping[str, Any], base: Shape, shape: Shape) -> dict[str, Any]:
+def _with_biases(config: Mapping[str, Any], base: ModelConfig, shape: ModelConfig) -> dict[str, Any]:
     """A config.json that says the biases of `shape`: the inverse of how `read_shape` reads them.
 
     Mistral's and Qwen2's configs cannot say that every linear has one; Llama's can, and is the same model otherwise.
@@ -155,9 +155,9 @@ def _with_biases(config: Mapping[str, Any], base: Shape, shape: Shape) -> dict[s
     }
 
 
-FAMILY = Family(
+FAMILY = ModelFamily(
     name="llama",
-    kinds=("llama", "mistral", "qwen2"),
+    model_types=("llama", "mistral", "qwen2"),
     build=Llama,
     read=read_shape,
     embed="model.embed_tokens",

@@ -19,14 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graftlm.errors import InputError
-from graftlm.models.attention import Attention, Context
+from graftlm.models.attention import Attention, AttentionInputs
 from graftlm.models.base import CausalLM
-from graftlm.models.layers import Dropout, LayerNorm, Linear, rope_table
-from graftlm.models.shape import Family, Shape, only
+from graftlm.models.config import ModelConfig, ModelFamily, require_values
+from graftlm.models.layers import Dropout, LayerNorm, Linear, rope_cos_sin
 
 
 @dataclass(frozen=True, kw_only=True)
-class NeoXShape(Shape):
+class NeoXShape(ModelConfig):
     """What a GPT-NeoX says beside the rest."""
 
     rotary: int
@@ -38,7 +38,7 @@ class NeoXShape(Shape):
 class MLP(nn.Module):
     """down(gelu(up(x))), with the exact GELU."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: ModelConfig) -> None:
         super().__init__()
         self.up = Linear(shape.d_model, shape.d_ff, bias=shape.mlp_bias)
         self.down = Linear(shape.d_ff, shape.d_model, bias=shape.mlp_bias)
@@ -60,9 +60,9 @@ class Block(nn.Module):
         self.drop = Dropout()
         self.parallel = shape.parallel
 
-    def forward(self, x: Tensor, layer: int, context: Context) -> Tensor:
+    def forward(self, x: Tensor, layer: int, context: AttentionInputs) -> Tensor:
         """[B, T, d] -> [B, T, d], or whatever else `context` says x is."""
-        wanted = context.wanted(x)
+        wanted = context.select(x)
         y = wanted + self.drop(self.attn(self.norm1(x), layer, context))
         return y + self.drop(self.mlp(self.norm2(wanted if self.parallel else y)))
 
@@ -76,12 +76,12 @@ class NeoX(CausalLM):
         norm = LayerNorm(shape.d_model, eps=shape.norm_eps)
         super().__init__(shape, [Block(shape) for _ in range(shape.layers)], norm)
 
-    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def rotary_cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine of each position's angles, zero for the pairs that do not rotate."""
         turning = torch.arange(0, self.shape.rotary, 2, dtype=torch.int64).float() / self.shape.rotary
         frequencies = torch.zeros(self.shape.head_dim // 2, dtype=torch.float32)
         frequencies[: len(turning)] = 1.0 / self.shape.rope_theta**turning
-        return rope_table(positions, frequencies.to(positions.device), self.dtype)
+        return rope_cos_sin(positions, frequencies.to(positions.device), self.dtype)
 
 
 # What its files are like ----------------------------------------------------------------------------------------------
@@ -89,9 +89,9 @@ class NeoX(CausalLM):
 
 def read_shape(config: Mapping[str, Any], where: str) -> NeoXShape:
     """The shape that a GPT-NeoX's config.json describes, in the words of old files and of transformers 5."""
-    only(config, where, hidden_act=("gelu",), attention_bias=(True,), rope_scaling=(None,))
+    require_values(config, where, hidden_act=("gelu",), attention_bias=(True,), rope_scaling=(None,))
     rope = dict(config.get("rope_parameters") or {})
-    only(rope, where, rope_type=("default",))
+    require_values(rope, where, rope_type=("default",))
     heads, d = config["num_attention_heads"], config["hidden_size"]
     if d % heads or d // heads % 2:
         raise InputError(f"{where}: hidden_size {d} gives {heads} heads no even width")
@@ -109,7 +109,7 @@ def read_shape(config: Mapping[str, Any], where: str) -> NeoXShape:
         head_dim=d // heads,
         d_ff=config["intermediate_size"],
         vocab=config["vocab_size"],
-        context=config["max_position_embeddings"],
+        max_positions=config["max_position_embeddings"],
         norm_eps=config.get("layer_norm_eps", 1e-5),
         tied=config.get("tie_word_embeddings", False),
         qkv_bias=True,
@@ -121,7 +121,7 @@ def read_shape(config: Mapping[str, Any], where: str) -> NeoXShape:
     )
 
 
-def _head_order(shape: Shape) -> Tensor:
+def _head_order(shape: ModelConfig) -> Tensor:
     """The rotary pairs (i, i + R/2) come to (i, i + D/2)."""
     assert isinstance(shape, NeoXShape)
     at = torch.arange(shape.head_dim)
@@ -130,16 +130,16 @@ def _head_order(shape: Shape) -> Tensor:
     return torch.cat([first, third, second, fourth])
 
 
-def _rows(shape: Shape, role: str) -> Tensor:
+def _rows(shape: ModelConfig, role: str) -> Tensor:
     """query_key_value holds q, k and v head by head, [H, 3, D]."""
     within = torch.arange(shape.head_dim) if role == "v" else _head_order(shape)
     heads = torch.arange(shape.heads)[:, None] * 3 + "qkv".index(role)
     return (heads * shape.head_dim + within).flatten()
 
 
-FAMILY = Family(
+FAMILY = ModelFamily(
     name="neox",
-    kinds=("gpt_neox",),
+    model_types=("gpt_neox",),
     build=NeoX,
     read=read_shape,
     embed="gpt_neox.embed_in",
@@ -154,7 +154,7 @@ FAMILY = Family(
     },
     norms={"norm1": "input_layernorm", "norm2": "post_attention_layernorm"},
     norm_biases=True,
-    rows=_rows,
-    head_order=_head_order,
+    fused_qkv_slices=_rows,
+    rotary_permutation=_head_order,
     ignored=r"\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$",  # causal masks and rotary frequencies
 )

@@ -19,10 +19,10 @@ from fastapi import Request as HTTPRequest
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from graftlm.errors import Busy, Closed, GraftError, InputError
+from graftlm.errors import GraftError, InputError, Overloaded, ShuttingDown
 from graftlm.inference.engine import Engine
-from graftlm.inference.requests import Completion, Piece, Request, Ticket
-from graftlm.serving.schemas import Refused
+from graftlm.inference.requests import Completion, Request, RequestHandle, TokenOutput
+from graftlm.serving.schemas import APIError
 from graftlm.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -31,7 +31,7 @@ RETRY_AFTER = 1
 
 
 @dataclass(frozen=True)
-class Asked:
+class ParsedRequest:
     """What one HTTP request wants of the engine."""
 
     requests: tuple[Request, ...]
@@ -51,53 +51,53 @@ def choices(request: Request, n: int) -> list[Request]:
     return [replace(request, seed=seed) for seed in seeds]
 
 
-def refused(error: GraftError) -> Refused:
+def to_http_error(error: GraftError) -> APIError:
     """What the engine raised, as an HTTP answer."""
-    if isinstance(error, Refused):
+    if isinstance(error, APIError):
         return error
-    if isinstance(error, Busy):
-        return Refused(503, str(error), code="overloaded", retry_after=RETRY_AFTER)
-    if isinstance(error, Closed):
-        return Refused(503, "the server is stopping", code="stopping")
-    return Refused(400 if isinstance(error, InputError) else 500, str(error))
+    if isinstance(error, Overloaded):
+        return APIError(503, str(error), code="overloaded", retry_after=RETRY_AFTER)
+    if isinstance(error, ShuttingDown):
+        return APIError(503, "the server is stopping", code="stopping")
+    return APIError(400 if isinstance(error, InputError) else 500, str(error))
 
 
 # Whole answers --------------------------------------------------------------------------------------------------------
 
 
-async def whole(engine: Engine, tokenizer: Tokenizer, asked: Asked, http: HTTPRequest) -> Event:
+async def whole(engine: Engine, tokenizer: Tokenizer, asked: ParsedRequest, http: HTTPRequest) -> Event:
     """All choices at once. Raises Refused."""
     tickets = _submit(engine, asked.requests)
     try:
-        found = await while_there(http, asyncio.gather(*(done(ticket.done) for ticket in tickets)))
+        found = await cancel_on_disconnect(http, asyncio.gather(*(done(ticket.done) for ticket in tickets)))
     except GraftError as error:
-        raise refused(error) from None
+        raise to_http_error(error) from None
     finally:
         for ticket in tickets:
             ticket.cancel()
     for completion in found:
-        _check(completion.finish)
+        _check(completion.finish_reason)
     body = _head(asked, streams=False)
     body["choices"] = [_choice(asked, tokenizer, number, completion) for number, completion in enumerate(found)]
     prompts = [completion.prompt_tokens for completion in found[:: asked.n]]
     return {**body, "usage": _usage(prompts, sum(len(completion.tokens) for completion in found))}
 
 
-def _choice(asked: Asked, tokenizer: Tokenizer, index: int, completion: Completion) -> Event:
+def _choice(asked: ParsedRequest, tokenizer: Tokenizer, index: int, completion: Completion) -> Event:
     logprobs = None
     if asked.logprobs:
         pairs = list(zip(completion.tokens, completion.logprobs, strict=True))
         logprobs = _logprobs(asked.chat, tokenizer, pairs, 0)
     said = {"message": {"role": "assistant", "content": completion.text, "refusal": None}}
     text = said if asked.chat else {"text": completion.text}
-    return {"index": index, **text, "logprobs": logprobs, "finish_reason": completion.finish}
+    return {"index": index, **text, "logprobs": logprobs, "finish_reason": completion.finish_reason}
 
 
 def _submit(
-    engine: Engine, requests: Sequence[Request], on_piece: Callable[[int, Piece], None] | None = None
-) -> list[Ticket]:
+    engine: Engine, requests: Sequence[Request], on_piece: Callable[[int, TokenOutput], None] | None = None
+) -> list[RequestHandle]:
     """All of the requests or, where one is refused, none."""
-    tickets: list[Ticket] = []
+    tickets: list[RequestHandle] = []
     try:
         for number, request in enumerate(requests):
             told = None if on_piece is None else _numbered(on_piece, number)
@@ -105,11 +105,11 @@ def _submit(
     except GraftError as error:
         for ticket in tickets:
             ticket.cancel()
-        raise refused(error) from None
+        raise to_http_error(error) from None
     return tickets
 
 
-def _numbered(on_piece: Callable[[int, Piece], None], number: int) -> Callable[[Piece], None]:
+def _numbered(on_piece: Callable[[int, TokenOutput], None], number: int) -> Callable[[TokenOutput], None]:
     return lambda piece: on_piece(number, piece)
 
 
@@ -118,7 +118,7 @@ def done(future: Future[T]) -> Awaitable[T]:
     return asyncio.shield(asyncio.wrap_future(future))
 
 
-async def while_there(http: HTTPRequest, work: Awaitable[T]) -> T:
+async def cancel_on_disconnect(http: HTTPRequest, work: Awaitable[T]) -> T:
     """The work's result; where the client leaves before it is there, the work ends and Refused is raised."""
     task = asyncio.ensure_future(work)
     left = asyncio.ensure_future(_left(http))
@@ -126,7 +126,7 @@ async def while_there(http: HTTPRequest, work: Awaitable[T]) -> T:
         await asyncio.wait((task, left), return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise Refused(499, "the client has left")
+        raise APIError(499, "the client has left")
     finally:
         left.cancel()
         if not task.done():
@@ -146,7 +146,7 @@ async def _left(http: HTTPRequest) -> None:
 class Stream(StreamingResponse):
     """Server-sent events of some tickets, which end with it."""
 
-    def __init__(self, events: AsyncIterator[str], tickets: Sequence[Ticket]) -> None:
+    def __init__(self, events: AsyncIterator[str], tickets: Sequence[RequestHandle]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
         self._tickets = tickets
 
@@ -159,12 +159,12 @@ class Stream(StreamingResponse):
                 ticket.cancel()
 
 
-def stream(engine: Engine, tokenizer: Tokenizer, asked: Asked) -> Stream:
+def stream(engine: Engine, tokenizer: Tokenizer, asked: ParsedRequest) -> Stream:
     """All choices as they come. Raises Refused: the requests are taken before the stream begins."""
     loop = asyncio.get_running_loop()
-    pieces: asyncio.Queue[tuple[int, Piece | None]] = asyncio.Queue()
+    pieces: asyncio.Queue[tuple[int, TokenOutput | None]] = asyncio.Queue()
 
-    def tell(number: int, piece: Piece | None) -> None:
+    def tell(number: int, piece: TokenOutput | None) -> None:
         with suppress(RuntimeError):  # the loop has ended: the server was told to stop at once
             loop.call_soon_threadsafe(pieces.put_nowait, (number, piece))
 
@@ -179,7 +179,10 @@ def _ended(tell: Callable[[int, None], None], number: int) -> Callable[[object],
 
 
 async def _events(
-    tickets: Sequence[Ticket], pieces: "asyncio.Queue[tuple[int, Piece | None]]", tokenizer: Tokenizer, asked: Asked
+    tickets: Sequence[RequestHandle],
+    pieces: "asyncio.Queue[tuple[int, TokenOutput | None]]",
+    tokenizer: Tokenizer,
+    asked: ParsedRequest,
 ) -> AsyncIterator[str]:
     head = _head(asked, streams=True)
     going, lengths = len(tickets), [0] * len(tickets)
@@ -191,9 +194,9 @@ async def _events(
             number, piece = await pieces.get()
             if piece is None:  # it has ended, or this raises what ended it
                 going -= 1
-                _check(tickets[number].done.result().finish)
+                _check(tickets[number].done.result().finish_reason)
                 continue
-            if piece.finish in ("cancelled", "error"):
+            if piece.finish_reason in ("cancelled", "error"):
                 continue  # what is behind says more
             choice = _part(asked, tokenizer, number, piece, lengths[number])
             lengths[number] += len(piece.text)
@@ -206,19 +209,19 @@ async def _events(
             yield _event({**head, "choices": [], "usage": usage})
         yield "data: [DONE]\n\n"
     except GraftError as error:
-        yield _event(refused(error).to_json())
+        yield _event(to_http_error(error).to_json())
 
 
-def _part(asked: Asked, tokenizer: Tokenizer, index: int, piece: Piece, offset: int) -> Event | None:
+def _part(asked: ParsedRequest, tokenizer: Tokenizer, index: int, piece: TokenOutput, offset: int) -> Event | None:
     """A piece as a choice of an event; None for one that says nothing."""
     logprobs = None
     if asked.logprobs and piece.token is not None and piece.logprob is not None:
         logprobs = _logprobs(asked.chat, tokenizer, [(piece.token, piece.logprob)], offset)
-    if not piece.text and piece.finish is None and logprobs is None:
+    if not piece.text and piece.finish_reason is None and logprobs is None:
         return None
     if asked.chat:
-        return _delta(index, {"content": piece.text} if piece.text else {}, logprobs, piece.finish)
-    return {"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.finish}
+        return _delta(index, {"content": piece.text} if piece.text else {}, logprobs, piece.finish_reason)
+    return {"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.finish_reason}
 
 
 def _delta(index: int, delta: Event, logprobs: Event | None = None, finish: str | None = None) -> Event:
@@ -235,12 +238,12 @@ def _event(content: Event) -> str:
 def _check(finish: str) -> None:
     """Raises for an answer that did not come to its own end."""
     if finish == "cancelled":
-        raise Refused(503, "the server is stopping: the answer was cut", code="stopping")
+        raise APIError(503, "the server is stopping: the answer was cut", code="stopping")
     if finish == "error":
-        raise Refused(500, "the engine failed at this request")
+        raise APIError(500, "the engine failed at this request")
 
 
-def _head(asked: Asked, streams: bool) -> Event:
+def _head(asked: ParsedRequest, streams: bool) -> Event:
     kind = ("chat.completion" if asked.chat else "text_completion") + (".chunk" if asked.chat and streams else "")
     name = f"{'chatcmpl' if asked.chat else 'cmpl'}-{uuid.uuid4().hex}"
     return {"id": name, "object": kind, "created": int(time.time()), "model": asked.model}

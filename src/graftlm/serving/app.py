@@ -26,29 +26,29 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from graftlm.errors import GraftError, InputError, nearest
+from graftlm.errors import GraftError, InputError, did_you_mean
 from graftlm.inference.engine import Engine
 from graftlm.inference.requests import Request
-from graftlm.serving.answers import Asked, choices, done, refused, stream, while_there, whole
-from graftlm.serving.limits import Gate, read_body, refusal
+from graftlm.serving.answers import ParsedRequest, cancel_on_disconnect, choices, done, stream, to_http_error, whole
+from graftlm.serving.limits import SecurityMiddleware, error_response, read_body
 from graftlm.serving.schemas import (
-    MOST_CHOICES,
+    MAX_CHOICES,
+    APIError,
     ChatBody,
     ClassifyBody,
     CompletionBody,
-    Refused,
     Sampling,
     read,
 )
 from graftlm.text.chat import Chat
-from graftlm.text.data import encode_rows, label_ids
-from graftlm.text.records import Row
+from graftlm.text.collate import encode_rows, label_ids
+from graftlm.text.dataset import Record
 from graftlm.text.template import Template
 from graftlm.text.tokenizer import Tokenizer
 
 SHORT = 16
 """Tokens of a completion where the request does not say, as in OpenAI's API."""
-AT_ONCE = 64
+CLASSIFY_CONCURRENCY = 64
 """Prompts of one classification that the engine is given together."""
 
 PARTS = {
@@ -60,7 +60,7 @@ PARTS = {
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedModel:
     """A model that can be asked for: the base, or an adapter of it."""
 
     name: str
@@ -68,7 +68,7 @@ class Served:
     """The engine's name of it; None for the base."""
     template: Template
     """How it is asked about a review."""
-    room: int
+    max_seq_len: int
     """The most tokens that it reads."""
 
 
@@ -78,29 +78,29 @@ class Service:
 
     engine: Engine
     tokenizer: Tokenizer
-    models: Mapping[str, Served]
+    models: Mapping[str, ServedModel]
     """By name; the base comes first."""
     vocab: int
     max_tokens: int
 
     @property
-    def base(self) -> Served:
+    def base(self) -> ServedModel:
         """The model without an adapter."""
         return next(iter(self.models.values()))
 
-    def model(self, name: str) -> Served:
+    def model(self, name: str) -> ServedModel:
         """A model by its name. Raises Refused with status 404."""
         if name not in self.models:
-            tip = nearest(name[:100], self.models)
+            tip = did_you_mean(name[:100], self.models)
             message = f"there is no model {name[:100]!r}: {tip}GET /v1/models lists them"
-            raise Refused(404, message, param="model", code="model_not_found")
+            raise APIError(404, message, param="model", code="model_not_found")
         return self.models[name]
 
 
 def make_app(service: Service, *, host: str, names: tuple[str, ...] = (), key: str = "", rate: int = 0) -> FastAPI:
-    """The whole server but its socket. See `limits.Gate` for what stands before the routes."""
+    """The whole server but its socket. See `limits.SecurityMiddleware` for what stands before the routes."""
     app = FastAPI(title="graft serve", openapi_url=None, docs_url=None, redoc_url=None)
-    app.add_middleware(Gate, host=host, names=names, key=key, rate=rate)
+    app.add_middleware(SecurityMiddleware, host=host, names=names, key=key, rate=rate)
     app.add_exception_handler(GraftError, _on_refusal)
     app.add_exception_handler(HTTPException, _on_no_route)
     app.add_exception_handler(500, _on_failure)
@@ -112,20 +112,20 @@ def make_app(service: Service, *, host: str, names: tuple[str, ...] = (), key: s
 
 async def _on_refusal(http: HTTPRequest, error: Exception) -> Response:
     assert isinstance(error, GraftError)
-    return refusal(refused(error))
+    return error_response(to_http_error(error))
 
 
 async def _on_no_route(http: HTTPRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     what = "there is nothing at this path" if error.status_code == 404 else str(error.detail).lower()
-    answer = refusal(Refused(error.status_code, f"{http.method[:20]} {http.url.path[:100]}: {what}"))
+    answer = error_response(APIError(error.status_code, f"{http.method[:20]} {http.url.path[:100]}: {what}"))
     answer.headers.update(error.headers or {})
     return answer
 
 
 async def _on_failure(http: HTTPRequest, error: Exception) -> Response:
     """A mistake of ours: this request is lost, its traceback is in the log, and the server goes on."""
-    return refusal(Refused(500, "the server failed at this request"))
+    return error_response(APIError(500, "the server failed at this request"))
 
 
 # The page, and what there is ------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def _part(name: str) -> str:
 def _add_models(app: FastAPI, service: Service) -> None:
     created = int(time.time())
 
-    def described(model: Served) -> dict[str, Any]:
+    def described(model: ServedModel) -> dict[str, Any]:
         parent = None if model.adapter is None else service.base.name
         return {
             "id": model.name,
@@ -156,7 +156,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
             "owned_by": "graftlm",
             "parent": parent,
             "labels": list(model.template.labels),
-            "context": model.room,
+            "context": model.max_seq_len,
         }
 
     @app.get("/health")
@@ -192,7 +192,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
     engine, tokenizer = service.engine, service.tokenizer
     chat = Chat(tokenizer, "send text to /v1/completions") if tokenizer.chat_template is not None else None
 
-    async def answer(asked: Asked, streams: bool, http: HTTPRequest) -> Response:
+    async def answer(asked: ParsedRequest, streams: bool, http: HTTPRequest) -> Response:
         if streams:
             return stream(engine, tokenizer, asked)
         return JSONResponse(await whole(engine, tokenizer, asked, http))
@@ -209,10 +209,10 @@ def _add_answers(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/classify")
     async def classify(http: HTTPRequest, body: Annotated[Any, Depends(_body(ClassifyBody))]) -> Response:
-        return JSONResponse(await while_there(http, _classify(service, body)))
+        return JSONResponse(await cancel_on_disconnect(http, _classify(service, body)))
 
 
-def _completions(service: Service, body: CompletionBody) -> Asked:
+def _completions(service: Service, body: CompletionBody) -> ParsedRequest:
     model = service.model(body.model)
     prompts = _prompts(service, body.prompt)
     logprobs = body.logprobs is not None
@@ -226,23 +226,23 @@ def _prompts(service: Service, prompt: Any) -> list[list[int]]:
     texts = [each for each in given if isinstance(each, str)]
     found = service.tokenizer.encode_batch(texts, bos=True) if texts else given
     if not found or not all(found):
-        raise Refused(400, "prompt: is empty: give at least one token to continue", param="prompt")
+        raise APIError(400, "prompt: is empty: give at least one token to continue", param="prompt")
     if not texts and (largest := max(map(max, found))) >= service.vocab:
-        raise Refused(400, f"prompt: {largest} is no token: the model has {service.vocab}", param="prompt")
+        raise APIError(400, f"prompt: {largest} is no token: the model has {service.vocab}", param="prompt")
     return found
 
 
-def _chat(service: Service, chat: Chat | None, body: ChatBody) -> Asked:
+def _chat(service: Service, chat: Chat | None, body: ChatBody) -> ParsedRequest:
     model = service.model(body.model)
     if chat is None:
         message = f"{service.base.name} has no chat template: send text to /v1/completions"
-        raise Refused(400, message, param="messages", code="no_chat_template")
+        raise APIError(400, message, param="messages", code="no_chat_template")
     roles = {"developer": "system"}  # as OpenAI's newer models call it
-    messages = [(roles.get(message.role, message.role), message.words) for message in body.messages]
+    messages = [(roles.get(message.role, message.role), message.text_content) for message in body.messages]
     try:
-        prompt, ends = chat.encode(messages), chat.ends
+        prompt, ends = chat.encode(messages), chat.stop_tokens
     except InputError as error:
-        raise Refused(400, f"messages: {error}", param="messages") from None
+        raise APIError(400, f"messages: {error}", param="messages") from None
     given = [value for value in (body.max_tokens, body.max_completion_tokens) if value is not None]
     limit, logprobs = min(given, default=None), bool(body.logprobs)
     return _asked(service, model, body, "messages", [prompt], limit, None, ends=ends, logprobs=logprobs)
@@ -250,7 +250,7 @@ def _chat(service: Service, chat: Chat | None, body: ChatBody) -> Asked:
 
 def _asked(
     service: Service,
-    model: Served,
+    model: ServedModel,
     body: Sampling,
     field: str,
     prompts: Sequence[Sequence[int]],
@@ -259,27 +259,28 @@ def _asked(
     *,
     ends: Collection[int] | None = None,
     logprobs: bool,
-) -> Asked:
+) -> ParsedRequest:
     """limit: tokens that the request allows; default: those it gets where it does not say; None: as many as fit.
 
     ends: of a chat, the tokens that end the model's turn.
     """
     n = 1 if body.n is None else body.n
-    if len(prompts) * n > MOST_CHOICES:
-        raise Refused(400, f"n: {len(prompts)} prompts times {n}: at most {MOST_CHOICES} answers a request", param="n")
+    if len(prompts) * n > MAX_CHOICES:
+        raise APIError(400, f"n: {len(prompts)} prompts times {n}: at most {MAX_CHOICES} answers a request", param="n")
     if limit is not None and limit > service.max_tokens:
         message = f"max_tokens: at most {service.max_tokens} here (graft serve --max_tokens)"
-        raise Refused(400, message, param="max_tokens")
+        raise APIError(400, message, param="max_tokens")
     chat = ends is not None
     requests: list[Request] = []
     for prompt in prompts:
-        room, least = model.room - len(prompt), limit or 1
+        room, least = model.max_seq_len - len(prompt), limit or 1
         if room < least:
             message = (
-                f"{field}: {len(prompt)} tokens and {least} new ones, and {model.name} reads at most {model.room}: "
+                f"{field}: {len(prompt)} tokens and {least} new ones, and {model.name} reads at most "
+                f"{model.max_seq_len}: "
                 f"shorten the {'conversation' if chat else 'prompt'}{' or lower max_tokens' if limit else ''}"
             )
-            raise Refused(400, message, param=field, code="context_length_exceeded")
+            raise APIError(400, message, param=field, code="context_length_exceeded")
         request = Request(
             prompt=tuple(prompt),
             adapter=model.adapter,
@@ -289,10 +290,10 @@ def _asked(
             top_p=None if body.top_p in (None, 1) else body.top_p,
             seed=body.seed,
             stop=body.stops,
-            ends=ends or (),
+            stop_tokens=ends or (),
         )
         requests += choices(request, n)
-    return Asked(tuple(requests), model.name, n, chat, logprobs, body.wants_usage)
+    return ParsedRequest(tuple(requests), model.name, n, chat, logprobs, body.wants_usage)
 
 
 # Label probabilities --------------------------------------------------------------------------------------------------
@@ -306,24 +307,26 @@ async def _classify(service: Service, body: ClassifyBody) -> dict[str, Any]:
     asked = list(zip(models, questions, strict=True))
     jobs = [(number, model, prompts[number]) for number in range(len(texts)) for model, prompts in asked]
     results: list[dict[str, Any]] = [{"index": number, "models": {}} for number in range(len(texts))]
-    for start in range(0, len(jobs), AT_ONCE):
-        some = jobs[start : start + AT_ONCE]
+    for start in range(0, len(jobs), CLASSIFY_CONCURRENCY):
+        some = jobs[start : start + CLASSIFY_CONCURRENCY]
         found = await asyncio.gather(*(_score(service, model, prompt) for _, model, (prompt, _) in some))
         for (number, model, (_, cut)), scores in zip(some, found, strict=True):
             results[number]["models"][model.name] = {**_read(model.template, scores), "cut": cut}
     return {"object": "classification", "results": results}
 
 
-async def _score(service: Service, model: Served, prompt: Sequence[int]) -> list[float]:
+async def _score(service: Service, model: ServedModel, prompt: Sequence[int]) -> list[float]:
     labels = label_ids(model.template, service.tokenizer)
     return await done(service.engine.score(prompt, labels, model.adapter))
 
 
-def _questions(service: Service, model: Served, texts: Sequence[str]) -> list[tuple[tuple[int, ...], bool]]:
+def _questions(service: Service, model: ServedModel, texts: Sequence[str]) -> list[tuple[tuple[int, ...], bool]]:
     """Each text's prompt, and whether it lost its end to fit."""
     found = []
     for text in texts:
-        examples, cut = encode_rows([Row(text, 0, where="text")], model.template, service.tokenizer, model.room)
+        examples, cut = encode_rows(
+            [Record(text, 0, source="text")], model.template, service.tokenizer, model.max_seq_len
+        )
         found.append((examples[0].prompt_ids, bool(cut)))
     return found
 

@@ -26,11 +26,11 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from graftlm.serving.schemas import Refused
+from graftlm.serving.schemas import APIError
 
 MOST_BYTES = 2**20
 """Of a request's body."""
-MOST_HEARD = 16 * MOST_BYTES
+MAX_DRAIN_BYTES = 16 * MOST_BYTES
 """Of a body that is too large so much is heard out (and dropped), since many clients read no answer before they have
 sent all; of a larger one no more."""
 BODY_SECONDS = 30.0
@@ -50,7 +50,7 @@ HEADERS = {
 }
 
 
-def refusal(refused: Refused) -> JSONResponse:
+def error_response(refused: APIError) -> JSONResponse:
     """A refusal as an answer."""
     headers = {"retry-after": str(refused.retry_after)} if refused.retry_after else {}
     if refused.status == 401:
@@ -58,7 +58,7 @@ def refusal(refused: Refused) -> JSONResponse:
     return JSONResponse(refused.to_json(), refused.status, headers)
 
 
-class Gate:
+class SecurityMiddleware:
     """ASGI middleware: refuses what must not come in, and puts `HEADERS` on every answer.
 
     host: the address that is listened at; names: what the server is called besides. key: "" for none.
@@ -66,9 +66,9 @@ class Gate:
     """
 
     def __init__(self, app: ASGIApp, *, host: str, names: tuple[str, ...] = (), key: str = "", rate: int = 0) -> None:
-        self._app, self._hosts = app, Hosts(host, names)
+        self._app, self._hosts = app, TrustedHosts(host, names)
         self._key = _digest(key.encode()) if key else None
-        self._rate = Rate(rate) if rate else None
+        self._rate = RateLimiter(rate) if rate else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -85,8 +85,8 @@ class Gate:
 
         try:
             self._check(scope)
-        except Refused as refused:
-            await refusal(refused)(scope, receive, send_with_headers)
+        except APIError as refused:
+            await error_response(refused)(scope, receive, send_with_headers)
             return
         await self._app(scope, receive, send_with_headers)
 
@@ -97,7 +97,7 @@ class Gate:
             return
         if self._rate is not None and (wait := self._rate.take((scope.get("client") or ("",))[0])):
             message = f"too many requests from this address: wait {math.ceil(wait)} s"
-            raise Refused(429, message, code="rate_limit_exceeded", retry_after=math.ceil(wait))
+            raise APIError(429, message, code="rate_limit_exceeded", retry_after=math.ceil(wait))
         if self._key is not None:
             self._check_key(headers.get("authorization", ""))
 
@@ -107,7 +107,7 @@ class Gate:
         if scheme.lower() == "bearer" and right:
             return
         what = "the key is wrong" if authorization else "this server wants a key"
-        raise Refused(401, f"{what}: send the header Authorization: Bearer KEY", code="invalid_api_key")
+        raise APIError(401, f"{what}: send the header Authorization: Bearer KEY", code="invalid_api_key")
 
 
 def _digest(key: bytes) -> bytes:
@@ -115,7 +115,7 @@ def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-class Hosts:
+class TrustedHosts:
     """What a request may call this server: names that no other site can have.
 
     On loopback those of loopback; elsewhere any address too, since rebinding needs a name; and what was allowed.
@@ -130,9 +130,9 @@ class Hosts:
         name = _name(host)
         if not (is_loopback(name) or name in self._names or (self._addresses and _is_address(name))):
             message = f"this server is not called {name[:100]!r}: graft serve --allow_hosts lets it be"
-            raise Refused(403, message, code="host_not_allowed")
+            raise APIError(403, message, code="host_not_allowed")
         if origin is not None and _place(origin) != host.lower():
-            raise Refused(403, "pages of other sites may not use this server", code="origin_not_allowed")
+            raise APIError(403, "pages of other sites may not use this server", code="origin_not_allowed")
 
 
 def _name(host: str) -> str:
@@ -163,7 +163,7 @@ def _is_address(name: str) -> bool:
     return True
 
 
-class Rate:
+class RateLimiter:
     """A token bucket for each client: holds a minute's requests, and fills again evenly."""
 
     def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -198,7 +198,7 @@ async def read_body(request: Request) -> bytes:
     """A request's body. Raises Refused for one that is no JSON by its own account, too large or too slow."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        raise Refused(415, "send the body as JSON, with the header Content-Type: application/json")
+        raise APIError(415, "send the body as JSON, with the header Content-Type: application/json")
     content, size = bytearray(), 0
     try:
         async with asyncio.timeout(BODY_SECONDS):
@@ -206,12 +206,12 @@ async def read_body(request: Request) -> bytes:
                 size += len(chunk)
                 if size <= MOST_BYTES:
                     content += chunk
-                elif size > MOST_HEARD:
+                elif size > MAX_DRAIN_BYTES:
                     break
     except TimeoutError:
-        raise Refused(408, f"the body did not arrive within {BODY_SECONDS:.0f} s") from None
+        raise APIError(408, f"the body did not arrive within {BODY_SECONDS:.0f} s") from None
     except ClientDisconnect:
-        raise Refused(499, "the client has left") from None
+        raise APIError(499, "the client has left") from None
     if size > MOST_BYTES:
-        raise Refused(413, f"the body is too large: at most {MOST_BYTES} bytes", code="request_too_large")
+        raise APIError(413, f"the body is too large: at most {MOST_BYTES} bytes", code="request_too_large")
     return bytes(content)

@@ -2,7 +2,7 @@
 
 What is unusual here:
 - Nothing is ignored in silence. A field that OpenAI's API knows and this server does not do is taken only at a value
-  that changes nothing (`NEUTRAL`); at any other, and for a field nobody knows, the request is refused.
+  that changes nothing (`IGNORED_IF_DEFAULT`); at any other, and for a field nobody knows, the request is refused.
 - Types are strict: "16" is no number, and 1 is not true. The parser bounds depth, and refuses half a surrogate pair.
 - The words under a field's `description` are what its error says, so there is one place for both.
 """
@@ -12,14 +12,14 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from graftlm.errors import GraftError, nearest
+from graftlm.errors import GraftError, did_you_mean
 
-MOST_CHOICES = 64
+MAX_CHOICES = 64
 """Answers that one request may ask for: prompts times n; and texts to classify."""
 MOST_STOPS, MOST_MESSAGES = 4, 1000
 
 
-class Refused(GraftError):
+class APIError(GraftError):
     """A request that gets no answer: an HTTP status and, in OpenAI's form, what is wrong with which field."""
 
     def __init__(
@@ -38,7 +38,7 @@ KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_
 
 # Fields that are known and not done -> the values at which they change nothing; None always is one.
 ANY = object()
-NEUTRAL: dict[str, tuple[Any, ...]] = {
+IGNORED_IF_DEFAULT: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
@@ -107,9 +107,9 @@ class StreamOptions(_Strict):
 class Sampling(_Strict):
     """What completions and chats have in common."""
 
-    neutral = NEUTRAL
+    neutral = IGNORED_IF_DEFAULT
     model: str = Field(description="the name of a model, as GET /v1/models lists them")
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = Field(1, description=f"1 to {MOST_CHOICES}")
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(1, description=f"1 to {MAX_CHOICES}")
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(1.0, description="a number from 0 to 2")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(1.0, description="a number above 0 and at most 1")
     top_k: Annotated[int, Field(ge=0)] | None = Field(0, description="0 (all tokens) or more")
@@ -124,7 +124,7 @@ class Sampling(_Strict):
         """The texts that end an answer. Raises Refused where there are too many or an empty one."""
         found = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if len(found) > MOST_STOPS or not all(found):
-            raise Refused(400, f"stop: must be at most {MOST_STOPS} texts, none of them empty", param="stop")
+            raise APIError(400, f"stop: must be at most {MOST_STOPS} texts, none of them empty", param="stop")
         return found
 
     @property
@@ -157,7 +157,7 @@ class MessageBody(_Strict):
     content: str | list[TextPart]
 
     @property
-    def words(self) -> str:
+    def text_content(self) -> str:
         """The content as one text."""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
@@ -177,8 +177,8 @@ class ClassifyBody(_Strict):
     """POST /v1/classify."""
 
     text: str | None = Field(None, description="a text")
-    texts: Annotated[list[str], Field(min_length=1, max_length=MOST_CHOICES)] | None = Field(
-        None, description=f"a list of 1 to {MOST_CHOICES} texts"
+    texts: Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)] | None = Field(
+        None, description=f"a list of 1 to {MAX_CHOICES} texts"
     )
     models: Annotated[list[str], Field(min_length=1)] | None = Field(None, description="a list of models' names")
 
@@ -197,22 +197,22 @@ def read(body: type[BaseModel], content: bytes) -> Any:
         first = error.errors(include_url=False, include_input=False)[0]
     message, kind = first["msg"], first["type"]
     if kind == "json_invalid":
-        raise Refused(400, f"the body is not JSON: {message.removeprefix('Invalid JSON: ')}")
+        raise APIError(400, f"the body is not JSON: {message.removeprefix('Invalid JSON: ')}")
     if kind == "model_type" and not first["loc"]:
-        raise Refused(400, "the body is not a JSON object")
+        raise APIError(400, "the body is not a JSON object")
     if kind in ("unsupported", "one_of_two"):
         inner = first.get("ctx", {}).get("name")
-        raise Refused(400, message, param=inner, code="unsupported_parameter" if inner else None)
+        raise APIError(400, message, param=inner, code="unsupported_parameter" if inner else None)
     path = _path(first["loc"], kind == "extra_forbidden")
     if kind == "extra_forbidden":
-        known = nearest(str(first["loc"][-1]), body.model_fields, "")
-        raise Refused(400, f"unknown field {path!r}: {known}leave it out", param=path, code="unknown_parameter")
+        known = did_you_mean(str(first["loc"][-1]), body.model_fields, "")
+        raise APIError(400, f"unknown field {path!r}: {known}leave it out", param=path, code="unknown_parameter")
     field = str(first["loc"][0])
     allowed = body.model_fields[field].description
     if kind == "missing":
-        raise Refused(400, f"{path} is missing: {allowed}", param=path, code="missing_required_parameter")
+        raise APIError(400, f"{path} is missing: {allowed}", param=path, code="missing_required_parameter")
     where = path if path == field else f"{path} is wrong: {field}"
-    raise Refused(400, f"{where}: must be {allowed}", param=path)
+    raise APIError(400, f"{where}: must be {allowed}", param=path)
 
 
 def _path(place: tuple[int | str, ...], unknown: bool) -> str:

@@ -24,7 +24,7 @@ try:
     import uvicorn
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
-    from graftlm.serving.app import Served, Service, make_app
+    from graftlm.serving.app import ServedModel, Service, make_app
     from graftlm.serving.limits import is_loopback
 except ModuleNotFoundError as error:
     if (error.name or "").startswith("graftlm"):
@@ -32,7 +32,7 @@ except ModuleNotFoundError as error:
     raise InputError(f"graft serve needs the {error.name} package: pip install 'graftlm[serve]'") from None
 
 from graftlm.exchange.adapters import CONFIG, OWN_CONFIG
-from graftlm.exchange.load import Loaded, load, read_run, recorded_name
+from graftlm.exchange.load import Loaded, load, read_run, resolve_path
 from graftlm.inference.engine import Engine
 from graftlm.text.template import Template, load_template
 
@@ -53,7 +53,7 @@ def serve(config: ServeConfig, tell: Tell) -> Iterator[dict[str, Any]]:
     """
     key = config.key or os.environ.get(KEY, "")
     check_key(key, KEY)
-    folders = named_folders(config.adapters)
+    folders = parse_adapter_args(config.adapters)
     runs = {name: run_of(folder) for name, folder in folders.items()}
     base = base_of(config, folders, runs)
     is_run = (Path(base) / "run.json").is_file()
@@ -63,8 +63,8 @@ def serve(config: ServeConfig, tell: Tell) -> Iterator[dict[str, Any]]:
         engine = Engine(loaded, folders, max_rows=config.max_rows)
         try:
             base, *names = templates
-            models = {base: Served(base, None, templates[base], engine.room)}
-            models |= {name: Served(name, name, templates[name], engine.room) for name in names}
+            models = {base: ServedModel(base, None, templates[base], engine.max_seq_len)}
+            models |= {name: ServedModel(name, name, templates[name], engine.max_seq_len) for name in names}
             service = Service(engine, loaded.tokenizer, models, loaded.model.shape.vocab, config.max_tokens)
             app = make_app(service, host=config.host, names=config.allow_hosts, key=key, rate=config.rate)
             server = Server(app, config.grace, lambda: engine.close(drain=False))
@@ -82,7 +82,7 @@ def serve(config: ServeConfig, tell: Tell) -> Iterator[dict[str, Any]]:
 # What is served -------------------------------------------------------------------------------------------------------
 
 
-def named_folders(adapters: tuple[str, ...]) -> dict[str, Path]:
+def parse_adapter_args(adapters: tuple[str, ...]) -> dict[str, Path]:
     """FOLDER or NAME=FOLDER -> folder by name. Raises InputError where a name is missing or given twice."""
     found: dict[str, Path] = {}
     for given in adapters:
@@ -112,7 +112,7 @@ def base_of(config: ServeConfig, folders: Mapping[str, Path], runs: Mapping[str,
                 "one server has one base; start another"
             )
     if config.init_from:
-        return recorded_name(config.init_from)
+        return resolve_path(config.init_from)
     if folders and not known:
         raise InputError(f"{next(iter(folders.values()))}: does not say what its base is called; give --init_from")
     return known[first]["name"] if known else TrainConfig.init_from

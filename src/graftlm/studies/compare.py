@@ -31,17 +31,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from graftlm.config import CompareConfig, TrainConfig
 from graftlm.errors import GraftError, InputError, Interrupted
-from graftlm.files.atomic import disk_errors, remove_leftovers, write_json, write_text
+from graftlm.files.atomic import cleanup_tmp, disk_errors, write_json, write_text
 from graftlm.files.formats import read_json
 from graftlm.files.locks import LOCK_NAME, lock_dir
-from graftlm.studies.commands import LOST, CommandFailed, Commands, Here, WorkerLost
-from graftlm.studies.sweep import Cell, read_sweep
-from graftlm.studies.table import FAILED, Outcome, failures, make_rows, markdown
-from graftlm.training.interrupt import stop_on_signal
+from graftlm.studies.results_table import FAILED, CellResult, failures, make_rows, markdown
+from graftlm.studies.subprocess_runner import MAX_RETRIES, CommandFailed, JobRunner, LocalRunner, WorkerLost
+from graftlm.studies.sweep import Trial, read_sweep
+from graftlm.training.signals import stop_on_signal
 
 PLANNED_STEPS = 100  # steps of the plan that tells what one of them takes
-MOST_ASKED = 256  # cells that wait for a cluster's answer at the same time, each in a thread
-PATIENCE = 5.0  # seconds that another comparison's last process may take to end
+MAX_PENDING = 256  # cells that wait for a cluster's answer at the same time, each in a thread
+LOCK_TIMEOUT = 5.0  # seconds that another comparison's last process may take to end
 
 
 def compare(config: CompareConfig, sweep: str, console: Console | None = None, debug: bool = False) -> dict[str, Any]:
@@ -62,39 +62,39 @@ def compare(config: CompareConfig, sweep: str, console: Console | None = None, d
     if "budget_steps" in budget:
         overrides["max_iters"] = budget.pop("budget_steps")
     cells = read_sweep(sweep, overrides, budget)
-    with _alone(Path(config.out_dir)) as lock, _commands(config, len(cells), lock, debug) as commands:
-        return _Comparison(config, cells, budget, console, commands).run()
+    with _run_lock(Path(config.out_dir)) as lock, _commands(config, len(cells), lock, debug) as commands:
+        return _Sweep(config, cells, budget, console, commands).run()
 
 
 @contextlib.contextmanager
-def _commands(config: CompareConfig, cells: int, lock: tuple[int, ...], debug: bool) -> Iterator[Commands]:
+def _commands(config: CompareConfig, cells: int, lock: tuple[int, ...], debug: bool) -> Iterator[JobRunner]:
     """Where the cells' commands run: on this machine, or on the cluster that --ray names."""
     if not config.ray:
-        yield Here(config.jobs or 1, lock)
+        yield LocalRunner(config.jobs or 1, lock)
         return
-    from graftlm.studies.cluster import connected
-    from graftlm.studies.cluster_commands import commands
+    from graftlm.studies.ray_cluster import connected
+    from graftlm.studies.ray_jobs import commands
 
     with connected(config, debug) as cluster:
-        at_once = min(config.jobs or MOST_ASKED, cells)
-        with commands(cluster, Path(config.out_dir), at_once) as elsewhere:
+        max_parallel = min(config.jobs or MAX_PENDING, cells)
+        with commands(cluster, Path(config.out_dir), max_parallel) as elsewhere:
             yield elsewhere
 
 
-def _alone(out_dir: Path) -> contextlib.AbstractContextManager[tuple[int, ...]]:
+def _run_lock(out_dir: Path) -> contextlib.AbstractContextManager[tuple[int, ...]]:
     """The folder's lock: its descriptor. The commands inherit it, so none of them outlives the lock."""
     if out_dir.is_dir() and any(out_dir.iterdir()) and not (out_dir / LOCK_NAME).exists():
         raise InputError(f"--out_dir {out_dir}: holds other files; name a folder that is empty or does not exist")
-    return lock_dir(out_dir, PATIENCE, keep=True)
+    return lock_dir(out_dir, LOCK_TIMEOUT, keep=True)
 
 
 @dataclass
-class _Comparison:
+class _Sweep:
     config: CompareConfig
-    cells: Sequence[Cell]
+    cells: Sequence[Trial]
     budget: Mapping[str, float]
     console: Console
-    commands: Commands
+    commands: JobRunner
     stopping: threading.Event = field(default_factory=threading.Event)
     writing: threading.Lock = field(default_factory=threading.Lock)
 
@@ -104,9 +104,9 @@ class _Comparison:
 
     def run(self) -> dict[str, Any]:
         """All cells, so many at a time as there is room for; the table."""
-        remove_leftovers(self.out_dir / "sweep.json")
+        cleanup_tmp(self.out_dir / "sweep.json")
         write_json(self.out_dir / "sweep.json", {"cells": [{**asdict(c), "folder": c.folder} for c in self.cells]})
-        with stop_on_signal() as stop, self._bar() as bar, ThreadPoolExecutor(self.commands.at_once) as pool:
+        with stop_on_signal() as stop, self._bar() as bar, ThreadPoolExecutor(self.commands.max_parallel) as pool:
             tasks: dict[str, TaskID] = {}
             futures = [pool.submit(self._cell, cell) for cell in self.cells]
             while not self._over(futures):
@@ -135,7 +135,7 @@ class _Comparison:
 
     # One cell -----------------------------------------------------------------------------------------------------
 
-    def _cell(self, cell: Cell) -> None:
+    def _cell(self, cell: Trial) -> None:
         folder = self.out_dir / cell.folder
         with disk_errors(folder):
             folder.mkdir(exist_ok=True)
@@ -153,9 +153,9 @@ class _Comparison:
         self._say(cell, time.monotonic() - began)
         self._table()
 
-    def _tried(self, cell: Cell, folder: Path) -> str:
+    def _tried(self, cell: Trial, folder: Path) -> str:
         """Train and measure; why that failed, or nothing. Behind a lost worker it goes on from what is on the disk."""
-        for left in range(LOST, -1, -1):
+        for left in range(MAX_RETRIES, -1, -1):
             try:
                 if cell.trains:
                     self._train(cell, folder)
@@ -165,24 +165,24 @@ class _Comparison:
                 return str(failure)
             except WorkerLost as lost:
                 if not left or self.stopping.is_set():
-                    return f"{LOST + 1} workers were lost one after the other: {lost}"
+                    return f"{MAX_RETRIES + 1} workers were lost one after the other: {lost}"
                 self._print(f"a worker was lost; {cell.row}, seed {cell.seed} goes on from its last checkpoint")
             else:
                 break
         return ""
 
-    def _measured(self, cell: Cell) -> Sequence[str]:
+    def _measured(self, cell: Trial) -> Sequence[str]:
         return self.checkpoints if cell.trains else [""]
 
     def _asked(self) -> dict[str, Any]:
         return {"read": self.config.read, "limit": self.config.limit}
 
-    def _done(self, cell: Cell) -> bool:
+    def _done(self, cell: Trial) -> bool:
         folder = self.out_dir / cell.folder
         found = [folder / f"test-{checkpoint}.json" for checkpoint in self._measured(cell)]
         return all(path.is_file() and read_json(path)["asked"] == self._asked() for path in found)
 
-    def _train(self, cell: Cell, folder: Path) -> None:
+    def _train(self, cell: Trial, folder: Path) -> None:
         run = folder / "run"
         record = read_json(run / "run.json") if (run / "run.json").is_file() else None
         if record is not None and record["results"] is not None:
@@ -193,7 +193,7 @@ class _Comparison:
         resumed = ["--resume"] if record is not None else []
         self.commands.run(["train", *_words(flags), *resumed, "--json"], folder)
 
-    def _budgeted(self, cell: Cell, folder: Path) -> dict[str, int]:
+    def _budgeted(self, cell: Trial, folder: Path) -> dict[str, int]:
         """The steps that a budget in seconds or TFLOP comes to for this cell; decided once, so that a resume agrees."""
         if not self.budget:
             return {}
@@ -206,7 +206,7 @@ class _Comparison:
             write_json(steps, {"max_iters": max(1, int(most / each)), name: most})
         return {"max_iters": read_json(steps)["max_iters"]}
 
-    def _measure(self, cell: Cell, folder: Path, checkpoint: str) -> None:
+    def _measure(self, cell: Trial, folder: Path, checkpoint: str) -> None:
         rows = folder / f"test-{checkpoint}.jsonl"
         words = ["--read", self.config.read, "--limit", str(self.config.limit), f"--predictions={rows}"]
         if cell.trains:
@@ -240,7 +240,7 @@ class _Comparison:
                 tasks[cell.id] = bar.add_task(f"{cell.row}, seed {cell.seed}", total=total)
             bar.update(tasks[cell.id], completed=rows.read_bytes().count(b"\n"))
 
-    def _say(self, cell: Cell, seconds: float) -> None:
+    def _say(self, cell: Trial, seconds: float) -> None:
         done = sum(self._done(each) or (self.out_dir / each.folder / FAILED).is_file() for each in self.cells)
         found = [self._outcome(cell, checkpoint) for checkpoint in self._measured(cell)]
         what = found[0].reason or " and ".join(f"{o.reading['accuracy']:.3f}" for o in found)
@@ -251,12 +251,12 @@ class _Comparison:
 
     # The table ----------------------------------------------------------------------------------------------------
 
-    def _outcome(self, cell: Cell, checkpoint: str) -> Outcome:
+    def _outcome(self, cell: Trial, checkpoint: str) -> CellResult:
         folder, reason = self.out_dir / cell.folder, ""
         if not self._done(cell):
             failed = folder / FAILED
             reason = read_json(failed)["reason"] if failed.is_file() else "not done yet"
-        return Outcome(cell, checkpoint, folder, reason)
+        return CellResult(cell, checkpoint, folder, reason)
 
     def _table(self) -> dict[str, Any]:
         """Made from what is on the disk, and written there."""

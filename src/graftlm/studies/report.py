@@ -24,11 +24,11 @@ from typing import Any
 from graftlm.config import ReportConfig
 from graftlm.errors import InputError
 from graftlm.files.atomic import write_text
-from graftlm.studies.report_data import Answers, Run, everyone, read_folders, run_name
-from graftlm.studies.report_figures import CURVES, calibration, charts, disagreements, thin
+from graftlm.studies.report_data import Predictions, Run, all_predictions, read_folders, run_name
+from graftlm.studies.report_stats import CURVES, calibration, charts, disagreements, downsample
 
-MOST_REVIEWS = 50  # in the list of those that runs disagree on
-MOST_ROWS = 40  # of a curve's table
+MAX_EXAMPLES = 50  # in the list of those that runs disagree on
+MAX_TABLE_ROWS = 40  # of a curve's table
 COLUMNS = (
     *("run", "accuracy", "95% interval", "garbage", "validation loss", "trained", "steps", "minutes (planned)"),
     *("examples/s", "peak MB"),
@@ -156,12 +156,12 @@ def _intro(runs: Sequence[Run], today: date) -> str:
 
 def _results(runs: Sequence[Run]) -> str:
     rows = [_result(run, answers) for run in runs for answers in run.answers or (None,)]
-    sizes = sorted({len(answers.true) for _, _, answers in everyone(runs)})
+    sizes = sorted({len(answers.true) for _, _, answers in all_predictions(runs)})
     read = f" on {' or '.join(f'{n:,}' for n in sizes)} test examples" if sizes else ""
     return _table(f"Results{read}", _columns(*COLUMNS), rows, "results")
 
 
-def _result(run: Run, answers: Answers | None) -> list[str]:
+def _result(run: Run, answers: Predictions | None) -> list[str]:
     took = run.figures
     accuracy, garbage = (answers.accuracy, answers.garbage_rate) if answers else (None, None)
     low, high = answers.interval if answers else (None, None)
@@ -199,7 +199,7 @@ def _curve_table(name: str, heading: str, runs: Sequence[Run]) -> str:
     steps = sorted({step for curve in curves for step in curve})
     if not steps:
         return "<p>It was not measured.</p>"
-    shown = [steps[i] for i in thin(len(steps), MOST_ROWS)]
+    shown = [steps[i] for i in downsample(len(steps), MAX_TABLE_ROWS)]
     form = ".1%" if name == "val_accuracy" else ".4f"
     rows = [[_head(f"{step:,}"), *(_cell(_format(curve.get(step), form)) for curve in curves)] for step in shown]
     some = f", {len(shown)} of {len(steps):,} steps" if len(shown) < len(steps) else ""
@@ -208,7 +208,7 @@ def _curve_table(name: str, heading: str, runs: Sequence[Run]) -> str:
 
 def _confusion(runs: Sequence[Run]) -> str:
     made = []
-    for _, name, answers in everyone(runs):
+    for _, name, answers in all_predictions(runs):
         rows = [
             [_head(label, unseen="truly "), *(_cell(f"{n:,}", kind=f"shade-{_tenth(n, sum(row))}") for n in row)]
             for label, row in zip(answers.labels, answers.confusion, strict=True)
@@ -224,13 +224,13 @@ def _tenth(n: int, of: int) -> int:
 
 def _reviews(runs: Sequence[Run]) -> str:
     """What answers differ on."""
-    answered = everyone(runs)
+    answered = all_predictions(runs)
     if len(answered) < 2:
         return "<p>It takes the predictions of two runs to disagree.</p>"
     found = disagreements([answers for _, _, answers in answered])
     rows = []
-    for review in found[:MOST_REVIEWS]:
-        said = [_cell(NONE) if word is None else _verdict(*word) for word in review.said]
+    for review in found[:MAX_EXAMPLES]:
+        said = [_cell(NONE) if word is None else _verdict(*word) for word in review.predictions]
         rows.append([_head(review.text), _cell(review.true), *said])
     if not rows:
         return "<p>All runs say the same of every review.</p>"
@@ -248,7 +248,7 @@ def _verdict(word: str, right: bool) -> str:
 def _calibration(runs: Sequence[Run]) -> str:
     """A table of bins for each run that scored labels."""
     made, errors = [], []
-    for _, name, answers in everyone(runs):
+    for _, name, answers in all_predictions(runs):
         if (found := calibration(answers)) is None:
             continue
         bins, error = found

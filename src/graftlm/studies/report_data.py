@@ -24,11 +24,11 @@ from typing import Any
 
 from graftlm.errors import InputError
 from graftlm.files.formats import read_json
-from graftlm.inference.statistics import GARBAGE, confusion, wilson
+from graftlm.inference.metrics import GARBAGE, confusion, wilson
+from graftlm.studies.results_table import FAILED
 from graftlm.studies.sweep import ZERO_SHOT
-from graftlm.studies.table import FAILED
 
-Row = dict[str, Any]
+MetricsRow = dict[str, Any]
 CHECKPOINTS = ("best", "last", "")
 RECORD = {"base", "config", "data", "results", "template", "total", "trainable"}  # what a run.json must have
 
@@ -37,7 +37,7 @@ RECORD = {"base", "config", "data", "results", "template", "total", "trainable"}
 
 
 @dataclass(frozen=True)
-class Answers:
+class Predictions:
     """What one checkpoint said to the N examples of the test split; L labels."""
 
     checkpoint: str
@@ -91,15 +91,15 @@ class Run:
     """The run folder; for a base model as it is, the comparison's cell."""
     record: Mapping[str, Any]
     """run.json; empty where nothing was trained."""
-    metrics: Sequence[Row]
-    answers: Sequence[Answers]
+    metrics: Sequence[MetricsRow]
+    answers: Sequence[Predictions]
     note: str = ""
     """Why there is no more than this."""
     command: str = ""
     """What would make the predictions that are missing."""
 
     @cached_property
-    def figures(self) -> Row:
+    def figures(self) -> MetricsRow:
         """What training took: steps, seconds, planned (seconds), examples_per_s, peak_mb, trainable, share; or None."""
         file, untrained = self.folder / "run.json", not self.record and bool(self.answers)
         results = self.record.get("results") or {}
@@ -132,12 +132,12 @@ class Run:
         return [(row["step"], row[name]) for row in self.metrics if row.get(name) is not None]
 
 
-def everyone(runs: Sequence[Run]) -> list[tuple[int, str, Answers]]:
+def all_predictions(runs: Sequence[Run]) -> list[tuple[int, str, Predictions]]:
     """Each run's number, a name that tells its checkpoints apart, and its answers."""
     return [(number, run_name(run, a), a) for number, run in enumerate(runs) for a in run.answers]
 
 
-def run_name(run: Run, answers: Answers | None) -> str:
+def run_name(run: Run, answers: Predictions | None) -> str:
     """A run's name, and the checkpoint where it needs telling."""
     several = len(run.answers) > 1 or (answers is not None and answers.checkpoint == "last")
     return f"{run.name} ({answers.checkpoint})" if answers is not None and several else run.name
@@ -244,7 +244,7 @@ def _number(where: Path | str, row: Mapping[str, Any], key: str) -> Any:
     return value
 
 
-def _metrics(path: Path) -> list[Row]:
+def _metrics(path: Path) -> list[MetricsRow]:
     rows = []
     for where, row in _lines(path, cut=True) if path.is_file() else ():
         if not isinstance(row, dict) or type(row.get("step")) is not int:
@@ -269,13 +269,13 @@ def _lines(path: Path, *, cut: bool) -> Iterable[tuple[str, Any]]:
             raise InputError(f"{path}, line {number}: broken JSON: restore the file, or leave the run out") from error
 
 
-def _all_answers(folder: Path, record: Mapping[str, Any]) -> list[Answers]:
+def _all_answers(folder: Path, record: Mapping[str, Any]) -> list[Predictions]:
     """The predictions in the folder, checkpoint by checkpoint."""
     paths = [(checkpoint, folder / f"test-{checkpoint}.jsonl") for checkpoint in CHECKPOINTS]
     return [_answers(checkpoint, path, record) for checkpoint, path in paths if path.is_file()]
 
 
-def _answers(checkpoint: str, path: Path, record: Mapping[str, Any]) -> Answers:
+def _answers(checkpoint: str, path: Path, record: Mapping[str, Any]) -> Predictions:
     rows = list(_lines(path, cut=False))
     if not rows:
         raise InputError(f"{path}: holds no predictions: write it again with graft evaluate --predictions {path}")
@@ -284,7 +284,7 @@ def _answers(checkpoint: str, path: Path, record: Mapping[str, Any]) -> Answers:
         if problem := _wrong(row, labels, rows[0][1]):
             raise InputError(f"{where}: {problem}: write the file again with graft evaluate --predictions {path}")
     plain = [row for _, row in rows]
-    return Answers(
+    return Predictions(
         checkpoint,
         labels,
         [row["text"] for row in plain],

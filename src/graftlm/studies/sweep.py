@@ -28,7 +28,7 @@ from typing import Any, get_type_hints
 
 from graftlm.config import EvaluateConfig, TrainConfig
 from graftlm.config.parsing import validate_toml_value
-from graftlm.errors import InputError, nearest
+from graftlm.errors import InputError, did_you_mean
 from graftlm.files.formats import sha256_file
 
 Flags = dict[str, Any]
@@ -40,7 +40,7 @@ CONTENT = ("init_from", "data", "val", "test", "template")  # flags that may nam
 
 
 @dataclass(frozen=True)
-class Cell:
+class Trial:
     """One run of a comparison."""
 
     row: str
@@ -67,7 +67,7 @@ class Cell:
         return f"{words.strip('-.')[:48]}-seed{self.seed}-{self.id[:8]}"
 
 
-def read_sweep(file: str, overrides: Mapping[str, Any], budget: Mapping[str, float]) -> list[Cell]:
+def read_sweep(file: str, overrides: Mapping[str, Any], budget: Mapping[str, float]) -> list[Trial]:
     """The cells of a sweep file, row by row; `overrides` are flags that hold for all, whatever the file says.
 
     A `budget` that is not known in steps yet is part of what makes a cell what it is.
@@ -91,8 +91,8 @@ def read_sweep(file: str, overrides: Mapping[str, Any], budget: Mapping[str, flo
         rest = {k: v for k, v in flags.items() if k != "seed"}
         if names.setdefault(name, rest) != rest:
             raise InputError(f"{file}: two rows are called {name!r}: give each [[rows]] a name of its own")
-    cells = [Cell(name, flags, content_id(flags, budget)) for name, flags in found]
-    seen: dict[str, Cell] = {}
+    cells = [Trial(name, flags, content_id(flags, budget)) for name, flags in found]
+    seen: dict[str, Trial] = {}
     for cell in cells:
         if seen.setdefault(cell.id, cell) is not cell and cell.trains:
             raise InputError(f"{file}: {cell.row!r} with seed {cell.seed} stands there twice")
@@ -111,11 +111,11 @@ def _cells(
             flags = {name: value for name, value in flags.items() if name in READ_BY or name == "method"}
         told = chosen if "name" in row else {**own, **chosen}  # what the name must say besides
         words = [str(row["name"])] if "name" in row else []
-        words += [f"{k}={_short(v)}" for k, v in told.items() if k != "seed"]
+        words += [f"{k}={_round_sig(v)}" for k, v in told.items() if k != "seed"]
         yield " ".join(words) or "as given", flags
 
 
-def _short(value: Any) -> str:
+def _round_sig(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -146,7 +146,9 @@ def _flags(where: str, table: Mapping[str, Any]) -> Flags:
         if name in OURS:
             raise InputError(f"{where}: {key}: graft compare sets it itself; leave it out")
         if name not in types:
-            raise InputError(f"{where}: unknown key {key!r}: {nearest(name, types, '')}keys are flags of graft train")
+            raise InputError(
+                f"{where}: unknown key {key!r}: {did_you_mean(name, types, '')}keys are flags of graft train"
+            )
         found[name] = validate_toml_value(f"{where}: {key} = {value!r}", value, types[name])
     return found
 

@@ -69,7 +69,7 @@ class Chat:
         first control token behind what was answered, or, where its turn has none, with the turn.
         """
         roles = tuple(role for role, _ in messages)
-        frame = self._frame(roles)
+        frame = self._rendered_skeleton(roles)
         contents = self._contents(messages, frame)
         spans = self._marked_answers(frame) if BEGIN in frame else self._answers(roles, frame)
         wanted = roles.count("assistant")
@@ -89,25 +89,28 @@ class Chat:
         return Conversation(ids + self._ids(frame[done:], contents), answers)
 
     @cached_property
-    def end(self) -> int:
+    def turn_end(self) -> int:
         """The token that the model ends its turn with: the first control token that the template puts behind an answer.
 
         Where it puts none there, the tokenizer's end of text.
         """
-        frame = self._frame(("user", "assistant"))
+        frame = self._rendered_skeleton(("user", "assistant"))
         ends = self._control.search(frame, frame.find(f"{OPEN}1{CLOSE}")) if f"{OPEN}1{CLOSE}" in frame else None
-        return self._tokenizer.control[ends[0]] if ends else self._tokenizer.eot
+        return self._tokenizer.special_tokens[ends[0]] if ends else self._tokenizer.eot
 
     @property
-    def ends(self) -> frozenset[int]:
+    def stop_tokens(self) -> frozenset[int]:
         """The tokens that an answer is over at: `end`, and the end of text, which ends everything."""
-        return frozenset({self.end, self._tokenizer.eot})
+        return frozenset({self.turn_end, self._tokenizer.eot})
 
     def _answers(self, roles: tuple[str, ...], frame: str) -> list[tuple[int, int]]:
         """Where the answers stand in a frame."""
         spans: list[tuple[int, int]] = []
         for number in (n for n, role in enumerate(roles) if role == "assistant"):
-            asked, said = self._frame(roles[:number], asks=True), self._frame(roles[: number + 1])
+            asked, said = (
+                self._rendered_skeleton(roles[:number], asks=True),
+                self._rendered_skeleton(roles[: number + 1]),
+            )
             goes_on = frame.startswith(asked) and frame.startswith(said)
             behind = not spans or spans[-1][1] <= len(asked)
             if not (goes_on and behind and f"{OPEN}{number}{CLOSE}" in said[len(asked) :]):
@@ -124,7 +127,7 @@ class Chat:
         """The same where the template marks them; BEGIN and END, which stand at their sides, belong to none."""
         return [(match.start() + 1, match.end() - 1) for match in re.finditer(f"{BEGIN}[^{END}]*{END}", frame)]
 
-    def _frame(self, roles: tuple[str, ...], asks: bool = False) -> str:
+    def _rendered_skeleton(self, roles: tuple[str, ...], asks: bool = False) -> str:
         """What the template makes of messages of these roles, with marks in their place; kept."""
         if (roles, asks) not in self._frames:
             self._frames[roles, asks] = self._run([(role, f"{OPEN}{n}{CLOSE}") for n, role in enumerate(roles)], asks)
@@ -142,24 +145,24 @@ class Chat:
         """The tokens of a piece of a frame."""
         ids: list[int] = []
         for text in self._control.split(frame.replace(BEGIN, "").replace(END, "")):
-            control = self._tokenizer.control.get(text)
+            control = self._tokenizer.special_tokens.get(text)
             ids += self._tokenizer.encode(_filled(text, contents)) if control is None else [control]
         return ids
 
     @cached_property
     def _control(self) -> re.Pattern[str]:
         """Any control token."""
-        names = sorted(self._tokenizer.control, key=len, reverse=True)
+        names = sorted(self._tokenizer.special_tokens, key=len, reverse=True)
         return re.compile(f"({'|'.join(map(re.escape, names))})" if names else r"((?!))")
 
     def _parts(self, messages: Sequence[Message], begun: str) -> list[tuple[str, int | None]]:
         """Texts and control tokens in turn; a control token has its id beside it."""
         contents = [content.strip() for _, content in messages]
-        frame = self._frame(tuple(role for role, _ in messages), asks=True)
+        frame = self._rendered_skeleton(tuple(role for role, _ in messages), asks=True)
         whole = self._run([(role, content) for (role, _), content in zip(messages, contents, strict=True)], asks=True)
         if _filled(frame, contents) != whole:
             raise InputError(f"the model's chat template changes the messages it is given: {self._instead}")
-        control = self._tokenizer.control
+        control = self._tokenizer.special_tokens
         parts: list[tuple[str, int | None]] = []
         for text in filter(None, self._control.split(frame.replace(BEGIN, "").replace(END, ""))):
             parts.append((text, control[text]) if text in control else (_filled(text, contents), None))

@@ -29,10 +29,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from graftlm.errors import InputError, nearest, unknown
-from graftlm.text.data import by_hash, load_dataset
+from graftlm.errors import InputError, did_you_mean, unknown_name_error
+from graftlm.text.collate import load_dataset, sort_by_hash
+from graftlm.text.dataset import text_hash
 from graftlm.text.readers import Record, read_records
-from graftlm.text.records import text_hash
 
 QUESTION, ANSWER = "{question}", "{answer}"
 NUMBER = r"(?<![\d.])-?\d(?:[\d,]*\d)?(?:\.\d+)?"
@@ -86,7 +86,7 @@ class Task:
         except re.error as error:
             raise InputError(f"{self.name}: answer_pattern {self.answer_pattern!r}: {error}") from None
         for problem in (*self.questions, *self.demonstrations):
-            if self.first(problem.answer) != normal(problem.answer):
+            if self.first(problem.answer) != normalize_answer(problem.answer):
                 raise InputError(
                     f"{problem.where or self.name}: the answer {problem.answer!r} is not what its pattern finds in it "
                     f"({compiled.pattern}): mend the answer, answer_pattern or labels"
@@ -102,7 +102,7 @@ class Task:
         """The first answer in a text, in its normal form; None where there is none."""
         return next(self._all(text), None)
 
-    def concluded(self, text: str) -> str | None:
+    def parse_final_answer(self, text: str) -> str | None:
         """The answer behind the last conclusion ("The answer is"); without one the last answer there is."""
         before = self.conclusion.partition(ANSWER)[0].strip()
         ends = [match.end() for match in re.finditer(re.escape(before), text, re.IGNORECASE)] if before else []
@@ -114,10 +114,10 @@ class Task:
 
     def _all(self, text: str) -> Iterator[str]:
         for match in self.pattern.finditer(text):
-            yield normal(next(filter(None, match.groups()), match[0]))
+            yield normalize_answer(next(filter(None, match.groups()), match[0]))
 
 
-def normal(answer: str) -> str:
+def normalize_answer(answer: str) -> str:
     """An answer as answers are compared: numbers by value ("1,600.0" is 1600), others without case and outer space."""
     text = answer.strip().casefold()
     try:
@@ -151,7 +151,7 @@ def load_task(name: str, seed: int = 0) -> tuple[Task, list[str]]:
         if not path.is_file():
             raise InputError(f"--task {name}: no such file")
         return (_from_toml(path) if path.suffix.lower() == ".toml" else _from_jsonl(path)), []
-    raise InputError(f"{unknown('task', name, (*WORD_PROBLEMS, *REVIEWS))}; or give a .toml or .jsonl file")
+    raise InputError(f"{unknown_name_error('task', name, (*WORD_PROBLEMS, *REVIEWS))}; or give a .toml or .jsonl file")
 
 
 def _shuffled(problems: tuple[Problem, ...], seed: int) -> tuple[Problem, ...]:
@@ -164,8 +164,8 @@ def _reviews(name: str) -> tuple[Task, list[str]]:
     dataset = load_dataset(REVIEWS[name], labels=labels)
 
     def problems(split: str) -> list[Problem]:
-        rows = by_hash(dataset.splits[split])
-        return [Problem(row.text, labels[row.label], where=row.where) for row in rows if row.label is not None]
+        rows = sort_by_hash(dataset.splits[split])
+        return [Problem(row.text, labels[row.label], where=row.source) for row in rows if row.label is not None]
 
     worked = [_problem(*record) for record in read_records(BUILTIN_DIR / "reviews.jsonl")]
     questions = problems("test")
@@ -203,7 +203,9 @@ def _from_toml(path: Path) -> Task:
     known = [*texts, "questions", "demonstrations", "labels"]
     for key, value in table.items():
         if key not in known:
-            raise InputError(f"{path}: unknown key {key!r}: {nearest(key, known)}known are {', '.join(sorted(known))}")
+            raise InputError(
+                f"{path}: unknown key {key!r}: {did_you_mean(key, known)}known are {', '.join(sorted(known))}"
+            )
         if key in texts and not isinstance(value, str):
             raise InputError(f"{path}: {key} = {value!r}: not a text in quotes")
     labels = table.get("labels", [])

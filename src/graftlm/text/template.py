@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from graftlm.errors import InputError, unknown
+from graftlm.errors import InputError, unknown_name_error
 
 FIELD = "{text}"
 
@@ -43,8 +43,8 @@ class Template:
     name: str
     text: str
     labels: tuple[str, ...]
-    before: str = ""
-    """What stands before all of it, as it is: few-shot demonstrations (`inference/demonstrations.py`)."""
+    text_prefix: str = ""
+    """What stands before all of it, as it is: few-shot demonstrations (`inference/fewshot.py`)."""
 
     def __post_init__(self) -> None:
         found = self.text.count(FIELD)
@@ -61,7 +61,7 @@ class Template:
     @cached_property
     def head(self) -> str:
         """What stands before the text."""
-        return self.before + self.text.partition(FIELD)[0]
+        return self.text_prefix + self.text.partition(FIELD)[0]
 
     @cached_property
     def tail(self) -> str:
@@ -102,7 +102,7 @@ def load_template(spec: str, labels: str = DEFAULT_LABELS) -> Template:
     path = Path(spec)
     if spec.strip() and _is_file(path):
         return Template(spec, _read(path), words)
-    error = unknown("template", spec, BUILTIN)
+    error = unknown_name_error("template", spec, BUILTIN)
     raise InputError(f"{error}; or give a file, or a string with {FIELD} in it")
 
 

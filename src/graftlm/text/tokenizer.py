@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftlm.errors import InputError
-from graftlm.files.atomic import file_atomically
+from graftlm.files.atomic import atomic_write
 from graftlm.files.formats import read_json
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Tokenizer:
         return raw if "\ufffd" in text or not text else text
 
     @cached_property
-    def control(self) -> dict[str, int]:
+    def special_tokens(self) -> dict[str, int]:
         """The control tokens by name, which no text is ever made into."""
         return {token.content: n for n, token in self._backend.get_added_tokens_decoder().items() if token.special}
 
@@ -132,11 +132,11 @@ class Tokenizer:
     def save(self, folder: Path | str) -> None:
         """Write the tokenizer's files into `folder`, as they were."""
         for name, content in self._files.items():
-            with file_atomically(Path(folder) / name) as file:
+            with atomic_write(Path(folder) / name) as file:
                 file.write(content)
 
 
-class _Refusal:
+class _TokenizerErrors:
     """Turn the bare `Exception` that `tokenizers` raises into one line; exactly that type and no other is meant."""
 
     def __init__(self, path: Path) -> None:
@@ -170,7 +170,7 @@ def _backend(folder: Path, files: dict[str, bytes]) -> tokenizers.Tokenizer:
         from tokenizers import Tokenizer as Backend
 
         read_json(folder / "tokenizer.json")  # broken JSON is told by line
-        with _Refusal(folder / "tokenizer.json"):
+        with _TokenizerErrors(folder / "tokenizer.json"):
             return Backend.from_str(files["tokenizer.json"].decode("utf-8"))
     for vocabulary, merges in GPT2_PAIRS:
         if vocabulary in files and merges in files:

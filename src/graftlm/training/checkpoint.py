@@ -6,14 +6,13 @@
         trained.safetensors       what is trained, where the exchange folder only tells what it comes to
     out_dir/best, out_dir/last    links to two of them
 
-Of full fine-tuning in several processes, weights and moments stand in a file for each process, with an index
-(`files/cut.py`), until the run ends: then they are joined into the one that one process would have written. All that
-reads a checkpoint, transformers included, reads both, and so does any number of processes.
-
-What is unusual here: nothing random has to be saved. Data order, dropout and initial weights are pure functions of
-(seed, step), so weights, moments and the step number are the whole state, and a resumed run equals one that never
-stopped, to the bit. A folder appears under its name only when it is complete, links are swapped atomically, and a run
-killed between two of these steps is put right by `repair`.
+Sharded full fine-tuning saves one file of weights and optimizer state per rank, with an index (`files/sharded.py`),
+until the run ends: then they are consolidated into the one that a single process would have written. All that reads a
+checkpoint, transformers included, reads both, and so does any number of processes. What is unusual here: nothing
+random has to be saved. Data order, dropout and initial weights are pure functions of (seed, step), so weights,
+moments and the step number are the whole state, and a resumed run equals one that never stopped, to the bit. A folder
+appears under its name only when it is complete, links are swapped atomically, and a run killed between two of these
+steps is put right by `repair`.
 """
 
 import json
@@ -28,15 +27,15 @@ from torch import Tensor
 
 from graftlm.errors import InputError
 from graftlm.exchange.adapters import read_adapter, save_adapter
-from graftlm.exchange.huggingface import later_file, save_config, save_model, stored_rows
-from graftlm.files.atomic import folder_atomically, link_atomically, write_json, write_text
-from graftlm.files.cut import Later, join, like, local, remove, rows_of, save_cut
+from graftlm.exchange.huggingface import iter_local_shards, lazy_state_dict, save_config, save_model
+from graftlm.files.atomic import atomic_directory, atomic_symlink, write_json, write_text
 from graftlm.files.formats import LazyTensors, load_safetensors, read_json, read_weights, save_safetensors
+from graftlm.files.sharded import LazyTensor, consolidate, local_rows, remove, save_sharded, to_local, wrap_like
 from graftlm.methods import Method
-from graftlm.methods.base import delta_state, load_delta, trainable
+from graftlm.methods.base import load_trainable_state_dict, trainable, trainable_state_dict
 from graftlm.models.base import CausalLM
 from graftlm.text.tokenizer import Tokenizer
-from graftlm.training.distributed import World
+from graftlm.training.distributed import DistContext
 
 OPTIMIZER, PROGRESS, TRAINED = "optimizer.safetensors", "progress.json", "trained.safetensors"
 FIRST_SCALE, GROWTH_STEPS = 2.0**16, 2000
@@ -44,7 +43,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
-class Progress:
+class TrainState:
     """Where a run stands after `step` optimiser steps."""
 
     step: int = 0
@@ -62,35 +61,35 @@ class Progress:
     """step, val_loss, val_accuracy of the latest validation."""
     best: dict[str, Any] = field(default_factory=dict)
     """The same of the validation with the lowest loss."""
-    stale: int = 0
+    evals_since_best: int = 0
     """Validations since the best."""
     loss_scale: float = 1.0
     """What the loss is multiplied by in float16, so that small gradients do not vanish (Micikevicius et al. 2018)."""
-    clean_steps: int = 0
+    steps_since_overflow: int = 0
     """Steps since the scale last changed."""
     skipped: int = 0
     """Steps whose gradient overflowed at the scale they had: they changed no weight."""
 
-    def rescale(self, finite: bool) -> None:
+    def update_loss_scale(self, finite: bool) -> None:
         """Take note of a float16 step: half the scale behind an overflow, twice behind GROWTH_STEPS without one."""
-        self.clean_steps += 1
+        self.steps_since_overflow += 1
         if not finite:
-            self.loss_scale, self.clean_steps, self.skipped = self.loss_scale / 2, 0, self.skipped + 1
-        elif self.clean_steps == GROWTH_STEPS:
-            self.loss_scale, self.clean_steps = self.loss_scale * 2, 0
+            self.loss_scale, self.steps_since_overflow, self.skipped = self.loss_scale / 2, 0, self.skipped + 1
+        elif self.steps_since_overflow == GROWTH_STEPS:
+            self.loss_scale, self.steps_since_overflow = self.loss_scale * 2, 0
 
-    def judge(self, loss: float, accuracy: float | None) -> bool:
+    def update_best(self, loss: float, accuracy: float | None) -> bool:
         """Take note of a validation at the present step; True if it is the best so far."""
         self.last = {"step": self.step, "val_loss": loss, "val_accuracy": accuracy}
         better = not self.best or loss < self.best["val_loss"]
-        self.stale = 0 if better else self.stale + 1
+        self.evals_since_best = 0 if better else self.evals_since_best + 1
         if better:
             self.best = dict(self.last)
         return better
 
 
 @dataclass(frozen=True)
-class Store:
+class CheckpointManager:
     """The checkpoints of one run folder."""
 
     out_dir: Path
@@ -99,9 +98,9 @@ class Store:
     revision: str | None
     base_folder: Path
     tokenizer: Tokenizer
-    keep: bool = False
+    keep_all: bool = False
     """Whether checkpoints that are neither best nor last stay."""
-    world: World = field(default_factory=World)
+    world: DistContext = field(default_factory=DistContext)
     """This process among those of the run: of trained tensors that are cut over them each writes a part, of all else
     the first."""
 
@@ -109,69 +108,73 @@ class Store:
     def _folder(self) -> Path:
         return self.out_dir / "checkpoints"
 
-    def save(self, model: CausalLM, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
+    def save(self, model: CausalLM, optimizer: torch.optim.Optimizer, progress: TrainState) -> Path:
         """Write checkpoints/step-N, swing `last` to it, and `best` if it is; returns the folder."""
         target = self._folder / f"step-{progress.step}"
-        with self.world.alike():
-            if self.by_all:
-                self._save_by_all(target, model, optimizer, progress)
-            elif self.world.first:
-                with folder_atomically(target) as temp:
+        with self.world.same_error_on_all_ranks():
+            if self.writes_sharded:
+                self._save_sharded(target, model, optimizer, progress)
+            elif self.world.is_main:
+                with atomic_directory(target) as temp:
                     self._save_weights(temp, model)
                     save_safetensors(temp / OPTIMIZER, _moments(model, optimizer))
                     write_json(temp / PROGRESS, asdict(progress))
-            if self.world.first:
-                link_atomically(self.out_dir / "last", f"checkpoints/{target.name}")
-                self.repair(progress)
+            if self.world.is_main:
+                atomic_symlink(self.out_dir / "last", f"checkpoints/{target.name}")
+                self.prune(progress)
         return target
 
     @property
-    def by_all(self) -> bool:
+    def writes_sharded(self) -> bool:
         """Whether each process writes a part: what is trained is cut over them."""
-        return self.world.size > 1 and self.method.stores_model
+        return self.world.size > 1 and self.method.is_full_finetune
 
-    def _save_by_all(self, target: Path, model: CausalLM, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+    def _save_sharded(
+        self, target: Path, model: CausalLM, optimizer: torch.optim.Optimizer, progress: TrainState
+    ) -> None:
         """As `save` writes the folder, each process its part; an error of one is raised in all, and nothing is left."""
         world = self.world
         with ExitStack() as held:
-            with world.alike():
-                made = held.enter_context(folder_atomically(target)) if world.first else Path()
-            temp = Path(world.tell(str(made.resolve())))
-            with world.alike():
-                save_cut(temp, "model", later_file(model, dict(model.named_parameters())), world.rank, world.size)
-            with world.alike():
-                moments = {name: Later.of(t) for name, t in _moments(model, optimizer).items()}
-                save_cut(temp, "optimizer", moments, world.rank, world.size)
-            with world.alike():
-                if world.first:
+            with world.same_error_on_all_ranks():
+                made = held.enter_context(atomic_directory(target)) if world.is_main else Path()
+            temp = Path(world.broadcast_object(str(made.resolve())))
+            with world.same_error_on_all_ranks():
+                save_sharded(
+                    temp, "model", lazy_state_dict(model, dict(model.named_parameters())), world.rank, world.size
+                )
+            with world.same_error_on_all_ranks():
+                moments = {name: LazyTensor.of(t) for name, t in _moments(model, optimizer).items()}
+                save_sharded(temp, "optimizer", moments, world.rank, world.size)
+            with world.same_error_on_all_ranks():
+                if world.is_main:
                     save_config(temp, read_json(self.base_folder / "config.json"), next(model.parameters()).dtype)
                     self.tokenizer.save(temp)
                     write_json(temp / PROGRESS, asdict(progress))
 
-    def join(self) -> None:
+    def consolidate(self) -> None:
         """Make the folders that several processes wrote those that one would have written; repeatable."""
-        with self.world.alike():
-            if self.world.first and self.method.stores_model:
+        with self.world.same_error_on_all_ranks():
+            if self.world.is_main and self.method.is_full_finetune:
                 for folder in self._folder.iterdir():
                     for stem in ("model", "optimizer"):
-                        join(folder, stem)
+                        consolidate(folder, stem)
 
     def _save_weights(self, folder: Path, model: CausalLM) -> None:
-        if not self.method.stores_model:
+        if not self.method.is_full_finetune:
             save_adapter(folder, model, self.method, self.base_name, self.revision)
-            if not self.method.lossless:
-                save_safetensors(folder / TRAINED, delta_state(model))
+            if not self.method.resumable_from_adapter:
+                save_safetensors(folder / TRAINED, trainable_state_dict(model))
             return
         save_model(folder, model, dict(model.named_parameters()), read_json(self.base_folder / "config.json"))
         self.tokenizer.save(folder)
 
-    def repair(self, progress: Progress) -> None:
+    def prune(self, progress: TrainState) -> None:
         """Make `best` and the set of folders what `progress`, the newest checkpoint's, says they are; repeatable."""
         last, best = f"step-{progress.step}", f"step-{progress.best['step']}" if progress.best else ""
         if best:
-            link_atomically(self.out_dir / "best", f"checkpoints/{best}")
+            atomic_symlink(self.out_dir / "best", f"checkpoints/{best}")
         for folder in self._folder.iterdir():
-            kept = folder.name in (last, best) or (self.keep and folder.name.startswith("step-"))
+            kept = folder.name in (last, best) or (self.keep_all and folder.name.startswith("step-"))
             if not kept:
                 shutil.rmtree(folder)
             elif folder.name != last:
@@ -179,27 +182,27 @@ class Store:
                 remove(folder, "optimizer")
                 (folder / TRAINED).unlink(missing_ok=True)
 
-    def newest(self) -> Path | None:
+    def latest(self) -> Path | None:
         """The folder `last` points to; None if the run has saved nothing yet."""
         return self.out_dir / "last" if (self.out_dir / "last" / PROGRESS).is_file() else None
 
-    def restore(self, model: CausalLM, optimizer: torch.optim.Optimizer) -> Progress:
+    def load_checkpoint(self, model: CausalLM, optimizer: torch.optim.Optimizer) -> TrainState:
         """Set model and optimiser to the newest checkpoint; a fresh Progress if there is none."""
-        at = self.newest()
+        at = self.latest()
         if at is None:
-            return Progress()
-        progress = Progress(**read_json(at / PROGRESS))
-        if self.method.stores_model:
+            return TrainState()
+        progress = TrainState(**read_json(at / PROGRESS))
+        if self.method.is_full_finetune:
             with torch.no_grad():
-                for name, rows in stored_rows(model, at, trainable(model)):
-                    local(model.get_parameter(name)).copy_(rows)
+                for name, rows in iter_local_shards(model, at, trainable(model)):
+                    to_local(model.get_parameter(name)).copy_(rows)
         else:
             trained = (at / TRAINED).is_file()
             state = load_safetensors(at / TRAINED) if trained else read_adapter(at, model.shape, self.method)
-            load_delta(model, state, str(at))
+            load_trainable_state_dict(model, state, str(at))
         _set_moments(model, optimizer, read_weights(at, "optimizer"), progress.step - progress.skipped, at / OPTIMIZER)
-        if self.world.first:
-            self.repair(progress)
+        if self.world.is_main:
+            self.prune(progress)
         return progress
 
 
@@ -215,17 +218,17 @@ def _set_moments(model: CausalLM, optimizer: torch.optim.Optimizer, saved: LazyT
     for name, p in trainable(model).items():
         moments = {}
         for m in _MOMENTS:
-            key, rows = f"{name}.{m}", rows_of(p)
+            key, rows = f"{name}.{m}", local_rows(p)
             if key not in saved or saved.shape(key) != p.shape:
                 raise InputError(f"{where}: {key} is missing or has another shape; this checkpoint is of another run")
-            kept = torch.empty_like(local(p))
+            kept = torch.empty_like(to_local(p))
             if rows:
                 kept.copy_(saved.part(key, slice(rows.start, rows.stop)) if p.dim() else saved[key])
-            moments[m] = like(p, kept)
+            moments[m] = wrap_like(p, kept)
         optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device), **moments}
 
 
-def cut_metrics(path: Path, step: int) -> None:
+def truncate_metrics(path: Path, step: int) -> None:
     """Drop the rows of metrics.jsonl behind `step`, and a half-written last line."""
     if not path.is_file():
         return

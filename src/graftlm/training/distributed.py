@@ -12,7 +12,7 @@ dropout's masks. Gradients of adapters are added by a plain all-reduce of flat b
 DistributedDataParallel: that averages, wants the same number of passes in every process, and hooks into one `forward`,
 while here a process may have no row at all and the model is called through several methods. Adapters' gradients are
 small, so little is lost by sending them behind the backward pass. And *processes need not make equally many passes*
-without gradient, though cut weights are gathered by all at once: they tell each other who goes on (`in_step`).
+without gradient, though cut weights are gathered by all at once: they tell each other who goes on (`uneven_forward`).
 Nothing is sent through pickle: text travels as JSON.
 
 In one process nothing here is ever called into torch.distributed, nor is it imported.
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.errors import GraftError, InputError, Interrupted
-from graftlm.inference.generate import evaluating
+from graftlm.inference.generate import eval_mode
 from graftlm.methods.base import master_dtype
 from graftlm.models.base import CausalLM
 
@@ -42,7 +42,7 @@ _ERRORS: dict[int, type[GraftError]] = {1: GraftError, 2: InputError, 130: Inter
 
 
 @dataclass
-class World:
+class DistContext:
     """This process among the processes of the run."""
 
     rank: int = 0
@@ -51,11 +51,11 @@ class World:
     """Its number among the processes of its machine: which GPU it takes."""
     backend: str = ""
     """gloo or nccl; empty in one process."""
-    sent: int = field(default=0, repr=False)
+    bytes_communicated: int = field(default=0, repr=False)
     """Bytes that it gave to collectives of its own, those of sharded weights apart."""
 
     @classmethod
-    def start(cls, device: str) -> "World":
+    def start(cls, device: str) -> "DistContext":
         """Join the processes that torchrun started; alone, without torchrun. `device` is --device."""
         world = from_environment(os.environ)
         if world.size == 1:
@@ -64,13 +64,13 @@ class World:
 
         cuda = device in ("auto", "cuda") and torch.cuda.is_available()
         if device not in ("auto", "cuda", "cpu"):
-            raise world.everywhere(
+            raise world.on_all_ranks(
                 InputError(f"--device {device}: in several processes each takes its own; use auto, cuda or cpu")
             )
         if cuda:
             here = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
             if here > torch.cuda.device_count():
-                raise world.everywhere(
+                raise world.on_all_ranks(
                     InputError(
                         f"torchrun: {here} processes on a machine with {torch.cuda.device_count()} GPU(s); lower "
                         "--nproc_per_node, or use --device cpu"
@@ -92,7 +92,7 @@ class World:
             dist.destroy_process_group()
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the process that writes and speaks."""
         return self.rank == 0
 
@@ -107,7 +107,7 @@ class World:
 
     # Shares ----------------------------------------------------------------------------------------------------------
 
-    def share(self, rows: Sequence[int], lengths: Sequence[int]) -> list[int]:
+    def partition(self, rows: Sequence[int], lengths: Sequence[int]) -> list[int]:
         """Which of a batch's rows are this process's; `lengths` [tokens] belong to the row numbers.
 
         Sorted by length they go round back and forth (0, 1, 1, 0, 0, …), so that all have about the same work. Kept
@@ -122,90 +122,90 @@ class World:
 
     # Collectives -----------------------------------------------------------------------------------------------------
 
-    def gather(self, numbers: Sequence[float]) -> list[list[float]]:
+    def all_gather(self, numbers: Sequence[float]) -> list[list[float]]:
         """Every process's numbers, by rank; float64."""
         if self.size == 1:
             return [list(numbers)]
         own = torch.tensor(numbers, dtype=torch.float64, device=self._device)
-        return self._gathered(own).tolist()
+        return self._all_gather(own).tolist()
 
-    def sum(self, numbers: Sequence[float]) -> list[float]:
+    def all_reduce_numbers(self, numbers: Sequence[float]) -> list[float]:
         """The sums of all processes' numbers, added in the order of the ranks: the same bits in every process."""
-        return [sum(column) for column in zip(*self.gather(numbers), strict=True)]
+        return [sum(column) for column in zip(*self.all_gather(numbers), strict=True)]
 
-    def add(self, t: Tensor) -> Tensor:
+    def all_reduce_sum(self, t: Tensor) -> Tensor:
         """The sum of all processes' tensors of this shape."""
-        return t if self.size == 1 else self._added(t.to(self._device).clone()).to(t.device)
+        return t if self.size == 1 else self._all_reduce(t.to(self._device).clone()).to(t.device)
 
-    def tell(self, said: Any) -> Any:
+    def broadcast_object(self, said: Any) -> Any:
         """What the first process says (anything JSON holds), to all."""
-        return said if self.size == 1 else json.loads(self._text(json.dumps(said), 0))
+        return said if self.size == 1 else json.loads(self._broadcast_text(json.dumps(said), 0))
 
-    def agree(self, error: GraftError | None) -> None:
+    def raise_on_any_rank(self, error: GraftError | None) -> None:
         """Raise in all processes if one has an error: the first one's, so that it is told once and none waits."""
         if self.size == 1:
             if error is not None:
                 raise error
             return
-        found = [int(status) for (status,) in self.gather([0 if error is None else error.exit_status])]
+        found = [int(status) for (status,) in self.all_gather([0 if error is None else error.exit_status])]
         rank = next((rank for rank, status in enumerate(found) if status), None)
         if rank is None:
             return
-        line = self._text(str(error) if self.rank == rank else "", rank)
+        line = self._broadcast_text(str(error) if self.rank == rank else "", rank)
         common = _ERRORS[found[rank]](line if rank == 0 else f"process {rank}: {line}")
-        common.told = not self.first
+        common.told = not self.is_main
         raise common from error
 
     @contextmanager
-    def alike(self) -> Iterator[None]:
+    def same_error_on_all_ranks(self) -> Iterator[None]:
         """What all processes do at the same time and without collectives; an error of one is an error of all."""
         found = None
         try:
             yield
         except GraftError as error:
             found = error
-        self.agree(found)
+        self.raise_on_any_rank(found)
 
-    def everywhere(self, error: GraftError) -> GraftError:
+    def on_all_ranks(self, error: GraftError) -> GraftError:
         """An error that every process raises by itself, for the first to print."""
-        error.told = not self.first
+        error.told = not self.is_main
         return error
 
-    def add_gradients(self, params: Sequence[nn.Parameter]) -> None:
+    def all_reduce_gradients(self, params: Sequence[nn.Parameter]) -> None:
         """Make every parameter's gradient the sum over all processes; none counts as zero."""
         if self.size == 1:
             return
         for bucket in buckets(params):
             flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket])
-            for p, part in zip(bucket, self._added(flat).split([p.numel() for p in bucket]), strict=True):
+            for p, part in zip(bucket, self._all_reduce(flat).split([p.numel() for p in bucket]), strict=True):
                 p.grad = part.view_as(p)
 
     @property
     def _device(self) -> torch.device:
         return torch.device(self.device_flag)
 
-    def _added(self, t: Tensor) -> Tensor:
+    def _all_reduce(self, t: Tensor) -> Tensor:
         import torch.distributed as dist
 
-        self.sent += t.numel() * t.element_size()
+        self.bytes_communicated += t.numel() * t.element_size()
         with together():
             dist.all_reduce(t)
         return t
 
-    def _gathered(self, own: Tensor) -> Tensor:
+    def _all_gather(self, own: Tensor) -> Tensor:
         import torch.distributed as dist
 
-        self.sent += own.numel() * own.element_size()
+        self.bytes_communicated += own.numel() * own.element_size()
         parts = [torch.empty_like(own) for _ in range(self.size)]
         with together():
             dist.all_gather(parts, own)
         return torch.stack(parts)
 
-    def _text(self, text: str, rank: int) -> str:
+    def _broadcast_text(self, text: str, rank: int) -> str:
         import torch.distributed as dist
 
         data = text.encode() if self.rank == rank else b""
-        length = int(max(size for (size,) in self.gather([len(data)])))
+        length = int(max(size for (size,) in self.all_gather([len(data)])))
         held = torch.zeros(length, dtype=torch.uint8, device=self._device)
         if self.rank == rank:
             held = torch.tensor(list(data), dtype=torch.uint8, device=self._device)
@@ -214,7 +214,7 @@ class World:
         return bytes(held.tolist()).decode()
 
 
-class Left(GraftError):
+class PeerExited(GraftError):
     """Another process of the run has ended; its own line says why."""
 
 
@@ -224,13 +224,13 @@ def together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise Left("another process of this run has ended; its own line says why") from error
+        raise PeerExited("another process of this run has ended; its own line says why") from error
 
 
-def from_environment(environ: Mapping[str, str]) -> World:
+def from_environment(environ: Mapping[str, str]) -> DistContext:
     """Rank and size as torchrun sets them; one process where it did not. InputError where they make no sense."""
     if "RANK" not in environ and "WORLD_SIZE" not in environ:
-        return World()
+        return DistContext()
     for name in ("RANK", "WORLD_SIZE"):
         if name not in environ:
             raise InputError(f"{name} is not set, but its companion is: start with torchrun, or unset both")
@@ -246,7 +246,7 @@ def from_environment(environ: Mapping[str, str]) -> World:
     local = environ.get("LOCAL_RANK", str(rank))
     if not local.isdigit():
         raise InputError(f"LOCAL_RANK={local}: is no number: start with torchrun, which sets it")
-    return World(rank, size, int(local))
+    return DistContext(rank, size, int(local))
 
 
 def buckets(params: Sequence[nn.Parameter], most: int = BUCKET) -> list[list[nn.Parameter]]:
@@ -264,11 +264,11 @@ def buckets(params: Sequence[nn.Parameter], most: int = BUCKET) -> list[list[nn.
 # Weights cut over the processes ---------------------------------------------------------------------------------------
 
 
-def cut(model: CausalLM, world: World, own: Set[nn.Parameter]) -> None:
+def shard(model: CausalLM, world: DistContext, own: Set[nn.Parameter]) -> None:
     """Cut every weight but a process's `own` over the processes: block by block, the rest as one more unit.
 
     The weights may be on the meta device still. Gradients of cut weights are added, not averaged. Every process must
-    then make the same number of passes, or be `in_step`.
+    then make the same number of passes, or be `uneven_forward`.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -288,62 +288,62 @@ def cut(model: CausalLM, world: World, own: Set[nn.Parameter]) -> None:
         register_fsdp_forward_method(model, name)
 
 
-def first_pass(model: CausalLM) -> None:
+def warmup_fsdp(model: CausalLM) -> None:
     """Read a token with cut weights, once they are there.
 
     At its first pass torch finds out which units belong together. What it does not see then (the plan runs the model
     with fewer blocks) would stay whole behind its own passes ever after.
     """
-    with outside_blocks(model), evaluating(model):
-        _idle(model)
+    with unsharded_root(model), eval_mode(model):
+        _dummy_forward(model)
 
 
-def _idle(model: CausalLM) -> None:
-    model.hidden(torch.zeros(1, 1, dtype=torch.long, device=model.device))
+def _dummy_forward(model: CausalLM) -> None:
+    model.hidden_states(torch.zeros(1, 1, dtype=torch.long, device=model.device))
 
 
-def is_cut(model: CausalLM) -> bool:
+def model_is_sharded(model: CausalLM) -> bool:
     """Whether its weights are cut over several processes."""
     return hasattr(model, "unshard")
 
 
 @contextmanager
-def in_step(model: CausalLM, world: World) -> Iterator[None]:
+def uneven_forward(model: CausalLM, world: DistContext) -> Iterator[None]:
     """Within it each process makes as many passes without gradient as it likes.
 
     Where the weights are cut, a block is gathered by all processes at once. So before each pass they tell each other
     who goes on, and who is done makes idle passes until all are. No other collectives within.
     """
-    if not is_cut(model):
+    if not model_is_sharded(model):
         yield
         return
 
-    def going_on(*_: Any) -> None:
-        world.gather([1])
+    def sync_hook(*_: Any) -> None:
+        world.all_gather([1])
 
-    with outside_blocks(model):  # else a pass might begin with another collective
-        hook = model.blocks[0].register_forward_pre_hook(going_on, prepend=True)
+    with unsharded_root(model):  # else a pass might begin with another collective
+        hook = model.blocks[0].register_forward_pre_hook(sync_hook, prepend=True)
         try:
             yield
         finally:
             hook.remove()
-        with evaluating(model):
-            while any(more for (more,) in world.gather([0])):
-                _idle(model)
+        with eval_mode(model):
+            while any(more for (more,) in world.all_gather([0])):
+                _dummy_forward(model)
 
 
 @contextmanager
-def outside_blocks(model: CausalLM) -> Iterator[None]:
+def unsharded_root(model: CausalLM) -> Iterator[None]:
     """Within it what is outside of the blocks (embedding, last norm, head) is whole in every process.
 
     Its gradients are dropped behind it.
     """
     root: Any = model
-    if is_cut(model):
+    if model_is_sharded(model):
         root.unshard()
     try:
         yield
     finally:
-        if is_cut(model):
+        if model_is_sharded(model):
             model.zero_grad(set_to_none=True)
             root.reshard()

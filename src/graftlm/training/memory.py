@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from graftlm.errors import posix_module
-from graftlm.files.cut import local
+from graftlm.errors import require_posix
+from graftlm.files.sharded import to_local
 
 
 def peak_rss_mb() -> float:
     """The most memory this process has held so far."""
     if (peak := _status_mb("VmHWM")) is not None:
         return peak
-    resource = posix_module("resource")
+    resource = require_posix("resource")
     most = int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     return round(most * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)
 
@@ -28,9 +28,9 @@ def rss_mb() -> float:
 
 
 @contextmanager
-def kept_for_backward(model: nn.Module) -> Iterator[Callable[[], int]]:
+def saved_activation_bytes(model: nn.Module) -> Iterator[Callable[[], int]]:
     """Yields what counts the bytes that autograd keeps of what is run within: storages once, parameters not at all."""
-    known = {local(p).untyped_storage()._cdata for p in model.parameters()}
+    known = {to_local(p).untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}  # a storage that is held here is not made anew under the same number
 
     def keep(t: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from graftlm.config import LossType, TrainConfig
 from graftlm.models.base import CausalLM
-from graftlm.training.objectives import OBJECTIVES, Batch, LossOn, read_batch
+from graftlm.training.objectives import OBJECTIVES, LossOn, TrainingBatch, forward_batch
 
 REFERENCE_FREE = ("simpo", "orpo")
 DEFAULT_BETA = {"simpo": 2.0}
@@ -39,7 +39,7 @@ DEFAULT_BETA = {"simpo": 2.0}
 
 
 @dataclass(frozen=True)
-class Sums:
+class SequenceLogProbs:
     """Log-probabilities of a batch's answers in natural units, [B, 2] each: chosen, rejected."""
 
     policy: Tensor
@@ -50,7 +50,7 @@ class Sums:
 
 
 @dataclass(frozen=True)
-class Preferences:
+class PreferenceLoss:
     """The loss of pairs that a run asks for."""
 
     loss_type: LossType = "sigmoid"
@@ -64,9 +64,9 @@ class Preferences:
         """Whether the loss looks at the model that training started from."""
         return self.loss_type not in REFERENCE_FREE
 
-    def __call__(self, model: CausalLM, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, model: CausalLM, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum of the pairs' losses, and sums over the pairs of what is logged."""
-        sums = answer_sums(model, batch)
+        sums = sequence_logps(model, batch)
         losses, rewards = self.losses(sums), self.rewards(sums).detach()
         margins = rewards[:, 0] - rewards[:, 1]
         told = {
@@ -74,15 +74,15 @@ class Preferences:
             "reward_accuracy": (margins > 0).to(margins.dtype).sum(),
             "logp_chosen": sums.policy[:, 0].detach().sum(),
             "logp_rejected": sums.policy[:, 1].detach().sum(),
-            "pair_weight": torch.sigmoid(-self.deltas(sums).detach()).sum(),
+            "pair_weight": torch.sigmoid(-self.logits(sums).detach()).sum(),
         }
         return losses.sum(), told
 
-    def losses(self, sums: Sums) -> Tensor:
+    def losses(self, sums: SequenceLogProbs) -> Tensor:
         """Each pair's loss, [B]."""
         return _LOSSES[self.loss_type](self, sums)
 
-    def deltas(self, sums: Sums) -> Tensor:
+    def logits(self, sums: SequenceLogProbs) -> Tensor:
         """What the sigmoid of each pair's loss is taken of, [B]; its gradient's weight is s(-delta)."""
         if self.loss_type == "orpo":
             odds = log_odds(sums.policy / sums.lengths)
@@ -93,40 +93,40 @@ class Preferences:
         averaged = self.loss_type in ("ipo", "sigmoid_norm")
         return self.beta * _difference(ratios / sums.lengths if averaged else ratios)
 
-    def rewards(self, sums: Sums) -> Tensor:
+    def rewards(self, sums: SequenceLogProbs) -> Tensor:
         """The rewards that the loss implies, [B, 2]: beta (l - r), or beta l / n where there is no reference."""
         if self.needs_reference:
             return self.beta * _log_ratios(sums)
         return self.beta * sums.policy / sums.lengths
 
 
-Loss = Callable[[CausalLM, Batch], tuple[Tensor, dict[str, Tensor]]]
+Loss = Callable[[CausalLM, TrainingBatch], tuple[Tensor, dict[str, Tensor]]]
 """The sum of a batch's losses, and sums over its examples of what is to be logged beside."""
 
 
-def loss_of(config: TrainConfig) -> Loss:
+def make_loss(config: TrainConfig) -> Loss:
     """What a run with this config minimises."""
     if config.objective == "dpo":
         assert config.beta is not None
-        return Preferences(config.loss_type, config.beta, config.label_smoothing, config.gamma)
+        return PreferenceLoss(config.loss_type, config.beta, config.label_smoothing, config.gamma)
     return lambda model, batch: (OBJECTIVES[config.loss_on](model, batch), {})
 
 
-def targets_of(config: TrainConfig) -> LossOn:
+def batch_kind(config: TrainConfig) -> LossOn:
     """What a batch of a run with this config is made for."""
     return "pairs" if config.objective == "dpo" else config.loss_on
 
 
-def answer_sums(model: CausalLM, batch: Batch) -> Sums:
+def sequence_logps(model: CausalLM, batch: TrainingBatch) -> SequenceLogProbs:
     """The sums of the log-probabilities of a batch's answers under a model, with gradient."""
     assert batch.answer is not None, "no batch of pairs"
-    _, h, pick = read_batch(model, batch)
+    _, h, pick = forward_batch(model, batch)
     log_p = model.log_probs(h, pick, batch.targets)
     zeros = torch.zeros(2 * len(batch.ids), dtype=log_p.dtype, device=log_p.device)
     policy = zeros.index_add(0, batch.answer, log_p).view(-1, 2)
     lengths = zeros.index_add(0, batch.answer, torch.ones_like(log_p)).view(-1, 2)
     known = batch.reference
-    return Sums(policy, None if known is None else known.to(log_p.dtype).to(log_p.device), lengths)
+    return SequenceLogProbs(policy, None if known is None else known.to(log_p.dtype).to(log_p.device), lengths)
 
 
 def log_odds(average: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ def log_odds(average: Tensor) -> Tensor:
     return average - torch.log(-torch.expm1(average))
 
 
-def _log_ratios(sums: Sums) -> Tensor:
+def _log_ratios(sums: SequenceLogProbs) -> Tensor:
     assert sums.reference is not None, "the reference's log-probabilities are not known"
     return sums.policy - sums.reference
 
@@ -143,29 +143,29 @@ def _difference(pairs: Tensor) -> Tensor:
     return pairs[:, 0] - pairs[:, 1]
 
 
-def _sigmoid(how: Preferences, sums: Sums) -> Tensor:
-    delta, e = how.deltas(sums), how.label_smoothing
+def _sigmoid(how: PreferenceLoss, sums: SequenceLogProbs) -> Tensor:
+    delta, e = how.logits(sums), how.label_smoothing
     return -(1 - e) * F.logsigmoid(delta) - e * F.logsigmoid(-delta)
 
 
-def _hinge(how: Preferences, sums: Sums) -> Tensor:
-    return torch.relu(1 - how.deltas(sums))
+def _hinge(how: PreferenceLoss, sums: SequenceLogProbs) -> Tensor:
+    return torch.relu(1 - how.logits(sums))
 
 
-def _ipo(how: Preferences, sums: Sums) -> Tensor:
+def _ipo(how: PreferenceLoss, sums: SequenceLogProbs) -> Tensor:
     return (_difference(_log_ratios(sums) / sums.lengths) - 1 / (2 * how.beta)) ** 2
 
 
-def _simpo(how: Preferences, sums: Sums) -> Tensor:
-    return -F.logsigmoid(how.deltas(sums))
+def _simpo(how: PreferenceLoss, sums: SequenceLogProbs) -> Tensor:
+    return -F.logsigmoid(how.logits(sums))
 
 
-def _orpo(how: Preferences, sums: Sums) -> Tensor:
+def _orpo(how: PreferenceLoss, sums: SequenceLogProbs) -> Tensor:
     likelihood = -sums.policy[:, 0] / sums.lengths[:, 0]
-    return likelihood - how.beta * F.logsigmoid(how.deltas(sums))
+    return likelihood - how.beta * F.logsigmoid(how.logits(sums))
 
 
-_LOSSES: dict[str, Callable[[Preferences, Sums], Tensor]] = {
+_LOSSES: dict[str, Callable[[PreferenceLoss, SequenceLogProbs], Tensor]] = {
     "sigmoid": _sigmoid,
     "hinge": _hinge,
     "ipo": _ipo,

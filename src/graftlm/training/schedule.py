@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 from graftlm.config import TrainConfig
-from graftlm.text.data import epoch_batches
+from graftlm.text.collate import epoch_batches
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

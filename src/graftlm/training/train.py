@@ -14,11 +14,11 @@ from graftlm.errors import InputError
 from graftlm.exchange.device import pick_device, pick_dtype
 from graftlm.exchange.load import read_run
 from graftlm.files.locks import LOCK_NAME, lock_dir, lock_owner
-from graftlm.training.account import share_trained
-from graftlm.training.distributed import World
-from graftlm.training.plan import make_plan
-from graftlm.training.prepare import Prepared, check_out_dir, prepare, spread
-from graftlm.training.telling import announce
+from graftlm.training.distributed import DistContext
+from graftlm.training.estimate import make_plan
+from graftlm.training.mfu import share_trained
+from graftlm.training.reporting import print_header
+from graftlm.training.setup import RunContext, check_out_dir, prepare, shard_and_load
 from graftlm.training.trainer import Trainer
 
 
@@ -43,38 +43,38 @@ def train(
     """
     console = console or Console(quiet=True)
     started = time.perf_counter() if started is None else started
-    world = World.start(_device_flag(config))
-    if not world.first:
+    world = DistContext.start(_device_flag(config))
+    if not world.is_main:
         console = Console(quiet=True)
     with ExitStack() as held:
-        with world.alike():
-            if world.first:  # it writes for all
-                held.enter_context(_alone(config))
+        with world.same_error_on_all_ranks():
+            if world.is_main:  # it writes for all
+                held.enter_context(_run_lock(config))
         results = _train(config, console, given, started, world)
     world.close()
     return results
 
 
 def _train(
-    config: TrainConfig, console: Console, given: Set[str] | None, started: float, world: World
+    config: TrainConfig, console: Console, given: Set[str] | None, started: float, world: DistContext
 ) -> dict[str, Any]:
     """The run, in a folder that is ours."""
     if world.size > 1 and config.dtype == "auto" and not config.resume:  # what is measured may differ
-        with world.alike():
+        with world.same_error_on_all_ranks():
             dtype = str(pick_dtype("auto", pick_device(world.device_flag))[0])
-        config = replace(config, dtype=world.tell(dtype).removeprefix("torch."))
-    with world.alike():
+        config = replace(config, dtype=world.broadcast_object(dtype).removeprefix("torch."))
+    with world.same_error_on_all_ranks():
         prepared = prepare(config, given, world)
     _check_same(prepared)
-    spread(prepared)
-    announce(prepared, console)
+    shard_and_load(prepared)
+    print_header(prepared, console)
     if config.plan:
-        plan = world.tell(make_plan(prepared, time.perf_counter() - started).to_json())
+        plan = world.broadcast_object(make_plan(prepared, time.perf_counter() - started).to_json())
         return {**plan, **share_trained(prepared.run)}
     return Trainer(prepared, console, started).run()
 
 
-def _alone(config: TrainConfig) -> AbstractContextManager[object]:
+def _run_lock(config: TrainConfig) -> AbstractContextManager[object]:
     """The run folder's lock; a plan writes nothing and needs none. A folder that cannot be ours is not touched."""
     out_dir = Path(config.out_dir)
     if config.plan:
@@ -93,12 +93,12 @@ def _device_flag(config: TrainConfig) -> str:
         return config.device
 
 
-def _check_same(prepared: Prepared) -> None:
+def _check_same(prepared: RunContext) -> None:
     """An InputError where this process would train something else than the first one."""
     run = prepared.run
     mine = {"base": run["base"]["sha256"], "data": run["data"]["fingerprint"], "dtype": run["dtype"]}
-    first = prepared.world.tell(mine)
-    with prepared.world.alike():
+    first = prepared.world.broadcast_object(mine)
+    with prepared.world.same_error_on_all_ranks():
         for what, value in mine.items():
             if first[what] != value:
                 raise InputError(f"the {what} here is not that of process 0 ({value[:12]}, {first[what][:12]})")

@@ -3,13 +3,13 @@
 import torch
 
 from graftlm.config import TrainConfig
-from graftlm.inference.generate import evaluating
+from graftlm.inference.generate import eval_mode
 from graftlm.inference.scoring import score
 from graftlm.models.base import CausalLM
-from graftlm.text.data import Example
-from graftlm.training.distributed import World, in_step
-from graftlm.training.objectives import OBJECTIVES, make_batch
-from graftlm.training.preferences import loss_of
+from graftlm.text.collate import Example
+from graftlm.training.distributed import DistContext, uneven_forward
+from graftlm.training.objectives import OBJECTIVES, collate
+from graftlm.training.preferences import make_loss
 
 VALIDATION_BATCH = 32
 
@@ -19,19 +19,19 @@ def validate(
     examples: list[Example],
     label_ids: list[list[int]],
     config: TrainConfig,
-    world: World | None = None,
+    world: DistContext | None = None,
 ) -> tuple[float, float | None]:
     """Mean loss a target token, and the share of examples whose own label scores highest (None without labels).
 
     Of pairs: the mean loss a pair, and the share whose chosen answer has the higher reward.
     Each process of a run reads its share of the examples; all return the same.
     """
-    world = world or World()
-    mine = [examples[i] for i in world.share(range(len(examples)), [e.length for e in examples])]
+    world = world or DistContext()
+    mine = [examples[i] for i in world.partition(range(len(examples)), [e.length for e in examples])]
     read = _sums if config.objective != "dpo" else _sums_of_pairs
-    with in_step(model, world):
+    with uneven_forward(model, world):
         sums = read(model, mine, label_ids, config) if mine else (0.0, 0, 0.0)
-    loss, weight, right = world.sum(sums)
+    loss, weight, right = world.all_reduce_numbers(sums)
     judged = config.objective == "dpo" or bool(label_ids)
     return loss / weight, right / len(examples) if judged else None
 
@@ -49,9 +49,9 @@ def _sums(
         return -scores.completion.sum().item(), int(scores.completion_tokens.sum()), right
     total, weight = 0.0, 0
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt_ids))
-    with evaluating(model):
+    with eval_mode(model):
         for at in range(0, len(order), VALIDATION_BATCH):
-            batch = make_batch([examples[i] for i in order[at : at + VALIDATION_BATCH]], "all")
+            batch = collate([examples[i] for i in order[at : at + VALIDATION_BATCH]], "all")
             total += OBJECTIVES["all"](model, batch.to(model.device)).item()
             weight += batch.weight
     return total, weight, right
@@ -63,9 +63,9 @@ def _sums_of_pairs(
     """Sum of losses, pairs, and how many have the higher reward where they should."""
     loss, right = 0.0, 0.0
     order = sorted(range(len(examples)), key=lambda i: examples[i].length)
-    with evaluating(model):
+    with eval_mode(model):
         for at in range(0, len(order), VALIDATION_BATCH // 2):
-            batch = make_batch([examples[i] for i in order[at : at + VALIDATION_BATCH // 2]], "pairs")
-            some, told = loss_of(config)(model, batch.to(model.device))
+            batch = collate([examples[i] for i in order[at : at + VALIDATION_BATCH // 2]], "pairs")
+            some, told = make_loss(config)(model, batch.to(model.device))
             loss, right = loss + some.item(), right + told["reward_accuracy"].item()
     return loss, len(examples), right

