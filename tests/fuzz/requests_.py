@@ -29,7 +29,7 @@ from graftlm.exchange.load import load
 from graftlm.inference.engine import Engine
 from graftlm.methods import LoRA
 from graftlm.serving.app import ServedModel, Service, make_app
-from graftlm.serving.limits import HEADERS
+from graftlm.serving.middleware import HEADERS
 from graftlm.serving.server import Server
 from graftlm.text.template import load_template
 from tiny import model_folder
@@ -191,7 +191,7 @@ class House:
             name: ServedModel(name, adapter, template, self.engine.max_seq_len) for name, adapter in names.items()
         }
         service = Service(self.engine, loaded.tokenizer, models, loaded.model.shape.vocab, 4)
-        app = make_app(service, host="127.0.0.1", names=("my.name",), key=KEY, rate=10**9)
+        app = make_app(service, host="127.0.0.1", allowed_hosts=("my.name",), api_key=KEY, rate_limit=10**9)
         self.answers: list[Answer] = []
         self.server = Server(kept(app, self.answers), 1.0, lambda: None)
         self.server.config.load()

@@ -257,7 +257,7 @@ def test_what_does_not_end_within_the_grace_is_told(tmp_path: Path) -> None:
     whole, streamed = sorted(found, key=lambda answer: answer.status_code, reverse=True)
     assert whole.status_code == 503 and whole.json()["error"]["code"] == "stopping"
     last = streamed.text.strip().rpartition("data: ")[2]
-    assert json.loads(last)["error"]["message"] == "the server is stopping: the answer was cut"
+    assert json.loads(last)["error"]["message"] == "the server is stopping: the answer is incomplete"
 
 
 # What it refuses to begin with ----------------------------------------------------------------------------------------

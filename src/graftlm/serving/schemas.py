@@ -1,10 +1,9 @@
-"""What a request may say: its JSON -> checked fields, or one line that names the field and says what it may be.
+"""The bodies of requests: JSON -> validated fields, or an error of one line that names the field and its values.
 
-What is unusual here:
-- Nothing is ignored in silence. A field that OpenAI's API knows and this server does not do is taken only at a value
-  that changes nothing (`IGNORED_IF_DEFAULT`); at any other, and for a field nobody knows, the request is refused.
-- Types are strict: "16" is no number, and 1 is not true. The parser bounds depth, and refuses half a surrogate pair.
-- The words under a field's `description` are what its error says, so there is one place for both.
+- Nothing is ignored silently. A field of OpenAI's API that this server does not support is accepted only with a value
+  that changes nothing (`IGNORED`); any other value, and an unknown field, is an error.
+- Types are strict: "16" is not a number, and 1 is not true. The parser limits depth and rejects lone surrogates.
+- A field's `description` is the text of its error.
 """
 
 from typing import Annotated, Any, ClassVar, Literal
@@ -15,12 +14,12 @@ from pydantic_core import PydanticCustomError
 from graftlm.errors import GraftError, did_you_mean
 
 MAX_CHOICES = 64
-"""Answers that one request may ask for: prompts times n; and texts to classify."""
-MOST_STOPS, MOST_MESSAGES = 4, 1000
+"""Choices of one request: prompts times n; and texts to classify."""
+MAX_STOPS, MAX_MESSAGES = 4, 1000
 
 
 class APIError(GraftError):
-    """A request that gets no answer: an HTTP status and, in OpenAI's form, what is wrong with which field."""
+    """A rejected or failed request: the HTTP status and, in OpenAI's format, the message, field and code."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry_after: int = 0
@@ -30,106 +29,82 @@ class APIError(GraftError):
 
     def to_json(self) -> dict[str, Any]:
         """{"error": {…}}, as OpenAI's clients read it."""
-        kind = "server_error" if self.status >= 500 else KINDS.get(self.status, "invalid_request_error")
+        kind = "server_error" if self.status >= 500 else ERROR_TYPES.get(self.status, "invalid_request_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
-KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
-# Fields that are known and not done -> the values at which they change nothing; None always is one.
+# Fields of OpenAI's API that are not supported, and their values that change nothing, besides null, false, 0 and empty.
 ANY = object()
-IGNORED_IF_DEFAULT: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,),
-    "echo": (False,),
-    "suffix": ("",),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
-    "top_logprobs": (0,),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
+IGNORED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("echo", "suffix", "presence_penalty", "frequency_penalty", "logit_bias", "top_logprobs"), ()),
+    **dict.fromkeys(("tools", "functions", "audio", "prediction", "reasoning_effort", "store"), ()),
+    **dict.fromkeys(("user", "metadata", "safety_identifier", "prompt_cache_key", "service_tier"), (ANY,)),
+    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
+    "web_search_options": (),
     "parallel_tool_calls": (ANY,),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
+    "best_of": (1,),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "reasoning_effort": (),
-    "web_search_options": (),
-    "store": (False,),
-    # What tells the server who asks, and has no say in the answer.
-    "user": (ANY,),
-    "metadata": (ANY,),
-    "service_tier": (ANY,),
-    "safety_identifier": (ANY,),
-    "prompt_cache_key": (ANY,),
 }
-NEUTRAL_IN_MESSAGES: dict[str, tuple[Any, ...]] = {
-    "name": (),
-    "refusal": (),
-    "annotations": ([],),
-    "audio": (),
-    "function_call": (),
-    "tool_calls": ([],),
-}
+IGNORED_IN_MESSAGES: dict[str, tuple[Any, ...]] = dict.fromkeys(
+    ("name", "refusal", "annotations", "audio", "function_call", "tool_calls"), ()
+)
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    ignored: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
     @model_validator(mode="before")
     @classmethod
-    def _leave_out_what_changes_nothing(cls, fields: Any) -> Any:
+    def _drop_ignored(cls, fields: Any) -> Any:
         if not isinstance(fields, dict):
             return fields
-        kept = {}
-        for name, value in fields.items():
-            if name not in cls.neutral or name in cls.model_fields:
-                kept[name] = value
-            elif value is not None and not any(allowed is ANY or value == allowed for allowed in cls.neutral[name]):
+        unsupported = {name: value for name, value in fields.items() if name in cls.ignored.keys() - cls.model_fields}
+        for name, value in unsupported.items():
+            if value and not any(allowed is ANY or value == allowed for allowed in cls.ignored[name]):
                 raise PydanticCustomError("unsupported", "{name} is not supported: leave it out", {"name": name})
-        return kept
+        return {name: value for name, value in fields.items() if name not in unsupported}
 
 
-Text = str
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class StreamOptions(_Strict):
-    """What a stream is to hold besides the answer."""
+    """Additional content of a stream."""
 
-    neutral = {"include_obfuscation": (False,)}
+    ignored = {"include_obfuscation": (False,)}
     include_usage: bool | None = None
 
 
 class Sampling(_Strict):
-    """What completions and chats have in common."""
+    """The common fields of completions and chats."""
 
-    neutral = IGNORED_IF_DEFAULT
+    ignored = IGNORED
     model: str = Field(description="the name of a model, as GET /v1/models lists them")
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(1, description=f"1 to {MAX_CHOICES}")
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(1.0, description="a number from 0 to 2")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(1.0, description="a number above 0 and at most 1")
     top_k: Annotated[int, Field(ge=0)] | None = Field(0, description="0 (all tokens) or more")
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(None, description="a whole number, 0 or more")
-    stop: str | list[str] | None = Field(None, description=f"a text, or a list of at most {MOST_STOPS} texts")
+    stop: str | list[str] | None = Field(None, description=f"a text, or a list of at most {MAX_STOPS} texts")
     stream: bool | None = Field(False, description="true or false")
     stream_options: StreamOptions | None = Field(None, description='{"include_usage": true or false}')
     max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="a whole number, 1 or more")
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """The texts that end an answer. Raises Refused where there are too many or an empty one."""
+        """The texts that end an answer. Raises APIError if there are too many or one is empty."""
         found = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        if len(found) > MOST_STOPS or not all(found):
-            raise APIError(400, f"stop: must be at most {MOST_STOPS} texts, none of them empty", param="stop")
+        if len(found) > MAX_STOPS or not all(found):
+            raise APIError(400, f"stop: must be at most {MAX_STOPS} texts, none of them empty", param="stop")
         return found
 
     @property
     def wants_usage(self) -> bool:
-        """Whether a stream is to end with its number of tokens."""
+        """Whether a stream ends with its number of tokens."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
@@ -152,7 +127,7 @@ class TextPart(_Strict):
 class MessageBody(_Strict):
     """One message of a chat."""
 
-    neutral = NEUTRAL_IN_MESSAGES
+    ignored = IGNORED_IN_MESSAGES
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
 
@@ -165,7 +140,7 @@ class MessageBody(_Strict):
 class ChatBody(Sampling):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[MessageBody], Field(min_length=1, max_length=MOST_MESSAGES)] = Field(
+    messages: Annotated[list[MessageBody], Field(min_length=1, max_length=MAX_MESSAGES)] = Field(
         description="a list of messages, each with a role (system, developer, user or assistant) and a content: "
         'a text, or parts {"type": "text", "text": …}'
     )
@@ -189,8 +164,8 @@ class ClassifyBody(_Strict):
         return self
 
 
-def read(body: type[BaseModel], content: bytes) -> Any:
-    """The fields of a request's body. Raises Refused with one line for the first mistake."""
+def parse_body(body: type[BaseModel], content: bytes) -> Any:
+    """The validated fields of a request's body. Raises APIError with one line for the first error."""
     try:
         return body.model_validate_json(content)
     except ValidationError as error:
@@ -215,18 +190,18 @@ def read(body: type[BaseModel], content: bytes) -> Any:
     raise APIError(400, f"{where}: must be {allowed}", param=path)
 
 
-def _path(place: tuple[int | str, ...], unknown: bool) -> str:
-    """("messages", 3, "role") -> "messages[3].role"; what pydantic calls the sides of a union is left out."""
+def _path(location: tuple[int | str, ...], unknown: bool) -> str:
+    """("messages", 3, "role") -> "messages[3].role", without pydantic's names for the members of a union."""
     path = ""
-    for part in place:
+    for part in location:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif part in NAMES or (unknown and part is place[-1]):
+        elif part in FIELD_NAMES or (unknown and part is location[-1]):
             path += ("." if path else "") + part[:100]
     return path
 
 
-NAMES = {
+FIELD_NAMES = {
     name
     for body in (CompletionBody, ChatBody, ClassifyBody, MessageBody, TextPart, StreamOptions)
     for name in body.model_fields

@@ -1,8 +1,8 @@
-"""From flags to a listening server, and to its end: the socket, the models, the signals.
+"""`graft serve`: the socket, the models, the signals, and shutdown.
 
-What is unusual here: the port is bound before the model is loaded, so that a port in use is told of at once. The first
-Ctrl-C or SIGTERM stops accepting and lets what is in flight end, for `--grace` seconds at most; a second one ends it
-all at once. SIGTERM is how a server is meant to end, so that is no failure: exit status 0; after Ctrl-C it is 130.
+The port is bound before the model is loaded, so that a port in use is reported at once. The first Ctrl-C or SIGTERM
+stops accepting and lets requests in flight end, for the shutdown timeout at most; a second one ends them at once.
+SIGTERM is how a server is meant to be stopped: exit status 0. After Ctrl-C it is 130.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ try:
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     from graftlm.serving.app import ServedModel, Service, make_app
-    from graftlm.serving.limits import is_loopback
+    from graftlm.serving.middleware import is_loopback
 except ModuleNotFoundError as error:
     if (error.name or "").startswith("graftlm"):
         raise
@@ -36,23 +36,22 @@ from graftlm.exchange.load import Loaded, load, read_run, resolve_path
 from graftlm.inference.engine import Engine
 from graftlm.text.template import Template, load_template
 
-KEY = "GRAFT_SERVE_KEY"
-MOST_CONNECTIONS = 1024
+KEY_VARIABLE = "GRAFT_SERVE_KEY"
+MAX_CONNECTIONS = 1024
 KEEP_ALIVE_SECONDS = 30
-LAST_SECONDS = 5
-"""Behind the grace, for the refusals of what did not end in it."""
+ERROR_SECONDS = 5
+"""After the shutdown timeout, to send errors to the requests that did not end in it."""
 
 Run = dict[str, Any]
-Tell = Callable[[str], None]
 
 
-def serve(config: ServeConfig, tell: Tell) -> Iterator[dict[str, Any]]:
-    """Serve until told to stop. Yields once, when requests are taken: the server's url and its models' names.
+def serve(config: ServeConfig, warn: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    """Serve until a signal. Yields once, when requests are accepted: the server's URL and the names of its models.
 
-    Raises InputError for what cannot be served, Interrupted behind Ctrl-C.
+    Raises InputError for what cannot be served, Interrupted after Ctrl-C.
     """
-    key = config.key or os.environ.get(KEY, "")
-    check_key(key, KEY)
+    key = config.key or os.environ.get(KEY_VARIABLE, "")
+    check_key(key, KEY_VARIABLE)
     folders = parse_adapter_args(config.adapters)
     runs = {name: run_of(folder) for name, folder in folders.items()}
     base = base_of(config, folders, runs)
@@ -66,16 +65,18 @@ def serve(config: ServeConfig, tell: Tell) -> Iterator[dict[str, Any]]:
             models = {base: ServedModel(base, None, templates[base], engine.max_seq_len)}
             models |= {name: ServedModel(name, name, templates[name], engine.max_seq_len) for name in names}
             service = Service(engine, loaded.tokenizer, models, loaded.model.shape.vocab, config.max_tokens)
-            app = make_app(service, host=config.host, names=config.allow_hosts, key=key, rate=config.rate)
+            app = make_app(
+                service, host=config.host, allowed_hosts=config.allow_hosts, api_key=key, rate_limit=config.rate
+            )
             server = Server(app, config.grace, lambda: engine.close(drain=False))
             with server.signals():
                 if not key and not is_loopback(config.host):
-                    tell(f"--host {config.host} without a key: whoever reaches this machine can use the server")
+                    warn(f"--host {config.host} without a key: everyone who reaches this machine can use the server")
                 yield {"url": url_of(config.host, listener), "models": list(models)}
                 server.run(sockets=[listener])
         finally:
             engine.close(drain=False)
-    if server.told == signal.SIGINT:
+    if server.signal == signal.SIGINT:
         raise Interrupted("stopped")
 
 
@@ -97,12 +98,12 @@ def parse_adapter_args(adapters: tuple[str, ...]) -> dict[str, Path]:
 
 
 def run_of(folder: Path) -> Run | None:
-    """What a run folder records; None for an adapter's folder that is none, such as PEFT's. Raises InputError."""
+    """The run.json of a run folder; None for another adapter folder, such as PEFT's. Raises InputError."""
     return None if any((folder / name).is_file() for name in (CONFIG, OWN_CONFIG)) else read_run(folder)
 
 
 def base_of(config: ServeConfig, folders: Mapping[str, Path], runs: Mapping[str, Run | None]) -> str:
-    """The base model's name. Raises InputError for runs on several, and where nothing says which."""
+    """The base model's name. Raises InputError for runs on different bases, and if no run or flag names one."""
     known = {name: run["base"] for name, run in runs.items() if run is not None}
     first = next(iter(known), "")
     for name, base in known.items():
@@ -114,12 +115,12 @@ def base_of(config: ServeConfig, folders: Mapping[str, Path], runs: Mapping[str,
     if config.init_from:
         return resolve_path(config.init_from)
     if folders and not known:
-        raise InputError(f"{next(iter(folders.values()))}: does not say what its base is called; give --init_from")
+        raise InputError(f"{next(iter(folders.values()))}: does not name its base; give --init_from")
     return known[first]["name"] if known else TrainConfig.init_from
 
 
 def templates_of(config: ServeConfig, loaded: Loaded, runs: Mapping[str, Run | None]) -> dict[str, Template]:
-    """How each model is asked about a review, by its name; the base comes first. Who does not say is asked as the base.
+    """The prompt template of each model, by name; the base is the first. Models without one use the base's.
 
     Raises InputError for an adapter that has the base's name.
     """
@@ -129,7 +130,7 @@ def templates_of(config: ServeConfig, loaded: Loaded, runs: Mapping[str, Run | N
         spec = config.template or (of_base.text if of_base else TrainConfig.template)
         of_base = load_template(spec, config.labels or (",".join(of_base.labels) if of_base else TrainConfig.labels))
     name = loaded.name if loaded.run is None else config.init_from
-    # Where on the disk a local base lies is nobody's business.
+    # The API does not reveal where on the disk a local base is.
     base = Path(name).resolve().name if Path(name).is_absolute() or loaded.run is not None else name
     if base in runs:
         raise InputError(f"--adapters: {base!r} is the base's own name; give the adapter another: NAME=FOLDER")
@@ -145,7 +146,7 @@ def _template(run: Run) -> Template:
 
 @contextmanager
 def listening(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket that listens at an address of this machine. Raises InputError where that cannot be."""
+    """A listening socket. Raises InputError if the address cannot be used."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -156,7 +157,7 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(address)
-            listener.listen(MOST_CONNECTIONS)
+            listener.listen(MAX_CONNECTIONS)
         except OSError as error:
             why = (error.strerror or str(error)).lower()
             raise InputError(
@@ -166,7 +167,7 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
 
 
 def url_of(host: str, listener: socket.socket) -> str:
-    """Where a browser on this machine finds it."""
+    """The URL for a browser on this machine."""
     address = listener.getsockname()[0]
     here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, host)
     return f"http://{f'[{here}]' if ':' in here else here}:{listener.getsockname()[1]}"
@@ -176,13 +177,13 @@ def url_of(host: str, listener: socket.socket) -> str:
 
 
 class Connection(H11Protocol):
-    """uvicorn's, but for a request that turns out to be broken when its answer is under way already, or given.
+    """uvicorn's protocol, except for a request that turns out to be malformed after its response has begun.
 
-    uvicorn sends a 400 all the same, and both it and the app's answer then fail with a traceback.
+    There uvicorn sends a 400 nevertheless, and both this and the app's response fail with a traceback.
     """
 
     def send_400_response(self, msg: str) -> None:
-        """Tell the client, where no answer has begun, and hang up. What the app still says goes nowhere."""
+        """Send a 400 if no response has begun, and close the connection. Further output of the app is dropped."""
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
@@ -193,13 +194,12 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn, with signals handled as this command's exit status wants them, and nothing written of requests.
+    """uvicorn without access log, and with signals that set this command's exit status.
 
-    Told to stop, it waits `grace` seconds for what is in flight, then calls `give_up`, behind which every request can
-    be answered (by a refusal) at once.
+    On shutdown it waits `timeout` seconds for requests in flight, then calls `abort`, which fails those that remain.
     """
 
-    def __init__(self, app: Any, grace: float, give_up: Callable[[], None]) -> None:
+    def __init__(self, app: Any, timeout: float, abort: Callable[[], None]) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -208,41 +208,41 @@ class Server(uvicorn.Server):
                 http=Connection,
                 log_config=None,
                 log_level="error",
-                access_log=False,  # it would hold what users ask
-                proxy_headers=False,  # else a client could choose the address that its rate is counted for
+                access_log=False,  # prompts are private
+                proxy_headers=False,  # a client could choose the address that the rate limit counts
                 server_header=False,
-                backlog=MOST_CONNECTIONS,
-                limit_concurrency=MOST_CONNECTIONS,
+                backlog=MAX_CONNECTIONS,
+                limit_concurrency=MAX_CONNECTIONS,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
-                timeout_graceful_shutdown=math.ceil(grace) + LAST_SECONDS,
+                timeout_graceful_shutdown=math.ceil(timeout) + ERROR_SECONDS,
             )
         )
-        self._grace, self._give_up = grace, give_up
-        self.told: int | None = None
+        self._timeout, self._abort = timeout, abort
+        self.signal: int | None = None
         """The signal that stopped it."""
 
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        """uvicorn's own way would end the process by the signal itself; `signals` is ours."""
+        """Replaced by `signals`: uvicorn's own handler ends the process by the signal itself."""
         yield
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accept nothing new, and let what is in flight end."""
+        """Accept no new connections, and let requests in flight end."""
         loop = asyncio.get_running_loop()
-        timer = loop.call_later(self._grace, lambda: loop.run_in_executor(None, self._give_up))
+        timer = loop.call_later(self._timeout, lambda: loop.run_in_executor(None, self._abort))
         await super().shutdown(sockets)
         timer.cancel()
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """Within it, the first Ctrl-C or SIGTERM stops the server gently and the second at once."""
+        """In this context the first Ctrl-C or SIGTERM stops the server gracefully, the second at once."""
 
         def on_signal(number: int, frame: FrameType | None) -> None:
             self.force_exit = self.should_exit
             self.should_exit = True
-            self.told = self.told or number
+            self.signal = self.signal or number
 
-        # What the caller has told us to ignore (nohup, a script's background job) stays ignored.
+        # A signal that the parent process ignores (nohup, a background job of a script) stays ignored.
         numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
         before = {number: signal.signal(number, on_signal) for number in numbers}
         try:

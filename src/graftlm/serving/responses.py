@@ -1,0 +1,257 @@
+"""The engine's output in OpenAI's format: complete responses, and streams of server-sent events.
+
+The engine runs on its own thread and reports each token by a callback; here every callback becomes an item in a queue
+of the event loop. Pending requests are cancelled when the client disconnects, or when anything else ends a response.
+"""
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
+
+from fastapi import Request as HTTPRequest
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from graftlm.errors import GraftError, InputError, Overloaded, ShuttingDown
+from graftlm.inference.engine import Engine
+from graftlm.inference.requests import Completion, Request, RequestHandle, TokenOutput
+from graftlm.serving.schemas import APIError
+from graftlm.text.tokenizer import Tokenizer
+
+T = TypeVar("T")
+Event = dict[str, Any]
+Outputs = asyncio.Queue[tuple[int, TokenOutput | None]]
+"""(choice, its next output); None after its last."""
+RETRY_AFTER = 1
+
+
+@dataclass(frozen=True)
+class ParsedRequest:
+    """One HTTP request, as requests to the engine and the settings of its response."""
+
+    requests: tuple[Request, ...]
+    """One for each choice, prompt after prompt."""
+    model: str
+    n: int
+    """Choices for each prompt."""
+    chat: bool
+    logprobs: bool
+    usage: bool
+    """End a stream with the number of tokens."""
+
+
+def choices(request: Request, n: int) -> list[Request]:
+    """The same request n times. With a seed, each copy has its own, the first the given one."""
+    seeds = [None if request.seed is None else (request.seed + number) % 2**63 for number in range(n)]
+    return [replace(request, seed=seed) for seed in seeds]
+
+
+def to_http_error(error: GraftError) -> APIError:
+    """An error of the engine as an HTTP error."""
+    if isinstance(error, APIError):
+        return error
+    if isinstance(error, Overloaded):
+        return APIError(503, str(error), code="overloaded", retry_after=RETRY_AFTER)
+    if isinstance(error, ShuttingDown):
+        return APIError(503, "the server is stopping", code="stopping")
+    return APIError(400 if isinstance(error, InputError) else 500, str(error))
+
+
+# Complete responses ---------------------------------------------------------------------------------------------------
+
+
+async def complete_response(
+    engine: Engine, tokenizer: Tokenizer, parsed: ParsedRequest, http: HTTPRequest
+) -> dict[str, Any]:
+    """All choices at once. Raises APIError."""
+    handles = _submit(engine, parsed.requests)
+    try:
+        found = await cancel_on_disconnect(http, asyncio.gather(*(future_result(handle.done) for handle in handles)))
+    except GraftError as error:
+        raise to_http_error(error) from None
+    finally:
+        _cancel(handles)
+    for completion in found:
+        _raise_if_unfinished(completion.finish_reason)
+    formatter = Formatter(tokenizer, parsed)
+    body = [formatter.choice(number, completion) for number, completion in enumerate(found)]
+    return {**formatter.head(), "choices": body, "usage": formatter.usage(found)}
+
+
+def _submit(
+    engine: Engine, requests: Sequence[Request], on_output: Callable[[int, TokenOutput], None] | None = None
+) -> list[RequestHandle]:
+    """Submit all of the requests or, where the engine rejects one, none."""
+    handles: list[RequestHandle] = []
+    try:
+        for number, request in enumerate(requests):
+            handles.append(engine.submit(request, None if on_output is None else partial(on_output, number)))
+    except GraftError as error:
+        _cancel(handles)
+        raise to_http_error(error) from None
+    return handles
+
+
+def _cancel(handles: Sequence[RequestHandle]) -> None:
+    for handle in handles:
+        handle.cancel()
+
+
+def future_result(future: Future[T]) -> Awaitable[T]:
+    """Await a future of the engine's thread. Shielded, since only the engine may end it."""
+    return asyncio.shield(asyncio.wrap_future(future))
+
+
+async def cancel_on_disconnect(http: HTTPRequest, work: Awaitable[T]) -> T:
+    """The result of `work`; if the client disconnects first, `work` is cancelled and APIError is raised."""
+    task = asyncio.ensure_future(work)
+    disconnected = asyncio.ensure_future(_disconnected(http))
+    try:
+        await asyncio.wait((task, disconnected), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise APIError(499, "the client has disconnected")
+    finally:
+        disconnected.cancel()
+        if not task.done():
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+
+async def _disconnected(http: HTTPRequest) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+# Streams --------------------------------------------------------------------------------------------------------------
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events of some requests, which are cancelled when the stream ends."""
+
+    def __init__(self, events: AsyncIterator[str], handles: Sequence[RequestHandle]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
+        self._handles = handles
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            _cancel(self._handles)
+
+
+def stream_response(engine: Engine, tokenizer: Tokenizer, parsed: ParsedRequest) -> EventStream:
+    """All choices, token by token. Raises APIError: the requests are submitted before the stream begins."""
+    loop = asyncio.get_running_loop()
+    outputs: Outputs = asyncio.Queue()
+
+    def put(number: int, output: TokenOutput | None) -> None:
+        with suppress(RuntimeError):  # the loop is closed: the server was stopped at once
+            loop.call_soon_threadsafe(outputs.put_nowait, (number, output))
+
+    def put_end(number: int, _: object) -> None:
+        put(number, None)
+
+    handles = _submit(engine, parsed.requests, put)
+    for number, handle in enumerate(handles):
+        handle.done.add_done_callback(partial(put_end, number))
+    return EventStream(_events(handles, outputs, Formatter(tokenizer, parsed)), handles)
+
+
+async def _events(handles: Sequence[RequestHandle], outputs: Outputs, formatter: "Formatter") -> AsyncIterator[str]:
+    head = formatter.head(chunk=True)
+    running, offsets = len(handles), [0] * len(handles)
+    try:
+        if formatter.parsed.chat:
+            for number in range(len(handles)):
+                yield _event({**head, "choices": [_delta(number, {"role": "assistant", "content": ""})]})
+        while running:
+            number, output = await outputs.get()
+            if output is None:  # this choice has ended: its future holds the result or raises the error
+                running -= 1
+                _raise_if_unfinished(handles[number].done.result().finish_reason)
+            elif output.finish_reason not in ("cancelled", "error"):  # the future tells more about these
+                if (choice := formatter.chunk(number, output, offsets[number])) is not None:
+                    yield _event({**head, "choices": [choice]})
+                offsets[number] += len(output.text)
+        if formatter.parsed.usage:
+            usage = formatter.usage([handle.done.result() for handle in handles])
+            yield _event({**head, "choices": [], "usage": usage})
+        yield "data: [DONE]\n\n"
+    except GraftError as error:
+        yield _event(to_http_error(error).to_json())
+
+
+def _event(content: Event) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False, allow_nan=False)}\n\n"
+
+
+def _raise_if_unfinished(finish_reason: str) -> None:
+    if finish_reason == "cancelled":
+        raise APIError(503, "the server is stopping: the answer is incomplete", code="stopping")
+    if finish_reason == "error":
+        raise APIError(500, "the engine failed at this request")
+
+
+# JSON -----------------------------------------------------------------------------------------------------------------
+
+
+class Formatter:
+    """OpenAI's JSON of one request's choices, of completions and of chats."""
+
+    def __init__(self, tokenizer: Tokenizer, parsed: ParsedRequest) -> None:
+        self.tokenizer, self.parsed = tokenizer, parsed
+
+    def head(self, chunk: bool = False) -> Event:
+        """What every response and every event of a stream begins with."""
+        kind = ("chat.completion.chunk" if chunk else "chat.completion") if self.parsed.chat else "text_completion"
+        name = f"{'chatcmpl' if self.parsed.chat else 'cmpl'}-{uuid.uuid4().hex}"
+        return {"id": name, "object": kind, "created": int(time.time()), "model": self.parsed.model}
+
+    def choice(self, index: int, completion: Completion) -> Event:
+        """A complete choice."""
+        message = {"role": "assistant", "content": completion.text, "refusal": None}
+        text = {"message": message} if self.parsed.chat else {"text": completion.text}
+        logprobs = self._logprobs(completion.tokens, completion.logprobs)
+        return {"index": index, **text, "logprobs": logprobs, "finish_reason": completion.finish_reason}
+
+    def chunk(self, index: int, output: TokenOutput, offset: int) -> Event | None:
+        """One output as a choice of an event; None if it is empty. `offset`: characters of the choice so far."""
+        logprobs = None
+        if output.token is not None and output.logprob is not None:
+            logprobs = self._logprobs([output.token], [output.logprob], offset)
+        if not output.text and output.finish_reason is None and logprobs is None:
+            return None
+        if self.parsed.chat:
+            return _delta(index, {"content": output.text} if output.text else {}, logprobs, output.finish_reason)
+        return {"index": index, "text": output.text, "logprobs": logprobs, "finish_reason": output.finish_reason}
+
+    def usage(self, completions: Sequence[Completion]) -> Event:
+        """The numbers of tokens; a prompt with n choices counts once."""
+        prompt = sum(completion.prompt_tokens for completion in completions[:: self.parsed.n])
+        completion = sum(len(completion.tokens) for completion in completions)
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+    def _logprobs(self, tokens: Sequence[int], logprobs: Sequence[float], offset: int = 0) -> Event | None:
+        if not self.parsed.logprobs:
+            return None
+        texts = [self.tokenizer.token(token) for token in tokens]
+        if self.parsed.chat:
+            rows = zip(texts, logprobs, strict=True)
+            empty: Event = {"bytes": None, "top_logprobs": []}
+            return {"content": [{"token": text, "logprob": value, **empty} for text, value in rows], "refusal": None}
+        offsets = [offset + sum(map(len, texts[:number])) for number in range(len(texts))]
+        return {"tokens": texts, "token_logprobs": list(logprobs), "top_logprobs": None, "text_offset": offsets}
+
+
+def _delta(index: int, delta: Event, logprobs: Event | None = None, finish_reason: str | None = None) -> Event:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
