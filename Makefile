@@ -69,37 +69,27 @@ release: .venv/dev  ## wheel, source archive and bill of materials; the same byt
 	  -o dist/graftlm.cdx.json
 
 TODAY := $(shell date +%F)
-RESULT = --json-out benchmarks/results/$(TODAY)-$@.json > /dev/null
 
-BENCHES := train train-all speeds dpo evaluate few-shot train-layers startup serve processes plan
+BENCHES := train train-all speeds dpo evaluate few-shot kernels train-layers processes serve plan
 
 bench: .venv/peers $(BENCHES)  ## measure all public claims (some hours)
 	$(BIN)/python benchmarks/page.py
-	$(BIN)/python benchmarks/paper.py
+
+train: SCRIPT = train_vs_peers.py
+train-all: SCRIPT = train_vs_peers.py --loss_on all --steps 20
+speeds: SCRIPT = methods.py
+dpo: SCRIPT = dpo_vs_trl.py
+evaluate: SCRIPT = evaluate_vs_peers.py
+few-shot: SCRIPT = fewshot_vs_peers.py
+kernels: SCRIPT = options.py --only kernels
+train-layers: SCRIPT = options.py --only train-layers
+processes: SCRIPT = options.py --only processes
+serve: SCRIPT = serve_load.py
+plan: SCRIPT = plan_vs_run.py
 
 .PHONY: $(BENCHES)
-train: .venv/peers
-	$(BIN)/python benchmarks/train_vs_peers.py $(RESULT)
-train-all: .venv/peers
-	$(BIN)/python benchmarks/train_vs_peers.py --loss_on all --steps 20 $(RESULT)
-speeds: .venv/peers
-	$(BIN)/python benchmarks/methods.py $(RESULT)
-dpo: .venv/peers
-	$(BIN)/python benchmarks/dpo_vs_trl.py $(RESULT)
-evaluate: .venv/peers
-	$(BIN)/python benchmarks/evaluate_vs_peers.py $(RESULT)
-few-shot: .venv/peers
-	$(BIN)/python benchmarks/fewshot_vs_peers.py $(RESULT)
-train-layers: .venv/peers
-	$(BIN)/python benchmarks/train_layers.py $(RESULT)
-startup: .venv/peers
-	$(BIN)/python benchmarks/startup.py $(RESULT)
-serve: .venv/peers
-	$(BIN)/python benchmarks/serve_load.py $(RESULT)
-processes: .venv/peers
-	$(BIN)/python benchmarks/processes.py $(RESULT)
-plan: .venv/peers
-	$(BIN)/python benchmarks/plan_vs_run.py $(RESULT)
+$(BENCHES): .venv/peers
+	$(BIN)/python benchmarks/$(SCRIPT) --json-out benchmarks/results/$(TODAY)-$@.json > /dev/null
 
 clean:  ## what make made; the fetched models and data stay in their cache
 	rm -rf .venv runs site .mypy_cache .pytest_cache .ruff_cache build dist mutants

@@ -1,34 +1,27 @@
-"""The controlled sentiment experiment of the DPO paper (Rafailov et al. 2023, section 6.1), end to end on real reviews.
+"""The controlled sentiment experiment of the DPO paper (Rafailov et al. 2023, section 6.1) on real reviews.
 
     python benchmarks/controlled_sentiment.py [--work runs/controlled] [--until pairs] [--json-out FILE]
-    python benchmarks/controlled_sentiment.py --page FILE
 
-    texts        IMDb reviews -> whole sentences: an opening of a few words, and what follows it
+    texts        IMDb reviews -> whole sentences: a prompt of a few words, and its continuation
     classifier   `graft train` on Rotten Tomatoes: its probability of "positive" is the reward
-    sft          `graft train` on the texts: a model that writes reviews, the reference of all that follows
-    pairs        `graft prefer`: its answers to other openings, the best against the worst
-    dpo          `graft train --objective dpo` from the reference, once for each beta, with checkpoints on the way
-    preferred    `graft train` from the reference on the chosen answers alone, with checkpoints
-    evaluation   for every checkpoint: answers to held-out openings, their reward, and the KL to the reference
+    sft          `graft train` on the texts: the reference of all later stages
+    pairs        `graft prefer`: its answers to other prompts, the best against the worst
+    dpo          `graft train --objective dpo` from the reference, once for each beta, keeping checkpoints
+    preferred    `graft train` from the reference on the chosen answers alone, keeping checkpoints
+    evaluation   for every checkpoint: answers to held-out prompts, their reward, and the KL to the reference
 
-and then the frontier of reward against KL: DPO, SFT on the preferred, the base, and best-of-n of the reference's
-answers beside them. All values are in recipes/preferences/controlled.toml. Killed and given again it goes on: a stage
-whose NAME.json is in the work folder is not run again, and training goes on from its last checkpoint.
+The result is the frontier of reward against KL: DPO, SFT on the preferred, the base, and best-of-n of the reference's
+answers. All values are in recipes/preferences/controlled.toml. Killed and started again, it continues: a stage whose
+NAME.json is in the work folder is not run again, and training resumes from its last checkpoint.
 
-What is unusual here: the KL is no difference of two sampled log-probabilities. At every token of an answer that the
-policy sampled, the KL between both models' whole distributions of the next token is computed, and summed over the
-answer; its mean estimates the same KL between distributions of answers, with less variance (the sampled difference is
-kept beside it). Answers that do not end within max_new_tokens are cut, for policy and reference alike.
-
-A line for each stage goes to stderr, one JSON object to the last line of stdout. With --page docs/preferences.md is
-made anew from a result: what stands between its marks is replaced.
+The KL is not the difference of two sampled log-probabilities: for each sampled token the KL between both models'
+distributions of the next token is computed, and summed over the answer. Its mean estimates the same KL between
+distributions of answers with less variance. Answers are truncated at max_new_tokens, for policy and reference.
 """
 
 import argparse
 import json
-import os
 import re
-import subprocess
 import sys
 import time
 import tomllib
@@ -39,73 +32,49 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from _frontier import Array, Point, best_of_n, compare, draws, interval, kl_of_best, picture
-from _machine import describe
-from handout import fill
-from page import machine
-from train_vs_peers import ROOT, BenchmarkError, git_state
+from frontier import Point, best_of_n, compare, draws, interval, kl_of_best
+from harness import ROOT, BenchmarkError, graft, graft_words, main, note, read_rows, write_rows
+from render import DOCS, WORDS, chart, fill, machine, markdown, newest
 
 if TYPE_CHECKING:
     from graftlm.exchange.load import Loaded
 
-TEXTS, JUDGE, START = ("texts",), ("classifier",), ("texts", "sft")
-PAIRS = ("texts", "classifier", "sft", "pairs")
-"""The recipe's tables that decide what the stages give."""
 STAGES = ("texts", "classifier", "sft", "pairs", "dpo", "preferred", "evaluation")
+TEXTS, CLASSIFIER, SFT, PAIRS = ("texts",), ("classifier",), ("texts", "sft"), ("texts", "classifier", "sft", "pairs")
+"""The recipe's tables on which a stage's result depends."""
 RECIPE = ROOT / "recipes" / "preferences" / "controlled.toml"
+PAGE = DOCS / "preferences.md"
 SENTENCE_END = re.compile(r"[.!?][\"')\]]*$")
-FEWEST = 4
-"""Words that must follow an opening."""
-POSITIONS = 512
-"""Positions whose distributions are compared at once; at 50,000 tokens of a vocabulary they take 100 MB a model."""
-GRID = 10
-"""Steps of KL at which two lines are compared."""
+MIN_WORDS = 4
+"""Words that must follow a prompt."""
+ROWS = 10
+"""Answers whose distributions are compared in one pass; 480 tokens of a vocabulary of 50,000 take 100 MB per model."""
+KL_STEPS = 10
+"""Values of the KL at which two lines are compared."""
 
 
-def graft(*words: str) -> Any:
-    """The JSON object of a graft command of this checkout; its notes go to the standard error as they come."""
-    path = os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "graftlm", *words, "--json"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path})
-    if done.returncode:
-        raise BenchmarkError(f"graft {' '.join(words)} failed with status {done.returncode}")
-    return json.loads(done.stdout)
-
-
-def flags(values: Mapping[str, Any]) -> list[str]:
-    """Values by flag -> the words of a command line."""
-    return [f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in values.items()]
-
-
-def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A jsonl file, atomically."""
-    from graftlm.files.atomic import write_text
-
-    write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The rows of a jsonl file."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+def run_graft(verb: str, values: Mapping[str, Any]) -> Any:
+    """The JSON object of a graft command with these flags."""
+    return graft(*graft_words(verb, values)[:-1])
 
 
 # --------------------------------------------------------------------------------------------------------- the texts
 
 
 def beginning(text: str, opening: int, words: int) -> tuple[str, str] | None:
-    """A review's first words, and what follows them up to the last end of a sentence within `words` words.
+    """A review's first words, and their continuation up to the last end of a sentence within `words` words.
 
-    White space becomes single spaces, and the text ends before its first HTML tag. None where nothing fits.
+    White space becomes single spaces, and the text ends before its first HTML tag. None if no sentence fits.
     """
     parts = text.partition("<br")[0].split()[:words]
     end = max((n for n, word in enumerate(parts, start=1) if SENTENCE_END.search(word)), default=0)
-    if end < opening + FEWEST:
+    if end < opening + MIN_WORDS:
         return None
     return " ".join(parts[:opening]), " " + " ".join(parts[opening:end])
 
 
 def take(texts: Iterator[tuple[str, str]], count: int, taken: set[str], what: str) -> list[dict[str, str]]:
-    """The next `count` texts whose openings are not taken yet."""
+    """The next `count` texts whose prompts are not in `taken`."""
     rows = []
     for prompt, completion in texts:
         if prompt not in taken:
@@ -113,11 +82,11 @@ def take(texts: Iterator[tuple[str, str]], count: int, taken: set[str], what: st
             rows.append({"prompt": prompt, "completion": completion})
             if len(rows) == count:
                 return rows
-    raise BenchmarkError(f"{what}: only {len(rows)} of {count} different openings; ask for fewer")
+    raise BenchmarkError(f"{what}: only {len(rows)} of {count} different prompts; ask for fewer")
 
 
 def make_texts(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Write the texts' files; no opening is in two of them."""
+    """Write the texts' files; no prompt is in two of them."""
     from graftlm.text.dataset import load_dataset, text_hash
 
     splits = load_dataset(values["data"]).splits
@@ -144,22 +113,22 @@ def make_texts(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A recipe and the folder in which it is worked off."""
+    """A recipe and its work folder."""
 
     recipe: dict[str, Any]
     work: Path
 
     def stage(self, name: str, tables: Sequence[str], run: Callable[[], Any]) -> Any:
-        """What a stage gives: run now, or read if it was run before with the same values in the recipe's `tables`."""
+        """A stage's result: run now, or read if it was run before with the same values in the recipe's `tables`."""
         from graftlm.files.atomic import write_json
 
         file, begun = self.work / f"{name}.json", self.work / f"{name}.begun"
-        # To another list of betas belong the same runs of those that are in both.
+        # A longer list of betas keeps the runs of those that are done.
         values = {each: {k: v for k, v in self.recipe[each].items() if k != "betas"} for each in tables}
         again = begun.is_file()
         if again and (was := json.loads(begun.read_text(encoding="utf-8"))) != values:
             other = ", ".join(f"[{each}]" for each in tables if was.get(each) != values[each])
-            raise BenchmarkError(f"{self.work}: {name} was begun with another {other}: name another folder with --work")
+            raise BenchmarkError(f"{self.work}: {name} was begun with another {other}: choose another --work")
         if file.is_file():
             return json.loads(file.read_text(encoding="utf-8"))["result"]
         write_json(begun, values)
@@ -167,11 +136,11 @@ class Experiment:
         result = run()
         seconds = time.perf_counter() - began
         write_json(file, {"seconds": round(seconds, 1), "again": again, "result": result})
-        print(f"{name}: {seconds:.0f} s", file=sys.stderr, flush=True)
+        note(f"{name}: {seconds:.0f} s")
         return result
 
     def seconds(self) -> dict[str, dict[str, Any]]:
-        """Seconds of each stage that is done, and whether any part of it had to be begun again."""
+        """Seconds of each finished stage, and whether any part of it was interrupted."""
         found: dict[str, dict[str, Any]] = {}
         for file in sorted(self.work.glob("*.json"), key=lambda file: file.stat().st_mtime_ns):
             about = json.loads(file.read_text(encoding="utf-8"))
@@ -181,13 +150,13 @@ class Experiment:
         return found
 
     def train(self, name: str, values: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-        """The results of a training run in the folder `name`; begun, gone on with, or read."""
+        """The results of a training run in the folder `name`: started, resumed, or read."""
         out_dir = self.work / name
         record = out_dir / "run.json"
         if record.is_file():
             results = json.loads(record.read_text(encoding="utf-8"))["results"]
-            return results or graft("train", "--resume", f"--out_dir={out_dir}")
-        return graft("train", *flags({**values, **more, "out_dir": out_dir}))
+            return results or run_graft("train", {"resume": True, "out_dir": out_dir})
+        return run_graft("train", {**values, **more, "out_dir": out_dir})
 
     def run(self, until: str) -> None:
         """All stages up to `until`."""
@@ -195,30 +164,30 @@ class Experiment:
         own = self.recipe
         stages: dict[str, Callable[[], object]] = {
             "texts": lambda: self.stage("texts", TEXTS, lambda: make_texts(own["texts"], self.work)),
-            "classifier": lambda: self.stage("classifier", JUDGE, lambda: self.train("classifier", own["classifier"])),
-            "sft": lambda: self.stage(
-                "sft", START, lambda: self.train("reference", own["sft"], data=self.work / "sft")
+            "classifier": lambda: self.stage(
+                "classifier", CLASSIFIER, lambda: self.train("classifier", own["classifier"])
             ),
+            "sft": lambda: self.stage("sft", SFT, lambda: self.train("reference", own["sft"], data=self.work / "sft")),
             "pairs": lambda: self.stage("pairs", PAIRS, self.make_pairs),
             "dpo": self.train_dpo,
             "preferred": lambda: self.stage("preferred", (*PAIRS, "preferred"), self.train_preferred),
             "evaluation": self.evaluate,
         }
-        for name, run in stages.items():
-            run()
-            if name == until:
-                return
+        for name in STAGES[: STAGES.index(until) + 1]:
+            stages[name]()
 
     def make_pairs(self) -> dict[str, Any]:
         """`graft prefer`, and its pairs as two data sets: pairs/ for DPO, chosen/ for SFT on the preferred."""
         file = self.work / "pairs.jsonl"
-        file.unlink(missing_ok=True)  # of a stage that was killed before it had ended
+        file.unlink(missing_ok=True)  # of a killed stage
         places = {"out_dir": self.work / "reference", "prompts": self.work / "prompts.jsonl", "out": file}
-        found = graft("prefer", *flags({**self.recipe["pairs"], **places, "judge": self.work / "classifier"}))
+        found = run_graft("prefer", {**self.recipe["pairs"], **places, "judge": self.work / "classifier"})
         rows, held = read_rows(file), self.recipe["texts"]["pairs_validation"]
         prompts = list(dict.fromkeys(row["prompt"] for row in rows))
         if len(prompts) <= held:
-            raise BenchmarkError(f"pairs of {len(prompts)} prompts only, and {held} are to validate: ask for more")
+            raise BenchmarkError(
+                f"pairs of only {len(prompts)} prompts, of which {held} are for validation: ask for more"
+            )
         for split, some in (("validation", set(prompts[:held])), ("train", set(prompts[held:]))):
             own = [row for row in rows if row["prompt"] in some]
             write_rows(self.work / "pairs" / f"{split}.jsonl", own)
@@ -254,12 +223,12 @@ class Experiment:
 
     @cached_property
     def prompts(self) -> list[str]:
-        """The held-out openings."""
+        """The held-out prompts."""
         return [row["prompt"] for row in read_rows(self.work / "held_out.jsonl")]
 
     @cached_property
     def reference(self) -> "Loaded":
-        """The model that all others are held against."""
+        """The model that all others are compared with."""
         from graftlm.exchange.load import load
 
         return load("resume", self.work / "reference")
@@ -288,7 +257,7 @@ class Experiment:
         """The reference's many answers, the base, and every checkpoint."""
         from graftlm.exchange.load import load
 
-        measuring = (*JUDGE, *START, "evaluation")
+        measuring = (*CLASSIFIER, *SFT, "evaluation")
         self.stage("evaluation best-of-n", measuring, self.sample_reference)
         self.stage("evaluation base", measuring, lambda: self.measure(load(self.recipe["sft"]["init_from"])))
         for name, (run, checkpoint) in self.checkpoints().items():
@@ -296,7 +265,7 @@ class Experiment:
             self.stage(f"evaluation {name}", tables, partial(self.measure_run, run, checkpoint))
 
     def measure_run(self, run: str, checkpoint: str) -> dict[str, Any]:
-        """What `measure` says of a run's checkpoint."""
+        """`measure` of a run's checkpoint."""
         from graftlm.exchange.load import load
 
         return self.measure(load("resume", self.work / run, checkpoint))
@@ -314,7 +283,7 @@ class Experiment:
         }
 
     def sample(self, loaded: "Loaded", prompts: Sequence[str]) -> tuple[list[str], list[bool], list[list[int]]]:
-        """An answer to each prompt at temperature 1: texts, whether they ended by themselves, tokens."""
+        """An answer to each prompt at temperature 1: texts, whether they are finished, tokens."""
         from graftlm.inference.generate import generate_ids
 
         values = self.recipe["evaluation"]
@@ -330,15 +299,13 @@ class Experiment:
         return texts, [len(ids) < values["max_new_tokens"] for ids in tokens], tokens
 
     def measure(self, policy: "Loaded") -> dict[str, Any]:
-        """Reward and KL of one answer to each held-out opening, [P] each, and what else there is to know."""
+        """Reward and KL of one answer to each held-out prompt, [P] each."""
         answers, ended, tokens = self.sample(policy, self.prompts)
         prompts = policy.tokenizer.encode_batch(self.prompts, bos=True)
         sampled = [[*ids, policy.tokenizer.eot] if done else ids for ids, done in zip(tokens, ended, strict=True)]
-        kl, ratio = kl_of_answers(policy, self.reference, prompts, sampled)
         return {
             "reward": self.reward(self.prompts, answers),
-            "kl": kl,
-            "log_ratio": ratio,
+            "kl": kl_of_answers(policy, self.reference, prompts, sampled),
             "ended": float(np.mean(ended)),
             "tokens": float(np.mean([len(ids) for ids in tokens])),
             "texts": [prompt + answer for prompt, answer in zip(self.prompts, answers, strict=True)][:4],
@@ -347,52 +314,37 @@ class Experiment:
 
 def kl_of_answers(
     policy: "Loaded", reference: "Loaded", prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
-) -> tuple[list[float], list[float]]:
-    """For each answer, in nats: the sum over its tokens of KL(policy || reference) where the token was sampled, and the
-    plain difference of the two log-probabilities of what was sampled. Both have the KL of answers as their mean.
-    """
+) -> list[float]:
+    """For each answer the sum over its positions of KL(policy || reference), in nats."""
     import torch
 
     from graftlm.inference.generate import eval_mode, right_pad
 
-    kl, ratio = [0.0] * len(prompts), [0.0] * len(prompts)
+    kl = [0.0] * len(prompts)
+    by_length = sorted((row for row, answer in enumerate(answers) if answer), key=lambda row: len(answers[row]))
     with eval_mode(policy.model), eval_mode(reference.model):
-        for rows in _together([len(answer) for answer in answers], POSITIONS):
+        for rows in (by_length[start : start + ROWS] for start in range(0, len(by_length), ROWS)):
             ids, _ = right_pad([[*prompts[row], *answers[row][:-1]] for row in rows], policy.model.device)
-            place = [
-                (slot, row, len(prompts[row]) - 1 + i, token)
+            places = [
+                (row, slot * ids.shape[1] + len(prompts[row]) - 1 + i)
                 for slot, row in enumerate(rows)
-                for i, token in enumerate(answers[row])
+                for i in range(len(answers[row]))
             ]
-            at = torch.tensor([slot * ids.shape[1] + position for slot, _, position, _ in place], device=ids.device)
-            tokens = torch.tensor([token for *_, token in place], device=ids.device)[:, None]
+            at = torch.tensor([position for _, position in places], device=ids.device)
             ours, theirs = (model(ids, at=at).float().log_softmax(dim=-1) for model in (policy.model, reference.model))
-            each = torch.stack([(ours.exp() * (ours - theirs)).sum(-1), (ours - theirs).gather(-1, tokens)[:, 0]])
-            for (_, row, _, _), step, sampled in zip(place, *each.double().tolist(), strict=True):
+            steps = (ours.exp() * (ours - theirs)).sum(-1).double().tolist()
+            for (row, _), step in zip(places, steps, strict=True):
                 kl[row] += step
-                ratio[row] += sampled
-    return kl, ratio
+    return kl
 
 
-def _together(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Rows of similar length, together at most `most` tokens; a row without any is left out."""
-    group: list[int] = []
-    for row in sorted((row for row in range(len(lengths)) if lengths[row]), key=lambda row: lengths[row]):
-        if group and sum(lengths[other] for other in group) + lengths[row] > most:
-            yield group
-            group = []
-        group.append(row)
-    if group:
-        yield group
-
-
-# --------------------------------------------------------------------------------------------------- what it says
+# ----------------------------------------------------------------------------------------------------------- summary
 
 
 def summarise(recipe: Mapping[str, Any], results: Mapping[str, Any], seconds: Mapping[str, Any]) -> dict[str, Any]:
     """The frontier: every point with its intervals, best-of-n, DPO against SFT on the preferred, and the claims.
 
-    results: what the stages gave, by name; of "evaluation NAME" there is one for each point.
+    results: of each stage by name; "evaluation NAME" for each point.
     """
     values = recipe["evaluation"]
     many = np.array(results["evaluation best-of-n"]["reward"])
@@ -406,15 +358,14 @@ def summarise(recipe: Mapping[str, Any], results: Mapping[str, Any], seconds: Ma
     points = {"reference": _row(start, chosen)}
     for name, point in measured.items():
         found = results[f"evaluation {name}"]
-        extra = {"sampled_kl": float(np.mean(found["log_ratio"])), "ended": found["ended"], "tokens": found["tokens"]}
-        points[name] = {**_row(point, chosen), **extra}
+        points[name] = {**_row(point, chosen), "ended": found["ended"], "tokens": found["tokens"]}
     best = {}
     for n in [2**i for i in range(many.shape[1].bit_length()) if 2**i <= many.shape[1]]:
         best[str(n)] = {**_row(Point(best_of_n(many, n), np.zeros(len(many))), chosen), "kl": kl_of_best(n)}
     dpo = {name: point for name, point in measured.items() if name.startswith("dpo-")}
     preferred = [point for name, point in measured.items() if name.startswith("preferred")]
     against = compare(
-        list(dpo.values()), preferred, start, steps=GRID, resamples=values["resamples"], seed=values["seed"]
+        list(dpo.values()), preferred, start, steps=KL_STEPS, resamples=values["resamples"], seed=values["seed"]
     )
     top = max(dpo, key=lambda name: points[name]["reward"])
     total = sum(stage["seconds"] for stage in seconds.values())
@@ -449,148 +400,105 @@ def _last(measured: Mapping[str, Point]) -> str:
 def _row(point: Point, chosen: Any) -> dict[str, float]:
     """A point's means and their intervals."""
     kl, reward = point.at()
-    low, high = interval(_resampled(point.reward, chosen))
-    kl_low, kl_high = interval(_resampled(point.kl, chosen))
+    low, high = interval(point.reward[chosen].mean(axis=1))
+    kl_low, kl_high = interval(point.kl[chosen].mean(axis=1))
     return {"kl": kl, "kl_low": kl_low, "kl_high": kl_high, "reward": reward, "low": low, "high": high}
 
 
-def _resampled(values: Array, chosen: Any) -> Array:
-    means: Array = values[chosen].mean(axis=1)
-    return means
-
-
 def collect(experiment: Experiment) -> dict[str, Any]:
-    """What the stages gave, by name."""
+    """The results of all stages, by name."""
     names = ["texts", "classifier", "sft", "pairs", "evaluation best-of-n", "evaluation base"]
     names += [f"evaluation {name}" for name in experiment.checkpoints()]
     files = {name: experiment.work / f"{name}.json" for name in names}
     return {name: json.loads(file.read_text(encoding="utf-8"))["result"] for name, file in files.items()}
 
 
-# -------------------------------------------------------------------------------------------------------- the page
+# ---------------------------------------------------------------------------------------------------------- the page
 
 
-def blocks(result: Mapping[str, Any], date: str) -> tuple[dict[str, str], dict[str, str]]:
-    """What belongs between the page's marks, and the pictures: file name -> SVG."""
-    points, found = result["points"], result["found"]
-    runs: dict[str, list[tuple[float, float]]] = {}
+def spread(low: float, high: float, form: str) -> str:
+    """An interval; empty where nothing varies."""
+    return f"{low:{form}} to {high:{form}}" if high else ""
+
+
+def blocks(result: Mapping[str, Any]) -> tuple[dict[str, str], str]:
+    """What belongs between the page's marks, and the picture as SVG."""
+    points, found, against = result["points"], result["found"], result["comparison"]
+    best = {f"best of {n}": row for n, row in result["best_of_n"].items()}
     origin = (0.0, points["reference"]["reward"])
+    lines: dict[str, list[tuple[float, float]]] = {}
     for name, point in points.items():
-        run = name.partition(" step ")[0]
-        if run != name:
-            runs.setdefault(run.replace("dpo-", "DPO, beta ").replace("preferred", "SFT on the preferred"), [origin])
-            runs[[*runs][-1]].append((point["kl"], point["reward"]))
-    runs["best-of-n of the reference"] = [(best["kl"], best["reward"]) for best in result["best_of_n"].values()]
-    marks = {"base": (points["base"]["kl"], points["base"]["reward"]), "reference": origin}
+        run, _, step = name.partition(" step ")
+        if step:
+            label = run.replace("dpo-", "DPO, beta ").replace("preferred", "SFT on the preferred")
+            lines.setdefault(label, [origin]).append((point["kl"], point["reward"]))
+    lines["best-of-n of the reference"] = [(row["kl"], row["reward"]) for row in best.values()]
+    lines["base"] = [(points["base"]["kl"], points["base"]["reward"])]
     minutes = " · ".join(f"{name} {seconds / 60:.1f}" for name, seconds in result["seconds"].items())
     pairs, judge = found["pairs"], found["classifier"]["last"]
-    words = {True: "holds", False: "does **not** hold", None: "was not measured"}
-    against = result["comparison"]
+    rows = [
+        [
+            name,
+            f"{row['kl']:.2f}",
+            spread(row["kl_low"], row["kl_high"], ".2f"),
+            f"{row['reward']:.3f}",
+            spread(row["low"], row["high"], ".3f"),
+            f"{row['ended']:.0%}" if "ended" in row else "",
+        ]
+        for name, row in {**points, **best}.items()
+    ]
+    differences = [
+        [
+            *(f"{row['kl']:.2f}", f"{row['one']:.3f}", f"{row['other']:.3f}", f"{row['difference']:+.3f}"),
+            spread(row["low"], row["high"], "+.3f"),
+        ]
+        for row in against["rows"]
+    ]
+    differences.append(["mean", "", "", f"{against['mean']:+.3f}", spread(against["low"], against["high"], "+.3f")])
+    title = "mean reward against the KL to the reference"
+    picture = chart(lines, title, "KL to the reference, nats", (0, 0.1, 0.5, 1, 2, 5, 10, 20, 50, 100), root=True)
+    claims = "\n".join(f"- *{claim}*: {WORDS[holds]}" for claim, holds in result["claims"].items())
+    head = ("KL, nats", "DPO", "SFT on the preferred", "difference", "95%")
     return {
-        "machine": f"{date}, seed {result['recipe']['evaluation']['seed']} of the samples, 0 of all training. "
+        "machine": f"{result['date']}, seed {result['recipe']['evaluation']['seed']} of the samples, 0 of training. "
         f"{machine(result)}\n\n{result['minutes']:.0f} minutes in all: {minutes}.",
         "pairs": f"{pairs['pairs']:,} pairs of {pairs['answers']:,} answers to {pairs['prompts']:,} openings "
         f"({pairs['ties']} ties, {pairs['duplicates']} duplicates, {pairs['empty']} empty; {pairs['cut']} answers in "
         f"pairs were cut). Mean reward of all answers {pairs['mean_reward']:.3f}, of the chosen "
         f"{pairs['reward_chosen']:.3f}, of the rejected {pairs['reward_rejected']:.3f}. The classifier is right on "
         f"{judge['val_accuracy']:.1%} of the Rotten Tomatoes validation sample.",
-        "frontier": "\n".join(
-            [
-                "| model | KL, nats | 95% | mean reward | 95% | ended |",
-                "| --- | ---: | ---: | ---: | ---: | ---: |",
-                *(_line(name, point) for name, point in points.items()),
-                *(_line(f"best of {n}", best) for n, best in result["best_of_n"].items()),
-                "",
-                "![mean reward against the KL to the reference](preferences/frontier.svg)",
-            ]
-        ),
-        "comparison": "\n".join(
-            [
-                "| KL, nats | DPO | SFT on the preferred | difference | 95% |",
-                "| ---: | ---: | ---: | ---: | ---: |",
-                *(
-                    f"| {row['kl']:.2f} | {row['one']:.3f} | {row['other']:.3f} | {row['difference']:+.3f} | "
-                    f"{row['low']:+.3f} to {row['high']:+.3f} |"
-                    for row in against["rows"]
-                ),
-                f"| mean | | | {against['mean']:+.3f} | {against['low']:+.3f} to {against['high']:+.3f} |",
-                "",
-                *(f"- *{claim}*: {words[holds]}" for claim, holds in result["claims"].items()),
-            ]
-        ),
+        "frontier": f"{markdown(('model', 'KL, nats', '95%', 'mean reward', '95%', 'ended'), rows)}\n\n"
+        f"![{title}](preferences/frontier.svg)",
+        "comparison": f"{markdown(head, differences, left=0)}\n\n{claims}",
         "samples": "\n".join(
             f"- {name}: " + " / ".join(f"“{' '.join(text.split())}”" for text in texts[:3])
             for name, texts in result["texts"].items()
         ),
-    }, {"frontier.svg": picture(runs, marks)}
+    }, picture
 
 
-def _line(name: str, point: Mapping[str, float]) -> str:
-    spread = f"{point['kl_low']:.2f} to {point['kl_high']:.2f}" if point["kl_high"] else ""
-    ended = f"{point['ended']:.0%}" if "ended" in point else ""
-    reward = f"{point['reward']:.3f} | {point['low']:.3f} to {point['high']:.3f}"
-    return f"| {name} | {point['kl']:.2f} | {spread} | {reward} | {ended} |"
+def pages() -> dict[Path, str]:
+    """The page and the picture that the newest result gives."""
+    found, picture = blocks(newest("controlled"))
+    text = fill(PAGE.read_text(encoding="utf-8"), found)
+    return {PAGE: text, PAGE.with_suffix("") / "frontier.svg": picture}
 
 
-def write_page(file: Path) -> None:
-    """docs/preferences.md and its picture from a result's file."""
-    found, pictures = blocks(json.loads(file.read_text(encoding="utf-8")), file.stem[:10])
-    page = ROOT / "docs" / "preferences.md"
-    page.write_text(fill(page.read_text(encoding="utf-8"), found), encoding="utf-8")
-    folder = page.with_suffix("")
-    folder.mkdir(exist_ok=True)
-    for name, svg in pictures.items():
-        (folder / name).write_text(svg, encoding="utf-8")
+def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """All stages up to --until; after the last one the summary."""
+    recipe = tomllib.loads(args.recipe.read_text(encoding="utf-8"))
+    experiment = Experiment(recipe, args.work.resolve())
+    experiment.run(args.until)
+    if args.until != STAGES[-1]:
+        return {"seconds": experiment.seconds()}
+    return {"recipe": recipe, **summarise(recipe, collect(experiment), experiment.seconds())}
 
 
-def table(summary: Mapping[str, Any]) -> str:
-    """The summary for a reader."""
-    lines = [f"{'':26}{'KL':>8}{'reward':>9}{'95%':>17}"]
-    best = {f"best of {n}": row for n, row in summary["best_of_n"].items()}
-    for name, point in {**summary["points"], **best}.items():
-        lines.append(f"{name:26}{point['kl']:8.2f}{point['reward']:9.3f}{point['low']:9.3f}{point['high']:8.3f}")
-    against = summary["comparison"]
-    lines.append(
-        f"DPO above SFT on the preferred by {against['mean']:.3f} ({against['low']:.3f} {against['high']:.3f})"
-    )
-    lines.append(f"{summary['minutes']} minutes")
-    words = {True: "yes", False: "NO", None: "not measured"}
-    return "\n".join([*lines, *(f"{claim + '?':66}{words[holds]}" for claim, holds in summary["claims"].items())])
-
-
-def main(words: Sequence[str] | None = None) -> int:
-    """Run the experiment, or make the page; the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", type=Path, default=RECIPE, help="the values (recipes/preferences/controlled.toml)")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "controlled", help="the folder of all runs")
-    parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to run (default: all)")
-    parser.add_argument("--json-out", type=Path, help="write the JSON object to this file too")
-    parser.add_argument("--page", type=Path, help="only make docs/preferences.md from this result")
-    args = parser.parse_args(words)
-    sys.path.insert(0, str(ROOT / "src"))  # this checkout, not an installed graftlm
-    from graftlm.errors import GraftError
-
-    try:
-        if args.page:
-            write_page(args.page)
-            return 0
-        recipe = tomllib.loads(args.recipe.read_text(encoding="utf-8"))
-        experiment = Experiment(recipe, args.work.resolve())
-        experiment.run(args.until)
-        if args.until != STAGES[-1]:
-            return 0
-        summary = summarise(recipe, collect(experiment), experiment.seconds())
-    except (BenchmarkError, GraftError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(table(summary), file=sys.stderr)
-    report = {"machine": describe(), "graftlm": git_state(), "recipe": recipe, **summary}
-    if args.json_out:
-        args.json_out.parent.mkdir(parents=True, exist_ok=True)
-        args.json_out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(report))
-    return 0
-
+FLAGS: dict[str, dict[str, Any]] = {
+    "recipe": {"type": Path, "default": RECIPE, "help": "the values (default recipes/preferences/controlled.toml)"},
+    "work": {"type": Path, "default": ROOT / "runs" / "controlled", "help": "the folder of all runs"},
+    "until": {"choices": STAGES, "default": STAGES[-1], "help": "the last stage to run (default: all)"},
+}
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, run, FLAGS))

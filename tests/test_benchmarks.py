@@ -1,272 +1,489 @@
-"""benchmarks/: the figures' arithmetic on made-up runs, the peers' batches, the scripts' help. Nothing is measured."""
+"""benchmarks/: each script in its smallest form on a tiny model, in this process, and the arithmetic of the figures."""
 
+import contextlib
+import http.server
 import importlib
-import importlib.metadata
+import io
+import itertools
 import json
-import subprocess
+import math
 import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 
-from graftlm.cli.parser import parse
-from graftlm.config import TrainConfig
+from graftlm import cli
+from inference.tiny import VOCAB, full_logits, ragged, tiny
+from tiny import TEMPLATE, data_folder, model_folder
 
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if "__main__" in path.read_text())
+SVG = "{http://www.w3.org/2000/svg}"
 
 
-def load(monkeypatch: pytest.MonkeyPatch, name: str) -> ModuleType:
-    """A benchmark's module, found as it finds its neighbours when it is run as a script."""
-    monkeypatch.syspath_prepend(str(FOLDER))
+@pytest.fixture(scope="module", autouse=True)
+def on_path() -> Iterator[None]:
+    sys.path.insert(0, str(FOLDER))
+    yield
+    sys.path.remove(str(FOLDER))
+
+
+def load(name: str) -> Any:
     return importlib.import_module(name)
 
 
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return load(monkeypatch, "train_vs_peers")
+def in_process(command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> Any:
+    """What harness.run_process gives, without a process of its own: torch is loaded once."""
+    words = list(command[1:])
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        if "graftlm" in words:
+            status = cli.run(words[words.index("graftlm") + 1 :])
+        else:
+            settings = json.loads(Path(words[words.index("--child") + 1]).read_text())
+            status = print(json.dumps(load(Path(words[0]).stem).child(settings))) or 0
+    return load("harness").Process(out.getvalue(), "", status, 1.0, 100.0, 0.0)
 
 
 @pytest.fixture
-def peers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return load(monkeypatch, "_peers")
-
-
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return load(monkeypatch, "_machine")
-
-
-def run(speed: float, memory: float = 1000.0, loss: float = 0.3, share: float = 0.01) -> dict[str, Any]:
-    return {"examples_per_s": speed, "peak_rss_mb": memory, "val_loss": loss, "other_cpu_share": share}
-
-
-def job(peers: ModuleType, **changes: Any) -> Any:
-    fields: dict[str, Any] = {
-        "model": "model", "eot": 2, "examples": "examples.json", "steps": 10, "batch_size": 16, "rank": 16, "alpha": 64,
-        "lora_dropout": 0.05, "targets": ("q", "k", "v"), "lr": 2.5e-4, "warmup": 1, "untimed_steps": 2,
-        "precision": "autocast", "trl_precision": "bf16", "loss_on": "completion", "seed": 0,
-    }  # fmt: skip
-    return peers.Job(**{**fields, **changes})
-
-
-# ----------------------------------------------------------------------------------------------------- the scripts
-
-
-def scripts() -> list[str]:
-    return sorted(path.name for path in FOLDER.glob("*.py") if not path.name.startswith("_"))
-
-
-@pytest.mark.parametrize("script", scripts())
-def test_help_of_every_script(script: str, tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, FOLDER / script, "--help"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("usage:")
-
-
-@pytest.mark.parametrize("words", [["--steps", "3"], ["--rounds", "0"], ["--only", "trl,unsloth"], ["--run", "trl"]])
-def test_wrong_flags_are_refused(bench: ModuleType, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        bench.parse(words)
-    assert stop.value.code == 2
-    assert "error:" in capsys.readouterr().err
-
-
-def test_only_keeps_the_order_given(bench: ModuleType) -> None:
-    assert bench.parse(["--only", "graft,trl"]).only == ["graft", "trl"]
-
-
-# -------------------------------------------------------------------------------------------------- the statistics
-
-
-def test_a_disturbed_run_is_repeated(bench: ModuleType) -> None:
-    runs = [run(1, share=0.2), run(2, share=0.031), run(3, share=0.03), run(4, share=0.0)]
-    accepted, rejected = bench.accepted_run(iter(runs).__next__, 0.03, 3)
-    assert accepted == runs[2]  # exactly the limit is still quiet
-    assert rejected == runs[:2]
-
-
-def test_repeats_are_bounded(bench: ModuleType) -> None:
-    runs = iter([run(1, share=0.5)] * 5)
-    accepted, rejected = bench.accepted_run(runs.__next__, 0.03, 3)
-    assert accepted is None
-    assert len(rejected) == 3
-    assert len(list(runs)) == 2
-
-
-def test_ratios_are_formed_within_a_round(bench: ModuleType) -> None:
-    """The machine slows down in round 2: the median of the ratios is 4, the ratio of the medians would be 12 / 3.5."""
-    rounds = [
-        {"trl": run(5), "graft": run(20)},
-        {"trl": run(2), "graft": run(8)},
-        {"trl": run(6), "graft": run(12)},
-        {"trl": run(1)},  # graft had no quiet run
-    ]
-    summary = bench.summarise(rounds)
-    assert summary["ratios"]["examples_per_s graft/trl"] == {"rounds": [4, 4, 2], "median": 4}
-    assert summary["medians"]["graft"]["examples_per_s"] == 12
-    assert summary["rounds"]["trl"]["examples_per_s"] == [5, 2, 6, 1]
-    assert not any("peft" in name for name in summary["ratios"])
-
-
-def test_claims(bench: ModuleType) -> None:
-    good = {"trl": run(2, 3000), "peft": run(6, 2300), "graft": run(13.8, 1500)}
-    claims = bench.summarise([good])["claims"]
-    assert list(claims.values()) == [True] * 5
-    bad = {"trl": run(2.2, 3000), "peft": run(6, 2100), "graft": run(13.7, 1501, loss=0.36)}
-    assert list(bench.summarise([bad])["claims"].values()) == [False] * 5
-    assert list(bench.summarise([bad], "all")["claims"].values()) == [False, True, False]
-    alone = bench.summarise([{"graft": run(15)}])
-    assert list(alone["claims"].values()) == [None] * 5
-
-
-def test_the_share_of_the_peak_is_told_for_both_formats(bench: ModuleType) -> None:
-    rounds = [{"graft": {"needed_gflops": done, "precision": "float32"}} for done in (90.0, 100.0, 300.0)]
-    share = bench.shares(rounds, {"float32": 200.0, "bfloat16": 400.0})
-    assert share["of_bfloat16_peak"] == 0.25 and share["of_its_formats_peak"] == 0.5
-    assert bench.shares([{}], {}) == {}
-
-
-def test_the_table_names_every_figure(bench: ModuleType) -> None:
-    rounds = [{"trl": run(5, 3000), "graft": run(15, 1500)}, {"trl": run(4, 3000), "graft": run(16, 1500)}]
-    text = bench.table(bench.summarise(rounds))
-    assert "15.00  16.00" in text
-    assert "3.500   (3.000  4.000)" in text
-    assert "at least 6.5 times trl?" in text
-    assert "not measured" in text
-
-
-# ----------------------------------------------------------------------------------------------------- the machine
-
-
-def test_busy_seconds_leave_out_idle_and_disk_waits_but_count_stolen_time(machine: ModuleType) -> None:
-    stat = "cpu  100 20 30 9000 800 4 6 40 7 0\ncpu0 1 1 1 1 1 1 1 1 1 1\n"
-    assert machine.busy_seconds(stat, 100) == pytest.approx(2.0)
-    assert machine.others_share(3.0, seconds=50.0, cores=2) == pytest.approx(0.03)
-
-
-def test_cpu_description(machine: ModuleType) -> None:
-    text = (
-        "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: A CPU\nstepping\t: 1\n"
-        "flags\t\t: fpu avx2 avx512_bf16\n\n"
-        "processor\t: 1\nmodel name\t: Another\nflags\t\t: amx_bf16\n"
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A tiny model and data for any script, whose children then run in this process."""
+    harness = load("harness")
+    monkeypatch.setattr(harness, "run_process", in_process)
+    monkeypatch.setattr(harness, "native_dtypes", lambda names: ["float32"])
+    monkeypatch.setattr(
+        harness, "graft", lambda *words: json.loads(in_process(["", "graftlm", *words, "--json"], tmp_path, {}).stdout)
     )
-    assert machine.cpu_description(text) == {
-        "cpu": "A CPU", "family_model_stepping": "25/17/1", "flags": ["avx2", "avx512_bf16"],
-    }  # fmt: skip
+    monkeypatch.setattr("graftlm.process.keep_memory", lambda: True)
+    model, data = model_folder(tmp_path / "model"), data_folder(tmp_path / "data", train=256)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 2048}))  # long prompts
+    return [f"--model={model}", f"--data={data}"]
 
 
-def test_a_format_is_only_tried_where_there_are_instructions_for_it(machine: ModuleType) -> None:
-    formats = ("fp32", "autocast", "bf16")
-    assert machine.worth_trying(formats, "flags\t\t: fpu avx2 avx512f\n") == ["fp32"]
-    assert machine.worth_trying(formats, "flags\t\t: fpu avx2 avx512_bf16\n") == list(formats)
+def report(name: str, words: Sequence[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """The JSON object that a script prints last."""
+    script, harness = load(name), load("harness")
+    capsys.readouterr()
+    assert harness.main(script.__doc__, script.run, script.FLAGS | getattr(script, "OWN", {}), words) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["machine"]["cores"] >= 1 and str(Path.home()) not in json.dumps(found["machine"])
+    return found
 
 
-def test_the_description_can_be_written_and_names_no_user_or_host(machine: ModuleType) -> None:
-    about = machine.describe()
-    assert about["cores"] >= 1
-    assert about["torch"] == importlib.metadata.version("torch")
-    assert str(Path.home()) not in json.dumps(about)
+# ------------------------------------------------------------------------------------------------------- the scripts
+
+ONCE = ["--rounds", "1"]
 
 
-def test_run_measured_sees_its_child(machine: ModuleType, tmp_path: Path) -> None:
-    code = "import sys; x = bytearray(200_000_000); print(sum(range(10**6))); print('no', file=sys.stderr); sys.exit(3)"
-    seen = machine.run_measured([sys.executable, "-c", code], tmp_path, {})
-    assert (seen.status, seen.stdout, seen.stderr) == (3, "499999500000\n", "no\n")
-    assert seen.max_rss_mb > 190
-    assert seen.cpu_seconds > 0
-    assert seen.other_cpu_seconds >= 0
-
-
-def test_a_watch_can_end_a_process_and_sees_those_below_it(machine: ModuleType, tmp_path: Path) -> None:
-    child = "x = bytearray(100_000_000); print('made', flush=True); import time; time.sleep(10)"
-    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    seen: list[float] = []
-
-    def watch(pid: int) -> bool:
-        seen.append(machine.descendants_mb(pid))
-        return seen[-1] > 100
-
-    done = machine.run_measured([sys.executable, "-c", code], tmp_path, {}, watch)
-    assert done.status == -15
-    assert seen[-1] > 100 and max(seen) < 200
-    quick = machine.run_measured([sys.executable, "-c", "print(1)"], tmp_path, {}, lambda pid: False)
-    assert (quick.status, quick.stdout) == (0, "1\n")
-
-
-# ------------------------------------------------------------------------------------------------ graft's own command
-
-
-def test_graft_is_called_with_flags_that_exist(bench: ModuleType, peers: ModuleType, tmp_path: Path) -> None:
-    words = bench.graft_command(job(peers), tmp_path, tmp_path / "run")
-    assert words[1:4] == ["-m", "graftlm", "train"]
-    assert words[-1] == "--json"
-    assert parse("train", TrainConfig, words[4:]).config.targets == "q,k,v"
-    assert not any(word.startswith("--train_layers") for word in words)
-    upper = bench.graft_command(job(peers, first_layer=20), tmp_path, tmp_path / "run")
-    assert parse("train", TrainConfig, upper[4:]).config.train_layers == "20:"
-
-
-def test_graft_understands_how_each_method_is_asked_for(
-    bench: ModuleType, peers: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_has_a_help_page(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, flags in load(monkeypatch, "methods").METHODS.items():
-        words = bench.graft_command(job(peers, method=name, flags=flags), tmp_path, tmp_path / "run")
-        config = parse("train", TrainConfig, words[4:]).config
-        assert (config.method, config.add_biases) == (name, name == "bitfit")
+    script = load(name)
+    with pytest.raises(SystemExit) as stop:
+        if name == "page":
+            monkeypatch.setattr(sys, "argv", ["page", "--help"])
+            script.main()
+        load("harness").main(script.__doc__, script.run, script.FLAGS, ["--help"])
+    assert stop.value.code == 0 and capsys.readouterr().out.startswith("usage:")
 
 
-def test_graft_figures(bench: ModuleType, peers: ModuleType, tmp_path: Path) -> None:
-    """By the clock: 10 steps of 16, the first two and the last (its row counts the validation) apart: 112 in 14 s."""
-    clock = [30.0, 31.0, *(33.0 + 2 * i for i in range(7)), 99.0]
-    rows = [json.dumps({"examples": 16 * (i + 1), "seconds": seconds}) + "\n" for i, seconds in enumerate(clock)]
-    (tmp_path / "metrics.jsonl").write_text("".join(rows))
-    (tmp_path / "run.json").write_text(json.dumps({"dtype": "float32"}))
-    result = {"examples": 160, "examples_per_s": 8.5, "peak_rss_mb": 1500.0, "trainable": 7, "last": {"val_loss": 0.4}}
-    result["needed_gflops"] = 99.0
-    figures = bench.graft_figures(json.dumps(result) + "\n", tmp_path, job(peers))
-    assert figures["examples_per_s_by_clock"] == pytest.approx(112 / 14)
-    assert figures["examples_per_s"] == 8.5
-    assert figures["val_loss"] == 0.4 and figures["precision"] == "float32" and figures["needed_gflops"] == 99
-    with pytest.raises(json.JSONDecodeError):
-        bench.graft_figures("a note\n" + json.dumps(result), tmp_path, job(peers))
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_training_and_methods(small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*small, *ONCE, "--steps", "4", "--batch_size", "4"]
+    found = report("train_vs_peers", [*words, "--only", "graft,peft"], capsys)
+    assert list(found["medians"]) == ["graft", "peft"] and found["claims"]["at least 6.5 times trl"] is None
+    assert found["runs"][0]["graft"]["trainable"] == found["runs"][0]["peft"]["trainable"]
+    graft, peft = (found["medians"][name]["val_loss"] for name in ("graft", "peft"))
+    assert graft == pytest.approx(peft, rel=0.05)
+    found = report("methods", [*words, "--only", "prefix"], capsys)
+    assert list(found["medians"]) == ["graft prefix", "peft prefix"]
+    assert list(found["ratios"]) == ["examples/s prefix / PEFT's"]
 
 
-# ------------------------------------------------------------------------------------------------------- the peers
+def test_preferences(small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    found = report("dpo_vs_trl", [*small, *ONCE, "--steps", "3", "--batch_size", "4", "--only", "graft"], capsys)
+    graft = found["medians"]["graft"]
+    assert graft["first_loss"] == pytest.approx(math.log(2), rel=0.02)
+    assert 0 < graft["pairs_per_s_with_reference"] < graft["pairs_per_s"]
 
 
-def test_speed_leaves_the_first_steps_out(peers: ModuleType) -> None:
-    ends = [100.0, 110.0, 111.0, 112.0, 113.0]
-    figures = peers.speed(ends, job(peers, steps=5, batch_size=4, untimed_steps=2))
-    assert figures == {"examples": 20, "seconds": 3.0, "examples_per_s": 4.0}
+def test_classification(small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    only = ["--only", "graft-score,graft-generate,hf-generate"]
+    found = report("evaluate_vs_peers", [*small, *ONCE, "--limit", "4", *only], capsys)
+    assert found["medians"]["graft-generate"]["accuracy"] == found["medians"]["hf-generate"]["accuracy"]
+    assert found["claims"]["equal accuracy"] is True
 
 
-def test_batches_hold_every_example_once_by_length(peers: ModuleType) -> None:
-    rows = [peers.Encoded([9] * n, [n, 2]) for n in (5, 3, 8, 4, 7)]
-    batches = list(peers.length_batches(rows, 2))
-    assert [batch.ids.shape[1] for batch in batches] == [6, 9, 10]
-    assert [batch.targets.tolist() for batch in batches] == [[3, 2, 4, 2], [5, 2, 7, 2], [8, 2]]
+def test_few_shot(small: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm_eval is not installed here: graft takes its place, and its scores are changed a little."""
+    bench, measure = load("fewshot_vs_peers"), load("fewshot_vs_peers").measure
+
+    def double(side: str, task: Any, folder: Path) -> Any:
+        found = measure("graft", task, folder)
+        return {**found, "scores": [[x + 5e-4 * (side != "graft") for x in row] for row in found["scores"]]}
+
+    monkeypatch.setattr(bench, "measure", double)
+    flags = ["--limit", "4", "--shots", "1", "--batch_sizes", "2", "--dtypes", "float32"]
+    found = report("fewshot_vs_peers", [*small, *ONCE, *flags], capsys)
+    assert found["scores_apart"] == {"float32": pytest.approx(5e-4, rel=1e-3)}
+    assert found["claims"]["the same log-likelihoods in float32, to 1e-3"] is True
+    assert "scores" not in found["runs"][0]["harness-float32"]
 
 
-def test_the_fast_peer_computes_the_loss_of_the_slow_one(peers: ModuleType) -> None:
-    """No mask and the head at targets only against transformers' own masked loss over all positions."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def test_options_and_plan(
+    small: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = load("options")
+    monkeypatch.setitem(bench.OPTIONS, "train-layers", {"upper": {"train_layers": "1:"}, "all": {}})
+    monkeypatch.setitem(bench.OPTIONS, "processes", {"full one": bench.FULL})
+    words = ["--reviews", "32", "--only", "train-layers,processes"]
+    found = report("options", [*small, *ONCE, *words], capsys)
+    assert list(found["medians"]) == ["upper", "all", "full one"]
+    assert list(found["ratios"]) == ["later epochs upper/all"]
+    monkeypatch.setattr(load("plan_vs_run"), "RUNS", {"all weights": {"rank": 0, "batch_size": 4}})
+    found = report("plan_vs_run", [*small, "--steps", "3"], capsys)
+    assert list(found["ratios"]) == ["seconds, all weights", "peak_rss_mb, all weights"]
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    rows = [peers.Encoded([7, 8, 9], [10, 2]), peers.Encoded([11, 12, 13, 14, 15], [16, 17, 2])]
-    labels = torch.full((2, 8), -100)
-    mask = torch.zeros(2, 8, dtype=torch.int64)
-    for b, row in enumerate(rows):
-        labels[b, len(row.prompt) : row.length] = torch.tensor(row.completion)
+
+def test_serving(small: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a server of our own that refuses its 30th request."""
+    bench, count = load("serve_load"), itertools.count(1)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            usage = {"usage": {"completion_tokens": 5}, "choices": [{"text": body["prompt"].upper()}]}
+            status, answer = (503, b"busy") if next(count) == 30 else (200, json.dumps(usage).encode())
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *words: object) -> None:
+            pass
+
+    @contextlib.contextmanager
+    def started(command: Sequence[str], folder: Path) -> Iterator[Any]:
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            yield SimpleNamespace(
+                host="127.0.0.1", port=server.server_port, cpu_seconds=lambda: 0.0, rss_mb=lambda: 7.0
+            )
+            server.shutdown()
+
+    monkeypatch.setattr(bench, "started", started)
+    words = ["--clients", "1,2", "--seconds", "0.2", "--long", "1.5", "--max-other", "9", "--prompts", "12"]
+    found = report("serve_load", [*small, *words, "--only", "graft,graft adapters"], capsys)
+    assert found["medians"]["graft, 2 clients"]["tokens_per_s"] > 0 and found["long"]["memory_mb"] == [7.0]
+    assert found["claims"]["no request failed"] is False
+    assert found["claims"]["the plain server's texts in float32"] is None
+    command = bench.graft_command("m", "float32", {"one": Path("a")}, 32, 64)
+    assert command[1:5] == ["-m", "graftlm", "serve", "one=a"]
+
+
+def test_before_and_now(small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    bench = load("before_and_now")
+    words = [*small, *ONCE, "--before", str(FOLDER.parent), "--only", "score,help"]
+    found = report("before_and_now", words, capsys)
+    assert list(found["ratios"]) == ["score now/before", "help now/before"] and found["unknown_before"] == []
+    assert bench.spelled({"mode": 1, "limit": 2}, "__read {both} __limit INT") == {"read": 1, "limit": 2}
+    assert bench.spelled({"mode": 1, "limit": 2}, "__mode {both} __limit INT") == {"mode": 1, "limit": 2}
+
+
+def test_every_piece_of_the_prompting_page_is_a_command_that_parses() -> None:
+    from graftlm.cli.parser import parse
+
+    for verb, *words in load("prompting").pieces(200, 2, "runs/x").values():
+        assert parse(verb, cli.COMMANDS[verb].config, [*words, "--json"]).explicit
+
+
+# ---------------------------------------------------------------------------------------------------- the arithmetic
+
+
+def run(speed: float, share: float = 0.0) -> dict[str, Any]:
+    return {"speed": speed, "other_cpu_share": share}
+
+
+def test_a_disturbed_run_is_repeated_and_repeats_are_bounded(tmp_path: Path) -> None:
+    harness = load("harness")
+    runs = iter([run(1, 0.2), run(2, 0.031), run(3, 0.03), *[run(4, 0.5)] * 3])
+    args = SimpleNamespace(rounds=2, max_other=0.03, attempts=3)
+    rounds, rejected = harness.run_rounds({"a": lambda folder: next(runs)}, args, tmp_path, "speed")
+    assert rounds == [{"a": run(3, 0.03)}, {}]  # exactly the limit is accepted
+    assert [each["speed"] for each in rejected] == [1, 2, 4, 4, 4]
+    with pytest.raises(harness.BenchmarkError, match="no undisturbed run of a"):
+        harness.run_rounds({"a": lambda folder: run(1, 0.5)}, args, tmp_path, "speed")
+
+
+def test_ratios_are_formed_within_a_round_and_goals_compare_their_median() -> None:
+    """The machine slows down in round 2: the median of the ratios is 4, the ratio of the medians would be 12 / 3.5."""
+    harness = load("harness")
+    rounds = [{"trl": run(5), "graft": run(20)}, {"trl": run(2), "graft": run(8)}, {"trl": run(6), "graft": run(12)}]
+    rounds.append({"trl": run(1)})
+    goals = {
+        "4 times": ("r", ">=", 4.0),
+        "5 times": ("r", ">=", 5.0),
+        "at most 4": ("r", "<=", 4.0),
+        "?": ("q", ">=", 1.0),
+    }
+    pairs = {"r": ("speed", "graft", "trl"), "q": ("speed", "graft", "peft")}
+    summary = harness.summarise(rounds, ("speed",), pairs, goals)
+    assert summary["ratios"] == {"r": {"rounds": [4, 4, 2], "median": 4}}
+    assert summary["medians"] == {"trl": {"speed": 3.5}, "graft": {"speed": 12}}
+    assert list(summary["claims"].values()) == [True, False, True, None]
+    text = harness.table(summary)
+    assert "4.000   (4.000  4.000  2.000)" in text and "does NOT hold" in text and "not measured" in text
+
+
+def test_the_machine() -> None:
+    harness = load("harness")
+    cpuinfo = (
+        "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: A CPU\nstepping\t: 1\nflags\t\t: fpu avx2\n\n"
+    )
+    cpuinfo += "processor\t: 1\nmodel name\t: Another\nflags\t\t: amx_bf16\n"
+    about = {"cpu": "A CPU", "family_model_stepping": "25/17/1", "flags": ["avx2"]}
+    assert harness.cpu_description(cpuinfo) == about
+    assert harness.native_dtypes(("float32", "bfloat16"), "flags : avx2 avx512f") == ["float32"]
+    assert harness.native_dtypes(("float32", "bfloat16"), "flags : avx512_bf16") == ["float32", "bfloat16"]
+    ticks = 100 + 20 + 30 + 4 + 6 + 40  # idle 9000, waiting 800; stolen time counts, guest time is in user time already
+    assert harness.busy_seconds("cpu  100 20 30 9000 800 4 6 40 7 0\ncpu0 1") == pytest.approx(ticks / 100)
+
+
+def test_a_process_is_measured(tmp_path: Path) -> None:
+    code = "import sys; x = bytearray(200_000_000); print(1); print('no', file=sys.stderr); sys.exit(3)"
+    seen = load("harness").run_process([sys.executable, "-c", code], tmp_path, {})
+    assert (seen.status, seen.stdout, seen.stderr) == (3, "1\n", "no\n")
+    assert seen.peak_rss_mb > 190 and seen.seconds > 0 and seen.other_cpu_share >= 0
+
+
+def test_what_is_slower_than_noise_is_found() -> None:
+    def round_of(*speeds: float) -> dict[str, dict[str, float]]:
+        return {
+            side: {"speed": s, "peak_rss_mb": 1.0} for side, s in zip(("before", "now", "again"), speeds, strict=True)
+        }
+
+    found = {
+        "train": [round_of(10, 9.6, 10), round_of(10, 9.5, 10), round_of(20, 20, 20)],  # within the 5% always allowed
+        "score": [round_of(10, 9.4, 10)] * 3,
+        "help": [round_of(10, 8.1, 8)] * 3,  # the two runs of before differ by a fifth
+    }
+    summary = load("before_and_now").summarise(found)
+    assert list(summary["claims"].values()) == [True, False, True]
+    assert summary["ratios"]["train now/before"] == {"rounds": [0.96, 0.95, 1.0], "median": 0.96}
+    assert summary["medians"]["help"]["noise"] == pytest.approx(0.2)
+
+
+def test_small_figures() -> None:
+    serve, peers, options = load("serve_load"), load("peers"), load("options")
+    values = [float(n) for n in range(1, 101)]
+    assert [serve.quantile(values, share) for share in (0.5, 0.95, 1.0)] == [50.0, 95.0, 100.0]
+    assert serve.quantile([], 0.5) == 0
+    assert serve.growth([100.0] * 2 + [200.0] * 4 + [210.0] * 2) == pytest.approx(210 / 200)
+    assert peers.speed([100.0, 110.0, 111.0, 112.0, 113.0], 2, 4) == 4.0
+    rows = [{"examples": 16 * (i + 1), "tokens": 100 * (i + 1), "tokens_per_s": 50 if i < 2 else 200} for i in range(6)]
+    assert options.epoch_speeds(rows, 2) == {"first_epoch": 8.0, "later_epochs": 32.0}
+    one, two = ({"losses": [2.0, x]} for x in (1.0, 1.001))
+    assert options.loss_difference([{"one": one, "two": two}], "one", "two") == pytest.approx(1e-3)
+    run = {"seconds": {"ratio": 1.19}, "peak_rss_mb": {"ratio": 0.81}}
+    assert list(load("plan_vs_run").summarise({"a": run})["claims"].values()) == [True]
+    run = {**run, "peak_rss_mb": {"ratio": 1.21}}
+    assert list(load("plan_vs_run").summarise({"a": run})["claims"].values()) == [False]
+    shared = {"n": 4, "prompt_tokens": 110, "shared_prompt_tokens": 80, "new_tokens": 7.0}
+    assert load("prompting").computed(shared) == 30 + 20 + 7
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize("method", ["lora", "dora", "prefix"])
+def test_the_peft_loop_computes_what_its_peft_model_computes(method: str, tmp_path: Path) -> None:
+    """With the head at target tokens only, without a mask, and with a prefix passed by hand."""
+    peers = load("peers")
+    job = peers.Job(str(model_folder(tmp_path / "model")), "", 0, 2, 2, method=method, rank=4, lora_dropout=0.0)
+    loop = peers.PeftLoop(job)
+    rows = [peers.Encoded([5, 6, 7, 8], [9, 0]), peers.Encoded([5, 9], [11, 0])]
+    (batch,) = peers.length_batches(rows, 2)
+    labels, mask = torch.full((2, 6), -100), torch.zeros(2, 6, dtype=torch.long)
+    for b, row in enumerate(sorted(rows, key=lambda row: row.length)):
         mask[b, : row.length] = 1
-    batch = peers.collate(rows)
+        labels[b, len(row.prompt) : row.length] = torch.tensor(row.completion)
     with torch.no_grad():
-        expected = model(input_ids=batch.ids, attention_mask=mask, labels=labels).loss * len(batch.targets)
-        torch.testing.assert_close(peers.summed_loss(model, batch), expected, rtol=1e-5, atol=1e-5)
+        past = loop.model.get_prompt(batch_size=2) if method == "prefix" else None
+        ours = peers.summed_loss(loop.causal_lm, batch, past) / 4
+        expected = loop.model(input_ids=batch.ids, attention_mask=mask, labels=labels).loss
+    assert ours.item() == pytest.approx(expected.item(), rel=1e-5)
+    before = {name: p.detach().clone() for name, p in loop.trained.items()}
+    loop.step(batch)
+    assert any(not torch.equal(p, before[name]) for name, p in loop.trained.items())
+
+
+# --------------------------------------------------------------------------------------------------------- the pages
+
+
+def test_the_committed_pages_are_what_the_committed_results_give() -> None:
+    for path, text in load("page").all_pages().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path}: run python benchmarks/page.py"
+
+
+def test_a_claim_has_a_row_for_each_processor_and_says_what_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = load("page")
+    machine = {"family_model_stepping": "25/1/1"}
+    result = {"machine": machine, "date": "2026-01-02", "file": "x.json", "claims": {"fast": False}}
+    result |= {"medians": {"graft": {"speed": 2.0}}, "ratios": {"r": {"rounds": [1.9, 2.1, 2.0], "median": 2.0}}}
+    monkeypatch.setattr(page, "results", lambda kind: [result, {**result, "ratios": {}}])
+    (cells,) = page.rows("train", "a / b", "{m[graft][speed]:.1f}", "r", "other | fast")
+    assert cells[1:4] == ["2.0", "**2.00** (1.90, 2.10, 2.00)", "fast: does **not** hold"]
+
+
+def test_marked_parts_are_filled_and_charts_have_every_point_at_its_place() -> None:
+    render = load("render")
+    page = "before\n<!-- a -->\nold\n<!-- end -->\nafter\n"
+    assert render.fill(page, {"a": "new"}) == page.replace("old", "new")
+    with pytest.raises(render.BenchmarkError, match="marks"):
+        render.fill(page, {"b": "new"})
+    lines = {"one": [(0.0, 0.5), (4.0, 0.7), (16.0, 0.9)], "a<b": [(1.0, 0.6)]}
+    root = ElementTree.fromstring(render.chart(lines, "title", "KL", (0, 4, 99), root=True))
+    first, second = [line.attrib["points"].split() for line in root.iter(f"{SVG}polyline")]
+    assert [point.split(",")[0] for point in first] == ["56.0", "346.0", "636.0"]  # square roots 0, 2, 4
+    heights = [float(point.split(",")[1]) for point in first]
+    assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.2) and heights[0] > heights[2]
+    assert len(second) == 1 and {"a<b", "KL", "4"} <= {text.text for text in root.iter(f"{SVG}text")}
+
+
+def test_the_page_on_large_models_is_what_the_formulas_give() -> None:
+    text = (FOLDER.parent / "docs" / "large_models.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith(("| 7B", "| 70B"))]
+    (command,) = [line.split()[1:] for line in text.splitlines() if line.startswith("graft ")]
+    assert len(rows) == 6
+    for name, batch_size, *shown in rows:
+        size, method, *_, gpus = name.split(", ")
+        flags = [f"--init_from=meta-llama/Llama-2-{size.lower()}-hf", f"--rank={16 if method != 'full' else 0}"]
+        flags += [f"--processes={gpus.split()[0]}", f"--batch_size={batch_size}", "--shard" * ("shard" in name)]
+        flags += ["--link_gbs=35" if gpus == "64 GPUs" else "--link_gbs=315"]
+        words = [*command, *filter(None, flags), "--json"]
+        found = json.loads(in_process(["", "graftlm", *words], FOLDER, {}).stdout)
+        ranks, step = found["processes"], found["step"]
+        held, saved = ranks["bytes"]["total"] / 1e9, step["activation_bytes"] / 1e9
+        fits = "yes" if held + saved < 80 else "**no**"
+        cells = [held, saved, held + saved, ranks["sent_per_step"]["total"] / 1e9]
+        numbers = [load("render").number(cell) for cell in (*cells, step["compute_seconds"], step["link_seconds"])]
+        assert shown == [*numbers[:3], fits, *numbers[3:]]
+
+
+# ------------------------------------------------------------------------------------------ the controlled experiment
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("One two three  four five six. Seven\n\teight.", ("One two", " three four five six. Seven eight.")),
+        ("One two three four five six (seven!) Eight nine", ("One two", " three four five six (seven!)")),
+        ("One two three four five six?<br /><br />Eight.", ("One two", " three four five six?")),
+        ("One two three. Four five six seven eight nine ten", None),  # too few words follow the prompt
+        ("One two three four five six seven eight nine ten.", None),  # the sentence is too long
+    ],
+)
+def test_a_text_is_whole_sentences_after_a_prompt(text: str, found: tuple[str, str] | None) -> None:
+    assert load("controlled_sentiment").beginning(text, 2, 9) == found
+
+
+def test_best_of_n_is_the_mean_over_all_subsets_and_has_its_kl() -> None:
+    frontier, rewards = load("frontier"), np.array([[0.1, 0.9, 0.4, 0.4, 0.7], [5.0, 1.0, 2.0, 3.0, 4.0]])
+    for n in range(1, 6):
+        expected = [np.mean([max(some) for some in itertools.combinations(row, n)]) for row in rewards]
+        assert frontier.best_of_n(rewards, n) == pytest.approx(expected, rel=1e-12)
+    chance = np.diff((np.arange(100_001) / 100_000) ** 8)
+    assert frontier.kl_of_best(8) == pytest.approx(float((chance * np.log(chance * 100_000)).sum()), abs=1e-3)
+
+
+def test_the_kl_of_answers_is_the_kl_of_their_distributions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over all answers of up to two tokens, weighted by their probability; and ragged prompts do not mix."""
+    policy, reference, prompt = tiny("llama"), tiny("llama", seed=1), ragged([5])[0]
+    answers = [[0], *([a, b] for a in range(1, VOCAB) for b in range(VOCAB))]
+
+    def log_probs(model: Any) -> Any:
+        first = full_logits(model, prompt)[-1].log_softmax(-1)
+        second = {a: full_logits(model, [*prompt, a])[-1].log_softmax(-1) for a in range(1, VOCAB)}
+        return np.array([float(first[a[0]]) + (float(second[a[0]][a[1]]) if len(a) > 1 else 0.0) for a in answers])
+
+    ours, others = log_probs(policy), log_probs(reference)
+    chance, kl_of_answers = np.exp(ours), load("controlled_sentiment").kl_of_answers
+    models = SimpleNamespace(model=policy), SimpleNamespace(model=reference)
+    prompts, some = ragged([5, 9, 3]), [[4, 7, 0], [], [9]]
+    alone = [kl_of_answers(*models, [p], [a])[0] for p, a in zip(prompts, some, strict=True)]
+    assert kl_of_answers(*models, prompts, some) == pytest.approx(alone, rel=1e-4) and alone[1] == 0
+    monkeypatch.setattr(load("controlled_sentiment"), "ROWS", 600)
+    kl = kl_of_answers(*models, [prompt] * len(answers), answers)
+    assert float((chance * kl).sum()) == pytest.approx(float((chance * (ours - others)).sum()), rel=1e-4)
+
+
+def test_two_lines_are_compared_where_both_have_kls() -> None:
+    frontier = load("frontier")
+
+    def point(kl: float, *rewards: float) -> Any:
+        return frontier.Point(np.array(rewards), np.full(len(rewards), kl))
+
+    one, other, start = [point(8, 0.9, 0.9), point(2, 0.6, 0.8)], [point(4, 0.5, 0.7)], point(0, 0.4, 0.6)
+    found = frontier.compare(one, other, start, steps=4, resamples=200, seed=0)
+    assert [row["kl"] for row in found["rows"]] == [1, 2, 3, 4]
+    assert [row["one"] for row in found["rows"]] == pytest.approx([0.6, 0.7, 0.7 + 0.2 / 6, 0.7 + 0.4 / 6])
+    assert [row["other"] for row in found["rows"]] == pytest.approx([0.525, 0.55, 0.575, 0.6])
+    # Both prompts differ by the same up to a KL of 2, so resampling changes nothing there.
+    assert (found["rows"][1]["low"], found["rows"][1]["high"]) == pytest.approx((0.15, 0.15))
+    assert found["rows"][3]["low"] < found["rows"][3]["difference"] < found["rows"][3]["high"]
+
+
+TINY = """
+classifier = {{ init_from = "{0}/model", data = "{0}/data", template = {1}, rank = 4, max_iters = 4, batch_size = 4 }}
+sft = {{ init_from = "{0}/model", rank = 4, max_iters = 4, batch_size = 4 }}
+pairs = {{ n = 3, max_new_tokens = 16 }}
+dpo = {{ betas = [0.1, 1.0], max_iters = 4, batch_size = 4, eval_every = 2, kl_samples = 0 }}
+preferred = {{ max_iters = 4, batch_size = 4, eval_every = 2 }}
+evaluation = {{ max_new_tokens = 16, best_of = 4, seed = 1, resamples = 50 }}
+[texts]
+data = "{0}/reviews"
+opening = 2
+words = 12
+train = 16
+validation = 4
+prompts = 8
+pairs_validation = 2
+held_out = 5
+"""
+
+
+def test_the_whole_experiment_on_a_tiny_model(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, work = load("controlled_sentiment"), tmp_path / "work"
+    monkeypatch.setattr(bench, "graft", load("harness").graft)
+    for split, first in (("train", 0), ("validation", 100), ("test", 200)):
+        texts = [f"film{n} was {'good' if n % 2 else 'bad'} and x{n} is so. The end." for n in range(first, first + 40)]
+        load("harness").write_rows(tmp_path / "reviews" / f"{split}.jsonl", [{"text": t, "label": 0} for t in texts])
+    (tmp_path / "tiny.toml").write_text(TINY.format(tmp_path, json.dumps(TEMPLATE)))
+    words = ["--recipe", str(tmp_path / "tiny.toml"), "--work", str(work)]
+    report("controlled_sentiment", [*words, "--until", "pairs"], capsys)
+    assert {path.stem for path in work.glob("*.json")} == {"texts", "classifier", "sft", "pairs"}
+    result = report("controlled_sentiment", words, capsys)
+    runs = ("dpo-0.1", "dpo-1", "preferred")
+    assert list(result["points"]) == ["reference", "base", *(f"{run} step {step}" for run in runs for step in (2, 4))]
+    assert all(point["kl"] > 0 for name, point in result["points"].items() if name != "reference")
+    assert list(result["seconds"]) == list(bench.STAGES) and list(result["claims"].values())[-1] is True
+    found, picture = bench.blocks({**result, "date": "2026-01-02"})
+    assert "best of 4" in bench.fill(bench.PAGE.read_text(encoding="utf-8"), found)
+    assert len(list(ElementTree.fromstring(picture).iter(f"{SVG}polyline"))) == 5
+    before = {path: path.stat().st_mtime_ns for path in work.rglob("*")}  # run again, nothing is done
+    assert report("controlled_sentiment", words, capsys)["points"] == result["points"]
+    assert {path: path.stat().st_mtime_ns for path in work.rglob("*")} == before
+    changed = (tmp_path / "tiny.toml").read_text().replace("n = 3", "n = 4")
+    (tmp_path / "tiny.toml").write_text(changed)
+    with pytest.raises(bench.BenchmarkError, match=r"pairs was begun with another \[pairs\]: choose another --work"):
+        bench.run(SimpleNamespace(recipe=tmp_path / "tiny.toml", work=work, until="pairs"), tmp_path)

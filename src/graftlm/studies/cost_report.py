@@ -219,7 +219,7 @@ def _counts(lines: Mapping[str, CostItem]) -> dict[str, int]:
 
 
 def _shown(lines: Any) -> list[dict[str, Any]]:
-    return [{"what": line.what, "count": line.count, "formula": line.formula} for line in lines if line.count]
+    return [{"what": line.description, "count": line.count, "formula": line.formula} for line in lines if line.count]
 
 
 # Beside the LoRA paper ------------------------------------------------------------------------------------------------
