@@ -216,7 +216,7 @@ def test_a_token_of_its_own_ends_a_request_and_not_those_beside_it(engine: Engin
     whole = engine.submit(asked).done.result(60).tokens
     end = next(token for token in reversed(whole) if token != whole[0])
     told: list[TokenOutput] = []
-    ends = replace(asked, ends={end})
+    ends = replace(asked, stop_tokens={end})
     found = results([engine.submit(ends, told.append), engine.submit(asked)])
     new = generate_ids(loaded.model, [asked.prompt], max_new_tokens=30, eot=(end, loaded.tokenizer.eot))[0]
     assert found[0].tokens == tuple(new) == whole[: whole.index(end)] and found[0].finish_reason == "stop"

@@ -22,7 +22,7 @@ from graftlm.exchange.load import load
 from graftlm.inference.evaluate import LocalPredictor, evaluate
 from graftlm.inference.generate import decode_groups
 from graftlm.inference.scoring import score_batches
-from graftlm.studies import cluster as module
+from graftlm.studies import ray_cluster as module
 from graftlm.studies import ray_evaluator, ray_jobs
 from graftlm.studies.ray_cluster import connected
 from graftlm.studies.ray_evaluator import chunk_batches, copies

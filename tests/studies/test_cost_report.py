@@ -167,7 +167,7 @@ def test_what_is_kept_for_the_backward_pass_is_what_autograd_keeps(
     kind: str, method: Method, dtype: torch.dtype, tokens: int
 ) -> None:
     """Against real tensors, where real attention takes one way for few tokens and another for many."""
-    shape = replace(shape_of(kind), context=700, layers=5)
+    shape = replace(shape_of(kind), max_positions=700, layers=5)
     model = build(shape)
     method.install(model, torch.Generator())
     for p in model.parameters():

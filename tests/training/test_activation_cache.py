@@ -66,7 +66,7 @@ def losses_and_gradients(
     for batch in batches:
         b, t = batch.ids.shape
         if frozen is not None:
-            batch = replace(batch, below=(frozen.layers, frozen.read(rows[at : at + b], t)))
+            batch = replace(batch, cached_hidden=(frozen.layers, frozen.read(rows[at : at + b], t)))
         at += b
         loss = OBJECTIVES[loss_on](model.train(), batch)
         total = total + loss.detach()
@@ -126,7 +126,7 @@ def test_each_example_is_computed_once_and_rows_that_do_not_check_out_again(home
     LoRA(rank=2, layers=(1, 2)).install(model, torch.Generator())
     calls: list[int] = []
     lower = model.forward_lower_layers
-    model.forward_lower_layers = lambda *a: calls.append(1) or lower(*a)
+    model.forward_lower_layers = lambda *a: calls.append(1) or lower(*a)  # type: ignore[method-assign]
     frozen = store(home, model, some)
     everything = list(range(len(some)))
     expected = frozen.read(everything, 11)

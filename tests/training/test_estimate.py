@@ -10,7 +10,7 @@ import torch
 
 from conftest import Graft
 from graftlm.config import TrainConfig
-from graftlm.training import plan as plan_module
+from graftlm.training import estimate as plan_module
 from graftlm.training import trainer as trainer_module
 from graftlm.training.estimate import Estimate, make_plan
 from graftlm.training.objectives import OBJECTIVES

@@ -102,24 +102,25 @@ def test_a_single_row_shares_nothing() -> None:
 def test_a_batch_moves_as_a_whole(loss_on: Any) -> None:
     """All its tensors go, and none comes or is lost; what the reference thinks of pairs stays where it is."""
     examples = [replace(each, rejected_ids=(3, 0), reference=(-1.0, -2.0)) for each in EXAMPLES]
-    here = replace(collate(examples, loss_on), below=(1, torch.zeros(3, 4)))
+    here = replace(collate(examples, loss_on), cached_hidden=(1, torch.zeros(3, 4)))
     there = here.to(torch.device("meta"))
 
     def tensors(batch: TrainingBatch) -> dict[str, torch.Tensor]:
         found = {field.name: getattr(batch, field.name) for field in fields(batch)}
-        found["below"] = batch.cached_hidden and batch.cached_hidden[1]
+        found["cached_hidden"] = batch.cached_hidden and batch.cached_hidden[1]
         found |= {} if batch.fork is None else {f"fork {n}": t for n, t in enumerate(vars(batch.fork).values())}
         return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
 
-    assert tensors(there).keys() == tensors(here).keys() >= {"shared", "ids", "pick", "targets", "below"}
-    assert ("answer" in tensors(here), "at" in tensors(here)) == (loss_on == "pairs", loss_on != "all")
+    names = {"shared", "ids", "target_index", "targets", "cached_hidden"}
+    assert tensors(there).keys() == tensors(here).keys() >= names
+    assert ("answer" in tensors(here), "positions" in tensors(here)) == (loss_on == "pairs", loss_on != "all")
     kept = {name for name, value in tensors(there).items() if value.device.type != "meta"}
     assert kept == ({"reference"} if loss_on == "pairs" else set())
     assert all(value.shape == tensors(here)[name].shape for name, value in tensors(there).items())
 
 
 def test_a_batch_on_another_device_is_the_same_batch() -> None:
-    batch = replace(collate(EXAMPLES, "completion"), below=(1, torch.ones(2, 3)))
+    batch = replace(collate(EXAMPLES, "completion"), cached_hidden=(1, torch.ones(2, 3)))
     moved = batch.to(torch.device("cpu"))
     assert (
         moved.cached_hidden is not None
