@@ -150,7 +150,7 @@ def main(folder: Path) -> None:
         seen["cut"] = "--shard" in job["words"] or "--rank=0" in job["words"]
         stop_at[0] = job["stop"]
         if job["copy"] and world.is_main:
-            shutil.copytree(*job["copy"], symlinks=True)
+            shutil.copytree(job["copy"][0], job["copy"][1], symlinks=True)
         world.all_gather([0])
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

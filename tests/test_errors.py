@@ -216,8 +216,8 @@ def test_ctrl_c_while_a_model_is_loaded(assets: Path, listener: socket.socket, p
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     environment = child_environment(HF_ENDPOINT=url, HF_HUB_OFFLINE="0", HF_HUB_ETAG_TIMEOUT="60")
     command = [sys.executable, "-m", "graftlm", *train(assets, "--init_from=gpt2")]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=environment, **pipes) as child:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) as child:
         connection, _ = listener.accept()  # it waits for the hub's answer now
         with connection:
             child.send_signal(signal.SIGINT)

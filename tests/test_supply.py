@@ -141,8 +141,8 @@ def test_the_wheel_works_from_outside_the_checkout(installed: Path, tmp_path: Pa
     assert version in built_name(installed) and "train" in graft("--help")
     model_folder(tmp_path / "model", layers=1)
     data_folder(tmp_path / "data", train=16, other=4)
-    words = f"train --init_from {tmp_path}/model --data data --out_dir run --rank 2 --max_iters 2 --batch_size 4"
-    found = json.loads(graft(*words.split(), "--template", TEMPLATE, "--device", "cpu", "--json"))
+    flags = f"train --init_from {tmp_path}/model --data data --out_dir run --rank 2 --max_iters 2 --batch_size 4"
+    found = json.loads(graft(*flags.split(), "--template", TEMPLATE, "--device", "cpu", "--json"))
     assert found["steps"] == 2 and (tmp_path / "run" / "best").is_dir()
     graft("report", "run", "--out", "report.html")
     assert "<script" in (tmp_path / "report.html").read_text()
@@ -162,7 +162,7 @@ def test_the_bill_of_materials_names_what_graftlm_needs_and_no_more(tmp_path: Pa
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(home)], check=True)
     (packages,) = home.glob("lib/python*/site-packages")
     for name in CORE:
-        folder = next(file for file in files(name) or () if file.name == "METADATA").locate().parent
+        folder = Path(str(next(file for file in files(name) or () if file.name == "METADATA").locate())).parent
         (packages / folder.name).symlink_to(folder)
     for path in out:
         words = ["environment", str(home / "bin/python"), "--pyproject", "pyproject.toml", "--output-reproducible"]

@@ -137,8 +137,8 @@ def _by_hypothesis(strategy: "st.SearchStrategy[bytes]", attempt: Callable[[byte
 
 def _note(tally: Tally, error: BaseException, content: bytes) -> None:
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [f for f in frames if "graftlm" in f.filename] or frames or [None]
-    place = f"{ours[-1].filename.rpartition('/')[2]}:{ours[-1].lineno}" if ours[-1] else "?"
+    ours = [f for f in frames if "graftlm" in f.filename] or frames
+    place = f"{ours[-1].filename.rpartition('/')[2]}:{ours[-1].lineno}" if ours else "?"
     key = f"{type(error).__name__} at {place}"
     tally.counts[key] += 1
     if key not in tally.defects:

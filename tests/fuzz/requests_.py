@@ -213,7 +213,8 @@ class House:
 
     async def _take(self, content: bytes) -> bytes:
         line, state = Line(), self.server.server_state
-        line.protocol = self.server.config.http_protocol_class(self.server.config, state, {})
+        protocol: Any = self.server.config.http_protocol_class
+        line.protocol = protocol(self.server.config, state, {})
         line.protocol.connection_made(line)
         middle = len(content) // 2 if zlib.crc32(content) % 2 else len(content)
         for part in (content[:middle], content[middle:]):

@@ -132,7 +132,7 @@ def test_several_of_one_input_share_their_work_and_keep_their_gradients(dropout:
     results = []
     for fused in (True, False):
         for m in linears[::2]:
-            m.fused = fused
+            m.fused = fused  # type: ignore[assignment]
         torch.manual_seed(3)
         ys = apply_linears(x, *linears)
         loss = sum((y * y.detach().roll(1, 0)).sum() for y in ys)

@@ -56,8 +56,8 @@ def test_gated(compiled: CppKernels, shape: tuple[int, ...], dtype: torch.dtype)
 def test_rotate(compiled: CppKernels, table: tuple[int, ...], back: bool, dtype: torch.dtype) -> None:
     x, cos, sin = random(2, 5, 3, 8, dtype=dtype), *(random(*table, dtype=dtype, seed=i) for i in (1, 2))
     same(compiled.apply_rotary_emb(x, cos, sin, back), TORCH.apply_rotary_emb(x, cos, sin, back), dtype)
-    flat = x.flatten(0, 1), *(t.expand(2, 5, 1, 4).flatten(0, 1) for t in (cos, sin))
-    same(compiled.apply_rotary_emb(*flat, back), TORCH.apply_rotary_emb(*flat, back), dtype)
+    x, cos, sin = x.flatten(0, 1), *(t.expand(2, 5, 1, 4).flatten(0, 1) for t in (cos, sin))
+    same(compiled.apply_rotary_emb(x, cos, sin, back), TORCH.apply_rotary_emb(x, cos, sin, back), dtype)
 
 
 @pytest.mark.parametrize("dtype", CLOSE)
@@ -154,7 +154,7 @@ def test_a_models_gradients_equal_the_plain_way(compiled: CppKernels, kind: str,
     model.use_fused_ops(False)
     want = gradients()
     model.use_fused_ops(True)
-    model.set_kernels(_Watched(compiled, used))  # type: ignore[arg-type]
+    model.set_kernels(_Watched(compiled, used))
     got = gradients()
     all_kernels = {"norm", "rms_norm_backward", "apply_rotary_emb", "silu_mul_backward"}
     expected = {"gpt2": set[str](), "neox": {"apply_rotary_emb"}}.get(kind, all_kernels)

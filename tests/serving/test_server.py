@@ -167,8 +167,8 @@ def test_a_run_of_any_method_is_served_alone(home: Path, tmp_path: Path) -> None
         found = httpx.post(f"{process.url}/v1/completions", json=body, timeout=60).json()
         assert [choice["text"] for choice in found["choices"]] == expected
         found = httpx.post(f"{process.url}/v1/classify", json={"text": "good"}, timeout=60).json()
-        expected = label_probabilities(loaded.model, loaded.tokenizer, loaded.template, ["good"])[0]
-        assert list(found["results"][0]["models"]["prefix"]["probabilities"].values()) == pytest.approx(expected, 1e-5)
+        scores = label_probabilities(loaded.model, loaded.tokenizer, loaded.template, ["good"])[0]
+        assert list(found["results"][0]["models"]["prefix"]["probabilities"].values()) == pytest.approx(scores, 1e-5)
 
 
 # Many at once ---------------------------------------------------------------------------------------------------------

@@ -288,7 +288,8 @@ def test_an_adapted_start_is_the_reference(assets: Path, tmp_path: Path) -> None
     of_start = reference_logps(adapted.loaded.model, adapted.train)
     assert torch.allclose(of_start, reference_logps(started.model, adapted.train), atol=2e-4)
     assert (of_start - reference_logps(base.loaded.model, adapted.train)).abs().max() > 0.5
-    assert adapted.method == replace(adapted.method, rank=4, alpha=16.0) and adapted.run["base"] == base.run["base"]
+    method: Any = adapted.method
+    assert method == replace(method, rank=4, alpha=16.0) and adapted.run["base"] == base.run["base"]
     train(adapted.config)
     assert metrics(tmp_path / "dpo")[0]["train_loss"] == pytest.approx(math.log(2), abs=1e-5)
     again = load("resume", tmp_path / "dpo", device="cpu", dtype="float32")
