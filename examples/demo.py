@@ -82,7 +82,7 @@ def main() -> None:
     template = load_template(config.template, config.labels)
     base = graftlm.load(config.init_from)
     rows = subset(load_dataset(config.data, labels=template.labels).splits["test"], args.limit)
-    examples, _ = encode_rows(rows, template, base.tokenizer, base.model.shape.max_positions)
+    examples, _ = encode_rows(rows, template, base.tokenizer, base.model.config.max_positions)
     shown = subset(examples, 5)
     before, old = measure(base, template, examples, console), answers(base, shown, template)
     console.print(f"zero-shot accuracy on {before['n']:,} test reviews: {before['accuracy']:.3f}")

@@ -47,8 +47,8 @@ class Ran(NamedTuple):
 
 def lora_parameters(rank: int) -> int:
     """r (in + out) for each of q, k and v, in every layer."""
-    q, kv = SHAPE.heads * SHAPE.head_dim, SHAPE.kv_heads * SHAPE.head_dim
-    return SHAPE.layers * rank * (3 * SHAPE.d_model + q + 2 * kv)
+    q, kv = SHAPE.num_heads * SHAPE.head_dim, SHAPE.num_kv_heads * SHAPE.head_dim
+    return SHAPE.num_layers * rank * (3 * SHAPE.hidden_size + q + 2 * kv)
 
 
 def files_of(folder: Path) -> set[str]:

@@ -19,16 +19,16 @@ def shape_of(kind: str, vocab: int = 61, context: int = 96, layers: int = 2) -> 
     plain, biased = kind in ("gpt2", "neox"), kind == "llama-biased"
     sizes: dict[str, Any] = {
         "family": "llama" if kind == "llama-biased" else kind,
-        "layers": layers,
-        "heads": 4,
-        "kv_heads": 4 if plain else 2,
-        "d_model": 32,
+        "num_layers": layers,
+        "num_heads": 4,
+        "num_kv_heads": 4 if plain else 2,
+        "hidden_size": 32,
         "head_dim": 8,
-        "d_ff": 48,
-        "vocab": vocab,
+        "intermediate_size": 48,
+        "vocab_size": vocab,
         "max_positions": context,
         "norm_eps": 1e-5,
-        "tied": not biased,
+        "tie_embeddings": not biased,
         "qkv_bias": plain or biased,
         "out_bias": plain,
         "mlp_bias": plain,
@@ -47,12 +47,12 @@ def config_json(shape: ModelConfig, kind: str) -> dict[str, Any]:
         return {
             "model_type": "gpt2",
             "architectures": ["GPT2LMHeadModel"],
-            "n_layer": shape.layers,
-            "n_head": shape.heads,
-            "n_embd": shape.d_model,
-            "n_inner": shape.d_ff,
+            "n_layer": shape.num_layers,
+            "n_head": shape.num_heads,
+            "n_embd": shape.hidden_size,
+            "n_inner": shape.intermediate_size,
             "n_positions": shape.max_positions,
-            "vocab_size": shape.vocab,
+            "vocab_size": shape.vocab_size,
             "layer_norm_epsilon": shape.norm_eps,
             **ends,
         }
@@ -60,33 +60,33 @@ def config_json(shape: ModelConfig, kind: str) -> dict[str, Any]:
         return {
             "model_type": "gpt_neox",
             "architectures": ["GPTNeoXForCausalLM"],
-            "num_hidden_layers": shape.layers,
-            "num_attention_heads": shape.heads,
-            "hidden_size": shape.d_model,
-            "intermediate_size": shape.d_ff,
+            "num_hidden_layers": shape.num_layers,
+            "num_attention_heads": shape.num_heads,
+            "hidden_size": shape.hidden_size,
+            "intermediate_size": shape.intermediate_size,
             "max_position_embeddings": shape.max_positions,
-            "vocab_size": shape.vocab,
+            "vocab_size": shape.vocab_size,
             "layer_norm_eps": shape.norm_eps,
             "hidden_act": "gelu",
             "rotary_pct": shape.rotary / shape.head_dim,
             "rotary_emb_base": shape.rope_theta,
             "use_parallel_residual": shape.parallel,
-            "tie_word_embeddings": shape.tied,
+            "tie_word_embeddings": shape.tie_embeddings,
             **ends,
         }
     return {
         "model_type": "qwen2" if kind == "llama-biased" else "llama",
         "architectures": ["Qwen2ForCausalLM" if kind == "llama-biased" else "LlamaForCausalLM"],
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "hidden_size": shape.d_model,
-        "intermediate_size": shape.d_ff,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
         "max_position_embeddings": shape.max_positions,
-        "vocab_size": shape.vocab,
+        "vocab_size": shape.vocab_size,
         "rms_norm_eps": shape.norm_eps,
         "rope_theta": shape.rope_theta,
-        "tie_word_embeddings": shape.tied,
+        "tie_word_embeddings": shape.tie_embeddings,
         **ends,
     }
 
@@ -111,8 +111,8 @@ def model_folder(folder: Path, kind: str = "llama", seed: int = 0, layers: int =
     folder.mkdir(parents=True)
     vocab = byte_tokenizer(folder)
     model = model_of(kind, seed, torch.float32, vocab=vocab, layers=layers)
-    (folder / "config.json").write_text(json.dumps(config_json(model.shape, kind)))
-    tensors = to_file(model.shape, dict(model.named_parameters()))
+    (folder / "config.json").write_text(json.dumps(config_json(model.config, kind)))
+    tensors = to_file(model.config, dict(model.named_parameters()))
     save_file({n: t.detach().clone() for n, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
     return folder
 

@@ -183,7 +183,7 @@ def test_3_loading_with_other_settings_is_an_error(name: str, kind: str, tmp_pat
         changes = [{"layers": (0, 2)}, {"rank": 5} if isinstance(method, Adapter) else {"add_biases": False}]
     for change in changes:
         with pytest.raises(InputError, match=r"(adapter_config|graft_adapter)\.json: "):
-            read_adapter(tmp_path, model.shape, replace(method, **change))
+            read_adapter(tmp_path, model.config, replace(method, **change))
 
 
 @table
@@ -233,10 +233,10 @@ def test_4_merged_equals_unmerged_and_unmerging_is_exact(name: str, kind: str, d
 def test_5_the_count_is_the_closed_form(name: str, kind: str) -> None:
     model, method = installed(name, kind)
     trained, total = count_parameters(model)
-    assert trained == method.count(model.shape) == method.count(model_of(kind).shape)
+    assert trained == method.count(model.config) == method.count(model_of(kind).shape)
     new = 0 if name.startswith("full") else trained
     if isinstance(method, BitFit):
-        new = parameters(model.shape) - parameters(model_of(kind).shape)
+        new = parameters(model.config) - parameters(model_of(kind).shape)
     assert total == sum(p.numel() for p in model_of(kind).parameters()) + new
 
 

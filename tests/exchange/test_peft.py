@@ -164,7 +164,7 @@ def test_what_peft_trained_is_the_same_here(kind: str, name: str, bases: dict[st
     expected, plain = trained_there(bases[kind], THEIRS[name](kind), tmp_path / "theirs")
     for folds in (False, True):
         model = load_model(bases[kind], CPU, torch.float64)
-        method, state = from_foreign_peft(tmp_path / "theirs", model.shape)
+        method, state = from_foreign_peft(tmp_path / "theirs", model.config)
         apply_adapter(model, method, state, "theirs", folds)
         with torch.no_grad():
             near(model(IDS), expected, plain)
@@ -249,7 +249,7 @@ def test_round_trips_of_a_fused_dora_do_not_grow(bases: dict[str, Path], tmp_pat
     sizes = []
     for trip in range(3):
         model = load_model(bases["gpt2"], CPU, torch.float64)
-        method, state = from_foreign_peft(tmp_path / str(trip), model.shape)
+        method, state = from_foreign_peft(tmp_path / str(trip), model.config)
         apply_adapter(model, method, state, "", folds=False)
         folder = tmp_path / str(trip + 1)
         folder.mkdir()
@@ -289,12 +289,12 @@ def test_one_pair_for_q_k_and_v_is_written_once_and_read_back(bases: dict[str, P
     """As PEFT trains c_attn: one A for all three, whose rows are no blocks of one part each."""
     trained_there(bases["gpt2"], lora("gpt2", "c_attn"), tmp_path / "theirs")
     model = load_model(bases["gpt2"], CPU, torch.float64)
-    method, state = from_foreign_peft(tmp_path / "theirs", model.shape)
+    method, state = from_foreign_peft(tmp_path / "theirs", model.config)
     apply_adapter(model, method, state, "theirs", folds=False)
     (tmp_path / "ours").mkdir()
     save_adapter(tmp_path / "ours", model, method, "base")
     assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["r"] == 3
-    again = read_adapter(tmp_path / "ours", model.shape, method)
+    again = read_adapter(tmp_path / "ours", model.config, method)
     assert again.keys() == state.keys() and all(torch.equal(again[name], state[name]) for name in state)
 
 
@@ -305,14 +305,14 @@ def test_b_that_reaches_into_the_next_block_has_no_blocks(bases: dict[str, Path]
     tensors = load_safetensors(file)
     for name, b in tensors.items():
         if "lora_B" in name:
-            q, k, v = b.split(shape.d_model)
+            q, k, v = b.split(shape.hidden_size)
             q[:, 2], k[:, [0, 2]], v[:, [0, 1]] = 0, 0, 0
     save_safetensors(file, tensors)
     method, _ = from_foreign_peft(tmp_path / "x", shape)
     assert isinstance(method, LoRA) and method.rank == 3
     for name, b in tensors.items():
         if "lora_B" in name:
-            b[: shape.d_model, 1] = 0
+            b[: shape.hidden_size, 1] = 0
     save_safetensors(file, tensors)
     method, _ = from_foreign_peft(tmp_path / "x", shape)
     assert isinstance(method, LoRA) and method.rank == 1

@@ -47,7 +47,7 @@ def reader(kinds: dict[str, str], config: str) -> Reader:
         kind = next(kind for word, kind in kinds.items() if word.encode() in content)
         (folder / kind / config).write_bytes(content)
         model = model_of("gpt2", dtype=torch.float32, layers=1)
-        method, state = from_foreign_peft(folder / kind, model.shape)
+        method, state = from_foreign_peft(folder / kind, model.config)
         return apply_adapter(model, method, state, "x", folds=False)
 
     return read

@@ -18,7 +18,7 @@ from graftlm.errors import InputError
 from graftlm.exchange.adapters import from_foreign_peft
 from graftlm.files.formats import read_json, save_safetensors
 from graftlm.methods import method_from_json
-from graftlm.models.checkpoint_mapping import read_shape
+from graftlm.models.checkpoint_mapping import read_model_config
 from graftlm.text.dataset import load_dataset
 from tiny import config_json, shape_of
 
@@ -73,7 +73,7 @@ def test_a_parquet_file_with_text_that_is_no_utf_8(tmp_path: Path) -> None:
 )
 def test_a_config_that_asks_for_all_memory_or_says_nonsense(change: dict[str, object], line: str) -> None:
     with pytest.raises(InputError, match=line):
-        read_shape({**config_json(shape_of("llama"), "llama"), **change}, "config.json")
+        read_model_config({**config_json(shape_of("llama"), "llama"), **change}, "config.json")
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ FAMILIES = pytest.mark.parametrize("family", ["gpt2", "llama"])
 def naive(model: CausalLM, prompt: Sequence[int], new: int, eot: int) -> list[int]:
     """Greedy, by a full forward pass for every token."""
     ids = list(prompt)
-    while len(ids) < min(len(prompt) + new, model.shape.max_positions):
+    while len(ids) < min(len(prompt) + new, model.config.max_positions):
         token = int(full_logits(model, ids)[-1].argmax())
         if token == eot:
             break

@@ -33,7 +33,7 @@ from graftlm.methods.cost_model import (
 )
 from graftlm.methods.ia3 import IA3
 from graftlm.models import ModelConfig, build
-from graftlm.models.checkpoint_mapping import read_shape
+from graftlm.models.checkpoint_mapping import read_model_config
 from graftlm.models.presets import SHAPES
 from tiny import FAMILIES, model_of, shape_of
 
@@ -41,15 +41,15 @@ from tiny import FAMILIES, model_of, shape_of
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_the_layers_matrices_are_those_of_the_model(kind: str) -> None:
     model = model_of(kind)
-    assert layer_weights(model.shape) == sum(p.numel() for p in model.blocks[0].parameters() if p.dim() == 2)
-    assert block_parameters(model.shape) == sum(p.numel() for p in model.blocks[0].parameters())
-    assert parameters(model.shape) == sum(p.numel() for p in model.parameters())
+    assert layer_weights(model.config) == sum(p.numel() for p in model.blocks[0].parameters() if p.dim() == 2)
+    assert block_parameters(model.config) == sum(p.numel() for p in model.blocks[0].parameters())
+    assert parameters(model.config) == sum(p.numel() for p in model.parameters())
 
 
 def test_smollm2_needs_12_4_gflop_for_a_review() -> None:
     """47 tokens of which 19 are shared by 16: 29.2 tokens, 4 operations for each of 106 million weights."""
     path = model_folder("smollm2-135m") / "config.json"
-    shape = read_shape(read_json(path), str(path))
+    shape = read_model_config(read_json(path), str(path))
     batch = 16 * (47 - 19) + 19
     assert 30 * layer_weights(shape) == 106_168_320
     assert model_flops(shape, batch) / 16 / 1e9 == pytest.approx(12.4, abs=0.05)
@@ -63,8 +63,8 @@ def test_the_shapes_with_a_short_name_are_those_of_their_files() -> None:
     from transformers import GPT2Config
 
     path = model_folder("smollm2-135m") / "config.json"
-    assert SHAPES["smollm2-135m"] == read_shape(read_json(path), str(path))
-    assert SHAPES["gpt2"] == read_shape(GPT2Config().to_dict(), "transformers' defaults")
+    assert SHAPES["smollm2-135m"] == read_model_config(read_json(path), str(path))
+    assert SHAPES["gpt2"] == read_model_config(GPT2Config().to_dict(), "transformers' defaults")
     published = {
         "gpt2": 124_439_808,
         "gpt2-medium": 354_823_168,
@@ -88,16 +88,16 @@ def random_shape(family: str, rng: random.Random) -> ModelConfig:
     heads = kv if gpt2 else kv * group
     return ModelConfig(
         family="gpt2" if gpt2 else "llama",
-        layers=rng.randint(1, 4),
-        heads=heads,
-        kv_heads=kv,
-        d_model=heads * head if gpt2 else rng.randint(8, 40),
+        num_layers=rng.randint(1, 4),
+        num_heads=heads,
+        num_kv_heads=kv,
+        hidden_size=heads * head if gpt2 else rng.randint(8, 40),
         head_dim=head,
-        d_ff=rng.randint(8, 60),
-        vocab=rng.randint(5, 90),
+        intermediate_size=rng.randint(8, 60),
+        vocab_size=rng.randint(5, 90),
         max_positions=rng.randint(8, 64),
         norm_eps=1e-5,
-        tied=rng.random() < 0.5,
+        tie_embeddings=rng.random() < 0.5,
         qkv_bias=every or family == "qwen",
         out_bias=every,
         mlp_bias=every,
@@ -105,8 +105,8 @@ def random_shape(family: str, rng: random.Random) -> ModelConfig:
 
 
 def random_span(shape: ModelConfig, rng: random.Random) -> tuple[int, int] | None:
-    first = rng.randrange(shape.layers)
-    return None if rng.random() < 0.4 else (first, rng.randint(first + 1, shape.layers))
+    first = rng.randrange(shape.num_layers)
+    return None if rng.random() < 0.4 else (first, rng.randint(first + 1, shape.num_layers))
 
 
 def some_targets(shape: ModelConfig, rng: random.Random) -> tuple[str, ...]:
@@ -264,7 +264,7 @@ def test_a_feed_forward_net() -> None:
 
 
 def test_a_method_that_cannot_be_installed_is_refused_without_memory_too() -> None:
-    shape = replace(SHAPES["smollm2-135m"], layers=2)
+    shape = replace(SHAPES["smollm2-135m"], num_layers=2)
     for method in (LoRA(rank=577), LoRA(targets=("w",)), BitFit(), PrefixTuning(length=8192)):
         with torch.device("meta"), pytest.raises(InputError):
             method.install(build(shape), torch.Generator())

@@ -202,10 +202,10 @@ def test_adapting_twice_is_an_error() -> None:
 def test_the_handouts_numbers() -> None:
     """LoRA r on q, k, v of GPT-2 medium (facts of the handout and of the paper's closed form)."""
     from graftlm.methods.cost_model import parameters
-    from graftlm.models.checkpoint_mapping import read_shape
+    from graftlm.models.checkpoint_mapping import read_model_config
 
     medium = {"model_type": "gpt2", "n_layer": 24, "n_head": 16, "n_embd": 1024, "n_positions": 1024}
-    shape = read_shape({**medium, "vocab_size": 50257}, "config.json")
+    shape = read_model_config({**medium, "vocab_size": 50257}, "config.json")
     assert LoRA(rank=128).count(shape) == 18_874_368
     assert LoRA(rank=16).count(shape) == 2_359_296
     assert LoRA(rank=196).count(shape) == 28_901_376
@@ -268,7 +268,7 @@ def test_it_adopts_lora_folders_only() -> None:
     model, method = model_of("llama"), LoRA(rank=2, alpha=4.0)
     method.install(model, torch.Generator())
     config, tensors = method.to_peft(model)
-    found = LoRA.from_foreign_peft(model.shape, (config, tensors), "x")
+    found = LoRA.from_foreign_peft(model.config, (config, tensors), "x")
     assert found is not None and isinstance(found[0], LoRA) and found[0].rank == 2
     for other in ({"peft_type": "IA3"}, {"use_dora": True}):
-        assert LoRA.from_foreign_peft(model.shape, ({**config, **other}, tensors), "x") is None
+        assert LoRA.from_foreign_peft(model.config, ({**config, **other}, tensors), "x") is None

@@ -77,7 +77,7 @@ def test_a_cache_is_continued_row_by_row_and_one_adapter_may_be_said_for_all() -
     prompts = [[5, 9, 2], [7, 1, 8, 2, 8], [1], [4, 4]]
     rows = ["other", None, "wide", "other"]
     ids, lengths = right_pad(prompts, "cpu")
-    cache = KVCache.cache(base.shape, 4, 8, dtype=torch.float64)
+    cache = KVCache.cache(base.config, 4, 8, dtype=torch.float64)
     with together.adapters_for(rows):
         together.model(ids, keep=cache)
         cache.lengths = lengths

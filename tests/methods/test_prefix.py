@@ -154,7 +154,7 @@ def test_generation_continues_behind_it() -> None:
     expected = generate_ids(model, [[*tokens, *p] for p in prompts], max_new_tokens=8, eot=0)
     PrefixTuning(length=3, tokens=tokens).install(model, torch.Generator())
     assert generate_ids(model, prompts, max_new_tokens=8, eot=0) == expected
-    assert model.max_seq_len == model.shape.max_positions - 3
+    assert model.max_seq_len == model.config.max_positions - 3
     longest = list(range(1, model.max_seq_len + 1))
     assert generate_ids(model, [[min(i, 60) for i in longest]], max_new_tokens=8, eot=0) == [[]]
     with pytest.raises(InputError, match="reads at most 93"):
@@ -184,6 +184,6 @@ def test_a_prefix_of_one_position_is_one_too(length: int) -> None:
     model, method = model_of("gpt2"), PrefixTuning(length=length, init="random")
     method.install(model, torch.Generator())
     folder = method.to_peft(model)
-    assert folder is not None and method.from_peft(model.shape, folder, "x").keys() == trainable(model).keys()
+    assert folder is not None and method.from_peft(model.config, folder, "x").keys() == trainable(model).keys()
     with pytest.raises(InputError, match="num_virtual_tokens = 0 must be a whole number above 0"):
-        PrefixTuning.from_foreign_peft(model.shape, ({**folder[0], "num_virtual_tokens": 0}, folder[1]), "x")
+        PrefixTuning.from_foreign_peft(model.config, ({**folder[0], "num_virtual_tokens": 0}, folder[1]), "x")

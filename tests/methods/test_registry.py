@@ -138,7 +138,9 @@ def test_flags_that_mean_no_method(flags: dict[str, Any], given: str, line: str)
 def test_a_method_that_says_nothing_of_itself_merges_takes_no_room_and_has_one_rate(invented: None) -> None:
     method, shape = Invented(), shape_of("gpt2")
     assert method.mergeable and method.resumable_from_adapter and not method.is_full_finetune and method.positions == 0
-    assert method.lr_multiplier("blocks.0.attn.q.lora_B") == 1.0 and method.layer_range(shape) == range(shape.layers)
+    assert method.lr_multiplier("blocks.0.attn.q.lora_B") == 1.0 and method.layer_range(shape) == range(
+        shape.num_layers
+    )
     assert method.for_inference is method and method.describe_scale(model_of("gpt2"), 1.0) == ""
 
 
@@ -208,4 +210,4 @@ def test_what_every_token_is_multiplied_with_is_what_the_model_holds(method: Met
     model = model_of("gpt2")
     method.install(model, torch.Generator())
     held = sum(p.numel() for p in trainable(model).values() if p.dim() == 2)
-    assert sum(part.weights for part in method.param_breakdown(model.shape)) == held
+    assert sum(part.weights for part in method.param_breakdown(model.config)) == held

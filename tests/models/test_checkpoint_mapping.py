@@ -10,23 +10,23 @@ from graftlm.errors import InputError
 from graftlm.files.formats import LazyTensors, open_safetensors, save_safetensors
 from graftlm.methods.cost_model import parameters
 from graftlm.models import build
-from graftlm.models.checkpoint_mapping import check_names, file_names, read_shape, tensor_mapping, to_file
+from graftlm.models.checkpoint_mapping import check_names, file_names, read_model_config, tensor_mapping, to_file
 from tiny import FAMILIES, config_json, model_of, shape_of
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_a_shape_survives_its_config(kind: str) -> None:
     shape = shape_of(kind)
-    assert read_shape(config_json(shape, kind), "config.json") == shape
+    assert read_model_config(config_json(shape, kind), "config.json") == shape
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_to_file_and_back_is_the_same_to_the_bit(kind: str) -> None:
     model = model_of(kind)
     state = dict(model.named_parameters())
-    stored = to_file(model.shape, state)
-    check_names(model.shape, stored, "here")
-    names = file_names(model.shape)
+    stored = to_file(model.config, state)
+    check_names(model.config, stored, "here")
+    names = file_names(model.config)
     assert names.keys() == state.keys()
     for name, (theirs, read) in names.items():
         assert read(stored[theirs]).equal(state[name])
@@ -36,7 +36,7 @@ def test_to_file_and_back_is_the_same_to_the_bit(kind: str) -> None:
 def test_rows_are_read_alone(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows that a process holds, whatever the file fuses, turns or orders otherwise; and hardly more is read."""
     model = model_of(kind)
-    save_safetensors(tmp_path / "model.safetensors", to_file(model.shape, dict(model.named_parameters())))
+    save_safetensors(tmp_path / "model.safetensors", to_file(model.config, dict(model.named_parameters())))
     stored, largest = open_safetensors(tmp_path / "model.safetensors"), 0
     part = LazyTensors.part
 
@@ -47,7 +47,7 @@ def test_rows_are_read_alone(kind: str, tmp_path: Path, monkeypatch: pytest.Monk
         return found
 
     monkeypatch.setattr(LazyTensors, "part", counted)
-    for name, place in tensor_mapping(model.shape).items():
+    for name, place in tensor_mapping(model.config).items():
         whole = model.get_parameter(name)
         for rows in (range(1), range(len(whole) // 3, len(whole)), range(len(whole))):
             assert place.part(stored, place.name, rows).equal(whole[rows.start : rows.stop])
@@ -74,7 +74,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 @pytest.mark.parametrize(("kind", "change", "message"), REFUSED)
 def test_a_setting_that_is_not_understood_is_an_error(kind: str, change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as caught:
-        read_shape({**config_json(shape_of(kind), kind), **change}, "m/config.json")
+        read_model_config({**config_json(shape_of(kind), kind), **change}, "m/config.json")
     assert str(caught.value).startswith("m/config.json: ") and message in str(caught.value)
 
 
@@ -82,19 +82,19 @@ def test_a_missing_setting_is_named() -> None:
     config = config_json(shape_of("llama"), "llama")
     del config["hidden_size"]
     with pytest.raises(InputError, match="the setting 'hidden_size' is missing"):
-        read_shape(config, "config.json")
+        read_model_config(config, "config.json")
 
 
 def test_tensors_missing_or_too_many_are_named() -> None:
     model = model_of("gpt2")
-    stored = dict(to_file(model.shape, dict(model.named_parameters())))
+    stored = dict(to_file(model.config, dict(model.named_parameters())))
     stored["transformer.h.0.attn.bias"] = stored["transformer.wte.weight"]  # an old file's mask: no error
-    check_names(model.shape, stored, "here")
+    check_names(model.config, stored, "here")
     with pytest.raises(InputError, match=r"here: the tensor extra\.weight belongs to no part of this gpt2 model"):
-        check_names(model.shape, [*stored, "extra.weight"], "here")
+        check_names(model.config, [*stored, "extra.weight"], "here")
     del stored["transformer.h.1.ln_2.bias"]
     with pytest.raises(InputError, match=r"here: the tensor transformer\.h\.1\.ln_2\.bias is missing \(1 of"):
-        check_names(model.shape, stored, "here")
+        check_names(model.config, stored, "here")
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -114,4 +114,4 @@ def test_parameters_in_closed_form(kind: str) -> None:
 )
 def test_gpt2_sizes(layers: int, heads: int, width: int, count: int) -> None:
     config = {"model_type": "gpt2", "n_layer": layers, "n_head": heads, "n_embd": width, "vocab_size": 50257}
-    assert parameters(read_shape({**config, "n_positions": 1024}, "config.json")) == count
+    assert parameters(read_model_config({**config, "n_positions": 1024}, "config.json")) == count

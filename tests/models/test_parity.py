@@ -11,7 +11,7 @@ from torch import nn
 from graftlm.exchange.huggingface import load_model, save_model
 from graftlm.files.assets import model_folder
 from graftlm.models import CausalLM, build
-from graftlm.models.checkpoint_mapping import check_names, file_names, read_shape, stored_name
+from graftlm.models.checkpoint_mapping import check_names, file_names, read_model_config, stored_name
 
 GPT2_SIZES = {  # name: layers, heads, width, and the layers tested here (large and XL at reduced depth)
     "gpt2": (12, 12, 768, 12),
@@ -40,7 +40,7 @@ LLAMAS = {
 
 def ours(reference: nn.Module) -> CausalLM:
     """Our model with the reference's weights, by assignment: no second copy where the layout is the same."""
-    shape = read_shape(reference.config.to_dict(), "config.json")
+    shape = read_model_config(reference.config.to_dict(), "config.json")
     state = reference.state_dict()
     check_names(shape, state, "state_dict")
     with torch.device("meta"):
@@ -54,7 +54,7 @@ def ours(reference: nn.Module) -> CausalLM:
 
 
 def largest_difference(reference: nn.Module, model: CausalLM, rows: int = 2, tokens: int = 24) -> float:
-    ids = torch.randint(0, model.shape.vocab, (rows, tokens), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(0, model.config.vocab_size, (rows, tokens), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected = reference(ids).logits
         assert expected.std() > 0.1, "weights this small would hide a mistake"
@@ -140,7 +140,7 @@ def test_a_saved_folder_is_what_transformers_reads(kind: str, tmp_path: Path) ->
     from tiny import config_json, model_of
 
     model = model_of(kind, dtype=torch.float32)
-    config = config_json(model.shape, kind)
+    config = config_json(model.config, kind)
     save_model(tmp_path, model, dict(model.named_parameters()), config)
     reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     assert largest_difference(reference, model) <= 1e-4

@@ -35,15 +35,17 @@ def linear(self: Any, x: Float[Tensor, "*n {self.in_features}"]) -> Float[Tensor
 def norm(self: Any, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]: ...
 
 
-def look_up(self: Any, ids: Int[Tensor, "*n"], dtype: torch.dtype) -> Float[Tensor, "*n {self.embedding_dim}"]: ...
+def embed_in_dtype(
+    self: Any, ids: Int[Tensor, "*n"], dtype: torch.dtype
+) -> Float[Tensor, "*n {self.embedding_dim}"]: ...
 
 
-def rope_table(
+def rope_cos_sin(
     positions: Int[Tensor, "*n"], inverse_frequencies: Float[Tensor, " half"], dtype: torch.dtype
 ) -> tuple[Float[Tensor, "*n half"], Float[Tensor, "*n half"]]: ...
 
 
-def rotate(
+def apply_rotary_emb(
     x: Float[Tensor, "*n h width"],
     cos: Float[Tensor, "*m half"],
     sin: Float[Tensor, "*m half"],
@@ -52,7 +54,7 @@ def rotate(
 ) -> Float[Tensor, "*n h width"]: ...
 
 
-def attend(
+def scaled_dot_product(
     q: Float[Tensor, "b t h d"], parts: Any, bias: Float[Tensor, "#b 1 1 t s"] | None, drop: Any
 ) -> Float[Tensor, "b t h d"]: ...
 
@@ -66,34 +68,34 @@ def _weighted(w: Float[Tensor, "b k g t s"], v: Float[Tensor, "#b k s d"]) -> Fl
 def attention_forward(self: Any, x: Float[Tensor, "*n d"], layer: int, context: Any) -> Float[Tensor, "*m d"]: ...
 
 
-def by_row(at: Int[Tensor, " n"], b: int, t: int) -> tuple[Int[Tensor, "{b} m"], Int[Tensor, " n"]]: ...
+def flat_to_padded(at: Int[Tensor, " n"], b: int, t: int) -> tuple[Int[Tensor, "{b} m"], Int[Tensor, " n"]]: ...
 
 
-def hidden(
+def hidden_states(
     self: Any,
     ids: Int[Tensor, "b t"],
     past: Sequence[KVCache] = (),
     keep: KVCache | None = None,
     at: Int[Tensor, "b m"] | None = None,
-) -> Float[Tensor, "b _ {self.shape.d_model}"]: ...
+) -> Float[Tensor, "b _ {self.config.hidden_size}"]: ...
 
 
-def hidden_behind(
+def forward_shared_prefix(
     self: Any,
     lead: Int[Tensor, "1 p"],
     ids: Int[Tensor, "b t"],
     at: Int[Tensor, "b m"] | None = None,
     below: Any = None,
     fork: Any = None,
-) -> tuple[Float[Tensor, "p {self.shape.d_model}"] | None, Float[Tensor, "b _ {self.shape.d_model}"]]: ...
+) -> tuple[Float[Tensor, "p {self.config.hidden_size}"] | None, Float[Tensor, "b _ {self.config.hidden_size}"]]: ...
 
 
-def lower(
+def forward_lower_layers(
     self: Any, lead: Int[Tensor, "1 p"], ids: Int[Tensor, "b t"], layers: int, fork: Any = None
-) -> Float[Tensor, "{lead.numel()+ids.numel()} {self.shape.d_model}"]: ...
+) -> Float[Tensor, "{lead.numel()+ids.numel()} {self.config.hidden_size}"]: ...
 
 
-def logits(self: Any, h: Float[Tensor, "*n d"]) -> Float[Tensor, "*n {self.shape.vocab}"]: ...
+def logits(self: Any, h: Float[Tensor, "*n d"]) -> Float[Tensor, "*n {self.config.vocab_size}"]: ...
 
 
 def loss(
@@ -110,10 +112,10 @@ def log_probs(
 ) -> Float[Tensor, " k"]: ...
 
 
-def updated_weight(self: Any) -> Float[Tensor, "{self.out_features} {self.in_features}"]: ...
+def merged_weight(self: Any) -> Float[Tensor, "{self.out_features} {self.in_features}"]: ...
 
 
-def read_batch(
+def forward_batch(
     model: CausalLM, batch: objectives.TrainingBatch
 ) -> tuple[Float[Tensor, "p d"] | None, Float[Tensor, "r d"], Int[Tensor, " n"]]: ...
 
@@ -132,28 +134,28 @@ SIGNATURES: dict[tuple[Any, str], Callable[..., Any]] = {
     (LoRALinear, "forward"): linear,
     (BottleneckLinear, "forward"): linear,
     (IA3Linear, "forward"): linear,
-    (LoRALinear, "updated_weight"): updated_weight,
+    (LoRALinear, "merged_weight"): merged_weight,
     (layers.RMSNorm, "forward"): norm,
     (layers.LayerNorm, "forward"): norm,
-    (layers.Embedding, "look_up"): look_up,
-    (layers, "rope_table"): rope_table,
-    (layers, "rotate"): rotate,
-    (attention, "attend"): attend,
+    (layers.Embedding, "embed_in_dtype"): embed_in_dtype,
+    (layers, "rope_cos_sin"): rope_cos_sin,
+    (layers, "apply_rotary_emb"): apply_rotary_emb,
+    (attention, "scaled_dot_product"): scaled_dot_product,
     (attention, "_scores"): _scores,
     (attention, "_weighted"): _weighted,
     (attention.Attention, "forward"): attention_forward,
-    (base, "by_row"): by_row,
-    (CausalLM, "hidden"): hidden,
-    (CausalLM, "hidden_behind"): hidden_behind,
-    (CausalLM, "lower"): lower,
+    (base, "flat_to_padded"): flat_to_padded,
+    (CausalLM, "hidden_states"): hidden_states,
+    (CausalLM, "forward_shared_prefix"): forward_shared_prefix,
+    (CausalLM, "forward_lower_layers"): forward_lower_layers,
     (CausalLM, "logits"): logits,
     (CausalLM, "loss"): loss,
     (CausalLM, "log_probs"): log_probs,
-    (objectives, "read_batch"): read_batch,
+    (objectives, "forward_batch"): forward_batch,
     (objectives, "completion"): objective,
     (objectives, "all_tokens"): objective,
     (preferences.PreferenceLoss, "losses"): of_pairs,
-    (preferences.PreferenceLoss, "deltas"): of_pairs,
+    (preferences.PreferenceLoss, "logits"): of_pairs,
     (preferences.PreferenceLoss, "rewards"): rewards,
 }
 met: Counter[str] = Counter()
@@ -226,10 +228,10 @@ def train(model: CausalLM) -> None:
 
 @torch.inference_mode()
 def decode(model: CausalLM) -> None:
-    shared, cache, rows = KVCache(), KVCache.cache(model.shape, 2, 6), torch.tensor([[4, 5], [6, 7]])
+    shared, cache, rows = KVCache(), KVCache.cache(model.config, 2, 6), torch.tensor([[4, 5], [6, 7]])
     model(torch.tensor([[1, 2, 3]]), keep=shared)
-    assert model(rows, past=(shared, cache), keep=cache).shape == (2, 2, model.shape.vocab)
-    assert model(rows, past=(shared,), at=torch.tensor([1, 2, 3])).shape == (3, model.shape.vocab)
+    assert model(rows, past=(shared, cache), keep=cache).shape == (2, 2, model.config.vocab_size)
+    assert model(rows, past=(shared,), at=torch.tensor([1, 2, 3])).shape == (3, model.config.vocab_size)
 
 
 def test_a_look_sees_what_does_not_fit() -> None:

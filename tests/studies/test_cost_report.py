@@ -167,7 +167,7 @@ def test_what_is_kept_for_the_backward_pass_is_what_autograd_keeps(
     kind: str, method: Method, dtype: torch.dtype, tokens: int
 ) -> None:
     """Against real tensors, where real attention takes one way for few tokens and another for many."""
-    shape = replace(shape_of(kind), max_positions=700, layers=5)
+    shape = replace(shape_of(kind), max_positions=700, num_layers=5)
     model = build(shape)
     method.install(model, torch.Generator())
     for p in model.parameters():
@@ -180,7 +180,7 @@ def test_what_is_kept_for_the_backward_pass_is_what_autograd_keeps(
         before = kept()
         targets, weights = ids.flatten(), torch.ones(2 * tokens)
         model.loss(h.flatten(0, 1), torch.arange(2 * tokens), targets, weights)
-    head = 2 * tokens * shape.d_model * dtype.itemsize
+    head = 2 * tokens * shape.hidden_size * dtype.itemsize
     assert kept_bytes(shape, method, 2, tokens, dtype, gathered=False) == before + head
     assert kept() >= before + head  # the head's own gradient besides, which is not kept for long
 

@@ -57,7 +57,7 @@ def test_what_is_kept_for_the_backward_pass_is_foreseen(changes: dict[str, Any],
     prepared = prepare(config(assets, tmp_path / "run", **changes))
     model = prepared.loaded.model.train()
     batch = plan_module._batches(prepared, 1)[0][0]
-    first = prepared.method.layer_range(model.shape).start
+    first = prepared.method.layer_range(model.config).start
     foreseen = plan_module._saved_mb(model, batch, prepared.config, 6 - first)
     known, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 

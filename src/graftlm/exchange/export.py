@@ -105,10 +105,10 @@ def _write_model(folder: Path, loaded: Loaded, dtype: str) -> None:
     for module in model.modules():
         if isinstance(module, MergeableLinear):
             module.merge()
-    names = file_names(model.shape)
+    names = file_names(model.config)
     state = {name: p.detach() for name, p in model.named_parameters() if name in names}
     file = loaded.folder / "config.json"
-    save_model(folder, model, state, with_biases(read_json(file), model.shape, str(file)), DTYPES[dtype])
+    save_model(folder, model, state, with_biases(read_json(file), model.config, str(file)), DTYPES[dtype])
     loaded.tokenizer.save(folder)
     if (loaded.folder / GENERATION).is_file():
         shutil.copyfile(loaded.folder / GENERATION, folder / GENERATION)
@@ -121,5 +121,5 @@ def _read_back(folder: Path, base: Path, whole: bool) -> CausalLM:
     if whole:
         return load_model(folder, CPU, torch.float32)
     model = load_model(base, CPU, torch.float32)
-    method, state = from_foreign_peft(folder, model.shape)
+    method, state = from_foreign_peft(folder, model.config)
     return apply_adapter(model, method, state, str(folder), folds=False)

@@ -22,7 +22,7 @@ from graftlm.models.checkpoint_mapping import (
     check_names,
     file_parts,
     one_to_file,
-    read_shape,
+    read_model_config,
     stored_name,
     tensor_mapping,
     to_file,
@@ -40,7 +40,7 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Causal
 
 def meta_model(folder: Path, dtype: torch.dtype) -> CausalLM:
     """The same without weights: all are on torch's meta device, and take no memory."""
-    shape = read_shape(read_json(folder / CONFIG), str(folder / CONFIG))
+    shape = read_model_config(read_json(folder / CONFIG), str(folder / CONFIG))
     check_names(shape, read_weights(folder), str(folder))
     with torch.device("meta"):
         model = build(shape).to(dtype)
@@ -63,7 +63,7 @@ def load_weights_into(model: CausalLM, folder: Path, device: torch.device, dtype
 
 def iter_local_shards(model: CausalLM, folder: Path, wanted: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     """(our name, those rows that this process holds, as the folder has them) of the wanted parameters it stores."""
-    stored, ours = read_weights(folder), tensor_mapping(model.shape)
+    stored, ours = read_weights(folder), tensor_mapping(model.config)
     for name in wanted:
         if name not in ours:
             continue
@@ -97,7 +97,7 @@ def save_model(
 
     `state` holds all parameters by our names; `config` is the base's config.json, whose dtype entry is corrected.
     """
-    tensors = to_file(model.shape, state)
+    tensors = to_file(model.config, state)
     if dtype is not None:
         tensors = {name: t.to(dtype) for name, t in tensors.items()}
     save_safetensors(folder / WEIGHTS, tensors)
@@ -114,11 +114,11 @@ def lazy_state_dict(model: CausalLM, state: Mapping[str, Tensor]) -> dict[str, L
     """The tensors of the folder that `save_model` would write, each gathered over the processes when asked for."""
 
     def later(parts: Mapping[str, TensorMapping]) -> LazyTensor:
-        empty = one_to_file(model.shape, parts, {n: torch.empty(state[n].shape, device="meta") for n in parts})
+        empty = one_to_file(model.config, parts, {n: torch.empty(state[n].shape, device="meta") for n in parts})
 
         def make() -> Tensor:
-            return one_to_file(model.shape, parts, {n: full_tensor(state[n].detach()) for n in parts})
+            return one_to_file(model.config, parts, {n: full_tensor(state[n].detach()) for n in parts})
 
         return LazyTensor(state[next(iter(parts))].dtype, tuple(empty.shape), make)
 
-    return {name: later(parts) for name, parts in file_parts(model.shape).items()}
+    return {name: later(parts) for name, parts in file_parts(model.config).items()}

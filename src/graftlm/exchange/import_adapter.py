@@ -54,7 +54,7 @@ def import_adapter(config: ImportConfig, say: Callable[[str], object] = lambda l
     sha256 = base_hash(base)
     check_hash(source, sha256, name)
     model = load_model(base, CPU, torch.float32)
-    method, state = from_foreign_peft(source, model.shape)
+    method, state = from_foreign_peft(source, model.config)
     model = apply_adapter(model, method, state, str(source), folds=False)
     if not config.init_from:
         say(f"base model, as the adapter says: {name}")

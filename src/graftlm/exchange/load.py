@@ -24,7 +24,7 @@ from graftlm.methods import Method, method_from_json
 from graftlm.methods.base import load_trainable_state_dict
 from graftlm.methods.mergeable import MergeableLinear
 from graftlm.models import CausalLM, clone_with_shared_weights
-from graftlm.models.checkpoint_mapping import read_shape
+from graftlm.models.checkpoint_mapping import read_model_config
 from graftlm.text.template import Template
 from graftlm.text.tokenizer import Tokenizer
 
@@ -115,7 +115,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     """A model folder's tokenizer; an InputError if it makes tokens that the model has no embedding for."""
     tokenizer = Tokenizer.from_folder(folder)
     config = folder / "config.json"
-    vocab = read_shape(read_json(config), str(config)).vocab
+    vocab = read_model_config(read_json(config), str(config)).vocab_size
     if tokenizer.largest >= vocab:
         raise InputError(
             f"{folder}: its tokenizer has a token {tokenizer.largest}, its model embeds {vocab}: the files are of two "
@@ -149,7 +149,7 @@ def adapter_on_shared_base(base: CausalLM, checkpoint: Path, method: Method) -> 
 
 
 def _adapted(model: CausalLM, checkpoint: Path, method: Method, folds: bool = True) -> CausalLM:
-    return apply_adapter(model, method, read_adapter(checkpoint, model.shape, method), str(checkpoint), folds)
+    return apply_adapter(model, method, read_adapter(checkpoint, model.config, method), str(checkpoint), folds)
 
 
 def apply_adapter(model: CausalLM, method: Method, state: Mapping[str, Tensor], where: str, folds: bool) -> CausalLM:

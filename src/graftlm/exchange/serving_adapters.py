@@ -44,13 +44,13 @@ def _run(name: str, folder: Path, loaded: Loaded, sha256: str) -> tuple[Method, 
     best = folder / "best"
     if not best.is_dir():
         raise InputError(f"{best}: no such checkpoint; the run has not saved one yet, go on with graft train --resume")
-    return method, read_adapter(best, loaded.model.shape, method)
+    return method, read_adapter(best, loaded.model.config, method)
 
 
 def _adapter(name: str, folder: Path, loaded: Loaded, sha256: str) -> tuple[Method, dict[str, Tensor]]:
     """An adapter folder's."""
     check_source(folder)
     check_hash(folder, sha256, loaded.name)
-    method, state = from_foreign_peft(folder, loaded.model.shape)
+    method, state = from_foreign_peft(folder, loaded.model.config)
     check_servable(name, method)
     return method, state

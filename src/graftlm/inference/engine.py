@@ -169,7 +169,7 @@ class Engine:
             raise InputError(f"unknown adapter {adapter!r}: there is none, only the base")
         if adapter is not None and adapter not in self.names:
             raise unknown_name_error("adapter", adapter, self.names)
-        vocab = self._model.shape.vocab
+        vocab = self._model.config.vocab_size
         if wrong := [token for token in ids if not 0 <= token < vocab]:
             raise InputError(f"{what} has a token {wrong[0]}: the model's are 0 to {vocab - 1}")
 

@@ -156,7 +156,7 @@ def embedder(model: CausalLM, tokenizer: Tokenizer, batch_size: int = 32) -> Emb
 
     def embed(texts: Sequence[str]) -> np.ndarray:
         ids = [row[:MAX_EMBEDDED_TEXTS] or [tokenizer.eot] for row in tokenizer.encode_batch(texts, bos=True)]
-        found = np.zeros((len(ids), model.shape.d_model))
+        found = np.zeros((len(ids), model.config.hidden_size))
         order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
         with eval_mode(model):
             for start in range(0, len(order), batch_size):

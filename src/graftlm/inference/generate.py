@@ -205,7 +205,7 @@ class DecodingBatch:
 
     def __init__(self, model: CausalLM, shared: Sequence[KVCache] = ()) -> None:
         self._model, self._shared = model, shared
-        self._cache = KVCache.cache(model.shape, 0, 0, model.device, model.dtype)
+        self._cache = KVCache.cache(model.config, 0, 0, model.device, model.dtype)
         self.lengths: list[int] = []
         """How many tokens each row holds."""
         self._ends: list[int] = []

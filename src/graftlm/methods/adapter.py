@@ -81,14 +81,14 @@ class Adapter(Method):
             made.append(BottleneckLinear(linear, self.rank, rng))
             return made[-1]
 
-        replace_linears(model, PLACEMENTS[self.placement], wrap, self.layer_range(model.shape))
+        replace_linears(model, PLACEMENTS[self.placement], wrap, self.layer_range(model.config))
         freeze(model)
         for p in (p for module in made for p in BottleneckLinear.adapter_parameters(module)):
             p.requires_grad_(True)
 
     def param_breakdown(self, shape: ModelConfig) -> list[ParameterGroup]:
         """2 d r + r + d for each adapter."""
-        layers, d, r = len(self.layer_range(shape)), shape.d_model, self.rank
+        layers, d, r = len(self.layer_range(shape)), shape.hidden_size, self.rank
         count, formula = layers * (2 * d * r + r + d), format_formula("L (2 d r + r + d)", L=layers, d=d, r=r)
         return [
             ParameterGroup(f"{role}, adapter", count, formula, role, added=True, weights=layers * 2 * d * r)

@@ -42,7 +42,7 @@ class Method(ABC):
 
     def layer_range(self, shape: ModelConfig) -> range:
         """The numbers of the blocks it adapts."""
-        return range(*self.layers) if self.layers else range(shape.layers)
+        return range(*self.layers) if self.layers else range(shape.num_layers)
 
     @property
     def positions(self) -> int:
@@ -166,10 +166,10 @@ def replace_linears(
     replaced before.
     """
     if not targets:
-        raise InputError(f"--targets is empty: name at least one of {', '.join(model.shape.roles)}")
+        raise InputError(f"--targets is empty: name at least one of {', '.join(model.config.roles)}")
     for role in targets:
-        if role not in model.shape.roles:
-            raise unknown_name_error("target", role, model.shape.roles)
+        if role not in model.config.roles:
+            raise unknown_name_error("target", role, model.config.roles)
     for i in span:
         block = model.blocks[i]
         for role in targets:

@@ -37,9 +37,9 @@ class BitFit(Method):
         freeze(model)
         if self.add_biases:
             _add_biases(model)
-        shape = model.shape
+        shape = model.config
         trained: list[nn.Module] = [model.blocks[i] for i in self.layer_range(shape)]
-        trained += [model.norm] if self.layer_range(shape).stop == shape.layers else []
+        trained += [model.norm] if self.layer_range(shape).stop == shape.num_layers else []
         found = 0
         for module in (m for root in trained for m in root.modules()):
             bias = getattr(module, "bias", None)
@@ -67,7 +67,7 @@ class BitFit(Method):
                 ParameterGroup(f"{role}, biases", layers * out, format_formula("L out", L=layers, out=out), role)
             )
         if FAMILIES[shape.family].norm_biases:
-            d, last = shape.d_model, self.layer_range(shape).stop == shape.layers
+            d, last = shape.hidden_size, self.layer_range(shape).stop == shape.num_layers
             formula = format_formula("d (2 L + 1)" if last else "d 2 L", L=layers, d=d)
             parts.append(ParameterGroup("norms, biases", d * (2 * layers + last), formula, "norms"))
         return parts
@@ -80,9 +80,9 @@ def biased(shape: ModelConfig) -> ModelConfig:
 
 def _add_biases(model: CausalLM) -> None:
     """Zero biases, of the base's dtype, where a linear has none."""
-    model.shape = biased(model.shape)
+    model.config = biased(model.config)
     for block in model.blocks:
-        for role in model.shape.roles:
+        for role in model.config.roles:
             linear = block.get_submodule(our_module_name(role))
             assert isinstance(linear, Linear)
             if linear.bias is None:

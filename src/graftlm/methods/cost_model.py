@@ -50,7 +50,12 @@ _PRODUCT = re.compile(r"(?<=[\w)]) (?=[\w(])")
 
 def linear_size(shape: ModelConfig, role: str) -> tuple[int, int]:
     """(in_features, out_features) of the role's linear."""
-    d, f, q, kv = shape.d_model, shape.d_ff, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    d, f, q, kv = (
+        shape.hidden_size,
+        shape.intermediate_size,
+        shape.num_heads * shape.head_dim,
+        shape.num_kv_heads * shape.head_dim,
+    )
     sizes = {"q": (d, q), "k": (d, kv), "v": (d, kv), "o": (q, d), "gate": (d, f), "up": (d, f), "down": (f, d)}
     return sizes[role]
 
@@ -71,21 +76,26 @@ def block_parts(shape: ModelConfig, layers: int, last: bool) -> list[ParameterGr
     biased = FAMILIES[shape.family].norm_biases  # a weight, and in some families a bias
     each = "2 d" if biased else "d"
     norms = f"{each} (2 L + 1)" if last else f"{each} 2 L"
-    count = shape.d_model * (2 if biased else 1) * (2 * layers + last)
-    return [*parts, ParameterGroup("norms", count, format_formula(norms, L=layers, d=shape.d_model), "norms")]
+    count = shape.hidden_size * (2 if biased else 1) * (2 * layers + last)
+    return [*parts, ParameterGroup("norms", count, format_formula(norms, L=layers, d=shape.hidden_size), "norms")]
 
 
 def model_parts(shape: ModelConfig) -> list[ParameterGroup]:
     """All parameters of a model of this shape; a tied head counts once, as the embedding."""
-    d, v, c = shape.d_model, shape.vocab, shape.max_positions
+    d, v, c = shape.hidden_size, shape.vocab_size, shape.max_positions
     table = v * d, format_formula("V d", V=v, d=d)
     places = (
         [ParameterGroup("positions", c * d, format_formula("C d", C=c, d=d), "positions")]
         if FAMILIES[shape.family].positions
         else []
     )
-    head = [] if shape.tied else [ParameterGroup("head", *table, "head")]
-    return [ParameterGroup("embedding", *table, "embedding"), *places, *block_parts(shape, shape.layers, True), *head]
+    head = [] if shape.tie_embeddings else [ParameterGroup("head", *table, "head")]
+    return [
+        ParameterGroup("embedding", *table, "embedding"),
+        *places,
+        *block_parts(shape, shape.num_layers, True),
+        *head,
+    ]
 
 
 def total(parts: Sequence[CostItem]) -> int:
@@ -121,7 +131,7 @@ def model_flops(
     forward pass, and nothing where their output is kept from before. Head, attention's own products, norms and an
     adapter's thin matrices are left out, so the share of a machine's peak that is made of this is a lower bound.
     """
-    above = (6 if weights_trained else 4) * (shape.layers - first_trained)
+    above = (6 if weights_trained else 4) * (shape.num_layers - first_trained)
     below = 0 if below_kept else 2 * first_trained
     return (above + below) * layer_weights(shape) * tokens
 
@@ -133,14 +143,14 @@ def forward_flops(shape: ModelConfig, method_weights: int, tokens: int, before: 
     average and those before it, once for the scores and once for the values.
     """
     letters = _letters(shape, method_weights, tokens, before)
-    layers, w, (hd, keys) = shape.layers, layer_weights(shape), _attention(shape, tokens, before)
+    layers, w, (hd, keys) = shape.num_layers, layer_weights(shape), _attention(shape, tokens, before)
     return {
         "layers": CostItem("layers' matrices", 2 * layers * w, format_formula("2 L W", **letters)),
         "method": CostItem("the method's matrices", 2 * method_weights, format_formula("2 M", **letters)),
         "attention": CostItem(
             "attention's own products", 2 * layers * hd * keys, format_formula(f"2 L {_KEYS}", **letters)
         ),
-        "head": CostItem("head", 2 * shape.vocab * shape.d_model, format_formula("2 V d", **letters)),
+        "head": CostItem("head", 2 * shape.vocab_size * shape.hidden_size, format_formula("2 V d", **letters)),
     }
 
 
@@ -154,17 +164,17 @@ def training_flops(
         weights_in: blocks whose own weights are trained, which takes their gradients too.
         head_trained: whether the head's are. The head counts where a target is predicted only.
     """
-    back = shape.layers - first
+    back = shape.num_layers - first
     letters = {**_letters(shape, method_weights, tokens, before), "B": back, "G": weights_in}
     w, (hd, keys) = layer_weights(shape), _attention(shape, tokens, before)
     matrices = model_flops(shape, 1, first_trained=first) + 2 * weights_in * w
-    head = (6 if head_trained else 4) * shape.vocab * shape.d_model
+    head = (6 if head_trained else 4) * shape.vocab_size * shape.hidden_size
     return {
         "layers": CostItem("layers' matrices", matrices, format_formula("2 (L + B + G) W", **letters)),
         "method": CostItem("the method's matrices", 6 * method_weights, format_formula("6 M", **letters)),
         "attention": CostItem(
             "attention's own products",
-            2 * (shape.layers + 2 * back) * hd * keys,
+            2 * (shape.num_layers + 2 * back) * hd * keys,
             format_formula(f"2 (L + 2 B) {_KEYS}", **letters),
         ),
         "head": CostItem("head", head, format_formula("6 V d" if head_trained else "4 V d", **letters)),
@@ -175,12 +185,18 @@ _KEYS = "H D (T + 1 + 2 n)"
 
 
 def _attention(shape: ModelConfig, tokens: int, before: int) -> tuple[int, int]:
-    return shape.heads * shape.head_dim, tokens + 1 + 2 * before
+    return shape.num_heads * shape.head_dim, tokens + 1 + 2 * before
 
 
 def _letters(shape: ModelConfig, method_weights: int, tokens: int, before: int) -> dict[str, int]:
-    sizes = {"L": shape.layers, "W": layer_weights(shape), "M": method_weights, "V": shape.vocab, "d": shape.d_model}
-    return {**sizes, "H": shape.heads, "D": shape.head_dim, "T": tokens, "n": before}
+    sizes = {
+        "L": shape.num_layers,
+        "W": layer_weights(shape),
+        "M": method_weights,
+        "V": shape.vocab_size,
+        "d": shape.hidden_size,
+    }
+    return {**sizes, "H": shape.num_heads, "D": shape.head_dim, "T": tokens, "n": before}
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
@@ -231,7 +247,7 @@ def memory_of_each(
 
 def _outside(shape: ModelConfig) -> int:
     """Parameters outside of blocks: embedding, positions, last norm, head."""
-    return parameters(shape) - shape.layers * block_parameters(shape)
+    return parameters(shape) - shape.num_layers * block_parameters(shape)
 
 
 def sent_by_each(shape: ModelConfig, trained: int, item: int, processes: int, cut: str) -> dict[str, CostItem]:
@@ -240,7 +256,7 @@ def sent_by_each(shape: ModelConfig, trained: int, item: int, processes: int, cu
     Gradients once; of cut weights those of blocks twice, for the way forth and the way back, the others once. Rings: a
     gather or a scatter of x bytes takes (n - 1) / n x from each, a sum both of them (Thakur et al. 2005).
     """
-    blocks, outside = shape.layers * block_parameters(shape), _outside(shape)
+    blocks, outside = shape.num_layers * block_parameters(shape), _outside(shape)
     letters = {"b": blocks, "e": outside, "t": trained, "n": processes}
 
     def line(what: str, size: int, formula: str) -> CostItem:

@@ -30,8 +30,8 @@ class Full(Method):
         trained: list[nn.Module] = [model]
         if self.layers:
             freeze(model)
-            trained = [model.blocks[i] for i in self.layer_range(model.shape)]
-            trained += [model.norm] if self.layers[1] == model.shape.layers else []
+            trained = [model.blocks[i] for i in self.layer_range(model.config)]
+            trained += [model.norm] if self.layers[1] == model.config.num_layers else []
         for p in (p for module in trained for p in module.parameters()):
             p.data = p.data.to(master_dtype(p.dtype))
             p.requires_grad_(True)
@@ -40,4 +40,4 @@ class Full(Method):
         """All parameters of the shape, or those of the span's blocks."""
         if not self.layers:
             return model_parts(shape)
-        return block_parts(shape, len(self.layer_range(shape)), self.layers[1] == shape.layers)
+        return block_parts(shape, len(self.layer_range(shape)), self.layers[1] == shape.num_layers)

@@ -91,7 +91,7 @@ class IA3(Method):
             made.append(IA3Linear(linear, inward=name.endswith(our_module_name("down"))))
             return made[-1]
 
-        replace_linears(model, self.targets, wrap, self.layer_range(model.shape))
+        replace_linears(model, self.targets, wrap, self.layer_range(model.config))
         freeze(model)
         for module in made:
             module.stretch.requires_grad_(True)
@@ -110,7 +110,7 @@ class IA3(Method):
 
     def to_peft(self, model: CausalLM) -> PeftFolder:
         """PEFT's IA3."""
-        shape, state, tensors = model.shape, trainable_state_dict(model), {}
+        shape, state, tensors = model.config, trainable_state_dict(model), {}
         for key, size, parts in self._vectors(shape):
             vector = next(iter(state.values())).new_ones(size)
             for name, rows in parts.items():

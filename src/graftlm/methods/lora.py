@@ -262,7 +262,7 @@ class LoRA(Method):
                 raise InputError(f"--rank {self.rank}: above the width of {name}: choose at most {linear.in_features}")
             return self.linear.from_linear(linear, self.rank, self.alpha, self.dropout, rng, self.rslora)
 
-        replace_linears(model, self.targets, wrap, self.layer_range(model.shape))
+        replace_linears(model, self.targets, wrap, self.layer_range(model.config))
         mark_only_lora_as_trainable(model)
 
     def param_breakdown(self, shape: ModelConfig) -> list[ParameterGroup]:

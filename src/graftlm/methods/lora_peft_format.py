@@ -69,7 +69,7 @@ _STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 def to_peft(method: "LoRA", model: CausalLM) -> PeftFolder:
     """The config and the tensors that PEFT reads as this model's adapter."""
-    shape, state = model.shape, trainable_state_dict(model)
+    shape, state = model.config, trainable_state_dict(model)
     parts = fused(shape, method.targets)
     once = bool(parts) and all(
         torch.equal(state[f"blocks.{i}.attn.{parts[0]}.lora_A"], state[f"blocks.{i}.attn.{part}.lora_A"])
@@ -93,7 +93,7 @@ def _fuse(
     method: "LoRA", model: CausalLM, state: Mapping[str, Tensor], i: int, parts: tuple[str, ...], once: bool
 ) -> dict[str, Tensor]:
     """The fused linear's pair in layer i, and its magnitudes; a part that is not adapted keeps the base's."""
-    shape, r = model.shape, method.rank
+    shape, r = model.config, method.rank
     key, rows = f"{layer_prefix(shape, i)}{FAMILIES[shape.family].fused}", fused_slices(shape)
     a = [state[f"blocks.{i}.attn.{part}.lora_A"] for part in parts]
     b = [state[f"blocks.{i}.attn.{part}.lora_B"] for part in parts]
@@ -155,7 +155,7 @@ def _config(shape: ModelConfig, method: "LoRA", once: bool) -> dict[str, Any]:
 def from_peft(method: "LoRA", shape: ModelConfig, folder: PeftFolder, where: str) -> dict[str, Tensor]:
     """The inverse of `to_peft` for a folder written with this method; an InputError for anything else."""
     config, tensors = folder
-    parts, rank, d = fused(shape, method.targets), method.rank, shape.d_model
+    parts, rank, d = fused(shape, method.targets), method.rank, shape.hidden_size
     whole, where_rows = FAMILIES[shape.family].fused, fused_slices(shape) if parts else {}
     first = f"{layer_prefix(shape, method.layer_range(shape).start)}{whole}.lora_A.weight"
     once = bool(parts) and first in tensors and len(tensors[first]) == rank

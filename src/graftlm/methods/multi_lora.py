@@ -172,10 +172,10 @@ def stack(base: CausalLM, adapters: Adapters) -> MultiLoRAModel:
             here = {
                 f"blocks.{i}.{our_module_name(r)}": block.get_submodule(our_module_name(r))
                 for r in roles
-                if r in base.shape.roles
+                if r in base.config.roles
             }
             made |= _stacked({n: m for n, m in here.items() if isinstance(m, Linear)}, adapters, choice, base.dtype)
-    replace_linears(model, base.shape.roles, lambda old, name: made.get(name, old), range(base.shape.layers))
+    replace_linears(model, base.config.roles, lambda old, name: made.get(name, old), range(base.config.num_layers))
     return MultiLoRAModel(model.eval(), tuple(adapters), choice)
 
 

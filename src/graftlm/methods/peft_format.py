@@ -93,7 +93,9 @@ def targeted(shape: ModelConfig, config: Mapping[str, Any], where: str) -> Itera
     only = _layers(shape, config, where)
     inside = sorted({hf_module_name(shape, role) for role in shape.roles})
     names = {
-        f"{FAMILIES[shape.family].layers}{i}.{theirs}": (i, theirs) for i in range(shape.layers) for theirs in inside
+        f"{FAMILIES[shape.family].layers}{i}.{theirs}": (i, theirs)
+        for i in range(shape.num_layers)
+        for theirs in inside
     }
     if isinstance(targets, list):
         for target in targets:
@@ -118,7 +120,7 @@ def uniform_layer_range(
         raise InputError(
             f"{where}: {fields} adapt layers {layers} unevenly; supported: the same modules in each of a span of layers"
         )
-    return None if len(layers) == shape.layers else (layers[0], layers[-1] + 1)
+    return None if len(layers) == shape.num_layers else (layers[0], layers[-1] + 1)
 
 
 def _layers(shape: ModelConfig, config: Mapping[str, Any], where: str) -> range | list[int]:
@@ -126,12 +128,12 @@ def _layers(shape: ModelConfig, config: Mapping[str, Any], where: str) -> range 
     only, pattern = config.get("layers_to_transform"), config.get("layers_pattern")
     only = [only] if type(only) is int else only
     if only is None or only == []:
-        return range(shape.layers)
+        return range(shape.num_layers)
     if not isinstance(only, list) or not all(type(i) is int for i in only):
         raise InputError(f"{where}: layers_to_transform = {only!r} must be a list of layers' numbers")
-    if not set(only) <= set(range(shape.layers)):
+    if not set(only) <= set(range(shape.num_layers)):
         raise InputError(
-            f"{where}: layers_to_transform = {only!r}, but this model's layers are 0 to {shape.layers - 1}"
+            f"{where}: layers_to_transform = {only!r}, but this model's layers are 0 to {shape.num_layers - 1}"
         )
     own = FAMILIES[shape.family].layers.split(".")[1]
     if pattern and own not in ([pattern] if isinstance(pattern, str) else pattern):

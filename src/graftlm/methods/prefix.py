@@ -47,7 +47,7 @@ class Prefix(PrefixModule):
             values = torch.empty(size, dtype=start.dtype).normal_(std=std, generator=rng)
             return nn.Parameter(values.to(start.device))
 
-        d, width = shape.d_model, start.shape[1]
+        d, width = shape.hidden_size, start.shape[1]
         self.embedding = draw(self.size, d, std=1.0)
         self.w1, self.b1 = draw(hidden, d, std=d**-0.5), draw(hidden, std=0.0)
         self.w2, self.b2 = draw(width, hidden, std=0.02 if random else 0.0), draw(width, std=0.0)
@@ -69,7 +69,7 @@ class Prefix(PrefixModule):
     def segment(self, dtype: torch.dtype) -> KVCache:
         """The past that it is, shared by all rows."""
         shape = self.shape
-        tables = self.materialize().to(dtype).view(self.size, 2 * shape.layers, shape.kv_heads, shape.head_dim)
+        tables = self.materialize().to(dtype).view(self.size, 2 * shape.num_layers, shape.num_kv_heads, shape.head_dim)
         parts = tables.permute(1, 2, 0, 3)[:, None].unbind()
         return KVCache(list(parts[0::2]), list(parts[1::2]))
 
@@ -114,7 +114,7 @@ class PrefixTuning(Method):
 
     def install(self, model: CausalLM, rng: torch.Generator) -> None:
         """Put the prefix before all that the model reads; InputError where it does not fit, or for some layers only."""
-        shape = model.shape
+        shape = model.config
         if self.layers is not None:
             raise InputError("--method prefix learns keys and values for every layer: leave out --train_layers")
         if self.length >= shape.max_positions:
@@ -137,7 +137,7 @@ class PrefixTuning(Method):
 
     def _noise(self, model: CausalLM, rng: torch.Generator) -> Tensor:
         """[n, 2 L K D] to start as without tokens (zeros under a network), or before they can be read (zeros)."""
-        noise = torch.zeros(self.length, width(model.shape), dtype=master_dtype(model.dtype))
+        noise = torch.zeros(self.length, width(model.config), dtype=master_dtype(model.dtype))
         if not self.tokens:
             noise = noise.normal_(std=0.02, generator=rng) * (self.hidden == 0)
         return noise.to(target_device(model.embed.weight))
@@ -154,8 +154,8 @@ class PrefixTuning(Method):
 
     def param_breakdown(self, shape: ModelConfig) -> list[ParameterGroup]:
         """n 2 L K D; with a network n d + h (d + 1) + (h + 1) 2 L K D."""
-        n, h, d = self.length, self.hidden, shape.d_model
-        letters = {"n": n, "h": h, "d": d, "L": shape.layers, "K": shape.kv_heads, "D": shape.head_dim}
+        n, h, d = self.length, self.hidden, shape.hidden_size
+        letters = {"n": n, "h": h, "d": d, "L": shape.num_layers, "K": shape.num_kv_heads, "D": shape.head_dim}
         if not h:
             formula = format_formula("n 2 L K D", **letters)
             return [ParameterGroup("prefix, keys and values", n * width(shape), formula, "prefix", added=True)]
@@ -178,14 +178,14 @@ class PrefixTuning(Method):
         config = {
             "peft_type": self.peft_type,
             "task_type": "CAUSAL_LM",
-            **_sizes(model.shape, self.length),
+            **_sizes(model.config, self.length),
             "num_transformer_submodules": 1,
-            "encoder_hidden_size": model.shape.d_model,
+            "encoder_hidden_size": model.config.hidden_size,
             "prefix_projection": False,
             "inference_mode": True,
             "peft_version": PEFT_VERSION,
         }
-        return config, {"prompt_embeddings": _reordered(model.shape, model.before.materialize().detach(), ours=False)}
+        return config, {"prompt_embeddings": _reordered(model.config, model.before.materialize().detach(), ours=False)}
 
     def from_peft(self, shape: ModelConfig, folder: PeftFolder, where: str) -> dict[str, Tensor]:
         """The inverse, for a method without a network."""
@@ -226,7 +226,7 @@ _FIELDS = WITHOUT_EFFECT | {
 
 def width(shape: ModelConfig) -> int:
     """2 L K D: the numbers that one position's keys and values are."""
-    return 2 * shape.layers * shape.kv_heads * shape.head_dim
+    return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim
 
 
 def _reordered(shape: ModelConfig, past: Tensor, ours: bool) -> Tensor:
@@ -235,16 +235,16 @@ def _reordered(shape: ModelConfig, past: Tensor, ours: bool) -> Tensor:
     if head_order is None:
         return past
     order = head_order(shape)
-    pairs = past.view(len(past), shape.layers, 2, shape.kv_heads, shape.head_dim).clone()
+    pairs = past.view(len(past), shape.num_layers, 2, shape.num_kv_heads, shape.head_dim).clone()
     pairs[:, :, 0] = pairs[:, :, 0][..., order if ours else order.argsort()]
     return pairs.flatten(1)
 
 
 def _sizes(shape: ModelConfig, length: int) -> dict[str, Any]:
-    heads = shape.kv_heads
+    heads = shape.num_kv_heads
     return {
         "num_virtual_tokens": length,
         "token_dim": heads * shape.head_dim,
         "num_attention_heads": heads,
-        "num_layers": shape.layers,
+        "num_layers": shape.num_layers,
     }

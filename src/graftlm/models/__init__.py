@@ -25,7 +25,7 @@ def build(shape: ModelConfig) -> CausalLM:
 def clone_with_shared_weights(base: CausalLM) -> CausalLM:
     """A model of its own modules that has the very tensors of `base`, with nothing trained, in evaluation mode."""
     with torch.device("meta"):
-        model = build(base.shape)
+        model = build(base.config)
     for name, p in base.named_parameters():
         module, attribute = name.rsplit(".", 1)
         setattr(model.get_submodule(module), attribute, torch.nn.Parameter(p.data, requires_grad=False))

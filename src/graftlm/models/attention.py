@@ -67,8 +67,8 @@ class KVCache:
         """An empty cache of `rows` rows with room for `capacity` tokens each."""
 
         def empty() -> list[Tensor]:
-            size = (rows, shape.kv_heads, capacity, shape.head_dim)
-            return [torch.zeros(size, device=device, dtype=dtype) for _ in range(shape.layers)]
+            size = (rows, shape.num_kv_heads, capacity, shape.head_dim)
+            return [torch.zeros(size, device=device, dtype=dtype) for _ in range(shape.num_layers)]
 
         return cls(empty(), empty(), torch.zeros(rows, dtype=torch.long, device=device))
 
@@ -208,12 +208,12 @@ class Attention(HasFusedOps):
 
     def __init__(self, shape: "ModelConfig") -> None:
         super().__init__()
-        d, hd = shape.d_model, shape.head_dim
-        self.heads, self.kv_heads, self.head_dim = shape.heads, shape.kv_heads, hd
-        self.q = Linear(d, shape.heads * hd, bias=shape.qkv_bias)
-        self.k = Linear(d, shape.kv_heads * hd, bias=shape.qkv_bias)
-        self.v = Linear(d, shape.kv_heads * hd, bias=shape.qkv_bias)
-        self.o = Linear(shape.heads * hd, d, bias=shape.out_bias)
+        d, hd = shape.hidden_size, shape.head_dim
+        self.heads, self.kv_heads, self.head_dim = shape.num_heads, shape.num_kv_heads, hd
+        self.q = Linear(d, shape.num_heads * hd, bias=shape.qkv_bias)
+        self.k = Linear(d, shape.num_kv_heads * hd, bias=shape.qkv_bias)
+        self.v = Linear(d, shape.num_kv_heads * hd, bias=shape.qkv_bias)
+        self.o = Linear(shape.num_heads * hd, d, bias=shape.out_bias)
         self.drop = Dropout()
 
     def forward(self, x: Tensor, layer: int, context: AttentionInputs) -> Tensor:

@@ -34,14 +34,14 @@ class PrefixModule(nn.Module):
 class CausalLM(HasFusedOps):
     """A decoder-only language model; `gpt2.GPT2`, `llama.Llama` and `neox.NeoX` fill in the parts."""
 
-    def __init__(self, shape: ModelConfig, blocks: Sequence[nn.Module], norm: nn.Module) -> None:
+    def __init__(self, config: ModelConfig, blocks: Sequence[nn.Module], norm: nn.Module) -> None:
         super().__init__()
-        self.shape = shape
-        self.embed = Embedding(shape.vocab, shape.d_model)
+        self.config = config
+        self.embed = Embedding(config.vocab_size, config.hidden_size)
         self.drop = Dropout()
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm
-        self.head = None if shape.tied else Linear(shape.d_model, shape.vocab, bias=False)
+        self.head = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
         self.compute_dtype: torch.dtype | None = None
         self.before: PrefixModule | None = None
 
@@ -58,7 +58,7 @@ class CausalLM(HasFusedOps):
     @property
     def max_seq_len(self) -> int:
         """The most tokens that it reads: its context less what stands before every text."""
-        return self.shape.max_positions - self._num_prefix_tokens
+        return self.config.max_positions - self._num_prefix_tokens
 
     def set_dropout(self, p: float) -> None:
         """Dropout on embeddings, attention probabilities and residual branches (a method's own is left alone)."""

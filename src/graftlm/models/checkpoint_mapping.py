@@ -34,7 +34,7 @@ def our_module_name(role: str) -> str:
 # ---- config.json -> Shape ------------------------------------------------------------------------------------------
 
 
-def read_shape(config: Mapping[str, Any], where: str) -> ModelConfig:
+def read_model_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     """The shape a config.json describes; `where` names the file in errors."""
     if not isinstance(config, dict):
         raise InputError(f"{where}: is no JSON object: fetch it again")
@@ -64,7 +64,7 @@ def _check_sizes(config: Mapping[str, Any], where: str) -> None:
 
 def with_biases(config: Mapping[str, Any], shape: ModelConfig, where: str) -> dict[str, Any]:
     """The base's config.json, changed to say the biases that `shape` has: the inverse of `read_shape`."""
-    base = read_shape(config, where)
+    base = read_model_config(config, where)
     if base == shape:
         return dict(config)
     change = FAMILIES[shape.family].with_biases
@@ -125,7 +125,7 @@ def _places(shape: ModelConfig) -> Iterator[tuple[str, TensorMapping]]:
     yield "embed.weight", TensorMapping(f"{family.embed}.weight")
     if family.positions:
         yield "positions.weight", TensorMapping(f"{family.positions}.weight")
-    for i in range(shape.layers):
+    for i in range(shape.num_layers):
         ours, theirs = f"blocks.{i}", f"{family.layers}{i}"
         for norm, name in family.norms.items():
             for kind in norm_kinds:
@@ -136,7 +136,7 @@ def _places(shape: ModelConfig) -> Iterator[tuple[str, TensorMapping]]:
                 yield f"{ours}.{our_module_name(role)}.{kind}", place
     for kind in norm_kinds:
         yield f"norm.{kind}", TensorMapping(f"{family.last_norm}.{kind}")
-    if not shape.tied:
+    if not shape.tie_embeddings:
         yield "head.weight", TensorMapping(f"{family.head}.weight")
 
 
@@ -152,7 +152,7 @@ def check_names(shape: ModelConfig, stored: Iterable[str], where: str) -> None:
     expected = {stored_name(theirs, present) or theirs for theirs, _ in file_names(shape).values()}
     if missing := sorted(expected - present):
         raise InputError(f"{where}: the tensor {missing[0]} is missing ({len(missing)} of {len(expected)} are)")
-    known = {f"{family.head}.weight"} if shape.tied else set()
+    known = {f"{family.head}.weight"} if shape.tie_embeddings else set()
     spare = {n for n in present - expected - known if not re.search(family.ignored, n)}
     if spare:
         raise InputError(f"{where}: the tensor {min(spare)} belongs to no part of this {shape.family} model")

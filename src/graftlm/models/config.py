@@ -26,17 +26,17 @@ class ModelConfig:
     """Everything that decides a model's tensors and its arithmetic; read from config.json by `names.read_shape`."""
 
     family: str
-    layers: int
-    heads: int
-    kv_heads: int
-    d_model: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    hidden_size: int
     head_dim: int
-    d_ff: int
-    vocab: int
+    intermediate_size: int
+    vocab_size: int
     max_positions: int
     """The most tokens it was made for."""
     norm_eps: float
-    tied: bool = True
+    tie_embeddings: bool = True
     """Whether the head is the embedding."""
     qkv_bias: bool = False
     out_bias: bool = False
@@ -57,7 +57,7 @@ class ModelConfig:
     @property
     def qkv_rows(self) -> int:
         """Rows of q, k and v together."""
-        return (self.heads + 2 * self.kv_heads) * self.head_dim
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,8 +25,8 @@ class MLP(nn.Module):
 
     def __init__(self, shape: ModelConfig) -> None:
         super().__init__()
-        self.up = Linear(shape.d_model, shape.d_ff, bias=shape.mlp_bias)
-        self.down = Linear(shape.d_ff, shape.d_model, bias=shape.mlp_bias)
+        self.up = Linear(shape.hidden_size, shape.intermediate_size, bias=shape.mlp_bias)
+        self.down = Linear(shape.intermediate_size, shape.hidden_size, bias=shape.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, d] -> [B, T, d]."""
@@ -38,9 +38,9 @@ class Block(nn.Module):
 
     def __init__(self, shape: ModelConfig) -> None:
         super().__init__()
-        self.norm1 = LayerNorm(shape.d_model, eps=shape.norm_eps)
+        self.norm1 = LayerNorm(shape.hidden_size, eps=shape.norm_eps)
         self.attn = Attention(shape)
-        self.norm2 = LayerNorm(shape.d_model, eps=shape.norm_eps)
+        self.norm2 = LayerNorm(shape.hidden_size, eps=shape.norm_eps)
         self.mlp = MLP(shape)
         self.drop = Dropout()
 
@@ -55,9 +55,9 @@ class GPT2(CausalLM):
 
     def __init__(self, shape: ModelConfig) -> None:
         super().__init__(
-            shape, [Block(shape) for _ in range(shape.layers)], LayerNorm(shape.d_model, eps=shape.norm_eps)
+            shape, [Block(shape) for _ in range(shape.num_layers)], LayerNorm(shape.hidden_size, eps=shape.norm_eps)
         )
-        self.positions = Embedding(shape.max_positions, shape.d_model)
+        self.positions = Embedding(shape.max_positions, shape.hidden_size)
 
     def add_positions(self, x: Tensor, positions: Tensor) -> Tensor:
         """Add the learned position vectors."""
@@ -82,16 +82,16 @@ def read_shape(config: Mapping[str, Any], where: str) -> ModelConfig:
         raise InputError(f"{where}: n_embd {d} is not a multiple of n_head {heads}")
     return ModelConfig(
         family="gpt2",
-        layers=config["n_layer"],
-        heads=heads,
-        kv_heads=heads,
-        d_model=d,
+        num_layers=config["n_layer"],
+        num_heads=heads,
+        num_kv_heads=heads,
+        hidden_size=d,
         head_dim=d // heads,
-        d_ff=config.get("n_inner") or 4 * d,
-        vocab=config["vocab_size"],
+        intermediate_size=config.get("n_inner") or 4 * d,
+        vocab_size=config["vocab_size"],
         max_positions=config.get("n_positions", config.get("n_ctx", 1024)),
         norm_eps=config.get("layer_norm_epsilon", 1e-5),
-        tied=config.get("tie_word_embeddings", True),
+        tie_embeddings=config.get("tie_word_embeddings", True),
         qkv_bias=True,
         out_bias=True,
         mlp_bias=True,
@@ -101,7 +101,7 @@ def read_shape(config: Mapping[str, Any], where: str) -> ModelConfig:
 def _rows(shape: ModelConfig, role: str) -> slice:
     """c_attn holds q, k and v one after the other."""
     part = "qkv".index(role)
-    return slice(part * shape.d_model, (part + 1) * shape.d_model)
+    return slice(part * shape.hidden_size, (part + 1) * shape.hidden_size)
 
 
 FAMILY = ModelFamily(

@@ -28,9 +28,9 @@ class MLP(HasFusedOps):
 
     def __init__(self, shape: ModelConfig) -> None:
         super().__init__()
-        self.gate = Linear(shape.d_model, shape.d_ff, bias=shape.mlp_bias)
-        self.up = Linear(shape.d_model, shape.d_ff, bias=shape.mlp_bias)
-        self.down = Linear(shape.d_ff, shape.d_model, bias=shape.mlp_bias)
+        self.gate = Linear(shape.hidden_size, shape.intermediate_size, bias=shape.mlp_bias)
+        self.up = Linear(shape.hidden_size, shape.intermediate_size, bias=shape.mlp_bias)
+        self.down = Linear(shape.intermediate_size, shape.hidden_size, bias=shape.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, d] -> [B, T, d]."""
@@ -43,9 +43,9 @@ class Block(nn.Module):
 
     def __init__(self, shape: ModelConfig) -> None:
         super().__init__()
-        self.norm1 = RMSNorm(shape.d_model, eps=shape.norm_eps)
+        self.norm1 = RMSNorm(shape.hidden_size, eps=shape.norm_eps)
         self.attn = Attention(shape)
-        self.norm2 = RMSNorm(shape.d_model, eps=shape.norm_eps)
+        self.norm2 = RMSNorm(shape.hidden_size, eps=shape.norm_eps)
         self.mlp = MLP(shape)
         self.drop = Dropout()
 
@@ -59,11 +59,13 @@ class Llama(CausalLM):
     """A Llama-family model of any size."""
 
     def __init__(self, shape: ModelConfig) -> None:
-        super().__init__(shape, [Block(shape) for _ in range(shape.layers)], RMSNorm(shape.d_model, eps=shape.norm_eps))
+        super().__init__(
+            shape, [Block(shape) for _ in range(shape.num_layers)], RMSNorm(shape.hidden_size, eps=shape.norm_eps)
+        )
 
     def rotary_cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine of each position's angles."""
-        return rope_cos_sin(positions, inverse_frequencies(self.shape).to(positions.device), self.dtype)
+        return rope_cos_sin(positions, inverse_frequencies(self.config).to(positions.device), self.dtype)
 
 
 def inverse_frequencies(shape: ModelConfig) -> Tensor:
@@ -112,16 +114,16 @@ def read_shape(config: Mapping[str, Any], where: str) -> ModelConfig:
     biased = config["model_type"] == "qwen2" or bool(config.get("attention_bias", False))
     return ModelConfig(
         family="llama",
-        layers=config["num_hidden_layers"],
-        heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        d_model=d,
+        num_layers=config["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=config.get("num_key_value_heads") or heads,
+        hidden_size=d,
         head_dim=config.get("head_dim") or d // heads,
-        d_ff=config["intermediate_size"],
-        vocab=config["vocab_size"],
+        intermediate_size=config["intermediate_size"],
+        vocab_size=config["vocab_size"],
         max_positions=context,
         norm_eps=config.get("rms_norm_eps", 1e-6),
-        tied=config.get("tie_word_embeddings", False),
+        tie_embeddings=config.get("tie_word_embeddings", False),
         qkv_bias=biased,
         out_bias=biased and config["model_type"] != "qwen2",
         mlp_bias=bool(config.get("mlp_bias", False)),
@@ -148,10 +150,10 @@ def _with_biases(config: Mapping[str, Any], base: ModelConfig, shape: ModelConfi
         "attention_bias": shape.qkv_bias,
         "mlp_bias": shape.mlp_bias,
         # The defaults of the three differ.
-        "num_key_value_heads": shape.kv_heads,
+        "num_key_value_heads": shape.num_kv_heads,
         "head_dim": shape.head_dim,
         "rms_norm_eps": shape.norm_eps,
-        "tie_word_embeddings": shape.tied,
+        "tie_word_embeddings": shape.tie_embeddings,
     }
 
 

@@ -40,8 +40,8 @@ class MLP(nn.Module):
 
     def __init__(self, shape: ModelConfig) -> None:
         super().__init__()
-        self.up = Linear(shape.d_model, shape.d_ff, bias=shape.mlp_bias)
-        self.down = Linear(shape.d_ff, shape.d_model, bias=shape.mlp_bias)
+        self.up = Linear(shape.hidden_size, shape.intermediate_size, bias=shape.mlp_bias)
+        self.down = Linear(shape.intermediate_size, shape.hidden_size, bias=shape.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, d] -> [B, T, d]."""
@@ -53,9 +53,9 @@ class Block(nn.Module):
 
     def __init__(self, shape: NeoXShape) -> None:
         super().__init__()
-        self.norm1 = LayerNorm(shape.d_model, eps=shape.norm_eps)
+        self.norm1 = LayerNorm(shape.hidden_size, eps=shape.norm_eps)
         self.attn = Attention(shape)
-        self.norm2 = LayerNorm(shape.d_model, eps=shape.norm_eps)
+        self.norm2 = LayerNorm(shape.hidden_size, eps=shape.norm_eps)
         self.mlp = MLP(shape)
         self.drop = Dropout()
         self.parallel = shape.parallel
@@ -70,17 +70,17 @@ class Block(nn.Module):
 class NeoX(CausalLM):
     """A GPT-NeoX of any size."""
 
-    shape: NeoXShape
+    config: NeoXShape
 
     def __init__(self, shape: NeoXShape) -> None:
-        norm = LayerNorm(shape.d_model, eps=shape.norm_eps)
-        super().__init__(shape, [Block(shape) for _ in range(shape.layers)], norm)
+        norm = LayerNorm(shape.hidden_size, eps=shape.norm_eps)
+        super().__init__(shape, [Block(shape) for _ in range(shape.num_layers)], norm)
 
     def rotary_cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine of each position's angles, zero for the pairs that do not rotate."""
-        turning = torch.arange(0, self.shape.rotary, 2, dtype=torch.int64).float() / self.shape.rotary
-        frequencies = torch.zeros(self.shape.head_dim // 2, dtype=torch.float32)
-        frequencies[: len(turning)] = 1.0 / self.shape.rope_theta**turning
+        turning = torch.arange(0, self.config.rotary, 2, dtype=torch.int64).float() / self.config.rotary
+        frequencies = torch.zeros(self.config.head_dim // 2, dtype=torch.float32)
+        frequencies[: len(turning)] = 1.0 / self.config.rope_theta**turning
         return rope_cos_sin(positions, frequencies.to(positions.device), self.dtype)
 
 
@@ -102,16 +102,16 @@ def read_shape(config: Mapping[str, Any], where: str) -> NeoXShape:
         raise InputError(f"{where}: rotary_pct = {share!r} rotates {rotary} of {d // heads} dimensions: not understood")
     return NeoXShape(
         family="neox",
-        layers=config["num_hidden_layers"],
-        heads=heads,
-        kv_heads=heads,
-        d_model=d,
+        num_layers=config["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=heads,
+        hidden_size=d,
         head_dim=d // heads,
-        d_ff=config["intermediate_size"],
-        vocab=config["vocab_size"],
+        intermediate_size=config["intermediate_size"],
+        vocab_size=config["vocab_size"],
         max_positions=config["max_position_embeddings"],
         norm_eps=config.get("layer_norm_eps", 1e-5),
-        tied=config.get("tie_word_embeddings", False),
+        tie_embeddings=config.get("tie_word_embeddings", False),
         qkv_bias=True,
         out_bias=True,
         mlp_bias=True,
@@ -133,7 +133,7 @@ def _head_order(shape: ModelConfig) -> Tensor:
 def _rows(shape: ModelConfig, role: str) -> Tensor:
     """query_key_value holds q, k and v head by head, [H, 3, D]."""
     within = torch.arange(shape.head_dim) if role == "v" else _head_order(shape)
-    heads = torch.arange(shape.heads)[:, None] * 3 + "qkv".index(role)
+    heads = torch.arange(shape.num_heads)[:, None] * 3 + "qkv".index(role)
     return (heads * shape.head_dim + within).flatten()
 
 

@@ -64,7 +64,7 @@ def serve(config: ServeConfig, warn: Callable[[str], None]) -> Iterator[dict[str
             base, *names = templates
             models = {base: ServedModel(base, None, templates[base], engine.max_seq_len)}
             models |= {name: ServedModel(name, name, templates[name], engine.max_seq_len) for name in names}
-            service = Service(engine, loaded.tokenizer, models, loaded.model.shape.vocab, config.max_tokens)
+            service = Service(engine, loaded.tokenizer, models, loaded.model.config.vocab_size, config.max_tokens)
             app = make_app(
                 service, host=config.host, allowed_hosts=config.allow_hosts, api_key=key, rate_limit=config.rate
             )

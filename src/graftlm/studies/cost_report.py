@@ -36,7 +36,7 @@ from graftlm.methods.cost_model import (
     training_flops,
 )
 from graftlm.models import ModelConfig, build
-from graftlm.models.checkpoint_mapping import read_shape
+from graftlm.models.checkpoint_mapping import read_model_config
 from graftlm.models.presets import SHAPES
 from graftlm.training.memory import saved_activation_bytes
 
@@ -52,7 +52,7 @@ def account(config: AccountConfig, given: Set[str]) -> dict[str, Any]:
         return _account_ffn(config, given)
     shape = known_shape(config.init_from)
     method = method_from_flags(config, given)
-    method = replace(method, layers=parse_layer_range(config.train_layers, shape.layers))
+    method = replace(method, layers=parse_layer_range(config.train_layers, shape.num_layers))
     if config.shard and method.is_full_finetune:
         raise InputError(f"--shard: is for frozen weights; what --method {method.name} trains is cut in any case")
     with torch.device("meta"):
@@ -108,11 +108,13 @@ def kept_bytes(shape: ModelConfig, method: Method, rows: int, tokens: int, dtype
     gathered: whether blocks' trained weights come in `dtype` and go again, as cut ones do; else they are float32, and
     what is kept holds their copies in `dtype`.
     """
-    if method.layers is None and shape.layers > 3:  # blocks behind the first are alike: what the third adds, all add
+    if (
+        method.layers is None and shape.num_layers > 3
+    ):  # blocks behind the first are alike: what the third adds, all add
         two, three = (
-            kept_bytes(replace(shape, layers=layers), method, rows, tokens, dtype, gathered) for layers in (2, 3)
+            kept_bytes(replace(shape, num_layers=layers), method, rows, tokens, dtype, gathered) for layers in (2, 3)
         )
-        return two + (shape.layers - 2) * (three - two)
+        return two + (shape.num_layers - 2) * (three - two)
     from torch._subclasses.fake_tensor import FakeTensorMode  # half a second; there is no public name for it
 
     if isinstance(method, LoRA):
@@ -129,14 +131,14 @@ def kept_bytes(shape: ModelConfig, method: Method, rows: int, tokens: int, dtype
         with saved_activation_bytes(model) as kept:
             model.train().forward_shared_prefix(ids[:1, :0], ids)
             # The head's loss makes its gradients on the way forth, and keeps that of what it reads.
-            return kept() + rows * tokens * shape.d_model * dtype.itemsize
+            return kept() + rows * tokens * shape.hidden_size * dtype.itemsize
 
 
 def known_shape(name: str) -> ModelConfig:
     """The shape of a model by name: of those with a short name out of a table, else out of its config.json."""
     if name in SHAPES and (name in BUILTIN_MODELS or not Path(name).exists()):
         return SHAPES[name]
-    return read_shape(*model_config(name))
+    return read_model_config(*model_config(name))
 
 
 def _account_ffn(config: AccountConfig, given: Set[str]) -> dict[str, Any]:

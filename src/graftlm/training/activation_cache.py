@@ -50,7 +50,7 @@ class ActivationCache:
         self.start = {i: int(end) for i, end in zip(order, ends, strict=False)}
         self.sizes = sizes
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        width, item = model.shape.d_model, torch.empty(0, dtype=model.dtype).element_size()
+        width, item = model.config.hidden_size, torch.empty(0, dtype=model.dtype).element_size()
         self.row_bytes = width * item
         self._bytes = _map(folder / "hidden", int(ends[-1]) * self.row_bytes)
         self.hidden = torch.frombuffer(self._bytes, dtype=model.dtype).view(-1, width)
@@ -122,7 +122,7 @@ def open_frozen(
     prefix = common_prefix_length([e.prompt_ids for e in examples]) if share and len(examples) > 1 else 0
     prefix = prefix if prefix >= MIN_SHARED_PREFIX else 0
     rows = prefix + sum(suffix_length(e, prefix) for e in examples)
-    size = rows * model.shape.d_model * torch.empty(0, dtype=model.dtype).element_size()
+    size = rows * model.config.hidden_size * torch.empty(0, dtype=model.dtype).element_size()
     what = f"the output of the {layers} frozen lower layers takes {size / 1e9:.2f} GB"
     if size > most_bytes:
         return None, f"{what}, --frozen_cache_gb allows {most_bytes / 1e9:g}: it is computed anew in each step"

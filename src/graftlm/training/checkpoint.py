@@ -198,7 +198,7 @@ class CheckpointManager:
                     to_local(model.get_parameter(name)).copy_(rows)
         else:
             trained = (at / TRAINED).is_file()
-            state = load_safetensors(at / TRAINED) if trained else read_adapter(at, model.shape, self.method)
+            state = load_safetensors(at / TRAINED) if trained else read_adapter(at, model.config, self.method)
             load_trainable_state_dict(model, state, str(at))
         _set_moments(model, optimizer, read_weights(at, "optimizer"), progress.step - progress.skipped, at / OPTIMIZER)
         if self.world.is_main:

@@ -74,7 +74,7 @@ def make_plan(prepared: RunContext, startup_seconds: float, repeats: int = 3) ->
     sizes = [[padded_tokens(part) for part in parts] for parts in made]
     flat = sorted((padded_tokens(part), i, j) for i, parts in enumerate(made) for j, part in enumerate(parts))
     ends = [made[i][j].to(device) for _, i, j in (flat[len(flat) // 10], flat[-1])]
-    first, layers = prepared.method.layer_range(model.shape).start, model.shape.layers
+    first, layers = prepared.method.layer_range(model.config).start, model.config.num_layers
     with _preserve_state(model):
         times = [_step_seconds(model, batch, config, layers, first, repeats) for batch in ends]
         saved = _saved_mb(model, ends[-1], config, layers - first)
@@ -91,7 +91,7 @@ def make_plan(prepared: RunContext, startup_seconds: float, repeats: int = 3) ->
     validation, reference = validation / world.size, reference / world.size
     needed = world.size * sum(part.non_shared_tokens for parts in made for part in parts)
     needed += world.size * sum(p[0].shared.shape[1] for p in made)
-    flops = model_flops(model.shape, needed, first_trained=first, weights_trained=prepared.method.is_full_finetune)
+    flops = model_flops(model.config, needed, first_trained=first, weights_trained=prepared.method.is_full_finetune)
     examples = steps * config.grad_accum * min(config.batch_size, len(prepared.train))
     return Estimate(
         steps=steps,
@@ -162,14 +162,14 @@ def _step_seconds(
     # likelihoods so small that arithmetic with them is many times slower.
     n = batch.target_index.numel() + (batch.shared.numel() + len(batch.ids) if batch.positions is None else 0)
     n = int(batch.target_index.unique().numel()) if batch.fork is not None else n
-    h = torch.randn(n, model.shape.d_model, dtype=model.dtype, device=model.device, requires_grad=True)
+    h = torch.randn(n, model.config.hidden_size, dtype=model.dtype, device=model.device, requires_grad=True)
     rows = torch.arange(n, device=model.device)
 
     def head() -> None:
         if batch.fork is not None:
-            model.log_probs(h, rows, rows % model.shape.vocab).sum().backward()
+            model.log_probs(h, rows, rows % model.config.vocab_size).sum().backward()
             return
-        model.loss(h, rows, rows % model.shape.vocab, torch.ones(n, device=model.device)).backward()
+        model.loss(h, rows, rows % model.config.vocab_size, torch.ones(n, device=model.device)).backward()
 
     upper = _extrapolate_layers(model, both, layers - first, model.blocks[first:], repeats)
     with unsharded_root(model):
@@ -252,12 +252,12 @@ def _validation_seconds(model: CausalLM, prepared: RunContext) -> float:
             eot = prepared.loaded.tokenizer.eot
             sampled_kl(model, InitialWeights.of(model), prepared.validation, config.kl_samples, eot, config.seed)
 
-        return seconds + _extrapolate_layers(model, sample, model.shape.layers, model.blocks, 1)
+        return seconds + _extrapolate_layers(model, sample, model.config.num_layers, model.blocks, 1)
 
     def read() -> None:
         score(model, some, prepared.label_ids, batch_size=PROBE_BATCH)
 
-    return _extrapolate_layers(model, read, model.shape.layers, model.blocks, 1) * len(examples) / len(some)
+    return _extrapolate_layers(model, read, model.config.num_layers, model.blocks, 1) * len(examples) / len(some)
 
 
 def _reference_seconds(model: CausalLM, prepared: RunContext) -> float:
@@ -281,7 +281,7 @@ def _pairs_seconds(model: CausalLM, some: Sequence[Example]) -> float:
     def read() -> None:
         reference_logps(model, some)
 
-    return _extrapolate_layers(model, read, model.shape.layers, model.blocks, 1)
+    return _extrapolate_layers(model, read, model.config.num_layers, model.blocks, 1)
 
 
 def _update_seconds(trained: int, sample: int = 1_000_000) -> float:
@@ -302,5 +302,5 @@ def _peak_mb(model: CausalLM, held_mb: float, saved_mb: float, tokens: int) -> f
     """What stands in memory at the height of the largest step, and at least what has been reached already."""
     trained = sum(to_local(p).numel() * p.element_size() for p in trainable(model).values())
     item = torch.empty(0, dtype=model.dtype).element_size()
-    working = 4 * tokens * model.shape.d_ff * item  # the gradients in flight of the widest part, the MLP
+    working = 4 * tokens * model.config.intermediate_size * item  # the gradients in flight of the widest part, the MLP
     return max(peak_rss_mb(), held_mb + saved_mb + (3 * trained + working) / 1e6)

@@ -46,7 +46,7 @@ class InitSource:
 
     def load_initial_adapter(self, model: CausalLM) -> None:
         """Set what the installed method trains to what the start made of it, where it starts from an adapter."""
-        if (state := self._state(model.shape)) is not None:
+        if (state := self._state(model.config)) is not None:
             load_trainable_state_dict(model, state, str(self.adapter))
 
     def sha256(self, shape: ModelConfig) -> str | None:

@@ -34,9 +34,9 @@ def compare_to_estimate(plan: dict[str, Any], examples_per_s: float, seconds: fl
 def mfu(model: CausalLM, method: Method, progress: TrainState, *, below_kept: bool) -> dict[str, float]:
     """How much of what this machine multiplies at most the timed steps did of needed work; GFLOP/s of both."""
     done = model_flops(
-        model.shape,
+        model.config,
         progress.timed_needed,
-        first_trained=method.layer_range(model.shape).start,
+        first_trained=method.layer_range(model.config).start,
         below_kept=below_kept,
         weights_trained=method.is_full_finetune,
     )

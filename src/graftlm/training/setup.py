@@ -189,7 +189,7 @@ def _method(
     config: TrainConfig, origin: InitSource, model: CausalLM, train: Sequence[Example], tokenizer: Tokenizer
 ) -> Method:
     """The method, with what it takes from the model's depth and the run's prompts decided."""
-    method = with_layer_range(config, origin, model.shape.layers)
+    method = with_layer_range(config, origin, model.config.num_layers)
     if origin.adapter is not None:
         return method
     return method.resolve_init([e.prompt_ids for e in train], lambda text: tokenizer.encode(text, bos=True))
@@ -197,11 +197,11 @@ def _method(
 
 def _max_example_tokens(config: TrainConfig, model: CausalLM, method: Method) -> int:
     """How many tokens an example may have, beside the positions that the method takes."""
-    room = model.shape.max_positions - method.positions
+    room = model.config.max_positions - method.positions
     if room < 1:
         raise InputError(
             f"--prefix_length {config.prefix_length}: the model reads at most "
-            f"{model.shape.max_positions} tokens; shorten it"
+            f"{model.config.max_positions} tokens; shorten it"
         )
     return min(config.max_length or room, room)
 
@@ -270,7 +270,7 @@ def _start(
     """What run.json says of the adapter that the run started from; None: it started from a base."""
     if origin.adapter is None:
         return None
-    sha256 = origin.sha256(model.shape)
+    sha256 = origin.sha256(model.config)
     if previous is not None and previous["start"]["sha256"] != sha256:
         raise InputError(
             f"{out_dir}: was started from {previous['start']['run']}, which has changed since; restore it to go on"

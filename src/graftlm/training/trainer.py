@@ -296,7 +296,7 @@ class Trainer:
 
     def _open_frozen(self) -> ActivationCache | None:
         """The store of what the lower layers make of the data, where some are frozen, and a note about it."""
-        config, first = self.config, self.prepared.method.layer_range(self.model.shape).start
+        config, first = self.config, self.prepared.method.layer_range(self.model.config).start
         if first == 0 or config.frozen_cache_gb == 0:
             return None
         if self.cut:
