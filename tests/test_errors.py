@@ -433,11 +433,11 @@ def test_a_data_file_with_a_fault(content: str, line: str, assets: Path, refuse:
 
 def test_data_that_is_not_there(assets: Path, refuse: Refuse) -> None:
     Path("hollow").mkdir()
-    line = "hollow: holds no data file: use .jsonl, .json, .csv, .parquet"
+    line = "hollow: holds no data file: use .jsonl, .csv, .parquet, .json"
     assert refuse(*train(assets, "--data=hollow")) == line
     Path("hollow", "thesis.docx").write_text("x")
     assert refuse(*train(assets, "--data=hollow")) == line
-    assert refuse(*train(assets, "--data=hollow/thesis.docx")).startswith("hollow/thesis.docx: is no data file that we")
+    assert refuse(*train(assets, "--data=hollow/thesis.docx")).startswith("hollow/thesis.docx: is not a data file")
     Path("hollow", "reviews.jsonl").write_text(ROW)
     has(refuse(*train(assets, "--data=hollow")), "hollow: no train, validation or test file", "it holds reviews.jsonl")
     has(refuse(*train(assets, "--data=hollow/reviews.jsonl", "--val=no.csv")), "--val no.csv: no such file")

@@ -1,13 +1,12 @@
-"""The errors a user may meet. Each is one line: what is wrong, where, and what to do.
+"""The errors that a user may see. Each message is one line: what is wrong, where, and what to do.
 
-    GraftError            a run failed                          exit status 1
-    ├── InputError        what was typed or given is wrong      exit status 2
-    ├── Busy              a server has too much to do           (never of a command)
-    ├── Closed            a server that is going away           (never of a command)
-    └── Interrupted       stopped by the user, all saved        exit status 130
+    GraftError            a run failed                              exit status 1
+    ├── InputError        a flag, a file or a value is wrong        exit status 2
+    ├── Overloaded        the server's queue is full                (only in a server)
+    ├── ShuttingDown      the server is stopping                    (only in a server)
+    └── Interrupted       stopped by the user, everything saved     exit status 130
 
-`cli/main.py` prints the line and exits; a library caller catches `GraftError` for both. Mistakes only a
-programmer can make are assertions instead.
+`cli/main.py` prints the message and exits; users of the library catch `GraftError`. Programming errors are assertions.
 """
 
 import errno
@@ -18,11 +17,11 @@ from types import ModuleType
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 DISK_IO_ERRNOS = {errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ETIMEDOUT}
-"""What an OSError's number says of a disk, and of no input."""
+"""Errors of the disk itself, not of the input."""
 
 
 class GraftError(Exception):
-    """A run failed: NaN loss, a peer that broke, a disk that vanished. One line, exit status 1."""
+    """A run failed: NaN loss, another rank that exited, a disk that failed. Exit status 1."""
 
     exit_status = 1
     told = False
@@ -30,29 +29,29 @@ class GraftError(Exception):
 
 
 class InputError(GraftError):
-    """Wrong input: a name, a flag, a file, a value. One line, exit status 2."""
+    """Wrong input: a name, a flag, a file, a value. Exit status 2."""
 
     exit_status = 2
 
 
 class Overloaded(GraftError):
-    """A server has as many requests waiting as it takes; ask again later."""
+    """The server's queue is full; try again later."""
 
 
 class ShuttingDown(GraftError):
-    """A server takes no new requests: it is going away."""
+    """The server is stopping and accepts no new requests."""
 
 
 class Interrupted(GraftError):
-    """Stopped by Ctrl-C or SIGTERM, after a checkpoint. One line that says how to go on, exit status 130."""
+    """Stopped by Ctrl-C or SIGTERM, after a checkpoint. The message says how to continue. Exit status 130."""
 
     exit_status = 130
 
 
 def require_posix(name: str) -> ModuleType:
-    """A module of Python's own library that Windows does not have. Raises GraftError where it is missing.
+    """A module of the standard library that Windows does not have. Raises GraftError if it is missing.
 
-    Asked for where it is used and not at the top of a file: there graftlm could not even be imported without it.
+    Called where the module is used, so that graftlm can be imported on Windows.
     """
     try:
         return import_module(name)
@@ -63,12 +62,12 @@ def require_posix(name: str) -> ModuleType:
 
 
 def unknown_name_error(what: str, given: str, known: Iterable[str]) -> InputError:
-    """An error for a name that matches nothing: the nearest name first, then all of them."""
+    """An error for an unknown name: the closest known name first, then all of them."""
     names = list(known)
     return InputError(f"unknown {what} {given!r}: {did_you_mean(given, names)}known are {', '.join(names)}")
 
 
 def did_you_mean(given: str, known: Iterable[str], dashes: str | None = None) -> str:
-    """A question with the nearest known name, or nothing; quoted, or as a flag or key behind its `dashes`."""
+    """A question with the closest known name, or "". The name is quoted, or follows `dashes` (a flag or a key)."""
     found = get_close_matches(given, list(known), n=1)
     return f"did you mean {repr(found[0]) if dashes is None else dashes + found[0]}? " if found else ""

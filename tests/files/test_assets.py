@@ -124,7 +124,7 @@ WRONG_NAMES = [
         "unknown model 'smollm2-135n': did you mean 'smollm2-135m'? known are smollm2-135m, g",
     ),
     (model_folder, "gpt2-mediun", "unknown model 'gpt2-mediun': did you mean 'gpt2-medium'?"),
-    (model_folder, "rotten-tomatoes-pypi", "rotten-tomatoes-pypi is no model: it is a built-in data set"),
+    (model_folder, "rotten-tomatoes-pypi", "rotten-tomatoes-pypi is not a model: it is a built-in data set"),
     (model_folder, "foo bar", "unknown model 'foo bar': known are"),
     (model_folder, "", "unknown model '': known are"),
     (model_folder, "./none", "./none: no such file or folder"),
@@ -132,7 +132,7 @@ WRONG_NAMES = [
     (model_folder, "none.gguf", "none.gguf: no such file or folder"),
     (data_folder, "rotten-tomatoes", "unknown data set 'rotten-tomatoes': did you mean 'rotten_tomatoes'?"),
     (data_folder, "imdb-pipy", "unknown data set 'imdb-pipy': did you mean 'imdb-pypi'?"),
-    (data_folder, "smollm2-135m", "smollm2-135m is no data set: it is a built-in model"),
+    (data_folder, "smollm2-135m", "smollm2-135m is not a data set: it is a built-in model"),
     (data_folder, "none.jsonl", "none.jsonl: no such file or folder"),
     (fetch, "rotten-tomato", "unknown model or data set 'rotten-tomato': did you mean 'rotten_tomatoes'?"),
     (fetch, "none.csv", "none.csv: no such file or folder"),
@@ -169,10 +169,10 @@ def test_local_models(tmp_path: Path) -> None:
 
 
 def test_local_data(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"holds no data file: use \.jsonl, \.json, \.csv, \.parquet"):
+    with pytest.raises(InputError, match=r"holds no data file: use \.jsonl, \.csv, \.parquet, \.json"):
         data_folder(str(tmp_path))
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(InputError, match="is no data file that we read"):
+    with pytest.raises(InputError, match="is not a data file that we read"):
         data_folder(str(tmp_path / "notes.txt"))
     (tmp_path / "train.csv").touch()
     assert data_folder(str(tmp_path)) == tmp_path == fetch(str(tmp_path))

@@ -143,8 +143,8 @@ REFUSED: dict[str, tuple[Change | None, dict[str, Any], str]] = {
     "nan": (lambda w, t: t["blk.0.attn_norm"].fill(np.nan), {}, r"blk\.0\.attn_norm\.weight holds infinite values"),
     "experts": (lambda w, t: w.add_expert_count(8), {}, "8 experts is not supported"),
     "rope": (lambda w, t: w.add_string("llama.rope.scaling.type", "yarn"), {}, "rope scaling 'yarn' is not supported"),
-    "head": (lambda w, t: w.add_key_length(16), {}, "rope over a part of the head"),
-    "twice": (None, {"tokens": [*TOKENS[:-1], "a"]}, "names a token twice"),
+    "head": (lambda w, t: w.add_key_length(16), {}, "partial RoPE is not supported"),
+    "twice": (None, {"tokens": [*TOKENS[:-1], "a"]}, "contains a token twice"),
     "merge": (None, {"merges": ["a zzz"]}, "its merge 'a zzz' is not made of its tokens"),
 }
 

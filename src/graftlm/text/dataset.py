@@ -18,8 +18,8 @@ from typing import Any
 from graftlm.errors import InputError
 from graftlm.files.assets import data_folder
 from graftlm.files.formats import read_json
+from graftlm.files.readers import DATA_READERS, read_records, short
 from graftlm.text.chat import ROLES, Message
-from graftlm.text.readers import READERS, read_records, short
 
 SPLITS = ("train", "validation", "test")
 _SYNONYMS = {"training": "train", "val": "validation", "valid": "validation", "dev": "validation", "testing": "test"}
@@ -200,8 +200,8 @@ def _split_files(folder: Path) -> dict[str, list[Path]]:
     if inside:
         raise InputError(f"{folder}: holds several data sets, {', '.join(inside)}: name one of these folders")
     there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-    kinds = ", ".join(READERS)
-    raise InputError(f"{folder}: no train, validation or test file ({kinds}) in this folder; it holds {there}")
+    formats = ", ".join(DATA_READERS)
+    raise InputError(f"{folder}: no train, validation or test file ({formats}) in this folder; it holds {there}")
 
 
 def _splits_in(folder: Path) -> dict[str, list[Path]]:
@@ -209,7 +209,7 @@ def _splits_in(folder: Path) -> dict[str, list[Path]]:
     found: dict[str, dict[str, list[Path]]] = {}  # split -> what tells one set of files from another -> files
     for path in sorted(folder.iterdir()):
         match = _STEM.fullmatch(path.stem)
-        if path.suffix.lower() in READERS and match and path.is_file():
+        if path.suffix.lower() in DATA_READERS and match and path.is_file():
             name, _, part, _, total, _ = match.groups()
             split = _SYNONYMS.get(name.lower(), name.lower())
             kind = f"{name} {path.suffix} {total if part else 'whole'}"

@@ -22,7 +22,7 @@ and demonstrations in the rows with `"demonstration": true`.
 
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from decimal import Decimal, InvalidOperation
 from functools import cached_property
@@ -30,9 +30,9 @@ from pathlib import Path
 from typing import Any
 
 from graftlm.errors import InputError, did_you_mean, unknown_name_error
+from graftlm.files.readers import Record, read_records
 from graftlm.text.collate import load_dataset, sort_by_hash
 from graftlm.text.dataset import text_hash
-from graftlm.text.readers import Record, read_records
 
 QUESTION, ANSWER = "{question}", "{answer}"
 NUMBER = r"(?<![\d.])-?\d(?:[\d,]*\d)?(?:\.\d+)?"
@@ -147,11 +147,13 @@ def load_task(name: str, seed: int = 0) -> tuple[Task, list[str]]:
     if name in REVIEWS:
         return _reviews(name)
     path = Path(name)
-    if path.suffix.lower() in (".toml", ".jsonl"):
+    if (read := TASK_READERS.get(path.suffix.lower())) is not None:
         if not path.is_file():
             raise InputError(f"--task {name}: no such file")
-        return (_from_toml(path) if path.suffix.lower() == ".toml" else _from_jsonl(path)), []
-    raise InputError(f"{unknown_name_error('task', name, (*WORD_PROBLEMS, *REVIEWS))}; or give a .toml or .jsonl file")
+        return read(path), []
+    raise InputError(
+        f"{unknown_name_error('task', name, (*WORD_PROBLEMS, *REVIEWS))}; or give a {' or '.join(TASK_READERS)} file"
+    )
 
 
 def _shuffled(problems: tuple[Problem, ...], seed: int) -> tuple[Problem, ...]:
@@ -251,3 +253,7 @@ def _problem(where: str, record: Mapping[str, Any]) -> Problem:
         return value.strip()
 
     return Problem(text("question"), text("answer"), text("reasoning", needed=False), where)
+
+
+TASK_READERS: dict[str, Callable[[Path], Task]] = {".toml": _from_toml, ".jsonl": _from_jsonl}
+"""Suffix -> reader."""
