@@ -136,7 +136,7 @@ class Faults:
         frozen = sys.modules.get("graftlm.training.activation_cache")
         if frozen is None:
             return
-        really = frozen.Frozen._compute
+        really = frozen.ActivationCache._compute
 
         def compute(store: Any, group: int) -> None:
             def half() -> None:
@@ -147,7 +147,7 @@ class Faults:
 
             self.at("store", self.under, lambda: really(store, group), half=half)
 
-        frozen.Frozen._compute = compute
+        frozen.ActivationCache._compute = compute
 
 
 class _Raw(io.FileIO):

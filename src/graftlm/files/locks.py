@@ -7,6 +7,7 @@ the descriptor holds the lock too.
 
 import contextlib
 import errno
+import logging
 import os
 import socket
 import time
@@ -16,11 +17,11 @@ from typing import TYPE_CHECKING
 
 from graftlm.errors import InputError, require_posix
 from graftlm.files.atomic import disk_errors
-from graftlm.files.pypi import note
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
+LOG = logging.getLogger("graftlm")  # the command prints it to stderr
 LOCK_NAME = ".lock"
 """The lock file of a directory that is locked as a whole."""
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
@@ -72,7 +73,7 @@ def lock_file(path: Path, purpose: str) -> Iterator[None]:
     try:
         lock, _ = _acquire(path, 0.0)
     except Timeout:
-        note(f"another process is {purpose}: waiting for it")
+        LOG.info(f"another process is {purpose}: waiting for it")
         lock, _ = _acquire(path, -1)
     try:
         yield
@@ -111,7 +112,7 @@ def _acquire(path: Path, timeout: float) -> "tuple[BaseFileLock, tuple[int, ...]
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     raise
-                note(f"{path.parent}: the file system has no locks: make sure that no other process writes there")
+                LOG.info(f"{path.parent}: the file system has no locks: make sure that no other process writes there")
                 break
     if held:
         _write_owner(held[0])

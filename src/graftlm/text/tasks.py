@@ -49,7 +49,7 @@ class Problem:
     question: str
     answer: str
     reasoning: str = ""
-    where: str = ""
+    source: str = ""
     """The file and line it came from, for errors."""
 
     @property
@@ -88,7 +88,7 @@ class Task:
         for problem in (*self.questions, *self.demonstrations):
             if self.first(problem.answer) != normalize_answer(problem.answer):
                 raise InputError(
-                    f"{problem.where or self.name}: the answer {problem.answer!r} is not what its pattern finds in it "
+                    f"{problem.source or self.name}: the answer {problem.answer!r} is not what its pattern finds in it "
                     f"({compiled.pattern}): mend the answer, answer_pattern or labels"
                 )
 
@@ -167,7 +167,7 @@ def _reviews(name: str) -> tuple[Task, list[str]]:
 
     def problems(split: str) -> list[Problem]:
         rows = sort_by_hash(dataset.splits[split])
-        return [Problem(row.text, labels[row.label], where=row.source) for row in rows if row.label is not None]
+        return [Problem(row.text, labels[row.label], source=row.source) for row in rows if row.label is not None]
 
     worked = [_problem(*record) for record in read_records(BUILTIN_DIR / "reviews.jsonl")]
     questions = problems("test")
@@ -233,26 +233,26 @@ def _records(path: Path, key: str, value: object) -> list[Record]:
 def _task(name: str, questions: list[Record], demonstrations: list[Record], settings: Mapping[str, Any]) -> Task:
     task = Task(
         name,
-        tuple(_problem(where, record) for where, record in questions),
-        tuple(_problem(where, record) for where, record in demonstrations),
+        tuple(_problem(source, record) for source, record in questions),
+        tuple(_problem(source, record) for source, record in demonstrations),
         **settings,
     )
     asked = {problem.question for problem in task.questions}
     for problem in task.demonstrations:
         if problem.question in asked:
-            raise InputError(f"{problem.where}: this demonstration is also one of the questions: leave one out")
+            raise InputError(f"{problem.source}: this demonstration is also one of the questions: leave one out")
     return task
 
 
-def _problem(where: str, record: Mapping[str, Any]) -> Problem:
+def _problem(source: str, record: Mapping[str, Any]) -> Problem:
     def text(key: str, needed: bool = True) -> str:
         value = record.get(key, "")
         value = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
         if not isinstance(value, str) or (needed and not value.strip()):
-            raise InputError(f"{where}: no {key}: every one needs question and answer, as texts")
+            raise InputError(f"{source}: no {key}: every one needs question and answer, as texts")
         return value.strip()
 
-    return Problem(text("question"), text("answer"), text("reasoning", needed=False), where)
+    return Problem(text("question"), text("answer"), text("reasoning", needed=False), source)
 
 
 TASK_READERS: dict[str, Callable[[Path], Task]] = {".toml": _from_toml, ".jsonl": _from_jsonl}
