@@ -53,8 +53,8 @@ def child(task: Mapping[str, Any]) -> Run:
     peer = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=task["batch_size"], device="cpu")
     words = [template.completion(number) for number in range(len(labels))]
     requests = []
-    for example, row in zip(examples, rows, strict=True):
-        prompt = example.instr_tuned_text.removesuffix(template.completion(row.label or 0))
+    for example in examples:
+        prompt = example.instr_tuned_text.removesuffix(template.completion(example.label or 0))
         for word, ids in zip(words, labels, strict=True):
             context, continuation = peer._encode_pair(prompt, word)
             if (context, continuation) != (list(example.prompt_ids), list(ids)):
@@ -64,7 +64,7 @@ def child(task: Mapping[str, Any]) -> Run:
     found = [logp for logp, _ in peer._loglikelihood_tokens(requests, disable_tqdm=True)]
     seconds = time.perf_counter() - began
     scores = [found[n : n + len(words)] for n in range(0, len(found), len(words))]
-    correct = sum(max(each) == each[row.label or 0] for each, row in zip(scores, rows, strict=True))
+    correct = sum(max(each) == each[e.label or 0] for each, e in zip(scores, examples, strict=True))
     return {"n": len(rows), "accuracy": correct / len(rows), "examples_per_s": len(rows) / seconds, "scores": scores}
 
 

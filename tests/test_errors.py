@@ -8,6 +8,7 @@ standard output, one line on the standard error, and not a file more or less tha
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -113,6 +114,7 @@ def snapshot(folder: Path) -> dict[str, int]:
 
 def one_line(out: str, err: str) -> str:
     assert out == ""
+    err = re.sub(r"^[^\n]*: read as [^\n]*\n", "", err)  # the note on the data's layout
     assert err.startswith("graft: ") and err.endswith("\n") and err.count("\n") == 1, err
     return err.removeprefix("graft: ").rstrip("\n")
 
@@ -404,7 +406,7 @@ def test_accounts_that_cannot_be(words: str, line: str, refuse: Refuse) -> None:
         (" \n\n", "x.jsonl: the file is empty: write one record a line"),
         (
             '{"txt": "a", "label": 1}\n',
-            "x.jsonl: no field 'text': did you mean 'txt'? the fields are txt, label; name ",
+            "x.jsonl: no column 'text': did you mean 'txt'? the columns are txt, label; name ",
         ),
         (ROW + '{"label": 1}\n', "x.jsonl:2: no field 'text': every row needs it"),
         (
@@ -421,7 +423,7 @@ def test_accounts_that_cannot_be(words: str, line: str, refuse: Refuse) -> None:
         (ROW + '{"text": "café", "label": 1}\n', "x.jsonl:2: byte 14 is not UTF-8 (0xe9); save the file as UTF-8"),
         (ROW + '{"text": " ", "label": 1}\n', "x.jsonl:2: empty text: fill it in, or leave the row out"),
         (ROW + '{"text": null, "label": 1}\n', "x.jsonl:2: empty text: fill it in, or leave the row out"),
-        (ROW, "x.jsonl: too few different texts (1) to cut validation and test from: name them with --val FILE and "),
+        (ROW, "x.jsonl: too few different texts (1) to hold out validation and test: name them with --val FILE and "),
     ],
 )
 def test_a_data_file_with_a_fault(content: str, line: str, assets: Path, refuse: Refuse) -> None:
@@ -441,12 +443,10 @@ def test_data_that_is_not_there(assets: Path, refuse: Refuse) -> None:
     Path("hollow", "reviews.jsonl").write_text(ROW)
     has(refuse(*train(assets, "--data=hollow")), "hollow: no train, validation or test file", "it holds reviews.jsonl")
     has(refuse(*train(assets, "--data=hollow/reviews.jsonl", "--val=no.csv")), "--val no.csv: no such file")
-    has(
-        refuse(*train(assets, "--text_field=body")), "no field 'body': the fields are text, label; name it with --text_"
-    )
+    has(refuse(*train(assets, "--text_field=body")), "no column 'body': the columns are text, label; name it with --c")
     has(
         refuse(*train(assets, "--label_field=stars")),
-        "no field 'stars': the fields are text, label; name it with --lab",
+        "no column 'stars': the columns are text, label; name it with --c",
     )
 
 

@@ -24,7 +24,7 @@ from graftlm.methods import DoRA, LoRA, Method
 from graftlm.methods.lora import LoRALinear
 from graftlm.models import CausalLM, clone_with_shared_weights
 from graftlm.text.collate import encode_rows, label_ids
-from graftlm.text.dataset import Record
+from graftlm.text.layouts import Labelled
 from tiny import data_folder, model_folder
 
 METHODS: dict[str, Method] = {
@@ -247,7 +247,7 @@ def test_scores_are_those_of_evaluate(loaded: Loaded, tmp_path: Path) -> None:
     assert adapted.template is not None
     texts = ["good fun", "dull", "a film that is neither", "bad", "fine", "good"]
     examples, _ = encode_rows(
-        [Record(text, 0) for text in texts], adapted.template, adapted.tokenizer, adapted.model.max_seq_len
+        [Labelled(text, 0) for text in texts], adapted.template, adapted.tokenizer, adapted.model.max_seq_len
     )
     evaluation = evaluate(adapted.model, adapted.tokenizer, adapted.template, examples, read="score")
     base = load(str(loaded.folder), device="cpu", dtype="float32")

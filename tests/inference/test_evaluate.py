@@ -15,7 +15,8 @@ from graftlm.inference import scoring
 from graftlm.inference.evaluate import evaluate, parse_label, predict_labels, write_predictions
 from graftlm.inference.scoring import score
 from graftlm.models import CausalLM
-from graftlm.text.collate import Example, Record, encode_rows
+from graftlm.text.collate import Example, encode_rows
+from graftlm.text.layouts import Labelled
 from graftlm.text.template import Template
 from inference.tiny import CONTEXT, full_logits, ragged, tiny, words
 
@@ -294,7 +295,7 @@ def test_a_long_text_is_cut_to_leave_room_for_any_label(monkeypatch: pytest.Monk
 
 def test_a_cut_text_with_a_short_label_has_room_for_the_long_one() -> None:
     model, template = tiny("gpt2"), Template("custom", "it {text} so", ("bad", "good hm it so it"))
-    examples, cut = encode_rows([Record("hm " * 99, label) for label in (0, 1)], template, TOKENIZER, CONTEXT)
+    examples, cut = encode_rows([Labelled("hm " * 99, label) for label in (0, 1)], template, TOKENIZER, CONTEXT)
     assert cut == 2 and len({e.prompt_ids for e in examples}) == 1
     first, second = evaluate(model, TOKENIZER, template, examples, read="score").rows
     assert first["scores"] == pytest.approx(second["scores"])

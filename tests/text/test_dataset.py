@@ -11,7 +11,8 @@ import pyarrow.parquet
 import pytest
 
 from graftlm.errors import InputError
-from graftlm.text.dataset import Record, load_dataset
+from graftlm.text.dataset import load_dataset
+from graftlm.text.layouts import LAYOUTS, Completion, Preference, Record, Unpaired
 
 WORDS = ("negative", "positive")
 NEL = "a\x85b\u2028c\x0bd\x1ce\ff"  # characters at which str.splitlines breaks a line
@@ -43,6 +44,11 @@ def read(path: Path, **options) -> list[Record]:
     target.parent.mkdir(exist_ok=True)
     target.write_bytes(path.read_bytes())
     return load_dataset(str(target.parent), labels=options.pop("labels", WORDS), **options).splits["validation"]
+
+
+def read_as(source: Path) -> str:
+    """The note on the layout of `many`."""
+    return f"{source}: read as labelled (text, label)"
 
 
 def fails(path: Path, content: bytes | str, message: str, **options) -> None:
@@ -179,26 +185,30 @@ def test_fields_can_be_renamed(tmp_path: Path):
 def test_prompt_and_completion(tmp_path: Path):
     path = jsonl(tmp_path / "a.jsonl", {"prompt": "2+2= ", "completion": "4\n", "text": "no label beside it"})
     (row,) = read(path)
-    assert row == Record("2+2= ", None, "2+2= ", "4\n", row.source)
+    assert row == Completion("2+2= ", "4\n", row.source)
     assert row.source.endswith(":1")
 
 
 @pytest.mark.parametrize(
     ("record", "options", "message"),
     [
-        ({"review": "a", "label": 1}, {}, "no field 'text': the fields are review, label; name it with --text_field"),
+        (
+            {"review": "a", "label": 1},
+            {},
+            "no column 'text': the columns are review, label; name it with --columns text=COLUMN",
+        ),
         (
             {"Text": "a", "label": 1},
             {},
-            "no field 'text': did you mean 'Text'? the fields are Text, label; name it with --text_field",
+            "no column 'text': did you mean 'Text'? the columns are Text, label; name it with --columns text=COLUMN",
         ),
-        ({"text": "a", "y": 1}, {}, "no field 'label': the fields are text, y; name it with --label_field"),
+        ({"text": "a", "y": 1}, {}, "no column 'label': the columns are text, y; name it with --columns label=COLUMN"),
         (
             {"prompt": "a", "completion": "b"},
             {"label_field": "stars"},
-            "no field 'text': the fields are prompt, completion; name it with --text_field",
+            "no column 'stars': the columns are prompt, completion; name it with --columns label=COLUMN",
         ),
-        ({}, {}, "no field 'text': the fields are none; name it with --text_field"),
+        ({}, {}, "no column 'text': the columns are none; name it with --columns text=COLUMN"),
     ],
 )
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv"])
@@ -211,7 +221,8 @@ def test_no_such_field(tmp_path: Path, record: dict, options: dict, message: str
     else:
         jsonl(path, record)
     if kind == "jsonl" or record:  # the other two cannot hold a record without fields
-        fails(path, path.read_bytes(), f"FILE: {message}", **options)
+        layouts = "" if options else f"; the layouts are {', '.join(map(str, LAYOUTS))}"
+        fails(path, path.read_bytes(), f"FILE: {message}{layouts}", **options)
 
 
 @pytest.mark.parametrize(
@@ -241,11 +252,11 @@ def test_empty_prompt_or_completion(tmp_path: Path, field: str, value: str):
 def test_pairs_of_answers(tmp_path: Path):
     record = {"prompt": "p", "chosen": " a", "rejected": " b", "reward_chosen": 0.9}
     first, second = read(jsonl(tmp_path / "a.jsonl", record, {**record, "ended": [False, True]}))
-    assert first == Record("p", None, "p", " a", first.source, rejected=" b") and first.finished == (True, True)
+    assert first == Preference("p", " a", " b", first.source) and first.finished == (True, True)
     assert second.finished == (False, True)
     completed = {"prompt": "p", "completion": "c", "ended": False}
     (row,) = read(jsonl(tmp_path / "b.jsonl", completed))
-    assert row.finished == (False, True)
+    assert row.finished is False
 
 
 def test_what_was_rejected_and_where_answers_end_are_part_of_the_fingerprint(tmp_path: Path):
@@ -268,11 +279,11 @@ def test_what_was_rejected_and_where_answers_end_are_part_of_the_fingerprint(tmp
         ({"chosen": [{"role": "user"}]}, "chosen must be text, not [{'role': 'user'}]"),
         (
             {"ended": True},
-            "ended must be a list of two, each true or false: for chosen and for rejected, not True",
+            "ended must be a list of two, each true or false: for chosen and rejected, not True",
         ),
         (
             {"ended": [1, 0]},
-            "ended must be a list of two, each true or false: for chosen and for rejected, not [1, 0]",
+            "ended must be a list of two, each true or false: for chosen and rejected, not [1, 0]",
         ),
     ],
 )
@@ -402,7 +413,7 @@ def test_names_of_splits(tmp_path: Path, names: tuple[str, ...]):
         "test": ["text 4", "text 5"],
     }
     assert list(data.splits) == ["train", "validation", "test"]
-    assert (data.name, data.notes) == (str(tmp_path), [])
+    assert (data.name, data.notes) == (str(tmp_path), [read_as(tmp_path)])
 
 
 def test_parts_of_a_split_in_order(tmp_path: Path):
@@ -465,8 +476,8 @@ def test_one_file_is_split_by_hash(tmp_path: Path):
             (row.source for row in found), key=lambda w: int(w.split(":")[-1])
         )
     sizes = ", ".join(f"{split} {len(found)}" for split, found in data.splits.items())
-    note = f"{path} names no validation or test split: cut from train by hash of the text ({sizes} rows)"
-    assert data.notes == [note]
+    note = f"{path} names no validation or test split: held out from train by hash of the text ({sizes} rows)"
+    assert data.notes == [note, read_as(path)]
 
 
 def test_the_cut_does_not_depend_on_order_or_labels(tmp_path: Path):
@@ -479,26 +490,26 @@ def test_the_cut_does_not_depend_on_order_or_labels(tmp_path: Path):
 def test_only_validation_is_cut_where_test_is_named(tmp_path: Path):
     data = load_dataset(str(folder(tmp_path, train=many(20), test=many(5, first=50))))
     assert {split: len(rows) for split, rows in data.splits.items()} == {"train": 18, "validation": 2, "test": 5}
-    note = "names no validation split: cut from train by hash of the text (train 18, validation 2, test 5 rows)"
-    assert data.notes == [f"{tmp_path} {note}"]
+    note = "names no validation split: held out from train by hash of the text (train 18, validation 2, test 5 rows)"
+    assert data.notes == [f"{tmp_path} {note}", read_as(tmp_path)]
 
 
 def test_nothing_is_cut_where_validation_is_named(tmp_path: Path):
     data = load_dataset(str(folder(tmp_path, train=many(20), dev=many(5, first=50))))
     assert ({split: len(rows) for split, rows in data.splits.items()}, data.notes) == (
         {"train": 20, "validation": 5},
-        [],
+        [read_as(tmp_path)],
     )
 
 
 def test_too_few_texts_to_cut(tmp_path: Path):
     path = jsonl(tmp_path / "a.jsonl", *many(2), *many(2))
-    message = f"{path}: too few different texts (2) to cut validation and test from: "
+    message = f"{path}: too few different texts (2) to hold out validation and test: "
     with refused(message + "name them with --val FILE and --test FILE"):
         load_dataset(str(path))
     jsonl(path, *many(3))
     assert [len(rows) for rows in load_dataset(str(path)).splits.values()] == [1, 1, 1]
-    with refused(f"{path}: too few different texts (1) to cut validation from: name it with --val FILE"):
+    with refused(f"{path}: too few different texts (1) to hold out validation: name it with --val FILE"):
         load_dataset(str(jsonl(path, *many(1))), test=str(jsonl(tmp_path / "t.jsonl", *many(1))))
 
 
@@ -509,7 +520,7 @@ def test_val_and_test_beside_a_file(tmp_path: Path):
     test.write_text("text,label\nlast,positive\n")
     data = load_dataset(str(train), val=str(val), test=str(test), labels=WORDS)
     assert {split: len(rows) for split, rows in data.splits.items()} == {"train": 20, "validation": 3, "test": 1}
-    assert data.notes == []
+    assert data.notes == [read_as(train)]
     only_val = load_dataset(str(train), val=str(val), labels=WORDS).splits
     assert {split: len(rows) for split, rows in only_val.items()} == {"train": 20, "validation": 3}
     only_test = load_dataset(str(train), test=str(test), labels=WORDS).splits
@@ -534,6 +545,103 @@ def test_derived_splits_are_named_as_derived(tmp_path: Path):
     folder(tmp_path, train=many(5), validation=many(2, first=5), test=many(2, first=7))
     (tmp_path / "graft.json").write_text('{"name": "x", "derived_splits": true}')
     note = f"{tmp_path}: its splits are derived by hash of the text; they are not the official ones"
-    assert load_dataset(str(tmp_path)).notes == [note]
+    assert load_dataset(str(tmp_path)).notes == [note, read_as(tmp_path)]
     (tmp_path / "graft.json").write_text('{"name": "x", "derived_splits": false}')
-    assert load_dataset(str(tmp_path)).notes == []
+    assert load_dataset(str(tmp_path)).notes == [read_as(tmp_path)]
+
+
+# ------------------------------------------------------------------------------------------------ layouts
+
+
+def test_unpaired_preferences(tmp_path: Path):
+    record = {"prompt": "p", "completion": " c", "label": True}
+    first, second = read(jsonl(tmp_path / "a.jsonl", record, {**record, "label": False, "finished": False}))
+    assert first == Unpaired("p", " c", True, first.source) and first.finished
+    assert second == Unpaired("p", " c", False, second.source, finished=False)
+    path = tmp_path / "b.csv"
+    path.write_text("label,prompt,completion\ntrue,p, c\nFALSE,p, c\n")
+    assert [row.label for row in read(path)] == [True, False]
+    message = "FILE:2: label must be true or false, not 1"
+    fails(tmp_path / "c.jsonl", json.dumps(record) + "\n" + json.dumps({**record, "label": 1}), message)
+
+
+def test_a_label_that_is_not_true_or_false_leaves_a_completion(tmp_path: Path):
+    (row,) = read(jsonl(tmp_path / "a.jsonl", {"prompt": "p", "completion": "c", "label": 3}))
+    assert row == Completion("p", "c", row.source)
+
+
+def test_fingerprints_of_all_kinds(tmp_path: Path):
+    """Runs record them, so that they must never change: the hash of one JSON list for each record."""
+    rows: dict[str, dict[str, object]] = {
+        '["validation", "p", null, "c"]': {"prompt": "p", "completion": "c"},
+        '["validation", "p", null, "c", [false, true]]': {"prompt": "p", "completion": "c", "ended": False},
+        '["validation", "p", null, "c", "r"]': {"prompt": "p", "chosen": "c", "rejected": "r"},
+        '["validation", "p", null, "c", "r", [true, false]]': {
+            "prompt": "p",
+            "chosen": "c",
+            "rejected": "r",
+            "ended": [True, False],
+        },
+        '["validation", "user: h\\n\\nassistant: o", null, null, [["user", "h"], ["assistant", "o"]]]': {
+            "messages": [{"role": "user", "content": "h"}, {"role": "assistant", "content": "o"}]
+        },
+        '["validation", "p", null, "c", true]': {"prompt": "p", "completion": "c", "label": True},
+        '["validation", "p", null, "c", true, false]': {
+            "prompt": "p",
+            "completion": "c",
+            "label": True,
+            "finished": False,
+        },
+    }
+    for n, (line, record) in enumerate(rows.items()):
+        data = load_dataset(str(folder(tmp_path / str(n), validation=[record])))
+        assert data.fingerprint == hashlib.sha256(f"{line}\n".encode()).hexdigest(), line
+
+
+STEM = "Write a response that appropriately completes the request."
+
+
+@pytest.mark.parametrize("context", ["a b", "", None])
+def test_alpaca(tmp_path: Path, context: str | None):
+    record = {"instruction": "Join.", "input": context, "output": "ab", "text": "not read"}
+    (row,) = read(jsonl(tmp_path / "a.jsonl", record))
+    if context:
+        prompt = (
+            "Below is an instruction that describes a task, paired with an input that provides further context. "
+            f"{STEM}\n\n### Instruction:\nJoin.\n\n### Input:\na b\n\n### Response:\n"
+        )
+    else:
+        prompt = f"Below is an instruction that describes a task. {STEM}\n\n### Instruction:\nJoin.\n\n### Response:\n"
+    assert row == Completion(prompt, "ab", row.source)
+
+
+def test_alpaca_with_columns_that_its_prompt_lacks(tmp_path: Path):
+    record = {"instruction": "i", "output": "o", "history": [], "system": "Be brief."}
+    message = "FILE:1: system has no place in Alpaca's prompt: leave it out, or write the row as messages"
+    fails(tmp_path / "a.jsonl", json.dumps(record), message)
+
+
+def test_a_run_says_which_layout_it_took(tmp_path: Path):
+    source = folder(tmp_path, train=many(3), validation=many(1), test=[{"prompt": "p", "completion": "c"}])
+    note = f"{tmp_path}: read as labelled (text, label) and completion (prompt, completion)"
+    assert load_dataset(str(source)).notes == [note]
+
+
+def test_columns_of_several_layouts(tmp_path: Path):
+    record = {"text": "a", "label": 1, "prompt": "p", "completion": "c"}
+    path = jsonl(tmp_path / "a.jsonl", record)
+    with refused(
+        f"{path}: the columns fit several layouts, labelled (text, label) and completion (prompt, completion): choose "
+        "--columns text=text,label=label or --columns prompt=prompt,completion=completion"
+    ):
+        load_dataset(str(path))
+
+
+def test_files_of_a_split_have_one_layout(tmp_path: Path):
+    jsonl(tmp_path / "test-00000-of-00002.jsonl", *many(2))
+    jsonl(tmp_path / "test-00001-of-00002.jsonl", {"prompt": "p", "completion": "c"})
+    with refused(
+        f"{tmp_path / 'test-00001-of-00002.jsonl'}: its layout is completion (prompt, completion), that of "
+        "test-00000-of-00002.jsonl is labelled (text, label): write the files of a split in one layout"
+    ):
+        load_dataset(str(tmp_path))

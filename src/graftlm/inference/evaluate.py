@@ -23,7 +23,8 @@ from graftlm.inference.generate import ProgressCallback, generate_ids
 from graftlm.inference.metrics import GARBAGE, Metrics, calibrated
 from graftlm.inference.scoring import LabelIds, Tokens, score
 from graftlm.models import CausalLM
-from graftlm.text.collate import Example, Record, encode_rows, label_ids
+from graftlm.text.collate import Example, encode_rows, label_ids
+from graftlm.text.layouts import Labelled
 from graftlm.text.template import Template
 from graftlm.text.tokenizer import Tokenizer
 
@@ -148,7 +149,7 @@ def predict_labels(
 def _encoded(
     texts: Sequence[str] | Sequence[Example], template: Template, tokenizer: Tokenizer, context: int
 ) -> list[Example]:
-    plain = [Record(text, 0) for text in texts if isinstance(text, str)]  # no text has a label yet, so any will do
+    plain = [Labelled(text, 0) for text in texts if isinstance(text, str)]  # no text has a label yet, so any will do
     examples = [text for text in texts if isinstance(text, Example)]
     assert not plain or not examples, "either texts or examples"
     return encode_rows(plain, template, tokenizer, context)[0] if plain else examples

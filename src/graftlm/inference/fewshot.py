@@ -30,7 +30,8 @@ from graftlm.errors import InputError
 from graftlm.exchange.device import to_float64
 from graftlm.inference.generate import eval_mode, right_pad
 from graftlm.models import CausalLM
-from graftlm.text.collate import Example, Record, encode_rows, sort_by_hash
+from graftlm.text.collate import Example, encode_rows, sort_by_hash
+from graftlm.text.layouts import Labelled, Record
 from graftlm.text.template import Template
 from graftlm.text.tokenizer import Tokenizer
 
@@ -211,8 +212,9 @@ def build_fewshot(
     Raises InputError where the pool is too small or holds no labels, and where the demonstrations leave no room.
     """
     asked = {row.text for row in rows}
-    demos = list({row.text: row for row in sort_by_hash(pool) if row.text not in asked}.values())
-    if shots and any(row.label is None for row in demos):
+    others = list({row.text: row for row in sort_by_hash(pool) if row.text not in asked}.values())
+    demos = [row for row in others if isinstance(row, Labelled)]
+    if shots and len(demos) < len(others):
         raise InputError("--shots: the data are pairs of prompt and completion; demonstrations need text and label")
     embed = embedder(model, tokenizer, batch_size) if how == "embedding" else None
     texts, labels = [row.text for row in demos], [row.label for row in demos]
@@ -227,7 +229,7 @@ def build_fewshot(
         encoded = [encode_rows(rows, templates[0], tokenizer, room)]
     else:
         encoded = [encode_rows([row], own, tokenizer, room) for row, own in zip(rows, templates, strict=True)]
-    free = [Record(text, 0, source="a content-free input") for text in CONTENT_FREE]
+    free = [Labelled(text, 0, source="a content-free input") for text in CONTENT_FREE]
     return FewShotExamples(
         examples=[example for examples, _ in encoded for example in examples],
         content_free=[encode_rows(free, own, tokenizer, room)[0] for own in templates] if calibrate else [],
@@ -235,9 +237,9 @@ def build_fewshot(
     )
 
 
-def _before(template: Template, demos: Sequence[Record]) -> Template:
+def _before(template: Template, demos: Sequence[Labelled]) -> Template:
     """The template with demonstrations before it."""
-    shown = [template.prompt(row.text) + template.completion(row.label) for row in demos if row.label is not None]
+    shown = [template.prompt(row.text) + template.completion(row.label) for row in demos]
     return replace(template, text_prefix="".join(f"{text}\n\n" for text in shown))
 
 

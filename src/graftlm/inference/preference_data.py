@@ -36,8 +36,9 @@ from graftlm.files.atomic import write_text
 from graftlm.inference.evaluate import label_probabilities
 from graftlm.inference.generate import ProgressCallback, generate_ids
 from graftlm.models import CausalLM
-from graftlm.text.collate import Record, subset
+from graftlm.text.collate import subset
 from graftlm.text.dataset import load_prompts
+from graftlm.text.layouts import Document
 from graftlm.text.template import Template
 from graftlm.text.tokenizer import Tokenizer
 
@@ -335,10 +336,10 @@ def prefer(
     }
 
 
-def _prompts(config: PreferConfig, say: Callable[[str], object]) -> list[Record]:
+def _prompts(config: PreferConfig, say: Callable[[str], object]) -> list[Document]:
     """The prompts to answer, each once, without space at their ends; at most --limit."""
     rows = load_prompts(config.prompts, config.split, config.opening, config.text_field)
-    once: dict[str, Record] = {}
+    once: dict[str, Document] = {}
     for row in rows:
         once.setdefault(row.text, row)
     if len(once) < len(rows):
@@ -354,7 +355,7 @@ def _judge(config: PreferConfig) -> Judge:
     return classifier_reward(judge.model, judge.tokenizer, judge.template, config.want, config.batch_size)
 
 
-def _check_room(rows: Sequence[Record], tokenizer: Tokenizer, room: int) -> None:
+def _check_room(rows: Sequence[Document], tokenizer: Tokenizer, room: int) -> None:
     encoded = tokenizer.encode_batch([row.text for row in rows], bos=True)
     for row, ids in zip(rows, encoded, strict=True):
         if len(ids) >= room:

@@ -42,7 +42,7 @@ from graftlm.serving.responses import (
 from graftlm.serving.schemas import MAX_CHOICES, APIError, ChatBody, ClassifyBody, CompletionBody, Sampling, parse_body
 from graftlm.text.chat import Chat
 from graftlm.text.collate import encode_rows, label_ids
-from graftlm.text.dataset import Record
+from graftlm.text.layouts import Labelled
 from graftlm.text.template import Template
 from graftlm.text.tokenizer import Tokenizer
 
@@ -337,7 +337,7 @@ def _classification_prompts(
     jobs = []
     for number, text in enumerate(texts):
         for model in models:
-            records = [Record(text, 0, source="text")]
+            records = [Labelled(text, 0, source="text")]
             examples, truncated = encode_rows(records, model.template, service.tokenizer, model.max_seq_len)
             jobs.append(_Classification(number, model, examples[0].prompt_ids, bool(truncated)))
     return jobs

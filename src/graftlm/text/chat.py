@@ -32,7 +32,7 @@ BEGIN, END = "\ue002", "\ue003"  # stand where the template's {% generation %} b
 
 
 @dataclass(frozen=True)
-class Conversation:
+class EncodedConversation:
     """A conversation's tokens, and where in them the assistant's answers are."""
 
     ids: list[int]
@@ -62,7 +62,7 @@ class Chat:
             ids += [control] if control is not None else self._tokenizer.encode(text)
         return ids
 
-    def conversation(self, messages: Sequence[Message]) -> Conversation:
+    def conversation(self, messages: Sequence[Message]) -> EncodedConversation:
         """A whole conversation. What its answers are the template says, by {% generation %} or by how it asks for one.
 
         Without {% generation %} an answer begins where the template leaves off when it asks for it, and ends with the
@@ -86,7 +86,7 @@ class Chat:
             ids += self._ids(frame[start:stop], contents)
             answers.append(range(first, len(ids)))
             done = stop
-        return Conversation(ids + self._ids(frame[done:], contents), answers)
+        return EncodedConversation(ids + self._ids(frame[done:], contents), answers)
 
     @cached_property
     def turn_end(self) -> int:

@@ -14,14 +14,14 @@ import numpy as np
 
 from graftlm.errors import InputError
 from graftlm.text.chat import Chat
-from graftlm.text.dataset import Dataset, Record, load_dataset, text_hash
+from graftlm.text.dataset import Dataset, load_dataset, text_hash
+from graftlm.text.layouts import Completion, Conversation, Labelled, Preference, Record, Unpaired
 from graftlm.text.template import Template
 from graftlm.text.tokenizer import Tokenizer
 
 __all__ = [
     "Dataset",
     "Example",
-    "Record",
     "common_prefix_length",
     "encode_rows",
     "epoch_batches",
@@ -54,6 +54,8 @@ class Example:
     """Of a pair, the answer that was not preferred; `completion_ids` is then the one that was."""
     reference: tuple[float, float] | None = None
     """Of a pair, the log-probability of both answers under the model that training starts from, once it is known."""
+    desirable: bool | None = None
+    """Of an unpaired preference (KTO), whether the answer is a good one."""
     finished: bool = True
     """Whether every answer ends with the text, and so with its end-of-text token."""
     masked_spans: tuple[range, ...] = ()
@@ -85,106 +87,101 @@ Texted = TypeVar("Texted", bound=_HasText)
 def encode_rows(
     rows: Sequence[Record], template: Template, tokenizer: Tokenizer, max_length: int
 ) -> tuple[list[Example], int]:
-    """Tokenise rows, prompt and completion apart, into at most `max_length` tokens each.
+    """Tokenise records, prompt and completion separately, into at most `max_length` tokens each.
 
-    A text that is too long loses its end, inside the template; a prompt of the user's own is never cut. Beside a text
-    there is room for the longest label's completion, whichever its own label is: so any label can be scored, and how
-    much of a text is seen tells nothing about its label.
+    A text that is too long is truncated inside the template; a prompt of the user's own never is. All texts leave room
+    for the longest label's completion, so that any label can be scored and truncation does not depend on the label.
+    A conversation that is too long ends with the last answer that fits.
 
-    A conversation that is too long loses its end, behind the last answer that fits whole.
-
-    Returns the examples in the rows' order, and how many texts were cut.
-    Raises InputError when template and completion leave no room for the text, or a row's own prompt is too long.
+    Returns the examples in order, and how many texts were truncated. Raises InputError if the template and a
+    completion leave no room for the text, or if a prompt of the user's own is too long.
     """
-    if any(row.messages for row in rows):
-        return _conversations(rows, tokenizer, max_length)
-    longest = _max_example_tokens(template, tokenizer, max_length) if any(row.prompt is None for row in rows) else 0
-    completions = [_completion(row, template) for row in rows]
-    rejected = ["" if row.rejected is None else _space(row) + row.rejected for row in rows]
-    different = sorted({*completions, *rejected})
-    ids_of = {text: tuple(ids) for text, ids in zip(different, tokenizer.encode_batch(different), strict=True)}
-    end = (tokenizer.eot,)
-    answers = [ids_of[text] + end * row.finished[0] for row, text in zip(rows, completions, strict=True)]
-    others = [
-        ids_of[text] + end * row.finished[1] if row.rejected is not None else ()
-        for row, text in zip(rows, rejected, strict=True)
+    if conversations := [row for row in rows if isinstance(row, Conversation)]:
+        assert len(conversations) == len(rows), "conversations among other records"
+        return _conversations(conversations, tokenizer, max_length)
+    labelled = any(isinstance(row, Labelled) for row in rows)
+    label_tokens = _max_example_tokens(template, tokenizer, max_length) if labelled else 0
+    strings = [_answers(row, template) for row in rows]
+    distinct = sorted({text for answers in strings for text, _ in answers})
+    ids_of = {text: tuple(ids) for text, ids in zip(distinct, tokenizer.encode_batch(distinct), strict=True)}
+    answers = [[ids_of[text] + (tokenizer.eot,) * finished for text, finished in row] for row in strings]
+    limits = [
+        max_length - (label_tokens if isinstance(row, Labelled) else max(map(len, ids)))
+        for row, ids in zip(rows, answers, strict=True)
     ]
-    kept = [
-        max(len(answer), len(other)) if row.prompt is not None else longest
-        for row, answer, other in zip(rows, answers, others, strict=True)
-    ]
-    texts, prompts = _truncate_to_fit(rows, [max_length - tokens for tokens in kept], template, tokenizer)
+    texts, prompts = _truncate_to_fit(rows, limits, template, tokenizer)
     examples = [
         Example(
-            prompt_ids=tuple(ids),
-            completion_ids=answer,
-            label=row.label,
+            prompt_ids=tuple(prompt_ids),
+            completion_ids=ids[0],
+            label=row.label if isinstance(row, Labelled) else None,
             text=row.text,
-            instr_tuned_text=_prompt(row, text, template) + completion,
+            instr_tuned_text=_prompt(row, text, template) + row_strings[0][0],
             source=row.source,
-            rejected_ids=other,
-            finished=all(row.finished),
+            rejected_ids=ids[1] if len(ids) > 1 else (),
+            desirable=row.label if isinstance(row, Unpaired) else None,
+            finished=all(finished for _, finished in row_strings),
         )
-        for row, text, ids, completion, answer, other in zip(
-            rows, texts, prompts, completions, answers, others, strict=True
-        )
+        for row, text, prompt_ids, row_strings, ids in zip(rows, texts, prompts, strings, answers, strict=True)
     ]
     return examples, sum(text != row.text for text, row in zip(texts, rows, strict=True))
 
 
-def _conversations(rows: Sequence[Record], tokenizer: Tokenizer, max_length: int) -> tuple[list[Example], int]:
-    """Conversations in the model's own chat template; what is learned is what the assistant says."""
+def _conversations(rows: Sequence[Conversation], tokenizer: Tokenizer, max_length: int) -> tuple[list[Example], int]:
+    """Conversations in the model's chat template; the assistant's answers are learned."""
     if tokenizer.chat_template is None:
         raise InputError(
             f"{rows[0].source}: the base model has no chat template to write messages in: choose one that is tuned for "
             "chat, or give records with prompt and completion"
         )
     chat = Chat(tokenizer, "choose another base model, or give records with prompt and completion")
-    examples, cut = [], 0
+    examples, truncated = [], 0
     for row in rows:
         try:
-            talk = chat.conversation(row.messages)
+            encoded = chat.conversation(row.messages)
         except InputError as error:
             raise InputError(f"{row.source}: {error}") from None
-        kept = [answer for answer in talk.answers if answer.stop <= max_length]
-        if not kept:
+        answers = [answer for answer in encoded.answers if answer.stop <= max_length]
+        if not answers:
             raise InputError(
-                f"{row.source}: the assistant's first answer ends with token {talk.answers[0].stop}, and {max_length} "
-                "fit: shorten the row, or raise --max_length"
+                f"{row.source}: the assistant's first answer ends with token {encoded.answers[0].stop}, and "
+                f"{max_length} fit: shorten the row, or raise --max_length"
             )
-        first, last = kept[0].start, kept[-1].stop
-        between = tuple(range(a.stop - first, b.start - first) for a, b in pairwise(kept))
+        start, stop = answers[0].start, answers[-1].stop
         example = Example(
-            prompt_ids=tuple(talk.ids[:first]),
-            completion_ids=tuple(talk.ids[first:last]),
+            prompt_ids=tuple(encoded.ids[:start]),
+            completion_ids=tuple(encoded.ids[start:stop]),
             label=None,
             text=row.text,
-            instr_tuned_text=tokenizer.decode(talk.ids[:last], skip_special=False),
+            instr_tuned_text=tokenizer.decode(encoded.ids[:stop], skip_special=False),
             source=row.source,
             finished=False,
-            masked_spans=between,
+            masked_spans=tuple(range(a.stop - start, b.start - start) for a, b in pairwise(answers)),
         )
         examples.append(example)
-        cut += len(kept) < len(talk.answers)
-    return examples, cut
+        truncated += len(answers) < len(encoded.answers)
+    return examples, truncated
 
 
 def _prompt(row: Record, text: str, template: Template) -> str:
-    return template.prompt(text) if row.prompt is None else row.prompt.rstrip(" ")
+    return template.prompt(text) if isinstance(row, Labelled) else row.text.rstrip(" ")
 
 
-def _completion(row: Record, template: Template) -> str:
-    """What is to be answered; in a pair of the user's own, too, spaces at the boundary belong to the completion."""
-    if row.prompt is not None and row.completion is not None:
-        return _space(row) + row.completion
-    assert row.label is not None, f"{row.source}: neither a label nor a completion"
-    return template.completion(row.label)
+def _answers(row: Record, template: Template) -> list[tuple[str, bool]]:
+    """The strings that follow the prompt, and whether end-of-text follows each.
 
-
-def _space(row: Record) -> str:
-    """The spaces that a prompt of the user's own ends with."""
-    prompt = row.prompt or ""
-    return prompt[len(prompt.rstrip(" ")) :]
+    Spaces at the end of a prompt of the user's own belong to its completions.
+    """
+    space = row.text[len(row.text.rstrip(" ")) :]
+    match row:
+        case Labelled():
+            return [(template.completion(row.label), True)]
+        case Completion() | Unpaired():
+            return [(space + row.completion, row.finished)]
+        case Preference():
+            return [(space + row.chosen, row.finished[0]), (space + row.rejected, row.finished[1])]
+        case Conversation():
+            raise AssertionError("conversations have answers of their own")
 
 
 def _max_example_tokens(template: Template, tokenizer: Tokenizer, max_length: int) -> int:
@@ -215,7 +212,7 @@ def _truncate_to_fit(
     """
     # Of a text that cannot fit by far, only the beginning is read: tokens hold fewer than 5 characters on average.
     texts = [
-        row.text[: CHARS_PER_TOKEN * room] if row.prompt is None else row.text
+        row.text[: CHARS_PER_TOKEN * room] if isinstance(row, Labelled) else row.text
         for row, room in zip(rows, rooms, strict=True)
     ]
     prompts: list[list[int]] = [[]] * len(rows)
@@ -233,7 +230,7 @@ def _truncate_to_fit(
     over = [n for n in range(len(rows)) if len(prompts[n]) > rooms[n]]
     while over:
         for n in over:
-            if rows[n].prompt is not None:
+            if not isinstance(rows[n], Labelled):
                 raise InputError(f"{rows[n].source}: {too_long(len(prompts[n]), rooms[n])}")
             texts[n] = _without_end(texts[n], len(prompts[n]) - rooms[n], template, tokenizer)
             if not texts[n]:

@@ -33,6 +33,7 @@ from graftlm.errors import InputError, did_you_mean, unknown_name_error
 from graftlm.files.readers import Record, read_records
 from graftlm.text.collate import load_dataset, sort_by_hash
 from graftlm.text.dataset import text_hash
+from graftlm.text.layouts import Labelled
 
 QUESTION, ANSWER = "{question}", "{answer}"
 NUMBER = r"(?<![\d.])-?\d(?:[\d,]*\d)?(?:\.\d+)?"
@@ -167,7 +168,7 @@ def _reviews(name: str) -> tuple[Task, list[str]]:
 
     def problems(split: str) -> list[Problem]:
         rows = sort_by_hash(dataset.splits[split])
-        return [Problem(row.text, labels[row.label], source=row.source) for row in rows if row.label is not None]
+        return [Problem(row.text, labels[row.label], source=row.source) for row in rows if isinstance(row, Labelled)]
 
     worked = [_problem(*record) for record in read_records(BUILTIN_DIR / "reviews.jsonl")]
     questions = problems("test")

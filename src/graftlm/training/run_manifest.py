@@ -17,6 +17,7 @@ from graftlm.exchange.load import Loaded
 from graftlm.methods import Method
 from graftlm.methods.base import count_parameters
 from graftlm.text.collate import Dataset, Example
+from graftlm.text.layouts import Conversation
 from graftlm.training.distributed import DistContext
 
 
@@ -55,7 +56,7 @@ def run_manifest(
             "name": data.name,
             "fingerprint": data.fingerprint,
             "examples": {split: len(some) for split, some in examples.items()},
-            "chat": bool(data.splits["train"][0].messages),
+            "chat": isinstance(data.splits["train"][0], Conversation),
         },
         "template": {"name": template.name, "text": template.text, "labels": list(template.labels)},
         "device": str(device),

@@ -26,6 +26,7 @@ from graftlm.methods.mergeable import MergeableLinear
 from graftlm.models.base import CausalLM
 from graftlm.text.collate import Dataset, Example, encode_rows, label_ids, load_dataset, subset
 from graftlm.text.data_checks import preflight
+from graftlm.text.layouts import Preference, Unpaired
 from graftlm.text.template import Template, load_template
 from graftlm.text.tokenizer import Tokenizer
 from graftlm.training.distributed import DistContext, shard, warmup_fsdp
@@ -253,8 +254,10 @@ def _explicit_flags(config: TrainConfig, given: Set[str] | None) -> Set[str]:
 
 def _check_kind(data: Dataset, config: TrainConfig) -> None:
     """An InputError where the data is pairs and the objective is not, or the other way round."""
-    row = data.splits["train"][0]
-    if (row.rejected is not None) == (config.objective == "dpo"):
+    record = data.splits["train"][0]
+    if isinstance(record, Unpaired):
+        raise InputError(f"{data.name}: has one answer and true or false a row, which only --objective kto reads")
+    if isinstance(record, Preference) == (config.objective == "dpo"):
         return
     if config.objective == "dpo":
         raise InputError(

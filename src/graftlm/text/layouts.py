@@ -1,0 +1,339 @@
+"""Canonical records, and the layouts of data files that are converted to them.
+
+The rest of the program knows six kinds of record (`Labelled` … `Document`). Files differ in their columns: `LAYOUTS`
+has one entry for each set of columns, with a function that converts a row to a canonical record. A file's first row
+decides which layout it has (`recognise`). Every value is checked; errors name file and line.
+
+To add a layout, write its function and its entry here.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property
+from typing import Any
+
+from graftlm.errors import InputError
+from graftlm.files.readers import short
+from graftlm.text.chat import ROLES, Message
+
+# Canonical records ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A text to classify, and its label number."""
+
+    text: str
+    label: int
+    source: str = ""
+    """File and line of a record, for errors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A prompt and the completion to learn."""
+
+    prompt: str
+    completion: str
+    source: str = ""
+    finished: bool = True
+    """Whether the text ends where the completion does; False for a truncated answer, which gets no end-of-text."""
+
+    @property
+    def text(self) -> str:
+        """The prompt."""
+        return self.prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """A prompt with two answers: the chosen one was preferred to the rejected one."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    source: str = ""
+    finished: tuple[bool, bool] = (True, True)
+    """As in `Completion`, for each answer."""
+
+    @property
+    def text(self) -> str:
+        """The prompt."""
+        return self.prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Unpaired:
+    """A prompt with one answer, and whether that answer is desirable (KTO)."""
+
+    prompt: str
+    completion: str
+    label: bool
+    source: str = ""
+    finished: bool = True
+
+    @property
+    def text(self) -> str:
+        """The prompt."""
+        return self.prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages of several roles; what the assistant says is learned."""
+
+    messages: tuple[Message, ...]
+    source: str = ""
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "\n\n".join(f"{role}: {content}" for role, content in self.messages)
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text on its own, such as a prompt to answer."""
+
+    text: str
+    source: str = ""
+
+
+Record = Labelled | Completion | Preference | Unpaired | Conversation
+
+# Reading a row --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LabelWords:
+    """The label words by label number; without words a label is any number."""
+
+    words: tuple[str, ...] = ()
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        """A word takes precedence over a number, so that the words "1", "2", "3" work too."""
+        numbers = {str(number): number for number in range(len(self.words))}
+        return {**numbers, **{word.casefold(): number for number, word in enumerate(self.words)}}
+
+    def number(self, value: object) -> int | None:
+        """A label's number, from 1, "1" or "Positive". True only if it is a label word; 1.0 never."""
+        text = str(value).strip().casefold() if isinstance(value, int | str) else ""
+        if not self.words and text.isascii() and text.isdecimal() and len(text) < 10:
+            return int(text)
+        return self._numbers.get(text)
+
+    @property
+    def choices(self) -> str:
+        """The labels that are allowed, for errors."""
+        if not self.words:
+            return "a number from 0 on is needed, or --labels with the words"
+        return "allowed are " + ", ".join(f"{number} or {word!r}" for number, word in enumerate(self.words))
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a file. Its methods read a column and raise InputError, with file and line, for a wrong value."""
+
+    source: str
+    columns: Mapping[str, Any]
+    labels: LabelWords = LabelWords()
+
+    def error(self, message: str) -> InputError:
+        """An error in this row, to raise."""
+        return InputError(f"{self.source}: {message}")
+
+    def text(self, name: str) -> str:
+        """A column's text, which must not be blank."""
+        value = self.columns.get(name)
+        if value is None or (isinstance(value, str) and not value.strip()):
+            if name in self.columns:
+                raise self.error(f"empty {name}: fill it in, or leave the row out")
+            raise self.error(f"no field {name!r}: every row needs it")
+        if not isinstance(value, str):
+            raise self.error(f"{name} must be text, not {short(value)}")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            bad = f"U+{ord(value[error.start]):04X}"
+            raise self.error(f"{name} holds half a character ({bad} alone); write the whole one") from None
+        return value
+
+    def optional_text(self, name: str) -> str:
+        """A column's text, "" if the column is missing or blank."""
+        value = self.columns.get(name)
+        return "" if value is None or (isinstance(value, str) and not value.strip()) else self.text(name)
+
+    def label(self) -> int:
+        """Column "label" as a label number."""
+        value = self.columns.get("label")
+        if value is None or value == "":
+            raise self.error("no label (field 'label' is missing or empty): every row needs one")
+        number = self.labels.number(value)
+        if number is None:
+            raise self.error(f"unknown label {short(value)}: {self.labels.choices}")
+        return number
+
+    def desirable(self) -> bool:
+        """Column "label" as true or false."""
+        value = _as_bool(self.columns.get("label"))
+        if value is None:
+            raise self.error(f"label must be true or false, not {short(self.columns.get('label'))}")
+        return value
+
+    def messages(self) -> tuple[Message, ...]:
+        """Column "messages"."""
+        messages = self.columns.get("messages")
+        if not isinstance(messages, list) or not messages:
+            raise self.error(f"messages must be a list of role and content, not {short(messages)}")
+        return tuple(_message(f"{self.source}: message {number}", item) for number, item in enumerate(messages, 1))
+
+    def finished(self, answers: int) -> tuple[bool, ...]:
+        """Column "finished" ("ended" in old files): whether the text ends with each answer. Without it, it does."""
+        name = "finished" if "finished" in self.columns else "ended"
+        value = self.columns.get(name)
+        if value is None:
+            return (True,) * answers
+        flags = value if isinstance(value, list) else [value]
+        if len(flags) != answers or not all(isinstance(flag, bool) for flag in flags):
+            allowed = "true or false" if answers == 1 else "a list of two, each true or false: for chosen and rejected"
+            raise self.error(f"{name} must be {allowed}, not {short(value)}")
+        return tuple(flags)
+
+
+def _as_bool(value: object) -> bool | None:
+    """True or false, also as text: csv has no booleans."""
+    if isinstance(value, str):
+        return {"true": True, "false": False}.get(value.strip().casefold())
+    return value if isinstance(value, bool) else None
+
+
+def _message(source: str, message: Any) -> Message:
+    """A message's role and content. Anything else in it would be lost, and is an error."""
+    if not isinstance(message, dict):
+        raise InputError(f"{source} must be an object with role and content, not {short(message)}")
+    row = Row(source, message)
+    role = row.text("role")
+    if role not in ROLES:
+        raise row.error(f"unknown role {short(role)}: known are {', '.join(ROLES)}")
+    if extra := [name for name, value in message.items() if name not in ("role", "content") and value is not None]:
+        raise row.error(f"{short(extra[0])} is not understood: a message has role and content, of text")
+    return role, row.text("content")
+
+
+# Layouts --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A set of columns, and how a row that has them becomes a canonical record."""
+
+    name: str
+    keys: tuple[str, ...]
+    """A row with all of these columns has this layout."""
+    convert: Callable[[Row], Record]
+    optional: tuple[str, ...] = ()
+    """Columns that `convert` reads if they are there."""
+    matches: Callable[[Mapping[str, Any]], bool] = lambda columns: True
+    """A further condition on the columns, where other layouts have the same keys."""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({', '.join(self.keys)})"
+
+
+def _labelled(row: Row) -> Labelled:
+    return Labelled(row.text("text"), row.label(), row.source)
+
+
+def _completion(row: Row) -> Completion:
+    prompt, completion = row.text("prompt"), row.text("completion")
+    (finished,) = row.finished(1)
+    return Completion(prompt, completion, row.source, finished)
+
+
+def _preference(row: Row) -> Preference:
+    prompt, chosen, rejected = row.text("prompt"), row.text("chosen"), row.text("rejected")
+    if chosen.strip() == rejected.strip():
+        raise row.error("chosen and rejected are the same text: leave the pair out")
+    first, second = row.finished(2)
+    return Preference(prompt, chosen, rejected, row.source, (first, second))
+
+
+def _unpaired(row: Row) -> Unpaired:
+    prompt, completion, label = row.text("prompt"), row.text("completion"), row.desirable()
+    (finished,) = row.finished(1)
+    return Unpaired(prompt, completion, label, row.source, finished)
+
+
+def _chat(row: Row) -> Conversation:
+    messages = row.messages()
+    if not any(role == "assistant" for role, _ in messages):
+        raise row.error("the assistant says nothing, so there is nothing to learn: leave the row out")
+    return Conversation(messages, row.source)
+
+
+def _alpaca(row: Row) -> Completion:
+    """Stanford Alpaca's prompt (Taori et al. 2023), without or with an input."""
+    instruction, context, output = row.text("instruction"), row.optional_text("input"), row.text("output")
+    if ignored := [name for name in ("history", "system") if row.columns.get(name)]:
+        raise row.error(f"{ignored[0]} has no place in Alpaca's prompt: leave it out, or write the row as messages")
+    task = "Below is an instruction that describes a task"
+    if context:
+        task += ", paired with an input that provides further context"
+        context = f"### Input:\n{context}\n\n"
+    task += ". Write a response that appropriately completes the request."
+    prompt = f"{task}\n\n### Instruction:\n{instruction}\n\n{context}### Response:\n"
+    return Completion(prompt, output, row.source)
+
+
+LAYOUTS = (
+    Layout("labelled", ("text", "label"), _labelled),
+    Layout("completion", ("prompt", "completion"), _completion, optional=("finished", "ended")),
+    Layout("preference", ("chosen", "rejected"), _preference, optional=("prompt", "finished", "ended")),
+    Layout(
+        "unpaired preference",
+        ("prompt", "completion", "label"),
+        _unpaired,
+        optional=("finished", "ended"),
+        matches=lambda columns: _as_bool(columns["label"]) is not None,
+    ),
+    Layout("chat", ("messages",), _chat, matches=lambda columns: "chosen" not in columns),
+    Layout("alpaca", ("instruction", "output"), _alpaca, optional=("input",)),
+)
+
+
+def recognise(path: object, columns: Mapping[str, Any], mapped: Sequence[str] = ()) -> Layout:
+    """The layout of a file, from the columns of its first row.
+
+    mapped: the columns named by --columns; the layout must read all of them. A layout whose keys are a part of
+    another's gives way to it, unless --columns names exactly its keys. Raises InputError for an unknown layout, and
+    where several remain.
+    """
+    readable = [layout for layout in LAYOUTS if {*mapped} <= {*layout.keys, *layout.optional}]
+    found = [layout for layout in readable if columns.keys() >= {*layout.keys} and layout.matches(columns)]
+    found = [layout for layout in found if {*layout.keys} <= {*mapped}] or found
+    found = [layout for layout in found if not any({*layout.keys} < {*other.keys} for other in found)]
+    if not found:
+        raise _unknown(path, columns, readable or LAYOUTS)
+    if len(found) > 1:
+        choices = " or ".join(f"--columns {','.join(f'{key}={key}' for key in layout.keys)}" for layout in found)
+        raise InputError(f"{path}: the columns fit several layouts, {' and '.join(map(str, found))}: choose {choices}")
+    return found[0]
+
+
+def _unknown(path: object, columns: Mapping[str, Any], layouts: Sequence[Layout]) -> InputError:
+    """The error for columns without a layout: it names the first column that the closest layout lacks."""
+    lacking = [layout for layout in layouts if not columns.keys() >= {*layout.keys}] or layouts
+    closest = max(lacking, key=lambda layout: len(columns.keys() & {*layout.keys}))
+    missing = next((key for key in closest.keys if key not in columns), closest.keys[0])
+    known = ", ".join(map(str, LAYOUTS))
+    return InputError(f"{path}: {missing_column(missing, columns, missing)}; the layouts are {known}")
+
+
+def missing_column(column: str, columns: Mapping[str, Any], key: str) -> str:
+    """What is wrong when a file has no column of this name, and what to do."""
+    near = get_close_matches(column, list(map(str, columns)), n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    present = ", ".join(map(str, columns)) or "none"
+    return f"no column {column!r}: {hint}the columns are {present}; name it with --columns {key}=COLUMN"
