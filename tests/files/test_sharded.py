@@ -8,7 +8,7 @@ import torch
 from graftlm.errors import InputError
 from graftlm.files import sharded
 from graftlm.files.formats import load_safetensors, read_json, read_weights, save_safetensors
-from graftlm.files.sharded import LazyTensor, consolidate, partition_by_size, remove, save_sharded
+from graftlm.files.sharded import LazyTensor, consolidate, partition_by_size, remove_weights, save_sharded
 
 TENSORS = {
     "embed": torch.arange(60.0).view(20, 3),
@@ -38,7 +38,7 @@ def test_files_of_several_writers_are_read_as_one_and_joined_to_it(size: int, tm
     consolidate(tmp_path, "model")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors", "one"]
     assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "one").read_bytes()
-    remove(tmp_path, "model")
+    remove_weights(tmp_path, "model")
     assert [p.name for p in tmp_path.iterdir()] == ["one"]
 
 

@@ -29,10 +29,10 @@ class Threads(DistContext):
     table: list[Any] = field(default_factory=list)
     barrier: threading.Barrier = field(default_factory=lambda: threading.Barrier(1))
 
-    def gather(self, numbers: Any) -> list[Any]:
+    def all_gather(self, numbers: Any) -> list[Any]:
         return self._all(list(numbers))
 
-    def tell(self, said: Any) -> Any:
+    def broadcast_object(self, said: Any) -> Any:
         return self._all(said)[0]
 
     def _all(self, said: Any) -> list[Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from graftlm.errors import GraftError, InputError
 from graftlm.exchange.load import Loaded
-from graftlm.files.assets import data_at_hand
+from graftlm.files.assets import is_local_data
 from graftlm.models import CausalLM
 from graftlm.text.collate import encode_rows, load_dataset, subset
 from graftlm.text.dataset import SPLITS
@@ -72,7 +72,7 @@ def verification_prompts(loaded: Loaded, data: dict[str, Any]) -> Prompts:
     max_length = min(data.get("max_length") or room, room)
     names = ("data", "val", "test", "text_field", "label_field")
     source = {name: data[name] for name in names if data.get(name)}
-    if data_at_hand(source.get("data", "")):
+    if is_local_data(source.get("data", "")):
         try:
             splits = load_dataset(**source, labels=template.labels).splits
             split = next(name for name in reversed(SPLITS) if splits.get(name))

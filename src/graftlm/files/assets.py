@@ -213,7 +213,7 @@ def data_folder(name: str) -> Path:
     return path
 
 
-def data_at_hand(name: str) -> bool:
+def is_local_data(name: str) -> bool:
     """Whether `data_folder` finds it on this disk: a local path, or a built-in name that is already unpacked."""
     if name in BUILTIN_DATA:
         return _is_complete(cache_home() / "data" / name)

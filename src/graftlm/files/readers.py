@@ -40,7 +40,7 @@ def read_records(path: Path) -> Iterator[Record]:
         raise InputError(f"{path}: no records in this file: write some, or name another")
 
 
-def short(value: object) -> str:
+def short_repr(value: object) -> str:
     """A value for an error message."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "…"
@@ -75,7 +75,7 @@ def _json(source: str, text: str) -> Any:
 
 def _object(source: str, value: object) -> Record:
     if not isinstance(value, dict):
-        raise InputError(f'{source}: a record must be a JSON object like {{"text": …}}, not {short(value)}')
+        raise InputError(f'{source}: a record must be a JSON object like {{"text": …}}, not {short_repr(value)}')
     return source, value
 
 

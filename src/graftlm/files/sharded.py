@@ -166,7 +166,7 @@ def _bytes(stored: LazyTensors, name: str) -> Iterator[memoryview]:
     yield tensor_bytes(stored[name])
 
 
-def remove(folder: Path, stem: str) -> None:
+def remove_weights(folder: Path, stem: str) -> None:
     """Delete {stem}.safetensors, or its shards."""
     for file in (*folder.glob(f"{stem}-*-of-*.safetensors"), *folder.glob(f"{stem}.safetensors*")):
         file.unlink(missing_ok=True)

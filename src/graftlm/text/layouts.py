@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from graftlm.errors import InputError
-from graftlm.files.readers import short
+from graftlm.files.readers import short_repr
 from graftlm.text.chat import ROLES, Message
 
 # Canonical records ----------------------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ class Row:
                 raise self.error(f"empty {name}: fill it in, or leave the row out")
             raise self.error(f"no field {name!r}: every row needs it")
         if not isinstance(value, str):
-            raise self.error(f"{name} must be text, not {short(value)}")
+            raise self.error(f"{name} must be text, not {short_repr(value)}")
         try:
             value.encode()
         except UnicodeEncodeError as error:
@@ -172,21 +172,21 @@ class Row:
             raise self.error("no label (field 'label' is missing or empty): every row needs one")
         number = self.labels.number(value)
         if number is None:
-            raise self.error(f"unknown label {short(value)}: {self.labels.choices}")
+            raise self.error(f"unknown label {short_repr(value)}: {self.labels.choices}")
         return number
 
     def desirable(self) -> bool:
         """Column "label" as true or false."""
         value = _as_bool(self.columns.get("label"))
         if value is None:
-            raise self.error(f"label must be true or false, not {short(self.columns.get('label'))}")
+            raise self.error(f"label must be true or false, not {short_repr(self.columns.get('label'))}")
         return value
 
     def messages(self) -> tuple[Message, ...]:
         """Column "messages"."""
         messages = self.columns.get("messages")
         if not isinstance(messages, list) or not messages:
-            raise self.error(f"messages must be a list of role and content, not {short(messages)}")
+            raise self.error(f"messages must be a list of role and content, not {short_repr(messages)}")
         return tuple(_message(f"{self.source}: message {number}", item) for number, item in enumerate(messages, 1))
 
     def finished(self, answers: int) -> tuple[bool, ...]:
@@ -198,7 +198,7 @@ class Row:
         flags = value if isinstance(value, list) else [value]
         if len(flags) != answers or not all(isinstance(flag, bool) for flag in flags):
             allowed = "true or false" if answers == 1 else "a list of two, each true or false: for chosen and rejected"
-            raise self.error(f"{name} must be {allowed}, not {short(value)}")
+            raise self.error(f"{name} must be {allowed}, not {short_repr(value)}")
         return tuple(flags)
 
 
@@ -212,13 +212,13 @@ def _as_bool(value: object) -> bool | None:
 def _message(source: str, message: Any) -> Message:
     """A message's role and content. Anything else in it would be lost, and is an error."""
     if not isinstance(message, dict):
-        raise InputError(f"{source} must be an object with role and content, not {short(message)}")
+        raise InputError(f"{source} must be an object with role and content, not {short_repr(message)}")
     row = Row(source, message)
     role = row.text("role")
     if role not in ROLES:
-        raise row.error(f"unknown role {short(role)}: known are {', '.join(ROLES)}")
+        raise row.error(f"unknown role {short_repr(role)}: known are {', '.join(ROLES)}")
     if extra := [name for name, value in message.items() if name not in ("role", "content") and value is not None]:
-        raise row.error(f"{short(extra[0])} is not understood: a message has role and content, of text")
+        raise row.error(f"{short_repr(extra[0])} is not understood: a message has role and content, of text")
     return role, row.text("content")
 
 

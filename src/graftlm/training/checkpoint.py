@@ -30,7 +30,7 @@ from graftlm.exchange.adapters import read_adapter, save_adapter
 from graftlm.exchange.huggingface import iter_local_shards, lazy_state_dict, save_config, save_model
 from graftlm.files.atomic import atomic_directory, atomic_symlink, write_json, write_text
 from graftlm.files.formats import LazyTensors, load_safetensors, read_json, read_weights, save_safetensors
-from graftlm.files.sharded import LazyTensor, consolidate, local_rows, remove, save_sharded, to_local, wrap_like
+from graftlm.files.sharded import LazyTensor, consolidate, local_rows, remove_weights, save_sharded, to_local, wrap_like
 from graftlm.methods import Method
 from graftlm.methods.base import load_trainable_state_dict, trainable, trainable_state_dict
 from graftlm.models.base import CausalLM
@@ -179,7 +179,7 @@ class CheckpointManager:
                 shutil.rmtree(folder)
             elif folder.name != last:
                 # Only the newest can be resumed from, and moments take twice the room of the weights.
-                remove(folder, "optimizer")
+                remove_weights(folder, "optimizer")
                 (folder / TRAINED).unlink(missing_ok=True)
 
     def latest(self) -> Path | None:
