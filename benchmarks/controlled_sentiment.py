@@ -5,7 +5,7 @@
     texts        IMDb reviews -> whole sentences: a prompt of a few words, and its continuation
     classifier   `graft train` on Rotten Tomatoes: its probability of "positive" is the reward
     sft          `graft train` on the texts: the reference of all later stages
-    pairs        `graft prefer`: its answers to other prompts, the best against the worst
+    pairs        `graft pairs`: its answers to other prompts, the best against the worst
     dpo          `graft train --objective dpo` from the reference, once for each beta, keeping checkpoints
     preferred    `graft train` from the reference on the chosen answers alone, keeping checkpoints
     evaluation   for every checkpoint: answers to held-out prompts, their reward, and the KL to the reference
@@ -177,11 +177,11 @@ class Experiment:
             stages[name]()
 
     def make_pairs(self) -> dict[str, Any]:
-        """`graft prefer`, and its pairs as two data sets: pairs/ for DPO, chosen/ for SFT on the preferred."""
+        """`graft pairs`, and its pairs as two data sets: pairs/ for DPO, chosen/ for SFT on the preferred."""
         file = self.work / "pairs.jsonl"
         file.unlink(missing_ok=True)  # of a killed stage
         places = {"out_dir": self.work / "reference", "prompts": self.work / "prompts.jsonl", "out": file}
-        found = run_graft("prefer", {**self.recipe["pairs"], **places, "judge": self.work / "classifier"})
+        found = run_graft("pairs", {**self.recipe["pairs"], **places, "reward_model": self.work / "classifier"})
         rows, held = read_rows(file), self.recipe["texts"]["pairs_validation"]
         prompts = list(dict.fromkeys(row["prompt"] for row in rows))
         if len(prompts) <= held:
@@ -195,7 +195,7 @@ class Experiment:
                 (row["prompt"], row["chosen"]): {
                     "prompt": row["prompt"],
                     "completion": row["chosen"],
-                    "ended": row["ended"][0],
+                    "finished": row["finished"][0],
                 }
                 for row in own
             }
@@ -463,8 +463,8 @@ def blocks(result: Mapping[str, Any]) -> tuple[dict[str, str], str]:
         "machine": f"{result['date']}, seed {result['recipe']['evaluation']['seed']} of the samples, 0 of training. "
         f"{machine(result)}\n\n{result['minutes']:.0f} minutes in all: {minutes}.",
         "pairs": f"{pairs['pairs']:,} pairs of {pairs['answers']:,} answers to {pairs['prompts']:,} openings "
-        f"({pairs['ties']} ties, {pairs['duplicates']} duplicates, {pairs['empty']} empty; {pairs['cut']} answers in "
-        f"pairs were cut). Mean reward of all answers {pairs['mean_reward']:.3f}, of the chosen "
+        f"({pairs['ties']} ties, {pairs['duplicates']} duplicates, {pairs['empty']} empty; {pairs['truncated']} answers "
+        f"in pairs were truncated). Mean reward of all answers {pairs['mean_reward']:.3f}, of the chosen "
         f"{pairs['reward_chosen']:.3f}, of the rejected {pairs['reward_rejected']:.3f}. The classifier is right on "
         f"{judge['val_accuracy']:.1%} of the Rotten Tomatoes validation sample.",
         "frontier": f"{markdown(('model', 'KL, nats', '95%', 'mean reward', '95%', 'ended'), rows)}\n\n"

@@ -86,7 +86,9 @@ def blocks(study: Study, result: Mapping[str, Any]) -> tuple[dict[str, str], dic
     at_once = f"{jobs} at a time" if jobs > 1 else "one after the other"
     found = {"machine": f"{result['date']}, {budget}, {at_once}. {machine(result)}"}
     if share := result.get("share"):
-        found["share"] = f"{share['trainable']:,} of {share['total']:,} parameters: **{share['share_trained']:.2%}**."
+        found["share"] = (
+            f"{share['trainable']:,} of {share['total']:,} parameters: **{share['trainable_fraction']:.2%}**."
+        )
     pictures = {}
     for name, rows in result["tables"].items():
         parts = [markdown(rows).rstrip("\n")]

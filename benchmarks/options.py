@@ -24,10 +24,10 @@ from harness import Round, Run
 
 REVIEWS, EPOCHS = 256, 3
 COMMON = {"rank": 16, "alpha": 64, "batch_size": 16, "epochs": EPOCHS, "val_limit": 8, "eval_every": 1_000_000}
-EQUAL = {"lora_dropout": 0, "dtype": "float32", "device": "cpu", "compile": "off"}
+EQUAL = {"lora_dropout": 0, "dtype": "float32", "device": "cpu", "kernels": "torch"}
 FULL = {"rank": 0, **EQUAL}
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
-    "kernels": {"kernels on": {"compile": "on"}, "kernels off": {"compile": "off"}},
+    "kernels": {"kernels on": {"kernels": "cpp"}, "kernels off": {"kernels": "torch"}},
     "train-layers": {"upper": {"train_layers": "20:"}, "all": {}},
     "processes": {"lora one": EQUAL, "lora two": EQUAL, "full one": FULL, "full two": FULL},
 }
@@ -64,7 +64,7 @@ def measure(name: str, flags: Mapping[str, Any], folder: Path) -> Run:
     rows = harness.read_rows(folder / "run" / "metrics.jsonl")
     found = {key: run[key] for key in KEPT} | epoch_speeds(rows, len(rows) // flags["epochs"])
     if two:
-        found["peak_rss_mb"] = max(run["processes"]["peak_rss_mb"])
+        found["peak_rss_mb"] = max(run["distributed"]["peak_rss_mb"])
     return {**found, "val_loss": run["last"]["val_loss"], "losses": [row["train_loss"] for row in rows]}
 
 

@@ -30,23 +30,23 @@ def pieces(limit: int, seeds: int, run: str) -> dict[str, list[str]]:
     """Name -> the words of a graft command."""
     electricity = ["prompt", "--init_from", MODEL, "--task", "electricity"]
     reviews = ["prompt", "--init_from", MODEL, "--task", "rotten-tomatoes", "--limit", str(limit)]
-    score = ["evaluate", "--read", "score", "--limit", str(limit)]
+    score = ["evaluate", "--mode", "score", "--limit", str(limit)]
     base = [*score, "--init_from", MODEL, "--data", DATA]
     few = [*base, "--shots", "8"]
     found = {
-        "shown": [*electricity, "--show", "--shots", "2", "--chat", "off"],
-        "shown in chat": [*electricity, "--show", "--shots", "1"],
+        "shown": [*electricity, "--show_prompts", "--shots", "2", "--chat", "off"],
+        "shown in chat": [*electricity, "--show_prompts", "--shots", "1"],
         "answered": electricity,
         "electricity": [*electricity, "--limit", str(limit)],
         "zero-shot": base,
         "zero-shot, calibrated": [*base, "--calibrate"],
-        "8-shot, nearest by BM25": [*few, "--choose", "bm25"],
+        "8-shot, nearest by BM25": [*few, "--demo_selection", "bm25"],
         "fine-tuned": [*score, "--init_from", "resume", "--out_dir", run],
         "chain of thought": [*reviews, "--style", "few-shot-cot"],
         "zero-shot chain of thought": [*reviews, "--style", "zero-shot-cot"],
     }
     for seed in range(seeds):
-        own = [*few, "--choose", "balanced", "--seed", str(seed)]
+        own = [*few, "--demo_selection", "balanced", "--seed", str(seed)]
         found |= {f"{SEEDED[0]}, seed {seed}": own, f"{SEEDED[1]}, seed {seed}": [*own, "--calibrate"]}
     return found
 
@@ -65,7 +65,9 @@ def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     if "fine-tuned" in names and not (harness.ROOT / args.run / "run.json").is_file():
         harness.note("training")
         train = harness.graft("train", "--config", "recipes/demo.toml", "--out_dir", args.run)
-        report["train"] = {key: train[key] for key in ("steps", "examples", "seconds", "trainable", "share_trained")}
+        report["train"] = {
+            key: train[key] for key in ("steps", "examples", "seconds", "trainable", "trainable_fraction")
+        }
     for name in names:
         harness.note(name)
         found[name] = harness.graft(*todo[name])
@@ -84,7 +86,7 @@ def percent(value: float) -> str:
 
 def interval(result: Mapping[str, Any]) -> str:
     """A 95% interval in percent."""
-    return f"{100 * result['low']:.1f} to {100 * result['high']:.1f}"
+    return f"{100 * result['ci_low']:.1f} to {100 * result['ci_high']:.1f}"
 
 
 def computed(result: Mapping[str, Any]) -> float:
@@ -129,7 +131,7 @@ def electricity(result: Mapping[str, Any]) -> str:
     """The table of the word problems."""
     head = ("style", "right", "95% interval", "no answer", "prompt tokens", "computed tokens", "s/answer")
     rows = [
-        [STYLES[style], percent(r["accuracy"]), interval(r), percent(r["no_answer_rate"]), *cost(r)]
+        [STYLES[style], percent(r["accuracy"]), interval(r), percent(r["unparsed_rate"]), *cost(r)]
         for style, r in result["styles"].items()
     ]
     return markdown(head, rows)
@@ -148,9 +150,11 @@ def answered(rows: Sequence[Mapping[str, Any]]) -> str:
     """The model's text in each style."""
     parts = []
     for each in rows:
-        verdict = "right" if each["right"] else f"wrong: it is {each['answer']}"
+        verdict = "right" if each["correct"] else f"wrong: it is {each['answer']}"
         (text,) = each["texts"]
-        parts.append(f"{STYLES[each['style']]}, read as {each['said']} ({verdict}):\n\n```text\n{text.strip()}\n```")
+        parts.append(
+            f"{STYLES[each['style']]}, read as {each['prediction']} ({verdict}):\n\n```text\n{text.strip()}\n```"
+        )
     return "\n\n".join(parts)
 
 
@@ -160,7 +164,7 @@ def pages() -> dict[Path, str]:
     found, config, train = report["found"], report["config"], report["train"]
     tuned = (
         f"{train['steps']} steps, {train['examples']:,} reviews, {train['seconds'] / 60:.1f} minutes, "
-        f"{100 * train['share_trained']:.2f}% of the weights"
+        f"{100 * train['trainable_fraction']:.2f}% of the weights"
     )
     blocks = {
         "machine": f"{report['date']}, {config['threads']}. {machine(report)}",

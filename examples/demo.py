@@ -32,7 +32,7 @@ def measure(loaded: Loaded, template: Template, examples: list[Example], console
     """Accuracy by label scores."""
     with progress(console, "evaluate", len(examples)) as bar:
         parts = (loaded.model, loaded.tokenizer, template, examples)
-        return graftlm.evaluate(*parts, read="score", progress=bar).to_json()
+        return graftlm.evaluate(*parts, mode="score", progress=bar).to_json()
 
 
 def answers(loaded: Loaded, examples: list[Example], template: Template) -> list[str]:
@@ -46,13 +46,13 @@ def report(before: dict[str, Any], after: dict[str, Any], trained: dict[str, Any
     """The story as a page of Markdown."""
 
     def accuracy(r: dict[str, Any]) -> str:
-        return f"{r['accuracy']:.3f} (95% interval {r['low']:.3f} to {r['high']:.3f}, {r['n']:,} reviews)"
+        return f"{r['accuracy']:.3f} (95% interval {r['ci_low']:.3f} to {r['ci_high']:.3f}, {r['n']:,} reviews)"
 
     facts = {
         "zero-shot accuracy": accuracy(before),
         "fine-tuned accuracy": accuracy(after),
         "steps": f"{trained['steps']} of {trained['examples'] // trained['steps']} reviews",
-        "trained": f"{trained['trainable']:,} of {trained['total']:,} parameters ({trained['share_trained']:.2%})",
+        "trained": f"{trained['trainable']:,} of {trained['total']:,} parameters ({trained['trainable_fraction']:.2%})",
         "speed": f"{trained['examples_per_s']:.1f} examples/s, {trained['seconds']:.0f} s of training",
         "peak memory": f"{trained['peak_rss_mb']:,.0f} MB",
         "the adapter": f"{trained['out_dir']}/best (PEFT loads it as it is)",

@@ -1,6 +1,6 @@
 """What every test may rely on: no network but loopback, and a way to run the command as a user does.
 
-The built-in models and data sets come from the cache that `graft fetch` (`make test`) has filled.
+The built-in models and data sets come from the cache that `graft download` (`make test`) has filled.
 """
 
 import os

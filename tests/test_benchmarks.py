@@ -366,15 +366,15 @@ def test_the_page_on_large_models_is_what_the_formulas_give() -> None:
     for name, batch_size, *shown in rows:
         size, method, *_, gpus = name.split(", ")
         flags = [f"--init_from=meta-llama/Llama-2-{size.lower()}-hf", f"--rank={16 if method != 'full' else 0}"]
-        flags += [f"--processes={gpus.split()[0]}", f"--batch_size={batch_size}", "--shard" * ("shard" in name)]
-        flags += ["--link_gbs=35" if gpus == "64 GPUs" else "--link_gbs=315"]
+        flags += [f"--world_size={gpus.split()[0]}", f"--batch_size={batch_size}", "--shard" * ("shard" in name)]
+        flags += ["--bandwidth_gbs=35" if gpus == "64 GPUs" else "--bandwidth_gbs=315"]
         words = [*command, *filter(None, flags), "--json"]
         found = json.loads(in_process(["", "graftlm", *words], FOLDER, {}).stdout)
-        ranks, step = found["processes"], found["step"]
+        ranks, step = found["distributed"], found["step"]
         held, saved = ranks["bytes"]["total"] / 1e9, step["activation_bytes"] / 1e9
         fits = "yes" if held + saved < 80 else "**no**"
-        cells = [held, saved, held + saved, ranks["sent_per_step"]["total"] / 1e9]
-        numbers = [load("render").number(cell) for cell in (*cells, step["compute_seconds"], step["link_seconds"])]
+        cells = [held, saved, held + saved, ranks["comm_bytes_per_step"]["total"] / 1e9]
+        numbers = [load("render").number(cell) for cell in (*cells, step["compute_seconds"], step["comm_seconds"])]
         assert shown == [*numbers[:3], fits, *numbers[3:]]
 
 

@@ -20,7 +20,7 @@ from conftest import Graft, child_environment
 from graftlm import __version__, cli
 from graftlm.cli import display
 from graftlm.cli.parser import CommonFlags, parse
-from graftlm.config import FetchConfig, GenerateConfig, ReportConfig, TrainConfig
+from graftlm.config import DownloadConfig, GenerateConfig, ReportConfig, TrainConfig, parse_columns
 from graftlm.errors import GraftError, InputError, Interrupted
 from graftlm.methods import METHODS, describe
 
@@ -29,14 +29,14 @@ COMMANDS = (
     "generate",
     "evaluate",
     "prompt",
-    "prefer",
+    "pairs",
     "compare",
     "report",
     "serve",
-    "account",
+    "estimate",
     "export",
     "import",
-    "fetch",
+    "download",
 )
 HANDOUT_TRAIN = [
     "--init_from=gpt2-medium",
@@ -52,7 +52,7 @@ HANDOUT_TRAIN = [
 ]
 
 
-def fake(monkeypatch: pytest.MonkeyPatch, run: Callable[..., Any], name: str = "fetch") -> None:
+def fake(monkeypatch: pytest.MonkeyPatch, run: Callable[..., Any], name: str = "download") -> None:
     """Put `run` in place of a verb's handler."""
     verb = cli.COMMANDS[name]
     row = cli.Command(verb.config, run, verb.print_result, verb.positional, uses_tensors=False)
@@ -120,8 +120,24 @@ def test_values_may_look_like_anything_a_user_types() -> None:
 
 
 def test_fetch_takes_its_name_with_and_without_the_flag() -> None:
-    assert parse("fetch", FetchConfig, ["gpt2", "--json"], "name").config.name == "gpt2"
-    assert parse("fetch", FetchConfig, ["--json", "--name", "gpt2"], "name").config.name == "gpt2"
+    assert parse("download", DownloadConfig, ["gpt2", "--json"], "name").config.name == "gpt2"
+    assert parse("download", DownloadConfig, ["--json", "--name", "gpt2"], "name").config.name == "gpt2"
+
+
+@pytest.mark.parametrize("name", ["generate", "evaluate", "export"])
+def test_the_run_folder_may_be_given_without_its_flag(name: str) -> None:
+    command = cli.COMMANDS[name]
+    to = ["--to=x"] if name == "export" else []
+    by_flag = parse(name, command.config, ["--out_dir", "runs/a", *to], command.positional)
+    assert parse(name, command.config, ["runs/a", *to], command.positional) == by_flag
+    assert by_flag.config.out_dir == "runs/a" and "out_dir" in by_flag.explicit
+
+
+def test_columns_are_read_and_checked() -> None:
+    assert parse_columns(" text=body, label = stars ,") == {"text": "body", "label": "stars"}
+    for wrong in ("text", "text=", "texts=a", "text=a,text=b"):
+        with pytest.raises(InputError, match=r"^--columns text.*: must be FIELD=COLUMN, each field once"):
+            parse("train", TrainConfig, [f"--columns={wrong}"])
 
 
 def test_report_takes_any_number_of_folders_with_and_without_the_flag() -> None:
@@ -156,7 +172,7 @@ def test_report_takes_any_number_of_folders_with_and_without_the_flag() -> None:
         (["train", "--rank="], "--rank : not a whole number"),
         (["train", "--lr", "fast"], "--lr fast: not a number"),
         (["train", "--lr=nan"], "--lr nan: not a finite number"),
-        (["train", "--clip=inf"], "--clip inf: not a finite number"),
+        (["train", "--grad_clip=inf"], "--grad_clip inf: not a finite number"),
         (["train", "--resume=maybe"], "--resume maybe: not true or false"),
         (["train", "--dtype", "float8"], "--dtype float8: not one of auto, float32, bfloat16, float16"),
         (["train", "--rank"], "--rank needs a value"),
@@ -170,31 +186,34 @@ def test_report_takes_any_number_of_folders_with_and_without_the_flag() -> None:
             ["train", "--rank=0", "--method=lora"],
             "--rank 0 means full fine-tuning and contradicts --method lora: leave one out",
         ),
-        (["fetch"], "graft fetch needs NAME (see graft fetch --help)"),
+        (["download"], "graft download needs NAME (see graft download --help)"),
         (["report"], "graft report needs FOLDERS (see graft report --help)"),
-        (["prefer"], "graft prefer needs PROMPTS (see graft prefer --help)"),
-        (["prefer", "--prompts= "], "--prompts ' ': must be a data set's name, a folder or a file"),
-        (["prefer", "--prompts=a"], "--judge: name a classifier's run folder, or give --judge_command"),
+        (["pairs"], "graft pairs needs PROMPTS (see graft pairs --help)"),
+        (["pairs", "--prompts= "], "--prompts ' ': must be a data set's name, a folder or a file"),
+        (["pairs", "--prompts=a"], "--reward_model: name a classifier's run folder, or give --reward_command"),
         (
-            ["prefer", "--prompts=a", "--judge=b", "--judge_command=c"],
-            "--judge and --judge_command: name one of the two",
+            ["pairs", "--prompts=a", "--reward_model=b", "--reward_command=c"],
+            "--reward_model and --reward_command: name one of the two",
         ),
         (
-            ["prefer", "--prompts=a", "--judge_command=c", "--want=positive"],
-            "--want positive: a label of the classifier that --judge names; --judge_command has none",
+            ["pairs", "--prompts=a", "--reward_command=c", "--target_label=positive"],
+            "--target_label positive: a label of --reward_model; --reward_command has no labels",
         ),
-        (["prefer", "--prompts=a", "--judge=b", "--n=1"], "--n 1: must be 2 or more, as a pair needs two answers"),
         (
-            ["prefer", "--prompts=a", "--judge=b", "--temperature=0"],
+            ["pairs", "--prompts=a", "--reward_model=b", "--num_samples=1"],
+            "--num_samples 1: must be 2 or more, as a pair needs two answers",
+        ),
+        (
+            ["pairs", "--prompts=a", "--reward_model=b", "--temperature=0"],
             "--temperature 0.0: must be above 0, or all answers would be equal",
         ),
-        (["prefer", "--prompts=a", "--judge=b", "--top_p=0"], "--top_p 0.0: must be above 0 and at most 1"),
-        (["prefer", "--prompts=a", "--judge=b", "--margin=-1"], "--margin -1.0: must be 0 or more"),
-        (["prefer", "--prompts=a", "--judge=b", "--opening=-1"], "--opening -1: must be 0 or more"),
-        (["prefer", "--prompts=a", "--judge=b", "--max_new_tokens=0"], "--max_new_tokens 0: must be 1 or more"),
-        (["prefer", "--prompts=a", "--judge=b", "--pairs=some"], "--pairs some: not one of best, all"),
+        (["pairs", "--prompts=a", "--reward_model=b", "--top_p=0"], "--top_p 0.0: must be above 0 and at most 1"),
+        (["pairs", "--prompts=a", "--reward_model=b", "--min_margin=-1"], "--min_margin -1.0: must be 0 or more"),
+        (["pairs", "--prompts=a", "--reward_model=b", "--prompt_words=-1"], "--prompt_words -1: must be 0 or more"),
+        (["pairs", "--prompts=a", "--reward_model=b", "--max_new_tokens=0"], "--max_new_tokens 0: must be 1 or more"),
+        (["pairs", "--prompts=a", "--reward_model=b", "--pairing=some"], "--pairing some: not one of best, all"),
         (
-            ["prefer", "--prompts=a", "--judge=b", "--out=p.json"],
+            ["pairs", "--prompts=a", "--reward_model=b", "--out=p.json"],
             "--out 'p.json': must be a file's name that ends in .jsonl",
         ),
         (["export"], "--to: name the folder to create, as in --to my-model"),
@@ -204,7 +223,7 @@ def test_report_takes_any_number_of_folders_with_and_without_the_flag() -> None:
         (["import", "a", "--out_dir="], "--out_dir '': must be a folder's name"),
         (["report", "a", "--out=page.txt"], "--out 'page.txt': must be a file's name that ends in .html"),
         (["report", "a", ""], "--folders '': must be folders' names"),
-        (["fetch", "gpt2", "more"], "unexpected 'more': flags begin with two dashes (see graft fetch --help)"),
+        (["download", "gpt2", "more"], "unexpected 'more': flags begin with two dashes (see graft download --help)"),
     ],
 )
 def test_wrong_flags_are_refused_in_one_line(words: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -226,7 +245,7 @@ def test_a_recipe_sets_flags_and_flags_beside_it_win(tmp_path: Path) -> None:
 def test_a_recipe_can_name_what_fetch_needs(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('name = "gpt2"\n')
-    assert parse("fetch", FetchConfig, [f"--config={recipe}"], "name").config.name == "gpt2"
+    assert parse("download", DownloadConfig, [f"--config={recipe}"], "name").config.name == "gpt2"
 
 
 def test_a_recipe_lists_the_folders_of_a_report_and_words_beside_it_win(tmp_path: Path) -> None:
@@ -244,9 +263,9 @@ def test_a_recipe_lists_the_folders_of_a_report_and_words_beside_it_win(tmp_path
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        (b"rnak = 4\n", "{file}: unknown key 'rnak': did you mean rank? keys are flags of the subcommand"),
-        (b"[zzz]\nrank = 4\n", "{file}: unknown key 'zzz': keys are flags of the subcommand"),
-        (b"json = true\n", "{file}: unknown key 'json': keys are flags of the subcommand"),
+        (b"rnak = 4\n", "{file}: unknown key 'rnak': did you mean rank? keys are flags of graft train"),
+        (b"[zzz]\nrank = 4\n", "{file}: unknown key 'zzz': keys are flags of graft train"),
+        (b"json = true\n", "{file}: unknown key 'json': keys are flags of graft train"),
         (b'rank = "4"\n', "{file}: rank = '4': not a whole number"),
         (b"rank = 4.0\n", "{file}: rank = 4.0: not a whole number"),
         (b"rank = true\n", "{file}: rank = True: not a whole number"),
@@ -294,7 +313,7 @@ def test_json_is_exactly_one_object_on_the_standard_output(
         return {"name": parsed.config.name, "path": "/größe"}
 
     fake(monkeypatch, chatty)
-    assert cli.run(["fetch", "gpt2", "--json"]) == 0
+    assert cli.run(["download", "gpt2", "--json"]) == 0
     out, err = capsys.readouterr()
     assert out == '{"name": "gpt2", "path": "/größe"}\n'
     assert err == "a library that prints\na note\ngraft: fetching\n"
@@ -304,7 +323,7 @@ def test_without_json_the_result_is_for_people(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake(monkeypatch, lambda parsed, notes: {"name": "x", "path": "/a/" + "long/" * 60})
-    assert cli.run(["fetch", "x"]) == 0
+    assert cli.run(["download", "x"]) == 0
     assert capsys.readouterr().out == "/a/" + "long/" * 60 + "\n"
 
 
@@ -333,9 +352,9 @@ def test_an_error_is_one_line_and_its_exit_status(
         raise error
 
     fake(monkeypatch, fail)
-    assert cli.run(["fetch", "x", "--json"]) == status
+    assert cli.run(["download", "x", "--json"]) == status
     assert capsys.readouterr() == ("", line + "\n")
-    assert cli.run(["fetch", "x", "--debug"]) == status
+    assert cli.run(["download", "x", "--debug"]) == status
     err = capsys.readouterr().err
     assert err.startswith("Traceback") and err.endswith(line + "\n")
 
@@ -345,9 +364,9 @@ import sys, time
 from graftlm import __main__, cli
 def handler(parsed, notes):
     {body}
-verb = cli.COMMANDS["fetch"]
-cli.COMMANDS["fetch"] = cli.Command(verb.config, handler, verb.print_result, verb.positional, uses_tensors=False)
-sys.argv = ["graft", "fetch", "x", *sys.argv[1:]]
+verb = cli.COMMANDS["download"]
+cli.COMMANDS["download"] = cli.Command(verb.config, handler, verb.print_result, verb.positional, uses_tensors=False)
+sys.argv = ["graft", "download", "x", *sys.argv[1:]]
 sys.exit(__main__.main())
 """
 
@@ -441,10 +460,10 @@ def test_help_answers_within_a_third_of_a_second_of_cpu_time(graft: Graft) -> No
 
 
 def test_json_of_a_real_fetch_is_one_object(graft: Graft, tmp_path: Path) -> None:
-    done = graft("fetch", "--json", "no-such-thing", GRAFT_HOME=str(tmp_path))
+    done = graft("download", "--json", "no-such-thing", GRAFT_HOME=str(tmp_path))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1 and "no-such-thing" in done.stderr
-    done = graft("fetch", "rotten-tomatoes-pypi", "--json")
+    done = graft("download", "rotten-tomatoes-pypi", "--json")
     assert done.returncode == 0, done.stderr
     assert Path(json.loads(done.stdout)["path"], "train.jsonl").is_file()
 

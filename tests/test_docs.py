@@ -156,7 +156,9 @@ def test_the_chat_pages_example_runs(
     (records,) = blocks("docs/chat.md", "json")
     Path("chat.jsonl").write_text(records)
     train, generate = commands("docs/chat.md")
-    assert cli.run([*train, "--init_from", "base", "--val", "chat.jsonl", "--max_iters", "2", "--device", "cpu"]) == 0
+    assert (
+        cli.run([*train, "--init_from", "base", "--val_data", "chat.jsonl", "--max_iters", "2", "--device", "cpu"]) == 0
+    )
     capsys.readouterr()
     assert cli.run([*generate, "--device", "cpu", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["prompt"] == "Who are you?"

@@ -140,7 +140,7 @@ def has(line: str, *parts: str) -> None:
     [
         (
             ["trian"],
-            "unknown subcommand 'trian': did you mean 'train'? known are train, generate, evaluate, prompt, prefer, ",
+            "unknown subcommand 'trian': did you mean 'train'? known are train, generate, evaluate, prompt, pairs, ",
         ),
         (["train", "--rnk=4"], "unknown flag --rnk: did you mean --rank? see graft train --help"),
         (["train", "--method=lra"], "unknown --method 'lra': did you mean 'lora'? known are adapter, bitfit, dora, "),
@@ -190,7 +190,7 @@ def test_names_that_the_hub_does_not_know(
         has(
             line, f"unknown data set 'org/nope': the hub {hub.url} has none", "use the built-in rotten-tomatoes-pypi or"
         )
-        has(refuse("fetch", "org/nope"), "unknown data set 'org/nope'", "use the built-in")
+        has(refuse("download", "org/nope"), "unknown data set 'org/nope'", "use the built-in")
 
 
 @pytest.fixture
@@ -238,7 +238,7 @@ def test_ctrl_c_while_a_model_is_loaded(assets: Path, listener: socket.socket, p
         ("--train_layers=1", "--train_layers '1': is no slice such as '1:' or '-4:'"),
         ("--train_layers=a:", "--train_layers 'a:': is no slice such as '1:' or '-4:'"),
         ("--train_layers=2:", "--train_layers '2:': holds none of the model's 2 layers, 0 to 1"),
-        ("--frozen_cache_gb=-1", "--frozen_cache_gb -1.0: must be 0 or more"),
+        ("--activation_cache_gb=-1", "--activation_cache_gb -1.0: must be 0 or more"),
         ("--alpha=0", "--alpha 0.0: must be greater than 0"),
         ("--lr=-1", "--lr -1.0: must be greater than 0"),
         ("--lr=nan", "--lr nan: not a finite number"),
@@ -253,9 +253,9 @@ def test_ctrl_c_while_a_model_is_loaded(assets: Path, listener: socket.socket, p
         ("--seed=-1", "--seed -1: must be 0 or more, and below 2**32"),
         ("--seed=99999999999999999999", "--seed 99999999999999999999: must be 0 or more, and below 2**32"),
         ("--max_length=0", "--max_length 0: must be greater than 0"),
-        ("--warmup=-1", "--warmup -1: must be 0 or more"),
+        ("--warmup_steps=-1", "--warmup_steps -1: must be 0 or more"),
         ("--weight_decay=-1", "--weight_decay -1.0: must be 0 or more"),
-        ("--clip=-1", "--clip -1.0: must be 0 or more"),
+        ("--grad_clip=-1", "--grad_clip -1.0: must be 0 or more"),
         ("--patience=-1", "--patience -1: must be 0 or more"),
         ("--beta=0", "--beta 0.0: must be greater than 0"),
         ("--beta=-0.1", "--beta -0.1: must be greater than 0"),
@@ -315,7 +315,13 @@ def test_pairs_and_how_they_are_trained_on(
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     validation = place / "validation.jsonl"
     validation.write_text(json.dumps(PAIR | {"prompt": "It was"}) + "\n")
-    words = [f"--data={file}", f"--val={validation}", f"--init_from={assets / 'model'}", "--objective=dpo", "--rank=4"]
+    words = [
+        f"--data={file}",
+        f"--val_data={validation}",
+        f"--init_from={assets / 'model'}",
+        "--objective=dpo",
+        "--rank=4",
+    ]
     said = refuse("train", *words, "--out_dir=run", *flags)
     assert said.startswith(line.replace("FILE", str(file)))
 
@@ -332,8 +338,8 @@ def test_preferences_need_pairs(assets: Path, refuse: Refuse) -> None:
         ("evaluate", "--batch_size=0", "--batch_size 0: must be 1 or more"),
         ("evaluate", "--max_length=-5", "--max_length -5: must be greater than 0"),
         ("evaluate", "--shots=-1", "--shots -1: must be 0 or more"),
-        ("evaluate", "--shots=2 --split=train", "--shots: demonstrations come out of the train split; read another "),
-        ("evaluate", "--calibrate --read=generate", "--calibrate: changes label scores, and --read generate reads "),
+        ("evaluate", "--shots=2 --split=train", "--shots: demonstrations come from the train split; choose another "),
+        ("evaluate", "--calibrate --mode=generate", "--calibrate: changes label scores, which --mode generate does "),
         ("generate", "--max_new_tokens=0", "--max_new_tokens 0: must be 1 or more"),
         ("generate", "--num_samples=0", "--num_samples 0: must be 1 or more"),
         ("generate", "--batch_size=-1", "--batch_size -1: must be 1 or more"),
@@ -361,8 +367,8 @@ def test_sizes_of_reading_and_writing_that_cannot_be(
         ("--method=lra", "unknown --method 'lra': did you mean 'lora'? known are adapter, bitfit, dora, "),
         ("--method=ia3 --targets=k,x", "unknown target 'x': known are q, k, v, o, up, gate, down"),
         (
-            "--method=ia3 --settings=x=1",
-            "--settings x=1: must be name=value, and --method ia3: has no settings but its",
+            "--method=ia3 --method_args=x=1",
+            "--method_args x=1: must be name=value, and --method ia3: has no settings but its",
         ),
         ("--method=lora --rank=0", "--rank 0 means full fine-tuning and contradicts --method lora: leave one out"),
         ("--rank=577", "--rank 577: above the width of blocks.0.attn.q: choose at most 576"),
@@ -376,24 +382,27 @@ def test_sizes_of_reading_and_writing_that_cannot_be(
         ("--train_layers=30:", "--train_layers '30:': holds none of the model's 30 layers, 0 to 29"),
         ("--max_length=8193", "--max_length 8193: the model reads at most 8192 tokens of a text"),
         ("--max_length=0", "--max_length 0: must be greater than 0"),
-        ("--gflops=0", "--gflops 0.0: must be greater than 0"),
+        ("--device_gflops=0", "--device_gflops 0.0: must be greater than 0"),
         ("--dtype=int4", "--dtype int4: not one of float32, bfloat16, float16"),
-        ("--ffn=", "--ffn '': must be two or more whole numbers above 0, as in 1024,512,1"),
-        ("--ffn=1024", "--ffn '1024': must be two or more whole numbers above 0, as in 1024,512,1"),
-        ("--ffn=8,four", "--ffn '8,four': must be two or more whole numbers above 0, as in 1024,512,1"),
-        ("--ffn=8,0,1", "--ffn '8,0,1': must be two or more whole numbers above 0, as in 1024,512,1"),
+        ("--mlp_widths=", "--mlp_widths '': must be two or more whole numbers above 0, as in 1024,512,1"),
+        ("--mlp_widths=1024", "--mlp_widths '1024': must be two or more whole numbers above 0, as in 1024,512,1"),
+        ("--mlp_widths=8,four", "--mlp_widths '8,four': must be two or more whole numbers above 0, as in 1024,512,1"),
+        ("--mlp_widths=8,0,1", "--mlp_widths '8,0,1': must be two or more whole numbers above 0, as in 1024,512,1"),
         (
-            "--ffn=8,1 --init_from=gpt2",
-            "--init_from: says something of a language model, --ffn is a net of its own; leave one out",
+            "--mlp_widths=8,1 --init_from=gpt2",
+            "--init_from: says something of a language model, --mlp_widths is a net of its own; leave one out",
         ),
-        ("--ffn=8,1 --targets=q", "--targets: says something of a language model, --ffn is a net of its own; leave "),
-        ("--ffn=8,1 --method=lora", "--method lora: with --ffn choose full, bitfit or adapter"),
-        ("--ffn=8,1 --rank=4", "--method full takes no --rank 4: leave it out, or use adapter or dora or lora"),
+        (
+            "--mlp_widths=8,1 --targets=q",
+            "--targets: says something of a language model, --mlp_widths is a net of its own; leave ",
+        ),
+        ("--mlp_widths=8,1 --method=lora", "--method lora: with --mlp_widths choose full, bitfit or adapter"),
+        ("--mlp_widths=8,1 --rank=4", "--method full takes no --rank 4: leave it out, or use adapter or dora or lora"),
     ],
 )
 def test_accounts_that_cannot_be(words: str, line: str, refuse: Refuse) -> None:
     Path("work").mkdir()
-    assert refuse("account", *words.split()).startswith(line)
+    assert refuse("estimate", *words.split()).startswith(line)
 
 
 # Data files -----------------------------------------------------------------------------------------------------------
@@ -423,7 +432,10 @@ def test_accounts_that_cannot_be(words: str, line: str, refuse: Refuse) -> None:
         (ROW + '{"text": "café", "label": 1}\n', "x.jsonl:2: byte 14 is not UTF-8 (0xe9); save the file as UTF-8"),
         (ROW + '{"text": " ", "label": 1}\n', "x.jsonl:2: empty text: fill it in, or leave the row out"),
         (ROW + '{"text": null, "label": 1}\n', "x.jsonl:2: empty text: fill it in, or leave the row out"),
-        (ROW, "x.jsonl: too few different texts (1) to hold out validation and test: name them with --val FILE and "),
+        (
+            ROW,
+            "x.jsonl: too few different texts (1) to hold out validation and test: name them with --val_data FILE and ",
+        ),
     ],
 )
 def test_a_data_file_with_a_fault(content: str, line: str, assets: Path, refuse: Refuse) -> None:
@@ -442,10 +454,12 @@ def test_data_that_is_not_there(assets: Path, refuse: Refuse) -> None:
     assert refuse(*train(assets, "--data=hollow/thesis.docx")).startswith("hollow/thesis.docx: is not a data file")
     Path("hollow", "reviews.jsonl").write_text(ROW)
     has(refuse(*train(assets, "--data=hollow")), "hollow: no train, validation or test file", "it holds reviews.jsonl")
-    has(refuse(*train(assets, "--data=hollow/reviews.jsonl", "--val=no.csv")), "--val no.csv: no such file")
-    has(refuse(*train(assets, "--text_field=body")), "no column 'body': the columns are text, label; name it with --c")
+    has(refuse(*train(assets, "--data=hollow/reviews.jsonl", "--val_data=no.csv")), "--val_data no.csv: no such file")
     has(
-        refuse(*train(assets, "--label_field=stars")),
+        refuse(*train(assets, "--columns=text=body")), "no column 'body': the columns are text, label; name it with --c"
+    )
+    has(
+        refuse(*train(assets, "--columns=label=stars")),
         "no column 'stars': the columns are text, label; name it with --c",
     )
 
@@ -474,7 +488,7 @@ def test_a_completion_longer_than_the_context(assets: Path, refuse: Refuse) -> N
         line, "no room for the text: template 'custom' takes 98 tokens", "use a shorter template, or raise --max_length"
     )
     Path("pairs.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b" * 99}) + "\n")
-    line = refuse(*train(assets, "--data=pairs.jsonl", "--val=pairs.jsonl"))
+    line = refuse(*train(assets, "--data=pairs.jsonl", "--val_data=pairs.jsonl"))
     has(line, "pairs.jsonl:1: completion longer than the context", "shorten the row")
 
 
@@ -490,7 +504,7 @@ def test_a_completion_longer_than_the_context(assets: Path, refuse: Refuse) -> N
         ),
         (["--prompts=others.jsonl"], "others.jsonl:1: no field 'prompt' (the fields are question)"),
         (
-            ["--prompts=others.jsonl", "--opening=3"],
+            ["--prompts=others.jsonl", "--prompt_words=3"],
             "others.jsonl:1: no field 'text': every row needs it",
         ),
         (["--prompts=long.jsonl"], "long.jsonl:1: the prompt has 96 tokens, and the model reads at most 96 with the "),
@@ -501,30 +515,30 @@ def test_a_completion_longer_than_the_context(assets: Path, refuse: Refuse) -> N
             ["--init_from=resume"],
             "graft-run: holds no run (no run.json); train one with graft train --out_dir graft-run",
         ),
-        (["--judge=nope"], "nope: holds no run (no run.json); train one with graft train --out_dir nope"),
-        (["--want=meh"], "unknown --want 'meh': known are negative, positive"),
-        (["--want=2"], "unknown --want '2': known are negative, positive"),
+        (["--reward_model=nope"], "nope: holds no run (no run.json); train one with graft train --out_dir nope"),
+        (["--target_label=meh"], "unknown --target_label 'meh': known are negative, positive"),
+        (["--target_label=2"], "unknown --target_label '2': known are negative, positive"),
         (
-            ["--judge=", "--judge_command=no-such-judge -x"],
-            "--judge_command no-such-judge -x: no such program 'no-such-judge'; check the name or its path",
+            ["--reward_model=", "--reward_command=no-such-judge -x"],
+            "--reward_command no-such-judge -x: no such program 'no-such-judge'; check the name or its path",
         ),
         (
-            ["--judge=", "--judge_command=cat '"],
-            "--judge_command cat ': no closing quotation; quote it as a shell would ",
+            ["--reward_model=", "--reward_command=cat '"],
+            "--reward_command cat ': no closing quotation; quote it as a shell would ",
         ),
-        (["--judge=", "--judge_command=false"], "--judge_command false: ended with status 1"),
+        (["--reward_model=", "--reward_command=false"], "--reward_command false: ended with status 1"),
         (
-            ["--judge=", "--judge_command=ls no-such-file"],
-            "--judge_command ls no-such-file: ended with status 2: ls: cannot access 'no-such-file': No such file ",
+            ["--reward_model=", "--reward_command=ls no-such-file"],
+            "--reward_command ls no-such-file: ended with status 2: ls: cannot access 'no-such-file': No such file ",
         ),
         (
-            ["--judge=", "--judge_command=true"],
-            "--judge_command true: printed 0 lines for 4 answers: one number a line ",
+            ["--reward_model=", "--reward_command=true"],
+            "--reward_command true: printed 0 lines for 4 answers: one number a line ",
         ),
-        (["--judge=", "--judge_command=cat"], '--judge_command cat: line 1 is \'{"prompt": "a", "answer": '),
+        (["--reward_model=", "--reward_command=cat"], '--reward_command cat: line 1 is \'{"prompt": "a", "answer": '),
         (
-            ["--judge=", "--judge_command=sed s/.*/nan/"],
-            "--judge_command sed s/.*/nan/: line 1 is 'nan', not a finite ",
+            ["--reward_model=", "--reward_command=sed s/.*/nan/"],
+            "--reward_command sed s/.*/nan/: line 1 is 'nan', not a finite ",
         ),
     ],
 )
@@ -542,18 +556,23 @@ def test_pairs_that_cannot_be_made(words: list[str], line: str, assets: Path, fi
         Path(f"{name}.jsonl").write_text(content)
     Path("only").mkdir()
     shutil.copyfile("prompts.jsonl", "only/train.jsonl")
-    given = ["--prompts=prompts.jsonl", f"--init_from={assets / 'model'}", f"--judge={finished}", "--max_new_tokens=3"]
-    assert refuse("prefer", *given, "--dtype=float32", *words).startswith(line)
+    given = [
+        "--prompts=prompts.jsonl",
+        f"--init_from={assets / 'model'}",
+        f"--reward_model={finished}",
+        "--max_new_tokens=3",
+    ]
+    assert refuse("pairs", *given, "--dtype=float32", *words).startswith(line)
 
 
 def test_no_pairs_leave_no_file(assets: Path, finished: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("prompts.jsonl").write_text('{"prompt": "a"}\n')
     given = ["--prompts=prompts.jsonl", f"--init_from={assets / 'model'}", "--max_new_tokens=3", "--dtype=float32"]
-    assert cli.run(["prefer", *given, f"--judge={finished}", "--margin=1"]) == 1
+    assert cli.run(["pairs", *given, f"--reward_model={finished}", "--min_margin=1"]) == 1
     line = last_line(*capsys.readouterr())
     assert line == (
-        "no pairs came of 2 answers to 1 prompts (0 empty, 0 equal to another, 1 ties): raise --n or --temperature, or "
-        "lower --margin"
+        "no pairs came of 2 answers to 1 prompts (0 empty, 0 equal to another, 1 ties): raise --num_samples or "
+        "--temperature, or lower --min_margin"
     )
     assert [path.name for path in place.iterdir()] == ["prompts.jsonl"]
 
@@ -593,12 +612,12 @@ def test_a_broken_run_folder(assets: Path, finished: Path, refuse: Refuse) -> No
     assert refuse("evaluate", "--out_dir=run").startswith("run/run.json, line 1: broken JSON: ")
 
 
-@pytest.mark.parametrize("command", ["train", "fetch"])
+@pytest.mark.parametrize("command", ["train", "download"])
 def test_corrupted_and_truncated_gguf(command: str, assets: Path, refuse: Refuse, tmp_path: Path) -> None:
     head = (assets / "head.gguf").read_bytes()
     for content in (b"", head[:3], head, b"JUNK" + head[4:], head[:200] + bytes(2000) + head[2200:]):
         Path("x.gguf").write_bytes(content)
-        line = refuse(*(train(assets, "--init_from=x.gguf") if command == "train" else ["fetch", "x.gguf"]))
+        line = refuse(*(train(assets, "--init_from=x.gguf") if command == "train" else ["download", "x.gguf"]))
         assert line.startswith("x.gguf: ") and line.endswith(": fetch it again"), line
     assert not list((tmp_path / "graft").glob("gguf/*"))
 
@@ -903,7 +922,7 @@ def test_a_loss_that_is_nan_names_the_step_and_the_last_good_checkpoint(
 def test_a_loss_that_is_nan_before_the_first_checkpoint_leaves_no_run_folder(
     assets: Path, graft: Graft, place: Path
 ) -> None:
-    done = graft(*train(assets, "--lr=1e38", "--clip=0"), cwd=place, OMP_NUM_THREADS="1")
+    done = graft(*train(assets, "--lr=1e38", "--grad_clip=0"), cwd=place, OMP_NUM_THREADS="1")
     assert done.returncode == 1
     line = last_line(done.stdout, done.stderr)
     assert line.startswith("step 1: the validation loss is nan; no checkpoint was saved before; try a lower --lr")

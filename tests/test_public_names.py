@@ -29,7 +29,7 @@ PUBLIC = {
     "load",
     "mark_only_lora_as_trainable",
     "predict_labels",
-    "prefer",
+    "pairs",
     "train",
 }
 

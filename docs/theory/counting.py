@@ -1,4 +1,4 @@
-"""Checks of counting.md: closed forms against a net that is built and counted, and against `graft account`.
+"""Checks of counting.md: closed forms against a net that is built and counted, and against `graft estimate`.
 
 Letters: L layers, D_l = 2^(L - l) units in layer l, D_0 = 2^L inputs, m the width of an adapter's bottleneck.
 """
@@ -10,8 +10,8 @@ import torch
 from _equation import Row, equation
 from torch import nn
 
-from graftlm.config import AccountConfig
-from graftlm.studies.cost_report import account
+from graftlm.config import EstimateConfig
+from graftlm.studies.cost_report import estimate
 
 L, M = 10, 4
 WIDTHS = [2 ** (L - layer) for layer in range(L + 1)]
@@ -34,9 +34,9 @@ def count(modules: list[Any]) -> int:
 
 
 def accounted(**flags: Any) -> dict[str, Any]:
-    """What `graft account --ffn=1024,512,…` says."""
-    config = AccountConfig(ffn=",".join(map(str, WIDTHS)), **flags)
-    return account(config, {"ffn", *flags})
+    """What `graft estimate --mlp_widths=1024,512,…` says."""
+    config = EstimateConfig(mlp_widths=",".join(map(str, WIDTHS)), **flags)
+    return estimate(config, {"ffn", *flags})
 
 
 @equation("4.1", "counted", "closed form")
@@ -46,7 +46,7 @@ def hidden_units(sign: float = 1.0) -> list[Row]:
     return [
         Row("hidden units", sum(built[:-1]), 2**L - int(2 * sign)),
         Row("with the output", sum(built), 2**L - int(sign)),
-        Row("hidden units, `graft account`", accounted()["units"]["hidden"], 2**L - int(2 * sign)),
+        Row("hidden units, `graft estimate`", accounted()["units"]["hidden"], 2**L - int(2 * sign)),
     ]
 
 
@@ -61,7 +61,7 @@ def all_parameters(weights: float = 1.0, biases: float = 1.0) -> list[Row]:
     closed = parameters(weights, biases)
     return [
         Row("parameters of the net, built", count(net()), closed),
-        Row("parameters, `graft account`", accounted()["total"], closed),
+        Row("parameters, `graft estimate`", accounted()["total"], closed),
         Row("weights alone", sum(layer.weight.numel() for layer in net()), 2 * (4**L - int(weights)) // 3),
     ]
 
@@ -73,8 +73,12 @@ def biases_only(sign: float = 1.0) -> list[Row]:
     closed = 2**L - int(sign)
     return [
         Row("biases of the net, built", built, closed),
-        Row("biases, `graft account`", found["trainable"], closed),
-        Row(f"by all parameters: **{found['share']:.2%}**", found["share"], closed / parameters()),
+        Row("biases, `graft estimate`", found["trainable"], closed),
+        Row(
+            f"by all parameters: **{found['trainable_fraction']:.2%}**",
+            found["trainable_fraction"],
+            closed / parameters(),
+        ),
     ]
 
 
@@ -85,7 +89,13 @@ def bottleneck_adapters(down: float = 1.0, up: float = 1.0) -> list[Row]:
     closed = (2 * M + int(up)) * (2**L - 1) + int(down) * M * L
     return [
         Row("parameters of the adapters, built", built, closed),
-        Row("parameters, `graft account`", found["trainable"], closed),
-        Row(f"by all, adapters included: **{found['share']:.2%}**", found["share"], closed / (parameters() + closed)),
-        Row(f"by the net alone: **{found['share_of_base']:.2%}**", found["share_of_base"], closed / parameters()),
+        Row("parameters, `graft estimate`", found["trainable"], closed),
+        Row(
+            f"by all, adapters included: **{found['trainable_fraction']:.2%}**",
+            found["trainable_fraction"],
+            closed / (parameters() + closed),
+        ),
+        Row(
+            f"by the net alone: **{found['trainable_vs_base']:.2%}**", found["trainable_vs_base"], closed / parameters()
+        ),
     ]

@@ -180,7 +180,7 @@ def runs() -> str:
     lines = ["| | loss after 10 steps | lowest loss | test accuracy | 95% interval |", "| --- |" + " ---: |" * 4]
     for row in result["tables"]["alpha_or_lr"]:
         curve = {point["step"]: point["val_loss"] for point in result["curves"]["alpha_or_lr"][row["name"]]}
-        interval = f"{100 * row['low']:.1f} to {100 * row['high']:.1f}"
+        interval = f"{100 * row['ci_low']:.1f} to {100 * row['ci_high']:.1f}"
         cells = [row["name"], f"{curve[10]:.3f}", f"{row['val_loss']:.3f}", f"{100 * row['accuracy']:.1f}%", interval]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

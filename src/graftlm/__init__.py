@@ -20,16 +20,16 @@ __all__ = [
     "GraftError",
     "InputError",
     "LoRALinear",
-    "PreferConfig",
+    "PairsConfig",
     "TrainConfig",
     "__version__",
     "evaluate",
     "generate",
     "get_sentiment_prompt",
     "load",
+    "make_preferences",
     "mark_only_lora_as_trainable",
     "predict_labels",
-    "prefer",
     "train",
 ]
 
@@ -52,12 +52,12 @@ _HOMES = {
 }
 
 if TYPE_CHECKING:
-    from graftlm.config import EvaluateConfig, GenerateConfig, PreferConfig, TrainConfig
+    from graftlm.config import EvaluateConfig, GenerateConfig, PairsConfig, TrainConfig
     from graftlm.errors import GraftError, InputError
     from graftlm.exchange.load import load
     from graftlm.inference.evaluate import evaluate, predict_labels
     from graftlm.inference.generate import generate
-    from graftlm.inference.preference_data import prefer
+    from graftlm.inference.preference_data import make_preferences
     from graftlm.methods.lora import LoRALinear, mark_only_lora_as_trainable
     from graftlm.text.template import get_sentiment_prompt
     from graftlm.training.train import train

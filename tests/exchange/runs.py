@@ -15,7 +15,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "dora": {"method": "dora", "rank": 4, "alpha": 16.0, "targets": "q,v"},
     "ia3": {"method": "ia3"},
     "bitfit": {"method": "bitfit", "add_biases": True},
-    "adapter": {"method": "adapter", "rank": 4, "placement": "pfeiffer"},
+    "adapter": {"method": "adapter", "rank": 4, "adapter_placement": "pfeiffer"},
     "prefix": {"method": "prefix", "prefix_length": 4},
     "prefix network": {"method": "prefix", "prefix_length": 4, "prefix_hidden": 9},
     "full": {"method": "full"},
@@ -39,7 +39,7 @@ def run_of(folder: Path, base: Path, data: Path, name: str) -> Path:
             batch_size=8,
             dtype="float32",
             device="cpu",
-            compile="off",
+            kernels="off",
             **METHODS[name],
         )
         train(config)

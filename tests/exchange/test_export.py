@@ -120,7 +120,7 @@ def test_transformers_labels_each_example_as_evaluate_does(name: str, place: Pat
     assert ours.template is not None
     rows = load_dataset(str(place / "data"), labels=ours.template.labels).splits["test"]
     examples, _ = encode_rows(rows, ours.template, ours.tokenizer, ours.model.max_seq_len)
-    expected = evaluate(ours.model, ours.tokenizer, ours.template, examples, read="score").rows
+    expected = evaluate(ours.model, ours.tokenizer, ours.template, examples, mode="score").rows
     theirs, labels = in_transformers(tmp_path / "out"), label_ids(ours.template, ours.tokenizer)
     for example, prediction in zip(examples, expected, strict=True):
         scores = []
@@ -145,7 +145,11 @@ def test_what_the_folder_says_of_itself(place: Path, tmp_path: Path) -> None:
     assert about["base"]["sha256"] == base_hash(place / "mistral")
     assert about["data"] == {"name": str(place / "data"), "fingerprint": record["data"]["fingerprint"]}
     assert about["score"] == record["results"]["best"] and about["template"] == record["template"]
-    assert about["proof"]["max_abs_logit_diff"] == result["max_abs_logit_diff"] <= about["proof"]["tolerance"]
+    assert (
+        about["verification"]["max_abs_logit_diff"]
+        == result["max_abs_logit_diff"]
+        <= about["verification"]["tolerance"]
+    )
     card = (tmp_path / "my model" / "README.md").read_text()
     for part in (
         "# my model",
@@ -169,12 +173,12 @@ def test_smaller_number_formats_state_a_larger_tolerance(
 ) -> None:
     run = a_run(place, "gpt2", "lora")
     result = export(ExportConfig(out_dir=str(run), to=str(tmp_path / "out"), merged=True, dtype=dtype))
-    proof = read_json(tmp_path / "out" / "export.json")["proof"]
+    proof = read_json(tmp_path / "out" / "export.json")["verification"]
     assert (
         1e-4
         < result["max_abs_logit_diff"]
         <= proof["tolerance"]
-        == pytest.approx(SHARES[dtype] * proof["largest_logit"])
+        == pytest.approx(SHARES[dtype] * proof["max_abs_logit"])
     )
     assert {t.dtype for t in load_safetensors(tmp_path / "out" / "model.safetensors").values()} == {stored}
     assert read_json(tmp_path / "out" / "config.json")["dtype"] == dtype

@@ -69,7 +69,7 @@ def test_an_exported_adapter_comes_back(base: str, name: str, place: Path, tmp_p
     rows = []
     for at in (run, tmp_path / "run"):
         predictions = tmp_path / f"{len(rows)}.jsonl"
-        words = [f"--out_dir={at}", f"--data={place / 'data'}", "--device=cpu", "--dtype=float32", "--read=score"]
+        words = [f"--out_dir={at}", f"--data={place / 'data'}", "--device=cpu", "--dtype=float32", "--mode=score"]
         assert cli.run(["evaluate", *words, f"--predictions={predictions}", "--json"]) == 0
         rows.append([json.loads(row)["predicted"] for row in predictions.read_text().splitlines()])
     assert rows[0] == rows[1] and len(rows[0]) == 12
@@ -103,7 +103,7 @@ def test_peft_folder_becomes_a_run(place: Path, tmp_path: Path, capsys: pytest.C
     assert record["method"]["method"] == "lora" and record["method"]["rank"] == 5
     assert record["base"] == {"name": str(place / "gpt2"), "sha256": base_hash(place / "gpt2")}
     assert record["imported"]["from"] == str(tmp_path / "theirs")
-    assert record["imported"]["proof"]["max_abs_logit_diff"] == result["max_abs_logit_diff"]
+    assert record["imported"]["verification"]["max_abs_logit_diff"] == result["max_abs_logit_diff"]
     assert cli.run(["generate", f"--out_dir={tmp_path / 'run'}", "--prompt=a", "--max_new_tokens=2", "--json"]) == 0
     assert "texts" in capsys.readouterr().out
     export(ExportConfig(out_dir=str(tmp_path / "run"), to=str(tmp_path / "again")))

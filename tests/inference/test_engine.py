@@ -149,7 +149,7 @@ def test_a_mixed_batch_gives_each_what_generate_gives_it_alone(
             logps = alone[request.adapter](torch.tensor([[*request.prompt, *expected]]))[0].log_softmax(-1)
         scores = [float(logps[len(request.prompt) - 1 + i, token]) for i, token in enumerate(expected)]
         assert completion.logprobs == pytest.approx(scores, rel=1e-9)
-    assert engine.stats()["rows_at_most"] > 1
+    assert engine.stats()["max_batch_size_seen"] > 1
 
 
 def test_greedy_text_is_that_of_generate(engine: Engine, loaded: Loaded) -> None:
@@ -249,7 +249,7 @@ def test_scores_are_those_of_evaluate(loaded: Loaded, tmp_path: Path) -> None:
     examples, _ = encode_rows(
         [Labelled(text, 0) for text in texts], adapted.template, adapted.tokenizer, adapted.model.max_seq_len
     )
-    evaluation = evaluate(adapted.model, adapted.tokenizer, adapted.template, examples, read="score")
+    evaluation = evaluate(adapted.model, adapted.tokenizer, adapted.template, examples, mode="score")
     base = load(str(loaded.folder), device="cpu", dtype="float32")
     options = label_ids(adapted.template, base.tokenizer)
     engine = Engine(base, {"run": run})

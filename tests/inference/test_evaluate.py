@@ -233,11 +233,11 @@ def test_both_readings_side_by_side() -> None:
     assert done == [16, 14, 30]  # scored a batch at a time, generated several batches together
 
     figures = evaluation.to_json()
-    keys = {"n", "accuracy", "low", "high", "read", "garbage_rate", "macro_f1", "confusion", "examples_per_s"}
+    keys = {"n", "accuracy", "ci_low", "ci_high", "read", "garbage_rate", "macro_f1", "confusion", "examples_per_s"}
     assert set(figures) == keys | {"score", "generate"}
     assert set(figures["score"]) == set(figures["generate"]) == keys
     assert {key: figures[key] for key in keys} == figures["score"]
-    assert figures["read"] == "score"
+    assert figures["mode"] == "score"
     assert figures["garbage_rate"] == 0
     assert figures["generate"]["garbage_rate"] == by_text.count(-1) / 30
     assert figures["accuracy"] == sum(p == i % 2 for i, p in enumerate(by_score)) / 30
@@ -254,7 +254,7 @@ def test_rows_come_in_the_datas_order(tmp_path: Path) -> None:
     scores = score(model, examples, [[3], [4]]).labels.tolist()
     for i, row in enumerate(rows):
         assert list(row) == ["text", "label", "predicted", "scores", "generated", "read", "garbage"]
-        assert (row["text"], row["label"], row["read"]) == (f"text {i} \x85", i % 2, "score")
+        assert (row["text"], row["label"], row["mode"]) == (f"text {i} \x85", i % 2, "score")
         assert row["scores"] == pytest.approx({"bad": scores[i][0], "good": scores[i][1]})
         assert row["predicted"] == (scores[i][1] > scores[i][0])
         assert row["garbage"] == (parse_label(row["generated"], TEMPLATE.labels) == -1)
@@ -262,8 +262,8 @@ def test_rows_come_in_the_datas_order(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("read", ["score", "generate"])
 def test_one_reading(read: One) -> None:
-    evaluation = evaluate(tiny("llama"), TOKENIZER, TEMPLATE, reviews(), read=read)
-    assert evaluation.to_json()["read"] == read
+    evaluation = evaluate(tiny("llama"), TOKENIZER, TEMPLATE, reviews(), mode=read)
+    assert evaluation.to_json()["mode"] == read
     assert "score" not in evaluation.to_json()
     assert "generate" not in evaluation.to_json()
     own, other = ("scores", "generated") if read == "score" else ("generated", "scores")
@@ -277,8 +277,8 @@ def test_plain_texts_are_put_into_the_template(read: One) -> None:
     model = tiny("llama")
     texts = ["hm bad", "good good hm so", "it"]
     encoded = [example(TOKENIZER.encode(TEMPLATE.prompt(text))) for text in texts]
-    expected = predict_labels(model, TOKENIZER, encoded, TEMPLATE, read=read)
-    assert predict_labels(model, TOKENIZER, texts, TEMPLATE, read=read) == expected
+    expected = predict_labels(model, TOKENIZER, encoded, TEMPLATE, mode=read)
+    assert predict_labels(model, TOKENIZER, texts, TEMPLATE, mode=read) == expected
     assert predict_labels(model, TOKENIZER, [], TEMPLATE) == []
 
 
@@ -286,10 +286,10 @@ def test_a_long_text_is_cut_to_leave_room_for_any_label(monkeypatch: pytest.Monk
     model = tiny("llama")
     template = Template("custom", "it {text} so", ("bad", "good hm it"))
     fits = " ".join(["hm"] * (CONTEXT - 2 - 4))  # "it", "so", and the longest label with its end-of-text
-    assert predict_labels(model, TOKENIZER, [fits + " bad" * 50], template, read="score") in ([0], [1])
+    assert predict_labels(model, TOKENIZER, [fits + " bad" * 50], template, mode="score") in ([0], [1])
     read: list[Example] = []
     monkeypatch.setattr(module, "_predict_by_loglikelihood", lambda *args: (read.extend(args[3]), []))
-    predict_labels(model, TOKENIZER, [fits + " bad" * 50], template, read="score")
+    predict_labels(model, TOKENIZER, [fits + " bad" * 50], template, mode="score")
     assert list(read[0].prompt_ids) == TOKENIZER.encode(template.prompt(fits))
 
 
@@ -297,7 +297,7 @@ def test_a_cut_text_with_a_short_label_has_room_for_the_long_one() -> None:
     model, template = tiny("gpt2"), Template("custom", "it {text} so", ("bad", "good hm it so it"))
     examples, cut = encode_rows([Labelled("hm " * 99, label) for label in (0, 1)], template, TOKENIZER, CONTEXT)
     assert cut == 2 and len({e.prompt_ids for e in examples}) == 1
-    first, second = evaluate(model, TOKENIZER, template, examples, read="score").rows
+    first, second = evaluate(model, TOKENIZER, template, examples, mode="score").rows
     assert first["scores"] == pytest.approx(second["scores"])
 
 

@@ -139,7 +139,7 @@ def test_shared_demonstrations_are_run_once_for_the_whole_evaluation(monkeypatch
         return hidden(self, ids, *args, **kwargs)
 
     monkeypatch.setattr(type(model), "hidden_states", counted)
-    evaluate(model, tokenizer, TEMPLATE, asked.examples, read="score", batch_size=1, content_free=asked.content_free)
+    evaluate(model, tokenizer, TEMPLATE, asked.examples, mode="score", batch_size=1, content_free=asked.content_free)
     assert fed[0] == shared and len(fed) == 1 + len(ASKED) + len(CONTENT_FREE)
     assert max(fed[1:]) < shared
 
@@ -189,7 +189,7 @@ def test_evaluate_calibrates_by_what_each_prompt_answers_to_nothing(how: str) ->
     asked = build_fewshot(model, tokenizer, TEMPLATE, ASKED, POOL_ROWS, shots=2, how=how, calibrate=True)
     assert len(asked.content_free) == (1 if how == "random" else len(ASKED))
     found = evaluate(
-        model, tokenizer, TEMPLATE, asked.examples, read="score", batch_size=2, content_free=asked.content_free
+        model, tokenizer, TEMPLATE, asked.examples, mode="score", batch_size=2, content_free=asked.content_free
     )
     words_ids = [ids[0] for ids in label_ids(TEMPLATE, tokenizer)]
 

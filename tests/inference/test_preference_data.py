@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from graftlm import cli
-from graftlm.config import PreferConfig
+from graftlm.config import PairsConfig
 from graftlm.errors import InputError
 from graftlm.exchange.load import load
 from graftlm.inference.evaluate import label_probabilities
@@ -22,7 +22,7 @@ from graftlm.inference.preference_data import (
     classifier_reward,
     command_reward,
     make_pairs,
-    prefer,
+    make_preferences,
     resolve_label,
     sample_answers,
 )
@@ -123,7 +123,7 @@ def test_the_wanted_label_by_word_and_by_number() -> None:
     template = Template("custom", "{text}", ("bad", "2", "good"))
     assert [resolve_label(template, want) for want in ("", "BAD", "good", "0", "1")] == [2, 0, 2, 0, 1]
     assert resolve_label(template, "2") == 1  # a word wins over a number, as in data
-    with pytest.raises(InputError, match=r"^unknown --want '3': known are bad, 2, good$"):
+    with pytest.raises(InputError, match=r"^unknown --target_label '3': known are bad, 2, good$"):
         resolve_label(template, "3")
 
 
@@ -157,7 +157,7 @@ def test_a_command_that_judges_wrongly(body: str, line: str, tmp_path: Path) -> 
     words = program(tmp_path, body)
     with pytest.raises(InputError) as error:
         command_reward(words)([("a", "b"), ("c", "d")], lambda done: None)
-    assert str(error.value) == f"--judge_command {words}: {line}"
+    assert str(error.value) == f"--reward_command {words}: {line}"
 
 
 def test_a_command_that_leaves_without_reading_is_judged_by_what_it_printed(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_the_best_against_the_worst_and_each_against_each() -> None:
 
 def test_a_row_says_all_there_is_to_say() -> None:
     made = make_pairs(["p", "q"], [answers(" a", " b…"), answers(" c", " d")], [[2, 5], [1, 0]])
-    keys = ("prompt", "chosen", "rejected", "reward_chosen", "reward_rejected", "ended")
+    keys = ("prompt", "chosen", "rejected", "reward_chosen", "reward_rejected", "finished")
     rows = [("p", " b", " a", 5, 2, [False, True]), ("q", " c", " d", 1, 0, [True, True])]
     assert made.rows == [dict(zip(keys, row, strict=True)) for row in rows]
 
@@ -214,7 +214,7 @@ def test_duplicates_and_empty_answers_are_refused_and_counted() -> None:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model, a tiny classifier's run, prompts and texts."""
-    folder = tmp_path_factory.mktemp("prefer")
+    folder = tmp_path_factory.mktemp("pairs")
     model_folder(folder / "model", seed=3)
     data_folder(folder / "data")
     rows = [{"prompt": f"{word} film "} for word in ("a good", "a bad", "one", "a good", "this", "that", "no")]
@@ -230,16 +230,16 @@ def leave_the_memory_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("graftlm.process.keep_memory", lambda: False)
 
 
-def config(place: Path, out: Path, **more: Any) -> PreferConfig:
+def config(place: Path, out: Path, **more: Any) -> PairsConfig:
     given = {
         "init_from": str(place / "model"),
         "prompts": str(place / "prompts.jsonl"),
-        "judge": str(place / "judge"),
+        "reward_model": str(place / "judge"),
         "dtype": "float32",
         "max_new_tokens": 20,
         "out": str(out),
     }
-    return PreferConfig(**{**given, **more})
+    return PairsConfig(**{**given, **more})
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -248,7 +248,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def test_the_file_holds_what_the_model_wrote_and_the_judge_thought(place: Path, tmp_path: Path) -> None:
     notes: list[str] = []
-    result = prefer(config(place, tmp_path / "a" / "pairs.jsonl", n=3, seed=5), notes.append)
+    result = make_preferences(config(place, tmp_path / "a" / "pairs.jsonl", n=3, seed=5), notes.append)
     rows = read(tmp_path / "a" / "pairs.jsonl")
     assert notes == ["1 of 7 prompts are equal to another and left out"]
     assert (result["prompts"], result["answers"], result["pairs"]) == (6, 18, len(rows)) and len(rows) == 6
@@ -266,16 +266,16 @@ def test_the_file_holds_what_the_model_wrote_and_the_judge_thought(place: Path, 
         assert row["prompt"] == prompt
         assert (row["chosen"], row["rejected"]) == (own[best].text, own[worst].text)
         assert (row["reward_chosen"], row["reward_rejected"]) == pytest.approx((values[best], values[worst]), abs=1e-6)
-        assert row["ended"] == [own[best].finished, own[worst].finished]
+        assert row["finished"] == [own[best].finished, own[worst].finished]
     assert result["mean_reward"] == pytest.approx(sum(map(sum, rewards)) / 18, abs=1e-6)
-    assert result["cut"] == sum(row["ended"].count(False) for row in rows) > 0
+    assert result["truncated"] == sum(row["finished"].count(False) for row in rows) > 0
 
 
 def test_the_same_file_whatever_the_batch_and_another_for_another_seed(place: Path, tmp_path: Path) -> None:
     for name, more in {"a": {}, "b": {"batch_size": 2}, "c": {"seed": 1}}.items():
-        prefer(config(place, tmp_path / f"{name}.jsonl", **more))
+        make_preferences(config(place, tmp_path / f"{name}.jsonl", **more))
     a, b, c = (read(tmp_path / f"{name}.jsonl") for name in "abc")
-    strings = ("prompt", "chosen", "rejected", "ended")
+    strings = ("prompt", "chosen", "rejected", "finished")
     assert [[row[key] for key in strings] for row in a] == [[row[key] for key in strings] for row in b]
     assert [row["chosen"] for row in a] != [row["chosen"] for row in c]
 
@@ -284,20 +284,26 @@ def test_through_the_command_with_a_program_as_judge(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     judge = program(tmp_path, "for row in rows: print(len(row['answer']))")
-    given = [f"--init_from={place / 'model'}", f"--prompts={place / 'data'}", "--opening=1", "--limit=3", "--n=4"]
-    more = ["--max_new_tokens=60", "--temperature=2", "--dtype=float32", f"--judge_command={judge}"]
+    given = [
+        f"--init_from={place / 'model'}",
+        f"--prompts={place / 'data'}",
+        "--prompt_words=1",
+        "--limit=3",
+        "--num_samples=4",
+    ]
+    more = ["--max_new_tokens=60", "--temperature=2", "--dtype=float32", f"--reward_command={judge}"]
     out = tmp_path / "pairs.jsonl"
     capsys.readouterr()
-    assert cli.run(["prefer", *given, *more, f"--out={out}", "--json"]) == 0
+    assert cli.run(["pairs", *given, *more, f"--out={out}", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    keys = ["pairs", "prompts", "answers", "ties", "duplicates", "empty", "cut", "retokenised", "mean_reward"]
+    keys = ["pairs", "prompts", "answers", "ties", "duplicates", "empty", "truncated", "retokenized", "mean_reward"]
     assert list(result) == [*keys, "seconds", "out"]
     rows = read(out)
     assert result["pairs"] == len(rows) > 0 and result["out"] == str(out) and result["answers"] == 12
     for row in rows:
         assert row["prompt"] in ("bad", "dull", "weak", "good", "fun", "fine")
         assert row["reward_chosen"] == len(row["chosen"]) > len(row["rejected"]) == row["reward_rejected"]
-    assert cli.run(["prefer", *given, *more, f"--out={tmp_path / 'again.jsonl'}"]) == 0
+    assert cli.run(["pairs", *given, *more, f"--out={tmp_path / 'again.jsonl'}"]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith(f"pairs        {len(rows)} of 12 answers to 3 prompts\nrefused      ")
     assert (tmp_path / "again.jsonl").read_bytes() == out.read_bytes()
@@ -316,7 +322,7 @@ def test_prompts_are_taken_as_they_are_or_from_the_texts_first_words(tmp_path: P
     assert [row.source for row in rows] == [f"{file}:1", f"{file}:2"]
     for opening, first in ((1, "One"), (3, "One two\tthree"), (9, "One two\tthree  four")):
         assert [row.text for row in load_prompts(str(file), opening=opening)] == [first, "c"]
-    assert [row.text for row in load_prompts(str(file), opening=2, text_field="prompt")] == ["Tell me:", "b"]
+    assert [row.text for row in load_prompts(str(file), opening=2, columns={"text": "prompt"})] == ["Tell me:", "b"]
 
 
 def test_prompts_of_a_split(tmp_path: Path) -> None:

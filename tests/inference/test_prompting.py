@@ -119,7 +119,7 @@ def test_chain_of_thought_shows_only_demonstrations_with_reasoning() -> None:
 
 
 def test_nearest_demonstrations_differ_from_question_to_question() -> None:
-    near = prompts(MOODS, MOODS.questions, "few-shot", PromptingConfig(shots=1, choose="bm25"))
+    near = prompts(MOODS, MOODS.questions, "few-shot", PromptingConfig(shots=1, demo_selection="bm25"))
     assert [prompt.demonstrations[0][0] for prompt in near] == ["good fun", "weak", "good fun"]
 
 
@@ -136,7 +136,7 @@ def ran(
 @pytest.mark.parametrize("calibrate", [False, True])
 def test_labels_are_scored_as_by_whole_prompts(choose: str, calibrate: bool) -> None:
     model, tokenizer = tiny("llama"), words(*KNOWN)
-    how = PromptingConfig(shots=2, choose=choose, calibrate=calibrate, batch_size=2)
+    how = PromptingConfig(shots=2, demo_selection=choose, calibrate=calibrate, batch_size=2)
     outcome = ran(model, tokenizer, MOODS, "few-shot", how)
     writer = PromptBuilder(MOODS, tokenizer, chat=False)
     ids = [tokenizer.encode(" bad")[0], tokenizer.encode(" good")[0]]
@@ -150,7 +150,7 @@ def test_labels_are_scored_as_by_whole_prompts(choose: str, calibrate: bool) -> 
             free = [share(prompting.Prompt(prompt.demonstrations, text)) for text in ("N/A", "[MASK]", "")]
             p = p / torch.stack(free).mean(0)
         assert answer.prediction == MOODS.labels[int(p.argmax())]
-        assert answer.right == (answer.prediction == answer.answer)
+        assert answer.correct == (answer.prediction == answer.answer)
     assert outcome.new_tokens == 0
     assert outcome.prompt_tokens == sum(len(tokenizer.encode(answer.prompt)) for answer in outcome.answers)
 
@@ -190,7 +190,7 @@ def test_zero_shot_chain_of_thought_takes_two_calls(
     outcome = ran(*plain, SUMS, "zero-shot-cot", PromptingConfig())
     assert calls[1][0] == "Add.\n\nQ: 2 + 2\nA: Let's think step by step. We add 9 and 9.\nTherefore, the sum is"
     assert [answer.prediction for answer in outcome.answers] == ["4", None]
-    assert [answer.right for answer in outcome.answers] == [True, False]
+    assert [answer.correct for answer in outcome.answers] == [True, False]
     assert outcome.answers[0].texts == [" We add 9 and 9.\nTherefore, the sum is 4. Or 7?"]
     assert outcome.prompt_tokens == sum(len(text) for call in calls for text in call)  # tokens are bytes here
 
@@ -205,7 +205,7 @@ def test_few_shot_answers_end_where_the_next_question_would_begin(
     assert [answer.prediction for answer in outcome.answers] == ["4", "4"]
     scripted(monkeypatch, plain[1], lambda prompt: [" 5\n\nQ: 7 + 7\nA: 14"])
     outcome = ran(*plain, SUMS, "few-shot", PromptingConfig(shots=2))
-    assert [(answer.prediction, answer.right) for answer in outcome.answers] == [("5", False), ("5", True)]
+    assert [(answer.prediction, answer.correct) for answer in outcome.answers] == [("5", False), ("5", True)]
     assert outcome.shared_tokens == len("Add.\n\nQ: 1 + 1\nA: 2\n\nQ: 1 + 2\nA: 3\n\nQ: 2 + ")
 
 
@@ -245,14 +245,14 @@ def test_each_questions_samples_vote_for_it_alone(
         return [" 4", " 9", " 4"] if prompt.rstrip().endswith("2 + 2\nA:") else [" 6", " 5", " no"]
 
     calls = scripted(monkeypatch, plain[1], say)
-    outcome = ran(*plain, SUMS, "few-shot", PromptingConfig(shots=1, samples=3, temperature=1.0))
+    outcome = ran(*plain, SUMS, "few-shot", PromptingConfig(shots=1, num_samples=3, temperature=1.0))
     assert [answer.samples for answer in outcome.answers] == [["4", "9", "4"], ["6", "5", None]]
     assert [answer.prediction for answer in outcome.answers] == ["4", "6"]
     assert len(calls[0]) == 6
 
 
 def test_samples_differ_and_are_decided_by_the_seed(plain: tuple[CausalLM, Tokenizer]) -> None:
-    how = PromptingConfig(shots=1, samples=4, temperature=1.0, max_new_tokens=6)
+    how = PromptingConfig(shots=1, num_samples=4, temperature=1.0, max_new_tokens=6)
     first, again, other = (ran(*plain, SUMS, "few-shot", how, seed=seed) for seed in (1, 1, 2))
     assert [a.texts for a in first.answers] == [a.texts for a in again.answers]
     assert [a.texts for a in first.answers] != [a.texts for a in other.answers]

@@ -65,9 +65,9 @@ def test_describe_lists_every_flag_and_setting_with_its_default(invented: None) 
         "--method invented: Nothing at all.",
         "  --lr 0.001",
         "  --rank 2",
-        "  --settings strength=1.0",
-        "  --settings way=plain",
-        "  --settings twice=False",
+        "  --method_args strength=1.0",
+        "  --method_args way=plain",
+        "  --method_args twice=False",
     ]
     for name, kind in METHODS.items():
         words = describe(name).split()
@@ -77,7 +77,7 @@ def test_describe_lists_every_flag_and_setting_with_its_default(invented: None) 
 
 
 def test_settings_reach_the_fields_that_no_flag_sets(invented: None) -> None:
-    config = TrainConfig(method="invented", rank=4, settings="strength=2, way=other,twice=true")
+    config = TrainConfig(method="invented", rank=4, method_args="strength=2, way=other,twice=true")
     method = method_from_flags(config, {"method", "rank", "settings"})
     assert method == Invented(rank=4, strength=2.0, way="other", twice=True)
     assert method_from_json(method.to_json()) == method
@@ -89,20 +89,20 @@ def test_settings_reach_the_fields_that_no_flag_sets(invented: None) -> None:
     [
         (
             "strength",
-            "--settings strength: must be name=value, and --method invented: its settings are strength, way, ",
+            "--method_args strength: must be name=value, and --method invented: its settings are strength, way, ",
         ),
-        ("rank=3", "--settings rank=3: must be name=value"),  # it has a flag
-        ("layers=3", "--settings layers=3: must be"),
-        ("many=3", "--settings many=3: must be"),
-        ("strength=much", "--settings strength=much: not a number"),
-        ("twice=maybe", "--settings twice=maybe: not true or false"),
-        ("way=third", "--settings way=third: "),
-        ("strength=nan", "--settings strength=nan: not a finite number"),
+        ("rank=3", "--method_args rank=3: must be name=value"),  # it has a flag
+        ("layers=3", "--method_args layers=3: must be"),
+        ("many=3", "--method_args many=3: must be"),
+        ("strength=much", "--method_args strength=much: not a number"),
+        ("twice=maybe", "--method_args twice=maybe: not true or false"),
+        ("way=third", "--method_args way=third: "),
+        ("strength=nan", "--method_args strength=nan: not a finite number"),
     ],
 )
 def test_settings_that_cannot_be(settings: str, line: str, invented: None) -> None:
     with pytest.raises(InputError) as caught:
-        method_from_flags(TrainConfig(method="invented", settings=settings), {"method", "settings"})
+        method_from_flags(TrainConfig(method="invented", method_args=settings), {"method", "settings"})
     assert str(caught.value).startswith(line)
 
 

@@ -91,7 +91,7 @@ def started(words: Sequence[str], errors: Path, **environment: str) -> Iterator[
 @pytest.fixture(scope="module")
 def running(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     words = [str(home / "one"), f"second={home / 'two'}", "--dtype", "float32"]
-    with started(words, tmp_path_factory.mktemp("log") / "stderr", GRAFT_SERVE_KEY=KEY) as process:
+    with started(words, tmp_path_factory.mktemp("log") / "stderr", GRAFT_API_KEY=KEY) as process:
         yield process
         assert process.end() == (0, "", "")  # and so the key stands nowhere
 
@@ -198,14 +198,14 @@ def test_sixty_four_clients_for_some_seconds_no_error_and_no_growth(running: Pro
     assert set(statuses) == {200} and len(statuses) >= 64
     assert running.rss() - before < 30e6
     stats = httpx.get(f"{running.url}/v1/stats", headers={"Authorization": f"Bearer {KEY}"}).json()
-    assert stats["running"] == stats["waiting"] == stats["failed"] == 0 and stats["rows_at_most"] > 8
+    assert stats["running"] == stats["waiting"] == stats["failed"] == 0 and stats["max_batch_size_seen"] > 8
 
 
 # How it ends ----------------------------------------------------------------------------------------------------------
 
 
 def test_what_is_in_flight_at_sigterm_is_answered_and_nothing_new_is_taken(home: Path, tmp_path: Path) -> None:
-    words = [str(home / "one"), "--max_rows", "1", "--dtype", "float32"]
+    words = [str(home / "one"), "--max_batch_size", "1", "--dtype", "float32"]
     with started(words, tmp_path / "stderr") as process:
         body = {"model": "one", "prompt": "good", "max_tokens": 80, "n": 30, "logprobs": 0}
         found: list[httpx.Response] = []
@@ -302,12 +302,14 @@ def test_a_key_that_could_not_be_sent_is_refused_and_not_shown(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = "must be made of printable ASCII characters without spaces"
-    assert refusal(capsys, "--key", "two words") == f"--key (not shown): {wanted}"
-    assert "secret" not in refusal(capsys, "--key", "--secret") and "secret" not in repr(ServeConfig(key="secret"))
+    assert refusal(capsys, "--api_key", "two words") == f"--api_key (not shown): {wanted}"
+    assert "secret" not in refusal(capsys, "--api_key", "--secret") and "secret" not in repr(
+        ServeConfig(api_key="secret")
+    )
     (tmp_path / "recipe.toml").write_text("key = 12345")
     assert "12345" not in refusal(capsys, "--config", str(tmp_path / "recipe.toml"))
-    monkeypatch.setenv("GRAFT_SERVE_KEY", "söcret")
-    assert refusal(capsys) == f"GRAFT_SERVE_KEY (not shown): {wanted}"
+    monkeypatch.setenv("GRAFT_API_KEY", "söcret")
+    assert refusal(capsys) == f"GRAFT_API_KEY (not shown): {wanted}"
 
 
 def test_without_the_extra_it_says_what_to_install(

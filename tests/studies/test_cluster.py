@@ -204,7 +204,7 @@ def test_a_thousand_reviews_are_read_as_one_process_reads_them(
     read: str, cluster: Any, assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["evaluate", f"--init_from={assets / 'model'}", f"--data={assets / 'data'}", "--template", TEMPLATE]
-    words += ["--read", read, "--dtype=float32", "--json"]
+    words += ["--mode", read, "--dtype=float32", "--json"]
     if read == "score":
         words += ["--shots=2", "--calibrate"]
     found = {}
@@ -299,10 +299,10 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
             "--ray 'ray://host:10001': must be auto, local, or HOST:PORT as in 127.0.0.1:6379",
         ),
         (["--ray=6379"], "--ray '6379': must be auto, local, or HOST:PORT"),
-        (["--ray=local", "--ray_cpus=0"], "--ray_cpus 0: must be 1 or more"),
-        (["--ray=local", "--ray_gpus=1.5"], "--ray_gpus 1.5: must be 0 to 1 or whole"),
-        (["--ray=local", "--ray_gpus=-1"], "--ray_gpus -1.0: must be 0 to 1 or whole"),
-        (["--ray_cpus=2"], "--ray_cpus 2: says something of a cluster; give --ray too"),
+        (["--ray=local", "--cpus_per_task=0"], "--cpus_per_task 0: must be 1 or more"),
+        (["--ray=local", "--gpus_per_task=1.5"], "--gpus_per_task 1.5: must be 0 to 1 or whole"),
+        (["--ray=local", "--gpus_per_task=-1"], "--gpus_per_task -1.0: must be 0 to 1 or whole"),
+        (["--cpus_per_task=2"], "--cpus_per_task 2: says something of a cluster; give --ray too"),
     ],
 )
 def test_flags_that_mean_nothing(words: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -326,9 +326,9 @@ def test_without_ray_one_line_says_how_to_get_it(
 
 
 def test_more_than_a_node_has(cluster: Any, assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = refused(capsys, *compare(assets, tmp_path / "out", "--ray", cluster.address, "--ray_cpus", "2"))
+    line = refused(capsys, *compare(assets, tmp_path / "out", "--ray", cluster.address, "--cpus_per_task", "2"))
     assert line.startswith(
-        "--ray_cpus 2 --ray_gpus 0: no node of the cluster has both; the most that one has are 1 CPU"
+        "--cpus_per_task 2 --gpus_per_task 0: no node of the cluster has both; the most that one has are 1 CPU"
     )
 
 

@@ -145,7 +145,7 @@ def test_wrong_words_are_refused(
         ([], "graft compare needs --config SWEEP.toml"),
         (["--config", "sweep.toml"], "sweep.toml: unknown key 'jobz': did you mean jobs?"),
         (["--config", "good.toml", "--jobs", "0"], "--jobs 0: must be 1 or more"),
-        (["--config", "good.toml", "--budget_steps=3", "--budget_tflop=3"], "--budget_steps and --budget_tflop: one"),
+        (["--config", "good.toml", "--budget_steps=3", "--budget_tflop=3"], "--budget_steps and --budget_tflop: all"),
         (["--config", "good.toml", "--out_dir", "full"], "--out_dir full: holds other files"),
         (["--config", "none.toml"], "--config none.toml: no such file"),
     ):
@@ -165,10 +165,10 @@ def outcome(folder: Path, cell: Any, accuracy: str, texts: str = "abcd") -> Cell
     rows = [{"text": t, "label": 1, "predicted": int(r)} for t, r in zip(texts, right, strict=True)]
     (at / "test-best.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     share = sum(right) / len(right)
-    reading = {"n": 4, "accuracy": share, "low": 0.1, "high": 0.9, "macro_f1": share, "garbage_rate": 0.0}
-    (at / "test-best.json").write_text(json.dumps({"asked": {}, "reading": reading}))
+    reading = {"n": 4, "accuracy": share, "ci_low": 0.1, "ci_high": 0.9, "macro_f1": share, "garbage_rate": 0.0}
+    (at / "test-best.json").write_text(json.dumps({"eval_config": {}, "reading": reading}))
     results = {"steps": 3, "seconds": 60.0, "examples_per_s": 2.0, "peak_rss_mb": 5.0, "trainable": 7}
-    results |= {"share_trained": 0.5, "best": {"val_loss": 0.25, "val_accuracy": None}}
+    results |= {"trainable_fraction": 0.5, "best": {"val_loss": 0.25, "val_accuracy": None}}
     plan = {"train_seconds": 30.0, "validation_seconds": 60.0, "peak_rss_mb": 4.0}
     (at / "run" / "run.json").write_text(json.dumps({"results": results, "plan": plan}))
     return CellResult(cell, "best", at)
@@ -178,10 +178,10 @@ def test_a_row_is_held_against_the_first_example_by_example(tmp_path: Path) -> N
     found = cells(tmp_path, "[grid]\nrank = [1, 2]\nseed = [0, 1]\n[[rows]]")
     rights = ["1100", "1101", "1111", "0111"]
     first, second = make_rows([outcome(tmp_path, c, r) for c, r in zip(found, rights, strict=True)])
-    assert first["accuracies"] == [0.5, 0.75] and first["accuracy"] == 0.625 and "p" not in first
-    assert first["interval"] == "t over seeds" and (first["low"], first["high"]) == (0.0, 1.0)
+    assert first["accuracy_per_seed"] == [0.5, 0.75] and first["accuracy"] == 0.625 and "p" not in first
+    assert first["interval"] == "t over seeds" and (first["ci_low"], first["ci_high"]) == (0.0, 1.0)
     # Sums over seeds 2, 2, 0, 1 against 1, 2, 2, 2, times two seeds: differences -2, 0, 4, 2.
-    assert second["difference"] == pytest.approx(0.25)
+    assert second["delta_vs_baseline"] == pytest.approx(0.25)
     assert second["p"] == pytest.approx(6 / 8)  # ±2 ±4 ±2 makes 8, 4, 4, 0, 0, -4, -4, -8; seen was 4
     assert "1.0 (1.5)" in markdown([first, second]) and "+25.0, p = 0.75" in markdown([first, second])
 
@@ -189,7 +189,7 @@ def test_a_row_is_held_against_the_first_example_by_example(tmp_path: Path) -> N
 def test_rows_that_read_other_examples_are_not_held_against_each_other(tmp_path: Path) -> None:
     a, b = cells(tmp_path, "[grid]\nrank = [1, 2]")
     _, row = make_rows([outcome(tmp_path, a, "1100"), outcome(tmp_path, b, "1111", texts="abce")])
-    assert row["difference"] is None and row["p"] is None
+    assert row["delta_vs_baseline"] is None and row["p"] is None
 
 
 # For real

@@ -1,4 +1,4 @@
-"""`graft account` through the command: the figures that are published, and that nothing but config.json is read."""
+"""`graft estimate` through the command: the figures that are published, and that nothing but config.json is read."""
 
 import json
 from collections.abc import Callable
@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from graftlm import cli
-from graftlm.config import AccountConfig
+from graftlm.config import EstimateConfig
 from graftlm.files.assets import model_folder as asset_folder
 from graftlm.methods import Adapter, BitFit, DoRA, Full, LoRA, Method, PrefixTuning
 from graftlm.models import build
-from graftlm.studies.cost_report import account, kept_bytes
+from graftlm.studies.cost_report import estimate, kept_bytes
 from graftlm.training.memory import saved_activation_bytes
 from hub_mirror import serve
 from tiny import FAMILIES, config_json, shape_of
 
-FFN = "--ffn=1024,512,256,128,64,32,16,8,4,2,1"
+FFN = "--mlp_widths=1024,512,256,128,64,32,16,8,4,2,1"
 Account = Callable[..., dict[str, Any]]
 METHODS = (
     LoRA(rank=3),
@@ -43,14 +43,14 @@ def no_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Account:
     def asked(*words: str) -> dict[str, Any]:
-        assert cli.run(["account", *words, "--json"]) == 0
+        assert cli.run(["estimate", *words, "--json"]) == 0
         out, err = capsys.readouterr()
         assert err == "" and out.count("\n") == 1
         result: dict[str, Any] = json.loads(out)
         assert {"total", "trainable", "share", "by_module", "flops_per_token", "bytes"} <= result.keys()
         for key in ("total", "trainable"):
             assert sum(module[key] for module in result["by_module"].values()) == result[key]
-        assert result["share"] == result["trainable"] / result["total"]
+        assert result["trainable_fraction"] == result["trainable"] / result["total"]
         for sums in (*result["flops_per_token"].values(), result["bytes"]):
             assert sums["total"] == sum(count for name, count in sums.items() if name != "total")
         return result
@@ -76,7 +76,10 @@ def test_lora_on_q_k_v_of_gpt2_medium(rank: int, count: int, run: Account) -> No
     result = run("--init_from=gpt2-medium", f"--rank={rank}")
     assert result["trainable"] == count and result["total"] == 354_823_168 + count
     if rank == 128:
-        assert (round(100 * result["share"], 2), round(100 * result["share_of_base"], 2)) == (5.05, 5.32)
+        assert (round(100 * result["trainable_fraction"], 2), round(100 * result["trainable_vs_base"], 2)) == (
+            5.05,
+            5.32,
+        )
     assert result["bytes"]["frozen"] == 2 * 354_823_168
 
 
@@ -112,10 +115,13 @@ def test_the_feed_forward_exercise(run: Account) -> None:
     assert net["total"] == net["trainable"] == 700_073
     assert net["units"] == {"hidden": 1_022, "hidden_and_output": 1_023}
     biases = run(FFN, "--method=bitfit")
-    assert biases["trainable"] == 1_023 and round(100 * biases["share"], 2) == 0.15
+    assert biases["trainable"] == 1_023 and round(100 * biases["trainable_fraction"], 2) == 0.15
     adapters = run(FFN, "--method=adapter", "--rank=4")
     assert adapters["trainable"] == 9_247 and adapters["total"] == 709_320
-    assert (round(100 * adapters["share"], 2), round(100 * adapters["share_of_base"], 2)) == (1.30, 1.32)
+    assert (round(100 * adapters["trainable_fraction"], 2), round(100 * adapters["trainable_vs_base"], 2)) == (
+        1.30,
+        1.32,
+    )
     # All but the first layer's input needs a gradient: 699,050 weights of which 524,288 are the first layer's.
     assert net["flops_per_token"]["forward"]["total"] == 2 * 699_050
     assert net["flops_per_token"]["training"]["total"] == 6 * 699_050 - 2 * 524_288
@@ -136,12 +142,12 @@ def test_work_grows_with_the_text_and_the_prefix(run: Account) -> None:
 
 def test_times_only_at_a_speed_that_was_given(run: Account) -> None:
     assert "seconds_per_million_tokens" not in run(FFN)
-    times = run(FFN, "--gflops=100")["seconds_per_million_tokens"]
+    times = run(FFN, "--device_gflops=100")["seconds_per_million_tokens"]
     assert times["forward"] == pytest.approx(2 * 699_050 * 1e6 / 100e9)
 
 
 def test_people_see_every_number_with_its_formula(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["account", "--init_from=gpt2-medium", "--gflops=500", "--rank=4", "--targets=q,v"]) == 0
+    assert cli.run(["estimate", "--init_from=gpt2-medium", "--device_gflops=500", "--rank=4", "--targets=q,v"]) == 0
     out = capsys.readouterr().out
     for part in (
         "354,823,168",
@@ -152,7 +158,7 @@ def test_people_see_every_number_with_its_formula(capsys: pytest.CaptureFixture[
         "for a million of them, at 500 GFLOP/s",
     ):
         assert part in out, part
-    assert cli.run(["account", FFN]) == 0
+    assert cli.run(["estimate", FFN]) == 0
     out = capsys.readouterr().out
     assert "1,022 hidden, 1,023 hidden and output" in out and "700,073" in out and "operations an example" in out
 
@@ -188,24 +194,28 @@ def test_what_is_kept_for_the_backward_pass_is_what_autograd_keeps(
 def test_several_processes(run: Account) -> None:
     words = ("--init_from=meta-llama/Llama-2-7b-hf", "--rank=16", "--max_length=128", "--batch_size=64")
     n, t = 6_738_415_616, run(*words)["trainable"]
-    one, whole = run(*words), run(*words, "--processes=8")["processes"]
-    assert "processes" not in one and one["step"]["rows_of_each"] == 64
-    assert whole["cut"] == "nothing" and whole["bytes"] == one["bytes"]
-    assert whole["sent_per_step"] == {"gradients": 7 * t, "total": 7 * t}  # 2 (n - 1) / n of 4 bytes
-    cut = run(*words, "--processes=8", "--shard", "--gflops=1000", "--link_gbs=50")
-    assert cut["processes"]["bytes"]["frozen"] == 2 * n / 8 and cut["processes"]["bytes"]["moments"] == 8 * t
+    one, whole = run(*words), run(*words, "--world_size=8")["distributed"]
+    assert "processes" not in one and one["step"]["per_device_batch_size"] == 64
+    assert whole["sharding"] == "none" and whole["bytes"] == one["bytes"]
+    assert whole["comm_bytes_per_step"] == {"gradients": 7 * t, "total": 7 * t}  # 2 (n - 1) / n of 4 bytes
+    cut = run(*words, "--world_size=8", "--shard", "--device_gflops=1000", "--bandwidth_gbs=50")
+    assert cut["distributed"]["bytes"]["frozen"] == 2 * n / 8 and cut["distributed"]["bytes"]["moments"] == 8 * t
     outside = 2 * 32_000 * 4_096 + 4_096
     weights = (2 * 2 * (n - outside) + 2 * outside) * 7 // 8
-    assert cut["processes"]["sent_per_step"] == {"weights": weights, "gradients": 7 * t, "total": weights + 7 * t}
-    assert cut["step"]["rows_of_each"] == 8 and cut["step"]["activation_bytes"] * 8 == pytest.approx(
+    assert cut["distributed"]["comm_bytes_per_step"] == {
+        "weights": weights,
+        "gradients": 7 * t,
+        "total": weights + 7 * t,
+    }
+    assert cut["step"]["per_device_batch_size"] == 8 and cut["step"]["activation_bytes"] * 8 == pytest.approx(
         one["step"]["activation_bytes"],
         rel=1e-3,  # all rows have the same cosines and sines
     )
     assert cut["step"]["compute_seconds"] == pytest.approx(cut["step"]["flops"] / 8e12)
-    assert cut["step"]["link_seconds"] == pytest.approx((weights + 7 * t) / 50e9)
-    full = run("--init_from=meta-llama/Llama-2-7b-hf", "--rank=0", "--processes=8")["processes"]
-    assert full["cut"] == "all" and full["bytes"]["moments"] == n
-    assert full["sent_per_step"] == {
+    assert cut["step"]["comm_seconds"] == pytest.approx((weights + 7 * t) / 50e9)
+    full = run("--init_from=meta-llama/Llama-2-7b-hf", "--rank=0", "--world_size=8")["distributed"]
+    assert full["sharding"] == "full" and full["bytes"]["moments"] == n
+    assert full["comm_bytes_per_step"] == {
         "weights": 3.5 * n,
         "gradients": 3.5 * n,
         "total": 7 * n,
@@ -215,15 +225,15 @@ def test_several_processes(run: Account) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ("--processes 0", "--processes 0: must be greater than 0"),
-        ("--shard", "--shard: add --processes N"),
-        ("--link_gbs 5", "--link_gbs: add --processes N"),
-        ("--rank 0 --processes 2 --shard", "--shard: is for frozen weights"),
+        ("--world_size 0", "--world_size 0: must be greater than 0"),
+        ("--shard", "--shard: add --world_size N"),
+        ("--bandwidth_gbs 5", "--bandwidth_gbs: add --world_size N"),
+        ("--rank 0 --world_size 2 --shard", "--shard: is for frozen weights"),
         ("--batch_size -1", "--batch_size -1: must be greater than 0"),
     ],
 )
 def test_wrong_flags_of_several_processes(words: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["account", *words.split()]) == 2
+    assert cli.run(["estimate", *words.split()]) == 2
     out, err = capsys.readouterr()
     assert out == "" and line in err, err
 
@@ -234,23 +244,23 @@ def test_of_a_folder_and_of_the_hub_nothing_but_the_config_is_read(
     shape = shape_of("llama-biased")
     (tmp_path / "repo").mkdir()
     (tmp_path / "repo" / "config.json").write_text(json.dumps(config_json(shape, "llama-biased")))
-    expected = account(AccountConfig(init_from=str(tmp_path / "repo"), method="bitfit"), {"method"})
+    expected = estimate(EstimateConfig(init_from=str(tmp_path / "repo"), method="bitfit"), {"method"})
     (tmp_path / "repo" / "model.safetensors").write_bytes(b"not read")
     assert expected["trainable"] == 2 * (32 + 16 + 16)
     monkeypatch.delenv("HF_HUB_OFFLINE")
     with serve(models={"org/name": tmp_path / "repo"}) as mirror:
         monkeypatch.setenv("HF_ENDPOINT", mirror.url)
-        found = account(AccountConfig(init_from="org/name", method="bitfit"), {"method"})
+        found = estimate(EstimateConfig(init_from="org/name", method="bitfit"), {"method"})
         assert found == {**expected, "model": "org/name"}
         assert not any("safetensors" in request for request in mirror.requests)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # the config is in the cache now
-    assert account(AccountConfig(init_from="org/name", method="bitfit"), {"method"}) == found
+    assert estimate(EstimateConfig(init_from="org/name", method="bitfit"), {"method"}) == found
 
 
 def test_a_gguf_file_is_read_no_further_than_its_header(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("GRAFT_HOME")
     path = next(asset_folder("smollm2-135m").glob("*.gguf"))
     monkeypatch.setenv("GRAFT_HOME", str(tmp_path / "empty"))
-    found = account(AccountConfig(init_from=str(path), rank=16), {"rank"})
-    assert found == {**account(AccountConfig(rank=16), {"rank"}), "model": str(path)}
+    found = estimate(EstimateConfig(init_from=str(path), rank=16), {"rank"})
+    assert found == {**estimate(EstimateConfig(rank=16), {"rank"}), "model": str(path)}
     assert not (tmp_path / "empty").exists()

@@ -72,7 +72,7 @@ def test_the_json_object_has_the_promised_keys(prompt: Callable[..., Any]) -> No
     for style in result["styles"].values():
         keys = "n accuracy low high no_answer_rate prompt_tokens shared_prompt_tokens new_tokens seconds_per_answer "
         assert set(style) == {*keys.split(), "mean", "min", "max", "runs"}
-        assert style["n"] == 2 and 0 <= style["low"] <= style["accuracy"] <= style["high"] <= 1
+        assert style["n"] == 2 and 0 <= style["ci_low"] <= style["accuracy"] <= style["ci_high"] <= 1
     assert len(result["answers"]) == 6 and result["chat"] is False
     few = result["answers"][0]
     assert few["prompt"] == "Add.\n\nQ: 1 + 1\nA: 2\n\nQ: 1 + 2\nA: 3\n\nQ: 2 + 2\nA:"
@@ -80,19 +80,19 @@ def test_the_json_object_has_the_promised_keys(prompt: Callable[..., Any]) -> No
 
 
 def test_every_order_is_run_and_reported(prompt: Callable[..., Any]) -> None:
-    style = prompt("--limit=0", "--style=few-shot", "--orders=3", "--predictions=p.jsonl", task="moods.toml")
+    style = prompt("--limit=0", "--style=few-shot", "--num_permutations=3", "--predictions=p.jsonl", task="moods.toml")
     few = style["styles"]["few-shot"]
     assert [(run["seed"], run["order"]) for run in few["runs"]] == [(0, 0), (0, 1), (0, 2)]
     every = [run["accuracy"] for run in few["runs"]]
     assert (few["mean"], few["min"], few["max"]) == (pytest.approx(sum(every) / 3), min(every), max(every))
     rows = [json.loads(line) for line in Path("p.jsonl").read_text().split("\n") if line]
     assert [(row["order"], row["question"]) for row in rows] == [(o, q) for o in range(3) for q in ("fine", "weak")]
-    assert all(row["said"] in ("bad", "good") for row in rows)
+    assert all(row["prediction"] in ("bad", "good") for row in rows)
 
 
 def test_what_cannot_differ_is_not_run_again() -> None:
     assert runs_of("few-shot", PromptingConfig(), 5, seeds=3, orders=2) == [(5, 0), (5, 1)]
-    assert runs_of("few-shot", PromptingConfig(choose="random"), 5, 2, 2) == [(5, 0), (5, 1), (6, 0), (6, 1)]
+    assert runs_of("few-shot", PromptingConfig(demo_selection="random"), 5, 2, 2) == [(5, 0), (5, 1), (6, 0), (6, 1)]
     assert runs_of("zero-shot-cot", PromptingConfig(), 5, 3, 2) == [(5, 0)]
     assert runs_of("zero-shot-cot", PromptingConfig(temperature=0.7), 5, 2, 2) == [(5, 0), (6, 0)]
 
@@ -104,8 +104,8 @@ def test_the_summary_counts_by_hand() -> None:
 
     runs = [(0, 0, run("4", None, "4", "5")), (0, 1, run("4", "4", "4", "4")), (1, 0, run(None, None, "4", "3"))]
     found = summary(runs)
-    assert (found["accuracy"], found["no_answer_rate"]) == (0.5, 0.25)
-    assert (found["low"], found["high"]) == wilson(2, 4)
+    assert (found["accuracy"], found["unparsed_rate"]) == (0.5, 0.25)
+    assert (found["ci_low"], found["ci_high"]) == wilson(2, 4)
     assert (found["prompt_tokens"], found["new_tokens"], found["seconds_per_answer"]) == (10, 2, 0.5)
     assert (found["mean"], found["min"], found["max"]) == (pytest.approx(1.75 / 3), 0.25, 1.0)
     assert len(prediction_rows("few-shot", runs)) == 12
@@ -115,18 +115,18 @@ def test_show_prints_the_exact_prompts_and_asks_nothing(
     prompt: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("graftlm.studies.prompting_eval.ask", lambda *_, **__: pytest.fail("it asked"))
-    shown = prompt("--show")["prompts"]
+    shown = prompt("--show_prompts")["prompts"]
     assert shown["zero-shot-cot"] == [
         "Add.\n\nQ: 2 + 2\nA: Let's think step by step.",
         "Add.\n\nQ: 2 + 2\nA: Let's think step by step. [what the first call gives]\nTherefore, the answer is",
     ]
-    text = prompt("--show", json_=False)
+    text = prompt("--show_prompts", json_=False)
     for style in shown.values():
         assert all(one in text for one in style)
 
 
 def test_a_few_questions_are_shown_in_full_with_a_table(prompt: Callable[..., Any]) -> None:
-    text = prompt("--style=few-shot", "--orders=2", task="moods.toml", json_=False)
+    text = prompt("--style=few-shot", "--num_permutations=2", task="moods.toml", json_=False)
     assert "Q: fun\nA: good\n\nQ: dull\nA: bad\n\nQ: fine\nA:" in text
     assert "[read as " in text and "mean (least to most)" in text and "1 question of moods.toml" in text
 
@@ -137,7 +137,7 @@ def test_a_chat_model_gets_its_template_unless_told_otherwise(prompt: Callable[.
     byte_tokenizer(Path("chatty"))
     settings = {"eos_token": "<|endoftext|>", "chat_template": CHAT}
     Path("chatty", "tokenizer_config.json").write_text(json.dumps(settings))
-    words = ("--show", "--style=few-shot", f"--init_from={os.getcwd()}/chatty")
+    words = ("--show_prompts", "--style=few-shot", f"--init_from={os.getcwd()}/chatty")
     result = prompt(*words)
     assert result["chat"] is True
     assert result["prompts"]["few-shot"] == [
@@ -154,9 +154,9 @@ def test_a_chat_model_gets_its_template_unless_told_otherwise(prompt: Callable[.
         (["--calibrate"], "sums.toml", "--calibrate: task sums.toml names no labels whose scores could be calibrated"),
         (["--limit=3"], "sums.toml", "--limit 3: task sums.toml has 2 questions"),
         (["--chat=on"], "sums.toml", "--chat on: "),
-        (["--samples=3"], "sums.toml", "--samples 3: all would be the same; give a --temperature, as in 0.7"),
+        (["--num_samples=3"], "sums.toml", "--num_samples 3: all would be the same; give a --temperature, as in 0.7"),
         (["--style=few-shot", "--shots=0"], "sums.toml", "--shots 0: style few-shot shows demonstrations; use zero-"),
-        (["--orders=0"], "sums.toml", "--orders 0: must be 1 or more"),
+        (["--num_permutations=0"], "sums.toml", "--num_permutations 0: must be 1 or more"),
         (["--temperature=-1"], "sums.toml", "--temperature -1.0: must be 0 or more"),
         (["--max_new_tokens=0"], "sums.toml", "--max_new_tokens 0: must be 1 or more"),
         (["--style=cot"], "sums.toml", "--style cot: not one of all, zero-shot, few-shot, few-shot-cot, zero-shot-cot"),
@@ -182,7 +182,14 @@ def test_evaluate_takes_demonstrations_from_the_train_split(
 ) -> None:
     data_folder(Path("data"))
     words = [f"--init_from={model}", "--data=data", f"--template={TEMPLATE}", "--labels=bad,good", "--device=cpu"]
-    words += ["--dtype=float32", "--limit=5", "--shots=4", f"--choose={choose}", "--predictions=p.jsonl", "--json"]
+    words += [
+        "--dtype=float32",
+        "--limit=5",
+        "--shots=4",
+        f"--demo_selection={choose}",
+        "--predictions=p.jsonl",
+        "--json",
+    ]
     found = {}
     for calibrate in ("true", "false"):
         assert cli.run(["evaluate", *words, f"--calibrate={calibrate}"]) == 0

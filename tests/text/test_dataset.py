@@ -178,7 +178,7 @@ def test_label_words_without_labels_and_long_ones(tmp_path: Path):
 
 def test_fields_can_be_renamed(tmp_path: Path):
     path = jsonl(tmp_path / "a.jsonl", {"text": "not this", "label": 0, "review": "this", "stars": "positive"})
-    (row,) = read(path, text_field="review", label_field="stars")
+    (row,) = read(path, columns={"text": "review", "label": "stars"})
     assert (row.text, row.label) == ("this", 1)
 
 
@@ -205,7 +205,7 @@ def test_prompt_and_completion(tmp_path: Path):
         ({"text": "a", "y": 1}, {}, "no column 'label': the columns are text, y; name it with --columns label=COLUMN"),
         (
             {"prompt": "a", "completion": "b"},
-            {"label_field": "stars"},
+            {"columns": {"label": "stars"}},
             "no column 'stars': the columns are prompt, completion; name it with --columns label=COLUMN",
         ),
         ({}, {}, "no column 'text': the columns are none; name it with --columns text=COLUMN"),
@@ -505,11 +505,11 @@ def test_nothing_is_cut_where_validation_is_named(tmp_path: Path):
 def test_too_few_texts_to_cut(tmp_path: Path):
     path = jsonl(tmp_path / "a.jsonl", *many(2), *many(2))
     message = f"{path}: too few different texts (2) to hold out validation and test: "
-    with refused(message + "name them with --val FILE and --test FILE"):
+    with refused(message + "name them with --val_data FILE and --test_data FILE"):
         load_dataset(str(path))
     jsonl(path, *many(3))
     assert [len(rows) for rows in load_dataset(str(path)).splits.values()] == [1, 1, 1]
-    with refused(f"{path}: too few different texts (1) to hold out validation: name it with --val FILE"):
+    with refused(f"{path}: too few different texts (1) to hold out validation: name it with --val_data FILE"):
         load_dataset(str(jsonl(path, *many(1))), test=str(jsonl(tmp_path / "t.jsonl", *many(1))))
 
 
@@ -530,10 +530,10 @@ def test_val_and_test_beside_a_file(tmp_path: Path):
 def test_val_or_test_that_cannot_be(tmp_path: Path):
     source = folder(tmp_path / "d", train=many(20), validation=many(3, first=30))
     other = jsonl(tmp_path / "b.jsonl", *many(3, first=60))
-    with refused(f"--val {other}: {source} has a validation split already, validation.jsonl"):
+    with refused(f"--val_data {other}: {source} has a validation split already, validation.jsonl"):
         load_dataset(str(source), val=str(other))
     assert len(load_dataset(str(source), test=str(other)).splits["test"]) == 3
-    with refused(f"--test {tmp_path / 'none'}: no such file"):
+    with refused(f"--test_data {tmp_path / 'none'}: no such file"):
         load_dataset(str(source), test=str(tmp_path / "none"))
     text = tmp_path / "b.txt"
     text.write_text("text")

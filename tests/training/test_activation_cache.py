@@ -171,7 +171,7 @@ def test_it_stays_within_its_bound(home: Path) -> None:
     frozen = store(home, model, some)
     size = frozen.hidden.numel() * 8
     none, note = open_frozen(home, model, examples(seed=8), 1, "ab" * 32, share=True, most_bytes=size - 1)
-    assert none is None and "--frozen_cache_gb allows" in note and "computed anew" in note
+    assert none is None and "--activation_cache_gb allows" in note and "computed anew" in note
     assert len(list((home / "frozen").iterdir())) == 1
     newer, _ = open_frozen(home, model, examples(seed=8), 1, "ab" * 32, share=True, most_bytes=1.5 * size)
     assert newer is not None
@@ -248,7 +248,7 @@ def test_only_the_span_is_trained_counted_and_exported(assets: Path, tmp_path: P
 
 def test_dropout_in_frozen_layers_and_a_bound_of_nothing_keep_nothing(assets: Path, tmp_path: Path, home: Path) -> None:
     train(config(assets, tmp_path / "a", dropout=0.1, max_iters=2))
-    train(config(assets, tmp_path / "b", frozen_cache_gb=0.0, max_iters=2))
+    train(config(assets, tmp_path / "b", activation_cache_gb=0.0, max_iters=2))
     assert not (home / "frozen").exists()
     train(config(assets, tmp_path / "c", max_iters=2))
     assert (home / "frozen").exists()

@@ -17,7 +17,7 @@ from graftlm.methods import Full, LoRA, Method, PrefixTuning
 from graftlm.methods.base import trainable
 from graftlm.models import CausalLM
 from graftlm.text.tokenizer import Tokenizer
-from graftlm.training.checkpoint import OPTIMIZER, TRAINED, CheckpointManager, TrainState, truncate_metrics
+from graftlm.training.checkpoint import OPTIMIZER, TRAINABLE, CheckpointManager, TrainState, truncate_metrics
 from graftlm.training.distributed import DistContext
 from tiny import model_folder
 
@@ -88,7 +88,7 @@ def test_what_was_saved_is_restored_to_the_bit(base: Path, tmp_path: Path, metho
     model, optimizer = trained(base, method, steps=3)
     kept = store(base, tmp_path, method)
     folder = kept.save(model, optimizer, TrainState(step=3, skipped=0))
-    assert (folder / TRAINED).exists() == isinstance(method, PrefixTuning)
+    assert (folder / TRAINABLE).exists() == isinstance(method, PrefixTuning)
     again, other = trained(base, method, steps=0)
     assert kept.load_checkpoint(again, other) == TrainState(step=3)
     assert all(torch.equal(a, b) for a, b in zip(state(again, other), state(model, optimizer), strict=True))
@@ -137,7 +137,7 @@ def test_several_processes_write_what_one_would_have(base: Path, tmp_path: Path)
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert len(left) == 6 and (tmp_path / "three" / "last" / "progress.json").is_file()
+    assert len(left) == 6 and (tmp_path / "three" / "last" / "trainer_state.json").is_file()
     assert files(tmp_path / "three" / "last") == files(tmp_path / "one" / "last")
 
 

@@ -137,7 +137,7 @@ def test_a_long_conversation_loses_its_end_behind_a_whole_answer(base: Path, tmp
 
 def config(base: Path, data: Path, out: Path, **more: Any) -> TrainConfig:
     values: dict[str, Any] = {"rank": 4, "lr": 0.02, "max_iters": 6, "batch_size": 4, "dtype": "float32", **more}
-    return TrainConfig(init_from=str(base), data=str(data), out_dir=str(out), device="cpu", compile="off", **values)
+    return TrainConfig(init_from=str(base), data=str(data), out_dir=str(out), device="cpu", kernels="off", **values)
 
 
 def test_a_run_learns_to_answer_and_answers_in_its_template(base: Path, tmp_path: Path, capsys: Any) -> None:
@@ -184,7 +184,7 @@ def test_the_store_of_frozen_layers_changes_no_bit_of_the_losses(base: Path, tmp
     losses = []
     for gb in (0.0, 1.0):
         out = tmp_path / f"run{gb}"
-        train(config(base, data, out, train_layers="1:", frozen_cache_gb=gb, lora_dropout=0.0))
+        train(config(base, data, out, train_layers="1:", activation_cache_gb=gb, lora_dropout=0.0))
         losses.append([json.loads(line)["train_loss"] for line in (out / "metrics.jsonl").read_text().splitlines()])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
@@ -220,7 +220,7 @@ def test_a_base_without_a_chat_template_is_told_of(tmp_path: Path) -> None:
     base = model_folder(tmp_path / "plain")
     data = write(tmp_path / "chat.jsonl", TALKS)
     with pytest.raises(InputError, match=r"chat\.jsonl:\d: the base model has no chat template to write messages in"):
-        train(config(base, data, tmp_path / "run", val=str(data)))
+        train(config(base, data, tmp_path / "run", val_data=str(data)))
     assert not (tmp_path / "run").exists()
 
 
@@ -234,7 +234,7 @@ def test_a_template_that_refuses_names_the_row(base: Path, tmp_path: Path) -> No
     (other / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": strict}))
     data = write(tmp_path / "chat.jsonl", TALKS)
     with pytest.raises(InputError, match=r"chat\.jsonl:2: the model's chat template refuses .*a user speaks first"):
-        train(config(other, data, tmp_path / "run", val=str(data)))
+        train(config(other, data, tmp_path / "run", val_data=str(data)))
 
 
 def test_conversations_are_no_pairs_and_have_no_accuracy(base: Path, tmp_path: Path, capsys: Any) -> None:
@@ -242,7 +242,7 @@ def test_conversations_are_no_pairs_and_have_no_accuracy(base: Path, tmp_path: P
 
     data = write(tmp_path / "chat.jsonl", TALKS * 4)
     with pytest.raises(InputError, match=r"--objective dpo: .* holds no pairs"):
-        train(config(base, data, tmp_path / "run", val=str(data), objective="dpo"))
+        train(config(base, data, tmp_path / "run", val_data=str(data), objective="dpo"))
     words = ["evaluate", "--init_from", str(base), "--data", str(tmp_path), "--split", "train"]
     (tmp_path / "train.jsonl").write_bytes(data.read_bytes())
     assert cli.run(words) == 2

@@ -193,9 +193,9 @@ def test_two_processes_train_an_adapter_as_one_does(
     assert first["status"] == second["status"] == 0
     results = json.loads(first["out"])  # one object: the others say nothing
     assert second["out"] == second["err"] == ""
-    assert results["processes"]["size"] == 2 and len(results["processes"]["peak_rss_mb"]) == 2
-    assert results["processes"]["bytes_sent"] > 20 * results["trainable"] * 4
-    assert json.loads((place / "lora" / "run.json").read_text())["processes"] == {"size": 2, "backend": "gloo"}
+    assert results["distributed"]["world_size"] == 2 and len(results["distributed"]["peak_rss_mb"]) == 2
+    assert results["distributed"]["comm_bytes"] > 20 * results["trainable"] * 4
+    assert json.loads((place / "lora" / "run.json").read_text())["distributed"] == {"world_size": 2, "backend": "gloo"}
     assert first["err"].count("step    20  train loss") == 1
     check_same(one := one_process(assets, tmp_path / "one", rank=4), place / "lora")
     losses = [row["train_loss"] for row in rows(one)]
@@ -229,8 +229,8 @@ def test_cut_weights_go_on_in_another_number_of_processes(
     train(TrainConfig(resume=True, out_dir=str(run)), given={"resume", "out_dir"})
     check_same(one, run)
     alone, two = {"size": 1, "backend": None}, {"size": 2, "backend": "gloo"}
-    changes = json.loads((run / "run.json").read_text())["resumed"]
-    assert [change["processes"] for change in changes] == [[alone, two], [two, alone]]
+    changes = json.loads((run / "run.json").read_text())["resume_history"]
+    assert [change["distributed"] for change in changes] == [[alone, two], [two, alone]]
 
 
 def test_a_checkpoint_that_each_process_wrote_a_part_of(

@@ -48,7 +48,7 @@ VARIANTS: list[dict[str, Any]] = [
     {},
     {"rank": 0, "alpha": None},
     {"loss_on": "all", "shared_prefix": False},
-    {"train_layers": "4:", "frozen_cache_gb": 0.0},
+    {"train_layers": "4:", "activation_cache_gb": 0.0},
 ]
 
 
@@ -81,7 +81,7 @@ def test_it_leaves_no_trace(changes: dict[str, Any], assets: Path, tmp_path: Pat
     plan = make_plan(prepared, 1.0, repeats=1)
     assert torch.equal(torch.get_rng_state(), before) and not model.training and len(model.blocks) == 6
     assert all(p.grad is None and torch.equal(p, weights[n]) for n, p in model.named_parameters())
-    assert plan.steps == 6 and plan.examples == 48 and plan.needed_tflop > 0
+    assert plan.steps == 6 and plan.examples == 48 and plan.model_tflop > 0
     assert plan.train_seconds > 0 and plan.minutes * 60 >= plan.train_seconds + 1 - 0.1
     assert plan.peak_rss_mb > 50
 
@@ -90,7 +90,7 @@ def test_a_run_has_the_same_bits_without(assets: Path, tmp_path: Path, monkeypat
     results = train(config(assets, tmp_path / "with"))
     run = json.loads((tmp_path / "with" / "run.json").read_text())
     for key, name in (("examples_per_s", "examples_per_s"), ("peak_rss_mb", "peak_rss_mb")):
-        assert results["plan"][key]["planned"] == pytest.approx(run["plan"][name], abs=0.001)
+        assert results["plan"][key]["predicted"] == pytest.approx(run["plan"][name], abs=0.001)
         assert results["plan"][key]["ratio"] == pytest.approx(
             results["plan"][key]["measured"] / run["plan"][name], rel=0.01, abs=0.001
         )
@@ -109,6 +109,6 @@ def test_the_flag_says_what_a_run_would_take_and_writes_nothing(assets: Path, tm
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
     assert plan["steps"] == 5 and plan["examples_per_s"] > 0 and not (tmp_path / "run").exists()
-    assert plan["share_trained"] == plan["trainable"] / plan["total"] > 0
+    assert plan["trainable_fraction"] == plan["trainable"] / plan["total"] > 0
     shown = graft(*words)
     assert shown.returncode == 0 and "needed work" in shown.stdout and "peak memory" in shown.stdout

@@ -37,7 +37,7 @@ def config(assets: Path, out_dir: Path, **changes: Any) -> TrainConfig:
             "batch_size": 8,
             "dtype": "float16",
             "device": "cpu",
-            "compile": "off",
+            "kernels": "torch",
             **changes,
         }
     )

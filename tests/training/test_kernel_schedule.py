@@ -50,30 +50,30 @@ def config(assets: Path, out_dir: Path, **changes: Any) -> TrainConfig:
 
 
 def recorded(out_dir: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((out_dir / "run.json").read_text())["compile"]
+    found: dict[str, Any] = json.loads((out_dir / "run.json").read_text())["cpp_kernels"]
     return found
 
 
 def test_what_each_mode_comes_to(monkeypatch: pytest.MonkeyPatch) -> None:
     def decide(mode: Any, device: torch.device = CPU, **changes: Any) -> KernelSwitch:
-        return KernelSwitch.decide(replace(LONG, compile=mode, **changes), device)
+        return KernelSwitch.decide(replace(LONG, kernels=mode, **changes), device)
 
     assert decide("auto") == KernelSwitch(FIRST_STEPS + 1, "the same gradients in less time")
     assert decide("auto", max_iters=FIRST_STEPS) == KernelSwitch(None, "not for 10 steps or fewer")
     assert decide("auto", max_iters=FIRST_STEPS + 1).start_step == FIRST_STEPS + 1
-    assert decide("on", max_iters=1) == KernelSwitch(1, "--compile on")
-    assert decide("off") == KernelSwitch(None, "--compile off")
+    assert decide("on", max_iters=1) == KernelSwitch(1, "--kernels cpp")
+    assert decide("off") == KernelSwitch(None, "--kernels torch")
     cuda = torch.device("cuda")
     why = "kernels are compiled for the CPU, and this run is on cuda"
     assert decide("auto", cuda) == KernelSwitch(None, why)
-    with pytest.raises(InputError, match=f"^--compile on: {why}: leave it out, or use --compile off$"):
+    with pytest.raises(InputError, match=f"^--kernels cpp: {why}: leave it out, or use --kernels torch$"):
         decide("on", cuda)
     assert decide("auto", fused=False).start_step is None
-    with pytest.raises(InputError, match=r"^--compile on: --fused is off"):
+    with pytest.raises(InputError, match=r"^--kernels cpp: --fused is off"):
         decide("on", fused=False)
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert decide("auto") == KernelSwitch(None, "no C++ compiler is found (no-such-compiler)")
-    with pytest.raises(InputError, match=r"^--compile on: no C\+\+ compiler is found \(no-such-compiler\): leave it"):
+    with pytest.raises(InputError, match=r"^--kernels cpp: no C\+\+ compiler is found \(no-such-compiler\): leave it"):
         decide("on")
 
 
@@ -89,10 +89,10 @@ def test_a_run_switches_at_the_step_it_recorded(assets: Path, tmp_path: Path, mo
     tensors = {}
     for mode, expected in (("auto", [False] * 10 + [True] * 4), ("on", [True] * 14), ("off", [False] * 14)):
         used.clear()
-        train(config(assets, tmp_path / mode, compile=mode))
+        train(config(assets, tmp_path / mode, kernels=mode))
         assert used == expected
         tensors[mode] = load_safetensors(tmp_path / mode / "last" / "adapter_model.safetensors")
-    assert recorded(tmp_path / "auto")["from_step"] == 11 and recorded(tmp_path / "off")["from_step"] is None
+    assert recorded(tmp_path / "auto")["start_step"] == 11 and recorded(tmp_path / "off")["start_step"] is None
     # Dropout is on: the masks, too, are the same, and only the rounding differs.
     for mode in ("auto", "on"):
         for key, tensor in tensors["off"].items():
@@ -122,11 +122,11 @@ def test_a_compiler_that_fails_beside_the_first_steps(
     assert "not compiled: no C++ compiler is found (no-such-compiler)\n" in said.file.getvalue()  # type: ignore[attr-defined]
     monkeypatch.setenv("CXX", "false")  # is found, and compiles nothing
     with pytest.raises(InputError, match=r"computes with compiled kernels from step 1 on, and the C\+\+ compiler"):
-        train(config(assets, tmp_path / "on", compile="on"))
+        train(config(assets, tmp_path / "on", kernels="cpp"))
     assert not (tmp_path / "on").exists()
     train(config(assets, tmp_path / "auto"))
-    assert recorded(tmp_path / "auto")["from_step"] is None
+    assert recorded(tmp_path / "auto")["start_step"] is None
     assert "the C++ compiler" in recorded(tmp_path / "auto")["reason"]
-    train(config(assets, tmp_path / "off", compile="off"))
+    train(config(assets, tmp_path / "off", kernels="torch"))
     ends = [load_safetensors(tmp_path / mode / "last" / "adapter_model.safetensors") for mode in ("auto", "off")]
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[1])

@@ -38,7 +38,7 @@ def config(assets: Path, out_dir: Path, **changes: Any) -> TrainConfig:
             "batch_size": 4,
             "dtype": "float32",
             "device": "cpu",
-            "compile": "off",
+            "kernels": "torch",
             **changes,
         }
     )

@@ -41,7 +41,7 @@ def config(assets: Path, out_dir: Path, **changes: Any) -> TrainConfig:
         "batch_size": 8,
         "dtype": "float32",
         "device": "cpu",
-        "compile": "off",
+        "kernels": "torch",
     }
     return TrainConfig(**{**plain, **changes})
 

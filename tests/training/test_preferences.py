@@ -82,7 +82,9 @@ def test_a_fork_equals_two_rows(kind: str, share: bool, targets_only: bool, fuse
     assert close(list(torch.autograd.grad(got, list(model.parameters()), allow_unused=True)), list(want))
     rewards = 0.3 * (plain_sums(model) - REFERENCE)
     assert told["reward_margin"].item() == pytest.approx((rewards[:, 0] - rewards[:, 1]).sum().item())
-    assert told["pair_weight"].item() == pytest.approx(torch.sigmoid(rewards[:, 1] - rewards[:, 0]).sum().item())
+    assert told["dpo_gradient_weight"].item() == pytest.approx(
+        torch.sigmoid(rewards[:, 1] - rewards[:, 0]).sum().item()
+    )
     assert told["logp_chosen"].item() == pytest.approx(plain_sums(model)[:, 0].sum().item())
 
 
@@ -200,7 +202,7 @@ def config(assets: Path, out: Path, **changes: Any) -> TrainConfig:
         "batch_size": 8,
         "device": "cpu",
         "dtype": "float32",
-        "compile": "off",
+        "kernels": "torch",
         "kl_samples": 4,
     }
     return TrainConfig(**{**values, **changes})
@@ -221,15 +223,17 @@ def test_a_run_learns_the_preference_and_logs_what_it_does(assets: Path, tmp_pat
     results = train(config(assets, tmp_path / "run", max_iters=24, eval_every=12))
     first, *_, last = metrics(tmp_path / "run")
     assert first["train_loss"] == pytest.approx(math.log(2), abs=1e-6)  # nothing has been learned: delta is 0
-    assert first["pair_weight"] == pytest.approx(0.5, abs=1e-6) and first["reward_margin"] == pytest.approx(0, abs=1e-5)
+    assert first["dpo_gradient_weight"] == pytest.approx(0.5, abs=1e-6) and first["reward_margin"] == pytest.approx(
+        0, abs=1e-5
+    )
     assert last["val_loss"] < 0.6 and last["val_accuracy"] == 1.0 and last["reward_margin"] > 0.3
-    assert last["pair_weight"] < 0.45 and last["logp_chosen"] > last["logp_rejected"]
+    assert last["dpo_gradient_weight"] < 0.45 and last["logp_chosen"] > last["logp_rejected"]
     assert first["kl"] is None and last["kl"] > 0
     assert results["last"]["val_accuracy"] == 1.0
     stored = load_safetensors(tmp_path / "run" / "reference.safetensors")
     assert stored["train"].shape == (32, 2) and stored["validation"].shape == (8, 2)
     loaded = load("resume", tmp_path / "run", device="cpu", dtype="float32")  # and its adapter is one like any other
-    assert loaded.run is not None and loaded.run["start"] is None
+    assert loaded.run is not None and loaded.run["parent_run"] is None
 
 
 ITS_OWN = {"rank": None, "alpha": None}
@@ -293,14 +297,14 @@ def test_an_adapted_start_is_the_reference(assets: Path, tmp_path: Path) -> None
     train(adapted.config)
     assert metrics(tmp_path / "dpo")[0]["train_loss"] == pytest.approx(math.log(2), abs=1e-5)
     again = load("resume", tmp_path / "dpo", device="cpu", dtype="float32")
-    assert again.run is not None and again.run["start"]["run"] == str((tmp_path / "sft" / "best").resolve())
+    assert again.run is not None and again.run["parent_run"]["run"] == str((tmp_path / "sft" / "best").resolve())
 
 
 def test_full_fine_tuning_is_a_start_like_a_base(assets: Path, tmp_path: Path) -> None:
     train(sft_config(assets, tmp_path / "full", method="full", rank=None, alpha=None, lr=1e-3))
     train(config(assets, tmp_path / "dpo", init_from=str(tmp_path / "full")))
     run = json.loads((tmp_path / "dpo" / "run.json").read_text())
-    assert run["base"]["name"] == str((tmp_path / "full" / "best").resolve()) and run["start"] is None
+    assert run["base"]["name"] == str((tmp_path / "full" / "best").resolve()) and run["parent_run"] is None
     load("resume", tmp_path / "dpo", device="cpu", dtype="float32")
 
 
@@ -383,7 +387,7 @@ def test_kl_is_that_of_the_distributions(assets: Path) -> None:
 
 def test_a_plan_knows_of_the_reference_and_the_samples(assets: Path, tmp_path: Path) -> None:
     with_all = make_plan(prepare(config(assets, tmp_path / "a")), 0.0, repeats=1)
-    assert with_all.validation_seconds > 0 and with_all.needed_tflop > 0
+    assert with_all.validation_seconds > 0 and with_all.model_tflop > 0
     assert 60 * with_all.minutes > with_all.train_seconds + with_all.validation_seconds
     free = make_plan(prepare(config(assets, tmp_path / "b", loss_type="simpo")), 0.0, repeats=1)
     assert 60 * free.minutes == pytest.approx(free.train_seconds + free.validation_seconds)

@@ -83,10 +83,10 @@ def test_a_run_folder(assets: Path, tmp_path: Path) -> None:
     assert rows(tmp_path / "run")[0]["train_loss"] > 1.5 * rows(tmp_path / "run")[-1]["train_loss"]
     assert 0 <= results["best"]["val_accuracy"] <= 1
     assert results["examples"] == 480 and results["steps"] == 60 and results["last"]["step"] == 60
-    assert results["share_trained"] == results["trainable"] / results["total"]
+    assert results["trainable_fraction"] == results["trainable"] / results["total"]
     assert results["examples_per_s"] > 0 and results["seconds_to_first_step"] > 0 and results["peak_rss_mb"] > 0
-    assert results["share_of_peak"] == pytest.approx(
-        results["needed_gflops"] / results["matrix_peak_gflops"], abs=0.1 / results["matrix_peak_gflops"]
+    assert results["mfu"] == pytest.approx(
+        results["model_gflops_per_s"] / results["peak_gflops"], abs=0.1 / results["peak_gflops"]
     )
     losses = {row["step"]: row["val_loss"] for row in rows(tmp_path / "run") if row["val_loss"] is not None}
     assert set(losses) == {20, 40, 60} and results["best"]["val_loss"] == min(losses.values())
@@ -94,7 +94,7 @@ def test_a_run_folder(assets: Path, tmp_path: Path) -> None:
     assert best == f"step-{results['best']['step']}" and (tmp_path / "run" / "last").resolve().name == "step-60"
     assert {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()} == {best, "step-60"}
     assert {"python", "torch", "graftlm"} <= set(run["versions"]) and len(run["base"]["sha256"]) == 64
-    assert run["config"]["warmup"] == 4 and run["template"]["labels"] == ["negative", "positive"]
+    assert run["config"]["warmup_steps"] == 4 and run["template"]["labels"] == ["negative", "positive"]
 
 
 def test_every_checkpoint_is_kept_where_that_is_asked_for(assets: Path, tmp_path: Path) -> None:
@@ -163,12 +163,12 @@ def test_the_seed_decides_everything(assets: Path, tmp_path: Path) -> None:
 
 
 def test_warm_up_never_starts_at_zero_and_the_cosine_ends_above_it() -> None:
-    plan = TrainConfig(lr=1.0, warmup=4, max_iters=10)
+    plan = TrainConfig(lr=1.0, warmup_steps=4, max_iters=10)
     rates = [learning_rate(step, plan) for step in range(1, 11)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates[4:] == [0.5 * (1 + math.cos(math.pi * n / 7)) for n in range(1, 7)]
     assert all(a > b > 0 for a, b in pairwise(rates[3:]))
-    assert learning_rate(1, replace(plan, warmup=0)) > 0.9
+    assert learning_rate(1, replace(plan, warmup_steps=0)) > 0.9
 
 
 def test_the_stream_continues_where_it_is_entered() -> None:
@@ -210,7 +210,7 @@ def test_a_loss_that_is_not_a_number_names_the_step_and_the_last_good_checkpoint
 
 def test_weights_that_went_to_infinity_are_not_saved(assets: Path, tmp_path: Path) -> None:
     with pytest.raises(GraftError, match=r"the validation loss is nan; no checkpoint was saved before"):
-        train(config(assets, tmp_path / "run", lr=1e38, eval_every=1, clip=0.0))
+        train(config(assets, tmp_path / "run", lr=1e38, eval_every=1, grad_clip=0.0))
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -218,7 +218,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 4, "alpha": 16.0, "lora_plus_ratio": 4.0},
     "dora": {"rank": 4, "alpha": 16.0, "rslora": True},
     "bitfit": {"add_biases": True},
-    "adapter": {"rank": 4, "placement": "pfeiffer"},
+    "adapter": {"rank": 4, "adapter_placement": "pfeiffer"},
     "prefix": {"prefix_length": 3, "lr": 0.05},
     "prefix network": {"prefix_length": 3, "prefix_hidden": 5, "prefix_init": "a film", "lr": 0.05},
     "ia3": {"lr": 1e-2},
@@ -322,7 +322,7 @@ def test_a_resumed_run_may_be_longer_and_says_so(assets: Path, tmp_path: Path) -
     results = train(config(assets, tmp_path / "run", resume=True, max_iters=20), given={"resume", "max_iters"})
     assert results["steps"] == 20 and [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 21))
     run = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert run["resumed"] == [{"max_iters": [12, 20]}]
+    assert run["resume_history"] == [{"max_iters": [12, 20]}]
 
 
 CHANGED = [

@@ -17,18 +17,19 @@ from graftlm import process
 from graftlm.cli import display
 from graftlm.cli.parser import ParsedArgs, parse
 from graftlm.config import (
-    AccountConfig,
     CompareConfig,
+    DownloadConfig,
+    EstimateConfig,
     EvaluateConfig,
     ExportConfig,
-    FetchConfig,
     GenerateConfig,
     ImportConfig,
-    PreferConfig,
+    PairsConfig,
     PromptConfig,
     ReportConfig,
     ServeConfig,
     TrainConfig,
+    parse_columns,
 )
 from graftlm.errors import InputError
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from graftlm.text.template import Template
 
 Result = dict[str, Any]
+DATA_FLAGS = ("data", "val_data", "test_data", "columns")
 
 
 def _train(parsed: ParsedArgs, notes: "Console") -> Result:
@@ -69,14 +71,14 @@ def _evaluate_by(
 
     loaded = load(config.init_from, config.out_dir, config.checkpoint, config.device, config.dtype)
     template, examples, content_free = _examples(loaded, config, notes)
-    readings = 2 if config.read == "both" else 1
+    readings = 2 if config.mode == "both" else 1
     with display.progress(notes, "evaluate", readings * len(examples)) as progress:
         evaluation = evaluate(
             loaded.model,
             loaded.tokenizer,
             template,
             examples,
-            read=config.read,
+            mode=config.mode,
             batch_size=config.batch_size,
             content_free=content_free,
             reader=reader_of(loaded) if reader_of else None,
@@ -175,11 +177,10 @@ def _examples(
             config.template or run.get("template", TrainConfig.template),
             config.labels or run.get("labels", TrainConfig.labels),
         )
-    names = ("data", "val", "test", "text_field", "label_field")
-    source = {name: getattr(config, name) for name in names}
-    if not config.data:
-        source |= {name: run.get(name, getattr(TrainConfig, name)) for name in names}
-    dataset = load_dataset(**source, labels=template.labels)
+    source = config if config.data else TrainConfig(**{f: run[f] for f in DATA_FLAGS if f in run})
+    dataset = load_dataset(
+        source.data, source.val_data, source.test_data, parse_columns(source.columns), template.labels
+    )
     for note in dataset.notes:
         notes.print(note, soft_wrap=True)
     rows = dataset.splits.get(config.split, [])
@@ -196,7 +197,7 @@ def _examples(
         subset(rows, config.limit),
         dataset.splits.get("train", []) if config.shots else [],
         shots=config.shots,
-        how=config.choose,
+        how=config.demo_selection,
         seed=config.seed,
         max_length=max_length,
         calibrate=config.calibrate,
@@ -217,10 +218,10 @@ def _prompt(parsed: ParsedArgs, notes: "Console") -> Result:
     )
 
 
-def _prefer(parsed: ParsedArgs, notes: "Console") -> Result:
-    from graftlm.inference.preference_data import prefer
+def _pairs(parsed: ParsedArgs, notes: "Console") -> Result:
+    from graftlm.inference.preference_data import make_preferences
 
-    return prefer(
+    return make_preferences(
         parsed.config,
         lambda line: notes.print(line, markup=False),
         lambda what, total: display.progress(notes, what, total),
@@ -239,10 +240,10 @@ def _report(parsed: ParsedArgs, notes: "Console") -> Result:
     return report(parsed.config)
 
 
-def _account(parsed: ParsedArgs, notes: "Console") -> Result:
-    from graftlm.studies.cost_report import account
+def _estimate(parsed: ParsedArgs, notes: "Console") -> Result:
+    from graftlm.studies.cost_report import estimate
 
-    return account(parsed.config, parsed.explicit)
+    return estimate(parsed.config, parsed.explicit)
 
 
 def _export(parsed: ParsedArgs, notes: "Console") -> Result:
@@ -263,10 +264,10 @@ def _serve(parsed: ParsedArgs, notes: "Console") -> Iterator[Result]:
     return serve(parsed.config, lambda line: notes.print(line, markup=False))
 
 
-def _fetch(parsed: ParsedArgs, notes: "Console") -> Result:
-    from graftlm.files.assets import fetch
+def _download(parsed: ParsedArgs, notes: "Console") -> Result:
+    from graftlm.files.assets import download
 
-    return {"name": parsed.config.name, "path": str(fetch(parsed.config.name))}
+    return {"name": parsed.config.name, "path": str(download(parsed.config.name))}
 
 
 # The table ------------------------------------------------------------------------------------------------------------
@@ -311,15 +312,15 @@ class Command:
 
 COMMANDS = {
     "train": Command(TrainConfig, _train, display.train, epilog=_methods_help),
-    "generate": Command(GenerateConfig, _generate, display.generate),
-    "evaluate": Command(EvaluateConfig, _evaluate, display.evaluate),
+    "generate": Command(GenerateConfig, _generate, display.generate, positional="out_dir"),
+    "evaluate": Command(EvaluateConfig, _evaluate, display.evaluate, positional="out_dir"),
     "prompt": Command(PromptConfig, _prompt, display.prompt),
-    "prefer": Command(PreferConfig, _prefer, display.prefer, positional="prompts"),
+    "pairs": Command(PairsConfig, _pairs, display.pairs, positional="prompts"),
     "compare": Command(CompareConfig, _compare, display.compare, uses_tensors=False),
-    "report": Command(ReportConfig, _report, display.report, positional="folders", uses_tensors=False),
+    "report": Command(ReportConfig, _report, display.path, positional="folders", uses_tensors=False),
     "serve": Command(ServeConfig, _serve, display.serve, positional="adapters"),
-    "account": Command(AccountConfig, _account, display.account, uses_tensors=False, epilog=_methods_help),
-    "export": Command(ExportConfig, _export, display.export),
+    "estimate": Command(EstimateConfig, _estimate, display.estimate, uses_tensors=False, epilog=_methods_help),
+    "export": Command(ExportConfig, _export, display.export, positional="out_dir"),
     "import": Command(ImportConfig, _import, display.export, positional="folder"),
-    "fetch": Command(FetchConfig, _fetch, display.fetch, positional="name", uses_tensors=False),
+    "download": Command(DownloadConfig, _download, display.path, positional="name", uses_tensors=False),
 }

@@ -46,7 +46,7 @@ def log_to_stderr() -> Iterator[None]:
 
 @contextmanager
 def progress(console: "Console", what: str, total: int) -> Iterator[Callable[[int], object]]:
-    """A progress line that is gone when the work is done; yields what to call with the number just finished."""
+    """A progress bar that disappears at the end; yields a function to call with the number of items just finished."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -56,12 +56,12 @@ def progress(console: "Console", what: str, total: int) -> Iterator[Callable[[in
 
 
 def train(out: "Console", result: Result) -> None:
-    """Best and last checkpoint, and what the run cost; of --plan, what it would cost."""
+    """The best and last checkpoint, and time and memory of the run; with --plan the estimate."""
     if "best" not in result:
-        _facts(out, _planned(result))
+        _facts(out, _estimate_facts(result))
         return
     rows = [
-        [name, str(point["step"]), f"{point['val_loss']:.4f}", _share(point["val_accuracy"])]
+        [name, str(point["step"]), f"{point['val_loss']:.4f}", _percent(point["val_accuracy"])]
         for name in ("best", "last")
         if (point := result[name]) is not None
     ]
@@ -78,18 +78,18 @@ def train(out: "Console", result: Result) -> None:
 
 
 def _trained(result: Result) -> str:
-    share = result["trainable"] / result["total"]
-    return f"{result['trainable']:,} of {result['total']:,} parameters ({_share(share, 2)})"
+    fraction = _percent(result["trainable"] / result["total"], 2)
+    return f"{result['trainable']:,} of {result['total']:,} parameters ({fraction})"
 
 
-def _planned(plan: Result) -> dict[str, str]:
+def _estimate_facts(plan: Result) -> dict[str, str]:
     return {
         "trained": _trained(plan),
         "steps": f"{plan['steps']:,} ({plan['examples']:,} examples)",
-        "needed work": f"{plan['needed_tflop']:,.1f} TFLOP in the layers' matrices",
+        "model FLOPs": f"{plan['model_tflop']:,.1f} TFLOP in the layers' matrix products",
         "speed": f"{plan['examples_per_s']:.1f} examples/s",
         "minutes": f"{plan['minutes']:.1f} ({plan['train_seconds']:.0f} s of steps, "
-        f"{plan['validation_seconds']:.0f} s of validation, {plan['startup_seconds']:.0f} s before)",
+        f"{plan['validation_seconds']:.0f} s of validation, {plan['startup_seconds']:.0f} s start-up)",
         "peak memory": f"{plan['peak_rss_mb']:,.0f} MB",
     }
 
@@ -100,44 +100,53 @@ def _facts(out: "Console", facts: dict[str, str]) -> None:
 
 
 def evaluate(out: "Console", result: Result) -> None:
-    """One line for each reading, and the confusion table of the main one."""
-    readings = [result[name] for name in ("score", "generate") if name in result] or [result]
-    columns = ["read by", "accuracy", "95% interval", "macro F1", "garbage", "examples/s"]
+    """One row per mode, and the confusion matrix of the main one."""
+    modes = [result[name] for name in ("score", "generate") if name in result] or [result]
+    columns = ["mode", "accuracy", "95% interval", "macro F1", "garbage", "examples/s"]
     rows = [
         [
-            "label scores" if reading["read"] == "score" else "generated text",
-            _share(reading["accuracy"]),
-            f"{_share(reading['low'])} to {_share(reading['high'])}",
-            f"{reading['macro_f1']:.3f}",
-            _share(reading["garbage_rate"]) if reading["read"] == "generate" else "-",
-            f"{reading['examples_per_s']:.1f}",
+            "label scores" if metrics["mode"] == "score" else "generated text",
+            _percent(metrics["accuracy"]),
+            _interval(metrics),
+            f"{metrics['macro_f1']:.3f}",
+            _percent(metrics["garbage_rate"]) if metrics["mode"] == "generate" else "-",
+            f"{metrics['examples_per_s']:.1f}",
         ]
-        for reading in readings
+        for metrics in modes
     ]
     _table(out, columns, rows, title=f"{result['n']:,} examples")
     labels = result["labels"]
     rows = [[label, *map(str, row)] for label, row in zip(labels, result["confusion"], strict=True)]
-    _table(out, ["truly \\ read as", *labels, "garbage"], rows)
+    _table(out, ["true \\ predicted", *labels, "garbage"], rows)
+
+
+def _interval(metrics: Result) -> str:
+    return f"{_percent(metrics['ci_low'])} to {_percent(metrics['ci_high'])}"
 
 
 def generate(out: "Console", result: Result) -> None:
-    """The texts, as they are; or what classifying by generation gave."""
+    """The texts; without --prompt the metrics of classifying by generation."""
     if "texts" not in result:
         evaluate(out, result)
         return
     for number, text in enumerate(result["texts"]):
         if number:
             out.rule()
-        out.print(text, markup=False, emoji=False, soft_wrap=True)
+        _verbatim(out, text)
 
 
-def prefer(out: "Console", result: Result) -> None:
-    """How many pairs came of how many answers, why not more, and where they are."""
-    refused = {"ties": "ties", "duplicates": "answers equal to another", "empty": "empty"}
+def _verbatim(out: "Console", text: str) -> None:
+    out.print(text, markup=False, emoji=False, soft_wrap=True)
+
+
+def pairs(out: "Console", result: Result) -> None:
+    """The number of pairs and of completions, the reasons why others made no pair, and the file."""
+    unpaired = {"ties": "ties", "duplicates": "duplicates", "empty": "empty"}
     facts = {
-        "pairs": f"{result['pairs']:,} of {result['answers']:,} answers to {result['prompts']:,} prompts",
-        "refused": ", ".join(f"{result[key]:,} {what}" for key, what in refused.items()),
-        "answers": f"of the pairs {result['cut']:,} did not end, {result['retokenised']:,} are tokenised otherwise",
+        "pairs": f"{result['pairs']:,} from {result['answers']:,} completions of {result['prompts']:,} prompts",
+        "not paired": ", ".join(f"{result[key]:,} {what}" for key, what in unpaired.items()),
+        "completions": f"in the pairs {result['truncated']:,} are truncated, {result['retokenized']:,} are tokenized "
+        "differently in training",
         "mean reward": f"{result['mean_reward']:.4f}",
         "time": f"{result['seconds']:.0f} s",
         "file": result["out"],
@@ -146,122 +155,121 @@ def prefer(out: "Console", result: Result) -> None:
 
 
 def prompt(out: "Console", result: Result) -> None:
-    """Of few questions each style's prompt and what came of it; then a line a style. Of --show the prompts alone."""
-
-    def whole(text: str) -> None:
-        out.print(text, markup=False, emoji=False, soft_wrap=True)
-
+    """With few questions each style's prompts and answers; then a row per style."""
     for style, texts in result.get("prompts", {}).items():
         for text in texts:
             out.rule(style)
-            whole(text)
+            _verbatim(out, text)
     for row in result.get("answers", ()):
         out.rule(f"{row['style']}: the prompt")
-        whole(row["prompt"])
+        _verbatim(out, row["prompt"])
         out.rule(f"{row['style']}: the answer")
         for text in row["texts"]:
-            whole(text.strip())
-        right = "right" if row["right"] else f"wrong: it is {row['answer']}"
-        whole(f"[read as {'no answer' if row['said'] is None else row['said']}: {right}]")
-    if "styles" not in result:
-        return
-    columns = ["style", "accuracy", "95% interval", "no answer", "prompt tokens", "shared", "new tokens", "s/answer"]
-    several = any(len(each["runs"]) > 1 for each in result["styles"].values())
+            _verbatim(out, text.strip())
+        verdict = "correct" if row["correct"] else f"wrong: it is {row['answer']}"
+        _verbatim(out, f"[answer: {'none' if row['prediction'] is None else row['prediction']}: {verdict}]")
+    if "styles" in result:
+        _styles_table(out, result)
+
+
+def _styles_table(out: "Console", result: Result) -> None:
+    columns = ["style", "accuracy", "95% interval", "unparsed", "prompt tokens", "shared", "new tokens", "s/answer"]
+    repeated = any(len(style["runs"]) > 1 for style in result["styles"].values())
     rows = []
-    for style, each in result["styles"].items():
-        row = [style, _share(each["accuracy"]), f"{_share(each['low'])} to {_share(each['high'])}"]
-        row += [_share(each["no_answer_rate"]), f"{each['prompt_tokens']:.0f}", str(each["shared_prompt_tokens"])]
-        row += [f"{each['new_tokens']:.0f}", f"{each['seconds_per_answer']:.2f}"]
-        if several:
-            row += [f"{_share(each['mean'])} ({_share(each['min'])} to {_share(each['max'])})", str(len(each["runs"]))]
+    for name, style in result["styles"].items():
+        row = [name, _percent(style["accuracy"]), _interval(style), _percent(style["unparsed_rate"])]
+        row += [f"{style['prompt_tokens']:.0f}", str(style["shared_prompt_tokens"]), f"{style['new_tokens']:.0f}"]
+        row.append(f"{style['seconds_per_answer']:.2f}")
+        if repeated:
+            spread = f"{_percent(style['min'])} to {_percent(style['max'])}"
+            row += [f"{_percent(style['mean'])} ({spread})", str(len(style["runs"]))]
         rows.append(row)
-    several_columns = ["mean (least to most)", "runs"] if several else []
     n = next(iter(result["styles"].values()))["n"]
     title = f"{n:,} question{'s' * (n > 1)} of {result['task']}, {result['model']}{', in chat' * result['chat']}"
-    _table(out, [*columns, *several_columns], rows, title=title)
+    _table(out, [*columns, *(["mean (min to max)", "runs"] if repeated else [])], rows, title=title)
 
 
 def compare(out: "Console", result: Result) -> None:
-    """The table, what failed, and where all of it is."""
+    """The table, the failures, and the file that holds them."""
     from graftlm.studies.results_table import COLUMNS, failures, format_row
 
-    several = len({row["checkpoint"] for row in result["rows"] if row["checkpoint"]}) > 1
-    _table(out, COLUMNS, [format_row(row, several) for row in result["rows"]])
+    checkpoints = len({row["checkpoint"] for row in result["rows"] if row["checkpoint"]}) > 1
+    _table(out, COLUMNS, [format_row(row, checkpoints) for row in result["rows"]])
     for line in dict.fromkeys(failures(result["rows"])):
         out.print(f"failed: {line}", markup=False, soft_wrap=True)
     _facts(out, {"table": f"{result['out_dir']}/table.md"})
 
 
-def report(out: "Console", result: Result) -> None:
-    """The page, alone on its line."""
-    out.print(result["path"], markup=False, emoji=False, soft_wrap=True)
+def path(out: "Console", result: Result) -> None:
+    """The path of what was written, alone on its line."""
+    _verbatim(out, result["path"])
 
 
 def serve(out: "Console", result: Result) -> None:
-    """Where it is served, and what."""
+    """The address and the models."""
     _facts(out, {"page and API": result["url"], "models": ", ".join(result["models"]), "to stop": "Ctrl-C"})
 
 
-def account(out: "Console", result: Result) -> None:
-    """What is counted, how many, by which formula; then the shares, the times and what a paper says."""
-    each = "an example" if "units" in result else "a token"
+def estimate(out: "Console", result: Result) -> None:
+    """Every count with its formula; then fractions, times and the paper's figure."""
+    unit = "example" if "units" in result else "token"
     titles = {
         "model": f"parameters of {result['model']}",
         "trained": f"trained by {result['method']['method']}",
-        "forward": f"operations {each}, forward",
-        "training": f"operations {each}, training",
-        "bytes": "bytes held in training",
+        "forward": f"FLOPs per {unit}, forward",
+        "training": f"FLOPs per {unit}, training",
+        "bytes": "bytes of weights and optimizer state in training",
     }
     sums = {"trained": result["trainable"], "bytes": result["bytes"]["total"]}
-    if several := result.get("processes"):
-        titles |= {"each": f"bytes held by each of {several['number']} processes", "sent": "bytes each sends in a step"}
-        sums |= {"each": several["bytes"]["total"], "sent": several["sent_per_step"]["total"]}
+    if ranks := result.get("distributed"):
+        titles |= {"each": f"bytes per rank, of {ranks['world_size']} ranks", "sent": "bytes sent per rank and step"}
+        sums |= {"each": ranks["bytes"]["total"], "sent": ranks["comm_bytes_per_step"]["total"]}
     sums |= {way: counts["total"] for way, counts in result["flops_per_token"].items()}
     for name, title in titles.items():
         lines = result["formulas"][name]
         rows = [[line["what"], f"{line['count']:,}", line["formula"]] for line in lines]
         rows.append(["sum", f"{sums.get(name, sum(line['count'] for line in lines)):,}", ""])
         _table(out, ["what", "count", "formula"], rows, title=title, left=("formula",))
-    facts = {"trained": f"{_trained(result)}, {_share(result['share_of_base'], 2)} of the {result['base']:,} before"}
+    _facts(out, _cost_facts(result))
+
+
+def _cost_facts(result: Result) -> dict[str, str]:
+    base = f"{_percent(result['trainable_vs_base'], 2)} of the base's {result['base']:,}"
+    facts = {"trained": f"{_trained(result)}, {base}"}
     if "units" in result:
         facts["units"] = "{hidden:,} hidden, {hidden_and_output:,} hidden and output".format(**result["units"])
     if "tokens" in result:
         facts["text"] = f"{result['tokens']:,} tokens"
-    memory = f"{sums['bytes'] / 1e9:.3g} GB with frozen weights in {result['dtype']}, activations apart"
-    facts["memory"] = memory
-    if "gflops" in result:
+    held = result["bytes"]["total"] / 1e9
+    facts["memory"] = f"{held:.3g} GB with frozen weights in {result['dtype']}, without activations"
+    if "device_gflops" in result:
         times = " and ".join(f"{s:,.3g} s {way}" for way, s in result["seconds_per_million_tokens"].items())
-        facts["time"] = f"{times} for a million of them, at {result['gflops']:g} GFLOP/s"
+        facts["time"] = f"{times} per million, at {result['device_gflops']:g} GFLOP/s"
     if step := result.get("step"):
         facts["a step"] = f"{step['tokens']:,} tokens, {step['flops'] / 1e12:,.4g} TFLOP" + "".join(
             f", {step[f'{what}_seconds']:.3g} s {name}"
-            for what, name in (("compute", "computing"), ("link", "sending"))
+            for what, name in (("compute", "compute"), ("comm", "communication"))
             if f"{what}_seconds" in step
         )
-        kept = f"{step['activation_bytes'] / 1e9:.3g} GB"
-        facts["activations"] = f"{kept} kept for the backward pass, of {step['rows_of_each']} texts"
+        saved = f"{step['activation_bytes'] / 1e9:.3g} GB"
+        facts["activations"] = f"{saved} saved for the backward pass of {step['per_device_batch_size']} texts"
     if result.get("paper"):
         facts["paper"] = result["paper"]["note"]
-    _facts(out, facts)
+    return facts
 
 
 def export(out: "Console", result: Result) -> None:
-    """Where the folder is, what it is, and how far its model's logits lie from the run's or the adapter's."""
+    """The folder, its format, and how much its model's logits differ from the run's or the adapter's."""
     formats = {"peft": "an adapter that PEFT loads", "graft": "an adapter in graftlm's own format"}
     facts = {
         "folder": result["path"],
         "format": formats.get(result["format"], "a model that transformers loads"),
-        "proof": f"read back, the largest difference of a logit is {result['max_abs_logit_diff']:.1e}",
+        "verified": f"after reloading, the largest difference of a logit is {result['max_abs_logit_diff']:.1e}",
     }
     _facts(out, facts)
 
 
-def fetch(out: "Console", result: Result) -> None:
-    """The folder, alone on its line."""
-    out.print(result["path"], markup=False, emoji=False, soft_wrap=True)
-
-
-def _share(value: float | None, digits: int = 1) -> str:
+def _percent(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{100 * value:.{digits}f}%"
 
 
@@ -279,6 +287,6 @@ def _table(
         table.add_column(escape(name), justify="right" if number and name not in left else "left", no_wrap=True)
     for row in rows:
         table.add_row(*map(escape, row))
-    # Never cut: in a narrow window, or a log, long lines go on in the next. A console makes nothing wider than itself.
+    # Never truncated: in a narrow window, or a log, long lines wrap. A console prints nothing wider than itself.
     wide = Measurement.get(out, out.options.update(width=10_000), table).maximum
     Console(file=out.file, highlight=False, width=max(out.width, wide)).print(table, crop=False)

@@ -18,6 +18,7 @@ from graftlm import process
 from graftlm.cli import display
 from graftlm.cli.commands import COMMANDS, Command
 from graftlm.cli.parser import ParsedArgs, help_page, parse, wants_debug, wants_help
+from graftlm.config import renamed
 from graftlm.errors import DISK_FULL, DISK_IO_ERRNOS, GraftError, InputError, unknown_name_error
 
 
@@ -53,6 +54,8 @@ def _dispatch(words: list[str]) -> None:
         print(f"graft {__version__}")
     elif name.startswith("-"):
         raise InputError(f"{name}: a subcommand comes first: graft {' | '.join(COMMANDS)} (see graft --help)")
+    elif name in renamed.COMMANDS:
+        raise InputError(f"graft {name} is now graft {renamed.COMMANDS[name]}")
     elif name not in COMMANDS:
         raise unknown_name_error("subcommand", name, COMMANDS)
     elif wants_help(rest):
@@ -65,6 +68,9 @@ def _dispatch(words: list[str]) -> None:
 def _parse(name: str, words: list[str]) -> ParsedArgs:
     """The checked flags; of several processes started by torchrun only rank 0 prints what is wrong with them."""
     try:
+        for old, new in renamed.ENVIRONMENT.items():
+            if old in os.environ:
+                raise InputError(f"the environment variable {old} is now {new}: rename it, or unset it")
         if name != "train" and process.processes() > 1:
             raise InputError(f"graft {name}: only graft train runs in several processes: start it without torchrun")
         return parse(name, COMMANDS[name].config, words, COMMANDS[name].positional)

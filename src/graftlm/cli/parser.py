@@ -15,11 +15,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from graftlm.config.parsing import is_variadic, parse_value, validate_toml_value, without_none
+from graftlm.config.parsing import SECRETS, is_variadic, parse_value, read_toml_flags, without_none
+from graftlm.config.renamed import new_flag
 from graftlm.errors import InputError, did_you_mean
-
-SECRETS = frozenset({"key"})
-"""Fields whose values no error shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +62,11 @@ def parse(command: str, config: type, words: Sequence[str], positional: str = ""
     typed = vars(_build(command, config, positional).parse_args([*_joined(command, words, kinds, positional)]))
     typed = {name: tuple(value) if is_variadic(kinds[name]) else value for name, value in typed.items()}
     common = CommonFlags(**{f.name: typed.pop(f.name) for f in fields(CommonFlags) if f.name in typed})
-    recipe = _read_recipe(common.config, config) if common.config else {}
+    recipe = _read_recipe(common.config, command, config) if common.config else {}
     explicit = {**recipe, **typed}
     for f in fields(config):
         if f.default is MISSING and f.name not in explicit:
-            name = f.name.upper() if f.name == positional else f"--{f.name}"
+            name = _title(f.name) if f.name == positional else f"--{f.name}"
             raise InputError(f"graft {command} needs {name} (see graft {command} --help)")
     try:
         return ParsedArgs(config(**explicit), common, frozenset(explicit))
@@ -97,7 +95,7 @@ def _build(
 ) -> argparse.ArgumentParser:
     """The parser; `docs` is the help text by field. A flag that was not given is absent from the parsed namespace."""
     kinds = _kinds(config)
-    place = f" [{positional.upper()}]" if positional else ""
+    place = f" [{_title(positional)}]" if positional else ""
     place += "..." if positional and is_variadic(kinds[positional]) else ""
     parser = argparse.ArgumentParser(
         usage=f"graft {command}{place} [--flag value]...",
@@ -115,6 +113,11 @@ def _build(
             _add_flag(group, f, kinds[f.name], (docs or {}).get(f.name, ""))
     group.add_argument("-h", "--help", action="store_true", help="Print this page and exit.")
     return parser
+
+
+def _title(positional: str) -> str:
+    """What the usage line calls a word without dashes."""
+    return "RUN" if positional == "out_dir" else positional.upper()
 
 
 def _by_owner(config: type) -> Iterator[tuple[type, list["Field[Any]"]]]:
@@ -164,6 +167,8 @@ def _joined(command: str, words: Sequence[str], kinds: Mapping[str, Any], positi
         if name not in kinds and not equals and kinds.get(name.removeprefix("no_")) is bool:
             yield f"--{name}"
         elif name not in kinds:
+            if new := new_flag(name.removeprefix("no_"), kinds):
+                raise InputError(f"{flag} is now {new}")
             raise InputError(f"unknown flag {flag}: {did_you_mean(name, kinds, '--')}see graft {command} --help")
         elif kinds[name] is bool:
             yield f"--{name}" if not equals or parse_value(f"--{name} {value}", value, bool) else f"--no_{name}"
@@ -195,7 +200,7 @@ def _docstrings(config: type) -> dict[str, str]:
 # Recipes --------------------------------------------------------------------------------------------------------------
 
 
-def _read_recipe(file: str, config: type) -> dict[str, Any]:
+def _read_recipe(file: str, command: str, config: type) -> dict[str, Any]:
     """The values of a recipe by field; InputError names the file and the key.
 
     Tables that the config lists in TABLES are read by the subcommand itself.
@@ -212,15 +217,5 @@ def _read_recipe(file: str, config: type) -> dict[str, Any]:
         raise InputError(f"{file}: not a TOML file (it is not UTF-8 text)") from None
     except (ValueError, RecursionError) as error:  # also a number of thousands of digits, unclosed brackets
         raise InputError(f"{file}: not a TOML file: {error}") from None
-    kinds, values = get_type_hints(config), {}
-    for key, value in table.items():
-        name = key.replace("-", "_")
-        if key in getattr(config, "TABLES", ()):
-            continue
-        if name not in kinds:
-            raise InputError(
-                f"{file}: unknown key {key!r}: {did_you_mean(name, kinds, '')}keys are flags of the subcommand"
-            )
-        shown = "..." if name in SECRETS else repr(value)
-        values[name] = validate_toml_value(f"{file}: {key} = {shown}", value, kinds[name])
-    return values
+    flags = {key: value for key, value in table.items() if key not in getattr(config, "TABLES", ())}
+    return read_toml_flags(file, flags, get_type_hints(config), command)

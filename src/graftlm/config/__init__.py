@@ -1,37 +1,52 @@
-"""What a user can set: one frozen dataclass a verb, one documented field a flag.
+"""What a user can set: one frozen dataclass per subcommand, one documented field per flag.
 
-The string under a field is its help text on the command line and its entry in the reference.
-A default of None means "decided by the method or the run"; `run.json` records what was decided.
-A file for each room of verbs; import the names from here. No torch here: `graft --help` must answer at once.
+The docstring below a field is its help text on the command line and its entry in the reference. A default of None means
+that the method or the run decides; `run.json` records the decision. Import the names from here. This package does not
+import torch, so that `graft --help` answers at once.
 """
 
-from graftlm.config.common import Checkpoint, DemoSelection, Device, Dtype, LossType, MethodFlags, RayFlags, Style
-from graftlm.config.exchange import ExportConfig, FetchConfig, ImportConfig
-from graftlm.config.inference import EvaluateConfig, GenerateConfig, PreferConfig, PromptConfig
-from graftlm.config.serving import ServeConfig, check_key
-from graftlm.config.studies import AccountConfig, CompareConfig, ReportConfig
+from graftlm.config.common import (
+    Checkpoint,
+    DemoSelection,
+    Device,
+    Dtype,
+    LossType,
+    MethodFlags,
+    Mode,
+    RayFlags,
+    SamplingFlags,
+    Style,
+    parse_columns,
+)
+from graftlm.config.exchange import DownloadConfig, ExportConfig, ImportConfig
+from graftlm.config.inference import EvaluateConfig, GenerateConfig, PairsConfig, PromptConfig
+from graftlm.config.serving import ServeConfig, check_api_key
+from graftlm.config.studies import CompareConfig, EstimateConfig, ReportConfig
 from graftlm.config.training import TrainConfig
 
 __all__ = [
-    "AccountConfig",
     "Checkpoint",
     "CompareConfig",
     "DemoSelection",
     "Device",
+    "DownloadConfig",
     "Dtype",
+    "EstimateConfig",
     "EvaluateConfig",
     "ExportConfig",
-    "FetchConfig",
     "GenerateConfig",
     "ImportConfig",
     "LossType",
     "MethodFlags",
-    "PreferConfig",
+    "Mode",
+    "PairsConfig",
     "PromptConfig",
     "RayFlags",
     "ReportConfig",
+    "SamplingFlags",
     "ServeConfig",
     "Style",
     "TrainConfig",
-    "check_key",
+    "check_api_key",
+    "parse_columns",
 ]

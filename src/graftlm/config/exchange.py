@@ -1,4 +1,4 @@
-"""Settings of the verbs that bring folders in and out: export, import and fetch."""
+"""Flags of the subcommands that bring folders in and out: export, import and download."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,18 +9,18 @@ from graftlm.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Write a run as a folder that PEFT or transformers loads, and prove that it is the same model."""
+    """Write a run as a folder that PEFT or transformers loads, and verify that it is the same model."""
 
     out_dir: str = "graft-run"
     """The run folder to export."""
     to: str = ""
     """The folder to create; it must not exist, or be empty. Must be given."""
     merged: bool = False
-    """Write a whole model, the update merged into its weights, rather than the adapter alone."""
+    """Write a whole model with the update merged into its weights, instead of only the adapter."""
     checkpoint: Checkpoint = "best"
     """Which checkpoint of the run."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number format of the written weights of a whole model; an adapter's are always float32."""
+    """Data type of the weights of a whole model; an adapter's are always float32."""
 
     def __post_init__(self) -> None:
         require(bool(self.out_dir.strip()), "out_dir", repr(self.out_dir), "a folder's name")
@@ -30,18 +30,18 @@ class ExportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ImportConfig:
-    """Make a run folder of an adapter's folder, PEFT's or our own, and prove that it is the same model."""
+    """Make a run folder from an adapter folder, PEFT's or graftlm's, and verify that it is the same model."""
 
     folder: str
-    """The adapter's folder."""
+    """The adapter folder."""
     out_dir: str = "graft-run"
     """The run folder to create; it must not exist, or be empty."""
     init_from: str = ""
-    """The base model: a built-in name, a hub id, a local folder or a .gguf file. Default: what the adapter names."""
+    """The base model: a built-in name, a hub id, a local folder or a .gguf file. Default: the one the adapter names."""
     template: str = "sentiment"
-    """The prompt the adapter was trained with: a built-in name, a file, or a string with {text} in it."""
+    """The prompt template the adapter was trained with: a built-in name, a file, or a string with {text} in it."""
     labels: str = "negative,positive"
-    """The label words, by label number."""
+    """The label words, comma-separated, in the order of the label numbers."""
 
     def __post_init__(self) -> None:
         for flag in ("folder", "out_dir"):
@@ -49,8 +49,8 @@ class ImportConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FetchConfig:
-    """Fetch a model or a data set and print its local folder."""
+class DownloadConfig:
+    """Download a model or a data set and print its local folder."""
 
     name: str
-    """A model's or a data set's name."""
+    """The name of a model or a data set."""

@@ -5,10 +5,15 @@ and sweeps use these checks.
 """
 
 import math
+from collections.abc import Mapping
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from graftlm.errors import InputError
+from graftlm.config.renamed import new_flag
+from graftlm.errors import InputError, did_you_mean
+
+SECRETS = frozenset({"api_key"})
+"""Fields whose values no error shows."""
 
 
 def without_none(kind: Any) -> tuple[Any, bool]:
@@ -22,6 +27,25 @@ def without_none(kind: Any) -> tuple[Any, bool]:
 def is_variadic(kind: Any) -> bool:
     """Whether a field's type is tuple[str, ...]: any number of texts."""
     return get_origin(kind) is tuple
+
+
+def read_toml_flags(where: str, table: Mapping[str, Any], kinds: Mapping[str, Any], command: str) -> dict[str, Any]:
+    """The values of a TOML table by field; raises an InputError that begins with `where`.
+
+    kinds: type by field. command: the subcommand whose flags the keys are.
+    """
+    values = {}
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        if name not in kinds:
+            if new := new_flag(name, kinds):
+                raise InputError(f"{where}: {key} is now {new.removeprefix('--')}")
+            raise InputError(
+                f"{where}: unknown key {key!r}: {did_you_mean(name, kinds, '')}keys are flags of graft {command}"
+            )
+        shown = "..." if name in SECRETS else repr(value)
+        values[name] = validate_toml_value(f"{where}: {key} = {shown}", value, kinds[name])
+    return values
 
 
 def validate_toml_value(where: str, value: Any, kind: Any) -> Any:

@@ -1,60 +1,59 @@
-"""Settings of the verbs that look at several runs or at none: compare, report and account."""
+"""Flags of the subcommands about several runs or none: compare, report and estimate."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from graftlm.config.common import MethodFlags, RayFlags, require
+from graftlm.config.common import MethodFlags, Mode, RayFlags, require
 from graftlm.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig(RayFlags):
-    """Train and measure many settings under one budget; makes one table."""
+    """Train and evaluate a sweep of settings under one budget; makes one table."""
 
     TABLES: ClassVar[tuple[str, ...]] = ("train", "grid", "rows")
 
     out_dir: str = "graft-compare"
-    """The folder that holds the runs and the table. Given again, what is done there is not done again."""
+    """The folder of the runs and the table. If given again, finished runs are not repeated."""
     budget_steps: int | None = None
-    """Optimiser steps of each run."""
+    """Optimizer steps of each run."""
     budget_seconds: float | None = None
-    """Seconds of optimiser steps of each run, as --plan sees this machine before the run's start."""
+    """Training seconds of each run, as --plan predicts them on this machine before the run."""
     budget_tflop: float | None = None
-    """Needed work of each run in the layers' matrices, 10^12 operations, as --plan counts it."""
+    """Model FLOPs of each run, in 10^12 operations, as --plan counts them."""
     checkpoint: Literal["best", "last", "both"] = "best"
-    """Which checkpoints are measured on the test split."""
-    read: Literal["both", "score", "generate"] = "score"
-    """How an answer is read: by the labels' scores, in the generated text, or both."""
+    """Which checkpoints are evaluated on the test split."""
+    mode: Mode = "score"
+    """How the model answers: score (the most likely label word), generate (the label word in its generated text), or
+    both."""
     limit: int = 0
-    """Measure on so many examples of the test split only (a fixed, label-blind sample); 0 means all."""
+    """Evaluate on only this many test examples (a fixed sample, drawn without looking at labels); 0: all."""
     jobs: int | None = None
-    """Runs at the same time, each a process; the processor's cores are divided between them. Default: 1, and with --ray
-    as many as the cluster has room for."""
+    """Runs at the same time, each a process; they share the CPU cores. Default: 1; with --ray as many as fit."""
     init_from: str = ""
-    """The base model of all rows, whatever the sweep says."""
+    """The base model of all rows; overrides the sweep."""
     device: str = ""
-    """Where all rows compute, whatever the sweep says."""
+    """Where all rows compute; overrides the sweep."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(bool(self.out_dir.strip()), "out_dir", repr(self.out_dir), "a folder's name")
-        budgets = {f: v for f in ("steps", "seconds", "tflop") if (v := getattr(self, f"budget_{f}")) is not None}
-        for unit, value in budgets.items():
-            require(value > 0, f"budget_{unit}", value, "greater than 0")
+        budgets = [f for f in ("budget_steps", "budget_seconds", "budget_tflop") if getattr(self, f) is not None]
+        self.require_positive(*budgets)
         if len(budgets) > 1:
-            raise InputError(f"--budget_{' and --budget_'.join(budgets)}: one budget holds for all; give one of them")
-        require(self.limit >= 0, "limit", self.limit, "0 or more")
-        require(self.jobs is None or self.jobs >= 1, "jobs", self.jobs, "1 or more")
+            raise InputError(f"--{' and --'.join(budgets)}: all runs have one budget; give one of them")
+        self.require_at_least(0, "limit")
+        self.require_at_least(1, "jobs")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """Show runs beside each other on one page of HTML: curves, tables, where they disagree; needs no network."""
+    """Show runs on one self-contained HTML page: curves, tables, disagreements."""
 
     folders: tuple[str, ...]
     """Run folders, and folders of graft compare, which stand for all their runs."""
     out: str = "report.html"
-    """The page to write; a file of that name is replaced."""
+    """The page to write; an existing file is replaced."""
     title: str = "graft report"
     """The page's title."""
 
@@ -65,33 +64,32 @@ class ReportConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AccountConfig(MethodFlags):
-    """Count a method's parameters, work and memory by formula; no weights are loaded."""
+class EstimateConfig(MethodFlags):
+    """Compute a method's parameters, FLOPs and memory by formula; loads no weights."""
 
-    ffn: str = ""
-    """Instead of a model a plain feed-forward net with biases: the widths of its layers, the input's first, as in
-    1024,512,1. --method is then full (the default), bitfit or adapter (behind every layer)."""
+    mlp_widths: str = ""
+    """Instead of a language model a plain MLP with biases: its layer widths from input to output, as in 1024,512,1.
+    --method is then full (the default), bitfit or adapter (after every layer)."""
     max_length: int | None = None
-    """Tokens of a text, on which attention's own products depend. Default: all that the model reads."""
+    """Tokens per text, which the attention products depend on. Default: the model's context length."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Number format of the frozen weights; trained weights are kept in float32."""
-    gflops: float | None = None
-    """Predict times at this speed, in 10^9 operations a second. Default: no prediction, as no speed is known."""
+    """Data type of the frozen weights; trained weights are float32."""
+    device_gflops: float | None = None
+    """Predict times at this speed, in 10^9 operations per second. Default: no prediction."""
     batch_size: int | None = None
-    """Texts of one step, in all processes together: adds what a step computes and what it keeps for the way back."""
-    processes: int = 1
-    """Processes of one run (torchrun): adds what each of them holds and sends."""
+    """Also report FLOPs per step and activation memory, for this many texts per step over all ranks."""
+    world_size: int = 1
+    """Number of ranks of one run (torchrun); also report the memory and communication of each."""
     shard: bool = False
-    """Cut the frozen weights over the processes, too; what full fine-tuning trains always is."""
-    link_gbs: float | None = None
-    """What a process sends in a second, in 10^9 bytes: with --gflops and --batch_size adds the seconds of a step."""
+    """Shard the frozen weights across ranks. The weights of full fine-tuning are always sharded."""
+    bandwidth_gbs: float | None = None
+    """What a rank sends per second, in 10^9 bytes; with --device_gflops and --batch_size also report a step's
+    seconds."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for flag in ("max_length", "gflops", "batch_size", "link_gbs"):
-            value = getattr(self, flag)
-            require(value is None or value > 0, flag, value, "greater than 0")
-        require(self.processes > 0, "processes", self.processes, "greater than 0")
-        if self.processes == 1 and (self.shard or self.link_gbs is not None):
-            flag = "shard" if self.shard else "link_gbs"
-            raise InputError(f"--{flag}: add --processes N, as one process has nobody to share with")
+        self.require_positive("max_length", "device_gflops", "batch_size", "bandwidth_gbs", "world_size")
+        if self.world_size == 1 and self.shard:
+            raise InputError("--shard needs --world_size N with N > 1")
+        if self.world_size == 1 and self.bandwidth_gbs is not None:
+            raise InputError("--bandwidth_gbs needs --world_size N with N > 1")

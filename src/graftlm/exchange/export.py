@@ -61,7 +61,7 @@ def export(config: ExportConfig, say: Callable[[str], object] = lambda line: Non
         del loaded  # there may be room for one model only
         found = logits(_read_back(folder, base, whole), prompts)
         proof = verify(expected, found, config.dtype, prompts.source, f"export of {run_dir}")
-        about = {"format": kind, **_about(config, run), "proof": proof.to_json()}
+        about = {"format": kind, **_about(config, run), "verification": proof.to_json()}
         write_json(folder / ABOUT, about)
         if whole:
             write_text(folder / CARD, card(target.resolve().name, about))
@@ -87,7 +87,7 @@ def _about(config: ExportConfig, run: dict[str, Any]) -> dict[str, Any]:
         "data": {key: run["data"].get(key) for key in ("name", "fingerprint")},
         "template": run["template"],
         "checkpoint": f"{config.checkpoint}, {at}",
-        "score": (run.get("results") or {}).get(config.checkpoint),
+        "val_metrics": (run.get("results") or {}).get(config.checkpoint),
         "dtype": config.dtype,
         "graftlm": version("graftlm"),
         "date": date.today().isoformat(),

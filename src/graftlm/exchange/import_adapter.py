@@ -80,7 +80,7 @@ def import_adapter(config: ImportConfig, say: Callable[[str], object] = lambda l
         say(f"comparing logits on {prompts.source}")
         found = logits(load("resume", folder, device="cpu", dtype="float32").model, prompts)
         proof = verify(expected, found, "float32", prompts.source, f"import of {source}")
-        write_json(folder / "run.json", {**run, "imported": {**imported, "proof": proof.to_json()}})
+        write_json(folder / "run.json", {**run, "imported": {**imported, "verification": proof.to_json()}})
     return {"path": str(out_dir), "max_abs_logit_diff": proof.max_abs_logit_diff, "format": kind}
 
 

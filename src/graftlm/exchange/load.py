@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graftlm.config.renamed import upgrade_run
 from graftlm.errors import InputError
 from graftlm.exchange.adapters import read_adapter
 from graftlm.exchange.device import pick_device, pick_dtype
@@ -97,7 +98,7 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     run = read_json(run_dir / "run.json")
     if not isinstance(run, dict) or not {"config", "method", "base", "data", "template"} <= run.keys():
         raise InputError(f"{run_dir / 'run.json'}: is no record of a run; restore it, or train again in another folder")
-    return run
+    return upgrade_run(run)
 
 
 def resolve_path(name: str) -> str:

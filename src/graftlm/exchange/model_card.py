@@ -41,7 +41,7 @@ It was trained on prompts of this form, behind which {labels} followed:
 
 def card(title: str, about: dict[str, Any]) -> str:
     """The page of an exported model; `about` is what its export.json holds."""
-    base, data, proof = about["base"], about["data"], about["proof"]
+    base, data, proof = about["base"], about["data"], about["verification"]
     on_hub = HUB_NAME.fullmatch(base["name"]) is not None and "/" in base["name"]
     shown = base["name"] if on_hub else Path(base["name"]).name  # a local path tells of the machine, not the base
     method = dict(about["method"])
@@ -55,9 +55,9 @@ def card(title: str, about: dict[str, Any]) -> str:
         "checkpoint": _checkpoint(about),
         "number format": about["dtype"],
         "made with": f"graftlm {about['graftlm']}, {about['date']}",
-        "proof": f"loaded back from these files, the largest difference of a logit from the adapted base is "
+        "verification": f"loaded back from these files, the largest difference of a logit from the adapted base is "
         f"{proof['max_abs_logit_diff']:.1e} ({proof['tolerance']:.1e} is accepted; the largest logit is "
-        f"{proof['largest_logit']:.0f}), on {proof['prompts']}",
+        f"{proof['max_abs_logit']:.0f}), on {proof['prompts']}",
     }
     return CARD.format(
         base_model=f"base_model: {base['name'].partition('@')[0]}\n" if on_hub else "",
@@ -75,7 +75,7 @@ def _value(value: Any) -> str:
 
 
 def _checkpoint(about: dict[str, Any]) -> str:
-    score = about["score"]
+    score = about["val_metrics"]
     if not score:
         return about["checkpoint"]
     accuracy = "" if score.get("val_accuracy") is None else f", accuracy {score['val_accuracy']:.4f}"

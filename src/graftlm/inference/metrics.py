@@ -59,13 +59,13 @@ def macro_f1(table: Sequence[Sequence[int]]) -> float:
 class Metrics:
     """What one way of reading answers gives on N labelled examples."""
 
-    read: str
+    mode: str
     """"score" or "generate"."""
     n: int
     accuracy: float
     """Right over n; garbage is wrong."""
-    low: float
-    high: float
+    ci_low: float
+    ci_high: float
     """The 95% Wilson interval of the accuracy."""
     garbage_rate: float
     """The share of answers that name no label; 0 when reading by score."""
@@ -89,7 +89,7 @@ class Metrics:
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the single predictions, under cli.md's keys."""
-        keys = ("n", "accuracy", "low", "high", "read", "garbage_rate", "macro_f1", "confusion", "examples_per_s")
+        keys = ("n", "accuracy", "ci_low", "ci_high", "mode", "garbage_rate", "macro_f1", "confusion", "examples_per_s")
         return {key: getattr(self, key) for key in keys}
 
 

@@ -1,4 +1,4 @@
-"""`graft prefer`: sample answers from a model, judge them, and write pairs of a better and a worse one.
+"""`graft pairs`: sample answers from a model, judge them, and write pairs of a better and a worse one.
 
     prompt -> n answers, sampled -> a reward each, by a classifier or a command -> prompt, chosen, rejected
 
@@ -8,8 +8,8 @@ What is unusual here:
   others (a model can spell a word in two ways); how many are is counted.
 - An answer that was cut at --max_new_tokens was not followed by an end-of-text token, and to learn one there would
   teach the model to stop in the middle of a sentence. So every row says of its two answers whether they ended by
-  themselves ("ended"), and training puts the token behind those alone.
-- Rewards that are equal, or nearer than --margin, make no pair, and neither do equal answers.
+  themselves ("finished"), and training puts the token behind those alone.
+- Rewards that are equal, or nearer than --min_margin, make no pair, and neither do equal answers.
 - Nothing is written before all is judged; the file is there whole or not at all.
 
 Bradley and Terry (1952) is the model behind pairs; the use for language models here is that of Rafailov et al. (2023),
@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from graftlm.config import PreferConfig
+from graftlm.config import PairsConfig, parse_columns
 from graftlm.errors import GraftError, InputError, unknown_name_error
 from graftlm.exchange.load import load
 from graftlm.files.atomic import write_text
@@ -137,14 +137,14 @@ def classifier_reward(
 
 
 def resolve_label(template: Template, want: str) -> int:
-    """The number of the label that `--want` names by word or number; the last one when it is empty."""
+    """The number of the label that `--target_label` names by word or number; the last one when it is empty."""
     if not want:
         return len(template.labels) - 1
     number = template.label_number(want)
     if number is None and want.isdecimal() and int(want) < len(template.labels):
         number = int(want)
     if number is None:
-        raise unknown_name_error("--want", want, template.labels)
+        raise unknown_name_error("--target_label", want, template.labels)
     return number
 
 
@@ -157,16 +157,16 @@ def command_reward(line: str) -> Judge:
     try:
         words = shlex.split(line)
     except ValueError as error:
-        raise InputError(f"--judge_command {line}: {str(error).lower()}; quote it as a shell would want it") from None
+        raise InputError(f"--reward_command {line}: {str(error).lower()}; quote it as a shell would want it") from None
     if not words or shutil.which(words[0]) is None:
-        raise InputError(f"--judge_command {line}: no such program {(words or [''])[0]!r}; check the name or its path")
+        raise InputError(f"--reward_command {line}: no such program {(words or [''])[0]!r}; check the name or its path")
 
     def reward(pairs: Sequence[tuple[str, str]], progress: ProgressCallback) -> list[float]:
         lines = [json.dumps({"prompt": prompt, "answer": answer}) + "\n" for prompt, answer in pairs]
         try:
             done = subprocess.run(words, input="".join(lines).encode(), capture_output=True, check=False)
         except OSError as error:  # a file that may be executed, and is no program
-            raise InputError(f"--judge_command {line}: cannot be run: {error.strerror}") from None
+            raise InputError(f"--reward_command {line}: cannot be run: {error.strerror}") from None
         rewards = _numbers(line, done, len(pairs))
         progress(len(pairs))
         return rewards
@@ -178,12 +178,12 @@ def _numbers(line: str, done: "subprocess.CompletedProcess[bytes]", wanted: int)
     """The numbers that a judging program has printed, one a line."""
     if done.returncode != 0:
         said = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-        raise InputError(f"--judge_command {line}: ended with status {done.returncode}{': ' * bool(said)}{said[:200]}")
+        raise InputError(f"--reward_command {line}: ended with status {done.returncode}{': ' * bool(said)}{said[:200]}")
     printed = done.stdout.decode(errors="replace").removesuffix("\n")
     lines = printed.split("\n") if printed else []
     if len(lines) != wanted:
         raise InputError(
-            f"--judge_command {line}: printed {len(lines)} lines for {wanted} answers: one number a line is wanted"
+            f"--reward_command {line}: printed {len(lines)} lines for {wanted} answers: one number a line is wanted"
         )
     rewards = []
     for number, text in enumerate(lines, start=1):
@@ -192,7 +192,7 @@ def _numbers(line: str, done: "subprocess.CompletedProcess[bytes]", wanted: int)
         except ValueError:
             reward = math.nan
         if not math.isfinite(reward):
-            raise InputError(f"--judge_command {line}: line {number} is {text.strip()[:60]!r}, not a finite number")
+            raise InputError(f"--reward_command {line}: line {number} is {text.strip()[:60]!r}, not a finite number")
         rewards.append(reward)
     return rewards
 
@@ -205,7 +205,7 @@ class Pairs:
     """What came of all answers: the rows to write, and how many were refused for which reason."""
 
     rows: list[dict[str, Any]]
-    """prompt, chosen, rejected, reward_chosen, reward_rejected, ended [of chosen, of rejected]."""
+    """prompt, chosen, rejected, reward_chosen, reward_rejected, finished [of chosen, of rejected]."""
     ties: int = 0
     """Pairs of answers with the same reward, or rewards nearer than the margin."""
     duplicates: int = 0
@@ -248,7 +248,7 @@ def make_pairs(
                     "rejected": rejected.text,
                     "reward_chosen": high,
                     "reward_rejected": low,
-                    "ended": [chosen.finished, rejected.finished],
+                    "finished": [chosen.finished, rejected.finished],
                 }
             )
     return made
@@ -277,8 +277,8 @@ def _unseen(what: str, total: int) -> Iterator[ProgressCallback]:
     yield lambda done: None
 
 
-def prefer(
-    config: PreferConfig,
+def make_preferences(
+    config: PairsConfig,
     say: Callable[[str], object] = lambda line: None,
     progress: Callable[[str, int], AbstractContextManager[ProgressCallback]] = _unseen,
 ) -> dict[str, Any]:
@@ -298,12 +298,12 @@ def prefer(
     judge = _judge(config)
     prompts = [row.text for row in rows]
     _check_room(rows, loaded.tokenizer, loaded.model.max_seq_len)
-    with progress("sample", len(rows) * config.n) as done:
+    with progress("sample", len(rows) * config.num_samples) as done:
         answers = sample_answers(
             loaded.model,
             loaded.tokenizer,
             prompts,
-            n=config.n,
+            n=config.num_samples,
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             top_k=config.top_k,
@@ -313,32 +313,33 @@ def prefer(
             progress=done,
         )
     rewards = _judged(judge, prompts, answers, progress)
-    made = make_pairs(prompts, answers, rewards, margin=config.margin, pairs=config.pairs)
+    made = make_pairs(prompts, answers, rewards, margin=config.min_margin, pairs=config.pairing)
     if not made.rows:
         raise GraftError(
-            f"no pairs came of {len(prompts) * config.n} answers to {len(prompts)} prompts ({made.empty} empty, "
-            f"{made.duplicates} equal to another, {made.ties} ties): raise --n or --temperature, or lower --margin"
+            f"no pairs came of {len(prompts) * config.num_samples} answers to {len(prompts)} prompts ({made.empty} "
+            f"empty, {made.duplicates} equal to another, {made.ties} ties): raise --num_samples or --temperature, or "
+            "lower --min_margin"
         )
     write_text(out, "".join(json.dumps(row) + "\n" for row in made.rows))
     counted = [value for values in rewards for value in values if not math.isnan(value)]
     return {
         "pairs": len(made.rows),
         "prompts": len(prompts),
-        "answers": len(prompts) * config.n,
+        "answers": len(prompts) * config.num_samples,
         "ties": made.ties,
         "duplicates": made.duplicates,
         "empty": made.empty,
-        "cut": made.truncated,
-        "retokenised": made.retokenized,
+        "truncated": made.truncated,
+        "retokenized": made.retokenized,
         "mean_reward": sum(counted) / len(counted),
         "seconds": time.perf_counter() - start,
         "out": str(out),
     }
 
 
-def _prompts(config: PreferConfig, say: Callable[[str], object]) -> list[Document]:
+def _prompts(config: PairsConfig, say: Callable[[str], object]) -> list[Document]:
     """The prompts to answer, each once, without space at their ends; at most --limit."""
-    rows = load_prompts(config.prompts, config.split, config.opening, config.text_field)
+    rows = load_prompts(config.prompts, config.split, config.prompt_words, parse_columns(config.columns))
     once: dict[str, Document] = {}
     for row in rows:
         once.setdefault(row.text, row)
@@ -347,12 +348,12 @@ def _prompts(config: PreferConfig, say: Callable[[str], object]) -> list[Documen
     return subset(list(once.values()), config.limit)
 
 
-def _judge(config: PreferConfig) -> Judge:
-    if config.judge_command:
-        return command_reward(config.judge_command)
-    judge = load("resume", config.judge, "best", config.device, config.dtype)
+def _judge(config: PairsConfig) -> Judge:
+    if config.reward_command:
+        return command_reward(config.reward_command)
+    judge = load("resume", config.reward_model, "best", config.device, config.dtype)
     assert judge.template is not None, "a run has a template"
-    return classifier_reward(judge.model, judge.tokenizer, judge.template, config.want, config.batch_size)
+    return classifier_reward(judge.model, judge.tokenizer, judge.template, config.target_label, config.batch_size)
 
 
 def _check_room(rows: Sequence[Document], tokenizer: Tokenizer, room: int) -> None:

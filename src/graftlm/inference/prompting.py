@@ -117,7 +117,7 @@ class QuestionResult:
     """The right one."""
     prediction: str | None
     """The one that was read; None where the text has none."""
-    right: bool
+    correct: bool
     prompt: str
     texts: list[str]
     """What the model wrote, a text for each sample; where labels were scored, the likeliest."""
@@ -143,8 +143,8 @@ class PromptingConfig:
     """How questions are asked; `PromptConfig` explains the fields."""
 
     shots: int = 8
-    choose: DemoSelection = "fixed"
-    samples: int = 1
+    demo_selection: DemoSelection = "fixed"
+    num_samples: int = 1
     temperature: float = 0.0
     max_new_tokens: int | None = None
     calibrate: bool = False
@@ -209,7 +209,7 @@ def _demonstrations(
         [normalize_answer(demo.answer) for demo in pool],
         [problem.question for problem in problems],
         shots=how.shots,
-        how=how.choose,
+        how=how.demo_selection,
         seed=seed,
         embed=embed,
     )
@@ -328,7 +328,7 @@ def _written(
     progress: ProgressCallback | None,
 ) -> tuple[list[list[str]], list[list[str | None]], int, int]:
     """Texts and the answers read in them, [N][S] each, and the tokens of all prompts and of all new text."""
-    each = range(how.samples)
+    each = range(how.num_samples)
     rows, owners = [row for row in ids for _ in each], [prompt for prompt in asked for _ in each]
     stops = writer.stops(asked[0])
     new = generate_ids(
@@ -358,7 +358,7 @@ def _written(
         said = [task.first(text) for text in texts]
 
     def grouped(things: Sequence[Any]) -> list[list[Any]]:
-        return [list(things[n : n + how.samples]) for n in range(0, len(things), how.samples)]
+        return [list(things[n : n + how.num_samples]) for n in range(0, len(things), how.num_samples)]
 
     return grouped(texts), grouped(said), prompt_tokens, new_tokens
 

@@ -2,7 +2,7 @@
 
 What is unusual here: nobody lists the methods. Each file of this folder is imported, and every subclass of `Method`
 with a name is one: `METHODS`. What its fields are is what it can be told: by the flags that it names in `flags`, or,
-where a field has no flag, by --settings.
+where a field has no flag, by --method_args.
 """
 
 from collections.abc import Iterator, Set
@@ -70,7 +70,7 @@ def method_from_flags(config: MethodFlags, given: Set[str]) -> Method:
     values = {field: value for field, value in values.items() if value is not None}
     if "targets" in values:
         values["targets"] = tuple(dict.fromkeys(t.strip() for t in values["targets"].split(",") if t.strip()))
-    return kind(**values, **_settings(config.settings, kind))
+    return kind(**values, **_settings(config.method_args, kind))
 
 
 def describe(name: str) -> str:
@@ -80,7 +80,7 @@ def describe(name: str) -> str:
     kind = METHODS[name]
     defaults = {f.name: f.default for f in fields(kind)}
     shown = {f"--{flag}": defaults[field] for flag, field in kind.flags.items()}
-    shown |= {f"--settings {field}=": defaults[field] for field in _settings_types(kind)}
+    shown |= {f"--method_args {field}=": defaults[field] for field in _settings_types(kind)}
     shown = {flag: ",".join(value) if isinstance(value, tuple) else value for flag, value in shown.items()}
     lines = [f"  {flag} {value}".replace("= ", "=").rstrip() for flag, value in shown.items()]
     summary = (kind.__doc__ or "").partition("\n")[0]
@@ -88,22 +88,22 @@ def describe(name: str) -> str:
 
 
 def _settings_types(kind: type[Method]) -> dict[str, Any]:
-    """The fields that --settings can set, with their types: those that have no flag and are one plain value."""
+    """The fields that --method_args can set, with their types: those that have no flag and are one plain value."""
     hints, flagged = get_type_hints(kind), {"layers", *kind.flags.values()}
     types = {f.name: hints[f.name] for f in fields(kind) if f.name not in flagged}
     return {name: t for name, t in types.items() if get_origin(t) is not tuple}
 
 
 def _settings(text: str, kind: type[Method]) -> dict[str, Any]:
-    """The fields that --settings gives: those that have no flag, and are one plain value."""
+    """The fields that --method_args gives: those that have no flag, and are one plain value."""
     types = _settings_types(kind)
     found: dict[str, Any] = {}
     for part in filter(None, map(str.strip, text.split(","))):
         name, equals, value = part.partition("=")
         if not equals or name not in types:
             known = f"its settings are {', '.join(types)}" if types else "has no settings but its flags"
-            raise InputError(f"--settings {part}: must be name=value, and --method {kind.name}: {known}")
-        found[name] = parse_value(f"--settings {part}", value, types[name])
+            raise InputError(f"--method_args {part}: must be name=value, and --method {kind.name}: {known}")
+        found[name] = parse_value(f"--method_args {part}", value, types[name])
     return found
 
 

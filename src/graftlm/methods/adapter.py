@@ -64,12 +64,12 @@ class Adapter(Method):
 
     name: ClassVar[str] = "adapter"
     default_lr: ClassVar[float] = 5e-4
-    flags: ClassVar[Mapping[str, str]] = {"rank": "rank", "placement": "placement"}
+    flags: ClassVar[Mapping[str, str]] = {"rank": "rank", "adapter_placement": "placement"}
     mergeable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.placement not in PLACEMENTS:
-            raise unknown_name_error("--placement", self.placement, PLACEMENTS)
+            raise unknown_name_error("--adapter_placement", self.placement, PLACEMENTS)
         if self.rank < 1:
             raise InputError(f"--rank {self.rank}: an adapter's bottleneck has 1 or more units")
 

@@ -1,7 +1,7 @@
 """How many parameters and how much needed work, in closed form from the shape alone; nothing is loaded.
 
 What is unusual here: a count is a `Line` that carries its formula, in letters and again in this model's numbers, so
-that what `graft account` shows is what was computed.
+that what `graft estimate` shows is what was computed.
 
 Letters: L layers, d model width, V vocabulary, C context, H heads, D width of a head, T tokens of a text, n positions
 that stand before it.
@@ -218,20 +218,20 @@ def memory(trained: int, everything: int, item: int) -> dict[str, CostItem]:
 
 
 def memory_of_each(
-    shape: ModelConfig, trained: int, everything: int, item: int, processes: int, cut: str
+    shape: ModelConfig, trained: int, everything: int, item: int, processes: int, sharding: str
 ) -> dict[str, CostItem]:
     """Bytes that each of n processes holds (`training/distributed.py`); of what is cut, its n-th part.
 
     Args:
-        cut: "nothing" (each holds the model), "frozen" (frozen weights are cut, what is trained is not) or "all".
+        sharding: "none" (each rank holds the model), "frozen" (only frozen weights are sharded) or "full".
 
     Of what is cut a block's weights are whole while it computes, and the next one's are on their way, in the format of
     the arithmetic; what is outside of blocks is whole until the backward pass is done, as it is kept.
     """
     whole = memory(trained, everything, item)
-    if cut == "nothing":
+    if sharding == "none":
         return whole
-    shared = {"frozen"} if cut == "frozen" else set(whole)
+    shared = {"frozen"} if sharding == "frozen" else set(whole)
     held = {
         name: CostItem(
             line.description, -(-line.count // processes), f"({line.formula.partition(' = ')[0]}) / {processes}"
@@ -240,7 +240,7 @@ def memory_of_each(
         else line
         for name, line in whole.items()
     }
-    block, outside, kept = block_parameters(shape), _outside(shape), item if cut == "frozen" else 4
+    block, outside, kept = block_parameters(shape), _outside(shape), item if sharding == "frozen" else 4
     formula = format_formula(f"{item} 2 b + {kept} e", b=block, e=outside)
     return {**held, "gathered": CostItem("weights whole for a while", item * 2 * block + kept * outside, formula)}
 
@@ -250,7 +250,7 @@ def _outside(shape: ModelConfig) -> int:
     return parameters(shape) - shape.num_layers * block_parameters(shape)
 
 
-def sent_by_each(shape: ModelConfig, trained: int, item: int, processes: int, cut: str) -> dict[str, CostItem]:
+def sent_by_each(shape: ModelConfig, trained: int, item: int, processes: int, sharding: str) -> dict[str, CostItem]:
     """Bytes that each of n processes sends in a step of one pass.
 
     Gradients once; of cut weights those of blocks twice, for the way forth and the way back, the others once. Rings: a
@@ -263,13 +263,13 @@ def sent_by_each(shape: ModelConfig, trained: int, item: int, processes: int, cu
         return CostItem(what, size * (processes - 1) // processes, format_formula(f"{formula} (n - 1) / n", **letters))
 
     sums = line("gradients, added up", 8 * trained, "8 t")
-    if cut == "nothing":
+    if sharding == "none":
         return {"gradients": sums}
-    kept = item if cut == "frozen" else 4
+    kept = item if sharding == "frozen" else 4
     weights = line("weights, gathered", 2 * item * blocks + kept * outside, f"({2 * item} b + {kept} e)")
     return {
         "weights": weights,
-        "gradients": sums if cut == "frozen" else line("gradients, scattered", 4 * trained, "4 t"),
+        "gradients": sums if sharding == "frozen" else line("gradients, scattered", 4 * trained, "4 t"),
     }
 
 

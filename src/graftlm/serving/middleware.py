@@ -132,7 +132,7 @@ class TrustedHosts:
         """Raises APIError for the Host header of another name, and for the Origin of another site's page."""
         name = _netloc(f"//{host}", "hostname").rstrip(".")
         if not (is_loopback(name) or name in self._names or (self._any_address and _is_address(name))):
-            message = f"this server is not called {name[:100]!r}: add it with graft serve --allow_hosts"
+            message = f"this server is not called {name[:100]!r}: add it with graft serve --allowed_hosts"
             raise APIError(403, message, code="host_not_allowed")
         if origin is not None and _netloc(origin, "netloc") != host.lower():
             raise APIError(403, "pages of other sites may not use this server", code="origin_not_allowed")

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from graftlm.config import ServeConfig, TrainConfig, check_key
+from graftlm.config import ServeConfig, TrainConfig, check_api_key
 from graftlm.errors import InputError, Interrupted
 
 try:
@@ -36,7 +36,7 @@ from graftlm.exchange.load import Loaded, load, read_run, resolve_path
 from graftlm.inference.engine import Engine
 from graftlm.text.template import Template, load_template
 
-KEY_VARIABLE = "GRAFT_SERVE_KEY"
+KEY_VARIABLE = "GRAFT_API_KEY"
 MAX_CONNECTIONS = 1024
 KEEP_ALIVE_SECONDS = 30
 ERROR_SECONDS = 5
@@ -50,8 +50,8 @@ def serve(config: ServeConfig, warn: Callable[[str], None]) -> Iterator[dict[str
 
     Raises InputError for what cannot be served, Interrupted after Ctrl-C.
     """
-    key = config.key or os.environ.get(KEY_VARIABLE, "")
-    check_key(key, KEY_VARIABLE)
+    key = config.api_key or os.environ.get(KEY_VARIABLE, "")
+    check_api_key(key, KEY_VARIABLE)
     folders = parse_adapter_args(config.adapters)
     runs = {name: run_of(folder) for name, folder in folders.items()}
     base = base_of(config, folders, runs)
@@ -59,16 +59,16 @@ def serve(config: ServeConfig, warn: Callable[[str], None]) -> Iterator[dict[str
     with listening(config.host, config.port) as listener:
         loaded = load("resume" if is_run else base, base, device=config.device, dtype=config.dtype)
         templates = templates_of(config, loaded, runs)
-        engine = Engine(loaded, folders, max_rows=config.max_rows)
+        engine = Engine(loaded, folders, max_rows=config.max_batch_size)
         try:
             base, *names = templates
             models = {base: ServedModel(base, None, templates[base], engine.max_seq_len)}
             models |= {name: ServedModel(name, name, templates[name], engine.max_seq_len) for name in names}
             service = Service(engine, loaded.tokenizer, models, loaded.model.config.vocab_size, config.max_tokens)
             app = make_app(
-                service, host=config.host, allowed_hosts=config.allow_hosts, api_key=key, rate_limit=config.rate
+                service, host=config.host, allowed_hosts=config.allowed_hosts, api_key=key, rate_limit=config.rate_limit
             )
-            server = Server(app, config.grace, lambda: engine.close(drain=False))
+            server = Server(app, config.shutdown_timeout, lambda: engine.close(drain=False))
             with server.signals():
                 if not key and not is_loopback(config.host):
                     warn(f"--host {config.host} without a key: everyone who reaches this machine can use the server")

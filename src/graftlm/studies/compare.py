@@ -34,7 +34,7 @@ from graftlm.errors import GraftError, InputError, Interrupted
 from graftlm.files.atomic import cleanup_tmp, disk_errors, write_json, write_text
 from graftlm.files.formats import read_json
 from graftlm.files.locks import LOCK_NAME, lock_dir
-from graftlm.studies.results_table import FAILED, CellResult, failures, make_rows, markdown
+from graftlm.studies.results_table import FAILED, CellResult, failures, make_rows, markdown, read_test
 from graftlm.studies.subprocess_runner import MAX_RETRIES, CommandFailed, JobRunner, LocalRunner, WorkerLost
 from graftlm.studies.sweep import Trial, read_sweep
 from graftlm.training.signals import stop_on_signal
@@ -175,12 +175,12 @@ class _Sweep:
         return self.checkpoints if cell.trains else [""]
 
     def _asked(self) -> dict[str, Any]:
-        return {"read": self.config.read, "limit": self.config.limit}
+        return {"mode": self.config.mode, "limit": self.config.limit}
 
     def _done(self, cell: Trial) -> bool:
         folder = self.out_dir / cell.folder
         found = [folder / f"test-{checkpoint}.json" for checkpoint in self._measured(cell)]
-        return all(path.is_file() and read_json(path)["asked"] == self._asked() for path in found)
+        return all(path.is_file() and read_test(path)["eval_config"] == self._asked() for path in found)
 
     def _train(self, cell: Trial, folder: Path) -> None:
         run = folder / "run"
@@ -202,13 +202,13 @@ class _Sweep:
             ((name, most),) = self.budget.items()
             flags = {**cell.flags, "max_iters": PLANNED_STEPS, "out_dir": str(folder / "planned")}
             plan = json.loads(self.commands.run(["train", *_words(flags), "--plan", "--json"], folder))
-            each = plan["train_seconds" if name == "budget_seconds" else "needed_tflop"] / PLANNED_STEPS
+            each = plan["train_seconds" if name == "budget_seconds" else "model_tflop"] / PLANNED_STEPS
             write_json(steps, {"max_iters": max(1, int(most / each)), name: most})
         return {"max_iters": read_json(steps)["max_iters"]}
 
     def _measure(self, cell: Trial, folder: Path, checkpoint: str) -> None:
         rows = folder / f"test-{checkpoint}.jsonl"
-        words = ["--read", self.config.read, "--limit", str(self.config.limit), f"--predictions={rows}"]
+        words = ["--mode", self.config.mode, "--limit", str(self.config.limit), f"--predictions={rows}"]
         if cell.trains:
             words += [f"--out_dir={folder / 'run'}", "--checkpoint", checkpoint]
             words += _words({name: cell.flags[name] for name in ("device", "dtype") if name in cell.flags})
@@ -216,7 +216,7 @@ class _Sweep:
             flags = {name: value for name, value in cell.flags.items() if name != "method"}
             words += _words({"init_from": TrainConfig.init_from, **flags})
         reading = json.loads(self.commands.run(["evaluate", *words, "--json"], folder))
-        write_json(folder / f"test-{checkpoint}.json", {"asked": self._asked(), "reading": reading})
+        write_json(folder / f"test-{checkpoint}.json", {"eval_config": self._asked(), "reading": reading})
 
     # What is shown ------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""`graft account`: what a method trains, what that costs and what memory it holds, from formulas alone.
+"""`graft estimate`: what a method trains, what that costs and what memory it holds, from formulas alone.
 
 What is unusual here: the method is installed too, on a model whose tensors have no memory (PyTorch's meta device). So
 whatever a run would refuse is refused here, in the same words; the numbers are the closed forms', and the tests hold
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from graftlm.config import AccountConfig
+from graftlm.config import EstimateConfig
 from graftlm.errors import InputError
 from graftlm.files.assets import BUILTIN_MODELS, model_config
 from graftlm.methods import Adapter, Full, LoRA, Method, PrefixTuning, method_from_flags
@@ -41,14 +41,14 @@ from graftlm.models.presets import SHAPES
 from graftlm.training.memory import saved_activation_bytes
 
 ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
-WITH_FFN = {"ffn", "method", "rank", "dtype", "gflops"}
+WITH_MLP = {"mlp_widths", "method", "rank", "dtype", "device_gflops"}
 
 Flops = Mapping[str, Mapping[str, CostItem]]
 
 
-def account(config: AccountConfig, given: Set[str]) -> dict[str, Any]:
+def estimate(config: EstimateConfig, given: Set[str]) -> dict[str, Any]:
     """The accounts that the flags ask for, with all formulas; `given` are the flags typed."""
-    if "ffn" in given:
+    if "mlp_widths" in given:
         return _account_ffn(config, given)
     shape = known_shape(config.init_from)
     method = method_from_flags(config, given)
@@ -79,26 +79,31 @@ def account(config: AccountConfig, given: Set[str]) -> dict[str, Any]:
     return {**result, "paper": paper(config.init_from, shape, method)}
 
 
-def _several(config: AccountConfig, shape: ModelConfig, method: Method, result: dict[str, Any]) -> dict[str, Any]:
+def _several(config: EstimateConfig, shape: ModelConfig, method: Method, result: dict[str, Any]) -> dict[str, Any]:
     """What a step comes to, and each process of several: what it holds, what it sends, how long that takes."""
-    n, tokens = config.processes, result["tokens"] * (config.batch_size or 0)
-    cut = "nothing" if n == 1 else "all" if method.is_full_finetune else "frozen" if config.shard else "nothing"
+    n, tokens = config.world_size, result["tokens"] * (config.batch_size or 0)
+    sharding = "none" if n == 1 else "full" if method.is_full_finetune else "frozen" if config.shard else "none"
     found: dict[str, Any] = {}
     sizes = result["trainable"], result["total"], ITEM[config.dtype]
     if n > 1:
-        held, sent = memory_of_each(shape, *sizes, n, cut), sent_by_each(shape, sizes[0], sizes[2], n, cut)
-        found["processes"] = {"number": n, "cut": cut, "bytes": _counts(held), "sent_per_step": _counts(sent)}
+        held, sent = memory_of_each(shape, *sizes, n, sharding), sent_by_each(shape, sizes[0], sizes[2], n, sharding)
+        found["distributed"] = {
+            "world_size": n,
+            "sharding": sharding,
+            "bytes": _counts(held),
+            "comm_bytes_per_step": _counts(sent),
+        }
         result["formulas"] |= {"each": _shown(held.values()), "sent": _shown(sent.values())}
     if not config.batch_size:
         return found
     rows = -(-config.batch_size // n)
-    kept = kept_bytes(shape, method, rows, result["tokens"], getattr(torch, config.dtype), cut == "all")
+    kept = kept_bytes(shape, method, rows, result["tokens"], getattr(torch, config.dtype), sharding == "full")
     flops = result["flops_per_token"]["training"]["total"] * tokens
-    step = found["step"] = {"tokens": tokens, "flops": flops, "rows_of_each": rows, "activation_bytes": kept}
-    if config.gflops is not None:
-        step["compute_seconds"] = flops / n / (config.gflops * 1e9)
-    if config.link_gbs is not None:
-        step["link_seconds"] = found["processes"]["sent_per_step"]["total"] / (config.link_gbs * 1e9)
+    step = found["step"] = {"tokens": tokens, "flops": flops, "per_device_batch_size": rows, "activation_bytes": kept}
+    if config.device_gflops is not None:
+        step["compute_seconds"] = flops / n / (config.device_gflops * 1e9)
+    if config.bandwidth_gbs is not None:
+        step["comm_seconds"] = found["distributed"]["comm_bytes_per_step"]["total"] / (config.bandwidth_gbs * 1e9)
     return found
 
 
@@ -141,15 +146,17 @@ def known_shape(name: str) -> ModelConfig:
     return read_model_config(*model_config(name))
 
 
-def _account_ffn(config: AccountConfig, given: Set[str]) -> dict[str, Any]:
-    if spare := sorted(given - WITH_FFN):
-        raise InputError(f"--{spare[0]}: says something of a language model, --ffn is a net of its own; leave one out")
-    widths = layer_widths(config.ffn)
+def _account_ffn(config: EstimateConfig, given: Set[str]) -> dict[str, Any]:
+    if spare := sorted(given - WITH_MLP):
+        raise InputError(
+            f"--{spare[0]}: says something of a language model, --mlp_widths is a net of its own; leave one out"
+        )
+    widths = layer_widths(config.mlp_widths)
     if "method" not in given:
         config = replace(config, method="full")
     method = method_from_flags(config, given)
     if method.name not in ("full", "bitfit", "adapter"):
-        raise InputError(f"--method {method.name}: with --ffn choose full, bitfit or adapter")
+        raise InputError(f"--method {method.name}: with --mlp_widths choose full, bitfit or adapter")
     base = ffn_parts(widths)
     parts = {
         "full": base,
@@ -159,23 +166,23 @@ def _account_ffn(config: AccountConfig, given: Set[str]) -> dict[str, Any]:
     flops = ffn_flops(widths, sum(part.weights for part in parts), weights_trained=method.is_full_finetune)
     chosen: dict[str, Any] = {"method": method.name, **({"rank": method.rank} if isinstance(method, Adapter) else {})}
     units = {"hidden": sum(widths[1:-1]), "hidden_and_output": sum(widths[1:])}
-    about = {"model": f"feed-forward net {config.ffn}", "method": chosen, "units": units}
+    about = {"model": f"feed-forward net {config.mlp_widths}", "method": chosen, "units": units}
     return _result(config, about, base, base, parts, flops)
 
 
 def layer_widths(text: str) -> list[int]:
-    """The widths that --ffn lists: two or more whole numbers above 0."""
+    """The widths that --mlp_widths lists: two or more whole numbers above 0."""
     try:
         widths = [int(width) for width in text.split(",")]
     except ValueError:
         widths = []
     if len(widths) < 2 or min(widths) < 1:
-        raise InputError(f"--ffn {text!r}: must be two or more whole numbers above 0, as in 1024,512,1")
+        raise InputError(f"--mlp_widths {text!r}: must be two or more whole numbers above 0, as in 1024,512,1")
     return widths
 
 
 def _result(
-    config: AccountConfig,
+    config: EstimateConfig,
     about: dict[str, Any],
     base: Sequence[ParameterGroup],
     own: Sequence[ParameterGroup],
@@ -195,9 +202,9 @@ def _result(
         **about,
         "total": everything,
         "trainable": trainable,
-        "share": trainable / everything,
+        "trainable_fraction": trainable / everything,
         "base": total(base),
-        "share_of_base": trainable / total(base),
+        "trainable_vs_base": trainable / total(base),
         "by_module": by_module,
         "flops_per_token": per_token,
         "bytes": _counts(held),
@@ -209,9 +216,9 @@ def _result(
             "bytes": _shown(held.values()),
         },
     }
-    if config.gflops is not None:
-        speed = config.gflops * 1e9
-        result["gflops"] = config.gflops
+    if config.device_gflops is not None:
+        speed = config.device_gflops * 1e9
+        result["device_gflops"] = config.device_gflops
         result["seconds_per_million_tokens"] = {way: n["total"] * 1e6 / speed for way, n in per_token.items()}
     return result
 

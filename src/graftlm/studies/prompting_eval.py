@@ -49,18 +49,20 @@ def prompt(
     loaded = load(config.init_from, config.out_dir, config.checkpoint, config.device, config.dtype)
     writer = PromptBuilder(task, loaded.tokenizer, _in_chat(config, loaded.tokenizer, loaded.run is not None))
     how = PromptingConfig(**{key: getattr(config, key) for key in PromptingConfig.__dataclass_fields__})
-    embed = embedder(loaded.model, loaded.tokenizer, config.batch_size) if config.choose == "embedding" else None
+    embed = (
+        embedder(loaded.model, loaded.tokenizer, config.batch_size) if config.demo_selection == "embedding" else None
+    )
     styles = STYLES if config.style == "all" else (config.style,)
     result: dict[str, Any] = {
         "task": task.name,
         "model": loaded.name,
         "chat": writer.chat is not None,
         "shots": config.shots,
-        "choose": config.choose,
-        "samples": config.samples,
+        "choose": config.demo_selection,
+        "samples": config.num_samples,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
     }
-    if config.show:
+    if config.show_prompts:
         shown = {}
         for style in styles:
             found = prompts(task, problems, style, how, config.seed, 0, embed)
@@ -71,8 +73,8 @@ def prompt(
     result["styles"], rows = {}, []
     for style in styles:
         runs: list[Run] = []
-        for seed, order in runs_of(style, how, config.seed, config.seeds, config.orders):
-            with progress(style, how.samples * len(problems)) as done:
+        for seed, order in runs_of(style, how, config.seed, config.seeds, config.num_permutations):
+            with progress(style, how.num_samples * len(problems)) as done:
                 outcome = ask(
                     loaded.model, loaded.tokenizer, writer, task, problems, style, how, seed, order, embed, done
                 )
@@ -102,7 +104,7 @@ def _in_chat(config: PromptConfig, tokenizer: Tokenizer, run: bool) -> bool:
 
 def runs_of(style: Style, how: PromptingConfig, seed: int, seeds: int, orders: int) -> list[tuple[int, int]]:
     """(seed, order) of each run that can differ from the others: a seed changes nothing where nothing is drawn."""
-    drawn = how.temperature > 0 or (style.startswith("few-shot") and how.choose in ("random", "balanced"))
+    drawn = how.temperature > 0 or (style.startswith("few-shot") and how.demo_selection in ("random", "balanced"))
     ordered = style.startswith("few-shot") and how.shots > 1
     return [(seed + s, o) for s in range(seeds if drawn else 1) for o in range(orders if ordered else 1)]
 
@@ -111,15 +113,15 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
     """The JSON object of a style: the first run's accuracy with its 95% Wilson interval, and every run's beside it."""
     first = runs[0][2]
     n = len(first.answers)
-    right = sum(answer.right for answer in first.answers)
+    right = sum(answer.correct for answer in first.answers)
     low, high = wilson(right, n)
-    every = [sum(answer.right for answer in outcome.answers) / n for _, _, outcome in runs]
+    every = [sum(answer.correct for answer in outcome.answers) / n for _, _, outcome in runs]
     return {
         "n": n,
         "accuracy": right / n,
-        "low": low,
-        "high": high,
-        "no_answer_rate": sum(answer.prediction is None for answer in first.answers) / n,
+        "ci_low": low,
+        "ci_high": high,
+        "unparsed_rate": sum(answer.prediction is None for answer in first.answers) / n,
         "prompt_tokens": first.prompt_tokens / n,
         "shared_prompt_tokens": first.shared_tokens,
         "new_tokens": first.new_tokens / n,

@@ -97,15 +97,15 @@ class Cluster:
 
     def __init__(self, ray: Any, flags: RayFlags) -> None:
         self.ray = ray
-        self.cpus, self.gpus = flags.ray_cpus, flags.ray_gpus
+        self.cpus, self.gpus = flags.cpus_per_task, flags.gpus_per_task
         self.nodes = [node for node in ray.nodes() if node["Alive"]]
         self.places = sum(map(self._room, self.nodes))
         """Tasks that find room at the same time."""
         if not self.places:
             most = {kind: max(node["Resources"].get(kind, 0) for node in self.nodes) for kind in ("CPU", "GPU")}
             raise InputError(
-                f"--ray_cpus {self.cpus} --ray_gpus {self.gpus:g}: no node of the cluster has both; the most that one "
-                f"has are {most['CPU']:g} CPUs and {most['GPU']:g} GPUs"
+                f"--cpus_per_task {self.cpus} --gpus_per_task {self.gpus:g}: no node of the cluster has both; "
+                f"the most that one has are {most['CPU']:g} CPUs and {most['GPU']:g} GPUs"
             )
 
     def _room(self, node: dict[str, Any]) -> int:

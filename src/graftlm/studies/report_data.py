@@ -22,6 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from graftlm.config.renamed import upgrade_run
 from graftlm.errors import InputError
 from graftlm.files.formats import read_json
 from graftlm.inference.metrics import GARBAGE, confusion, wilson
@@ -217,6 +218,7 @@ def _run(name: str, folder: Path, beside: Path) -> Run:
     record = read_json(file)
     if not isinstance(record, dict) or not record.keys() >= RECORD or not _is_record(record):
         raise InputError(f"{file}: is no record of a run; restore it, or leave {folder} out")
+    record = upgrade_run(record)
     metrics, answers = _metrics(folder / "metrics.jsonl"), _all_answers(beside, record)
     run = Run(name, folder, record, metrics, answers)
     if record["results"] is None:

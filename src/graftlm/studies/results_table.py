@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import mean, median_low
 from typing import Any
 
+from graftlm.config.renamed import upgrade_run, upgrade_test
 from graftlm.files.formats import read_json
 from graftlm.inference.metrics import paired_permutation_test, t_interval
 from graftlm.studies.sweep import Trial
@@ -36,8 +37,7 @@ class CellResult:
     @property
     def reading(self) -> dict[str, Any]:
         """What `graft evaluate --json` said."""
-        found: dict[str, Any] = read_json(self.folder / f"test-{self.checkpoint}.json")["reading"]
-        return found
+        return read_test(self.folder / f"test-{self.checkpoint}.json")["reading"]
 
     @property
     def right(self) -> list[tuple[str, bool]]:
@@ -49,8 +49,12 @@ class CellResult:
     @property
     def run(self) -> dict[str, Any]:
         """The run's run.json; empty for a base model as it is."""
-        found: dict[str, Any] = read_json(self.folder / "run" / "run.json") if self.cell.trains else {}
-        return found
+        return upgrade_run(read_json(self.folder / "run" / "run.json")) if self.cell.trains else {}
+
+
+def read_test(path: Path) -> dict[str, Any]:
+    """What `graft compare` wrote of an evaluation: {"eval_config", "reading"}."""
+    return upgrade_test(read_json(path))
 
 
 def make_rows(outcomes: Sequence[CellResult]) -> list[dict[str, Any]]:
@@ -80,14 +84,14 @@ def _accuracy(good: Sequence[CellResult]) -> dict[str, Any]:
     readings = [outcome.reading for outcome in good]
     accuracies = [reading["accuracy"] for reading in readings]
     several = len(good) > 1
-    low, high = t_interval(accuracies) if several else (readings[0]["low"], readings[0]["high"])
+    low, high = t_interval(accuracies) if several else (readings[0]["ci_low"], readings[0]["ci_high"])
     return {
         "n": readings[0]["n"],
         "accuracy": mean(accuracies),
-        "low": low,
-        "high": high,
+        "ci_low": low,
+        "ci_high": high,
         "interval": "t over seeds" if several else "Wilson over examples",
-        "accuracies": accuracies,
+        "accuracy_per_seed": accuracies,
         "macro_f1": mean(reading["macro_f1"] for reading in readings),
         "garbage_rate": mean(reading["garbage_rate"] for reading in readings),
     }
@@ -95,9 +99,9 @@ def _accuracy(good: Sequence[CellResult]) -> dict[str, Any]:
 
 def _cost(good: Sequence[CellResult]) -> dict[str, Any]:
     """What training took, the (lower) median of the seeds; None for a base model as it is."""
-    names = ("steps", "seconds", "examples_per_s", "peak_rss_mb", "trainable", "share_trained")
+    names = ("steps", "seconds", "examples_per_s", "peak_rss_mb", "trainable", "trainable_fraction")
     if not good[0].cell.trains:
-        return dict.fromkeys(("val_loss", "val_accuracy", *names, "planned"))
+        return dict.fromkeys(("val_loss", "val_accuracy", *names, "predicted"))
     runs = [outcome.run for outcome in good]
     points = [run["results"][o.checkpoint] for run, o in zip(runs, good, strict=True)]
     accuracies = [point["val_accuracy"] for point in points]
@@ -106,7 +110,7 @@ def _cost(good: Sequence[CellResult]) -> dict[str, Any]:
         "val_loss": mean(point["val_loss"] for point in points),
         "val_accuracy": None if None in accuracies else mean(accuracies),
         **{name: median_low(run["results"][name] for run in runs) for name in names},
-        "planned": {
+        "predicted": {
             "seconds": median_low(plan["train_seconds"] + plan["validation_seconds"] for plan in plans),
             "peak_rss_mb": median_low(plan["peak_rss_mb"] for plan in plans),
         },
@@ -119,11 +123,11 @@ def _against(first: Sequence[Sequence[tuple[str, bool]]], own: Sequence[Sequence
     Nothing where the two rows read other examples.
     """
     if [text for text, _ in first[0]] != [text for text, _ in own[0]]:
-        return {"difference": None, "p": None}
+        return {"delta_vs_baseline": None, "p": None}
     a, b = ([sum(right for _, right in examples) for examples in zip(*rows, strict=True)] for rows in (first, own))
     differences = [len(first) * y - len(own) * x for x, y in zip(a, b, strict=True)]
     return {
-        "difference": sum(differences) / (len(first) * len(own) * len(a)),
+        "delta_vs_baseline": sum(differences) / (len(first) * len(own) * len(a)),
         "p": paired_permutation_test(differences),
     }
 
@@ -135,16 +139,16 @@ def format_row(row: Mapping[str, Any], checkpoints: bool) -> list[str]:
         name += f", {len(row['seeds'])} seeds"
     if "accuracy" not in row:
         return [name, "failed", *[""] * (len(COLUMNS) - 2)]
-    against = "" if row.get("p") is None else f"{100 * row['difference']:+.1f}, p = {row['p']:.2g}"
-    cells = [name, f"{100 * row['accuracy']:.1f}%", f"{100 * row['low']:.1f} to {100 * row['high']:.1f}", against]
+    against = "" if row.get("p") is None else f"{100 * row['delta_vs_baseline']:+.1f}, p = {row['p']:.2g}"
+    cells = [name, f"{100 * row['accuracy']:.1f}%", f"{100 * row['ci_low']:.1f} to {100 * row['ci_high']:.1f}", against]
     if row["steps"] is None:
         return [*cells, *[""] * (len(COLUMNS) - len(cells))]
     return [
         *cells,
         f"{row['val_loss']:.3f}",
-        f"{row['trainable']:,} ({row['share_trained']:.2%})",
+        f"{row['trainable']:,} ({row['trainable_fraction']:.2%})",
         f"{row['steps']:g}",
-        f"{row['seconds'] / 60:.1f} ({row['planned']['seconds'] / 60:.1f})",
+        f"{row['seconds'] / 60:.1f} ({row['predicted']['seconds'] / 60:.1f})",
         f"{row['examples_per_s']:.1f}",
         f"{row['peak_rss_mb']:,.0f}",
     ]

@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from graftlm.config import EvaluateConfig, TrainConfig
-from graftlm.config.parsing import validate_toml_value
-from graftlm.errors import InputError, did_you_mean
+from graftlm.config.parsing import read_toml_flags
+from graftlm.errors import InputError
 from graftlm.files.formats import sha256_file
 
 Flags = dict[str, Any]
@@ -36,7 +36,7 @@ ZERO_SHOT = "zero-shot"
 OURS = ("out_dir", "resume", "plan")  # compare sets them
 # What matters where nothing is trained; a seed chooses demonstrations there, and a sweep has none.
 READ_BY = {f.name for f in fields(EvaluateConfig)} - {"out_dir", "batch_size", "seed"}
-CONTENT = ("init_from", "data", "val", "test", "template")  # flags that may name a file or a folder
+CONTENT = ("init_from", "data", "val_data", "test_data", "template")  # flags that may name a file or a folder
 
 
 @dataclass(frozen=True)
@@ -139,18 +139,10 @@ def _grid(file: str, table: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 def _flags(where: str, table: Mapping[str, Any]) -> Flags:
     """The table's keys as fields of `graft train`, their values checked against the fields' types."""
-    types = get_type_hints(TrainConfig)
-    found: Flags = {}
-    for key, value in table.items():
-        name = key.replace("-", "_")
-        if name in OURS:
+    for key in table:
+        if key.replace("-", "_") in OURS:
             raise InputError(f"{where}: {key}: graft compare sets it itself; leave it out")
-        if name not in types:
-            raise InputError(
-                f"{where}: unknown key {key!r}: {did_you_mean(name, types, '')}keys are flags of graft train"
-            )
-        found[name] = validate_toml_value(f"{where}: {key} = {value!r}", value, types[name])
-    return found
+    return read_toml_flags(where, table, get_type_hints(TrainConfig), "train")
 
 
 def _check(where: str, flags: Flags) -> None:

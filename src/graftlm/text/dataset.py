@@ -53,8 +53,7 @@ def load_dataset(
     data: str,
     val: str = "",
     test: str = "",
-    text_field: str = "text",
-    label_field: str = "label",
+    columns: Mapping[str, str] | None = None,
     labels: Sequence[str] = (),
 ) -> Dataset:
     """Read a data set.
@@ -62,7 +61,7 @@ def load_dataset(
     Args:
         data: a built-in name, a hub name, a local folder or file (`files.assets.data_folder`).
         val, test: files with these splits, in addition to `data`.
-        text_field, label_field: the columns with the text and the label.
+        columns: the column of the files by key of the layout ("text", "label", "prompt", …), where they differ.
         labels: the label words by label number. A label in the data is one of them in any case, or a number from 0
             on; without words, any number.
 
@@ -71,7 +70,7 @@ def load_dataset(
     """
     path = data_folder(data)
     files = _split_files(path) if path.is_dir() else {"train": [path]}
-    for split, flag, file in (("validation", "val", val), ("test", "test", test)):
+    for split, flag, file in (("validation", "val_data", val), ("test", "test_data", test)):
         if not file:
             continue
         if split in files:
@@ -79,13 +78,12 @@ def load_dataset(
         files[split] = [Path(file).expanduser()]
         if not files[split][0].is_file():
             raise InputError(f"--{flag} {file}: no such file")
-    columns = {key: name for key, name in (("text", text_field), ("label", label_field)) if key != name}
     label_words = LabelWords(tuple(labels))
     layouts: dict[Layout, None] = {}
     splits = {}
     for split in SPLITS:
         if split in files:
-            layout, splits[split] = _read_split(files[split], columns, label_words)
+            layout, splits[split] = _read_split(files[split], columns or {}, label_words)
             layouts[layout] = None
     notes = _derived_note(path, data)
     if "train" in splits and "validation" not in splits:
@@ -99,7 +97,9 @@ def load_dataset(
     return Dataset(data, splits, notes, fingerprint(splits))
 
 
-def load_prompts(data: str, split: str = "train", opening: int = 0, text_field: str = "text") -> list[Document]:
+def load_prompts(
+    data: str, split: str = "train", opening: int = 0, columns: Mapping[str, str] | None = None
+) -> list[Document]:
     """The prompts of a data set, without trailing spaces.
 
     Args:
@@ -112,11 +112,10 @@ def load_prompts(data: str, split: str = "train", opening: int = 0, text_field: 
     files = _split_files(path) if path.is_dir() else {split: [path]}
     if split not in files:
         raise InputError(f"--split {split}: {data} has no such split; it has {', '.join(files)}")
-    columns = {"text": text_field} if opening and text_field != "text" else {}
     first_words = re.compile(rf"(?:\S+\s+){{0,{max(opening - 1, 0)}}}\S+")
     prompts = []
     for file in files[split]:
-        for row in _rows(file, columns):
+        for row in _rows(file, columns or {}):
             prompt = row.text("text" if opening else _prompt_column(row)).rstrip(" ")
             match = first_words.search(prompt) if opening else None
             prompts.append(Document(prompt if match is None else match[0], row.source))
@@ -127,7 +126,7 @@ def _prompt_column(row: Row) -> str:
     if "prompt" in row.columns:
         return "prompt"
     names = ", ".join(map(str, row.columns)) or "none"
-    hint = ": make prompts of the texts' first words with --opening 8" if "text" in row.columns else ""
+    hint = ": make prompts of the texts' first words with --prompt_words 8" if "text" in row.columns else ""
     raise row.error(f"no field 'prompt' (the fields are {names}){hint}")
 
 
@@ -211,7 +210,8 @@ def _hold_out(splits: dict[str, list[Record]], missing: tuple[str, ...], source:
     if len(texts) <= len(missing):
         raise InputError(
             f"{source}: too few different texts ({len(texts)}) to hold out {' and '.join(missing)}: "
-            f"name {'it' if len(missing) == 1 else 'them'} with --val FILE{' and --test FILE' * (len(missing) > 1)}"
+            f"name {'it' if len(missing) == 1 else 'them'} with --val_data FILE"
+            f"{' and --test_data FILE' * (len(missing) > 1)}"
         )
     size = max(1, round(len(texts) / 10))
     owner = {text: split for n, split in enumerate(reversed(missing)) for text in texts[n * size : (n + 1) * size]}

@@ -125,7 +125,7 @@ def open_frozen(
     size = rows * model.config.hidden_size * torch.empty(0, dtype=model.dtype).element_size()
     what = f"the output of the {layers} frozen lower layers takes {size / 1e9:.2f} GB"
     if size > most_bytes:
-        return None, f"{what}, --frozen_cache_gb allows {most_bytes / 1e9:g}: it is computed anew in each step"
+        return None, f"{what}, --activation_cache_gb allows {most_bytes / 1e9:g}: it is computed anew in each step"
     folder = home / "frozen" / _name(model, examples, layers, prefix, base_sha256)
     if not folder.is_dir():
         _evict_lru(home / "frozen", most_bytes - size)

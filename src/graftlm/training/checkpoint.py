@@ -2,8 +2,8 @@
 
     out_dir/checkpoints/step-N/   an exchange folder (PEFT's, or Hugging Face's for full fine-tuning), and beside it
         optimizer.safetensors     AdamW's two moments of every trained tensor, float32
-        progress.json             where the run stands: step, examples, best so far, times
-        trained.safetensors       what is trained, where the exchange folder only tells what it comes to
+        trainer_state.json        where the run stands: step, examples, best so far, times
+        trainable.safetensors     what is trained, where the exchange folder only tells what it comes to
     out_dir/best, out_dir/last    links to two of them
 
 Sharded full fine-tuning saves one file of weights and optimizer state per rank, with an index (`files/sharded.py`),
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graftlm.config.renamed import upgrade_state
 from graftlm.errors import InputError
 from graftlm.exchange.adapters import read_adapter, save_adapter
 from graftlm.exchange.huggingface import iter_local_shards, lazy_state_dict, save_config, save_model
@@ -37,7 +38,9 @@ from graftlm.models.base import CausalLM
 from graftlm.text.tokenizer import Tokenizer
 from graftlm.training.distributed import DistContext
 
-OPTIMIZER, PROGRESS, TRAINED = "optimizer.safetensors", "progress.json", "trained.safetensors"
+OPTIMIZER, STATE, TRAINABLE = "optimizer.safetensors", "trainer_state.json", "trainable.safetensors"
+OLD_STATE, OLD_TRAINABLE = "progress.json", "trained.safetensors"
+"""Their names in run folders of version 0.1."""
 FIRST_SCALE, GROWTH_STEPS = 2.0**16, 2000
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -54,7 +57,7 @@ class TrainState:
     timed_examples: int = 0
     """Examples of the steps that count for examples_per_s: all but the first 5%."""
     timed_seconds: float = 0.0
-    timed_needed: int = 0
+    timed_model_tokens: int = 0
     """Tokens of the same steps, what a batch's prompts begin with counted once for each batch."""
     seconds_to_first_step: float = 0.0
     last: dict[str, Any] = field(default_factory=dict)
@@ -118,7 +121,7 @@ class CheckpointManager:
                 with atomic_directory(target) as temp:
                     self._save_weights(temp, model)
                     save_safetensors(temp / OPTIMIZER, _moments(model, optimizer))
-                    write_json(temp / PROGRESS, asdict(progress))
+                    write_json(temp / STATE, asdict(progress))
             if self.world.is_main:
                 atomic_symlink(self.out_dir / "last", f"checkpoints/{target.name}")
                 self.prune(progress)
@@ -149,7 +152,7 @@ class CheckpointManager:
                 if world.is_main:
                     save_config(temp, read_json(self.base_folder / "config.json"), next(model.parameters()).dtype)
                     self.tokenizer.save(temp)
-                    write_json(temp / PROGRESS, asdict(progress))
+                    write_json(temp / STATE, asdict(progress))
 
     def consolidate(self) -> None:
         """Make the folders that several processes wrote those that one would have written; repeatable."""
@@ -163,7 +166,7 @@ class CheckpointManager:
         if not self.method.is_full_finetune:
             save_adapter(folder, model, self.method, self.base_name, self.revision)
             if not self.method.resumable_from_adapter:
-                save_safetensors(folder / TRAINED, trainable_state_dict(model))
+                save_safetensors(folder / TRAINABLE, trainable_state_dict(model))
             return
         save_model(folder, model, dict(model.named_parameters()), read_json(self.base_folder / "config.json"))
         self.tokenizer.save(folder)
@@ -180,30 +183,37 @@ class CheckpointManager:
             elif folder.name != last:
                 # Only the newest can be resumed from, and moments take twice the room of the weights.
                 remove_weights(folder, "optimizer")
-                (folder / TRAINED).unlink(missing_ok=True)
+                for name in (TRAINABLE, OLD_TRAINABLE):
+                    (folder / name).unlink(missing_ok=True)
 
     def latest(self) -> Path | None:
         """The folder `last` points to; None if the run has saved nothing yet."""
-        return self.out_dir / "last" if (self.out_dir / "last" / PROGRESS).is_file() else None
+        last = self.out_dir / "last"
+        return last if (last / STATE).is_file() or (last / OLD_STATE).is_file() else None
 
     def load_checkpoint(self, model: CausalLM, optimizer: torch.optim.Optimizer) -> TrainState:
         """Set model and optimiser to the newest checkpoint; a fresh Progress if there is none."""
         at = self.latest()
         if at is None:
             return TrainState()
-        progress = TrainState(**read_json(at / PROGRESS))
+        progress = TrainState(**upgrade_state(read_json(_existing(at, STATE, OLD_STATE))))
         if self.method.is_full_finetune:
             with torch.no_grad():
                 for name, rows in iter_local_shards(model, at, trainable(model)):
                     to_local(model.get_parameter(name)).copy_(rows)
         else:
-            trained = (at / TRAINED).is_file()
-            state = load_safetensors(at / TRAINED) if trained else read_adapter(at, model.config, self.method)
+            trained = _existing(at, TRAINABLE, OLD_TRAINABLE)
+            state = load_safetensors(trained) if trained.is_file() else read_adapter(at, model.config, self.method)
             load_trainable_state_dict(model, state, str(at))
         _set_moments(model, optimizer, read_weights(at, "optimizer"), progress.step - progress.skipped, at / OPTIMIZER)
         if self.world.is_main:
             self.prune(progress)
         return progress
+
+
+def _existing(folder: Path, name: str, old: str) -> Path:
+    """The file of that name, or the one that version 0.1 wrote."""
+    return folder / old if (folder / old).is_file() else folder / name
 
 
 def _moments(model: CausalLM, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

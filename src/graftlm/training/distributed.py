@@ -103,7 +103,7 @@ class DistContext:
 
     def to_json(self) -> dict[str, Any]:
         """What run.json records."""
-        return {"size": self.size, "backend": self.backend or None}
+        return {"world_size": self.size, "backend": self.backend or None}
 
     # Shares ----------------------------------------------------------------------------------------------------------
 

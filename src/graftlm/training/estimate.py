@@ -50,7 +50,7 @@ class Estimate:
 
     steps: int
     examples: int
-    needed_tflop: float
+    model_tflop: float
     """Work in the layers' matrices that cannot be done without (`accounting.model_flops`), 10^12 operations."""
     examples_per_s: float
     train_seconds: float
@@ -96,7 +96,7 @@ def make_plan(prepared: RunContext, startup_seconds: float, repeats: int = 3) ->
     return Estimate(
         steps=steps,
         examples=examples,
-        needed_tflop=flops / len(made) * steps * config.grad_accum / 1e12,
+        model_tflop=flops / len(made) * steps * config.grad_accum / 1e12,
         examples_per_s=examples / train_seconds,
         train_seconds=train_seconds,
         validation_seconds=judged * validation,
@@ -114,7 +114,7 @@ def padded_tokens(batch: TrainingBatch) -> int:
 def _batches(prepared: RunContext, count: int) -> list[list[TrainingBatch]]:
     config, examples = prepared.config, _timed(prepared.train, prepared)
     lengths = [e.length for e in examples]
-    how = (batch_kind(config), config.shared_prefix, config.micro_tokens or 0, config.target_positions)
+    how = (batch_kind(config), config.shared_prefix, config.microbatch_tokens or 0, config.target_positions)
     stream = islice(batch_stream(lengths, config, 0), count)
     mine = (prepared.world.partition(rows, lengths) or rows[:1] for rows in stream)
     return [make_microbatches([examples[i] for i in rows], *how) for rows in mine]

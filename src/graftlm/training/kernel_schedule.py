@@ -30,14 +30,14 @@ class KernelSwitch:
 
     @classmethod
     def decide(cls, config: TrainConfig, device: torch.device) -> "KernelSwitch":
-        """What --compile comes to in a run; an InputError says why "on" cannot be had."""
-        if config.compile == "off":
-            return cls(None, "--compile off")
+        """What --kernels comes to in a run; an InputError says why "cpp" cannot be had."""
+        if config.kernels == "torch":
+            return cls(None, "--kernels torch")
         hindrance = _unavailable_reason(config, device)
-        if config.compile == "on":
+        if config.kernels == "cpp":
             if hindrance:
-                raise InputError(f"--compile on: {hindrance}: leave it out, or use --compile off")
-            return cls(1, "--compile on")
+                raise InputError(f"--kernels cpp: {hindrance}: leave it out, or use --kernels torch")
+            return cls(1, "--kernels cpp")
         if hindrance:
             return cls(None, hindrance)
         if (config.max_iters or 0) <= FIRST_STEPS:

@@ -26,7 +26,7 @@ def compare_to_estimate(plan: dict[str, Any], examples_per_s: float, seconds: fl
         "peak_rss_mb": (plan["peak_rss_mb"], peak_rss_mb()),
     }
     return {
-        key: {"planned": round(planned, 3), "measured": round(came, 3), "ratio": round(came / planned, 3)}
+        key: {"predicted": round(planned, 3), "measured": round(came, 3), "ratio": round(came / planned, 3)}
         for key, (planned, came) in pairs.items()
     }
 
@@ -35,7 +35,7 @@ def mfu(model: CausalLM, method: Method, progress: TrainState, *, below_kept: bo
     """How much of what this machine multiplies at most the timed steps did of needed work; GFLOP/s of both."""
     done = model_flops(
         model.config,
-        progress.timed_needed,
+        progress.timed_model_tokens,
         first_trained=method.layer_range(model.config).start,
         below_kept=below_kept,
         weights_trained=method.is_full_finetune,
@@ -43,13 +43,13 @@ def mfu(model: CausalLM, method: Method, progress: TrainState, *, below_kept: bo
     speed = done / progress.timed_seconds if progress.timed_seconds else 0.0
     peak = measure_matmul_flops(model.device, model.dtype)
     return {
-        "needed_gflops": round(speed / 1e9, 1),
-        "matrix_peak_gflops": round(peak / 1e9, 1),
-        "share_of_peak": round(speed / peak, 4),
+        "model_gflops_per_s": round(speed / 1e9, 1),
+        "peak_gflops": round(peak / 1e9, 1),
+        "mfu": round(speed / peak, 4),
     }
 
 
-def share_trained(run: dict[str, Any]) -> dict[str, Any]:
+def parameter_counts(run: dict[str, Any]) -> dict[str, Any]:
     """What run.json says of the parameters: how many are trained, of how many."""
     trainable, total = run["trainable"], run["total"]
-    return {"trainable": trainable, "total": total, "share_trained": trainable / total}
+    return {"trainable": trainable, "total": total, "trainable_fraction": trainable / total}

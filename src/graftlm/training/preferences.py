@@ -74,7 +74,7 @@ class PreferenceLoss:
             "reward_accuracy": (margins > 0).to(margins.dtype).sum(),
             "logp_chosen": sums.policy[:, 0].detach().sum(),
             "logp_rejected": sums.policy[:, 1].detach().sum(),
-            "pair_weight": torch.sigmoid(-self.logits(sums).detach()).sum(),
+            "dpo_gradient_weight": torch.sigmoid(-self.logits(sums).detach()).sum(),
         }
         return losses.sum(), told
 

@@ -12,7 +12,7 @@ from graftlm.models.base import CausalLM
 from graftlm.training.checkpoint import TrainState
 from graftlm.training.distributed import model_is_sharded
 from graftlm.training.memory import peak_rss_mb
-from graftlm.training.mfu import compare_to_estimate, mfu, share_trained
+from graftlm.training.mfu import compare_to_estimate, mfu, parameter_counts
 from graftlm.training.setup import RunContext
 
 
@@ -119,7 +119,7 @@ def final_results(prepared: RunContext, progress: TrainState, *, below_kept: boo
         "peak_rss_mb": peak_rss_mb(),
         **mfu(model, prepared.method, progress, below_kept=below_kept),
         "plan": compare_to_estimate(run["plan"], speed, progress.seconds),
-        **share_trained(run),
+        **parameter_counts(run),
         "best": progress.best,
         "last": progress.last,
         "out_dir": str(prepared.out_dir),
@@ -128,7 +128,7 @@ def final_results(prepared: RunContext, progress: TrainState, *, below_kept: boo
         results["skipped_steps"] = progress.skipped
     if world.size > 1:
         peaks = [peak for (peak,) in world.all_gather([peak_rss_mb()])]
-        results["processes"] = {**world.to_json(), "peak_rss_mb": peaks, "bytes_sent": world.bytes_communicated}
+        results["distributed"] = {**world.to_json(), "peak_rss_mb": peaks, "comm_bytes": world.bytes_communicated}
     if model.device.type == "cuda":
         results["peak_cuda_mb"] = round(torch.cuda.max_memory_allocated() / 1e6, 1)
     return results

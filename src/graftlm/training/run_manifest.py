@@ -51,7 +51,7 @@ def run_manifest(
             "name": loaded.name,
             "sha256": base_sha256,
         },
-        "start": start,
+        "parent_run": start,
         "data": {
             "name": data.name,
             "fingerprint": data.fingerprint,
@@ -69,18 +69,18 @@ def run_manifest(
         "wandb_id": previous["wandb_id"] if previous else secrets.token_hex(8),
         "notes": notes,
         "plan": previous.get("plan") if previous else None,
-        "compile": previous.get("compile") if previous else None,
+        "cpp_kernels": previous.get("cpp_kernels") if previous else None,
         "reference": previous.get("reference") if previous else None,
-        "processes": world.to_json(),
-        "resumed": [*previous["resumed"], config_diff(previous, config, world)] if previous else [],
+        "distributed": world.to_json(),
+        "resume_history": [*previous["resume_history"], config_diff(previous, config, world)] if previous else [],
         "results": None,
     }
 
 
 def config_diff(previous: dict[str, Any], config: TrainConfig, world: DistContext) -> dict[str, Any]:
     """What this resume changed: {flag: [before, now]}; a new end plans the learning rate's schedule anew."""
-    recorded, was = previous["config"], previous.get("processes", DistContext().to_json())
-    several = {"processes": [was, world.to_json()]} if was != world.to_json() else {}
+    recorded, was = previous["config"], previous.get("distributed", DistContext().to_json())
+    several = {"distributed": [was, world.to_json()]} if was != world.to_json() else {}
     flags = {k: [recorded.get(k), v] for k, v in asdict(config).items() if k != "resume" and recorded.get(k) != v}
     return {**flags, **several}
 

@@ -12,10 +12,10 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
     It is never zero: the first step already moves every weight, and the last one still does.
     """
-    assert config.lr is not None and config.warmup is not None and config.max_iters is not None
-    if step <= config.warmup:
-        return config.lr * step / config.warmup
-    part = (step - config.warmup) / (config.max_iters - config.warmup + 1)
+    assert config.lr is not None and config.warmup_steps is not None and config.max_iters is not None
+    if step <= config.warmup_steps:
+        return config.lr * step / config.warmup_steps
+    part = (step - config.warmup_steps) / (config.max_iters - config.warmup_steps + 1)
     return config.lr * 0.5 * (1 + math.cos(math.pi * part))
 
 
@@ -24,5 +24,5 @@ def batch_stream(lengths: list[int], config: TrainConfig, first: int) -> Iterato
     per_epoch = math.ceil(len(lengths) / config.batch_size)
     epoch, skip = divmod(first, per_epoch)
     while True:
-        yield from epoch_batches(lengths, config.batch_size, config.seed, epoch, config.buckets)[skip:]
+        yield from epoch_batches(lengths, config.batch_size, config.seed, epoch, config.group_by_length)[skip:]
         epoch, skip = epoch + 1, 0

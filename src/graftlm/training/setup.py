@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftlm.config import TrainConfig
+from graftlm.config import TrainConfig, parse_columns
 from graftlm.errors import InputError
 from graftlm.exchange.device import pick_device, pick_dtype
 from graftlm.exchange.huggingface import base_hash, load_model, load_weights_into, meta_model
@@ -37,13 +37,13 @@ from graftlm.training.reference_logps import NAME as REFERENCE
 from graftlm.training.reference_logps import read_reference, reference_fingerprint, with_reference
 from graftlm.training.run_manifest import run_manifest
 
-CONTENT_CHECKED = {"init_from", "data", "val", "test"}
+CONTENT_CHECKED = {"init_from", "data", "val_data", "test_data"}
 """Flags that name files: given anew, they may stand elsewhere, since what is in them is held against what it was."""
 # May differ between a start and its resume; all else decides the numbers.
 RESUME_MUTABLE = {*CONTENT_CHECKED, "resume", "plan", "shard", "max_iters", "epochs", "wandb_project", "tensorboard"}
 
 # Tokens of one pass on a CPU: a typical batch of 16 reviews fits, a long one runs in parts. Of 320, 384, 512 and 640
-# this was the fastest on an AMD Zen 3 in float32, and took 4% less memory than 640 (--micro_tokens).
+# this was the fastest on an AMD Zen 3 in float32, and took 4% less memory than 640 (--microbatch_tokens).
 CPU_TOKENS = 512
 
 PREFERENCE_RATE = 0.2
@@ -79,7 +79,7 @@ class RunContext:
 
     def reference_fingerprint(self) -> dict[str, Any]:
         """What the reference's log-probabilities are of."""
-        start = self.run["start"]["sha256"] if self.run["start"] else None
+        start = self.run["parent_run"]["sha256"] if self.run["parent_run"] else None
         return reference_fingerprint(self.splits, self.run["base"]["sha256"], start, self.run["dtype"])
 
     def attach_reference(self, sums: dict[str, Tensor]) -> None:
@@ -113,9 +113,7 @@ def prepare(config: TrainConfig, given: Set[str] | None = None, world: DistConte
     _check_processes(config, origin, world)
     dtype, reason = _dtype(config, previous, device)
     folder = origin.folder
-    data = load_dataset(
-        config.data, config.val, config.test, config.text_field, config.label_field, labels=template.labels
-    )
+    data = load_dataset(config.data, config.val_data, config.test_data, parse_columns(config.columns), template.labels)
     _check_kind(data, config)
     tokenizer = read_tokenizer(folder)
     if previous is not None:
@@ -262,7 +260,7 @@ def _check_kind(data: Dataset, config: TrainConfig) -> None:
     if config.objective == "dpo":
         raise InputError(
             f"--objective dpo: {data.name} holds no pairs; give files with the fields prompt, chosen and rejected "
-            "(graft prefer makes them)"
+            "(graft pairs makes them)"
         )
     raise InputError(f"--objective {config.objective}: {data.name} holds pairs; train on them with --objective dpo")
 
@@ -274,9 +272,9 @@ def _start(
     if origin.adapter is None:
         return None
     sha256 = origin.sha256(model.config)
-    if previous is not None and previous["start"]["sha256"] != sha256:
+    if previous is not None and previous["parent_run"]["sha256"] != sha256:
         raise InputError(
-            f"{out_dir}: was started from {previous['start']['run']}, which has changed since; restore it to go on"
+            f"{out_dir}: was started from {previous['parent_run']['run']}, which has changed since; restore it to go on"
         )
     return {"run": str(origin.adapter.resolve()), "sha256": sha256}
 
@@ -344,9 +342,9 @@ def _resolved(config: TrainConfig, method: Method, examples: int, max_length: in
     decided = {flag: getattr(method, field) for flag, field in method.flags.items()}
     decided |= {"targets": ",".join(decided["targets"])} if "targets" in decided else {}
     decided |= {"rank": 0} if method.is_full_finetune else {}
-    micro_tokens = config.micro_tokens
-    if micro_tokens is None:
-        micro_tokens = CPU_TOKENS if device.type == "cpu" else 0
+    microbatch_tokens = config.microbatch_tokens
+    if microbatch_tokens is None:
+        microbatch_tokens = CPU_TOKENS if device.type == "cpu" else 0
     # An error, until here, names a file as it was typed.
     places: dict[str, Any] = {name: resolve_path(getattr(config, name)) for name in CONTENT_CHECKED}
     return replace(
@@ -354,11 +352,11 @@ def _resolved(config: TrainConfig, method: Method, examples: int, max_length: in
         **{"method": method.name, **decided},
         lr=config.lr if config.lr is not None else method.default_lr * PREFERENCE_RATE ** (config.objective == "dpo"),
         beta=DEFAULT_BETA.get(config.loss_type, 0.1) if config.beta is None else config.beta,
-        micro_tokens=micro_tokens,
+        microbatch_tokens=microbatch_tokens,
         max_iters=steps,
         epochs=epochs,
         eval_every=config.eval_every or max(1, math.ceil(steps / 10)),
-        warmup=min(100, math.ceil(0.06 * steps)) if config.warmup is None else config.warmup,
+        warmup_steps=min(100, math.ceil(0.06 * steps)) if config.warmup_steps is None else config.warmup_steps,
         max_length=max_length,
         **places,
     )

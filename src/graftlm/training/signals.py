@@ -35,7 +35,7 @@ def stop_on_signal(patient: bool = False) -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-PARENT_PIPE_ENV = "GRAFT_LEASH"
+PARENT_PIPE_ENV = "GRAFT_PARENT_PIPE"
 """Set in the environment of a process that must not outlive the one that started it."""
 
 

@@ -16,7 +16,7 @@ from graftlm.exchange.load import read_run
 from graftlm.files.locks import LOCK_NAME, lock_dir, lock_owner
 from graftlm.training.distributed import DistContext
 from graftlm.training.estimate import make_plan
-from graftlm.training.mfu import share_trained
+from graftlm.training.mfu import parameter_counts
 from graftlm.training.reporting import print_header
 from graftlm.training.setup import RunContext, check_out_dir, prepare, shard_and_load
 from graftlm.training.trainer import Trainer
@@ -70,7 +70,7 @@ def _train(
     print_header(prepared, console)
     if config.plan:
         plan = world.broadcast_object(make_plan(prepared, time.perf_counter() - started).to_json())
-        return {**plan, **share_trained(prepared.run)}
+        return {**plan, **parameter_counts(prepared.run)}
     return Trainer(prepared, console, started).run()
 
 

@@ -140,13 +140,13 @@ class Trainer:
             plan = run["plan"] = dict(self.world.broadcast_object(plan))
             self.console.print(format_estimate(plan), highlight=False)
         self._restore()
-        if run["compile"] is None:
+        if run["cpp_kernels"] is None:
             with self.world.same_error_on_all_ranks():
                 switch = KernelSwitch.decide(self.config, self.model.device)
-            if self.config.compile == "auto" and switch.start_step is None and self.steps > FIRST_STEPS:
+            if self.config.kernels == "auto" and switch.start_step is None and self.steps > FIRST_STEPS:
                 self.console.print(f"not compiled: {switch.reason}", markup=False, highlight=False)
-            run["compile"] = self.world.broadcast_object(switch.to_json())
-        self.compiling = BackgroundCompile(KernelSwitch(**run["compile"]), self.model)
+            run["cpp_kernels"] = self.world.broadcast_object(switch.to_json())
+        self.compiling = BackgroundCompile(KernelSwitch(**run["cpp_kernels"]), self.model)
         self._write_manifest(run)
         self.frozen = self._open_frozen()
         loggers = start_loggers(self.config, run, self.progress.step, self._warn) if self.world.is_main else []
@@ -216,13 +216,13 @@ class Trainer:
         try:
             self.compiling.ensure_ready(step)
         except KernelsUnavailable as error:
-            switch = KernelSwitch(**self.prepared.run["compile"])
-            if self.config.compile == "on" or step != switch.start_step:
+            switch = KernelSwitch(**self.prepared.run["cpp_kernels"])
+            if self.config.kernels == "cpp" or step != switch.start_step:
                 raise InputError(
                     f"{self.out_dir}: computes with compiled kernels from step {switch.start_step} on, and {error}"
                 ) from error
             self.console.print(f"not compiled: {error}", markup=False, highlight=False)
-            self.prepared.run["compile"] = KernelSwitch(None, str(error)).to_json()
+            self.prepared.run["cpp_kernels"] = KernelSwitch(None, str(error)).to_json()
             self.compiling = BackgroundCompile(KernelSwitch(None, str(error)), self.model)
             self._write_manifest(self.prepared.run)
 
@@ -256,7 +256,7 @@ class Trainer:
             self.world.all_reduce_gradients(params)
         if scale != 1:
             torch._foreach_mul_([p.grad for p in params if p.grad is not None], 1 / scale)
-        gradient = full_tensor(torch.nn.utils.clip_grad_norm_(params, config.clip or math.inf))
+        gradient = full_tensor(torch.nn.utils.clip_grad_norm_(params, config.grad_clip or math.inf))
         # Read together, so that a GPU is waited for once a step.
         norm, *rest = torch.stack([t.to(gradient.dtype) for t in (gradient, *losses, *told.values())]).tolist()
         total, *sums = self.world.all_reduce_numbers([sum(rest[: len(losses)]), *rest[len(losses) :]])
@@ -283,7 +283,7 @@ class Trainer:
         config, frozen = self.config, self.frozen
         if not rows:
             return []
-        how = (batch_kind(config), config.shared_prefix, config.micro_tokens or 0, config.target_positions)
+        how = (batch_kind(config), config.shared_prefix, config.microbatch_tokens or 0, config.target_positions)
         examples = [self.prepared.train[i] for i in rows]
         if frozen is None:
             return make_microbatches(examples, *how)
@@ -297,7 +297,7 @@ class Trainer:
     def _open_frozen(self) -> ActivationCache | None:
         """The store of what the lower layers make of the data, where some are frozen, and a note about it."""
         config, first = self.config, self.prepared.method.layer_range(self.model.config).start
-        if first == 0 or config.frozen_cache_gb == 0:
+        if first == 0 or config.activation_cache_gb == 0:
             return None
         if self.cut:
             self.console.print("--shard: what the frozen lower layers give is computed anew in each step")
@@ -315,7 +315,7 @@ class Trainer:
             first,
             self.prepared.run["base"]["sha256"],
             share=config.shared_prefix,
-            most_bytes=config.frozen_cache_gb * 1e9,
+            most_bytes=config.activation_cache_gb * 1e9,
         )
         self.console.print(note, markup=False, highlight=False)
         return frozen
@@ -337,7 +337,7 @@ class Trainer:
         if progress.step > math.floor(0.05 * self.steps):
             progress.timed_examples += done.examples
             progress.timed_seconds += done.seconds
-            progress.timed_needed += done.unique_tokens
+            progress.timed_model_tokens += done.unique_tokens
 
     def _compute_reference(self) -> None:
         """Of pairs: find out what the model at its start thinks of them, and keep its trained tensors."""
