@@ -237,7 +237,7 @@ class Experiment:
     def reward(self) -> Callable[[Sequence[str], Sequence[str]], list[float]]:
         """Prompts and answers -> the classifier's probability of its last label, positive."""
         from graftlm.exchange.load import load
-        from graftlm.inference.preference_data import classifier_reward
+        from graftlm.inference.pairs import classifier_reward
 
         judge = load("resume", self.work / "classifier")
         assert judge.template is not None
@@ -285,16 +285,16 @@ class Experiment:
     def sample(self, loaded: "Loaded", prompts: Sequence[str]) -> tuple[list[str], list[bool], list[list[int]]]:
         """An answer to each prompt at temperature 1: texts, whether they are finished, tokens."""
         from graftlm.inference.generate import generate_ids
+        from graftlm.inference.sampling import SamplingParams
 
-        values = self.recipe["evaluation"]
-        tokens = generate_ids(
-            loaded.model,
-            loaded.tokenizer.encode_batch(prompts, bos=True),
+        values, eot = self.recipe["evaluation"], loaded.tokenizer.eot
+        params = SamplingParams(
             max_new_tokens=values["max_new_tokens"],
-            eot=loaded.tokenizer.eot,
             temperature=1.0,
             seed=values["seed"],
+            stop_token_ids=frozenset({eot}),
         )
+        tokens = generate_ids(loaded.model, loaded.tokenizer.encode_batch(prompts, bos=True), params)
         texts = [loaded.tokenizer.decode(ids) for ids in tokens]
         return texts, [len(ids) < values["max_new_tokens"] for ids in tokens], tokens
 
@@ -318,7 +318,8 @@ def kl_of_answers(
     """For each answer the sum over its positions of KL(policy || reference), in nats."""
     import torch
 
-    from graftlm.inference.generate import eval_mode, right_pad
+    from graftlm.inference.decoder import right_pad
+    from graftlm.inference.generate import eval_mode
 
     kl = [0.0] * len(prompts)
     by_length = sorted((row for row, answer in enumerate(answers) if answer), key=lambda row: len(answers[row]))

@@ -36,7 +36,7 @@ def child(task: Mapping[str, Any]) -> Run:
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     from graftlm.exchange.load import load
-    from graftlm.inference.fewshot import build_fewshot
+    from graftlm.inference.fewshot import FewShotConfig, build_fewshot
     from graftlm.text.collate import label_ids, load_dataset, subset
     from graftlm.text.template import DEFAULT, load_template
 
@@ -44,7 +44,8 @@ def child(task: Mapping[str, Any]) -> Run:
     template = load_template(DEFAULT)
     splits = load_dataset(task["data"], labels=template.labels).splits
     rows = subset(splits["test"], task["limit"])
-    examples = build_fewshot(ours.model, ours.tokenizer, template, rows, splits["train"], shots=task["shots"]).examples
+    config = FewShotConfig(shots=task["shots"])
+    examples = build_fewshot(ours.model, ours.tokenizer, template, rows, splits["train"], config).examples
     labels = label_ids(template, ours.tokenizer)
     del ours
 

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from graftlm.exchange.load import load
     from graftlm.inference.evaluate import evaluate, predict_labels
     from graftlm.inference.generate import generate
-    from graftlm.inference.preference_data import make_preferences
+    from graftlm.inference.pairs import make_preferences
     from graftlm.methods.lora import LoRALinear, mark_only_lora_as_trainable
     from graftlm.text.template import get_sentiment_prompt
     from graftlm.training.train import train

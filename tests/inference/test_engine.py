@@ -20,11 +20,13 @@ from graftlm.inference.engine import Engine
 from graftlm.inference.evaluate import evaluate
 from graftlm.inference.generate import generate, generate_ids
 from graftlm.inference.requests import Completion, Request, RequestHandle, TokenOutput
+from graftlm.inference.sampling import SamplingParams
 from graftlm.methods import DoRA, LoRA, Method
 from graftlm.methods.lora import LoRALinear
 from graftlm.models import CausalLM, clone_with_shared_weights
 from graftlm.text.collate import encode_rows, label_ids
 from graftlm.text.layouts import Labelled
+from inference.tiny import stopping
 from tiny import data_folder, model_folder
 
 METHODS: dict[str, Method] = {
@@ -81,13 +83,23 @@ def ids(text: str, loaded: Loaded) -> tuple[int, ...]:
     return tuple(loaded.tokenizer.encode(text))
 
 
+def ask(prompt: Sequence[int], adapter: str | None = None, **settings: Any) -> Request:
+    """A request that samples at temperature 1 unless told otherwise."""
+    return Request(tuple(prompt), SamplingParams(**{"temperature": 1.0, **settings}), adapter)
+
+
+def changed(asked: Request, **settings: Any) -> Request:
+    """The request with other sampling settings."""
+    return replace(asked, params=replace(asked.params, **settings))
+
+
 class Gate:
     """Lets the engine's thread go on step by step: it waits in `on_piece` of a request made for the purpose."""
 
     def __init__(self, engine: Engine, loaded: Loaded, tokens: int = 50) -> None:
         self.reached, self.go = threading.Semaphore(0), threading.Semaphore(0)
         prompt = endless(loaded)
-        self.ticket = engine.submit(Request(prompt, max_new_tokens=tokens, temperature=0), self._held)
+        self.ticket = engine.submit(ask(prompt, max_new_tokens=tokens, temperature=0), self._held)
         self.reached.acquire()
 
     def _held(self, piece: TokenOutput) -> None:
@@ -101,7 +113,11 @@ class Gate:
 def endless(loaded: Loaded, tokens: int = 60) -> list[int]:
     """A prompt behind which the base goes on, greedily, for so many tokens."""
     for first in range(1, 200):
-        new = generate_ids(loaded.model, [[first]], max_new_tokens=tokens, eot=loaded.tokenizer.eot)[0]
+        new = generate_ids(
+            loaded.model,
+            [[first]],
+            stopping(tokens, loaded.tokenizer.eot),
+        )[0]
         if len(new) == tokens:
             return [first]
     raise AssertionError("there is none")
@@ -112,7 +128,7 @@ def requests(loaded: Loaded, count: int, **settings: Any) -> list[Request]:
     names = (None, "narrow", "wide", "wide")
     texts = ["a film", "it was so", "x", "the plot of this one is", "no"]
     return [
-        Request(ids(f"{n}{texts[n % 5]}", loaded), names[n % 4], max_new_tokens=6 + 3 * (n % 4), **settings)
+        ask(ids(f"{n}{texts[n % 5]}", loaded), names[n % 4], max_new_tokens=6 + 3 * (n % 4), **settings)
         for n in range(count)
     ]
 
@@ -129,21 +145,17 @@ def test_a_mixed_batch_gives_each_what_generate_gives_it_alone(
     engine: Engine, loaded: Loaded, alone: dict[str | None, CausalLM], temperature: float
 ) -> None:
     asked = requests(loaded, 20, temperature=temperature)
-    asked = [replace(request, seed=n, top_k=n % 3 * 20 or None) for n, request in enumerate(asked)]
+    asked = [changed(request, seed=n, top_k=n % 3 * 20) for n, request in enumerate(asked)]
     found = results([engine.submit(request) for request in asked])
     for request, completion in zip(asked, found, strict=True):
         expected = generate_ids(
             alone[request.adapter],
             [request.prompt],
-            max_new_tokens=request.max_new_tokens,
-            eot=loaded.tokenizer.eot,
-            temperature=temperature,
-            top_k=request.top_k or 0,
-            seed=request.seed or 0,
+            replace(request.params, stop_token_ids=frozenset({loaded.tokenizer.eot})),
         )[0]
         assert list(completion.tokens) == expected
         assert completion.text == loaded.tokenizer.decode(expected)
-        assert completion.finish_reason == ("length" if len(expected) == request.max_new_tokens else "stop")
+        assert completion.finish_reason == ("length" if len(expected) == request.params.max_new_tokens else "stop")
         assert completion.prompt_tokens == len(request.prompt)
         with torch.no_grad():
             logps = alone[request.adapter](torch.tensor([[*request.prompt, *expected]]))[0].log_softmax(-1)
@@ -155,26 +167,24 @@ def test_a_mixed_batch_gives_each_what_generate_gives_it_alone(
 def test_greedy_text_is_that_of_generate(engine: Engine, loaded: Loaded) -> None:
     prompt = "The film was"
     [expected] = generate(loaded.model, loaded.tokenizer, [prompt], max_new_tokens=30)
-    asked = Request(ids(prompt, loaded), max_new_tokens=30, temperature=0)
+    asked = ask(ids(prompt, loaded), max_new_tokens=30, temperature=0)
     assert engine.submit(asked).done.result(60).text == expected
 
 
 def test_a_sample_depends_on_its_seed_and_not_on_the_batch(engine: Engine, loaded: Loaded) -> None:
-    asked = Request(ids("a film", loaded), "wide", max_new_tokens=20, top_p=0.9, seed=11)
+    asked = ask(ids("a film", loaded), "wide", max_new_tokens=20, top_p=0.9, seed=11)
     [first] = results([engine.submit(asked)])
     others = [engine.submit(request) for request in requests(loaded, 7)]
-    again = results([engine.submit(asked), engine.submit(replace(asked, seed=12)), engine.submit(asked)])
+    again = results([engine.submit(asked), engine.submit(changed(asked, seed=12)), engine.submit(asked)])
     results(others)
     assert again[0].tokens == again[2].tokens == first.tokens != again[1].tokens
     assert again[0].logprobs == pytest.approx(first.logprobs, rel=1e-9)
-    free = replace(asked, seed=None)
-    assert len({completion.tokens for completion in results([engine.submit(free) for _ in range(4)])}) > 1
 
 
 def test_pieces_come_in_order_and_make_up_the_answer(engine: Engine, loaded: Loaded) -> None:
     for asked in requests(loaded, 6):
         pieces: list[TokenOutput] = []
-        done = engine.submit(replace(asked, seed=3), pieces.append).done.result(60)
+        done = engine.submit(changed(asked, seed=3), pieces.append).done.result(60)
         assert "".join(piece.text for piece in pieces) == done.text
         assert tuple(piece.token for piece in pieces if piece.token is not None) == done.tokens
         assert tuple(piece.logprob for piece in pieces if piece.logprob is not None) == done.logprobs
@@ -184,41 +194,53 @@ def test_pieces_come_in_order_and_make_up_the_answer(engine: Engine, loaded: Loa
 def test_rows_join_while_others_are_decoded(engine: Engine, loaded: Loaded, alone: dict[str | None, CausalLM]) -> None:
     expected = {}
     for request in requests(loaded, 5, temperature=0):
-        new = generate_ids(alone[request.adapter], [request.prompt], max_new_tokens=9, eot=loaded.tokenizer.eot)
+        new = generate_ids(
+            alone[request.adapter],
+            [request.prompt],
+            stopping(9, loaded.tokenizer.eot),
+        )
         expected[request] = new[0]
     gate = Gate(engine, loaded)
     tickets = []
     for request in expected:  # one joins behind each step of the first
-        tickets.append(engine.submit(replace(request, max_new_tokens=9)))
+        tickets.append(engine.submit(changed(request, max_new_tokens=9)))
         gate.go.release()
         gate.reached.acquire()
     assert engine.stats()["running"] > 1
     gate.open()
     assert [list(completion.tokens) for completion in results(tickets)] == list(expected.values())
-    new = generate_ids(loaded.model, [endless(loaded)], max_new_tokens=50, eot=loaded.tokenizer.eot)
+    new = generate_ids(
+        loaded.model,
+        [endless(loaded)],
+        stopping(50, loaded.tokenizer.eot),
+    )
     assert list(gate.ticket.done.result(60).tokens) == new[0]
 
 
 def test_a_stop_text_ends_the_answer(engine: Engine, loaded: Loaded) -> None:
-    asked = Request(endless(loaded), max_new_tokens=60, temperature=0)
+    asked = ask(endless(loaded), max_new_tokens=60, temperature=0)
     text = engine.submit(asked).done.result(60).text
     pairs = [(n, text[n : n + 2]) for n in range(5, len(text) - 4)]
     at, stop = next((n, pair) for n, pair in pairs if pair.isascii() and text.find(pair) == n)  # two bytes, two tokens
     pieces: list[TokenOutput] = []
-    done = engine.submit(replace(asked, stop=("never comes", stop)), pieces.append).done.result(60)
+    done = engine.submit(changed(asked, stop=("never comes", stop)), pieces.append).done.result(60)
     assert (done.text, done.finish_reason) == (text[:at], "stop")
     assert pieces[-1].finish_reason == "stop" and "".join(piece.text for piece in pieces) == text[:at]
     assert loaded.tokenizer.decode(done.tokens) == text[: at + 2]
 
 
 def test_a_token_of_its_own_ends_a_request_and_not_those_beside_it(engine: Engine, loaded: Loaded) -> None:
-    asked = Request(endless(loaded), max_new_tokens=30, temperature=0)
+    asked = ask(endless(loaded), max_new_tokens=30, temperature=0)
     whole = engine.submit(asked).done.result(60).tokens
     end = next(token for token in reversed(whole) if token != whole[0])
     told: list[TokenOutput] = []
-    ends = replace(asked, stop_tokens={end})
+    ends = changed(asked, stop_token_ids=frozenset({end}))
     found = results([engine.submit(ends, told.append), engine.submit(asked)])
-    new = generate_ids(loaded.model, [asked.prompt], max_new_tokens=30, eot=(end, loaded.tokenizer.eot))[0]
+    new = generate_ids(
+        loaded.model,
+        [asked.prompt],
+        stopping(30, (end, loaded.tokenizer.eot)),
+    )[0]
     assert found[0].tokens == tuple(new) == whole[: whole.index(end)] and found[0].finish_reason == "stop"
     assert (told[-1].token, told[-1].finish_reason) == (None, "stop")
     assert found[1].tokens == whole and found[1].finish_reason == "length"
@@ -229,10 +251,10 @@ def test_an_answer_ends_where_it_fills_the_context(loaded: Loaded) -> None:
     engine = Engine(loaded, {}, max_tokens=20)
     try:
         assert engine.max_seq_len == 20 < context
-        done = engine.submit(Request(prompt * 5, max_new_tokens=90, temperature=0)).done.result(60)
+        done = engine.submit(ask(prompt * 5, max_new_tokens=90, temperature=0)).done.result(60)
         assert len(done.tokens) <= 15 and (done.finish_reason == "stop" or len(done.tokens) == 15)
         with pytest.raises(InputError, match="the prompt has 20 tokens and prompt and answer at most 20: shorten it"):
-            engine.submit(Request(prompt * 20))
+            engine.submit(ask(prompt * 20))
     finally:
         engine.close()
 
@@ -271,13 +293,10 @@ def test_scores_are_those_of_evaluate(loaded: Loaded, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"prompt": ()}, "prompt is .*: must be at least one token"),
-        ({"max_new_tokens": 0}, "max_new_tokens is 0: must be 1 or more"),
-        ({"temperature": -0.5}, "temperature is -0.5: must be 0 or more"),
-        ({"temperature": float("nan")}, "temperature is nan: must be 0 or more"),
-        ({"top_k": 0}, "top_k is 0: must be 1 or more"),
-        ({"top_p": 1.5}, "top_p is 1.5: must be above 0 and at most 1"),
-        ({"stop": ("a", "")}, "stop is .*: must be texts that are not empty"),
+        ({"prompt": ()}, "the prompt is empty: give at least one token"),
+        ({"max_new_tokens": 0}, "--max_new_tokens 0: must be 1 or more"),
+        ({"temperature": -0.5}, "--temperature -0.5: must be 0 or more"),
+        ({"stop": ("a", "")}, "--stop .*: must be texts that are not empty"),
         ({"adapter": "wyde"}, "unknown adapter 'wyde': did you mean 'wide'"),
         ({"prompt": (5, 257)}, "the prompt has a token 257: the model's are 0 to 256"),
         ({"prompt": (5,) * 96}, "the prompt has 96 tokens and prompt and answer at most 96: shorten it"),
@@ -285,7 +304,7 @@ def test_scores_are_those_of_evaluate(loaded: Loaded, tmp_path: Path) -> None:
 )
 def test_wrong_requests_are_refused_in_one_line(engine: Engine, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message) as error:
-        engine.submit(Request(**{"prompt": (1, 2), **settings}))
+        engine.submit(ask(**{"prompt": (1, 2), **settings}))
     assert "\n" not in str(error.value)
 
 
@@ -334,11 +353,11 @@ def test_any_run_is_served_as_the_base(loaded: Loaded, tmp_path: Path) -> None:
     run = load("resume", run_of(tmp_path / "run", loaded.folder, tmp_path / "data", "prefix"), dtype="float32")
     engine = Engine(run, {})
     try:
-        done = engine.submit(Request(ids("a film", loaded), max_new_tokens=9, temperature=0)).done.result(60)
+        done = engine.submit(ask(ids("a film", loaded), max_new_tokens=9, temperature=0)).done.result(60)
         [expected] = generate(run.model, run.tokenizer, ["a film"], max_new_tokens=9)
         assert done.text == expected
         with pytest.raises(InputError, match="unknown adapter 'x': there is none, only the base"):
-            engine.submit(Request((1,), "x"))
+            engine.submit(ask((1,), "x"))
     finally:
         engine.close()
 
@@ -348,11 +367,11 @@ def test_cancel_ends_a_row_and_one_that_waits(loaded: Loaded) -> None:
     try:
         gate = Gate(engine, loaded)
         pieces: list[TokenOutput] = []
-        running = engine.submit(Request(endless(loaded), max_new_tokens=50, temperature=0), pieces.append)
+        running = engine.submit(ask(endless(loaded), max_new_tokens=50, temperature=0), pieces.append)
         for _ in range(4):
             gate.go.release()
             gate.reached.acquire()
-        waiting = engine.submit(Request((1,), max_new_tokens=5))
+        waiting = engine.submit(ask((1,), max_new_tokens=5))
         assert engine.stats()["waiting"] == 1
         running.cancel()
         waiting.cancel()
@@ -371,14 +390,14 @@ def test_cancel_ends_a_row_and_one_that_waits(loaded: Loaded) -> None:
 def test_the_engine_outlives_what_is_raised_in_it(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(loaded, {})
     try:
-        asked = Request(endless(loaded), max_new_tokens=20, temperature=0)
+        asked = ask(endless(loaded), max_new_tokens=20, temperature=0)
         real, calls = module.DecodingBatch.step, list[int]()
 
-        def step(batch: Any, tokens: Sequence[int]) -> Any:
-            calls.append(len(tokens))
+        def step(batch: Any) -> Any:
+            calls.append(len(batch.rows))
             if len(calls) == 3:
                 raise RuntimeError("out of\nmemory")
-            return real(batch, tokens)
+            return real(batch)
 
         monkeypatch.setattr(module.DecodingBatch, "step", step)
         pieces: list[TokenOutput] = []
@@ -387,7 +406,7 @@ def test_the_engine_outlives_what_is_raised_in_it(loaded: Loaded, monkeypatch: p
             failed.done.result(60)
         assert pieces[-1] == TokenOutput("", None, None, "error")
         assert len(engine.submit(asked).done.result(60).tokens) == 20
-        monkeypatch.setattr(module, "score", lambda *_, **__: 1 / 0)
+        monkeypatch.setattr(module, "score_labels", lambda *_, **__: 1 / 0)
         with pytest.raises(GraftError, match="the engine failed: ZeroDivisionError: division by zero"):
             engine.score((1,), [(2,)]).result(60)
         assert len(engine.submit(asked).done.result(60).tokens) == 20
@@ -400,10 +419,10 @@ def test_who_listens_badly_fails_alone(engine: Engine, loaded: Loaded) -> None:
     def bad(piece: TokenOutput) -> None:
         raise KeyError("mine")
 
-    asked = Request(endless(loaded), max_new_tokens=10, temperature=0)
+    asked = ask(endless(loaded), max_new_tokens=10, temperature=0)
     fine = engine.submit(asked)
     failed = engine.submit(asked, bad)
-    with pytest.raises(GraftError, match="on_piece failed: KeyError: 'mine'"):
+    with pytest.raises(GraftError, match="on_output failed: KeyError: 'mine'"):
         failed.done.result(60)
     assert len(fine.done.result(60).tokens) == 10
 
@@ -419,7 +438,7 @@ def test_rows_without_numbers_fail_alone(loaded: Loaded, folders: dict[str, Path
         tickets = [engine.submit(request) for request in asked]
         for request, ticket in zip(asked, tickets, strict=True):
             if request.adapter == "wide":
-                with pytest.raises(GraftError, match="the logits are no numbers"):
+                with pytest.raises(GraftError, match="the logits are NaN or infinite"):
                     ticket.done.result(60)
             else:
                 assert ticket.done.result(60).finish_reason in ("stop", "length")
@@ -434,15 +453,15 @@ def test_the_line_has_an_end(loaded: Loaded) -> None:
     engine = Engine(loaded, {}, max_rows=1, max_waiting=2)
     try:
         gate = Gate(engine, loaded)
-        waiting = engine.submit(Request((1,), max_new_tokens=2))
+        waiting = engine.submit(ask((1,), max_new_tokens=2))
         score = engine.score((1,), [(2,)])
         with pytest.raises(Overloaded, match="2 requests are waiting already: ask again later"):
-            engine.submit(Request((1,)))
+            engine.submit(ask((1,)))
         with pytest.raises(Overloaded):
             engine.score((1,), [(2,)])
         gate.open()
         waiting.done.result(60), score.result(60)
-        assert engine.submit(Request((1,), max_new_tokens=2)).done.result(60)
+        assert engine.submit(ask((1,), max_new_tokens=2)).done.result(60)
     finally:
         engine.close()
 
@@ -452,8 +471,8 @@ def test_memory_is_bounded_by_waiting(loaded: Loaded, monkeypatch: pytest.Monkey
     sizes: list[tuple[int, int]] = []
     real = module.DecodingBatch.step
 
-    def step(batch: Any, tokens: Sequence[int]) -> Any:
-        logits = real(batch, tokens)
+    def step(batch: Any) -> Any:
+        logits = real(batch)
         sizes.append(batch.reserved)
         return logits
 
@@ -462,7 +481,7 @@ def test_memory_is_bounded_by_waiting(loaded: Loaded, monkeypatch: pytest.Monkey
         gate = Gate(engine, loaded, tokens=2)
         lengths = [(3, 20), (30, 50), (3, 3), (5, 9), (2, 4), (1, 1), (20, 70)]
         prompt = endless(loaded)
-        asked = [Request(prompt * n, max_new_tokens=new, temperature=0) for n, new in lengths]
+        asked = [ask(prompt * n, max_new_tokens=new, temperature=0) for n, new in lengths]
         tickets = [engine.submit(request) for request in asked]
         gate.open()
         results(tickets)
@@ -499,14 +518,14 @@ def test_close_finishes_what_was_taken_and_refuses_what_is_new(loaded: Loaded) -
     assert all(ticket.done.done() and ticket.done.result().finish_reason in ("stop", "length") for ticket in tickets)
     assert score.done() and not engine._thread.is_alive()
     with pytest.raises(ShuttingDown, match="the engine is closed: it takes no new requests"):
-        engine.submit(Request((1,)))
+        engine.submit(ask((1,)))
     engine.close()
 
 
 def test_close_at_once_cancels(loaded: Loaded) -> None:
     engine = Engine(loaded, {}, max_rows=1)
     gate = Gate(engine, loaded)
-    waiting = engine.submit(Request((1,)))
+    waiting = engine.submit(ask((1,)))
     score = engine.score((1,), [(2,)])
     closing = threading.Thread(target=engine.close, kwargs={"drain": False})
     closing.start()

@@ -1,9 +1,9 @@
 """Scores equal a plain full forward pass; labels are found in text by the stated rule; figures add up."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,7 +13,8 @@ from graftlm.errors import GraftError, InputError
 from graftlm.inference import evaluate as module
 from graftlm.inference import scoring
 from graftlm.inference.evaluate import evaluate, parse_label, predict_labels, write_predictions
-from graftlm.inference.scoring import score
+from graftlm.inference.sampling import SamplingParams
+from graftlm.inference.scoring import score, score_labels
 from graftlm.models import CausalLM
 from graftlm.text.collate import Example, encode_rows
 from graftlm.text.layouts import Labelled
@@ -87,12 +88,12 @@ def test_bfloat16_is_near() -> None:
 
 
 def passes(
-    model: CausalLM, examples: list[Example], labels: list[list[int]], completions: bool = True
+    model: CausalLM, examples: list[Example], labels: list[list[int]], scorer: Callable[..., Any] = score
 ) -> list[tuple[int, ...]]:
     """The shapes of the ids that the forward passes read, the shared prefix's apart."""
     seen: list[tuple[int, ...]] = []
     handle = model.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape)))
-    score(model, examples, labels, completions=completions)
+    scorer(model, examples, labels)
     handle.remove()
     return seen
 
@@ -101,7 +102,7 @@ def test_no_pass_more_than_the_tails_need() -> None:
     model = tiny("llama")
     examples = [example(prompt, [7, EOT]) for prompt in ragged([9, 8, 7], shared=6)]
     assert passes(model, examples, [[7], [9]]) == [(3, 4)]  # the word before end-of-text rides along
-    assert passes(model, examples, [[7], [9]], completions=False) == [(3, 3)]  # and without it the prompts alone
+    assert passes(model, examples, [[7], [9]], score_labels) == [(3, 3)]  # and without it the prompts alone
     assert passes(model, examples, [[7, 8], [7, 9], [10]]) == [(3, 4)]  # two labels, one path
     assert passes(model, examples, [[7, 8], [9, 8]]) == [(3, 4), (3, 1)]
     assert passes(model, examples, [[7, 8, 9], [9, 8], [9, 7]]) == [(3, 5), (3, 1)]
@@ -228,12 +229,12 @@ def test_both_readings_side_by_side() -> None:
     by_text = predict_labels(model, TOKENIZER, examples, TEMPLATE)
     assert set(by_text) == {-1, 0, 1}
     assert set(by_score) == {0, 1}
-    assert evaluation.readings["score"].predicted == by_score
-    assert evaluation.readings["generate"].predicted == by_text
+    assert evaluation.metrics["score"].predicted == by_score
+    assert evaluation.metrics["generate"].predicted == by_text
     assert done == [16, 14, 30]  # scored a batch at a time, generated several batches together
 
     figures = evaluation.to_json()
-    keys = {"n", "accuracy", "ci_low", "ci_high", "read", "garbage_rate", "macro_f1", "confusion", "examples_per_s"}
+    keys = {"n", "accuracy", "ci_low", "ci_high", "mode", "garbage_rate", "macro_f1", "confusion", "examples_per_s"}
     assert set(figures) == keys | {"score", "generate"}
     assert set(figures["score"]) == set(figures["generate"]) == keys
     assert {key: figures[key] for key in keys} == figures["score"]
@@ -253,7 +254,7 @@ def test_rows_come_in_the_datas_order(tmp_path: Path) -> None:
     assert rows == evaluation.rows
     scores = score(model, examples, [[3], [4]]).labels.tolist()
     for i, row in enumerate(rows):
-        assert list(row) == ["text", "label", "predicted", "scores", "generated", "read", "garbage"]
+        assert list(row) == ["text", "label", "predicted", "scores", "generated", "mode", "garbage"]
         assert (row["text"], row["label"], row["mode"]) == (f"text {i} \x85", i % 2, "score")
         assert row["scores"] == pytest.approx({"bad": scores[i][0], "good": scores[i][1]})
         assert row["predicted"] == (scores[i][1] > scores[i][0])
@@ -303,7 +304,12 @@ def test_a_cut_text_with_a_short_label_has_room_for_the_long_one() -> None:
 
 def test_long_labels_get_enough_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(module, "generate_ids", lambda *_, max_new_tokens, **__: asked.append(max_new_tokens) or [[]])
+
+    def fake(model: Any, prompts: Any, params: SamplingParams, **more: Any) -> list[list[int]]:
+        asked.append(params.limit)
+        return [[]]
+
+    monkeypatch.setattr(module, "generate_ids", fake)
     long = Template("custom", "{text}", ("it so it so it so it", "good"))
     predict_labels(tiny("llama"), TOKENIZER, reviews(1), long)
     predict_labels(tiny("llama"), TOKENIZER, reviews(1), TEMPLATE)

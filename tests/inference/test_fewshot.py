@@ -9,14 +9,22 @@ import torch
 
 from graftlm.errors import InputError
 from graftlm.inference.evaluate import evaluate
-from graftlm.inference.fewshot import BM25, CONTENT_FREE, build_fewshot, embedder, permute, select_demonstrations
-from graftlm.inference.generate import generate_ids
+from graftlm.inference.fewshot import (
+    BM25,
+    CONTENT_FREE,
+    FewShotConfig,
+    build_fewshot,
+    embedder,
+    permute,
+    select_demonstrations,
+)
+from graftlm.inference.generate import Batching, generate_ids
 from graftlm.inference.metrics import calibrated
-from graftlm.inference.scoring import score
+from graftlm.inference.scoring import score_labels
 from graftlm.text.collate import label_ids
 from graftlm.text.layouts import Completion, Labelled
 from graftlm.text.template import Template
-from inference.tiny import full_logits, tiny, words
+from inference.tiny import full_logits, stopping, tiny, words
 
 POOL = ["a dull film", "a fine film", "good fun", "weak and dull", "fine fun"]
 LABELS = [0, 1, 1, 0, 1]
@@ -25,7 +33,7 @@ KNOWN = ["Review:", "Is", "it:", "bad", "good", "a", "dull", "film", "fine", "fu
 
 
 def chosen(how: str, shots: int = 3, seed: int = 0, questions: tuple[str, ...] = ("so",)) -> list[list[int]]:
-    return select_demonstrations(POOL, LABELS, questions, shots=shots, how=how, seed=seed)
+    return select_demonstrations(POOL, LABELS, questions, FewShotConfig(shots=shots, selection=how, seed=seed))
 
 
 # Choosing
@@ -54,7 +62,7 @@ def test_too_few_demonstrations_are_refused() -> None:
     with pytest.raises(InputError, match="--shots 6: there are only 5 demonstrations"):
         chosen("fixed", 6)
     with pytest.raises(InputError, match="label 0 has only 2 demonstrations, 3 are needed"):
-        select_demonstrations([*POOL, "x", "y"], [*LABELS, 1, 1], ["so"], shots=6, how="balanced")
+        select_demonstrations([*POOL, "x", "y"], [*LABELS, 1, 1], ["so"], FewShotConfig(shots=6, selection="balanced"))
 
 
 def test_another_order_holds_the_same_demonstrations() -> None:
@@ -86,7 +94,7 @@ def test_embeddings_are_means_of_hidden_states_and_find_the_nearest() -> None:
         for row, text in zip(found, POOL, strict=True):
             mean = model.hidden_states(torch.tensor([tokenizer.encode(text)]))[0].mean(0)
             np.testing.assert_allclose(row, (mean / mean.norm()).numpy(), atol=1e-12)
-    order = select_demonstrations(POOL, LABELS, ["fun film"], shots=5, how="embedding", embed=embed)[0]
+    order = select_demonstrations(POOL, LABELS, ["fun film"], FewShotConfig(shots=5, selection="embedding"), embed)[0]
     near = found @ embed(["fun film"])[0]
     assert list(near[order]) == sorted(near)
 
@@ -106,9 +114,9 @@ ASKED = rows("so good", "so weak film", "a", "fine and good film")
 @pytest.mark.parametrize("how", ["fixed", "random", "balanced", "bm25", "embedding"])
 def test_scores_with_demonstrations_equal_whole_prompts_one_by_one(family: str, how: str) -> None:
     model, tokenizer = tiny(family), words(*KNOWN)
-    asked = build_fewshot(model, tokenizer, TEMPLATE, ASKED, POOL_ROWS, shots=3, how=how)
+    asked = build_fewshot(model, tokenizer, TEMPLATE, ASKED, POOL_ROWS, FewShotConfig(shots=3, selection=how))
     labels = label_ids(TEMPLATE, tokenizer)
-    scores = score(model, asked.examples, labels, batch_size=3, completions=False).labels
+    scores = score_labels(model, asked.examples, labels, Batching(3))
     for example, row in zip(asked.examples, scores, strict=True):
         logps = full_logits(model, example.prompt_ids)[-1].log_softmax(-1)
         torch.testing.assert_close(row, logps[[ids[0] for ids in labels]], rtol=1e-9, atol=1e-9)
@@ -117,9 +125,13 @@ def test_scores_with_demonstrations_equal_whole_prompts_one_by_one(family: str, 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_generation_with_demonstrations_is_token_by_token_that_of_whole_prompts(family: str) -> None:
     model, tokenizer = tiny(family), words(*KNOWN)
-    asked = build_fewshot(model, tokenizer, TEMPLATE, ASKED, POOL_ROWS, shots=2)
+    asked = build_fewshot(model, tokenizer, TEMPLATE, ASKED, POOL_ROWS, FewShotConfig(shots=2))
     prompts = [example.prompt_ids for example in asked.examples]
-    for prompt, new in zip(prompts, generate_ids(model, prompts, max_new_tokens=8, eot=-1), strict=True):
+    for prompt, new in zip(
+        prompts,
+        generate_ids(model, prompts, stopping(8, -1)),
+        strict=True,
+    ):
         ids = list(prompt)
         for token in new:
             assert token == int(full_logits(model, ids)[-1].argmax())
@@ -129,7 +141,7 @@ def test_generation_with_demonstrations_is_token_by_token_that_of_whole_prompts(
 
 def test_shared_demonstrations_are_run_once_for_the_whole_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = tiny("llama"), words(*KNOWN)
-    asked = build_fewshot(model, tokenizer, TEMPLATE, ASKED, POOL_ROWS, shots=3, calibrate=True)
+    asked = build_fewshot(model, tokenizer, TEMPLATE, ASKED, POOL_ROWS, FewShotConfig(shots=3, calibrate=True))
     shared = len(tokenizer.encode(asked.examples[0].instr_tuned_text.rpartition("Review:")[0])) + 1
     fed: list[int] = []
     hidden = type(model).hidden_states
@@ -145,32 +157,36 @@ def test_shared_demonstrations_are_run_once_for_the_whole_evaluation(monkeypatch
 
 
 def test_a_prompt_is_demonstrations_with_their_answers_then_the_question() -> None:
-    asked = build_fewshot(tiny("llama"), words(*KNOWN), TEMPLATE, rows("so fine"), POOL_ROWS[:1], shots=1)
+    asked = build_fewshot(
+        tiny("llama"), words(*KNOWN), TEMPLATE, rows("so fine"), POOL_ROWS[:1], FewShotConfig(shots=1)
+    )
     assert asked.examples[0].instr_tuned_text == "Review: a dull film\nIs it: bad\n\nReview: so fine\nIs it: good"
 
 
 def test_a_text_that_is_asked_about_is_never_a_demonstration() -> None:
     same = rows("good fun", "a dull film")
     for how in ("fixed", "random", "bm25"):
-        asked = build_fewshot(tiny("llama"), words(*KNOWN), TEMPLATE, same, POOL_ROWS, shots=3, how=how)
+        asked = build_fewshot(
+            tiny("llama"), words(*KNOWN), TEMPLATE, same, POOL_ROWS, FewShotConfig(shots=3, selection=how)
+        )
         for example in asked.examples:
             before = example.instr_tuned_text.rpartition("Review:")[0]
             assert not any(f"Review: {row.text}\n" in before for row in same)
     with pytest.raises(InputError, match="only 3 demonstrations"):
-        build_fewshot(tiny("llama"), words(*KNOWN), TEMPLATE, same, POOL_ROWS, shots=4)
+        build_fewshot(tiny("llama"), words(*KNOWN), TEMPLATE, same, POOL_ROWS, FewShotConfig(shots=4))
 
 
 @pytest.mark.parametrize("how", ["fixed", "bm25"])
 def test_demonstrations_longer_than_the_context_are_refused(how: str) -> None:
     long = [Labelled(" ".join(["dull"] * 20) + f" {n}", 0, source="train") for n in range(3)]
     with pytest.raises(InputError, match=r"--shots: the demonstrations take \d+ tokens, template and answer 5, and 40"):
-        build_fewshot(tiny("llama"), words(*KNOWN), TEMPLATE, ASKED, long, shots=3, how=how)
+        build_fewshot(tiny("llama"), words(*KNOWN), TEMPLATE, ASKED, long, FewShotConfig(shots=3, selection=how))
 
 
 def test_pairs_of_prompt_and_completion_are_no_demonstrations() -> None:
     pairs = [Completion("so", " fine", "train")]
     with pytest.raises(InputError, match="demonstrations need text and label"):
-        build_fewshot(tiny("llama"), words(*KNOWN), TEMPLATE, ASKED, pairs, shots=1)
+        build_fewshot(tiny("llama"), words(*KNOWN), TEMPLATE, ASKED, pairs, FewShotConfig(shots=1))
 
 
 # Calibration
@@ -186,7 +202,9 @@ def test_contextual_calibration_is_the_papers_formula_by_hand() -> None:
 @pytest.mark.parametrize("how", ["random", "bm25"])
 def test_evaluate_calibrates_by_what_each_prompt_answers_to_nothing(how: str) -> None:
     model, tokenizer = tiny("llama"), words(*KNOWN)
-    asked = build_fewshot(model, tokenizer, TEMPLATE, ASKED, POOL_ROWS, shots=2, how=how, calibrate=True)
+    asked = build_fewshot(
+        model, tokenizer, TEMPLATE, ASKED, POOL_ROWS, FewShotConfig(shots=2, selection=how, calibrate=True)
+    )
     assert len(asked.content_free) == (1 if how == "random" else len(ASKED))
     found = evaluate(
         model, tokenizer, TEMPLATE, asked.examples, mode="score", batch_size=2, content_free=asked.content_free

@@ -10,10 +10,11 @@ from torch import nn
 from graftlm.errors import GraftError, InputError
 from graftlm.inference import generate as module
 from graftlm.inference import sampling
-from graftlm.inference.generate import compact, eval_mode, generate, generate_ids, prefill_shared_prefix
-from graftlm.inference.sampling import counter_based_uniform, sample_tokens
+from graftlm.inference.decoder import compact, prefill_shared_prefix
+from graftlm.inference.generate import Batching, eval_mode, generate, generate_ids
+from graftlm.inference.sampling import SamplingParams, candidates, counter_based_uniform, sample_tokens
 from graftlm.models import CausalLM, KVCache
-from inference.tiny import CONTEXT, full_logits, ragged, tiny, words
+from inference.tiny import CONTEXT, full_logits, ragged, stopping, tiny, words
 
 FAMILIES = pytest.mark.parametrize("family", ["gpt2", "llama"])
 
@@ -46,7 +47,15 @@ def test_greedy_equals_full_forwards(family: str, batch_size: int, shared: int) 
     prompts = ragged([9, 6, 17, 7, 6, 12, 28], shared)
     eot = an_ending(model, prompts, 12)
     expected = [naive(model, prompt, 12, eot) for prompt in prompts]
-    assert generate_ids(model, prompts, max_new_tokens=12, eot=eot, batch_size=batch_size) == expected
+    assert (
+        generate_ids(
+            model,
+            prompts,
+            stopping(12, eot),
+            batching=Batching(batch_size),
+        )
+        == expected
+    )
 
 
 def test_the_prefix_is_run_once_and_shared() -> None:
@@ -60,7 +69,12 @@ def test_the_prefix_is_run_once_and_shared() -> None:
         past, length = prefill_shared_prefix(model, [[1, 2, 3, 4, 5, 6]] * 4)
         assert length == 5  # each row keeps its last token
     model.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape)))
-    generate_ids(model, ragged([8, 11, 9, 30], shared=7), max_new_tokens=1, eot=-1, batch_size=2)
+    generate_ids(
+        model,
+        ragged([8, 11, 9, 30], shared=7),
+        stopping(1, -1),
+        batching=Batching(2),
+    )
     assert seen == [(2, 2), (2, 23)]  # the rest of the prompts alone, sorted by length
 
 
@@ -70,7 +84,7 @@ def test_ended_rows_leave_the_batch() -> None:
     eot = an_ending(model, prompts, 12)
     rows: list[int] = []
     model.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[0]))
-    new = generate_ids(model, prompts, max_new_tokens=12, eot=eot)
+    new = generate_ids(model, prompts, stopping(12, eot))
     # A row takes part in the step behind each of its tokens, but not in one behind its last.
     alive = [sum(len(tokens) > step for tokens in new) for step in range(12)]
     full = sum(len(tokens) == 12 for tokens in new)
@@ -80,25 +94,25 @@ def test_ended_rows_leave_the_batch() -> None:
 
 def test_generation_stops_when_all_have_ended() -> None:
     model = tiny("llama")
-    [[first]] = generate_ids(model, [[3, 1, 4]], max_new_tokens=1, eot=-1)
+    [[first]] = generate_ids(model, [[3, 1, 4]], stopping(1, -1))
     calls: list[int] = []
     model.register_forward_pre_hook(lambda _, args: calls.append(1))
-    assert generate_ids(model, [[3, 1, 4]] * 2, max_new_tokens=30, eot=first) == [[], []]
+    assert generate_ids(model, [[3, 1, 4]] * 2, stopping(30, first)) == [[], []]
     assert len(calls) == 1
 
 
 def test_any_of_several_tokens_ends_a_row() -> None:
     model, prompts = tiny("llama"), ragged([3, 9, 5])
-    whole = generate_ids(model, prompts, max_new_tokens=12, eot=-1)
+    whole = generate_ids(model, prompts, stopping(12, -1))
     ends = {whole[0][4], whole[1][7]}
     expected = [row[: min((n for n, token in enumerate(row) if token in ends), default=12)] for row in whole]
-    assert generate_ids(model, prompts, max_new_tokens=12, eot=ends) == expected
+    assert generate_ids(model, prompts, stopping(12, ends)) == expected
 
 
 def test_batches_are_continued_together_while_their_prompts_are_few_and_short(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = [1, 1, 2, 2, 3, 3, 9, 9, 9]
-    assert list(module.decode_groups(lengths, 2)) == [[0, 1, 2, 3, 4, 5, 6, 7], [8]]  # TOGETHER = 4 batches
-    monkeypatch.setattr(module, "MOST_CACHED", 18)
+    assert list(module.decode_groups(lengths, 2)) == [[0, 1, 2, 3, 4, 5, 6, 7], [8]]  # MAX_BATCHES = 4
+    monkeypatch.setattr(module, "MAX_CACHED_TOKENS", 18)
     assert list(module.decode_groups(lengths, 2)) == [[0, 1, 2, 3, 4, 5], [6, 7], [8]]
     assert list(module.decode_groups(lengths, 9)) == [[*range(9)]]  # one batch is never split
 
@@ -106,14 +120,14 @@ def test_batches_are_continued_together_while_their_prompts_are_few_and_short(mo
 def test_a_small_cache_grows(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama")
     prompts = ragged([4, 9, 6])
-    expected = generate_ids(model, prompts, max_new_tokens=25, eot=-1)
-    monkeypatch.setattr(module, "FIRST_ROOM", 1)
-    assert generate_ids(model, prompts, max_new_tokens=25, eot=-1) == expected
+    expected = generate_ids(model, prompts, stopping(25, -1))
+    monkeypatch.setattr(module, "FIRST_CAPACITY", 1)
+    assert generate_ids(model, prompts, stopping(25, -1)) == expected
     assert expected[0] == naive(model, prompts[0], 25, eot=-1)
 
 
 def test_compact_moves_the_last_rows_into_the_holes() -> None:
-    cache = KVCache.cache(tiny("llama").shape, rows=5, capacity=3)
+    cache = KVCache.cache(tiny("llama").config, rows=5, capacity=3)
     for row in range(5):
         cache.keys[1][row], cache.values[0][row] = row, 10 + row
     cache.lengths = torch.tensor([0, 1, 2, 3, 4])
@@ -130,7 +144,7 @@ def test_compact_moves_the_last_rows_into_the_holes() -> None:
 def test_the_context_ends_a_continuation(family: str) -> None:
     model = tiny(family)
     prompts = ragged([CONTEXT - 2, CONTEXT, 5, CONTEXT - 1])
-    new = generate_ids(model, prompts, max_new_tokens=9, eot=-1)
+    new = generate_ids(model, prompts, stopping(9, -1))
     assert [len(tokens) for tokens in new] == [2, 0, 9, 1]
     assert new == [naive(model, prompt, 9, eot=-1) for prompt in prompts]
 
@@ -138,13 +152,13 @@ def test_the_context_ends_a_continuation(family: str) -> None:
 def test_prompts_that_cannot_be_read() -> None:
     model = tiny("gpt2")
     with pytest.raises(InputError, match=r"^the prompt has 41 tokens, the model reads at most 40: shorten it$"):
-        generate_ids(model, ragged([41]), max_new_tokens=1, eot=0)
+        generate_ids(model, ragged([41]), stopping(1, 0))
     with pytest.raises(InputError, match=r"^prompt 2 of 3 is empty: give at least one token to continue$"):
-        generate_ids(model, [[1], [], [2]], max_new_tokens=1, eot=0)
+        generate_ids(model, [[1], [], [2]], stopping(1, 0))
 
 
 def test_no_prompts() -> None:
-    assert generate_ids(tiny("gpt2"), [], max_new_tokens=3, eot=0) == []
+    assert generate_ids(tiny("gpt2"), [], stopping(3, 0)) == []
 
 
 def test_nan_is_an_error_not_a_token() -> None:
@@ -152,17 +166,34 @@ def test_nan_is_an_error_not_a_token() -> None:
     nn.init.constant_(next(model.norm.parameters()), float("nan"))
     for temperature in (0.0, 1.0):
         with pytest.raises(GraftError, match="logits are NaN"):
-            generate_ids(model, [[1, 2]], max_new_tokens=1, eot=0, temperature=temperature)
+            generate_ids(
+                model,
+                [[1, 2]],
+                stopping(1, 0, temperature=temperature),
+            )
 
 
 def test_strings() -> None:
     model, tokenizer = tiny("gpt2"), words(*[f"w{n}" for n in range(1, 48)])
     prompts = ["w3 w1 w4", "w1 w5 w9 w2"]
     expected = [naive(model, ids, 6, eot=0) for ids in ([3, 1, 4], [1, 5, 9, 2])]
-    done: list[int] = []
-    texts = generate(model, tokenizer, prompts, max_new_tokens=6, batch_size=1, progress=done.append)
+    texts = generate(model, tokenizer, prompts, max_new_tokens=6, batch_size=1)
     assert texts == ["".join(f" w{n}" for n in ids) for ids in expected]
+    assert generate(model, tokenizer, prompts, SamplingParams(max_new_tokens=6)) == texts
+    done: list[int] = []
+    generate_ids(model, [[3, 1, 4], [1, 5, 9, 2]], stopping(6, 0), batching=Batching(1, progress=done.append))
     assert done == [2]  # read one at a time, continued together
+
+
+def test_a_stop_text_ends_a_text_and_is_not_part_of_it() -> None:
+    model, tokenizer = tiny("llama"), words(*[f"w{n}" for n in range(1, 48)])
+    prompts = ["w3 w1 w4", "w1 w5 w9 w2"]
+    texts = generate(model, tokenizer, prompts, max_new_tokens=9)
+    stop = " ".join(texts[0].split()[3:5])  # two tokens
+    expected = [text[: text.find(stop)] if stop in text else text for text in texts]
+    assert generate(model, tokenizer, prompts, max_new_tokens=9, stop=("never", stop)) == expected != texts
+    with pytest.raises(InputError, match=r"^--stop \('',\): must be texts that are not empty$"):
+        generate(model, tokenizer, prompts, stop=("",))
 
 
 # Sampling -------------------------------------------------------------------------------------------------------------
@@ -174,7 +205,10 @@ def test_a_sample_depends_on_seed_row_and_step_alone() -> None:
 
     def run(prompts: Sequence[Sequence[int]], seed: int = 7, batch_size: int = 32) -> list[list[int]]:
         return generate_ids(
-            model, prompts, max_new_tokens=10, eot=5, temperature=1.5, top_k=20, seed=seed, batch_size=batch_size
+            model,
+            prompts,
+            stopping(10, 5, temperature=1.5, top_k=20, seed=seed),
+            batching=Batching(batch_size),
         )
 
     expected = run(prompts)
@@ -196,11 +230,11 @@ def test_uniform_is_uniform() -> None:
     assert counter_based_uniform(0, 1, 2) == 0.9302973074308816  # the same on every machine and in every release
 
 
-def frequencies(logits: Sequence[float], temperature: float, top_k: int = 0, top_p: float = 1.0) -> list[float]:
+def frequencies(logits: Sequence[float], **settings: Any) -> list[float]:
     """How often each token comes when u walks evenly through [0, 1)."""
     n = 20_000
     rows = torch.tensor([list(logits)]).expand(n, -1)
-    tokens = sample_tokens(rows, [(i + 0.5) / n for i in range(n)], temperature, top_k, top_p)
+    tokens = sample_tokens(rows, [(i + 0.5) / n for i in range(n)], SamplingParams(**settings))
     return [tokens.count(token) / n for token in range(len(logits))]
 
 
@@ -224,20 +258,75 @@ LOG_P = torch.tensor(P).log().tolist()
         ({"temperature": 1.0, "top_k": 3, "top_p": 0.7}, [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0]),
         # The temperature comes first: squared and renormalised, 0.58 and 0.23 reach 0.8.
         ({"temperature": 0.5, "top_p": 0.8}, [0, 0.16 / 0.2225, 0, 0.0625 / 0.2225, 0]),
+        ({"temperature": 1.0, "min_p": 0.3}, [0, 0.4 / 0.85, 0, 0.25 / 0.85, 0.2 / 0.85]),  # 0.12 or more
+        ({"temperature": 1.0, "min_p": 1.0}, [0, 1, 0, 0, 0]),
+        # The temperature comes before it: 0.25 squared is 0.39 of 0.4 squared, 0.2 squared only 0.25.
+        ({"temperature": 0.5, "min_p": 0.3}, [0, 0.16 / 0.2225, 0, 0.0625 / 0.2225, 0]),
+        ({"temperature": 1.0, "top_p": 0.7, "min_p": 0.6}, [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0]),
     ],
 )
 def test_sampling_distributions(settings: dict[str, Any], expected: list[float]) -> None:
     assert frequencies(LOG_P, **settings) == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize("top_k", [0, 30])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3])
+@pytest.mark.parametrize("min_p", [0.0, 0.02, 0.2, 1.0])
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 2.0])
+def test_the_filters_are_those_of_transformers_in_its_order(
+    temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
+
+    logits = torch.randn(40, 800, generator=torch.Generator().manual_seed(0)) * 3
+    settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    reference = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=4, n_layer=1, n_head=1, n_positions=4))
+    processors = reference._get_logits_processor(GenerationConfig(do_sample=True, **settings))
+    expected = processors(torch.zeros(40, 1, dtype=torch.long), logits).softmax(dim=-1)
+    weights, ids = candidates(logits, SamplingParams(**settings))
+    found = torch.zeros(40, 800, dtype=torch.float64)
+    found.scatter_(1, torch.arange(800).expand(40, -1) if ids is None else ids, weights / weights.sum(1, keepdim=True))
+    assert torch.equal(found > 0, expected > 0)
+    torch.testing.assert_close(found, expected.double(), rtol=1e-5, atol=1e-9)
+
+
+def test_min_p_changes_samples_and_rows_with_other_settings_are_sampled_apart() -> None:
+    logits = torch.tensor([LOG_P] * 3)
+    params = [SamplingParams(temperature=1.0, min_p=min_p, seed=3) for min_p in (0.0, 0.45, 0.0)]
+    alone = [sampling.next_tokens(logits[:1], [own], [(0, step)]) for own in params for step in range(50)]
+    together = [sampling.next_tokens(logits, params, [(0, step)] * 3) for step in range(50)]
+    assert [[row[n] for row in together] for n in range(3)] == [
+        [token for [token] in alone[50 * n : 50 * n + 50]] for n in range(3)
+    ]
+    assert {row[1] for row in together} == {1, 3, 4} and {row[0] for row in together} > {1, 3, 4}
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"temperature": -1.0}, "--temperature -1.0: must be 0 or more"),
+        ({"temperature": float("nan")}, "--temperature nan: must be 0 or more"),
+        ({"temperature": float("inf")}, "--temperature inf: must be 0 or more"),
+        ({"top_k": -1}, "--top_k -1: must be 0 or more"),
+        ({"top_p": 0.0}, "--top_p 0.0: must be above 0 and at most 1"),
+        ({"min_p": 1.5}, "--min_p 1.5: must be from 0 to 1"),
+        ({"max_new_tokens": 0}, "--max_new_tokens 0: must be 1 or more"),
+    ],
+)
+def test_wrong_settings_are_one_line(settings: dict[str, Any], line: str) -> None:
+    with pytest.raises(InputError) as error:
+        SamplingParams(**settings)
+    assert str(error.value) == line
+
+
 @pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-300])
 def test_no_temperature_is_too_small(temperature: float) -> None:
-    assert sample_tokens(torch.tensor([[100.0, 3e10, 2e10]]), [0.999], temperature) == [1]
+    assert sample_tokens(torch.tensor([[100.0, 3e10, 2e10]]), [0.999], SamplingParams(temperature=temperature)) == [1]
 
 
 def test_a_token_without_probability_never_comes() -> None:
     logits = torch.tensor([[float("-inf"), 0.0, 0.0, float("-inf")]] * 2)
-    assert sample_tokens(logits, [0.0, 1 - 2**-53], temperature=1.0) == [1, 2]
+    assert sample_tokens(logits, [0.0, 1 - 2**-53], SamplingParams(temperature=1.0)) == [1, 2]
 
 
 # Evaluation mode ------------------------------------------------------------------------------------------------------
@@ -259,10 +348,10 @@ def test_every_modules_mode_comes_back() -> None:
 
 def test_generation_switches_dropout_off_and_back_on() -> None:
     model = tiny("gpt2")
-    expected = generate_ids(model, [[1, 2, 3]], max_new_tokens=8, eot=-1)
+    expected = generate_ids(model, [[1, 2, 3]], stopping(8, -1))
     model.set_dropout(0.9)
     model.train()
-    assert generate_ids(model, [[1, 2, 3]], max_new_tokens=8, eot=-1) == expected
+    assert generate_ids(model, [[1, 2, 3]], stopping(8, -1)) == expected
     assert model.training
 
 
@@ -271,8 +360,9 @@ def test_top_p_sorts_the_whole_vocabulary_only_where_it_must(monkeypatch: pytest
     u = torch.linspace(0, 0.999, 64).tolist()
     for top_p in (0.2, 0.7, 0.99):
         monkeypatch.setattr(sampling, "TOPK_FIRST", 50)
-        expected = sample_tokens(logits, u, 1.0, top_p=top_p)
+        params = SamplingParams(temperature=1.0, top_p=top_p)
+        expected = sample_tokens(logits, u, params)
         for few in (1, 6, 20):  # too few for some rows of the batch, or for all
             monkeypatch.setattr(sampling, "TOPK_FIRST", few)
-            assert sample_tokens(logits, u, 1.0, top_p=top_p) == expected
-            assert [sample_tokens(logits[n : n + 1], u[n : n + 1], 1.0, top_p=top_p)[0] for n in range(64)] == expected
+            assert sample_tokens(logits, u, params) == expected
+            assert [sample_tokens(logits[n : n + 1], u[n : n + 1], params)[0] for n in range(64)] == expected

@@ -8,7 +8,7 @@ from graftlm.inference.metrics import Metrics, confusion, macro_f1, paired_permu
 
 
 @pytest.mark.parametrize(
-    ("right", "n", "ci_low", "ci_high"),
+    ("right", "n", "low", "high"),
     [
         (81, 263, 0.2553, 0.3662),  # Newcombe (1998), Table I, method 3 (score)
         (15, 148, 0.0624, 0.1605),
@@ -50,7 +50,7 @@ def test_a_reading_counts_garbage_as_wrong() -> None:
         "accuracy": 0.5,
         "ci_low": pytest.approx(0.2366, abs=5e-5),
         "ci_high": pytest.approx(0.7634, abs=5e-5),
-        "read": "generate",
+        "mode": "generate",
         "garbage_rate": 0.3,
         "macro_f1": pytest.approx((4 / 7 + 2 / 3 + 1 / 2) / 3),
         "confusion": [[2, 1, 0, 1], [1, 2, 0, 0], [0, 0, 1, 2]],

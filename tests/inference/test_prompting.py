@@ -10,12 +10,21 @@ import torch
 
 from graftlm.errors import InputError
 from graftlm.inference import prompting
-from graftlm.inference.generate import generate_ids
-from graftlm.inference.prompting import PromptBuilder, PromptingConfig, ask, extraction_prompt, majority, prompts
+from graftlm.inference.generate import Batching, generate_ids
+from graftlm.inference.prompting import (
+    Prompt,
+    PromptBuilder,
+    Prompter,
+    PromptingConfig,
+    PromptingRun,
+    extraction_prompt,
+    majority,
+)
+from graftlm.inference.sampling import SamplingParams
 from graftlm.models import CausalLM
 from graftlm.text.tasks import Problem, Task
 from graftlm.text.tokenizer import Tokenizer
-from inference.tiny import full_logits, tiny, words
+from inference.tiny import full_logits, stopping, tiny, words
 from tiny import byte_tokenizer, model_of
 
 SUMS = Task(
@@ -72,9 +81,14 @@ def byte_level(folder: Path, template: str = CHAT) -> Tokenizer:
 # Prompts
 
 
+def prompts(task: Task, style: Any, **settings: Any) -> list[Prompt]:
+    builder, config = PromptBuilder(task, words(), chat=False), PromptingConfig(**settings)
+    return Prompter(tiny("llama"), builder, config).prompts(task.questions, PromptingRun(style))
+
+
 def written(style: str, shots: int = 2) -> str:
     writer = PromptBuilder(SUMS, words(), chat=False)
-    return writer.text(prompts(SUMS, SUMS.questions, style, PromptingConfig(shots=shots))[0])
+    return writer.text(prompts(SUMS, style, shots=shots)[0])
 
 
 def test_the_styles_in_plain_text() -> None:
@@ -88,7 +102,7 @@ def test_the_styles_in_plain_text() -> None:
 
 def test_the_second_call_holds_the_reasoning_and_asks_for_the_answer() -> None:
     writer = PromptBuilder(SUMS, words(), chat=False)
-    first = prompts(SUMS, SUMS.questions, "zero-shot-cot", PromptingConfig())[1]
+    first = prompts(SUMS, "zero-shot-cot")[1]
     assert writer.text(extraction_prompt(SUMS, first, " Two and\nthree. ")) == (
         "Add.\n\nQ: 2 + 3\nA: Let's think step by step. Two and\nthree.\nTherefore, the sum is"
     )
@@ -96,17 +110,17 @@ def test_the_second_call_holds_the_reasoning_and_asks_for_the_answer() -> None:
 
 def test_the_styles_in_chat_give_each_demonstration_a_turn(tmp_path: Path) -> None:
     writer = PromptBuilder(SUMS, byte_level(tmp_path), chat=True)
-    few = prompts(SUMS, SUMS.questions, "few-shot", PromptingConfig(shots=1))[0]
+    few = prompts(SUMS, "few-shot", shots=1)[0]
     assert writer.text(few) == (
         "<user>Add.\n\nQ: 1 + 1<|endoftext|><assistant>2<|endoftext|><user>Q: 2 + 2<|endoftext|><assistant>"
     )
-    zero = prompts(SUMS, SUMS.questions, "zero-shot-cot", PromptingConfig())[0]
+    zero = prompts(SUMS, "zero-shot-cot")[0]
     assert writer.text(zero) == "<user>Add.\n\nQ: 2 + 2<|endoftext|><assistant>Let's think step by step."
 
 
 def test_labels_have_a_space_before_them_but_not_at_the_beginning_of_a_chats_answer(tmp_path: Path) -> None:
     tokenizer = byte_level(tmp_path)
-    prompt = prompts(MOODS, MOODS.questions, "few-shot", PromptingConfig(shots=1))[0]
+    prompt = prompts(MOODS, "few-shot", shots=1)[0]
     plain, chat = (PromptBuilder(MOODS, tokenizer, chat=chat).label_ids(prompt) for chat in (False, True))
     assert [tokenizer.decode(ids) for ids in plain] == [" bad", " good"]
     assert [tokenizer.decode(ids) for ids in chat] == ["bad", "good"]
@@ -114,12 +128,12 @@ def test_labels_have_a_space_before_them_but_not_at_the_beginning_of_a_chats_ans
 
 def test_chain_of_thought_shows_only_demonstrations_with_reasoning() -> None:
     with pytest.raises(InputError, match="--shots 3: task sums has 2 demonstrations with reasoning"):
-        prompts(SUMS, SUMS.questions, "few-shot-cot", PromptingConfig(shots=3))
-    assert len(prompts(SUMS, SUMS.questions, "few-shot", PromptingConfig(shots=3))[0].demonstrations) == 3
+        prompts(SUMS, "few-shot-cot", shots=3)
+    assert len(prompts(SUMS, "few-shot", shots=3)[0].demonstrations) == 3
 
 
 def test_nearest_demonstrations_differ_from_question_to_question() -> None:
-    near = prompts(MOODS, MOODS.questions, "few-shot", PromptingConfig(shots=1, demo_selection="bm25"))
+    near = prompts(MOODS, "few-shot", shots=1, demo_selection="bm25")
     assert [prompt.demonstrations[0][0] for prompt in near] == ["good fun", "weak", "good fun"]
 
 
@@ -127,14 +141,15 @@ def test_nearest_demonstrations_differ_from_question_to_question() -> None:
 
 
 def ran(
-    model: CausalLM, tokenizer: Tokenizer, task: Task, style: str, how: PromptingConfig, **more: Any
+    model: CausalLM, tokenizer: Tokenizer, task: Task, style: Any, config: PromptingConfig, seed: int = 0
 ) -> prompting.PromptingResult:
-    return ask(model, tokenizer, PromptBuilder(task, tokenizer, chat=False), task, task.questions, style, how, **more)
+    prompter = Prompter(model, PromptBuilder(task, tokenizer, chat=False), config)
+    return prompter.ask(task.questions, PromptingRun(style, seed))
 
 
 @pytest.mark.parametrize("choose", ["fixed", "bm25"])
 @pytest.mark.parametrize("calibrate", [False, True])
-def test_labels_are_scored_as_by_whole_prompts(choose: str, calibrate: bool) -> None:
+def test_labels_are_scored_as_by_whole_prompts(choose: Any, calibrate: bool) -> None:
     model, tokenizer = tiny("llama"), words(*KNOWN)
     how = PromptingConfig(shots=2, demo_selection=choose, calibrate=calibrate, batch_size=2)
     outcome = ran(model, tokenizer, MOODS, "few-shot", how)
@@ -144,7 +159,7 @@ def test_labels_are_scored_as_by_whole_prompts(choose: str, calibrate: bool) -> 
     def share(prompt: prompting.Prompt) -> torch.Tensor:
         return full_logits(model, tokenizer.encode(writer.text(prompt)))[-1].log_softmax(-1)[ids].softmax(-1)
 
-    for prompt, answer in zip(prompts(MOODS, MOODS.questions, "few-shot", how), outcome.answers, strict=True):
+    for prompt, answer in zip(prompts(MOODS, "few-shot", shots=2, demo_selection=choose), outcome.answers, strict=True):
         p = share(prompt)
         if calibrate:
             free = [share(prompting.Prompt(prompt.demonstrations, text)) for text in ("N/A", "[MASK]", "")]
@@ -159,7 +174,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer, say: Callabl
     """Let the model say what `say` makes of each prompt (one text for each of its samples); returns the calls."""
     calls: list[list[str]] = []
 
-    def fake(model: object, rows: Sequence[Sequence[int]], **how: Any) -> list[list[int]]:
+    def fake(model: object, rows: Sequence[Sequence[int]], params: SamplingParams, **more: Any) -> list[list[int]]:
         texts = [tokenizer.decode(row) for row in rows]
         calls.append(texts)
         seen: dict[str, int] = {}
@@ -210,7 +225,7 @@ def test_few_shot_answers_end_where_the_next_question_would_begin(
 
 
 @pytest.mark.parametrize("style", ["few-shot", "few-shot-cot", "zero-shot-cot"])
-def test_an_answer_in_chat_ends_with_its_turn(style: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_in_chat_ends_with_its_turn(style: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     byte_tokenizer(tmp_path, "<|end|>")
     template = CHAT.replace("<|endoftext|>", "<|end|>")
     (tmp_path / "tokenizer_config.json").write_text(
@@ -219,14 +234,14 @@ def test_an_answer_in_chat_ends_with_its_turn(style: str, tmp_path: Path, monkey
     tokenizer, model = Tokenizer.from_folder(tmp_path), model_of("llama", vocab=258, context=800)
     ends: list[Any] = []
 
-    def fake(model: object, rows: Sequence[Sequence[int]], *, eot: Any, **how: Any) -> list[list[int]]:
-        ends.append(set(eot))
+    def fake(model: object, rows: Sequence[Sequence[int]], params: SamplingParams, **more: Any) -> list[list[int]]:
+        ends.append(set(params.stop_token_ids))
         return [tokenizer.encode(" 4") for _ in rows]
 
     monkeypatch.setattr(prompting, "generate_ids", fake)
     for chat, expected in ((True, {0, 257}), (False, {0})):
         writer = PromptBuilder(SUMS, tokenizer, chat=chat)
-        ask(model, tokenizer, writer, SUMS, SUMS.questions, style, PromptingConfig(shots=1))
+        Prompter(model, writer, PromptingConfig(shots=1)).ask(SUMS.questions, PromptingRun(style))
         assert ends == [expected] * (2 if style == "zero-shot-cot" else 1)
         ends.clear()
 
@@ -245,14 +260,17 @@ def test_each_questions_samples_vote_for_it_alone(
         return [" 4", " 9", " 4"] if prompt.rstrip().endswith("2 + 2\nA:") else [" 6", " 5", " no"]
 
     calls = scripted(monkeypatch, plain[1], say)
-    outcome = ran(*plain, SUMS, "few-shot", PromptingConfig(shots=1, num_samples=3, temperature=1.0))
+    outcome = ran(
+        *plain, SUMS, "few-shot", PromptingConfig(shots=1, num_samples=3, params=SamplingParams(temperature=1.0))
+    )
     assert [answer.samples for answer in outcome.answers] == [["4", "9", "4"], ["6", "5", None]]
     assert [answer.prediction for answer in outcome.answers] == ["4", "6"]
     assert len(calls[0]) == 6
 
 
 def test_samples_differ_and_are_decided_by_the_seed(plain: tuple[CausalLM, Tokenizer]) -> None:
-    how = PromptingConfig(shots=1, num_samples=4, temperature=1.0, max_new_tokens=6)
+    params = SamplingParams(temperature=1.0, max_new_tokens=6)
+    how = PromptingConfig(shots=1, num_samples=4, params=params)
     first, again, other = (ran(*plain, SUMS, "few-shot", how, seed=seed) for seed in (1, 1, 2))
     assert [a.texts for a in first.answers] == [a.texts for a in again.answers]
     assert [a.texts for a in first.answers] != [a.texts for a in other.answers]
@@ -262,9 +280,11 @@ def test_samples_differ_and_are_decided_by_the_seed(plain: tuple[CausalLM, Token
 def test_a_stop_ends_a_row_and_changes_no_other() -> None:
     model = tiny("llama")
     rows = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
-    free = generate_ids(model, rows, max_new_tokens=12, eot=-1, batch_size=2)
+    free = generate_ids(model, rows, stopping(12, -1), batching=Batching(2))
     end = free[0][4]
-    stopped = generate_ids(model, rows, max_new_tokens=12, eot=-1, batch_size=2, stop=lambda new: new[-1] == end)
+    params = stopping(12, -1, stop=("end",))
+    decode = lambda tokens: "the end" if tokens[-1] == end else ""  # noqa: E731
+    stopped = generate_ids(model, rows, params, decode=decode, batching=Batching(2))
     for whole, cut in zip(free, stopped, strict=True):
         assert cut == (whole[: whole.index(end) + 1] if end in whole else whole)
     assert len(stopped[0]) <= 5

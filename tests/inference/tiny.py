@@ -1,12 +1,13 @@
 """Tiny random models in float64, and a tokenizer of a few words, for the tests of inference."""
 
 import re
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Collection, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from graftlm.inference.sampling import SamplingParams
 from graftlm.models import CausalLM, ModelConfig, random_model
 from graftlm.text.tokenizer import Tokenizer
 
@@ -46,6 +47,12 @@ def full_logits(model: CausalLM, ids: Sequence[int]) -> Tensor:
     """The plain way: one row, no past, every position: [T, V]."""
     with torch.no_grad():
         return model(torch.tensor([list(ids)]))[0]
+
+
+def stopping(max_new_tokens: int, eot: int | Collection[int], **settings: Any) -> SamplingParams:
+    """Sampling settings with these tokens as the end of text."""
+    ends = frozenset({eot} if isinstance(eot, int) else eot)
+    return SamplingParams(max_new_tokens=max_new_tokens, stop_token_ids=ends, **settings)
 
 
 class Words:

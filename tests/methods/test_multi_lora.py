@@ -8,7 +8,7 @@ from torch import Tensor
 
 from graftlm.errors import InputError
 from graftlm.exchange.load import load
-from graftlm.inference.generate import right_pad
+from graftlm.inference.decoder import right_pad
 from graftlm.methods import BitFit, DoRA, Full, LoRA, Method, PrefixTuning
 from graftlm.methods.base import trainable_state_dict
 from graftlm.methods.lora import LoRALinear

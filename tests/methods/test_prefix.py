@@ -17,6 +17,7 @@ from graftlm.methods.prefix import Prefix
 from graftlm.models import CausalLM
 from graftlm.models.attention import AttentionInputs, attention_mask
 from graftlm.text.tokenizer import Tokenizer
+from inference.tiny import stopping
 from tiny import model_of
 
 REVIEW = "The film is a quiet triumph: funny, sad, and never once dishonest about the people in it."
@@ -151,14 +152,14 @@ def test_generation_continues_behind_it() -> None:
     """A prefix made of tokens generates what the tokens would, and its positions count against the context."""
     model, tokens = model_of("gpt2"), (4, 17, 30)
     prompts = [[5, 6, 7], [8, 9]]
-    expected = generate_ids(model, [[*tokens, *p] for p in prompts], max_new_tokens=8, eot=0)
+    expected = generate_ids(model, [[*tokens, *p] for p in prompts], stopping(8, 0))
     PrefixTuning(length=3, tokens=tokens).install(model, torch.Generator())
-    assert generate_ids(model, prompts, max_new_tokens=8, eot=0) == expected
+    assert generate_ids(model, prompts, stopping(8, 0)) == expected
     assert model.max_seq_len == model.config.max_positions - 3
     longest = list(range(1, model.max_seq_len + 1))
-    assert generate_ids(model, [[min(i, 60) for i in longest]], max_new_tokens=8, eot=0) == [[]]
+    assert generate_ids(model, [[min(i, 60) for i in longest]], stopping(8, 0)) == [[]]
     with pytest.raises(InputError, match="reads at most 93"):
-        generate_ids(model, [[1] * 94], max_new_tokens=1, eot=0)
+        generate_ids(model, [[1] * 94], stopping(1, 0))
 
 
 def test_where_it_does_not_fit() -> None:

@@ -46,7 +46,7 @@ class FakeEngine:
         self.most = 10**9  # requests that are taken
         self.hold = 10**9  # tokens that a request has, until this is raised
 
-    def submit(self, request: Request, on_piece: Callable[[TokenOutput], None] | None = None) -> RequestHandle:
+    def submit(self, request: Request, on_output: Callable[[TokenOutput], None] | None = None) -> RequestHandle:
         if self.refuse is not None:
             raise self.refuse
         if len(self.tickets) >= self.most:
@@ -54,11 +54,11 @@ class FakeEngine:
         ticket = FakeTicket()
         self.tickets.append(ticket)
         self.requests.append(request)
-        threading.Thread(target=self._work, args=(request, ticket, on_piece), daemon=True).start()
+        threading.Thread(target=self._work, args=(request, ticket, on_output), daemon=True).start()
         return ticket
 
-    def _work(self, request: Request, ticket: FakeTicket, on_piece: Callable[[TokenOutput], None] | None) -> None:
-        tokens = self.tokenizer.encode(self.answer)[: request.max_new_tokens]
+    def _work(self, request: Request, ticket: FakeTicket, on_output: Callable[[TokenOutput], None] | None) -> None:
+        tokens = self.tokenizer.encode(self.answer)[: request.params.max_new_tokens]
         told: list[int] = []
         finish = self.finish
         for token in tokens:
@@ -71,10 +71,10 @@ class FakeEngine:
                 ticket.done.set_exception(self.fails)
                 return
             told.append(token)
-            if on_piece:
-                on_piece(TokenOutput(self.tokenizer.decode([token]), token, -0.5, None))
-        if on_piece:
-            on_piece(TokenOutput("", None, None, finish))
+            if on_output:
+                on_output(TokenOutput(self.tokenizer.decode([token]), token, -0.5, None))
+        if on_output:
+            on_output(TokenOutput("", None, None, finish))
         text = self.tokenizer.decode(told)
         ticket.done.set_result(Completion(text, tuple(told), (-0.5,) * len(told), finish, len(request.prompt)))
 

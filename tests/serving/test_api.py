@@ -19,6 +19,7 @@ import openai
 import pytest
 
 from graftlm.errors import GraftError, InputError, ShuttingDown
+from graftlm.inference.sampling import SamplingParams
 from graftlm.serving import middleware
 from graftlm.serving.app import Service
 from graftlm.serving.middleware import RateLimiter, TrustedHosts, is_loopback
@@ -98,30 +99,37 @@ def test_a_completion(client: openai.OpenAI, engine: FakeEngine) -> None:
     assert found.usage is not None
     assert (found.usage.prompt_tokens, found.usage.completion_tokens, found.usage.total_tokens) == (6, 4, 10)
     (asked,) = engine.requests
-    assert (asked.adapter, asked.max_new_tokens, asked.temperature) == ("one", 4, 0)
-    assert (asked.stop, asked.seed, asked.top_k, asked.top_p) == (("x",), 7, None, None)
+    params = SamplingParams(max_new_tokens=4, temperature=0, stop=("x",), seed=7)
+    assert (asked.adapter, asked.params) == ("one", params)
 
 
 def test_several_prompts_several_choices_in_order_each_with_its_own_seed(
     client: openai.OpenAI, engine: FakeEngine
 ) -> None:
     found = client.completions.create(
-        model="base", prompt=["a film", "b"], n=2, seed=5, logprobs=0, top_p=0.5, extra_body={"top_k": 3}
+        model="base", prompt=["a film", "b"], n=2, seed=5, logprobs=0, top_p=0.5, extra_body={"top_k": 3, "min_p": 0.1}
     )
     assert [choice.index for choice in found.choices] == [0, 1, 2, 3]
-    assert [(len(asked.prompt), asked.seed) for asked in engine.requests] == [(6, 5), (6, 6), (1, 5), (1, 6)]
-    assert (engine.requests[0].top_k, engine.requests[0].top_p) == (3, 0.5)
+    assert [(len(asked.prompt), asked.params.seed) for asked in engine.requests] == [(6, 5), (6, 6), (1, 5), (1, 6)]
+    first = engine.requests[0].params
+    assert (first.top_k, first.top_p, first.min_p) == (3, 0.5, 0.1)
     assert found.usage is not None and found.usage.prompt_tokens == 7 and found.usage.completion_tokens == 36
     logprobs = found.choices[0].logprobs
     assert logprobs is not None and logprobs.tokens == list("fine film") and logprobs.token_logprobs == [-0.5] * 9
     assert logprobs.text_offset == list(range(9))
 
 
+def test_without_a_seed_each_choice_draws_its_own(client: openai.OpenAI, engine: FakeEngine) -> None:
+    for _ in range(2):
+        client.completions.create(model="base", prompt="a", n=3)
+    assert len({asked.params.seed for asked in engine.requests}) == 6
+
+
 def test_tokens_instead_of_text(client: openai.OpenAI, engine: FakeEngine) -> None:
     client.completions.create(model="base", prompt=[5, 6, 7])
     client.completions.create(model="base", prompt=[[5], [6, 7]])
     assert [list(asked.prompt) for asked in engine.requests] == [[5, 6, 7], [5], [6, 7]]
-    assert [asked.max_new_tokens for asked in engine.requests] == [16, 16, 16]
+    assert [asked.params.max_new_tokens for asked in engine.requests] == [16, 16, 16]
 
 
 def test_a_streamed_completion_comes_token_by_token(client: openai.OpenAI, engine: FakeEngine) -> None:
@@ -162,7 +170,7 @@ def test_a_chat_and_its_stream(client: openai.OpenAI, engine: FakeEngine, made: 
     assert parts[0].choices[0].delta.role == "assistant"
     assert "".join(part.choices[0].delta.content or "" for part in parts) == "fine film"
     assert parts[-1].choices[0].finish_reason == "stop" and parts[0].object == "chat.completion.chunk"
-    assert engine.requests[1].max_new_tokens == 64  # the server's own limit
+    assert engine.requests[1].params.max_new_tokens == 64  # the server's own limit
 
 
 def test_the_asynchronous_client_too(url: str, engine: FakeEngine) -> None:
@@ -293,6 +301,10 @@ def test_classify_many_texts_of_some_models_and_says_what_was_cut(http: httpx.Cl
         ("completions", {"temperature": "NaN"}, "temperature: must be a number from 0 to 2", "temperature"),
         ("completions", {"temperature": True}, "temperature: must be a number from 0 to 2", "temperature"),
         ("completions", {"top_p": 0}, "top_p: must be a number above 0", "top_p"),
+        ("completions", {"top_k": 0.5}, "top_k: must be a whole number, 0 or more", "top_k"),
+        ("completions", {"min_p": 1.5}, "min_p: must be a number from 0 to 1", "min_p"),
+        ("completions", {"seed": -1}, "seed: must be a whole number, 0 or more", "seed"),
+        ("completions", {"seed": 2**63}, "seed: must be a whole number, 0 or more", "seed"),
         ("completions", {"n": 65}, "n: must be 1 to 64", "n"),
         ("completions", {"n": 33, "prompt": ["a", "b"]}, "n: 2 prompts times 33: at most 64", "n"),
         ("completions", {"stop": ["a"] * 5}, "stop: must be at most 4 texts", "stop"),
@@ -338,7 +350,7 @@ def test_what_changes_nothing_is_taken(http: httpx.Client, engine: FakeEngine) -
     neutral = {"best_of": 1, "echo": False, "suffix": None, "presence_penalty": 0.0, "logit_bias": {}, "user": "me"}
     nothing = dict.fromkeys(("max_tokens", "temperature", "top_p", "n", "stop", "seed", "stream", "logprobs"))
     assert http.post("/v1/completions", json={**TEXT, **neutral, **nothing}).status_code == 200
-    assert (engine.requests[0].temperature, engine.requests[0].max_new_tokens) == (1.0, 16)
+    assert (engine.requests[0].params.temperature, engine.requests[0].params.max_new_tokens) == (1.0, 16)
     talk = {"tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "logprobs": False, "store": False}
     assert http.post("/v1/chat/completions", json={**TALK, **talk}).status_code == 200
 
@@ -463,7 +475,7 @@ def test_a_chats_answer_ends_with_its_turn_and_plain_text_with_the_text(tmp_path
             assert httpx.post(f"{url}/v1/{path}", json=body).status_code == 200
     chat, plain = engine.requests
     assert chat.prompt[-len("<assistant>") - 1] == made.tokenizer.special_tokens["<|end|>"] == 257
-    assert set(chat.stop_tokens) == {257, made.tokenizer.eot} and set(plain.stop_tokens) == set()
+    assert chat.params.stop_token_ids == {257, made.tokenizer.eot} and plain.params.stop_token_ids == set()
 
 
 def test_a_template_that_shows_no_answer_is_refused_in_a_line(tmp_path: Path) -> None:

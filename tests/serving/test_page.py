@@ -164,7 +164,7 @@ def test_continuations_are_streamed_for_all_models_at_once(page: Page, engine: F
     live(page).to_contain_text("prefix: 8 tokens in")
     # Three connections, whose order is the browser's affair.
     assert {asked.adapter for asked in engine.requests[-3:]} == {None, "lora", "prefix"}
-    assert engine.requests[-1].max_new_tokens == 8 and engine.requests[-1].temperature == 0
+    assert engine.requests[-1].params.max_new_tokens == 8 and engine.requests[-1].params.temperature == 0
 
 
 @pytest.mark.parametrize("how", ["button", "escape"])

@@ -181,7 +181,7 @@ def _import_everything() -> None:
     import graftlm.exchange.export
     import graftlm.exchange.import_adapter
     import graftlm.files.gguf
-    import graftlm.inference.preference_data
+    import graftlm.inference.pairs
     import graftlm.studies.compare
     import graftlm.training.train  # noqa: F401
 

@@ -19,8 +19,9 @@ from graftlm import cli
 from graftlm.config import EvaluateConfig, RayFlags
 from graftlm.errors import InputError
 from graftlm.exchange.load import load
-from graftlm.inference.evaluate import LocalPredictor, evaluate
+from graftlm.inference.evaluate import Generation, LabelScoring, evaluate
 from graftlm.inference.generate import decode_groups
+from graftlm.inference.sampling import SamplingParams
 from graftlm.inference.scoring import score_batches
 from graftlm.studies import ray_cluster as module
 from graftlm.studies import ray_evaluator, ray_jobs
@@ -232,7 +233,9 @@ def test_a_worker_dies_midway_and_its_examples_are_read_again(cluster: Any, asse
     here = evaluate(loaded.model, loaded.tokenizer, template, examples, batch_size=8)
     with connected(config) as joined:
         reader = copies(joined, config, loaded)
-        there = evaluate(loaded.model, loaded.tokenizer, template, examples, batch_size=8, reader=reader, progress=kill)
+        there = evaluate(
+            loaded.model, loaded.tokenizer, template, examples, batch_size=8, predictor=reader, progress=kill
+        )
     assert killed and there.rows == here.rows
 
 
@@ -241,7 +244,7 @@ def wait_for_worker() -> int:
     until = time.monotonic() + 180
     while time.monotonic() < until:
         for line, pid in processes().items():
-            if line.startswith("ray::_read"):
+            if line.startswith("ray::_run"):
                 return pid
     raise AssertionError("no worker is at work")
 
@@ -272,11 +275,10 @@ def test_pieces_hold_whole_batches_and_make_them_again(assets: Path) -> None:
         ]
         assert again == groups
     assert chunk_batches([], 4) == []
-    whole = LocalPredictor(loaded.model, 3).scores(examples, ids, 8, None)
-    parts = [
-        LocalPredictor(loaded.model, 3).scores([examples[r] for r in piece], ids, 8, None)
-        for piece in chunk_batches(batches, 3)
-    ]
+    work = LabelScoring(examples, ids, 8)
+    assert work.batches() == batches
+    whole = torch.tensor(work.run(loaded.model, 3, None))
+    parts = [torch.tensor(work.select(piece).run(loaded.model, 3, None)) for piece in chunk_batches(batches, 3)]
     order = [row for batch in batches for row in batch]
     assert torch.equal(torch.cat(parts), whole[order])
 
@@ -363,7 +365,7 @@ def test_what_a_worker_refuses_is_refused_here(
     config = EvaluateConfig(init_from=str(assets / "model"), ray=cluster.address)
     loaded = load(config.init_from, device="cpu", dtype="float32")
     with connected(config) as joined, pytest.raises(InputError, match="the model reads at most 96"):
-        copies(joined, config, loaded).continuations([(1,) * 97], 1, 0, 1, None)
+        copies(joined, config, loaded)(Generation([(1,) * 97], SamplingParams(max_new_tokens=1), 1))
 
 
 def test_a_cluster_of_this_machine_alone(assets: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from graftlm import cli
 from graftlm.inference.metrics import wilson
 from graftlm.inference.prompting import PromptingConfig, PromptingResult, QuestionResult
+from graftlm.inference.sampling import SamplingParams
 from graftlm.studies.prompting_eval import prediction_rows, runs_of, summary
 from tiny import TEMPLATE, byte_tokenizer, data_folder, model_folder
 
@@ -94,7 +95,10 @@ def test_what_cannot_differ_is_not_run_again() -> None:
     assert runs_of("few-shot", PromptingConfig(), 5, seeds=3, orders=2) == [(5, 0), (5, 1)]
     assert runs_of("few-shot", PromptingConfig(demo_selection="random"), 5, 2, 2) == [(5, 0), (5, 1), (6, 0), (6, 1)]
     assert runs_of("zero-shot-cot", PromptingConfig(), 5, 3, 2) == [(5, 0)]
-    assert runs_of("zero-shot-cot", PromptingConfig(temperature=0.7), 5, 2, 2) == [(5, 0), (6, 0)]
+    assert runs_of("zero-shot-cot", PromptingConfig(params=SamplingParams(temperature=0.7)), 5, 2, 2) == [
+        (5, 0),
+        (6, 0),
+    ]
 
 
 def test_the_summary_counts_by_hand() -> None:

@@ -81,7 +81,7 @@ def _evaluate_by(
             mode=config.mode,
             batch_size=config.batch_size,
             content_free=content_free,
-            reader=reader_of(loaded) if reader_of else None,
+            predictor=reader_of(loaded) if reader_of else None,
             progress=progress,
         )
     if config.predictions:
@@ -106,6 +106,7 @@ def _generate(parsed: ParsedArgs, notes: "Console") -> Result:
 
 def _continue(loaded: "Loaded", config: GenerateConfig, prompt: str) -> Result:
     from graftlm.inference.generate import generate
+    from graftlm.inference.sampling import SamplingParams
     from graftlm.text.chat import Chat
 
     learned_chat = bool((loaded.run or {}).get("data", {}).get("chat"))
@@ -116,12 +117,8 @@ def _continue(loaded: "Loaded", config: GenerateConfig, prompt: str) -> Result:
         loaded.model,
         loaded.tokenizer,
         [prompt] * config.num_samples,
+        SamplingParams.from_flags(config),
         chat=Chat(loaded.tokenizer) if speaks else None,
-        max_new_tokens=config.max_new_tokens or 64,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        seed=config.seed,
         batch_size=config.batch_size,
     )
     return {"prompt": prompt, "texts": texts}
@@ -129,34 +126,24 @@ def _continue(loaded: "Loaded", config: GenerateConfig, prompt: str) -> Result:
 
 def _classify(loaded: "Loaded", config: GenerateConfig, notes: "Console") -> Result:
     """What the course handout's generate.py does: the test split by generation, with the given sampling."""
-    import time
-
-    from graftlm.inference.evaluate import max_label_tokens, parse_label
-    from graftlm.inference.generate import generate_ids
-    from graftlm.inference.metrics import Metrics
+    from graftlm.inference.evaluate import evaluate
+    from graftlm.inference.sampling import SamplingParams
 
     template, examples, _ = _examples(loaded, EvaluateConfig(data=config.data, limit=config.limit), notes)
-    start = time.perf_counter()
+    if any(example.label is None for example in examples):
+        raise InputError("--data: a row has no label, so there is no accuracy; give --prompt to generate text")
     with display.progress(notes, "classify", len(examples)) as progress:
-        new = generate_ids(
+        evaluation = evaluate(
             loaded.model,
-            [example.prompt_ids for example in examples],
-            max_new_tokens=config.max_new_tokens or max_label_tokens(template, loaded.tokenizer),
-            eot=loaded.tokenizer.eot,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            seed=config.seed,
+            loaded.tokenizer,
+            template,
+            examples,
+            mode="generate",
+            params=SamplingParams.from_flags(config),
             batch_size=config.batch_size,
             progress=progress,
         )
-    seconds = time.perf_counter() - start
-    predicted = [parse_label(loaded.tokenizer.decode(ids), template.labels) for ids in new]
-    true = [example.label for example in examples if example.label is not None]
-    if len(true) < len(predicted):
-        raise InputError("--data: a row has no label, so there is no accuracy; give --prompt to generate text")
-    reading = Metrics.make("generate", true, predicted, len(template.labels), seconds)
-    return {**reading.to_json(), "labels": list(template.labels)}
+    return {**evaluation.to_json(), "labels": list(template.labels)}
 
 
 def _examples(
@@ -166,7 +153,7 @@ def _examples(
 
     Template, examples, and the inputs without content that calibrate them (none unless asked for).
     """
-    from graftlm.inference.fewshot import build_fewshot
+    from graftlm.inference.fewshot import FewShotConfig, build_fewshot
     from graftlm.text.collate import load_dataset, subset
     from graftlm.text.template import load_template
 
@@ -196,12 +183,14 @@ def _examples(
         template,
         subset(rows, config.limit),
         dataset.splits.get("train", []) if config.shots else [],
-        shots=config.shots,
-        how=config.demo_selection,
-        seed=config.seed,
-        max_length=max_length,
-        calibrate=config.calibrate,
-        batch_size=config.batch_size,
+        FewShotConfig(
+            shots=config.shots,
+            selection=config.demo_selection,
+            seed=config.seed,
+            max_length=max_length,
+            calibrate=config.calibrate,
+            batch_size=config.batch_size,
+        ),
     )
     if asked.truncated:
         notes.print(
@@ -219,7 +208,7 @@ def _prompt(parsed: ParsedArgs, notes: "Console") -> Result:
 
 
 def _pairs(parsed: ParsedArgs, notes: "Console") -> Result:
-    from graftlm.inference.preference_data import make_preferences
+    from graftlm.inference.pairs import make_preferences
 
     return make_preferences(
         parsed.config,

@@ -4,8 +4,10 @@ The first line of a group's docstring is its title on the help page.
 """
 
 import re
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from math import isfinite
+from typing import Any, Literal
 
 from graftlm.errors import InputError
 
@@ -154,23 +156,39 @@ class RunFlags(Flags):
         self.require_at_least(1, "batch_size")
 
 
+def bounded(default: float, **bounds: float) -> Any:
+    """A field with bounds: ge, gt and le, as in pydantic, whose models of HTTP requests take them over."""
+    return field(default=default, metadata=bounds)
+
+
+def describe_bounds(bounds: Mapping[str, float]) -> str:
+    """The numbers that bounds allow, in words: "0 or more", "above 0 and at most 1"."""
+    if "gt" in bounds:
+        return f"above {bounds['gt']}" + (f" and at most {bounds['le']}" if "le" in bounds else "")
+    return f"from {bounds['ge']} to {bounds['le']}" if "le" in bounds else f"{bounds['ge']} or more"
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingFlags(Flags):
     """Sampling."""
 
-    temperature: float = 0.0
-    """Divides the logits before sampling; 0 is greedy decoding."""
-    top_k: int = 0
+    temperature: float = bounded(0.0, ge=0)
+    """Divides the logits before sampling; 0 is greedy decoding. Then top_k, top_p and min_p filter, in this order."""
+    top_k: int = bounded(0, ge=0)
     """Sample from the k most likely tokens only; 0: from all."""
-    top_p: float = 1.0
+    top_p: float = bounded(1.0, gt=0, le=1)
     """Sample from the most likely tokens whose probabilities add up to this (nucleus sampling)."""
-    seed: int = 0
+    min_p: float = bounded(0.0, ge=0, le=1)
+    """Sample from tokens at least this many times as probable as the most likely one (min-p sampling); 0: from all."""
+    seed: int = bounded(0, ge=0)
     """Random seed of the sampling."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_at_least(0, "temperature", "top_k", "seed")
-        require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        for f in fields(SamplingFlags):
+            value, low, above, high = getattr(self, f.name), *map(f.metadata.get, ("ge", "gt", "le"))
+            ok = (low is None or value >= low) and (above is None or value > above) and (high is None or value <= high)
+            require(ok and isfinite(value), f.name, value, describe_bounds(f.metadata))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,8 @@ class GenerateConfig(RunFlags, SamplingFlags):
     """Classify only this many examples (a fixed sample, drawn without looking at labels); 0: all."""
     max_new_tokens: int | None = None
     """Maximum number of new tokens. Default: 64 for a prompt; to classify 5, or the longest label's."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a continuation; they are not part of it. May be given several times."""
     num_samples: int = 1
     """Number of continuations of the prompt."""
 
@@ -37,6 +39,7 @@ class GenerateConfig(RunFlags, SamplingFlags):
         super().__post_init__()
         self.require_at_least(0, "limit")
         self.require_at_least(1, "num_samples", "max_new_tokens")
+        require(all(self.stop), "stop", repr(""), "a text that is not empty")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +82,7 @@ class EvaluateConfig(RunFlags, DataFlags, RayFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptConfig(RunFlags):
+class PromptConfig(RunFlags, SamplingFlags):
     """Answer questions by prompting alone: few-shot, chain of thought, zero-shot chain of thought."""
 
     init_from: str = "smollm2-135m"
@@ -105,8 +108,6 @@ class PromptConfig(RunFlags):
     """Repeat with this many orders of the same demonstrations, and report each."""
     num_samples: int = 1
     """Answers sampled per question, of which the most frequent counts (self-consistency)."""
-    temperature: float = 0.0
-    """Divides the logits before sampling; 0 is greedy decoding."""
     max_new_tokens: int | None = None
     """Maximum length of an answer in tokens. Default: 256 with reasoning, else 24."""
     chat: Literal["auto", "on", "off"] = "auto"
@@ -120,7 +121,7 @@ class PromptConfig(RunFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_at_least(0, "limit", "shots", "seed", "task_seed", "temperature")
+        self.require_at_least(0, "limit", "shots", "task_seed")
         self.require_at_least(1, "seeds", "num_permutations", "num_samples", "max_new_tokens")
         if self.shots == 0 and self.style.startswith("few-shot"):
             raise InputError(f"--shots 0: style {self.style} shows demonstrations; use zero-shot or zero-shot-cot")

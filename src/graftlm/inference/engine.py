@@ -1,19 +1,18 @@
-"""Serve requests from many threads on one base model: each chooses an adapter, all are decoded together.
+"""The server's scheduler: requests from many threads, each with its own adapter, decoded together on one base model.
 
     engine = Engine(load("smollm2-135m"), {"reviews": Path("runs/demo")})
-    ticket = engine.submit(Request(prompt=ids, adapter="reviews", temperature=0), on_piece=print)
-    ticket.done.result().text
+    handle = engine.submit(Request(ids, SamplingParams(max_new_tokens=20), "reviews"), on_output=print)
+    handle.done.result().text
 
-What is unusual here:
-- Rows join and leave between two steps (continuous batching; Yu et al. 2022, "Orca"), whatever adapter each asks for
-  (`methods/multi_lora.py`). The decoder is the one of `generate`, the label scores are those of `evaluate`.
-- A row's answer depends on its own prompt, adapter and seed, and is what `generate` gives for that prompt alone with
-  that seed. Only rounding can tell who shared the batch.
-- Memory has a bound that is kept by waiting: a request joins when all rows, each as long as the longest may become, fit
-  into `max_tokens`. Nothing is kept of a request that has ended.
-- One thread computes. What goes wrong there fails the requests at hand, with one line, and the next ones are served.
+- Rows join and leave between two steps (continuous batching; Yu et al. 2022, "Orca"), regardless of their adapters
+  (`methods/multi_lora.py`). The decoder is that of `generate`, and label scores are those of `evaluate`.
+- A completion depends on its own prompt, adapter and seed only, and equals what `generate` returns for that prompt
+  alone with that seed, up to rounding.
+- Memory is bounded: a request joins when all rows, each as long as the longest may become, fit into `max_tokens`.
+  Nothing is kept of finished requests.
+- One thread computes. An error there fails the requests it concerns, with one line; the next ones are served.
 
-Left out: a cache of prompts seen before, long prompts read in parts, beam search.
+Left out: a cache of earlier prompts, chunked prefill, beam search.
 
 Letters: B rows, V tokens of the vocabulary.
 """
@@ -32,7 +31,7 @@ from torch import Tensor
 from graftlm.errors import GraftError, InputError, Overloaded, ShuttingDown, unknown_name_error
 from graftlm.exchange.load import Loaded
 from graftlm.exchange.serving_adapters import read_adapters
-from graftlm.inference.generate import DecodingBatch
+from graftlm.inference.decoder import DecodingBatch, choose_tokens
 from graftlm.inference.requests import (
     CANCELLED,
     CaptureError,
@@ -41,24 +40,23 @@ from graftlm.inference.requests import (
     RequestHandle,
     ScoreRequest,
     TokenOutput,
-    failure,
+    as_graft_error,
 )
-from graftlm.inference.sampling import greedy, sample_tokens
-from graftlm.inference.scoring import score
+from graftlm.inference.scoring import score_labels
 from graftlm.methods.multi_lora import MultiLoRAModel, stack
 from graftlm.text.collate import Example
 from graftlm.text.detokenizer import TextStream
 
 MAX_PREFILL_TOKENS = 512
-"""Tokens of new prompts, filled up, that are read between two steps: a longer pass would keep the others waiting."""
+"""Padded tokens of new prompts that are read between two steps: a longer pass would keep the running rows waiting."""
 
 
 class Engine:
     """One base model, its adapters, and the one thread that runs them.
 
-    adapters: name -> run folder or adapter folder; LoRA only, of the base's very weights.
-    max_rows: requests that are decoded together at most. max_tokens: rows times tokens that the cache has room for at
-    most; one request can use all of it. max_waiting: requests that may wait, beyond which `Overloaded` is raised.
+    adapters: name -> run folder or adapter folder; LoRA only, trained on exactly this base.
+    max_rows: the maximum number of requests decoded together. max_tokens: the maximum of rows times tokens in the
+    cache; one request may use all of it. max_waiting: the maximum number of waiting requests.
 
     Raises InputError for an adapter that cannot be served on this base.
     """
@@ -73,19 +71,19 @@ class Engine:
         max_waiting: int = 256,
     ) -> None:
         assert max_rows >= 1 and max_tokens >= 2 and max_waiting >= 1
-        found = read_adapters(loaded, adapters)
-        self._stack: MultiLoRAModel | None = stack(loaded.model, found) if found else None
+        layers = read_adapters(loaded, adapters)
+        self._stack: MultiLoRAModel | None = stack(loaded.model, layers) if layers else None
         self._model = loaded.model.eval() if self._stack is None else self._stack.model
         self._tokenizer = loaded.tokenizer
         self._max_rows, self._max_tokens, self._max_waiting = max_rows, max_tokens, max_waiting
         self.names = tuple(adapters)
-        self._changed = threading.Condition()  # guards what follows
+        self._changed = threading.Condition()  # guards the fields below
         self._waiting: deque[RequestHandle] = deque()
-        self._asked: deque[ScoreRequest] = deque()
+        self._score_requests: deque[ScoreRequest] = deque()
         self._closed = False
         self._counts = {"completed": 0, "cancelled": 0, "failed": 0, "tokens_generated": 0, "max_batch_size_seen": 0}
-        self._batch = DecodingBatch(self._model)  # from here on the thread's own
         self._rows: list[RequestHandle] = []
+        self._batch = DecodingBatch(self._model)  # used by the engine's thread only
         self._thread = threading.Thread(target=self._work, name="graft-engine", daemon=True)
         self._thread.start()
 
@@ -93,30 +91,31 @@ class Engine:
 
     @property
     def max_seq_len(self) -> int:
-        """The most tokens that a prompt and its answer may have together."""
+        """The maximum number of tokens of a prompt and its completion together."""
         return min(self._model.max_seq_len, self._max_tokens)
 
-    def submit(self, request: Request, on_piece: Callable[[TokenOutput], None] | None = None) -> RequestHandle:
-        """Take a request, from any thread. `on_piece` is called on the engine's thread and must return soon.
+    def submit(self, request: Request, on_output: Callable[[TokenOutput], None] | None = None) -> RequestHandle:
+        """Take a request, from any thread. `on_output` is called on the engine's thread and must return soon.
 
-        An answer ends by "length" where it fills the context. Raises InputError for a request that cannot be answered,
-        Busy where too many wait, Closed after `close`.
+        A completion that fills the context ends with "length". Raises InputError for a wrong request, Overloaded if too
+        many are waiting, ShuttingDown after `close`.
         """
         self._check(request.prompt, request.adapter, "the prompt")
-        room = min(request.max_new_tokens, self.max_seq_len - len(request.prompt))
-        if room < 1:
+        limit = min(request.params.limit, self.max_seq_len - len(request.prompt))
+        if limit < 1:
             raise InputError(
                 f"the prompt has {len(request.prompt)} tokens and prompt and answer at most "
                 f"{self.max_seq_len}: shorten it"
             )
-        ticket = RequestHandle(request, room, TextStream(self._tokenizer.decode, request.stop), on_piece)
-        self._enqueue(self._waiting, ticket)
-        return ticket
+        stream = TextStream(self._tokenizer.decode, request.params.stop)
+        handle = RequestHandle(request, limit, stream, on_output)
+        self._enqueue(self._waiting, handle)
+        return handle
 
     def score(
         self, prompt: Sequence[int], options: Sequence[Sequence[int]], adapter: str | None = None
     ) -> "Future[list[float]]":
-        """For each option the sum of its tokens' log-probabilities behind the prompt: what `graft evaluate` scores.
+        """For each option the sum of its tokens' log-probabilities after the prompt, as in `graft evaluate`.
 
         Raises as `submit`.
         """
@@ -132,36 +131,36 @@ class Engine:
             raise InputError(
                 f"prompt and option have {fed + 1} tokens, the model reads at most {self._model.max_seq_len}"
             )
-        question = ScoreRequest(tuple(prompt), tuple(map(tuple, options)), adapter, Future())
-        question.done.set_running_or_notify_cancel()
-        self._enqueue(self._asked, question)
-        return question.done
+        request = ScoreRequest(tuple(prompt), tuple(map(tuple, options)), adapter, Future())
+        request.done.set_running_or_notify_cancel()
+        self._enqueue(self._score_requests, request)
+        return request.done
 
     def stats(self) -> dict[str, Any]:
-        """How many requests are running and waiting; were completed, cancelled and failed, with the tokens_generated.
+        """Numbers of requests running, waiting, completed, cancelled and failed, and of tokens_generated.
 
-        rows_at_most: the largest batch so far.
+        max_batch_size_seen: the largest batch so far.
         """
         with self._changed:
-            waiting = len(self._waiting) + len(self._asked)
+            waiting = len(self._waiting) + len(self._score_requests)
             return {"running": len(self._rows), "waiting": waiting, **self._counts}
 
     def close(self, drain: bool = True) -> None:
-        """Refuse what is new; finish what was taken (`drain`), or end it as cancelled; then end the thread.
+        """Refuse new requests; finish those taken (`drain`), or cancel them; then end the thread.
 
-        May be called again, from any thread; only one of the engine's own callbacks must not wait for the engine.
+        May be called again, from any thread, but not from the engine's own callbacks.
         """
         with self._changed:
             self._closed = True
+            cancelled: list[ScoreRequest] = []
             if not drain:
-                for ticket in (*self._waiting, *self._rows):
-                    ticket.cancel()
-                questions = list(self._asked)
-                self._asked.clear()
+                for handle in (*self._waiting, *self._rows):
+                    handle.cancel()
+                cancelled = list(self._score_requests)
+                self._score_requests.clear()
             self._changed.notify_all()
-        if not drain:
-            for question in questions:
-                question.done.set_exception(ShuttingDown("the engine was closed before it could answer"))
+        for request in cancelled:
+            request.done.set_exception(ShuttingDown("the engine was closed before it could answer"))
         self._thread.join()
 
     def _check(self, ids: Sequence[int], adapter: str | None, what: str) -> None:
@@ -173,13 +172,13 @@ class Engine:
         if wrong := [token for token in ids if not 0 <= token < vocab]:
             raise InputError(f"{what} has a token {wrong[0]}: the model's are 0 to {vocab - 1}")
 
-    def _enqueue(self, line: deque[Any], one: RequestHandle | ScoreRequest) -> None:
+    def _enqueue(self, queue: deque[Any], request: RequestHandle | ScoreRequest) -> None:
         with self._changed:
             if self._closed:
                 raise ShuttingDown("the engine is closed: it takes no new requests")
-            if len(self._waiting) + len(self._asked) >= self._max_waiting:
+            if len(self._waiting) + len(self._score_requests) >= self._max_waiting:
                 raise Overloaded(f"{self._max_waiting} requests are waiting already: ask again later")
-            line.append(one)
+            queue.append(request)
             self._changed.notify_all()
 
     # For the engine's thread
@@ -189,175 +188,156 @@ class Engine:
             with torch.no_grad():
                 while self._wait():
                     self._step_loop()
-        finally:  # where even telling of an error failed: nobody is left to wait for ever
+        finally:  # also if reporting an error failed: no caller may wait forever
             with self._changed:
                 self._closed = True
-                left, questions = [*self._rows, *self._waiting], list(self._asked)
-            for question in questions:
-                question.done.set_exception(GraftError("the engine has ended"))
-            for ticket in left:
-                self._end(ticket, GraftError("the engine has ended"))
+                handles, requests = [*self._rows, *self._waiting], list(self._score_requests)
+            for request in requests:
+                request.done.set_exception(GraftError("the engine has ended"))
+            for handle in handles:
+                self._finish(handle, GraftError("the engine has ended"))
 
     def _wait(self) -> bool:
-        """Wait for work; False when there is none and never will be."""
+        """Wait for work; False if there is none and the engine is closed."""
         with self._changed:
-            while not (self._rows or self._waiting or self._asked):
+            while not (self._rows or self._waiting or self._score_requests):
                 if self._closed:
                     return False
                 self._changed.wait()
         return True
 
     def _step_loop(self) -> None:
-        """One step of all rows; before it new rows join, and some questions are answered."""
-        for work in (self._join, self._answer, self._step):
-            at_hand: list[Any] = []
+        """New rows join, some score requests are answered, and all rows take one step."""
+        for work in (self._join, self._score, self._step):
+            affected: list[Any] = []  # the requests to fail if an error is raised
             with CaptureError() as caught:
-                work(at_hand)
+                work(affected)
             if caught.error is not None:
-                if not at_hand:  # then going on would only meet it again
+                if not affected:  # the same error would follow again
                     raise caught.error
-                self._fail_batch(at_hand, failure(caught.error, "the engine"))
+                self._fail_batch(affected, as_graft_error(caught.error, "the engine"))
 
-    def _join(self, at_hand: list[Any]) -> None:
-        """Read the prompts of those whose turn it is."""
+    def _join(self, affected: list[Any]) -> None:
+        """Read the prompts of the requests that join now."""
         joining = self._schedule()
-        at_hand += [*self._rows, *joining]  # a cache that was half written is of no use to anyone
+        affected += [*self._rows, *joining]  # a partly written cache is lost for all rows
         if joining:
-            with self._using([ticket.request.adapter for ticket in joining]):
-                logits = self._batch.join([t.request.prompt for t in joining], [t._max_row_len for t in joining])
+            with self._using([handle.request.adapter for handle in joining]):
+                logits = self._batch.join(joining)
             with self._changed:
                 self._rows = [*self._rows, *joining]
                 self._counts["max_batch_size_seen"] = max(self._counts["max_batch_size_seen"], len(self._rows))
             self._sample_and_emit(joining, logits)
 
     def _schedule(self) -> list[RequestHandle]:
-        """Who may join now, in the order of coming; those who were cancelled meanwhile are ended."""
+        """The requests that may join now, first come, first served; cancelled ones are finished."""
         joining: list[RequestHandle] = []
         with self._changed:
-            cancelled = [ticket for ticket in self._waiting if ticket._cancelled]
+            cancelled = [handle for handle in self._waiting if handle.cancel_requested]
+            self._waiting = deque(handle for handle in self._waiting if not handle.cancel_requested)
             while self._waiting and len(self._rows) + len(joining) < self._max_rows:
-                ticket = self._waiting[0]
-                if not ticket._cancelled:
-                    rows = [*self._rows, *joining, ticket]
-                    width = max(len(each.request.prompt) for each in (*joining, ticket))
-                    size = DecodingBatch.rows_for(len(rows)) * max(each._max_row_len for each in rows)
-                    too_much = joining and (len(joining) + 1) * width > MAX_PREFILL_TOKENS
-                    if too_much or (len(rows) > 1 and size > self._max_tokens):
-                        break
-                    joining.append(ticket)
-                self._waiting.popleft()
-            self._waiting = deque(ticket for ticket in self._waiting if not ticket._cancelled)
-        for ticket in cancelled:
-            self._end(ticket, CANCELLED)
+                handle = self._waiting[0]
+                rows = [*self._rows, *joining, handle]
+                width = max(len(each.prompt) for each in (*joining, handle))
+                size = DecodingBatch.rows_for(len(rows)) * max(row.capacity for row in rows)
+                prefill_full = joining and (len(joining) + 1) * width > MAX_PREFILL_TOKENS
+                if prefill_full or (len(rows) > 1 and size > self._max_tokens):
+                    break
+                joining.append(self._waiting.popleft())
+        for handle in cancelled:
+            self._finish(handle, CANCELLED)
         return joining
 
-    def _answer(self, at_hand: list[Any]) -> None:
-        """Score the options of the first question, and of those that ask for the same options of the same adapter."""
+    def _score(self, affected: list[Any]) -> None:
+        """Answer the first score request, and those with the same options and adapter."""
         with self._changed:
-            if not self._asked:
+            if not self._score_requests:
                 return
-            first = self._asked[0]
-            alike = [q for q in self._asked if (q.adapter, q.options) == (first.adapter, first.options)]
-            longest = max(len(question.prompt) for question in alike) + max(map(len, first.options))
-            at_hand += alike[: max(1, MAX_PREFILL_TOKENS // longest)]
-            self._asked = deque(question for question in self._asked if question not in at_hand)
-        examples = [Example(q.prompt, (), None, "", "", "the prompt") for q in at_hand]
+            first = self._score_requests[0]
+            similar = [r for r in self._score_requests if (r.adapter, r.options) == (first.adapter, first.options)]
+            longest = max(len(request.prompt) for request in similar) + max(map(len, first.options))
+            affected += similar[: max(1, MAX_PREFILL_TOKENS // longest)]
+            self._score_requests = deque(request for request in self._score_requests if request not in affected)
+        examples = [Example(request.prompt, (), None, "", "", "the prompt") for request in affected]
         with self._using(first.adapter):
-            found = score(self._model, examples, first.options, completions=False).labels.tolist()
-        for question, scores in zip(at_hand, found, strict=True):
-            question.done.set_result(scores)
-            self._update_counters("completed")
+            rows = score_labels(self._model, examples, first.options).tolist()
+        for request, scores in zip(affected, rows, strict=True):
+            request.done.set_result(scores)
+            self._count("completed")
 
-    def _step(self, at_hand: list[Any]) -> None:
+    def _step(self, affected: list[Any]) -> None:
         """One token for every row."""
-        at_hand += self._rows
-        self._leave([(ticket, CANCELLED) for ticket in self._rows if ticket._cancelled])
+        affected += self._rows
+        self._leave([(handle, CANCELLED) for handle in self._rows if handle.cancel_requested])
         if self._rows:
-            with self._using([ticket.request.adapter for ticket in self._rows]):
-                logits = self._batch.step([ticket._tokens[-1] for ticket in self._rows])
+            with self._using([handle.request.adapter for handle in self._rows]):
+                logits = self._batch.step()
             self._sample_and_emit(self._rows, logits)
 
-    def _sample_and_emit(self, tickets: Sequence[RequestHandle], logits: Tensor) -> None:
-        """Choose each one's next token behind logits [B, V], and tell of it."""
+    def _sample_and_emit(self, handles: Sequence[RequestHandle], logits: Tensor) -> None:
+        """Choose each row's next token from logits [B, V], and pass it to the caller."""
         sums = logits.logsumexp(dim=-1)
         broken = (~sums.isfinite()).tolist()
-        if any(broken):  # these rows' own; the others go on
+        if any(broken):  # these rows fail, the others continue
             logits = logits.masked_fill(~sums.isfinite()[:, None], 0)
-        tokens = choose(logits, tickets)
+        tokens = choose_tokens(logits, handles)
         chosen = logits.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
-        endings: list[tuple[RequestHandle, FinishOutput]] = []
-        for ticket, token, logprob, wrong in zip(tickets, tokens, (chosen - sums).tolist(), broken, strict=True):
-            if wrong:
-                endings.append((ticket, GraftError("the logits are no numbers: broken weights, or --dtype float16")))
+        finished: list[tuple[RequestHandle, FinishOutput]] = []
+        for handle, token, logprob, failed in zip(handles, tokens, (chosen - sums).tolist(), broken, strict=True):
+            if failed:
+                error = GraftError("the logits are NaN or infinite: broken weights, or an overflow in --dtype float16")
+                finished.append((handle, error))
                 continue
-            piece = ticket._append_token(token, logprob, self._tokenizer.eot)
-            if piece.token is not None:
-                self._update_counters("tokens_generated")
-            if piece.finish_reason is not None:
-                endings.append((ticket, piece))
-            elif (error := ticket._emit(piece)) is not None:
-                endings.append((ticket, error))
-        self._leave(endings)
+            output = handle._append_token(token, logprob, self._tokenizer.eot)
+            if output.token is not None:
+                self._count("tokens_generated")
+            if output.finish_reason is not None:
+                finished.append((handle, output))
+            elif (callback_error := handle._emit(output)) is not None:
+                finished.append((handle, callback_error))
+        self._leave(finished)
 
-    def _leave(self, endings: Sequence[tuple[RequestHandle, FinishOutput]]) -> None:
-        """Take rows out of the batch, and then end their requests."""
-        ended = {ticket for ticket, _ in endings}
-        if ended:
-            slots = self._batch.evict([ticket not in ended for ticket in self._rows])
+    def _leave(self, finished: Sequence[tuple[RequestHandle, FinishOutput]]) -> None:
+        """Take rows out of the batch, and then finish their requests."""
+        handles = {handle for handle, _ in finished}
+        if handles:
+            slots = self._batch.evict([handle not in handles for handle in self._rows])
             with self._changed:
                 self._rows = [self._rows[slot] for slot in slots]
-        for ticket, ending in endings:
-            self._end(ticket, ending)
+        for handle, output in finished:
+            self._finish(handle, output)
 
-    def _end(self, ticket: RequestHandle, ending: FinishOutput) -> None:
-        """End a request: count it, tell of its last piece, and fulfil what was promised."""
-        if ticket.done.done():
+    def _finish(self, handle: RequestHandle, output: FinishOutput) -> None:
+        """Count the request, pass on its last output, and resolve its future."""
+        if handle.done.done():
             return
-        error = ending if isinstance(ending, GraftError) else ticket._emit(ending)
-        if isinstance(ending, GraftError):
-            ticket._emit(TokenOutput("", None, None, "error"))
+        error = output if isinstance(output, GraftError) else handle._emit(output)
+        if isinstance(output, GraftError):
+            handle._emit(TokenOutput("", None, None, "error"))
         if error is not None:
-            self._update_counters("failed")
-            ticket.done.set_exception(error)
-        elif isinstance(ending, TokenOutput) and ending.finish_reason is not None:
-            self._update_counters("cancelled" if ending is CANCELLED else "completed")
-            ticket.done.set_result(ticket._completed(ending.finish_reason))
+            self._count("failed")
+            handle.done.set_exception(error)
+        elif isinstance(output, TokenOutput) and output.finish_reason is not None:
+            self._count("cancelled" if output is CANCELLED else "completed")
+            handle.done.set_result(handle._completed(output.finish_reason))
 
-    def _update_counters(self, what: str) -> None:
+    def _count(self, what: str) -> None:
         with self._changed:
             self._counts[what] += 1
 
-    def _fail_batch(self, at_hand: Sequence[Any], error: GraftError) -> None:
-        """Fail what was at hand; rows begin again with an empty batch."""
-        tickets = [one for one in at_hand if isinstance(one, RequestHandle)]
-        for question in (one for one in at_hand if isinstance(one, ScoreRequest) and not one.done.done()):
-            self._update_counters("failed")
-            question.done.set_exception(error)
-        if tickets:
+    def _fail_batch(self, affected: Sequence[Any], error: GraftError) -> None:
+        """Fail the affected requests; if rows are among them, an empty batch replaces theirs."""
+        handles = [request for request in affected if isinstance(request, RequestHandle)]
+        for request in affected:
+            if isinstance(request, ScoreRequest) and not request.done.done():
+                self._count("failed")
+                request.done.set_exception(error)
+        if handles:
             self._batch = DecodingBatch(self._model)
             with self._changed:
                 self._rows = []
-            for ticket in tickets:
-                self._end(ticket, error)
+            for handle in handles:
+                self._finish(handle, error)
 
     def _using(self, adapters: Sequence[str | None] | str | None) -> AbstractContextManager[None]:
         return nullcontext() if self._stack is None else self._stack.adapters_for(adapters)
-
-
-def choose(logits: Tensor, tickets: Sequence[RequestHandle]) -> list[int]:
-    """Each row's next token behind logits [B, V]; rows with the same settings are sampled together."""
-    groups: dict[tuple[float, int, float], list[int]] = {}
-    for row, ticket in enumerate(tickets):
-        asked = ticket.request
-        settings = (
-            (0.0, 0, 1.0) if asked.temperature == 0 else (asked.temperature, asked.top_k or 0, asked.top_p or 1.0)
-        )
-        groups.setdefault(settings, []).append(row)
-    tokens = [0] * len(tickets)
-    for (temperature, top_k, top_p), rows in groups.items():
-        part = logits if len(groups) == 1 else logits[rows]
-        u = [tickets[row]._uniform() for row in rows]
-        found = greedy(part) if temperature == 0 else sample_tokens(part, u, temperature, top_k, top_p)
-        for row, token in zip(rows, found, strict=True):
-            tokens[row] = token
-    return tokens

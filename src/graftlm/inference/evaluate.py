@@ -1,7 +1,7 @@
-"""How well a model names labels: by the labels' scores, in the text it generates, and both side by side.
+"""Classification accuracy of a model: by the labels' log-probabilities, by the text it generates, or by both.
 
-What is unusual here: generated text that names no label is garbage (-1), which counts as wrong and is reported as a
-rate of its own. Whoever reads the examples, a model of this process (`Here`) or copies of it elsewhere, is a `Reader`.
+Generated text that names no label is garbage (-1); it counts as wrong and has a rate of its own. The work is done by a
+`Predictor`: a model of this process, or copies of it on a cluster (`studies/ray_evaluator.py`).
 
 Letters: N examples, L labels.
 """
@@ -10,101 +10,132 @@ import json
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
 
+from graftlm.config import Mode
 from graftlm.errors import GraftError, InputError
 from graftlm.files.atomic import write_text
-from graftlm.inference.generate import ProgressCallback, generate_ids
+from graftlm.inference.decoder import shared_prefix_length
+from graftlm.inference.generate import Batching, ProgressCallback, decode_groups, generate_ids
 from graftlm.inference.metrics import GARBAGE, Metrics, calibrated
-from graftlm.inference.scoring import LabelIds, Tokens, score
+from graftlm.inference.sampling import SamplingParams
+from graftlm.inference.scoring import LabelIds, Tokens, score_batches, score_labels
 from graftlm.models import CausalLM
 from graftlm.text.collate import Example, encode_rows, label_ids
 from graftlm.text.layouts import Labelled
 from graftlm.text.template import Template
 from graftlm.text.tokenizer import Tokenizer
 
-Read = Literal["both", "score", "generate"]
-
 WINDOW = 10
-"""A label is looked for in as many first characters as the longest label has, and this many more."""
+"""A label is searched for in this many more characters than the longest label has."""
 
 
-# Labels ---------------------------------------------------------------------------------------------------------------
+# Predictors -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LabelScoring:
+    """Score every label for every example: [N][L], as `score_labels`."""
+
+    examples: Sequence[Example]
+    label_ids: LabelIds
+    batch_size: int
+
+    def select(self, rows: Sequence[int]) -> "LabelScoring":
+        """The same work for these examples only."""
+        return replace(self, examples=[self.examples[row] for row in rows])
+
+    def shared(self) -> int:
+        """The length of the prefix to compute once."""
+        return shared_prefix_length([example.prompt_ids for example in self.examples])
+
+    def batches(self) -> list[list[int]]:
+        """The examples that are computed together; any run of batches forms the same batches again."""
+        return score_batches(self.examples, self.label_ids, self.batch_size)
+
+    def run(self, model: CausalLM, shared: int | None, progress: ProgressCallback | None) -> list[list[float]]:
+        """The scores. shared: see `prefill_shared_prefix`."""
+        batching = Batching(self.batch_size, shared, progress)
+        return score_labels(model, self.examples, self.label_ids, batching).tolist()
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Continue every prompt: its new tokens, as `generate_ids`."""
+
+    prompts: Sequence[Tokens]
+    params: SamplingParams
+    batch_size: int
+
+    def select(self, rows: Sequence[int]) -> "Generation":
+        """See LabelScoring. Greedy only, as a sample depends on the row's index."""
+        assert self.params.temperature == 0
+        return replace(self, prompts=[self.prompts[row] for row in rows])
+
+    def shared(self) -> int:
+        """See LabelScoring."""
+        return shared_prefix_length(self.prompts)
+
+    def batches(self) -> list[list[int]]:
+        """See LabelScoring."""
+        shared = self.shared()
+        return list(decode_groups([len(prompt) - shared for prompt in self.prompts], self.batch_size))
+
+    def run(self, model: CausalLM, shared: int | None, progress: ProgressCallback | None) -> list[list[int]]:
+        """See LabelScoring."""
+        return generate_ids(model, self.prompts, self.params, batching=Batching(self.batch_size, shared, progress))
 
 
 class Predictor(Protocol):
-    """What reads the examples for `evaluate`: a model of this process, or copies of it elsewhere."""
+    """Runs the model for `evaluate`, in this process or elsewhere."""
 
-    def scores(
-        self, examples: Sequence[Example], label_ids: LabelIds, batch_size: int, progress: ProgressCallback | None
-    ) -> Tensor:
-        """The labels' scores [N, L], as `score` gives them."""
-
-    def continuations(
-        self,
-        prompts: Sequence[Tokens],
-        max_new_tokens: int,
-        eot: int,
-        batch_size: int,
-        progress: ProgressCallback | None,
-    ) -> list[list[int]]:
-        """The likeliest continuation of each prompt, as `generate_ids` gives it."""
+    def __call__(self, work: LabelScoring | Generation, progress: ProgressCallback | None = None) -> list[Any]:
+        """What `work.run` returns."""
 
 
 @dataclass(frozen=True)
 class LocalPredictor:
-    """A reader with a model of this process. `shared`: see `score`."""
+    """A predictor with a model of this process."""
 
     model: CausalLM
-    shared: int | None = None
 
-    def scores(
-        self, examples: Sequence[Example], label_ids: LabelIds, batch_size: int, progress: ProgressCallback | None
-    ) -> Tensor:
-        """See Reader."""
-        found = score(
-            self.model,
-            examples,
-            label_ids,
-            batch_size=batch_size,
-            shared=self.shared,
-            completions=False,
-            progress=progress,
-        )
-        return found.labels
+    def __call__(self, work: LabelScoring | Generation, progress: ProgressCallback | None = None) -> list[Any]:
+        """See Predictor."""
+        return work.run(self.model, None, progress)
 
-    def continuations(
-        self,
-        prompts: Sequence[Tokens],
-        max_new_tokens: int,
-        eot: int,
-        batch_size: int,
-        progress: ProgressCallback | None,
-    ) -> list[list[int]]:
-        """See Reader."""
-        return generate_ids(
-            self.model,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            eot=eot,
-            batch_size=batch_size,
-            shared=self.shared,
-            progress=progress,
-        )
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """How examples are evaluated."""
+
+    mode: Mode = "both"
+    """"score", "generate", or "both"."""
+    batch_size: int = 32
+    params: SamplingParams = field(default_factory=SamplingParams)
+    """How text is generated; by default greedy, with max_new_tokens 5, or as many as the longest label has."""
+    content_free: Sequence[Sequence[Example]] = ()
+    """Calibrate the label scores by the scores of these content-free inputs (`metrics.calibrated`): one group for all
+    examples, or one per example. Generated text is not affected."""
+    predictor: Predictor | None = None
+    """Default: the model itself."""
+    progress: ProgressCallback | None = None
+    """Called with the number of examples finished, once in each mode."""
+
+
+# Predictions ----------------------------------------------------------------------------------------------------------
 
 
 def parse_label(generated: str, labels: Sequence[str]) -> int:
     """The number of the label that a generated text names, -1 for none (garbage).
 
-    Leading white space is dropped and letter case ignored. A label counts when it stands whole within as many first
-    characters as the longest label has and ten more, and begins where a word begins ("unpositive" names nothing,
-    "positively" does; a number must also end there: "10" is not 1). The one that begins first wins, and of two that
-    begin at the same place the longer.
+    Leading white space and letter case are ignored. A label counts if all of it is within the first characters, as many
+    as the longest label has plus WINDOW, and if it begins at a word boundary ("unpositive" names nothing, "positively"
+    does; a number must also end there: "10" is not 1). The label that begins first wins; of two that begin at the same
+    character, the longer one.
     """
     words = [label.strip().casefold() for label in labels]
     patterns = [
@@ -112,12 +143,11 @@ def parse_label(generated: str, labels: Sequence[str]) -> int:
         for word in words
     ]
     head = generated.lstrip().casefold()[: max(map(len, words)) + WINDOW]
-    found = []
+    matches = []
     for number, pattern in enumerate(patterns):
-        match = re.search(pattern, head)
-        if match:
-            found.append((match.start(), match.start() - match.end(), number))  # the longer is the smaller
-    return min(found)[2] if found else GARBAGE
+        if match := re.search(pattern, head):
+            matches.append((match.start(), match.start() - match.end(), number))  # the longer is the smaller
+    return min(matches)[2] if matches else GARBAGE
 
 
 def predict_labels(
@@ -129,91 +159,82 @@ def predict_labels(
     mode: Literal["score", "generate"] = "generate",
     batch_size: int = 32,
     max_new_tokens: int | None = None,
-) -> list[int]:
+) -> list[int]:  # the signature of the course, hence more than 6 parameters
     """The label number of each text: with the default labels 1 positive, 0 negative; -1 garbage (counts as wrong).
 
-    texts: plain texts, which the template asks about, or examples that are already encoded.
-    read: "generate" looks for a label in the text the model continues with; "score" takes the label whose tokens are
-        likeliest, and never gives -1.
+    texts: plain texts, which the template turns into prompts, or examples that are already encoded.
+    mode: "generate" searches the generated text for a label; "score" takes the most likely label, never -1.
     """
     examples = _encoded(texts, template, tokenizer, model.max_seq_len)
     if not examples:
         return []
-    if mode == "score":
-        return _predict_by_loglikelihood(LocalPredictor(model), tokenizer, template, examples, batch_size, None)[0]
-    return _predict_by_generation(
-        LocalPredictor(model), tokenizer, template, examples, batch_size, max_new_tokens, None
-    )[0]
+    options = EvaluationOptions(batch_size=batch_size, params=SamplingParams(max_new_tokens=max_new_tokens))
+    predict = _predict_by_loglikelihood if mode == "score" else _predict_by_generation
+    return predict(LocalPredictor(model), tokenizer, template, examples, options)[0]
+
+
+def label_probabilities(
+    model: CausalLM, tokenizer: Tokenizer, template: Template, texts: Sequence[str], batching: Batching | None = None
+) -> list[list[float]]:
+    """For each text the probability of each label, by label number: a softmax over the labels' scores alone.
+
+    A text too long for the model is truncated inside the template. Raises GraftError if the scores are NaN.
+    """
+    examples, batching = _encoded(texts, template, tokenizer, model.max_seq_len), batching or Batching()
+    options = EvaluationOptions(batch_size=batching.batch_size, progress=batching.progress)
+    scores = _predict_by_loglikelihood(LocalPredictor(model), tokenizer, template, examples, options)[1]
+    return torch.tensor(scores, dtype=torch.float64).softmax(dim=-1).tolist() if scores else []
+
+
+def max_label_tokens(template: Template, tokenizer: Tokenizer) -> int:
+    """The number of tokens to generate for a label: 5, or as many as the longest label has."""
+    return max(5, *(len(ids) for ids in label_ids(template, tokenizer)))
 
 
 def _encoded(
     texts: Sequence[str] | Sequence[Example], template: Template, tokenizer: Tokenizer, context: int
 ) -> list[Example]:
-    plain = [Labelled(text, 0) for text in texts if isinstance(text, str)]  # no text has a label yet, so any will do
+    plain = [Labelled(text, 0) for text in texts if isinstance(text, str)]  # a label is required and not used
     examples = [text for text in texts if isinstance(text, Example)]
     assert not plain or not examples, "either texts or examples"
     return encode_rows(plain, template, tokenizer, context)[0] if plain else examples
 
 
 def _predict_by_loglikelihood(
-    reader: Predictor,
+    predict: Predictor,
     tokenizer: Tokenizer,
     template: Template,
     examples: Sequence[Example],
-    batch_size: int,
-    progress: ProgressCallback | None,
-    content_free: Sequence[Sequence[Example]] = (),
+    options: EvaluationOptions,
 ) -> tuple[list[int], list[list[float]]]:
-    """The likeliest labels [N], and the scores [N, L] they were read from: calibrated, where `content_free` says so."""
-    ids = label_ids(template, tokenizer)
-    asked = [*examples, *(example for group in content_free for example in group)]
-    labels = reader.scores(asked, ids, batch_size, progress)
+    """The most likely labels [N] and the scores [N, L], calibrated if `options.content_free` is given."""
+    inputs = [*examples, *(example for group in options.content_free for example in group)]
+    work = LabelScoring(inputs, label_ids(template, tokenizer), options.batch_size)
+    labels = torch.tensor(predict(work, options.progress), dtype=torch.float64).view(len(inputs), len(work.label_ids))
     if bool(labels.isnan().any()):
         raise GraftError("the labels' scores are NaN: the weights are broken, or overflow in this --dtype; try float32")
     scores, free = labels[: len(examples)], labels[len(examples) :]
-    if content_free:
-        groups = free.unflatten(0, (len(content_free), -1)).tolist()
+    if options.content_free:
+        groups = free.unflatten(0, (len(options.content_free), -1)).tolist()
         scores = torch.from_numpy(calibrated(scores.tolist(), groups))
     return scores.argmax(dim=1).tolist(), scores.tolist()
 
 
-def label_probabilities(
-    model: CausalLM,
-    tokenizer: Tokenizer,
-    template: Template,
-    texts: Sequence[str],
-    *,
-    batch_size: int = 32,
-    progress: ProgressCallback | None = None,
-) -> list[list[float]]:
-    """For each text the probability of each label, by label number: a softmax over the labels' scores alone.
-
-    The template asks about the text, which loses its end where it is too long for the model. Raises GraftError where
-    the scores are NaN.
-    """
-    examples = _encoded(texts, template, tokenizer, model.max_seq_len)
-    scores = _predict_by_loglikelihood(LocalPredictor(model), tokenizer, template, examples, batch_size, progress)[1]
-    return torch.tensor(scores, dtype=torch.float64).softmax(dim=-1).tolist() if scores else []
-
-
-def max_label_tokens(template: Template, tokenizer: Tokenizer) -> int:
-    """How many tokens to generate where a label is looked for: 5, or as many as the longest label has."""
-    return max(5, *(len(ids) for ids in label_ids(template, tokenizer)))
-
-
 def _predict_by_generation(
-    reader: Predictor,
+    predict: Predictor,
     tokenizer: Tokenizer,
     template: Template,
     examples: Sequence[Example],
-    batch_size: int,
-    max_new_tokens: int | None,
-    progress: ProgressCallback | None,
+    options: EvaluationOptions,
 ) -> tuple[list[int], list[str]]:
-    longest = max_new_tokens or max_label_tokens(template, tokenizer)
-    prompts = [example.prompt_ids for example in examples]
-    new = reader.continuations(prompts, longest, tokenizer.eot, batch_size, progress)
-    texts = [tokenizer.decode(ids) for ids in new]
+    """The labels [N] that the generated texts name, -1 for garbage, and the texts."""
+    params = replace(
+        options.params,
+        max_new_tokens=options.params.max_new_tokens or max_label_tokens(template, tokenizer),
+        stop_token_ids=frozenset({tokenizer.eot}),
+    )
+    work = Generation([example.prompt_ids for example in examples], params, options.batch_size)
+    texts = [tokenizer.decode(ids) for ids in predict(work, options.progress)]
     return [parse_label(text, template.labels) for text in texts], texts
 
 
@@ -222,23 +243,22 @@ def _predict_by_generation(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One or both readings of the same examples, and a row for each example."""
+    """The metrics of one or both modes on the same examples, and a row for each example."""
 
-    readings: dict[str, Metrics]
-    """By "score" and "generate", whichever were asked for."""
+    metrics: dict[str, Metrics]
+    """By mode: "score", "generate"."""
     rows: list[dict[str, Any]]
-    """In the data's order: text, label, predicted, scores {label word: sum of its tokens' log-probabilities, or what
-    calibration makes of it}, generated, read (which reading gave `predicted`), garbage (whether the generated text
-    names no label). `scores` and `generated` are there where they were read."""
+    """In the data's order: text, label, predicted, scores {label word: its score}, generated, mode (of `predicted`),
+    garbage (whether the generated text names no label); `scores` and `generated` only if their mode was run."""
 
     @property
     def main(self) -> Metrics:
-        """The reading whose figures stand for the whole: by score, where that was asked for."""
-        return self.readings.get("score") or self.readings["generate"]
+        """The metrics of mode "score" if it was run, else of "generate"."""
+        return self.metrics.get("score") or self.metrics["generate"]
 
     def to_json(self) -> dict[str, Any]:
-        """The main reading's figures; with both, also each under its name."""
-        both = {name: reading.to_json() for name, reading in self.readings.items()} if len(self.readings) > 1 else {}
+        """The main metrics; with both modes, also each under its name."""
+        both = {name: metrics.to_json() for name, metrics in self.metrics.items()} if len(self.metrics) > 1 else {}
         return {**self.main.to_json(), **both}
 
 
@@ -247,51 +267,34 @@ def evaluate(
     tokenizer: Tokenizer,
     template: Template,
     examples: Sequence[Example],
-    *,
-    mode: Read = "both",
-    batch_size: int = 32,
-    max_new_tokens: int | None = None,
-    content_free: Sequence[Sequence[Example]] = (),
-    reader: Predictor | None = None,
-    progress: ProgressCallback | None = None,
+    options: EvaluationOptions | None = None,
+    **settings: Any,
 ) -> Evaluation:
-    """Accuracy and its kin on labelled examples.
+    """Accuracy and other metrics on labelled examples.
 
-    read: "score", "generate" or "both" side by side. max_new_tokens: of the generated answers; 5 by default, or as many
-    as the longest label has. content_free: calibrate the label scores by what is answered to these inputs without
-    content, one group for all examples or one for each (`statistics.calibrated`); generated text stays as it is.
-    reader: who reads in the model's place (`studies.cluster`); the model itself by default.
-    progress: called with the number of examples finished, once in each reading.
+    options: see EvaluationOptions. settings: its fields by name, as in mode="score".
 
-    Raises InputError when there is no example or one has no label, GraftError when the model's figures are NaN.
+    Raises InputError if there is no example or one has no label, GraftError if the scores or logits are NaN.
     """
-    true, reader = _true_labels(examples), reader or LocalPredictor(model)
-    readings: dict[str, Metrics] = {}
-    scores: list[list[float]] = []
-    texts: list[str] = []
-    if mode in ("both", "score"):
-        start = time.perf_counter()
-        predicted, scores = _predict_by_loglikelihood(
-            reader, tokenizer, template, examples, batch_size, progress, content_free
-        )
-        seconds = time.perf_counter() - start
-        readings["score"] = Metrics.make("score", true, predicted, len(template.labels), seconds)
-    if mode in ("both", "generate"):
-        start = time.perf_counter()
-        predicted, texts = _predict_by_generation(
-            reader, tokenizer, template, examples, batch_size, max_new_tokens, progress
-        )
-        seconds = time.perf_counter() - start
-        readings["generate"] = Metrics.make("generate", true, predicted, len(template.labels), seconds)
-    evaluation = Evaluation(readings, [])
+    options = replace(options or EvaluationOptions(), **settings)
+    true, predict = _true_labels(examples), options.predictor or LocalPredictor(model)
+    metrics: dict[str, Metrics] = {}
+    outputs: dict[str, list[Any]] = {}
+    for mode, run in (("score", _predict_by_loglikelihood), ("generate", _predict_by_generation)):
+        if options.mode in ("both", mode):
+            start = time.perf_counter()
+            predicted, outputs[mode] = run(predict, tokenizer, template, examples, options)
+            seconds = time.perf_counter() - start
+            metrics[mode] = Metrics.make(mode, true, predicted, len(template.labels), seconds)
+    evaluation = Evaluation(metrics, [])
     for i, example in enumerate(examples):
         row: dict[str, Any] = {"text": example.text, "label": true[i], "predicted": evaluation.main.predicted[i]}
-        if scores:
-            row["scores"] = dict(zip(template.labels, scores[i], strict=True))
-        if texts:
-            row["generated"] = texts[i]
+        if "score" in outputs:
+            row["scores"] = dict(zip(template.labels, outputs["score"][i], strict=True))
+        if "generate" in outputs:
+            row["generated"] = outputs["generate"][i]
         row["mode"] = evaluation.main.mode
-        row["garbage"] = bool(texts) and readings["generate"].predicted[i] == GARBAGE
+        row["garbage"] = "generate" in metrics and metrics["generate"].predicted[i] == GARBAGE
         evaluation.rows.append(row)
     return evaluation
 
@@ -306,5 +309,5 @@ def _true_labels(examples: Sequence[Example]) -> list[int]:
 
 
 def write_predictions(path: str | Path, evaluation: Evaluation) -> None:
-    """Write `evaluation.rows` as jsonl, atomically. In ASCII: a reader that splits lines at U+0085 is right too."""
+    """Write `evaluation.rows` as jsonl, atomically. In ASCII, for readers that split lines at U+0085."""
     write_text(Path(path), "".join(json.dumps(row) + "\n" for row in evaluation.rows))

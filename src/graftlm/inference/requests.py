@@ -1,77 +1,56 @@
-"""What is asked of the engine (`engine.py`) and what it answers: requests, their pieces, and the tickets for them.
+"""Requests to the engine (`engine.py`), their outputs, and the handles that the caller waits on.
 
-What is unusual here: a ticket keeps all that belongs to one request (its seed, tokens and text), so that an answer
-depends on nothing else. What goes wrong with it is its own end, and is told in one line.
+A handle holds all state of one request (seed, tokens, text), so a completion depends on nothing else. An error of one
+request ends that request only.
 """
 
-import secrets
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from graftlm.errors import GraftError, InputError
-from graftlm.inference.sampling import counter_based_uniform
+from graftlm.inference.decoder import Row
+from graftlm.inference.sampling import SamplingParams
 from graftlm.text.detokenizer import TextStream
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to continue, with which adapter, and how. Raises InputError for a setting that means nothing."""
+    """A prompt to continue. Raises InputError if it is empty."""
 
     prompt: Sequence[int]
-    """Token ids, not empty."""
+    """Token ids."""
+    params: SamplingParams = field(default_factory=SamplingParams)
     adapter: str | None = None
-    """None: the base as it is."""
-    max_new_tokens: int = 64
-    temperature: float = 1.0
-    """Divides the logits; 0 takes the likeliest token, and the other settings then mean nothing."""
-    top_k: int | None = None
-    """Sample among the k likeliest tokens; None: all."""
-    top_p: float | None = None
-    """And of these, among the fewest likeliest that together have this probability; None: all."""
-    seed: int | None = None
-    """Decides the sample, whoever shares the batch; None: a seed of its own, drawn anew."""
-    stop: tuple[str, ...] = ()
-    """Texts that end the answer; they are not part of it."""
-    stop_tokens: Collection[int] = ()
-    """Tokens that end it beside the end of text, as the end of a turn does (`Chat.ends`); they are not part of it."""
+    """None: the base model."""
 
     def __post_init__(self) -> None:
-        checks = (
-            ("prompt", len(self.prompt) > 0, "at least one token to continue"),
-            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
-            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
-            ("top_k", self.top_k is None or self.top_k >= 1, "1 or more"),
-            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("stop", all(self.stop), "texts that are not empty"),
-        )
-        for field, fine, wanted in checks:
-            if not fine:
-                raise InputError(f"{field} is {getattr(self, field)!r}: must be {wanted}")
+        if not len(self.prompt):
+            raise InputError("the prompt is empty: give at least one token to continue")
 
 
 @dataclass(frozen=True)
 class TokenOutput:
-    """What became of one token, or of the request."""
+    """The output of one step of a request, or its end."""
 
     text: str
-    """New text: never half a character, never the beginning of what may become a stop text."""
+    """New text: never part of a character, never the beginning of a possible stop text."""
     token: int | None
-    """None for the end of text, and where the request ended for another reason than a token."""
+    """None for a stop token, and if the request ended for another reason than a token."""
     logprob: float | None
     """Of the token under the model, at temperature 1."""
     finish_reason: str | None
-    """None while it goes on; "stop" (end of text, or a stop text), "length", "cancelled", "error"."""
+    """None while it continues; "stop" (a stop token or a stop text), "length", "cancelled", "error"."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A whole answer."""
+    """A finished request."""
 
     text: str
-    """All pieces' text."""
+    """The text of all outputs."""
     tokens: tuple[int, ...]
-    """With those of a stop text as far as they were made, without the end of text."""
+    """Including those of a stop text as far as they were generated, without the stop token."""
     logprobs: tuple[float, ...]
     finish_reason: str
     prompt_tokens: int
@@ -79,68 +58,58 @@ class Completion:
 
 CANCELLED = TokenOutput("", None, None, "cancelled")
 FinishOutput = TokenOutput | GraftError
-"""The last piece, or what went wrong."""
+"""The last output, or the error that ended the request."""
 
 
-class RequestHandle:
-    """A request that was taken. `done` gives the whole answer, or raises the GraftError that became of it."""
+class RequestHandle(Row):
+    """A submitted request and its row in the decoder. `done` returns the completion, or raises a GraftError."""
 
     def __init__(
-        self, request: Request, room: int, stream: TextStream, on_piece: Callable[[TokenOutput], None] | None
+        self, request: Request, limit: int, stream: TextStream, on_output: Callable[[TokenOutput], None] | None
     ) -> None:
+        super().__init__(request.prompt, request.params, 0, limit)  # row 0, so its samples are those of `generate`
         self.request = request
         self.done: Future[Completion] = Future()
-        self.done.set_running_or_notify_cancel()  # it is ended by `cancel` below, and not behind the engine's back
-        self._room, self._stream, self._on_piece = room, stream, on_piece
-        self._seed = secrets.randbits(62) if request.seed is None else request.seed
-        self._tokens: list[int] = []
+        self.done.set_running_or_notify_cancel()  # it is cancelled by `cancel` only, not through the future
+        self.cancel_requested = False
+        self._stream, self._on_output = stream, on_output
         self._logprobs: list[float] = []
         self._text: list[str] = []
-        self._cancelled = False
 
     def cancel(self) -> None:
-        """End it before the next step; `done` then gives what there is, with finish "cancelled". From any thread."""
-        self._cancelled = True
+        """End it before the next step; `done` then returns what was generated so far. From any thread."""
+        self.cancel_requested = True
 
-    # What follows is called by the engine, on its thread.
-
-    @property
-    def _max_row_len(self) -> int:
-        """The most tokens that its row will hold: the last one that it samples is never fed."""
-        return len(self.request.prompt) + self._room - 1
-
-    def _uniform(self) -> float:
-        """The number that decides its next token: what `generate` takes for its first row."""
-        return counter_based_uniform(self._seed, 0, len(self._tokens))
+    # Called by the engine, on its thread.
 
     def _append_token(self, token: int, logprob: float, eot: int) -> TokenOutput:
-        """What the next token makes of it."""
-        if token == eot or token in self.request.stop_tokens:
+        """Take the next token; the output of this step."""
+        if token == eot or token in self.params.stop_token_ids:
             return TokenOutput(self._stream.finish(), None, None, "stop")
-        self._tokens.append(token)
+        self.tokens.append(token)
         self._logprobs.append(logprob)
-        text, finish = self._stream.add(token), None
-        if not self._stream.stopped and len(self._tokens) == self._room:
-            text, finish = text + self._stream.finish(), "length"
-        return TokenOutput(text, token, logprob, "stop" if self._stream.stopped else finish)
+        text, finish_reason = self._stream.add(token), None
+        if not self._stream.stopped and len(self.tokens) == self.limit:
+            text, finish_reason = text + self._stream.finish(), "length"
+        return TokenOutput(text, token, logprob, "stop" if self._stream.stopped else finish_reason)
 
-    def _emit(self, piece: TokenOutput) -> GraftError | None:
-        """Give a piece to who asked; what that raises is this request's own end."""
-        self._text.append(piece.text)
-        if self._on_piece is None:
+    def _emit(self, output: TokenOutput) -> GraftError | None:
+        """Pass an output to the caller; an error of its callback ends this request."""
+        self._text.append(output.text)
+        if self._on_output is None:
             return None
         with CaptureError() as caught:
-            self._on_piece(piece)
-        return None if caught.error is None else failure(caught.error, "on_piece")
+            self._on_output(output)
+        return None if caught.error is None else as_graft_error(caught.error, "on_output")
 
-    def _completed(self, finish: str) -> Completion:
-        tokens, logprobs = tuple(self._tokens), tuple(self._logprobs)
-        return Completion("".join(self._text), tokens, logprobs, finish, len(self.request.prompt))
+    def _completed(self, finish_reason: str) -> Completion:
+        tokens, logprobs = tuple(self.tokens), tuple(self._logprobs)
+        return Completion("".join(self._text), tokens, logprobs, finish_reason, len(self.prompt))
 
 
 @dataclass(frozen=True, eq=False)
 class ScoreRequest:
-    """Options to score behind a prompt."""
+    """Options to score after a prompt."""
 
     prompt: tuple[int, ...]
     options: tuple[tuple[int, ...], ...]
@@ -149,10 +118,7 @@ class ScoreRequest:
 
 
 class CaptureError:
-    """Keeps what is raised within it, whatever it is.
-
-    Above the engine's thread there is nobody who could be told, so whoever catches must tell the requests.
-    """
+    """Keeps any exception raised within it. The engine's thread has no caller, so errors must reach the requests."""
 
     error: Exception | None = None
 
@@ -164,11 +130,11 @@ class CaptureError:
         return self.error is not None
 
 
-def failure(error: Exception, what: str) -> GraftError:
-    """One line for who asked; the error itself is its cause."""
+def as_graft_error(error: Exception, what: str) -> GraftError:
+    """The error in one line for the caller; the original is its cause."""
     if isinstance(error, GraftError):
         return error
-    said = " ".join(str(error).split())[:200]
-    failed = GraftError(f"{what} failed: {type(error).__name__}{': ' if said else ''}{said}")
+    message = " ".join(str(error).split())[:200]
+    failed = GraftError(f"{what} failed: {type(error).__name__}{': ' if message else ''}{message}")
     failed.__cause__ = error
     return failed

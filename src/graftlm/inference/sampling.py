@@ -1,63 +1,129 @@
-"""Logits -> the next token of each row: the likeliest, or a sample by temperature, top_k and top_p.
+"""The sampling settings and the sampler: logits -> the next token of each row.
 
-What is unusual here: the sample of a row is a pure function of (seed, row, step) and of the row's own logits. Batch
-size and the other rows have no say in it.
+A sample is a pure function of (seed, row, step) and the row's logits: neither batch size nor other rows change it.
 
-Letters: B rows, V tokens of the vocabulary.
+Letters: B rows, V tokens of the vocabulary, C candidate tokens.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
 from hashlib import blake2b
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from graftlm.config import SamplingFlags
+from graftlm.config.common import require
 from graftlm.errors import GraftError
 from graftlm.exchange.device import to_float64
 
 TOPK_FIRST = 512
-"""Of so many tokens, the likeliest, top_p has mostly enough."""
+"""This many of the most likely tokens are usually enough for top_p."""
+DEFAULT_MAX_NEW_TOKENS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams(SamplingFlags):
+    """How a prompt is continued; the names are vLLM's, except max_new_tokens. Raises InputError for a wrong value."""
+
+    max_new_tokens: int | None = None
+    """Maximum number of new tokens. Default: DEFAULT_MAX_NEW_TOKENS, or what the caller says."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the continuation; they are not part of its text."""
+    stop_token_ids: frozenset[int] = frozenset()
+    """Tokens that end the continuation, such as end-of-text; they are not part of it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_at_least(1, "max_new_tokens")
+        require(all(self.stop), "stop", self.stop, "texts that are not empty")
+
+    @classmethod
+    def from_flags(cls, flags: SamplingFlags, **changes: Any) -> "SamplingParams":
+        """The settings of a subcommand's flags, as far as it has them, with changes."""
+        names = [f.name for f in fields(cls) if hasattr(flags, f.name)]
+        return cls(**{**{name: getattr(flags, name) for name in names}, **changes})
+
+    @property
+    def limit(self) -> int:
+        """The maximum number of new tokens."""
+        return self.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
+
+    @cached_property
+    def distribution(self) -> tuple[float, ...]:
+        """The settings that decide the probabilities; rows that agree in them are sampled in one call."""
+        if self.temperature == 0:
+            return (0.0,)
+        return tuple(getattr(self, f.name) for f in fields(SamplingFlags) if f.name != "seed")
+
+
+def next_tokens(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[tuple[int, int]]) -> list[int]:
+    """The next token of each row of logits [B, V], greedy or sampled.
+
+    positions: each row's (number, step), which decide its sample together with its seed. Raises GraftError for NaN.
+    """
+    groups: dict[tuple[float, ...], list[int]] = {}
+    for row, own in enumerate(params):
+        groups.setdefault(own.distribution, []).append(row)
+    tokens = [0] * len(params)
+    for rows in groups.values():
+        part, first = logits if len(groups) == 1 else logits[rows], params[rows[0]]
+        if first.temperature == 0:
+            new = greedy(part)
+        else:
+            new = sample_tokens(part, [counter_based_uniform(params[row].seed, *positions[row]) for row in rows], first)
+        for row, token in zip(rows, new, strict=True):
+            tokens[row] = token
+    return tokens
 
 
 def counter_based_uniform(seed: int, row: int, step: int) -> float:
-    """A number in [0, 1) that depends on nothing else: no state, no device, the same on every machine."""
+    """A number in [0, 1) without state: a hash of its arguments, the same on every machine."""
     digest = blake2b(f"{seed} {row} {step}".encode(), digest_size=8).digest()
-    return (int.from_bytes(digest, "big") >> 11) * 2.0**-53  # the 53 bits that a float keeps
+    return (int.from_bytes(digest, "big") >> 11) * 2.0**-53  # the 53 bits of a float's mantissa
 
 
-def sample_tokens(
-    logits: Tensor, u: Sequence[float], temperature: float, top_k: int = 0, top_p: float = 1.0
-) -> list[int]:
-    """One token for each row of logits [B, V], by inverting the cumulative distribution at u [B], each in [0, 1).
-
-    The order is temperature, top_k, top_p. All arithmetic is in float32 and above, whatever the model computes in.
-    """
-    logits = logits.float()
-    best = logits.max(dim=-1, keepdim=True).values
-    _refuse_nan(best)
-    # The largest is now 0, so that no temperature overflows; and below `tiny` a temperature would be 0 in float32.
-    logits = (logits - best) / max(temperature, torch.finfo(torch.float32).tiny)
-    ids = None
-    if 0 < top_k < logits.shape[-1]:
-        logits, ids = logits.topk(top_k, dim=-1)  # likeliest first
-    weights = torch.softmax(logits, dim=-1)
-    if top_p < 1 and ids is None:
-        weights, ids = _likely(weights, top_p)
-    weights = to_float64(weights)
+def sample_tokens(logits: Tensor, u: Sequence[float], params: SamplingParams) -> list[int]:
+    """One token for each row of logits [B, V], by inverting the cumulative distribution at u [B], each in [0, 1)."""
+    weights, ids = candidates(logits, params)
     cumulative = weights.cumsum(dim=-1)
-    if top_p < 1:
-        # A token stays when those before it do not yet reach top_p; so the first always stays.
-        weights = weights.masked_fill(cumulative - weights >= top_p, 0)
-        cumulative = weights.cumsum(dim=-1)
     target = torch.tensor(u, dtype=weights.dtype, device=weights.device)[:, None] * cumulative[:, -1:]
     index = torch.searchsorted(cumulative, target, right=True)  # the first whose cumulative weight exceeds it
     return (index if ids is None else ids.to(index.device).gather(-1, index))[:, 0].tolist()
 
 
-def _likely(weights: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """The likeliest tokens first, at least as many as have top_p together: few, unless a row needs more.
+def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor | None]:
+    """Unnormalised probabilities [B, C] in float64, 0 for excluded tokens, and the tokens' ids; None: all V in order.
 
-    Sorting a whole vocabulary for a few tokens would take longer than a step of a small model.
+    The settings apply in transformers' order: temperature, top_k, top_p, min_p. Arithmetic is in float32 or above,
+    regardless of the model's dtype.
+    """
+    logits = logits.float()
+    best = logits.max(dim=-1, keepdim=True).values
+    _refuse_nan(best)
+    # The largest is now 0, so no temperature overflows; below `tiny` a temperature would be 0 in float32.
+    logits = (logits - best) / max(params.temperature, torch.finfo(torch.float32).tiny)
+    ids = None
+    if 0 < params.top_k < logits.shape[-1]:
+        logits, ids = logits.topk(params.top_k, dim=-1)  # in descending order
+    weights = torch.softmax(logits, dim=-1)
+    if params.top_p < 1 and ids is None:
+        weights, ids = _most_likely(weights, params.top_p)
+    weights = to_float64(weights)
+    if params.top_p < 1:
+        # A token stays if those before it do not reach top_p; so the first always stays.
+        weights = weights.masked_fill(weights.cumsum(dim=-1) - weights >= params.top_p, 0)
+    if params.min_p > 0:  # Nguyen et al. 2024, "Turning up the heat: min-p sampling"
+        weights = weights.masked_fill(weights < params.min_p * weights.amax(dim=-1, keepdim=True), 0)
+    return weights, ids
+
+
+def _most_likely(weights: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """The most likely tokens in descending order, at least as many as top_p needs.
+
+    Sorting the whole vocabulary for a few tokens would take longer than a step of a small model.
     """
     few, ids = weights.topk(min(TOPK_FIRST, weights.shape[-1]), dim=-1)
     if bool((to_float64(few).sum(dim=-1) < top_p).any()):
@@ -66,7 +132,7 @@ def _likely(weights: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
 
 
 def greedy(logits: Tensor) -> list[int]:
-    """The likeliest token of each row of logits [B, V]."""
+    """The most likely token of each row of logits [B, V]."""
     best = logits.max(dim=-1)
     _refuse_nan(best.values)
     return best.indices.tolist()

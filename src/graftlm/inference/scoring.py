@@ -1,11 +1,10 @@
-"""The log-probabilities of labels and of an example's own completion behind its prompt.
+"""Log-probabilities of labels and of an example's own completion after its prompt.
 
-What is unusual here: a label's score is the sum of its tokens' log-probabilities, for labels of any number of tokens.
-What the prompts begin with is run once for the whole call; the tokens that tails have in common once for each prompt;
-and the head runs only where a tail's token is predicted. Rows are sorted by length for speed and come back in the
-data's order.
+A label's score is the sum of its tokens' log-probabilities, for labels of any number of tokens. The common prefix of
+all prompts is computed once per call, the common prefix of an example's tails once per example, and the head runs only
+where a tail's token is predicted. Rows are sorted by length for speed and returned in the data's order.
 
-Letters: N examples, L labels, B rows of a batch, T tokens at hand, V tokens of the vocabulary.
+Letters: N examples, L labels, B rows of a batch, T tokens of a pass, V tokens of the vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,8 @@ from torch import Tensor
 
 from graftlm.errors import InputError
 from graftlm.exchange.device import to_float64
-from graftlm.inference.generate import ProgressCallback, eval_mode, prefill_shared_prefix, right_pad
+from graftlm.inference.decoder import prefill_shared_prefix, right_pad
+from graftlm.inference.generate import Batching, ProgressCallback, eval_mode
 from graftlm.models import CausalLM, KVCache
 from graftlm.text.collate import Example
 
@@ -24,28 +24,28 @@ Tokens = tuple[int, ...]
 LabelIds = Sequence[Sequence[int]]
 
 MAX_POSITIONS = 1024
-"""Logits of so many positions are made at once; at V = 50,000 they take 200 MB."""
+"""Logits of this many positions are computed at once; at V = 50,000 they take 200 MB."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Sums of log-probabilities in natural units, in the order of the examples, on the CPU."""
+    """Sums of log-probabilities (natural logarithm) in the order of the examples, on the CPU."""
 
     labels: Tensor
     """[N, L] float64: of each label's tokens."""
     completion: Tensor
-    """[N] float64: of the example's own completion, with its end-of-text; of a conversation of all answers."""
+    """[N] float64: of the example's own completion with its end-of-text; in a conversation, of all answers."""
     completion_tokens: Tensor
-    """[N] int64: how many tokens that sum has; 0 where there is no completion."""
+    """[N] int64: the number of tokens in that sum; 0 without a completion."""
 
 
 @dataclass(frozen=True)
 class ScoringPlan:
-    """What to feed behind one prompt and what to read.
+    """What to feed after one prompt and which log-probabilities to read.
 
-    `tails` are what is scored: the labels and last the completion. To score a tail, all of it but its last token is
-    fed. `paths` are the distinct runs of tokens to feed, without those that another one begins with; there is always
-    one, maybe empty. `owner[i]` is the path that feeds tail i.
+    `tails` are scored: the labels and, last, the completion. To score a tail, all of it but its last token is fed.
+    `paths` are the distinct token sequences to feed, without those that are prefixes of another one; at least one,
+    maybe empty. `owner[i]` is the path that feeds tail i.
     """
 
     prompt: Tokens
@@ -53,24 +53,24 @@ class ScoringPlan:
     paths: tuple[Tokens, ...]
     owner: tuple[int, ...]
     scored: tuple[Sequence[int], ...]
-    """Of each tail the places of the tokens to score."""
+    """The indices of the scored tokens of each tail."""
 
     @classmethod
-    def make(cls, prompt: Tokens, tails: tuple[Tokens, ...], learned: Sequence[int] | None = None) -> "ScoringPlan":
-        """`learned`: the places of the last tail that are scored; None: all, as of the others."""
-        runs = [tail[:-1] for tail in tails]
+    def make(cls, prompt: Tokens, tails: tuple[Tokens, ...], scored: Sequence[int] | None = None) -> "ScoringPlan":
+        """`scored`: the indices of the last tail's scored tokens; None: all, as of the others."""
+        fed = [tail[:-1] for tail in tails]
         paths: list[Tokens] = []
-        for run in sorted(runs, key=len, reverse=True):
-            if not any(path[: len(run)] == run for path in paths):
-                paths.append(run)
-        owner = tuple(next(i for i, path in enumerate(paths) if path[: len(run)] == run) for run in runs)
-        scored = [range(len(tail)) for tail in tails[:-1]]
-        return cls(prompt, tails, tuple(paths), owner, (*scored, range(len(tails[-1])) if learned is None else learned))
+        for tokens in sorted(fed, key=len, reverse=True):
+            if not any(path[: len(tokens)] == tokens for path in paths):
+                paths.append(tokens)
+        owner = tuple(next(i for i, path in enumerate(paths) if path[: len(tokens)] == tokens) for tokens in fed)
+        every = [range(len(tail)) for tail in tails]
+        return cls(prompt, tails, tuple(paths), owner, tuple(every if scored is None else [*every[:-1], scored]))
 
     def reads(self, path: int, start: int) -> Iterator[tuple[int, int, int]]:
         """(position, token, tail) of each token to score in pass `path`; `start` is where the path's tokens begin.
 
-        The first token of every tail is predicted by the prompt's last token, which stands before the first path.
+        The first token of every tail is predicted by the prompt's last token, which precedes the first path.
         """
         for tail, tokens in enumerate(self.tails):
             for i in self.scored[tail]:
@@ -85,52 +85,62 @@ def score(
     *,
     batch_size: int = 32,
     shared: int | None = None,
-    completions: bool = True,
     progress: ProgressCallback | None = None,
 ) -> Scores:
-    """The log-probability of each label, and of each example's own completion, behind its prompt.
+    """The log-probability of each label, and of each example's own completion, after its prompt.
 
-    label_ids: the tokens of each label (`text.data.label_ids`); None or empty where the data has no labels.
-    shared: run so many first tokens, which all prompts have, once for the whole call; 0: none, None: as many as pay.
-        It changes the scores by rounding only.
-    completions: False leaves the completions out (their sums and counts are 0), for when only labels matter.
+    label_ids: the tokens of each label (`text.collate.label_ids`); None or empty where the data has no labels.
+    shared: see `prefill_shared_prefix`; it changes the scores by rounding only.
 
     Raises InputError for an example whose prompt and tail are longer than the context.
     """
-    plans = _plans(examples, label_ids or (), completions)
-    _check(plans, examples, model.max_seq_len)
-    sums = torch.zeros(len(plans), len(label_ids or ()) + 1, dtype=torch.float64)
-    with eval_mode(model):
-        past, skip = prefill_shared_prefix(model, [plan.prompt for plan in plans], shared)
-        for rows in _batches(plans, batch_size):
-            batch = _score_batch(model, [plans[row] for row in rows], past, skip)
-            sums[rows] = torch.tensor(batch, dtype=torch.float64)
-            if progress is not None:
-                progress(len(rows))
+    labels = [tuple(ids) for ids in label_ids or ()]
+    plans = [
+        ScoringPlan.make(tuple(e.prompt_ids), (*labels, tuple(e.completion_ids)), e.loss_positions) for e in examples
+    ]
+    sums = _sums(model, plans, examples, len(labels) + 1, Batching(batch_size, shared, progress))
     counts = torch.tensor([len(plan.scored[-1]) for plan in plans], dtype=torch.int64)
     return Scores(sums[:, :-1], sums[:, -1], counts)
 
 
-def _plans(examples: Sequence[Example], label_ids: LabelIds, completions: bool) -> list[ScoringPlan]:
-    labels = [tuple(ids) for ids in label_ids]
-    return [
-        ScoringPlan.make(tuple(e.prompt_ids), (*labels, tuple(e.completion_ids)), e.loss_positions)
-        if completions
-        else ScoringPlan.make(tuple(e.prompt_ids), (*labels, ()))
-        for e in examples
-    ]
+def score_labels(
+    model: CausalLM, examples: Sequence[Example], label_ids: LabelIds, batching: Batching | None = None
+) -> Tensor:
+    """The labels' scores [N, L] alone, as in `Scores.labels`."""
+    plans = _label_plans(examples, label_ids)
+    return _sums(model, plans, examples, len(label_ids) + 1, batching or Batching())[:, :-1]
 
 
 def score_batches(examples: Sequence[Example], label_ids: LabelIds, batch_size: int) -> list[list[int]]:
-    """The rows of each batch in which `score` reads the labels. Any run of them, on its own, makes the same batches."""
-    return list(_batches(_plans(examples, label_ids, False), batch_size))
+    """The rows of each batch of `score_labels`. Any run of batches forms the same batches again."""
+    return list(_batches(_label_plans(examples, label_ids), batch_size))
+
+
+def _label_plans(examples: Sequence[Example], label_ids: LabelIds) -> list[ScoringPlan]:
+    tails = (*(tuple(ids) for ids in label_ids), ())
+    return [ScoringPlan.make(tuple(example.prompt_ids), tails) for example in examples]
+
+
+def _sums(
+    model: CausalLM, plans: Sequence[ScoringPlan], examples: Sequence[Example], tails: int, batching: Batching
+) -> Tensor:
+    """The sum for each plan's tails, [N, tails] float64."""
+    _check(plans, examples, model.max_seq_len)
+    sums = torch.zeros(len(plans), tails, dtype=torch.float64)
+    with eval_mode(model):
+        past, skip = prefill_shared_prefix(model, [plan.prompt for plan in plans], batching.shared)
+        for rows in _batches(plans, batching.batch_size):
+            batch = _score_batch(model, [plans[row] for row in rows], past, skip)
+            sums[rows] = torch.tensor(batch, dtype=torch.float64)
+            if batching.progress is not None:
+                batching.progress(len(rows))
+    return sums
 
 
 def _check(plans: Sequence[ScoringPlan], examples: Sequence[Example], context: int) -> None:
     for plan, example in zip(plans, examples, strict=True):
         assert plan.prompt, f"an empty prompt at {example.source}"
-        # The last token of a tail is predicted, never fed.
-        fed = len(plan.prompt) + len(plan.paths[0])
+        fed = len(plan.prompt) + len(plan.paths[0])  # the last token of a tail is predicted, never fed
         if fed > context:
             raise InputError(
                 f"{example.source or 'an example'}: prompt and answer have {fed + 1} tokens, the model reads at most "
@@ -139,10 +149,10 @@ def _check(plans: Sequence[ScoringPlan], examples: Sequence[Example], context: i
 
 
 def _batches(plans: Sequence[ScoringPlan], batch_size: int) -> Iterator[list[int]]:
-    """Rows of similar length together, at most `batch_size` of them, and at most MOST_POSITIONS predicted tokens.
+    """Batches of rows of similar length, at most `batch_size` rows and MAX_POSITIONS predicted tokens each.
 
-    Padding never reaches beyond the context (where GPT-2 has no position to give), whichever rows meet: behind the
-    first pass come only paths that are no longer than the longest label's, and every row has room for that.
+    Padding never exceeds the context (GPT-2 has no positions beyond it): after the first pass only paths no longer than
+    the longest label's are fed, and every row has capacity for that.
     """
     batch: list[int] = []
     positions = 0
@@ -162,8 +172,8 @@ def _score_batch(
 ) -> list[list[float]]:
     """The sum for each plan's tails. `past` holds the first `skip` tokens of every prompt.
 
-    The first pass reads the prompt with its first path, so a single path (one label word and the completion that holds
-    it) needs no further one. Each further path is read behind the prompts' keys and values, kept in a cache.
+    The first pass feeds the prompt with its first path, so a single path (one label word and the completion that
+    contains it) needs no second pass. Each further path is fed after the prompts' keys and values, kept in a cache.
     """
     passes = max(len(plan.paths) for plan in plans)
     own = [plan.prompt[skip:] for plan in plans]
@@ -175,20 +185,20 @@ def _score_batch(
     for number in range(passes):
         if number == 1:
             assert cache is not None
-            # Only the prompt counts from here on: the first path lies beyond these lengths and is not seen.
+            # Only the prompts remain visible: the first path's tokens lie beyond these lengths.
             cache.lengths = torch.tensor([len(prompt) for prompt in own], device=model.device)
             past = [*past, cache]
         if number:
             fed = [list(plan.paths[number]) if number < len(plan.paths) else [] for plan in plans]
-        wanted = [
+        reads = [
             (row, *read)
             for row, plan in enumerate(plans)
             for read in plan.reads(number, 0 if number else len(own[row]))
         ]
-        if not wanted and number == passes - 1:
+        if not reads and number == passes - 1:
             break
-        logps = _log_probs(model, fed, [w[:3] for w in wanted], past, cache if number == 0 else None)
-        for (row, _, _, tail), logp in zip(wanted, logps, strict=True):
+        logps = _log_probs(model, fed, [read[:3] for read in reads], past, cache if number == 0 else None)
+        for (row, _, _, tail), logp in zip(reads, logps, strict=True):
             sums[row][tail] += logp
     return sums
 
@@ -196,16 +206,16 @@ def _score_batch(
 def _log_probs(
     model: CausalLM,
     fed: Sequence[Sequence[int]],
-    wanted: Sequence[tuple[int, int, int]],
+    reads: Sequence[tuple[int, int, int]],
     past: Sequence[KVCache],
     keep: KVCache | None,
 ) -> list[float]:
-    """The log-probability of `token` behind position `position` of row `row`, for each (row, position, token)."""
+    """The log-probability of `token` after position `position` of row `row`, for each (row, position, token)."""
     ids, _ = right_pad(fed, model.device)
-    slots: dict[int, int] = {}  # a position is read once, whichever tails want a token there
-    where = [slots.setdefault(row * ids.shape[1] + position, len(slots)) for row, position, _ in wanted]
+    slots: dict[int, int] = {}  # each position is computed once, even if several tails read it
+    index = [slots.setdefault(row * ids.shape[1] + position, len(slots)) for row, position, _ in reads]
     at = torch.tensor(list(slots), dtype=torch.long, device=model.device)
     logits = model(ids, past=past, keep=keep, at=at)
-    index = torch.tensor(where, dtype=torch.long, device=logits.device)
-    tokens = torch.tensor([token for _, _, token in wanted], dtype=torch.long, device=logits.device)
-    return (to_float64(logits[index, tokens]) - to_float64(logits.logsumexp(dim=-1)[index])).tolist()
+    rows = torch.tensor(index, dtype=torch.long, device=logits.device)
+    tokens = torch.tensor([token for _, _, token in reads], dtype=torch.long, device=logits.device)
+    return (to_float64(logits[rows, tokens]) - to_float64(logits.logsumexp(dim=-1)[rows])).tolist()

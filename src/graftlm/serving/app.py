@@ -279,15 +279,12 @@ def _parse(service: Service, body: Sampling, prompts: _Prompts) -> ParsedRequest
         if space < (limit or 1):
             raise _too_long(prompts, len(prompt))
         request = Request(
-            prompt=tuple(prompt),
-            adapter=model.adapter,
-            max_new_tokens=limit or min(prompts.default_max_tokens or service.max_tokens, service.max_tokens, space),
-            temperature=1.0 if body.temperature is None else body.temperature,
-            top_k=body.top_k or None,
-            top_p=None if body.top_p in (None, 1) else body.top_p,
-            seed=body.seed,
-            stop=body.stops,
-            stop_tokens=prompts.stop_tokens or (),
+            tuple(prompt),
+            body.sampling_params(
+                limit or min(prompts.default_max_tokens or service.max_tokens, service.max_tokens, space),
+                prompts.stop_tokens,
+            ),
+            model.adapter,
         )
         requests += choices(request, n)
     chat = prompts.stop_tokens is not None

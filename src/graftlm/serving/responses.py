@@ -48,9 +48,9 @@ class ParsedRequest:
 
 
 def choices(request: Request, n: int) -> list[Request]:
-    """The same request n times. With a seed, each copy has its own, the first the given one."""
-    seeds = [None if request.seed is None else (request.seed + number) % 2**63 for number in range(n)]
-    return [replace(request, seed=seed) for seed in seeds]
+    """The same request n times, each with a seed of its own, the first with the given one."""
+    seeds = [(request.params.seed + number) % 2**63 for number in range(n)]
+    return [replace(request, params=replace(request.params, seed=seed)) for seed in seeds]
 
 
 def to_http_error(error: GraftError) -> APIError:

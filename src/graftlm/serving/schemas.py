@@ -6,12 +6,18 @@
 - A field's `description` is the text of its error.
 """
 
-from typing import Annotated, Any, ClassVar, Literal
+import dataclasses
+import secrets
+from collections.abc import Collection
+from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
+from graftlm.config import SamplingFlags
+from graftlm.config.common import describe_bounds
 from graftlm.errors import GraftError, did_you_mean
+from graftlm.inference.sampling import SamplingParams
 
 MAX_CHOICES = 64
 """Choices of one request: prompts times n; and texts to classify."""
@@ -79,16 +85,30 @@ class StreamOptions(_Strict):
     include_usage: bool | None = None
 
 
-class Sampling(_Strict):
-    """The common fields of completions and chats."""
+DEFAULTS: dict[str, Any] = {"temperature": 1.0, "seed": None}
+"""OpenAI's defaults where they are not ours; without a seed every request draws one."""
+API_BOUNDS: dict[str, dict[str, float]] = {"temperature": {"le": 2}, "seed": {"lt": 2**63}}
+
+
+def _sampling_field(f: "dataclasses.Field[Any]") -> Any:
+    """A sampling setting as a field of a request: type, bounds and description; null means the default."""
+    kind = get_type_hints(SamplingFlags)[f.name]
+    bounds: dict[str, Any] = {**f.metadata, **API_BOUNDS.get(f.name, {})}
+    description = f"{'a whole number,' if kind is int else 'a number'} {describe_bounds(bounds)}"
+    return Annotated[kind, Field(**bounds)] | None, Field(DEFAULTS.get(f.name, f.default), description=description)
+
+
+_SamplingSettings: Any = create_model(
+    "_SamplingSettings", __base__=_Strict, **{f.name: _sampling_field(f) for f in dataclasses.fields(SamplingFlags)}
+)
+
+
+class Sampling(_SamplingSettings):
+    """The fields that completions and chats share; the sampling settings are those of SamplingFlags."""
 
     ignored = IGNORED
     model: str = Field(description="the name of a model, as GET /v1/models lists them")
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(1, description=f"1 to {MAX_CHOICES}")
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(1.0, description="a number from 0 to 2")
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(1.0, description="a number above 0 and at most 1")
-    top_k: Annotated[int, Field(ge=0)] | None = Field(0, description="0 (all tokens) or more")
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(None, description="a whole number, 0 or more")
     stop: str | list[str] | None = Field(None, description=f"a text, or a list of at most {MAX_STOPS} texts")
     stream: bool | None = Field(False, description="true or false")
     stream_options: StreamOptions | None = Field(None, description='{"include_usage": true or false}')
@@ -101,6 +121,17 @@ class Sampling(_Strict):
         if len(found) > MAX_STOPS or not all(found):
             raise APIError(400, f"stop: must be at most {MAX_STOPS} texts, none of them empty", param="stop")
         return found
+
+    def sampling_params(self, max_new_tokens: int, stop_token_ids: Collection[int] | None) -> SamplingParams:
+        """How to sample. Raises APIError for wrong stop texts."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(SamplingFlags)}
+        given = {name: value for name, value in values.items() if value is not None}
+        return SamplingParams(
+            **{"temperature": 1.0, "seed": secrets.randbits(62), **given},
+            max_new_tokens=max_new_tokens,
+            stop=self.stops,
+            stop_token_ids=frozenset(stop_token_ids or ()),
+        )
 
     @property
     def wants_usage(self) -> bool:

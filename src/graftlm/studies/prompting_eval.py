@@ -15,10 +15,17 @@ from graftlm.config import PromptConfig, Style
 from graftlm.errors import InputError
 from graftlm.exchange.load import load
 from graftlm.files.atomic import write_text
-from graftlm.inference.fewshot import embedder
 from graftlm.inference.generate import ProgressCallback
 from graftlm.inference.metrics import wilson
-from graftlm.inference.prompting import PromptBuilder, PromptingConfig, PromptingResult, ask, extraction_prompt, prompts
+from graftlm.inference.prompting import (
+    PromptBuilder,
+    Prompter,
+    PromptingConfig,
+    PromptingResult,
+    PromptingRun,
+    extraction_prompt,
+)
+from graftlm.inference.sampling import SamplingParams
 from graftlm.text.tasks import Task, load_task
 from graftlm.text.tokenizer import Tokenizer
 
@@ -48,10 +55,15 @@ def prompt(
     problems = task.questions[: config.limit or len(task.questions)]
     loaded = load(config.init_from, config.out_dir, config.checkpoint, config.device, config.dtype)
     writer = PromptBuilder(task, loaded.tokenizer, _in_chat(config, loaded.tokenizer, loaded.run is not None))
-    how = PromptingConfig(**{key: getattr(config, key) for key in PromptingConfig.__dataclass_fields__})
-    embed = (
-        embedder(loaded.model, loaded.tokenizer, config.batch_size) if config.demo_selection == "embedding" else None
+    how = PromptingConfig(
+        shots=config.shots,
+        demo_selection=config.demo_selection,
+        num_samples=config.num_samples,
+        params=SamplingParams.from_flags(config),
+        calibrate=config.calibrate,
+        batch_size=config.batch_size,
     )
+    prompter = Prompter(loaded.model, writer, how)
     styles = STYLES if config.style == "all" else (config.style,)
     result: dict[str, Any] = {
         "task": task.name,
@@ -65,7 +77,7 @@ def prompt(
     if config.show_prompts:
         shown = {}
         for style in styles:
-            found = prompts(task, problems, style, how, config.seed, 0, embed)
+            found = prompter.prompts(problems, PromptingRun(style, config.seed))
             if style == "zero-shot-cot":
                 found += [extraction_prompt(task, each, "[what the first call gives]") for each in found]
             shown[style] = [writer.text(each) for each in found]
@@ -75,9 +87,7 @@ def prompt(
         runs: list[Run] = []
         for seed, order in runs_of(style, how, config.seed, config.seeds, config.num_permutations):
             with progress(style, how.num_samples * len(problems)) as done:
-                outcome = ask(
-                    loaded.model, loaded.tokenizer, writer, task, problems, style, how, seed, order, embed, done
-                )
+                outcome = prompter.ask(problems, PromptingRun(style, seed, order), done)
             runs.append((seed, order, outcome))
         result["styles"][style] = summary(runs)
         rows += prediction_rows(style, runs)
@@ -104,7 +114,9 @@ def _in_chat(config: PromptConfig, tokenizer: Tokenizer, run: bool) -> bool:
 
 def runs_of(style: Style, how: PromptingConfig, seed: int, seeds: int, orders: int) -> list[tuple[int, int]]:
     """(seed, order) of each run that can differ from the others: a seed changes nothing where nothing is drawn."""
-    drawn = how.temperature > 0 or (style.startswith("few-shot") and how.demo_selection in ("random", "balanced"))
+    drawn = how.params.temperature > 0 or (
+        style.startswith("few-shot") and how.demo_selection in ("random", "balanced")
+    )
     ordered = style.startswith("few-shot") and how.shots > 1
     return [(seed + s, o) for s in range(seeds if drawn else 1) for o in range(orders if ordered else 1)]
 

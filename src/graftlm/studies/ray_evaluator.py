@@ -17,19 +17,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from graftlm.errors import GraftError, InputError
 from graftlm.exchange.huggingface import base_hash
 from graftlm.exchange.load import Loaded, load
 from graftlm.files.formats import sha256_file
-from graftlm.inference.evaluate import LocalPredictor
-from graftlm.inference.generate import ProgressCallback, decode_groups, shared_prefix_length
-from graftlm.inference.scoring import LabelIds, Tokens, score_batches
+from graftlm.inference.evaluate import Generation, LabelScoring
+from graftlm.inference.generate import ProgressCallback
 from graftlm.studies.ray_cluster import Cluster, RemoteError
 from graftlm.studies.subprocess_runner import MAX_RETRIES, WorkerLost
-from graftlm.text.collate import Example
 
 PIECES = 4
 """Pieces of an evaluation for each place that works: more balance better, and each reads the shared tokens again."""
@@ -69,50 +64,19 @@ class ModelSpec:
 
 
 class RayPredictor:
-    """A model's copies on the cluster read for `evaluate` (see `evaluate.Reader`)."""
+    """A predictor for `evaluate` with copies of a model on the cluster."""
 
     def __init__(self, cluster: Cluster, asked: ModelSpec) -> None:
         self._cluster, self._asked = cluster, asked
-        self._task = cluster.task(_read, retries=MAX_RETRIES)
+        self._task = cluster.task(_run, retries=MAX_RETRIES)
 
-    def scores(
-        self, examples: Sequence[Example], label_ids: LabelIds, batch_size: int, progress: ProgressCallback | None
-    ) -> Tensor:
-        """See Reader."""
-        shared = shared_prefix_length([example.prompt_ids for example in examples])
-        batches = score_batches(examples, label_ids, batch_size)
-        found = self._spread("scores", shared, batches, examples, (label_ids, batch_size), progress)
-        return torch.tensor(found, dtype=torch.float64)
-
-    def continuations(
-        self,
-        prompts: Sequence[Tokens],
-        max_new_tokens: int,
-        eot: int,
-        batch_size: int,
-        progress: ProgressCallback | None,
-    ) -> list[list[int]]:
-        """See Reader."""
-        shared = shared_prefix_length(prompts)
-        groups = list(decode_groups([len(prompt) - shared for prompt in prompts], batch_size))
-        return self._spread("continuations", shared, groups, prompts, (max_new_tokens, eot, batch_size), progress)
-
-    def _spread(
-        self,
-        method: str,
-        shared: int,
-        batches: Sequence[Sequence[int]],
-        items: Sequence[Any],
-        settings: tuple[Any, ...],
-        progress: ProgressCallback | None,
-    ) -> list[Any]:
-        """What a method of a reader gives for each item, the batches of which may be read apart."""
-        ray, found = self._cluster.ray, [None] * len(items)
+    def __call__(self, work: LabelScoring | Generation, progress: ProgressCallback | None = None) -> list[Any]:
+        """See Predictor. The work is split between batches only, so the results are those of one process."""
+        ray, batches, shared = self._cluster.ray, work.batches(), work.shared()
+        results: list[Any] = [None] * sum(map(len, batches))
         pieces = {}
         for rows in reversed(chunk_batches(batches, PIECES * self._cluster.places)):  # the longest texts first
-            own = [items[row] for row in rows]
-            on_gpu = self._cluster.gpus > 0
-            pieces[self._task.remote(self._asked, on_gpu, method, shared, own, settings)] = rows
+            pieces[self._task.remote(self._asked, self._cluster.gpus > 0, work.select(rows), shared)] = rows
         waiting = list(pieces)
         while waiting:
             (ref,), waiting = ray.wait(waiting)
@@ -124,10 +88,10 @@ class RayPredictor:
                     f"{MAX_RETRIES + 1} workers were lost over the same examples: out of memory? {lost}"
                 ) from None
             for row, value in zip(rows, values, strict=True):
-                found[row] = value
+                results[row] = value
             if progress is not None:
                 progress(len(rows))
-        return found
+        return results
 
 
 def chunk_batches(batches: Sequence[Sequence[int]], most: int) -> list[list[int]]:
@@ -137,21 +101,18 @@ def chunk_batches(batches: Sequence[Sequence[int]], most: int) -> list[list[int]
     return [[row for batch in batches[a:b] for row in batch] for a, b in pairwise(borders)]
 
 
-def _read(
-    asked: ModelSpec, on_gpu: bool, method: str, shared: int, items: list[Any], settings: tuple[Any, ...]
-) -> list[Any] | RemoteError:
-    """One piece, on a worker; its values, or why there are none."""
+def _run(asked: ModelSpec, on_gpu: bool, work: LabelScoring | Generation, shared: int) -> list[Any] | RemoteError:
+    """One piece of the work, on a worker; its values, or the error."""
     if not on_gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # none was declared; torch has not looked yet
     try:
-        reader = LocalPredictor(_loaded(asked).model, shared)
+        model = _loaded(asked).model
     except GraftError as error:
         return RemoteError(f"on the node {socket.gethostname()}: {error}", error.exit_status)
     try:
-        values = getattr(reader, method)(items, *settings, None)
+        return list(work.run(model, shared, None))
     except GraftError as error:
         return RemoteError(str(error), error.exit_status)
-    return list(values.tolist() if isinstance(values, Tensor) else values)
 
 
 @lru_cache(maxsize=1)

@@ -24,7 +24,8 @@ from torch import Tensor
 from graftlm.errors import InputError
 from graftlm.files.atomic import write_json
 from graftlm.files.formats import load_safetensors, read_json, save_safetensors
-from graftlm.inference.generate import eval_mode, generate_ids
+from graftlm.inference.generate import Batching, eval_mode, generate_ids
+from graftlm.inference.sampling import SamplingParams
 from graftlm.inference.scoring import score
 from graftlm.methods.base import trainable
 from graftlm.models.base import CausalLM
@@ -145,9 +146,8 @@ def sampled_kl(
     """
     prompts = list(dict.fromkeys(e.prompt_ids for e in examples))[:count]
     most = min(LONGEST_SAMPLE, max(max(len(e.completion_ids), len(e.rejected_ids)) for e in examples))
-    drawn = generate_ids(
-        model, prompts, max_new_tokens=most, eot=eot, temperature=1.0, seed=seed, batch_size=batch_size
-    )
+    params = SamplingParams(max_new_tokens=most, temperature=1.0, seed=seed, stop_token_ids=frozenset({eot}))
+    drawn = generate_ids(model, prompts, params, batching=Batching(batch_size))
     # Shorter than it might have been: it ended by itself, and its end-of-text token was drawn too.
     answers = [
         (*tokens, eot) if len(tokens) < min(most, model.max_seq_len - len(prompt)) else tuple(tokens)

@@ -15,56 +15,45 @@ from graftlm.config import PairsConfig
 from graftlm.errors import InputError
 from graftlm.exchange.load import load
 from graftlm.inference.evaluate import label_probabilities
-from graftlm.inference.generate import generate_ids
-from graftlm.inference.preference_data import (
-    SampledAnswer,
-    _answer,
+from graftlm.inference.generate import Batching, generate_ids
+from graftlm.inference.pairs import (
+    SampledCompletion,
+    _completion,
     classifier_reward,
     command_reward,
     make_pairs,
     make_preferences,
     resolve_label,
-    sample_answers,
+    sample_completions,
 )
+from graftlm.inference.sampling import SamplingParams
 from graftlm.text.dataset import load_prompts
 from graftlm.text.template import Template
 from graftlm.text.tokenizer import Tokenizer
-from inference.tiny import CONTEXT, full_logits, tiny, words
+from inference.tiny import CONTEXT, full_logits, stopping, tiny, words
 from tiny import TEMPLATE, byte_tokenizer, data_folder, model_folder
 
 TOKENIZER = words(*[f"w{n}" for n in range(1, 48)])
+SAMPLED: dict[str, Any] = {"temperature": 1.5, "top_k": 20, "top_p": 0.9, "seed": 7}
 PROMPTS = ["w3 w1 w4", "w1 w5 w9 w2 w6", "w5"]
 
 
 # Sampling -------------------------------------------------------------------------------------------------------------
 
 
-def texts(answers: list[list[SampledAnswer]]) -> list[list[tuple[str, bool]]]:
+def texts(answers: list[list[SampledCompletion]]) -> list[list[tuple[str, bool]]]:
     return [[(answer.text, answer.finished) for answer in own] for own in answers]
 
 
 def test_answers_are_generates_own_rows_in_order_whatever_the_batch() -> None:
     model = tiny("llama")
     ids = [TOKENIZER.encode(prompt) for prompt in PROMPTS for _ in range(3)]
-    new = generate_ids(model, ids, max_new_tokens=9, eot=0, temperature=1.5, top_k=20, top_p=0.9, seed=7)
+    new = generate_ids(model, ids, stopping(9, 0, **SAMPLED))
     expected = [[TOKENIZER.decode(tokens) for tokens in new[start : start + 3]] for start in (0, 3, 6)]
     for batch_size in (1, 4, 32):
-        answers = sample_answers(
-            model,
-            TOKENIZER,
-            PROMPTS,
-            n=3,
-            max_new_tokens=9,
-            temperature=1.5,
-            top_k=20,
-            top_p=0.9,
-            seed=7,
-            batch_size=batch_size,
-        )
+        answers = sample_completions(model, TOKENIZER, PROMPTS, 3, stopping(9, 0, **SAMPLED), Batching(batch_size))
         assert [[answer.text for answer in own] for own in answers] == expected
-    fewer = sample_answers(
-        model, TOKENIZER, PROMPTS[:2], n=3, max_new_tokens=9, temperature=1.5, top_k=20, top_p=0.9, seed=7
-    )
+    fewer = sample_completions(model, TOKENIZER, PROMPTS[:2], 3, SamplingParams(max_new_tokens=9, **SAMPLED))
     assert [[answer.text for answer in own] for own in fewer] == expected[:2]
 
 
@@ -72,7 +61,13 @@ def test_an_answer_ended_by_itself_is_told_from_one_that_was_cut() -> None:
     """With twice the room an answer that ended is the same, and one that was cut goes on, or ends right there."""
     model = tiny("gpt2")
     short, long = (
-        [a for own in sample_answers(model, TOKENIZER, PROMPTS, n=40, max_new_tokens=m, temperature=3.0) for a in own]
+        [
+            a
+            for own in sample_completions(
+                model, TOKENIZER, PROMPTS, 40, SamplingParams(max_new_tokens=m, temperature=3.0)
+            )
+            for a in own
+        ]
         for m in (8, 16)
     )
     for a, b in zip(short, long, strict=True):
@@ -83,7 +78,9 @@ def test_an_answer_ended_by_itself_is_told_from_one_that_was_cut() -> None:
 
 def test_the_contexts_end_cuts_an_answer_too() -> None:
     prompt = " ".join(["w3"] * (CONTEXT - 2))
-    ((answer,),) = sample_answers(tiny("gpt2"), TOKENIZER, [prompt], n=1, max_new_tokens=9)
+    ((answer,),) = sample_completions(
+        tiny("gpt2"), TOKENIZER, [prompt], 1, SamplingParams(max_new_tokens=9, temperature=1.0)
+    )
     assert len(answer.text.split()) == 2 and not answer.finished
 
 
@@ -91,12 +88,12 @@ def test_a_character_that_was_cut_in_two_is_dropped_and_other_spellings_are_told
     byte_tokenizer(tmp_path)
     tokenizer = Tokenizer.from_folder(tmp_path)
     ids = tokenizer.encode(" café")
-    assert _answer(tokenizer, ids, ended=False) == SampledAnswer(" café", False, True)
-    assert _answer(tokenizer, ids[:-1], ended=False) == SampledAnswer(" caf", False, True)
-    assert _answer(tokenizer, ids[:-1], ended=True) == SampledAnswer(
+    assert _completion(tokenizer, ids, finished=False) == SampledCompletion(" café", False, True)
+    assert _completion(tokenizer, ids[:-1], finished=False) == SampledCompletion(" caf", False, True)
+    assert _completion(tokenizer, ids[:-1], finished=True) == SampledCompletion(
         " caf\ufffd", True, False
     )  # it did end in half of one
-    assert _answer(tokenizer, [*ids[-1:], *ids], ended=True).roundtrips is False
+    assert _completion(tokenizer, [*ids[-1:], *ids], finished=True).roundtrips is False
 
 
 # Judging --------------------------------------------------------------------------------------------------------------
@@ -144,8 +141,8 @@ def test_a_command_reads_rows_and_prints_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("body", "line"),
     [
-        ("print(1)", "printed 1 lines for 2 answers: one number a line is wanted"),
-        ("print(1, 2)\nprint()\nprint(3)", "printed 3 lines for 2 answers: one number a line is wanted"),
+        ("print(1)", "printed 1 lines for 2 answers: print one number per line"),
+        ("print(1, 2)\nprint()\nprint(3)", "printed 3 lines for 2 answers: print one number per line"),
         ("print(1)\nprint('good')", "line 2 is 'good', not a finite number"),
         ("print('inf')\nprint(1)", "line 1 is 'inf', not a finite number"),
         ("print(1)\nprint()", "line 2 is '', not a finite number"),
@@ -168,12 +165,12 @@ def test_a_command_that_leaves_without_reading_is_judged_by_what_it_printed(tmp_
 # Pairs ----------------------------------------------------------------------------------------------------------------
 
 
-def answers(*given: str) -> list[SampledAnswer]:
+def answers(*given: str) -> list[SampledCompletion]:
     """Answers by their text; one that ends in "…" was cut, one that begins with "~" is spelled otherwise."""
-    return [SampledAnswer(text.strip("~…"), not text.endswith("…"), not text.startswith("~")) for text in given]
+    return [SampledCompletion(text.strip("~…"), not text.endswith("…"), not text.startswith("~")) for text in given]
 
 
-def pairs_of(given: list[SampledAnswer], rewards: list[float], **more: Any) -> tuple[list[tuple[str, str]], list[int]]:
+def pairs_of(given: list[SampledCompletion], rewards: list[float], **more: Any) -> tuple[Any, list[int]]:
     made = make_pairs(["p"], [given], [rewards], **more)
     counts = [made.ties, made.duplicates, made.empty, made.truncated, made.retokenized]
     return [(row["chosen"], row["rejected"]) for row in made.rows], counts
@@ -183,7 +180,7 @@ def test_the_best_against_the_worst_and_each_against_each() -> None:
     given = answers(" a", " b", "~ c", " d")
     assert pairs_of(given, [0.5, 0.1, 0.9, 0.5]) == ([(" c", " b")], [0, 0, 0, 0, 1])
     every = [(" c", " a"), (" c", " d"), (" c", " b"), (" a", " b"), (" d", " b")]
-    assert pairs_of(given, [0.5, 0.1, 0.9, 0.5], pairs="all") == (every, [1, 0, 0, 0, 3])
+    assert pairs_of(given, [0.5, 0.1, 0.9, 0.5], pairing="all") == (every, [1, 0, 0, 0, 3])
     assert pairs_of(given, [0.9, 0.1, 0.9, 0.1]) == ([(" a", " d")], [0, 0, 0, 0, 0])
 
 
@@ -197,8 +194,8 @@ def test_a_row_says_all_there_is_to_say() -> None:
 def test_ties_and_margins() -> None:
     given = answers(" a", " b")
     assert pairs_of(given, [0.5, 0.5]) == ([], [1, 0, 0, 0, 0])
-    assert pairs_of(given, [0.5, 0.75], margin=0.25) == ([(" b", " a")], [0, 0, 0, 0, 0])
-    assert pairs_of(given, [0.5, 0.75], margin=0.26) == ([], [1, 0, 0, 0, 0])
+    assert pairs_of(given, [0.5, 0.75], min_margin=0.25) == ([(" b", " a")], [0, 0, 0, 0, 0])
+    assert pairs_of(given, [0.5, 0.75], min_margin=0.26) == ([], [1, 0, 0, 0, 0])
 
 
 def test_duplicates_and_empty_answers_are_refused_and_counted() -> None:
@@ -248,13 +245,15 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def test_the_file_holds_what_the_model_wrote_and_the_judge_thought(place: Path, tmp_path: Path) -> None:
     notes: list[str] = []
-    result = make_preferences(config(place, tmp_path / "a" / "pairs.jsonl", n=3, seed=5), notes.append)
+    result = make_preferences(config(place, tmp_path / "a" / "pairs.jsonl", num_samples=3, seed=5), notes.append)
     rows = read(tmp_path / "a" / "pairs.jsonl")
     assert notes == ["1 of 7 prompts are equal to another and left out"]
     assert (result["prompts"], result["answers"], result["pairs"]) == (6, 18, len(rows)) and len(rows) == 6
     base = load(str(place / "model"), dtype="float32")
     prompts = ["a good film", "a bad film", "one film", "this film", "that film", "no film"]
-    sampled = sample_answers(base.model, base.tokenizer, prompts, n=3, max_new_tokens=20, seed=5)
+    sampled = sample_completions(
+        base.model, base.tokenizer, prompts, 3, SamplingParams(max_new_tokens=20, temperature=1.0, seed=5)
+    )
     judge = load("resume", str(place / "judge"), dtype="float32")
     assert judge.template is not None
     rewards = [
@@ -305,7 +304,7 @@ def test_through_the_command_with_a_program_as_judge(
         assert row["reward_chosen"] == len(row["chosen"]) > len(row["rejected"]) == row["reward_rejected"]
     assert cli.run(["pairs", *given, *more, f"--out={tmp_path / 'again.jsonl'}"]) == 0
     shown = capsys.readouterr().out
-    assert shown.startswith(f"pairs        {len(rows)} of 12 answers to 3 prompts\nrefused      ")
+    assert shown.startswith(f"pairs        {len(rows)} from 12 completions of 3 prompts\nnot paired   ")
     assert (tmp_path / "again.jsonl").read_bytes() == out.read_bytes()
 
 

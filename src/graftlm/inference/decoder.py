@@ -1,0 +1,192 @@
+"""The batched decoder: read prompts once (prefill), then one token per row and step with a KV cache (decode).
+
+- Rows are right-padded only. Each row decodes at its own position, so a ragged batch needs no mask and no position
+  correction, and computes what each row computes in a batch of its own.
+- The common prefix of all prompts is computed once per call and never copied (a shared `KVCache`).
+- A finished row leaves the batch: the cache is compacted in place, and a step costs what its unfinished rows cost.
+  Rows may also join between steps (continuous batching), which the server's engine (`engine.py`) does.
+- The cache grows with its rows: a large `max_new_tokens` costs nothing where rows end early.
+
+Letters: B rows, T tokens of a pass, V tokens of the vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from graftlm.inference.sampling import SamplingParams, next_tokens
+from graftlm.models import CausalLM, KVCache
+from graftlm.text.collate import common_prefix_length
+
+MIN_SHARED_PREFIX = 4
+"""A common prefix of fewer tokens is not worth a forward pass of its own."""
+FIRST_CAPACITY = 32
+"""New tokens per row that the cache first has capacity for; when they are used up, the capacity doubles."""
+STOP_WINDOW = 8
+"""A stop text is searched for in the text of this many last tokens."""
+
+Decode = Callable[[Sequence[int]], str]
+
+
+class Row:
+    """A sequence in the decoder: its prompt, its settings and its new tokens.
+
+    number: with seed and step it decides the row's samples. limit: the maximum number of new tokens.
+    """
+
+    def __init__(self, prompt: Sequence[int], params: SamplingParams, number: int, limit: int) -> None:
+        self.prompt, self.params, self.number, self.limit = prompt, params, number, limit
+        self.tokens: list[int] = []
+
+    @property
+    def capacity(self) -> int:
+        """Cache positions that the row needs at most: its last new token is never fed."""
+        return len(self.prompt) + self.limit - 1
+
+    def append(self, token: int, decode: Decode | None = None) -> bool:
+        """Take the next token; False if it ends the row. `decode` is needed where the row has stop texts."""
+        if token in self.params.stop_token_ids:
+            return False
+        self.tokens.append(token)
+        if len(self.tokens) >= self.limit:
+            return False
+        if not self.params.stop:
+            return True
+        assert decode is not None
+        text = decode(self.tokens[-STOP_WINDOW:])
+        return not any(stop in text for stop in self.params.stop)
+
+
+class DecodingBatch:
+    """Rows that are decoded together, and their KV cache: new rows join at the end, finished ones leave anywhere.
+
+    prefix: what precedes every row's prompt. The cache is one block of memory of as many rows and tokens as were
+    reserved; a step reads only the rows in use, up to the length of the longest one.
+    """
+
+    def __init__(self, model: CausalLM, prefix: Sequence[KVCache] = ()) -> None:
+        self._model, self._prefix = model, prefix
+        self._cache = KVCache.cache(model.config, 0, 0, model.device, model.dtype)
+        self.rows: list[Row] = []
+        self._lengths: list[int] = []  # tokens in the cache, by row
+
+    @property
+    def reserved(self) -> tuple[int, int]:
+        """The rows, and the tokens of each, that memory is allocated for."""
+        return self._cache.keys[0].shape[0], self._cache.size
+
+    @staticmethod
+    def rows_for(rows: int) -> int:
+        """The rows to allocate for this many: a power of two, so that few joins copy the cache."""
+        return 1 << (rows - 1).bit_length()
+
+    def reserve(self, rows: int, tokens: int) -> None:
+        """Allocate memory for this many rows and tokens, no fewer than in use; the contents are copied."""
+        used = (slice(len(self._lengths)), slice(None), slice(max(self._lengths, default=0)))
+        for tensors in (self._cache.keys, self._cache.values):
+            for layer, old in enumerate(tensors):
+                tensors[layer] = old.new_zeros(rows, old.shape[1], tokens, old.shape[3])
+                tensors[layer][used] = old[used]
+
+    def join(self, rows: Sequence[Row]) -> Tensor:
+        """Read the prompts of B new rows; the logits [B, V] after each prompt."""
+        ids, lengths = right_pad([row.prompt for row in rows], self._model.device)
+        first, width = len(self._lengths), ids.shape[1]
+        most = max(row.capacity for row in (*self.rows, *rows))
+        self._ensure_capacity(first + len(rows), width, FIRST_CAPACITY, most)
+        part = self._part(slice(first, first + len(rows)), width)
+        last = torch.arange(len(rows), device=ids.device) * width + lengths - 1
+        logits = self._model(ids, past=self._prefix, keep=part, at=last)
+        self._lengths += [len(row.prompt) for row in rows]
+        self.rows = [*self.rows, *rows]
+        return logits
+
+    def step(self) -> Tensor:
+        """Feed each of the B rows its newest token; the logits [B, V] after it."""
+        longest = max(self._lengths) + 1
+        self._ensure_capacity(len(self.rows), longest, longest, max(row.capacity for row in self.rows))
+        part = self._part(slice(len(self.rows)), longest)
+        ids = torch.tensor([row.tokens[-1] for row in self.rows], device=self._model.device)[:, None]
+        logits = self._model(ids, past=[*self._prefix, part], keep=part)[:, 0]
+        self._lengths = [length + 1 for length in self._lengths]
+        return logits
+
+    def evict(self, stays: Sequence[bool]) -> list[int]:
+        """Drop rows; returns the old index of each remaining row. Without rows the memory is freed."""
+        slots = compact(self._part(slice(len(self.rows)), max(self._lengths)), stays)
+        self._lengths = [self._lengths[slot] for slot in slots]
+        self.rows = [self.rows[slot] for slot in slots]
+        if not slots:
+            self.reserve(0, 0)
+        return slots
+
+    def _ensure_capacity(self, rows: int, tokens: int, extra: int, most: int) -> None:
+        """Reserve memory where it is missing: for more rows, and for `extra` more tokens, `most` at the most."""
+        has_rows, has_tokens = self.reserved
+        if rows > has_rows or tokens > has_tokens:
+            self.reserve(
+                self.rows_for(rows) if rows > has_rows else min(has_rows, self.rows_for(rows)),
+                min(most, tokens + extra) if tokens > has_tokens else min(most, has_tokens),
+            )
+
+    def _part(self, rows: slice, tokens: int) -> KVCache:
+        """Views of some rows, up to this many tokens; rows that are just joining hold none yet."""
+        lengths = self._lengths[rows] or [0] * (rows.stop - rows.start)
+        keys, values = ([t[rows, :, :tokens] for t in tensors] for tensors in (self._cache.keys, self._cache.values))
+        return KVCache(keys, values, torch.tensor(lengths, device=self._model.device))
+
+
+def choose_tokens(logits: Tensor, rows: Sequence[Row]) -> list[int]:
+    """The next token of each of these rows, from logits [B, V]."""
+    return next_tokens(logits, [row.params for row in rows], [(row.number, len(row.tokens)) for row in rows])
+
+
+def compact(cache: KVCache, stays: Sequence[bool]) -> list[int]:
+    """Drop rows of a cache in place: the last rows that stay move into the places of those that leave.
+
+    Returns the old index of each remaining row. Only as many rows are copied as there are gaps; the tensors become
+    views of their first rows.
+    """
+    assert cache.lengths is not None
+    n = sum(stays)
+    slots = list(range(n))
+    gaps = [row for row in range(n) if not stays[row]]
+    movers = [row for row in range(n, len(stays)) if stays[row]]
+    for gap, mover in zip(gaps, movers, strict=True):
+        slots[gap] = mover
+    if n < len(stays):
+        for tensors in (cache.keys, cache.values):
+            for layer, tensor in enumerate(tensors):
+                tensor[gaps] = tensor[movers]
+                tensors[layer] = tensor[:n]
+        cache.lengths = cache.lengths[torch.tensor(slots, dtype=torch.long, device=cache.lengths.device)]
+    return slots
+
+
+def shared_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
+    """How many common first tokens are worth a forward pass of their own; each prompt keeps at least its last token."""
+    length = common_prefix_length(prompts) if len(prompts) > 1 else 0
+    return length if length >= MIN_SHARED_PREFIX else 0
+
+
+def prefill_shared_prefix(
+    model: CausalLM, prompts: Sequence[Sequence[int]], length: int | None = None
+) -> tuple[tuple[KVCache, ...], int]:
+    """The cache of the prompts' first `length` tokens, which they share, computed once; and that length.
+
+    length: None for `shared_prefix_length`; given where the prompts are part of a larger set, or 0 to share nothing.
+    """
+    length = shared_prefix_length(prompts) if length is None else length
+    if not length:
+        return (), 0
+    cache = KVCache()
+    model.hidden_states(torch.tensor([list(prompts[0][:length])], device=model.device), keep=cache)
+    return (cache,), length
+
+
+def right_pad(rows: Sequence[Sequence[int]], device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Token ids [B, T], padded with zeros on the right, and the rows' lengths [B]."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+    return ids, torch.tensor([len(row) for row in rows], device=device)
