@@ -3,7 +3,7 @@
 In float64 on tiny models, where equality is the claim, and the same in float32 and bfloat16, to their rounding.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from graftlm.errors import InputError
 from graftlm.exchange.adapters import read_adapter, save_adapter
 from graftlm.exchange.load import adapter_on_shared_base
-from graftlm.methods import Adapter, BitFit, DoRA, Full, LoRA, Method, PrefixTuning, method_from_json
+from graftlm.methods import METHODS, Adapter, BitFit, LoRA, Method, PrefixTuning, method_from_json
 from graftlm.methods.base import count_parameters, load_trainable_state_dict, trainable, trainable_state_dict
 from graftlm.methods.cost_model import parameters
 from graftlm.methods.ia3 import IA3
@@ -23,33 +23,13 @@ from graftlm.text.collate import Example
 from graftlm.training.objectives import collate, completion
 from tiny import FAMILIES, model_of
 
-METHODS: dict[str, Callable[[], Method]] = {
-    "lora": lambda: LoRA(rank=3, alpha=6.0, dropout=0.0),
-    "lora q,v": lambda: LoRA(rank=2, alpha=5.0, targets=("q", "v"), dropout=0.0),
-    "lora all": lambda: LoRA(rank=3, alpha=6.0, targets=("q", "k", "v", "o", "up", "down"), dropout=0.0),
-    "lora upper": lambda: LoRA(rank=3, alpha=6.0, dropout=0.0, layers=(1, 2)),
-    "lora lower": lambda: LoRA(rank=3, alpha=6.0, dropout=0.0, layers=(0, 1)),
-    "rslora": lambda: LoRA(rank=3, alpha=3.0, rslora=True, dropout=0.0),
-    "lora+": lambda: LoRA(rank=3, alpha=6.0, plus_ratio=4.0, dropout=0.0),
-    "dora": lambda: DoRA(rank=3, alpha=6.0, dropout=0.0),
-    "dora q,v": lambda: DoRA(rank=2, alpha=5.0, targets=("q", "v"), dropout=0.0),
-    "dora upper": lambda: DoRA(rank=3, alpha=6.0, targets=("k", "o", "up"), dropout=0.0, layers=(1, 2)),
-    "bitfit": lambda: BitFit(add_biases=True),
-    "bitfit lower": lambda: BitFit(add_biases=True, layers=(0, 1)),
-    "adapter": lambda: Adapter(rank=3),
-    "adapter pfeiffer": lambda: Adapter(rank=2, placement="pfeiffer"),
-    "adapter upper": lambda: Adapter(rank=2, layers=(1, 2)),
-    "prefix": lambda: PrefixTuning(length=3, tokens=(5, 40, 2)),
-    "prefix network": lambda: PrefixTuning(length=3, tokens=(5, 40, 2), hidden=7),
-    "ia3": lambda: IA3(),
-    "ia3 all": lambda: IA3(targets=("q", "k", "v", "o", "up", "down")),
-    "ia3 upper": lambda: IA3(layers=(1, 2)),
-    "full": lambda: Full(),
-    "full upper": lambda: Full(layers=(1, 2)),
+EXAMPLES: dict[str, Method] = {
+    f"{name} {label}".strip(): cls(**fields) for name, cls in METHODS.items() for label, fields in cls.examples.items()
 }
+"""Label -> instance, of every method: what its class gives as `examples`."""
 table = pytest.mark.parametrize("kind", FAMILIES)
-rows = pytest.mark.parametrize("name", METHODS)
-adapters = pytest.mark.parametrize("name", [n for n in METHODS if not n.startswith("full")])
+rows = pytest.mark.parametrize("name", EXAMPLES)
+adapters = pytest.mark.parametrize("name", [n for n, method in EXAMPLES.items() if not method.is_full_finetune])
 # How far two ways of computing the same may lie apart, in units of the largest number compared.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05}
 formats = pytest.mark.parametrize("dtype", ROUNDING, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -75,7 +55,7 @@ def examples(shared: int = 5) -> list[Example]:
 
 
 def installed(name: str, kind: str, dtype: torch.dtype = torch.float64) -> tuple[CausalLM, Method]:
-    model, method = model_of(kind, dtype=dtype), METHODS[name]()
+    model, method = model_of(kind, dtype=dtype), EXAMPLES[name]
     method.install(model, torch.Generator().manual_seed(3))
     return model, method
 
@@ -94,6 +74,10 @@ def logits(model: CausalLM, before: tuple[int, ...] = ()) -> torch.Tensor:
     ids = torch.randint(0, 61, (2, 11), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         return model(torch.cat([torch.tensor([before, before], dtype=torch.long), ids], dim=1))[:, len(before) :]
+
+
+def test_every_method_has_examples() -> None:
+    assert {method.name for method in EXAMPLES.values()} == METHODS.keys()
 
 
 def near(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
@@ -157,7 +141,7 @@ def test_3_save_and_load_is_exact(name: str, kind: str, dtype: torch.dtype, tmp_
     save_adapter(tmp_path, model, method, "base")
     fresh = model_of(kind, dtype=dtype)
     method.for_inference.install(fresh, torch.Generator().manual_seed(4))
-    load_trainable_state_dict(fresh, read_adapter(tmp_path, fresh.shape, method.for_inference), "here")
+    load_trainable_state_dict(fresh, read_adapter(tmp_path, fresh.config, method.for_inference), "here")
     if method.resumable_from_adapter:
         for n, p in trainable(model).items():
             assert torch.equal(p, trainable(fresh)[n])
@@ -196,7 +180,7 @@ def test_3_an_adapter_of_another_base_is_an_error(name: str, kind: str, tmp_path
     larger = model_of(kind, layers=3)
     method.for_inference.install(larger, torch.Generator())
     with pytest.raises(InputError, match=r"is missing|has shape|belongs to no|this base wants"):
-        load_trainable_state_dict(larger, read_adapter(tmp_path, larger.shape, method.for_inference), "here")
+        load_trainable_state_dict(larger, read_adapter(tmp_path, larger.config, method.for_inference), "here")
 
 
 @table
@@ -233,10 +217,10 @@ def test_4_merged_equals_unmerged_and_unmerging_is_exact(name: str, kind: str, d
 def test_5_the_count_is_the_closed_form(name: str, kind: str) -> None:
     model, method = installed(name, kind)
     trained, total = count_parameters(model)
-    assert trained == method.count(model.config) == method.count(model_of(kind).shape)
+    assert trained == method.count(model.config) == method.count(model_of(kind).config)
     new = 0 if name.startswith("full") else trained
     if isinstance(method, BitFit):
-        new = parameters(model.config) - parameters(model_of(kind).shape)
+        new = parameters(model.config) - parameters(model_of(kind).config)
     assert total == sum(p.numel() for p in model_of(kind).parameters()) + new
 
 

@@ -232,13 +232,13 @@ def test_what_is_trained_here_is_the_same_in_peft(kind: str, name: str, bases: d
         near(model.eval()(IDS), expected, plain)
     # Read as a folder of unknown origin it is the same method, but for what only training needs.
     fresh = load_model(bases[kind], CPU, torch.float64)
-    found, state = from_foreign_peft(tmp_path / "ours", fresh.shape)
+    found, state = from_foreign_peft(tmp_path / "ours", fresh.config)
     apply_adapter(fresh, found, state, "ours", folds=False)
     with torch.no_grad():
         near(fresh(IDS), expected, plain)
     # PEFT's q, k and v in one linear have lengths for k, too, and so have we then.
     if kind not in ("gpt2", "neox") or name != "dora q,v":
-        assert found.count(fresh.shape) == method.for_inference.count(fresh.shape)
+        assert found.count(fresh.config) == method.for_inference.count(fresh.config)
     if isinstance(method, LoRA) and isinstance(found, LoRA):
         assert found.alpha == pytest.approx(method.alpha, rel=1e-12) and found.layers == method.layers
 
@@ -351,7 +351,7 @@ def test_a_part_of_a_fused_ia3_that_the_run_does_not_target_is_an_error(bases: d
     """PEFT, going on from our k and v, trains the vector of q too, which stands in the same tensor."""
     trained_here(bases["gpt2"], IA3(targets=("q", "k", "v", "down")), tmp_path / "more")
     shape = load_model(bases["gpt2"], CPU, torch.float64).shape
-    with pytest.raises(InputError, match=r"h\.0\.attn\.c_attn\.ia3_l stretches what the run says is not targeted"):
+    with pytest.raises(InputError, match=r"h\.0\.attn\.c_attn\.ia3_l scales outputs that the run does not target"):
         read_adapter(tmp_path / "more", shape, IA3())
 
 
@@ -435,7 +435,7 @@ def test_real_weights_trained_by_peft(name: str, tmp_path: Path) -> None:
             theirs.prompt_encoder["default"].embedding.weight.mul_(0.1)
     train_really([p for p in theirs.parameters() if p.requires_grad], lambda: theirs(REAL).logits)
     theirs.eval().save_pretrained(tmp_path)
-    method, state = from_foreign_peft(tmp_path, ours.shape)
+    method, state = from_foreign_peft(tmp_path, ours.config)
     apply_adapter(ours, method, state, "theirs", folds=False)
     with torch.no_grad():
         really_near(ours(REAL), theirs(REAL).logits, plain, apart)

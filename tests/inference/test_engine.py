@@ -52,7 +52,7 @@ def alone(loaded: Loaded) -> dict[str | None, CausalLM]:
         method.install(model, rng)
         for module_ in model.modules():
             if isinstance(module_, LoRALinear):
-                module_.folds = False
+                module_.merge_on_eval = False
                 # A whole multiple of a float32, so that the folder holds the very numbers.
                 b = torch.randn(module_.lora_B.shape, generator=rng) * 0.3
                 module_.lora_B.data, module_.lora_A.data = b.double(), module_.lora_A.data.float().double()

@@ -15,8 +15,10 @@ from graftlm.files.formats import read_json
 from graftlm.methods import Adapter, BitFit, DoRA, Full, LoRA, Method, PrefixTuning
 from graftlm.methods.base import count_parameters, trainable
 from graftlm.methods.cost_model import (
+    Passes,
     block_parameters,
     ffn_adapters,
+    ffn_biases,
     ffn_flops,
     ffn_parts,
     format_formula,
@@ -52,11 +54,13 @@ def test_smollm2_needs_12_4_gflop_for_a_review() -> None:
     shape = read_model_config(read_json(path), str(path))
     batch = 16 * (47 - 19) + 19
     assert 30 * layer_weights(shape) == 106_168_320
-    assert model_flops(shape, batch) / 16 / 1e9 == pytest.approx(12.4, abs=0.05)
-    assert model_flops(shape, batch, weights_trained=True) == 1.5 * model_flops(shape, batch)
-    upper = model_flops(shape, batch, first_trained=20, below_kept=True)
-    assert upper * 3 == model_flops(shape, batch)  # 10 of 30 layers
-    assert model_flops(shape, batch, first_trained=20) == 2 * upper  # and 20 forward only
+    every = model_flops(shape, batch, LoRA().passes(shape))
+    assert every / 16 / 1e9 == pytest.approx(12.4, abs=0.05)
+    assert model_flops(shape, batch, Full().passes(shape)) == 1.5 * every
+    upper = model_flops(shape, batch, LoRA(layers=(20, 30)).passes(shape, cached=20))
+    assert upper * 3 == every  # 10 of 30 layers
+    assert model_flops(shape, batch, LoRA(layers=(20, 30)).passes(shape)) == 2 * upper  # and 20 forward only
+    assert model_flops(shape, batch, Full(layers=(20, 25)).passes(shape)) == 2 * upper + every // 60 * 5
 
 
 def test_the_shapes_with_a_short_name_are_those_of_their_files() -> None:
@@ -185,19 +189,20 @@ def test_a_formula_is_spelled_in_letters_and_in_numbers() -> None:
     assert format_formula("2 d (2 L + 1)", L=3, d=8) == "2 d (2 L + 1) = 2 × 8 × (2 × 3 + 1)"
 
 
-def test_training_work_is_the_needed_work_with_head_and_attention_apart() -> None:
+def test_training_flops_are_model_flops_plus_head_and_attention() -> None:
     shape = SHAPES["gpt2-medium"]
     for first in (0, 20):
-        lines = training_flops(shape, 0, 100, 0, first, 0, False)
-        assert lines["layers"].count == model_flops(shape, 1, first_trained=first)
+        passes = Passes(forward=24, backward=24 - first)
+        lines = training_flops(shape, 0, 100, 0, passes)
+        assert lines["layers"].count == model_flops(shape, 1, passes)
         assert lines["head"].count == 4 * 50257 * 1024
-    every = training_flops(shape, 0, 100, 0, 0, 24, True)
-    assert every["layers"].count == model_flops(shape, 1, weights_trained=True)
+    every = training_flops(shape, 0, 100, 0, Full().passes(shape))
+    assert every["layers"].count == model_flops(shape, 1, Passes(24, 24, 24)) == 3 * model_flops(shape, 1, Passes(24))
     assert every["head"].count == 6 * 50257 * 1024
     # Scores and values: each two operations for 16 x 64 numbers and 50.5 keys on average; twice that backward.
     assert every["attention"].count == 3 * 24 * 2 * 2 * 1024 * 50.5
     # A prefix of 7 is met by all; no gradient goes below block 20; a method's weights: forward, x's and their own.
-    some = training_flops(shape, 11, 100, 7, 20, 0, False)
+    some = training_flops(shape, 11, 100, 7, Passes(forward=24, backward=4))
     assert some["attention"].count == (24 + 2 * 4) * 2 * 2 * 1024 * (50.5 + 7) and some["method"].count == 66
 
 
@@ -216,39 +221,39 @@ BLOCK, OUTSIDE = 3 * 32 * 48 + 2 * 32 * 32 + 2 * 32 * 16 + 2 * 32, 61 * 32 + 32
 
 
 @pytest.mark.parametrize(
-    ("cut", "processes", "bytes_"),
+    ("sharding", "world_size", "bytes_"),
     [
-        ("nothing", 4, (2 * (2 * BLOCK + OUTSIDE - 100), 400, 400, 800)),
+        ("none", 4, (2 * (2 * BLOCK + OUTSIDE - 100), 400, 400, 800)),
         ("frozen", 4, ((2 * BLOCK + OUTSIDE - 100) // 2, 400, 400, 800, 2 * 2 * BLOCK + 2 * OUTSIDE)),
-        ("all", 3, (11582, 134, 134, 267, 2 * 2 * BLOCK + 4 * OUTSIDE)),
+        ("full", 3, (11582, 134, 134, 267, 2 * 2 * BLOCK + 4 * OUTSIDE)),
     ],
 )
-def test_what_each_of_several_processes_holds(cut: str, processes: int, bytes_: tuple[int, ...]) -> None:
+def test_memory_of_each_rank(sharding: str, world_size: int, bytes_: tuple[int, ...]) -> None:
     shape = shape_of("llama")
     everything = 2 * BLOCK + OUTSIDE
     assert parameters(shape) == everything == 17472
-    lines = memory_of_each(shape, 100, everything, 2, processes, cut)
+    lines = memory_of_each(shape, 100, everything, 2, world_size, sharding)
     assert tuple(line.count for line in lines.values()) == bytes_
-    assert [*lines][:4] == ["frozen", "trained", "gradients", "moments"]
+    assert [*lines][:4] == ["frozen", "trained", "gradients", "optimizer_state"]
 
 
 @pytest.mark.parametrize(
-    ("cut", "bytes_"),
+    ("sharding", "bytes_"),
     [
-        ("nothing", {"gradients": 600}),
+        ("none", {"gradients": 600}),
         ("frozen", {"weights": (2 * 2 * 2 * BLOCK + 2 * OUTSIDE) * 3 // 4, "gradients": 600}),
-        ("all", {"weights": (2 * 2 * 2 * BLOCK + 4 * OUTSIDE) * 3 // 4, "gradients": 300}),
+        ("full", {"weights": (2 * 2 * 2 * BLOCK + 4 * OUTSIDE) * 3 // 4, "gradients": 300}),
     ],
 )
-def test_what_each_of_several_processes_sends(cut: str, bytes_: dict[str, int]) -> None:
-    lines = sent_by_each(shape_of("llama"), 100, 2, 4, cut)
+def test_bytes_sent_by_each_rank(sharding: str, bytes_: dict[str, int]) -> None:
+    lines = sent_by_each(shape_of("llama"), 100, 2, 4, sharding)
     assert {name: line.count for name, line in lines.items()} == bytes_
 
 
 def test_a_feed_forward_net() -> None:
     found = [(part.description, part.count) for part in ffn_parts([3, 5, 2])]
     assert found == [("layer 1, weights and biases", 20), ("layer 2, weights and biases", 12)]
-    assert [(part.description, part.count) for part in ffn_parts([3, 5, 2], weights=False)] == [
+    assert [(part.description, part.count) for part in ffn_biases([3, 5, 2])] == [
         ("layer 1, biases", 5),
         ("layer 2, biases", 2),
     ]
@@ -257,8 +262,8 @@ def test_a_feed_forward_net() -> None:
         (22, 16, True),
     ]
     # 25 weights, 15 of them behind the input, which needs no gradient; a method of 11 more.
-    for weights_trained, training in ((False, 2 * (2 * 25 - 15)), (True, 2 * (3 * 25 - 15))):
-        work = ffn_flops([3, 5, 2], 11, weights_trained)
+    for passes, training in ((2, 2 * (2 * 25 - 15)), (3, 2 * (3 * 25 - 15))):
+        work = ffn_flops([3, 5, 2], 11, passes)
         assert [line.count for line in work["forward"].values()] == [50, 22]
         assert [line.count for line in work["training"].values()] == [training, 66]
 

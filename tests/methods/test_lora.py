@@ -113,7 +113,10 @@ def test_dropout_acts_on_the_input_of_a_and_only_in_training() -> None:
 def frozen(**fields: float) -> list[Linear]:
     """q, k and v as they stand in a model: the weights frozen, k without an update."""
     rng, linears = torch.Generator().manual_seed(0), [Linear(7, out, bias=out == 5).double() for out in (5, 3, 4)]
-    loras = [LoRALinear.from_linear(m, 2, 6.0, fields.get("dropout", 0.0), rng) for m in linears[::2]]
+    loras = [
+        LoRALinear.from_linear(m, LoRA(rank=2, alpha=6.0, dropout=fields.get("dropout", 0.0)), rng)
+        for m in linears[::2]
+    ]
     for lora in loras:
         torch.nn.init.normal_(lora.lora_B, generator=rng)
         lora.weight.requires_grad_(False)
@@ -155,9 +158,9 @@ def test_one_dropout_mask_serves_all_linears_of_one_input() -> None:
 def test_around_takes_the_weight_over_without_a_copy() -> None:
     linear = Linear(7, 5)
     rng = torch.Generator().manual_seed(0)
-    lora = LoRALinear.from_linear(linear, 3, 6.0, 0.0, rng)
+    lora = LoRALinear.from_linear(linear, LoRA(rank=3, alpha=6.0, dropout=0.0), rng)
     assert lora.weight is linear.weight and lora.bias is linear.bias and lora.lora_A.device.type == "cpu"
-    again = LoRALinear.from_linear(linear, 3, 6.0, 0.0, torch.Generator().manual_seed(0))
+    again = LoRALinear.from_linear(linear, LoRA(rank=3, alpha=6.0, dropout=0.0), torch.Generator().manual_seed(0))
     assert torch.equal(lora.lora_A, again.lora_A)
 
 
@@ -218,7 +221,7 @@ def test_explain_gives_the_size_of_a_first_step() -> None:
     """The line's estimate against a real first step of Adam on random gradients."""
     torch.manual_seed(0)
     linear = Linear(256, 192)
-    lora = LoRALinear.from_linear(linear, 64, 128.0, 0.0, torch.Generator().manual_seed(0))
+    lora = LoRALinear.from_linear(linear, LoRA(rank=64, alpha=128.0, dropout=0.0), torch.Generator().manual_seed(0))
     optimizer = torch.optim.AdamW([lora.lora_B], lr=1e-3, weight_decay=0.0)
     lora(torch.randn(512, 256)).mul(torch.randn(512, 192)).sum().backward()
     optimizer.step()

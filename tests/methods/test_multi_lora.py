@@ -35,7 +35,7 @@ def adapted(base: CausalLM, method: Method, seed: int) -> CausalLM:
                 p.copy_(torch.randn(p.shape, generator=rng, dtype=torch.float64) * 0.2)
     for module in model.modules():
         if isinstance(module, LoRALinear):
-            module.folds = False
+            module.merge_on_eval = False
     return model.eval()
 
 
@@ -123,7 +123,7 @@ def test_an_adapter_of_broken_numbers_is_refused_and_one_that_overflows_spoils_i
     assert not found[1].isfinite().all() and torch.equal(found[0], expected[0]) and torch.equal(found[2], expected[2])
     method, state = adapters["narrow"]
     broken = {name: torch.full_like(tensor, float("nan")) for name, tensor in state.items()}
-    with pytest.raises(InputError, match=r"adapter sad: holds what is no number"):
+    with pytest.raises(InputError, match=r"adapter sad: holds NaN or inf"):
         stack(base, {"sad": (method, broken)})
 
 

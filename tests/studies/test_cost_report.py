@@ -65,10 +65,10 @@ def run(capsys: pytest.CaptureFixture[str]) -> Account:
 def test_gpt2s_sizes(name: str, count: int, run: Account) -> None:
     result = run(f"--init_from={name}", "--method=full")
     assert result["total"] == result["trainable"] == result["base"] == count
-    assert result["bytes"] == {"frozen": 0, **{k: n * count for k, n in MOMENTS.items()}, "total": 16 * count}
+    assert result["bytes"] == {"frozen": 0, **{k: n * count for k, n in TRAINING_BYTES.items()}, "total": 16 * count}
 
 
-MOMENTS = {"trained": 4, "gradients": 4, "moments": 8}
+TRAINING_BYTES = {"trained": 4, "gradients": 4, "optimizer_state": 8}
 
 
 @pytest.mark.parametrize(("rank", "count"), [(128, 18_874_368), (16, 2_359_296), (196, 28_901_376)])
@@ -199,7 +199,9 @@ def test_several_processes(run: Account) -> None:
     assert whole["sharding"] == "none" and whole["bytes"] == one["bytes"]
     assert whole["comm_bytes_per_step"] == {"gradients": 7 * t, "total": 7 * t}  # 2 (n - 1) / n of 4 bytes
     cut = run(*words, "--world_size=8", "--shard", "--device_gflops=1000", "--bandwidth_gbs=50")
-    assert cut["distributed"]["bytes"]["frozen"] == 2 * n / 8 and cut["distributed"]["bytes"]["moments"] == 8 * t
+    assert (
+        cut["distributed"]["bytes"]["frozen"] == 2 * n / 8 and cut["distributed"]["bytes"]["optimizer_state"] == 8 * t
+    )
     outside = 2 * 32_000 * 4_096 + 4_096
     weights = (2 * 2 * (n - outside) + 2 * outside) * 7 // 8
     assert cut["distributed"]["comm_bytes_per_step"] == {
@@ -214,7 +216,7 @@ def test_several_processes(run: Account) -> None:
     assert cut["step"]["compute_seconds"] == pytest.approx(cut["step"]["flops"] / 8e12)
     assert cut["step"]["comm_seconds"] == pytest.approx((weights + 7 * t) / 50e9)
     full = run("--init_from=meta-llama/Llama-2-7b-hf", "--rank=0", "--world_size=8")["distributed"]
-    assert full["sharding"] == "full" and full["bytes"]["moments"] == n
+    assert full["sharding"] == "full" and full["bytes"]["optimizer_state"] == n
     assert full["comm_bytes_per_step"] == {
         "weights": 3.5 * n,
         "gradients": 3.5 * n,

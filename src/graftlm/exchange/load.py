@@ -159,5 +159,5 @@ def apply_adapter(model: CausalLM, method: Method, state: Mapping[str, Tensor], 
     load_trainable_state_dict(model, state, where)
     for module in model.modules():
         if isinstance(module, MergeableLinear):
-            module.folds = folds
+            module.merge_on_eval = folds
     return model.eval()

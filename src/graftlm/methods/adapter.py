@@ -2,62 +2,52 @@
 
     adapter(a) = a + V_up gelu(V_down a + v_down) + v_up        V_down [r, d], V_up [d, r]; V_up and v_up start at zero
 
-It stands behind the attention's output projection and behind the MLP, each before the residual is added; Pfeiffer's
-placement (Pfeiffer et al. 2021, arXiv:2005.00247) has the one behind the MLP only. It starts as exactly the identity,
-and, being nonlinear, cannot be merged into a weight.
+One follows the attention's output projection and one the MLP, each before the residual is added; Pfeiffer's placement
+(Pfeiffer et al. 2021, arXiv:2005.00247) has only the latter. It starts as exactly the identity, and, being nonlinear,
+cannot be merged into a weight.
 
-Letters: r rank, d model width.
+Letters: r rank, d hidden size.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graftlm.errors import InputError, unknown_name_error
-from graftlm.methods.base import Method, freeze, master_dtype, replace_linears, target_device
-from graftlm.methods.cost_model import ParameterGroup, format_formula
+from graftlm.methods.base import Method, freeze, kaiming_parameter, master_options, replace_linears
+from graftlm.methods.cost_model import ParameterGroup, counted
 from graftlm.models import CausalLM, Linear, ModelConfig
 
 PLACEMENTS = {"houlsby": ("o", "down"), "pfeiffer": ("down",)}
 
 
 class BottleneckLinear(Linear):
-    """A frozen linear with an adapter behind it."""
+    """A frozen linear followed by an adapter."""
 
     def __init__(self, linear: Linear, rank: int, rng: torch.Generator) -> None:
-        with torch.device("meta"):  # no memory, no random numbers: every tensor is given below
+        with torch.device("meta"):  # no memory, no random numbers: every tensor is set below
             super().__init__(linear.in_features, linear.out_features, linear.bias is not None)
         self.weight, self.bias = linear.weight, linear.bias
-        d, master, device = linear.out_features, master_dtype(linear.weight.dtype), target_device(linear.weight)
-        down = torch.empty(rank, d, dtype=master)
-        nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=rng)
-        self.adapter_down = nn.Parameter(down.to(device))
-        self.adapter_down_bias = nn.Parameter(torch.zeros(rank, dtype=master, device=device))
-        self.adapter_up = nn.Parameter(torch.zeros(d, rank, dtype=master, device=device))
-        self.adapter_up_bias = nn.Parameter(torch.zeros(d, dtype=master, device=device))
+        d, options = linear.out_features, master_options(linear.weight)
+        self.adapter_down = kaiming_parameter(rank, d, linear.weight, rng)
+        self.adapter_down_bias = nn.Parameter(torch.zeros(rank, **options))
+        self.adapter_up = nn.Parameter(torch.zeros(d, rank, **options))
+        self.adapter_up_bias = nn.Parameter(torch.zeros(d, **options))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
         a = super().forward(x)
-        down, v_down, up, v_up = (
-            t.to(a.dtype) for t in (self.adapter_down, self.adapter_down_bias, self.adapter_up, self.adapter_up_bias)
-        )
-        return a + F.linear(F.gelu(F.linear(a, down, v_down)), up, v_up)
-
-    @staticmethod
-    def adapter_parameters(module: "BottleneckLinear") -> list[nn.Parameter]:
-        """What is trained."""
-        return [module.adapter_down, module.adapter_down_bias, module.adapter_up, module.adapter_up_bias]
+        hidden = F.gelu(F.linear(a, self.adapter_down.to(a.dtype), self.adapter_down_bias.to(a.dtype)))
+        return a + F.linear(hidden, self.adapter_up.to(a.dtype), self.adapter_up_bias.to(a.dtype))
 
 
 @dataclass(frozen=True)
 class Adapter(Method):
-    """A bottleneck behind the attention and behind the MLP of every block, or behind the MLP only."""
+    """A bottleneck after the attention and after the MLP of every block, or after the MLP only."""
 
     rank: int = 64
     placement: str = "houlsby"
@@ -65,6 +55,11 @@ class Adapter(Method):
     name: ClassVar[str] = "adapter"
     default_lr: ClassVar[float] = 5e-4
     flags: ClassVar[Mapping[str, str]] = {"rank": "rank", "adapter_placement": "placement"}
+    examples: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "": {"rank": 3},
+        "pfeiffer": {"rank": 2, "placement": "pfeiffer"},
+        "upper": {"rank": 2, "layers": (1, 2)},
+    }
     mergeable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -74,23 +69,16 @@ class Adapter(Method):
             raise InputError(f"--rank {self.rank}: an adapter's bottleneck has 1 or more units")
 
     def install(self, model: CausalLM, rng: torch.Generator) -> None:
-        """Put an adapter behind o and down, or behind down only, in the span's blocks."""
-        made: list[BottleneckLinear] = []
-
-        def wrap(linear: Linear, name: str) -> BottleneckLinear:
-            made.append(BottleneckLinear(linear, self.rank, rng))
-            return made[-1]
-
-        replace_linears(model, PLACEMENTS[self.placement], wrap, self.layer_range(model.config))
+        """Add an adapter to o and down, or to down only, in the layers' blocks."""
         freeze(model)
-        for p in (p for module in made for p in BottleneckLinear.adapter_parameters(module)):
-            p.requires_grad_(True)
+        targets, layers = PLACEMENTS[self.placement], self.layer_range(model.config)
+        replace_linears(model, targets, lambda linear, name: BottleneckLinear(linear, self.rank, rng), layers)
 
-    def param_breakdown(self, shape: ModelConfig) -> list[ParameterGroup]:
+    def param_breakdown(self, config: ModelConfig) -> list[ParameterGroup]:
         """2 d r + r + d for each adapter."""
-        layers, d, r = len(self.layer_range(shape)), shape.hidden_size, self.rank
-        count, formula = layers * (2 * d * r + r + d), format_formula("L (2 d r + r + d)", L=layers, d=d, r=r)
+        letters = {"L": len(self.layer_range(config)), "d": config.hidden_size, "r": self.rank}
+        _, weights, _ = counted("", "L 2 d r", **letters)
         return [
-            ParameterGroup(f"{role}, adapter", count, formula, role, added=True, weights=layers * 2 * d * r)
+            ParameterGroup(*counted(f"{role}, adapter", "L (2 d r + r + d)", **letters), role, True, weights)
             for role in PLACEMENTS[self.placement]
         ]

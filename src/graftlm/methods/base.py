@@ -1,10 +1,11 @@
-"""The contract of a method: a frozen dataclass whose `install` changes a model and marks what is trained.
+"""The interface of a method: a frozen dataclass whose `install` changes a model and marks what is trained.
 
-After `install`, `requires_grad` alone says what is trained, counted, optimised and saved, so everything below is
-written once for all methods. Trained parameters are float32 (float64 in a float64 model) and cast in forward;
-frozen ones keep the base's dtype.
+After `install`, `requires_grad` alone decides what is trained, counted, optimised and saved, so the functions below
+serve all methods. Trained parameters are float32 (float64 in a float64 model) and cast in forward; frozen ones keep
+the base's dtype.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.errors import InputError, unknown_name_error
-from graftlm.methods.cost_model import ParameterGroup, total
+from graftlm.methods.cost_model import ParameterGroup, Passes, total
 from graftlm.models import CausalLM, Linear, ModelConfig
 from graftlm.models.checkpoint_mapping import our_module_name
 
 PeftFolder = tuple[dict[str, Any], dict[str, Tensor]]
-"""What PEFT's two files hold: adapter_config.json (without the base's name) and adapter_model.safetensors."""
+"""The contents of PEFT's two files: adapter_config.json (without the base's name) and adapter_model.safetensors."""
 
 
 @dataclass(frozen=True)
@@ -27,177 +28,205 @@ class Method(ABC):
     """A way to adapt a model. Subclasses are frozen dataclasses of plain values."""
 
     layers: tuple[int, int] | None = field(default=None, kw_only=True)
-    """The blocks it adapts: from the first number up to but without the second; None: all."""
+    """The blocks it adapts, as a half-open range; None: all."""
 
     name: ClassVar[str]
     default_lr: ClassVar[float]
     flags: ClassVar[Mapping[str, str]] = {}
-    """Flag of `graft train` -> the field it sets, for the flags that mean something to this method."""
+    """Flag of `graft train` -> the field it sets, for the flags that this method accepts."""
+    examples: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Small instances for the contract tests: label -> fields. They fit a model of 2 layers and width 32."""
     is_full_finetune: ClassVar[bool] = False
-    """Whether a checkpoint is a whole model, because the base's own weights are what is trained."""
+    """Whether a checkpoint is a whole model, because the base's own weights are trained."""
     peft_type: ClassVar[str] = ""
-    """What PEFT calls it, where it does."""
+    """PEFT's name of the method; empty if PEFT does not have it."""
     mergeable: ClassVar[bool] = True
-    """Whether the adapted model is a plain model with other weights, once `eval()` has merged it."""
+    """Whether `eval()` turns the adapted model into a plain model with other weights."""
 
-    def layer_range(self, shape: ModelConfig) -> range:
-        """The numbers of the blocks it adapts."""
-        return range(*self.layers) if self.layers else range(shape.num_layers)
+    def layer_range(self, config: ModelConfig) -> range:
+        """The indices of the blocks it adapts."""
+        return range(*self.layers) if self.layers else range(config.num_layers)
 
     @property
     def positions(self) -> int:
-        """How many of the context's positions it takes, before every text."""
+        """How many positions of the context its learned prefix takes."""
         return 0
 
     @abstractmethod
     def install(self, model: CausalLM, rng: torch.Generator) -> None:
-        """Replace or add modules, freeze the rest; initial weights come from `rng` (on the CPU)."""
+        """Replace or add modules and freeze the rest; initial weights are drawn from `rng` (on the CPU)."""
 
     def init_from_base_weights(self, model: CausalLM) -> None:
-        """Do what `install` does with a base's weights; called once they are read, where they were not before.
+        """The part of `install` that reads the base's weights; called after loading if they were on the meta device.
 
-        They may be cut over several processes, which all call it.
+        The weights may be sharded; then all ranks call it.
         """
         return None
 
     @abstractmethod
-    def param_breakdown(self, shape: ModelConfig) -> list[ParameterGroup]:
-        """All that it trains, each part with its closed form."""
+    def param_breakdown(self, config: ModelConfig) -> list[ParameterGroup]:
+        """All parameters it trains, in groups with closed forms."""
 
-    def count(self, shape: ModelConfig) -> int:
+    def count(self, config: ModelConfig) -> int:
         """How many parameters it trains."""
-        return total(self.param_breakdown(shape))
+        return total(self.param_breakdown(config))
 
-    def adapted_config(self, shape: ModelConfig) -> ModelConfig:
-        """The shape that it gives the model's own parts."""
-        return shape
+    def passes(self, config: ModelConfig, cached: int = 0) -> Passes:
+        """What a training step computes, if the output of the first `cached` blocks is cached."""
+        layers = self.layer_range(config)
+        return Passes(
+            forward=config.num_layers - cached,
+            backward=config.num_layers - layers.start,
+            weight_grads=len(layers) if self.is_full_finetune else 0,
+            head=3 if self.is_full_finetune and self.layers is None else 2,
+        )
+
+    def adapted_config(self, config: ModelConfig) -> ModelConfig:
+        """The configuration of the adapted model's own modules."""
+        return config
 
     def resolve_init(self, prompts: Sequence[Sequence[int]], encode: Callable[[str], Sequence[int]]) -> "Method":
-        """The method with whatever it takes from the run's prompts, or from a text of its own, decided."""
+        """The method with all that it takes from the run's prompts, or from a text of its own, filled in."""
         return self
 
     def lr_multiplier(self, name: str) -> float:
-        """What the learning rate of the trained parameter of this name is multiplied by."""
+        """Factor of the learning rate of the trained parameter of this name."""
         return 1.0
 
     def describe_scale(self, model: CausalLM, lr: float) -> str:
-        """One line on how far a step of this method at this rate moves the model; empty where there is none to say."""
+        """One line on how far a step at this learning rate moves the model; empty if there is nothing to report."""
         return ""
 
     def to_json(self) -> dict[str, Any]:
         """Its name and fields, for run.json."""
         return {"method": self.name, **asdict(self)}
 
-    # In and out of PEFT, where PEFT has the method ---------------------------------------------------------------
+    # PEFT's format, for methods that PEFT has ---------------------------------------------------------------------
 
     def to_peft(self, model: CausalLM) -> PeftFolder | None:
-        """What a model that this method adapted is in PEFT; None: PEFT has no such method."""
+        """PEFT's files for a model adapted by this method; None: PEFT has no such method."""
         return None
 
-    def from_peft(self, shape: ModelConfig, folder: PeftFolder, where: str) -> dict[str, Tensor]:
-        """The trained tensors, by our names, of a folder that `to_peft` made; an InputError if another method did."""
+    def from_peft(self, config: ModelConfig, folder: PeftFolder, where: str) -> dict[str, Tensor]:
+        """The trained tensors, by our names, of a folder written by `to_peft`; an InputError if another method did."""
         raise NotImplementedError
 
     @classmethod
     def from_foreign_peft(
-        cls, shape: ModelConfig, folder: PeftFolder, where: str
+        cls, config: ModelConfig, folder: PeftFolder, where: str
     ) -> "tuple[Method, dict[str, Tensor]] | None":
-        """The method and tensors of any PEFT folder; None: another method's; InputError for what is not understood."""
+        """The method and tensors of any PEFT folder; None: another method's; InputError for unsupported settings."""
         return None
 
     @property
     def resumable_from_adapter(self) -> bool:
-        """Whether what is trained can be read back from an adapter folder, so that a run can go on from it."""
+        """Whether an adapter folder holds all trained parameters, so that a run can continue from it."""
         return True
 
     @property
     def for_inference(self) -> "Method":
-        """What to install before an adapter folder is read for inference only."""
+        """The method to install when an adapter folder is loaded for inference only."""
         return self
 
 
+# Tensors of a method --------------------------------------------------------------------------------------------------
+
+
 def master_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype trained parameters are kept in beside a base of `dtype`."""
+    """The dtype of trained parameters next to a base of `dtype`."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def target_device(weight: Tensor) -> torch.device:
-    """Where what is trained beside a weight is to be: with it, or on torch's default device while it is not read."""
+    """The device of a trained parameter next to `weight`: the same, or torch's default if that has no data yet."""
     return torch.get_default_device() if weight.device.type == "meta" else weight.device
 
 
+def master_options(weight: Tensor) -> dict[str, Any]:
+    """dtype and device of a trained parameter next to `weight`, as keyword arguments of torch's constructors."""
+    return {"dtype": master_dtype(weight.dtype), "device": target_device(weight)}
+
+
+def kaiming_parameter(rows: int, columns: int, weight: Tensor, rng: torch.Generator) -> nn.Parameter:
+    """A trained [rows, columns] matrix next to `weight`, uniform within 1 / sqrt(columns), drawn on the CPU."""
+    drawn = torch.empty(rows, columns, dtype=master_dtype(weight.dtype))
+    nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=rng)
+    return nn.Parameter(drawn.to(target_device(weight)))
+
+
 def freeze(model: nn.Module) -> None:
-    """Nothing is trained."""
-    for p in model.parameters():
-        p.requires_grad_(False)
+    """Mark all parameters as not trained."""
+    model.requires_grad_(False)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name -> parameter for all that is trained, in the model's order."""
+    """Name -> parameter for all that are trained, in the model's order."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trained, all) parameters; a tied head counts once."""
+    """(trained, all) parameters; tied embeddings count once."""
     return sum(p.numel() for p in trainable(model).values()), sum(p.numel() for p in model.parameters())
 
 
-def parse_layer_range(text: str, layers: int) -> tuple[int, int] | None:
-    """What --train_layers says of a model of so many layers; None for all. An InputError for what is no slice."""
-    if not text.strip():
-        return None
-    first, colon, end = (part.strip() for part in text.partition(":"))
-    try:
-        assert colon
-        start, stop, _ = slice(int(first) if first else None, int(end) if end else None).indices(layers)
-    except (ValueError, AssertionError):
-        raise InputError(f"--train_layers {text!r}: is no slice such as '{layers * 2 // 3}:' or '-4:'") from None
-    if start >= stop:
-        raise InputError(f"--train_layers {text!r}: holds none of the model's {layers} layers, 0 to {layers - 1}")
-    return start, stop
-
-
-def replace_linears(
-    model: CausalLM, targets: tuple[str, ...], make: Callable[[Linear, str], Linear], span: range
-) -> None:
-    """Put `make(linear, its name)` in place of the targeted role in every block of the span.
-
-    An unknown role, or none at all, is an InputError that lists those the model has; so is a linear that was
-    replaced before.
-    """
-    if not targets:
-        raise InputError(f"--targets is empty: name at least one of {', '.join(model.config.roles)}")
-    for role in targets:
-        if role not in model.config.roles:
-            raise unknown_name_error("target", role, model.config.roles)
-    for i in span:
-        block = model.blocks[i]
-        for role in targets:
-            parent_name, child = our_module_name(role).split(".")
-            parent = block.get_submodule(parent_name)
-            old = getattr(parent, child)
-            if type(old) is not Linear:
-                raise InputError(
-                    f"blocks.{i}.{parent_name}.{child} is a {type(old).__name__} already; adapt a fresh base"
-                )
-            setattr(parent, child, make(old, f"blocks.{i}.{parent_name}.{child}"))
-
-
 def trainable_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> tensor of all that is trained: what a checkpoint holds."""
+    """Name -> tensor of all that is trained: the contents of a checkpoint."""
     return {name: p.detach() for name, p in trainable(model).items()}
 
 
 def load_trainable_state_dict(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Set all trained parameters from `state`; exactly these names and shapes, or an InputError."""
+    """Set all trained parameters from `state`; an InputError unless names and shapes are exactly the model's."""
     params = trainable(model)
     if missing := sorted(set(params) - set(state)):
         raise InputError(f"{where}: {missing[0]} is missing ({len(missing)} of {len(params)} are)")
-    if spare := sorted(set(state) - set(params)):
-        raise InputError(f"{where}: {spare[0]} belongs to no trained part of this model")
+    if unexpected := sorted(set(state) - set(params)):
+        raise InputError(f"{where}: {unexpected[0]} belongs to no trained part of this model")
     for name, p in params.items():
         if p.shape != state[name].shape:
             raise InputError(f"{where}: {name} has shape {list(state[name].shape)}, the model wants {list(p.shape)}")
     with torch.no_grad():
         for name, p in params.items():
             p.copy_(state[name])
+
+
+# Layers and targets ---------------------------------------------------------------------------------------------------
+
+
+def parse_layer_range(text: str, layers: int) -> tuple[int, int] | None:
+    """The value of --train_layers for a model of `layers` blocks; None for all. An InputError unless it is a slice."""
+    if not text.strip():
+        return None
+    try:
+        first, end = (int(part) if part.strip() else None for part in text.split(":"))
+    except ValueError:
+        raise InputError(f"--train_layers {text!r}: is no slice such as '{layers * 2 // 3}:' or '-4:'") from None
+    start, stop, _ = slice(first, end).indices(layers)
+    if start >= stop:
+        raise InputError(f"--train_layers {text!r}: holds none of the model's {layers} layers, 0 to {layers - 1}")
+    return start, stop
+
+
+def block_modules(model: CausalLM, layers: range) -> list[nn.Module]:
+    """The blocks of these layers, and the final norm if they include the last one."""
+    return [*(model.blocks[i] for i in layers), *([model.norm] if layers.stop == model.config.num_layers else [])]
+
+
+def replace_linears(
+    model: CausalLM, targets: Sequence[str], make: Callable[[Linear, str], Linear], layers: range
+) -> None:
+    """Replace the targeted linears of these blocks by `make(linear, its name)`.
+
+    An InputError for no target, for an unknown one, and for a linear that was replaced before.
+    """
+    if not targets:
+        raise InputError(f"--targets is empty: name at least one of {', '.join(model.config.roles)}")
+    for role in targets:
+        if role not in model.config.roles:
+            raise unknown_name_error("target", role, model.config.roles)
+    for i in layers:
+        for role in targets:
+            name = f"blocks.{i}.{our_module_name(role)}"
+            old = model.get_submodule(name)
+            if type(old) is not Linear:
+                raise InputError(f"{name} is a {type(old).__name__} already; adapt a fresh base")
+            model.set_submodule(name, make(old, name))

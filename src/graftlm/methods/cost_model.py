@@ -1,15 +1,14 @@
-"""How many parameters and how much needed work, in closed form from the shape alone; nothing is loaded.
+"""Parameters, FLOPs and memory in closed form, from the model's configuration alone; no weights are loaded.
 
-What is unusual here: a count is a `Line` that carries its formula, in letters and again in this model's numbers, so
-that what `graft estimate` shows is what was computed.
+Each number is a `CostItem`, computed from the formula that is displayed with it, so the two cannot disagree.
 
-Letters: L layers, d model width, V vocabulary, C context, H heads, D width of a head, T tokens of a text, n positions
-that stand before it.
+Letters: L layers, d hidden size, V vocabulary size, C context length, H heads, D width of a head, T tokens of a text,
+n positions of a learned prefix.
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from graftlm.models.config import FAMILIES, ModelConfig
@@ -17,7 +16,7 @@ from graftlm.models.config import FAMILIES, ModelConfig
 
 @dataclass(frozen=True)
 class CostItem:
-    """A number, what it counts, and the formula that gave it."""
+    """A number, what it counts, and its formula."""
 
     description: str
     count: int
@@ -31,9 +30,12 @@ class ParameterGroup(CostItem):
     module: str
     """Where they are: a role (q, up), or embedding, positions, norms, head, prefix."""
     added: bool = False
-    """Whether a method brought them."""
+    """Whether a method adds them to the base."""
     weights: int = 0
-    """How many of them a method multiplies every token with."""
+    """How many of them are elements of a method's own matrices, which every token is multiplied with."""
+
+
+_PRODUCT = re.compile(r"(?<=[\w)]) (?=[\w(])")
 
 
 def format_formula(formula: str, **letters: int) -> str:
@@ -42,283 +44,241 @@ def format_formula(formula: str, **letters: int) -> str:
     return f"{formula} = {_PRODUCT.sub(' × ', numbers)}"
 
 
-_PRODUCT = re.compile(r"(?<=[\w)]) (?=[\w(])")
+def counted(description: str, formula: str, **letters: int) -> tuple[str, int, str]:
+    """The fields of a `CostItem` whose count is the value of the formula; a quotient is rounded down."""
+    text = format_formula(formula, **letters)
+    expression = text.partition(" = ")[2].replace(",", "").replace("×", "*").replace("/", "//")
+    return description, int(eval(expression)), text  # numbers, operators and parentheses only
+
+
+def total(items: Sequence[CostItem]) -> int:
+    """The sum of the counts."""
+    return sum(item.count for item in items)
 
 
 # Parameters -----------------------------------------------------------------------------------------------------------
 
 
-def linear_size(shape: ModelConfig, role: str) -> tuple[int, int]:
+def linear_size(config: ModelConfig, role: str) -> tuple[int, int]:
     """(in_features, out_features) of the role's linear."""
-    d, f, q, kv = (
-        shape.hidden_size,
-        shape.intermediate_size,
-        shape.num_heads * shape.head_dim,
-        shape.num_kv_heads * shape.head_dim,
-    )
+    d, f = config.hidden_size, config.intermediate_size
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     sizes = {"q": (d, q), "k": (d, kv), "v": (d, kv), "o": (q, d), "gate": (d, f), "up": (d, f), "down": (f, d)}
     return sizes[role]
 
 
-def block_parts(shape: ModelConfig, layers: int, last: bool) -> list[ParameterGroup]:
-    """All parameters of so many blocks, and with `last` of the norm behind them."""
+def linear_letters(config: ModelConfig, role: str, layers: int) -> dict[str, int]:
+    """Letters of formulas about the role's linear: L, in, out."""
+    n_in, n_out = linear_size(config, role)
+    return {"L": layers, "in": n_in, "out": n_out}
+
+
+def norms_formula(config: ModelConfig, layers: range) -> str:
+    """Elements of the norms' weights in these layers, with the final norm's if they include the last layer."""
+    return "d (2 L + 1)" if layers.stop == config.num_layers else "d 2 L"
+
+
+def block_parts(config: ModelConfig, layers: range) -> list[ParameterGroup]:
+    """All parameters of these layers, and of the final norm if they include the last one."""
     parts = []
-    for role in shape.roles:
-        n_in, n_out = linear_size(shape, role)
-        letters = {"L": layers, "in": n_in, "out": n_out}
-        if shape.has_bias(role):
-            count, formula = layers * (n_in * n_out + n_out), format_formula("L (in out + out)", **letters)
-        else:
-            count, formula = layers * n_in * n_out, format_formula("L in out", **letters)
-        parts.append(
-            ParameterGroup(f"{role}, weights{' and biases' if shape.has_bias(role) else ''}", count, formula, role)
-        )
-    biased = FAMILIES[shape.family].norm_biases  # a weight, and in some families a bias
-    each = "2 d" if biased else "d"
-    norms = f"{each} (2 L + 1)" if last else f"{each} 2 L"
-    count = shape.hidden_size * (2 if biased else 1) * (2 * layers + last)
-    return [*parts, ParameterGroup("norms", count, format_formula(norms, L=layers, d=shape.hidden_size), "norms")]
+    for role in config.roles:
+        bias = config.has_bias(role)
+        formula, letters = "L (in out + out)" if bias else "L in out", linear_letters(config, role, len(layers))
+        parts.append(ParameterGroup(*counted(f"{role}, weights{' and biases' * bias}", formula, **letters), role))
+    formula = ("2 " if FAMILIES[config.family].norm_biases else "") + norms_formula(config, layers)
+    norms = counted("norms", formula, L=len(layers), d=config.hidden_size)
+    return [*parts, ParameterGroup(*norms, "norms")]
 
 
-def model_parts(shape: ModelConfig) -> list[ParameterGroup]:
-    """All parameters of a model of this shape; a tied head counts once, as the embedding."""
-    d, v, c = shape.hidden_size, shape.vocab_size, shape.max_positions
-    table = v * d, format_formula("V d", V=v, d=d)
-    places = (
-        [ParameterGroup("positions", c * d, format_formula("C d", C=c, d=d), "positions")]
-        if FAMILIES[shape.family].positions
-        else []
-    )
-    head = [] if shape.tie_embeddings else [ParameterGroup("head", *table, "head")]
-    return [
-        ParameterGroup("embedding", *table, "embedding"),
-        *places,
-        *block_parts(shape, shape.num_layers, True),
-        *head,
-    ]
+def model_parts(config: ModelConfig) -> list[ParameterGroup]:
+    """All parameters of the model; tied embeddings count once."""
+    letters = {"V": config.vocab_size, "d": config.hidden_size, "C": config.max_positions}
+    parts = [ParameterGroup(*counted("embedding", "V d", **letters), "embedding")]
+    if FAMILIES[config.family].positions:
+        parts.append(ParameterGroup(*counted("positions", "C d", **letters), "positions"))
+    parts += block_parts(config, range(config.num_layers))
+    if not config.tie_embeddings:
+        parts.append(ParameterGroup(*counted("head", "V d", **letters), "head"))
+    return parts
 
 
-def total(parts: Sequence[CostItem]) -> int:
-    """The sum of the counts."""
-    return sum(part.count for part in parts)
+def parameters(config: ModelConfig) -> int:
+    """Number of parameters of the model; tied embeddings count once."""
+    return total(model_parts(config))
 
 
-def block_parameters(shape: ModelConfig) -> int:
-    """All parameters of one block."""
-    return total(block_parts(shape, 1, False))
+def block_parameters(config: ModelConfig) -> int:
+    """Number of parameters of one block."""
+    return parameters(config) - parameters(replace(config, num_layers=config.num_layers - 1))
 
 
-def parameters(shape: ModelConfig) -> int:
-    """All parameters of a model of this shape; a tied head counts once."""
-    return total(model_parts(shape))
+# FLOPs ----------------------------------------------------------------------------------------------------------------
 
 
-# Work -----------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Passes:
+    """How many of the model's blocks a step computes in each pass; `Method.passes` gives it."""
+
+    forward: int
+    backward: int = 0
+    """Blocks through which gradients of activations flow."""
+    weight_grads: int = 0
+    """Blocks whose own weights have gradients."""
+    head: int = 2
+    """Products with the head's matrix: forward, for the gradient of its input, and if it is trained, of its weight."""
 
 
-def layer_weights(shape: ModelConfig) -> int:
-    """Elements of one block's matrices: what every token is multiplied with."""
-    return sum(n_in * n_out for n_in, n_out in (linear_size(shape, role) for role in shape.roles))
+def layer_weights(config: ModelConfig) -> int:
+    """Elements of one block's matrices."""
+    return sum(n_in * n_out for n_in, n_out in (linear_size(config, role) for role in config.roles))
 
 
-def model_flops(
-    shape: ModelConfig, tokens: int, *, first_trained: int = 0, below_kept: bool = False, weights_trained: bool = False
-) -> int:
-    """The floating-point operations that training on `tokens` cannot do without, in the layers' matrices.
+def model_flops(config: ModelConfig, tokens: int, passes: Passes) -> int:
+    """Model FLOPs of a training step on `tokens`, in the blocks' matrices: a multiply and an add per weight and pass.
 
-    A multiplication and an addition for each weight and token, once forward and once for the input's gradient; once
-    more for the weights' gradient where the weights themselves are trained. Blocks below `first_trained` need only the
-    forward pass, and nothing where their output is kept from before. Head, attention's own products, norms and an
-    adapter's thin matrices are left out, so the share of a machine's peak that is made of this is a lower bound.
+    Head, attention scores, norms and an adapter's low-rank matrices are left out, so an MFU computed from this number
+    is a lower bound.
     """
-    above = (6 if weights_trained else 4) * (shape.num_layers - first_trained)
-    below = 0 if below_kept else 2 * first_trained
-    return (above + below) * layer_weights(shape) * tokens
+    return 2 * (passes.forward + passes.backward + passes.weight_grads) * layer_weights(config) * tokens
 
 
-def forward_flops(shape: ModelConfig, method_weights: int, tokens: int, before: int) -> dict[str, CostItem]:
-    """What reading a text of so many tokens costs for each of them, behind `before` positions.
+_KEYS = "H D (T + 1 + 2 n)"  # a query sees (T + 1) / 2 keys of its text on average, and n; scores and values
 
-    A multiplication and an addition for every weight. Attention: a query meets (T + 1) / 2 keys of its own text on
-    average and those before it, once for the scores and once for the values.
-    """
-    letters = _letters(shape, method_weights, tokens, before)
-    layers, w, (hd, keys) = shape.num_layers, layer_weights(shape), _attention(shape, tokens, before)
-    return {
-        "layers": CostItem("layers' matrices", 2 * layers * w, format_formula("2 L W", **letters)),
-        "method": CostItem("the method's matrices", 2 * method_weights, format_formula("2 M", **letters)),
-        "attention": CostItem(
-            "attention's own products", 2 * layers * hd * keys, format_formula(f"2 L {_KEYS}", **letters)
-        ),
-        "head": CostItem("head", 2 * shape.vocab_size * shape.hidden_size, format_formula("2 V d", **letters)),
-    }
+
+def forward_flops(config: ModelConfig, method_weights: int, tokens: int, prefix: int) -> dict[str, CostItem]:
+    """FLOPs per token of the forward pass over a text of `tokens`, after a learned prefix of `prefix` positions."""
+    letters = _letters(config, method_weights, tokens, prefix)
+    return _flops(("2 L W", "2 M", f"2 L {_KEYS}", "2 V d"), letters)
 
 
 def training_flops(
-    shape: ModelConfig, method_weights: int, tokens: int, before: int, first: int, weights_in: int, head_trained: bool
+    config: ModelConfig, method_weights: int, tokens: int, prefix: int, passes: Passes
 ) -> dict[str, CostItem]:
-    """What training on a text of so many tokens costs for each of them: forward, and the gradients that are needed.
+    """FLOPs per token of forward and backward pass, with a target at each token."""
+    letters = _letters(config, method_weights, tokens, prefix) | {"B": passes.backward, "G": passes.weight_grads}
+    head = f"{2 * passes.head} V d"
+    return _flops(("2 (L + B + G) W", "6 M", f"2 (L + 2 B) {_KEYS}", head), letters)
 
-    Args:
-        first: the first block that has something trained; those below need no backward pass.
-        weights_in: blocks whose own weights are trained, which takes their gradients too.
-        head_trained: whether the head's are. The head counts where a target is predicted only.
-    """
-    back = shape.num_layers - first
-    letters = {**_letters(shape, method_weights, tokens, before), "B": back, "G": weights_in}
-    w, (hd, keys) = layer_weights(shape), _attention(shape, tokens, before)
-    matrices = model_flops(shape, 1, first_trained=first) + 2 * weights_in * w
-    head = (6 if head_trained else 4) * shape.vocab_size * shape.hidden_size
-    return {
-        "layers": CostItem("layers' matrices", matrices, format_formula("2 (L + B + G) W", **letters)),
-        "method": CostItem("the method's matrices", 6 * method_weights, format_formula("6 M", **letters)),
-        "attention": CostItem(
-            "attention's own products",
-            2 * (shape.num_layers + 2 * back) * hd * keys,
-            format_formula(f"2 (L + 2 B) {_KEYS}", **letters),
-        ),
-        "head": CostItem("head", head, format_formula("6 V d" if head_trained else "4 V d", **letters)),
+
+def _letters(config: ModelConfig, method_weights: int, tokens: int, prefix: int) -> dict[str, int]:
+    sizes = {"L": config.num_layers, "W": layer_weights(config), "M": method_weights, "V": config.vocab_size}
+    heads = {"d": config.hidden_size, "H": config.num_heads, "D": config.head_dim}
+    return {**sizes, **heads, "T": tokens, "n": prefix}
+
+
+def _flops(formulas: Sequence[str], letters: Mapping[str, int]) -> dict[str, CostItem]:
+    """The items of these formulas: layers and method, and if there are two more, attention and head."""
+    named = {
+        "layers": "layers' matrices",
+        "method": "the method's matrices",
+        "attention": "attention's own products",
+        "head": "head",
     }
-
-
-_KEYS = "H D (T + 1 + 2 n)"
-
-
-def _attention(shape: ModelConfig, tokens: int, before: int) -> tuple[int, int]:
-    return shape.num_heads * shape.head_dim, tokens + 1 + 2 * before
-
-
-def _letters(shape: ModelConfig, method_weights: int, tokens: int, before: int) -> dict[str, int]:
-    sizes = {
-        "L": shape.num_layers,
-        "W": layer_weights(shape),
-        "M": method_weights,
-        "V": shape.vocab_size,
-        "d": shape.hidden_size,
-    }
-    return {**sizes, "H": shape.num_heads, "D": shape.head_dim, "T": tokens, "n": before}
+    pairs = zip(named.items(), formulas, strict=False)
+    return {name: CostItem(*counted(description, formula, **letters)) for (name, description), formula in pairs}
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 
 def memory(trained: int, everything: int, item: int) -> dict[str, CostItem]:
-    """Bytes that training holds whatever the batch: frozen weights of `item` bytes, all else in float32."""
+    """Bytes of training that do not depend on the batch: frozen weights of `item` bytes each, the rest in float32."""
     letters = {"N": everything, "t": trained}
-    frozen = format_formula(f"{item} (N - t)", **letters)
     return {
-        "frozen": CostItem("frozen weights", item * (everything - trained), frozen),
-        "trained": CostItem("trained weights", 4 * trained, format_formula("4 t", **letters)),
-        "gradients": CostItem("their gradients", 4 * trained, format_formula("4 t", **letters)),
-        "moments": CostItem("Adam's two moments", 8 * trained, format_formula("8 t", **letters)),
+        "frozen": CostItem(*counted("frozen weights", f"{item} (N - t)", **letters)),
+        "trained": CostItem(*counted("trained weights", "4 t", **letters)),
+        "gradients": CostItem(*counted("their gradients", "4 t", **letters)),
+        "optimizer_state": CostItem(*counted("AdamW's optimizer state", "8 t", **letters)),
     }
 
 
-# Several processes ----------------------------------------------------------------------------------------------------
+# Several ranks --------------------------------------------------------------------------------------------------------
 
 
 def memory_of_each(
-    shape: ModelConfig, trained: int, everything: int, item: int, processes: int, sharding: str
+    config: ModelConfig, trained: int, everything: int, item: int, world_size: int, sharding: str
 ) -> dict[str, CostItem]:
-    """Bytes that each of n processes holds (`training/distributed.py`); of what is cut, its n-th part.
+    """Bytes on each rank (`training/distributed.py`).
 
     Args:
-        sharding: "none" (each rank holds the model), "frozen" (only frozen weights are sharded) or "full".
+        config: the model.
+        trained, everything: parameters that are trained, and all of them.
+        item: bytes of a frozen weight.
+        world_size: number of ranks.
+        sharding: "none" (each rank has the whole model), "frozen" (frozen weights are sharded) or "full".
 
-    Of what is cut a block's weights are whole while it computes, and the next one's are on their way, in the format of
-    the arithmetic; what is outside of blocks is whole until the backward pass is done, as it is kept.
+    Of a sharded model a block is gathered while it computes, and the next one is being gathered, both in the dtype of
+    the computation; weights outside of blocks stay gathered until the backward pass is done, in the dtype they are
+    stored in.
     """
-    whole = memory(trained, everything, item)
+    items = memory(trained, everything, item)
     if sharding == "none":
-        return whole
-    shared = {"frozen"} if sharding == "frozen" else set(whole)
-    held = {
-        name: CostItem(
-            line.description, -(-line.count // processes), f"({line.formula.partition(' = ')[0]}) / {processes}"
-        )
-        if name in shared
-        else line
-        for name, line in whole.items()
-    }
-    block, outside, kept = block_parameters(shape), _outside(shape), item if sharding == "frozen" else 4
-    formula = format_formula(f"{item} 2 b + {kept} e", b=block, e=outside)
-    return {**held, "gathered": CostItem("weights whole for a while", item * 2 * block + kept * outside, formula)}
+        return items
+    for name in ("frozen",) if sharding == "frozen" else tuple(items):
+        formula, count = f"({items[name].formula.partition(' = ')[0]}) / {world_size}", items[name].count
+        items[name] = CostItem(items[name].description, -(-count // world_size), formula)
+    block, outside = block_parameters(config), _outside(config)
+    formula = f"{item} 2 b + {item if sharding == 'frozen' else 4} e"
+    return {**items, "gathered": CostItem(*counted("weights gathered for a while", formula, b=block, e=outside))}
 
 
-def _outside(shape: ModelConfig) -> int:
-    """Parameters outside of blocks: embedding, positions, last norm, head."""
-    return parameters(shape) - shape.num_layers * block_parameters(shape)
+def _outside(config: ModelConfig) -> int:
+    """Parameters outside of blocks: embedding, positions, final norm, head."""
+    return parameters(config) - config.num_layers * block_parameters(config)
 
 
-def sent_by_each(shape: ModelConfig, trained: int, item: int, processes: int, sharding: str) -> dict[str, CostItem]:
-    """Bytes that each of n processes sends in a step of one pass.
+def sent_by_each(config: ModelConfig, trained: int, item: int, world_size: int, sharding: str) -> dict[str, CostItem]:
+    """Bytes that each rank sends in a step without gradient accumulation.
 
-    Gradients once; of cut weights those of blocks twice, for the way forth and the way back, the others once. Rings: a
-    gather or a scatter of x bytes takes (n - 1) / n x from each, a sum both of them (Thakur et al. 2005).
+    Gradients once; sharded weights of blocks twice, for the forward and the backward pass, the others once. In a ring a
+    gather or a scatter of x bytes takes (n - 1) / n x from each rank, an all-reduce twice that (Thakur et al. 2005).
     """
-    blocks, outside = shape.num_layers * block_parameters(shape), _outside(shape)
-    letters = {"b": blocks, "e": outside, "t": trained, "n": processes}
+    blocks = config.num_layers * block_parameters(config)
+    letters = {"b": blocks, "e": _outside(config), "t": trained, "n": world_size}
 
-    def line(what: str, size: int, formula: str) -> CostItem:
-        return CostItem(what, size * (processes - 1) // processes, format_formula(f"{formula} (n - 1) / n", **letters))
+    def ring(description: str, formula: str) -> CostItem:
+        return CostItem(*counted(description, f"{formula} (n - 1) / n", **letters))
 
-    sums = line("gradients, added up", 8 * trained, "8 t")
+    reduced = ring("gradients, all-reduced", "8 t")
     if sharding == "none":
-        return {"gradients": sums}
-    kept = item if sharding == "frozen" else 4
-    weights = line("weights, gathered", 2 * item * blocks + kept * outside, f"({2 * item} b + {kept} e)")
-    return {
-        "weights": weights,
-        "gradients": sums if sharding == "frozen" else line("gradients, scattered", 4 * trained, "4 t"),
-    }
+        return {"gradients": reduced}
+    weights = ring("weights, gathered", f"({2 * item} b + {item if sharding == 'frozen' else 4} e)")
+    return {"weights": weights, "gradients": reduced if sharding == "frozen" else ring("gradients, scattered", "4 t")}
 
 
 # A plain feed-forward net ---------------------------------------------------------------------------------------------
 
 
-def ffn_parts(widths: Sequence[int], weights: bool = True) -> list[ParameterGroup]:
-    """Weights and biases of every layer of a net with these widths, the input's first; or the biases alone."""
-    parts = []
-    for layer, (n_in, n_out) in enumerate(pairwise(widths), 1):
-        count = n_in * n_out + n_out if weights else n_out
-        formula = format_formula("in out + out" if weights else "out", **{"in": n_in, "out": n_out})
-        parts.append(
-            ParameterGroup(f"layer {layer}, {'weights and ' * weights}biases", count, formula, f"layer {layer}")
-        )
-    return parts
+def ffn_parts(widths: Sequence[int]) -> list[ParameterGroup]:
+    """Weights and biases of every layer of a net with these widths, the input's first."""
+    return _ffn_layers(widths, "weights and biases", "in out + out")
+
+
+def ffn_biases(widths: Sequence[int]) -> list[ParameterGroup]:
+    """The biases of every layer."""
+    return _ffn_layers(widths, "biases", "out")
 
 
 def ffn_adapters(widths: Sequence[int], rank: int) -> list[ParameterGroup]:
-    """A bottleneck adapter behind every layer."""
-    return [
-        ParameterGroup(
-            f"layer {layer}, adapter",
-            2 * d * rank + rank + d,
-            format_formula("2 d r + r + d", d=d, r=rank),
-            f"layer {layer}",
-            added=True,
-            weights=2 * d * rank,
-        )
-        for layer, d in enumerate(widths[1:], 1)
-    ]
+    """A bottleneck adapter after every layer."""
+    parts = _ffn_layers(widths, "adapter", "2 d r + r + d", r=rank)
+    return [replace(p, added=True, weights=2 * d * rank) for p, d in zip(parts, widths[1:], strict=True)]
 
 
-def ffn_flops(widths: Sequence[int], method_weights: int, weights_trained: bool) -> dict[str, dict[str, CostItem]]:
-    """Forward and training of one example; the first layer (I weights) needs no gradient of its input."""
-    w, first = sum(a * b for a, b in pairwise(widths)), widths[0] * widths[1]
-    letters = {"W": w, "I": first, "M": method_weights}
-    training = 2 * (2 * w - first) + 2 * w * weights_trained
-    return {
-        "forward": {
-            "layers": CostItem("layers' matrices", 2 * w, format_formula("2 W", **letters)),
-            "method": CostItem("the method's matrices", 2 * method_weights, format_formula("2 M", **letters)),
-        },
-        "training": {
-            "layers": CostItem(
-                "layers' matrices",
-                training,
-                format_formula("2 (3 W - I)" if weights_trained else "2 (2 W - I)", **letters),
-            ),
-            "method": CostItem("the method's matrices", 6 * method_weights, format_formula("6 M", **letters)),
-        },
-    }
+def _ffn_layers(widths: Sequence[int], description: str, formula: str, **letters: int) -> list[ParameterGroup]:
+    parts = []
+    for layer, (n_in, n_out) in enumerate(pairwise(widths), 1):
+        sizes = letters | {"in": n_in, "out": n_out, "d": n_out}
+        parts.append(ParameterGroup(*counted(f"layer {layer}, {description}", formula, **sizes), f"layer {layer}"))
+    return parts
+
+
+def ffn_flops(widths: Sequence[int], method_weights: int, passes: int) -> dict[str, dict[str, CostItem]]:
+    """FLOPs of one example, forward and in training; the gradient of the net's input is not computed.
+
+    `passes` is 2 where only activations have gradients (forward, backward), 3 where the weights have them too. I are
+    the weights of the first layer.
+    """
+    letters = {"W": sum(a * b for a, b in pairwise(widths)), "I": widths[0] * widths[1], "M": method_weights}
+    training = _flops((f"2 ({passes} W - I)", "6 M"), letters)
+    return {"forward": _flops(("2 W", "2 M"), letters), "training": training}

@@ -1,13 +1,13 @@
-"""IA3 (Liu et al. 2022, arXiv:2205.05638): learned vectors stretch keys, values and the MLP's inner activations.
+"""IA3 (Liu et al. 2022, arXiv:2205.05638): learned vectors scale keys, values and the MLP's inner activations.
 
-    h = l o (W0 x + b)        for k and v, and whatever else is targeted        l [out], starts as ones
-    h = W0 (l o x) + b        for down, whose input the inner activations are   l [in]
+    h = l o (W0 x + b)        for k and v, and any other target        l [out], starts as ones
+    h = W0 (l o x) + b        for down, whose input is the inner activations      l [in]
 
-A vector is a weight's rows or columns times numbers, so in evaluation it is part of the weight, and of the bias.
+A vector scales a weight's rows or columns, so in evaluation it is part of the weight, and of the bias.
 
-What is unusual here: PEFT has one vector for all of q, k and v where a file fuses them (GPT-2, GPT-NeoX). Ours are cut
-out of it; a part that is not targeted stands in it as ones, so nothing is lost either way. (If PEFT goes on training
-such a folder, it trains that part too.) PEFT can stretch the input of any linear, we that of down only.
+PEFT has one vector for all of q, k and v if the checkpoint format fuses them (GPT-2, GPT-NeoX). Ours are slices of it;
+it is one where a part is not targeted, so no information is lost. (PEFT would train that part too.) PEFT can scale the
+input of any linear, we that of down only.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,63 +18,42 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.errors import InputError
-from graftlm.methods.base import (
-    Method,
-    PeftFolder,
-    freeze,
-    master_dtype,
-    replace_linears,
-    target_device,
-    trainable_state_dict,
-)
-from graftlm.methods.cost_model import ParameterGroup, format_formula, linear_size
+from graftlm.methods import peft_format as peft
+from graftlm.methods.base import Method, PeftFolder, freeze, master_options, replace_linears, trainable_state_dict
+from graftlm.methods.cost_model import ParameterGroup, counted, linear_letters
 from graftlm.methods.mergeable import MergeableLinear
-from graftlm.methods.peft_format import (
-    PEFT_VERSION,
-    WITHOUT_EFFECT,
-    StrictTensorReader,
-    check_fields,
-    fused_slices,
-    hf_module_name,
-    layer_prefix,
-    matches,
-    named_targets,
-    targeted,
-    uniform_layer_range,
-)
 from graftlm.models import CausalLM, Linear, ModelConfig
-from graftlm.models.checkpoint_mapping import our_module_name
 from graftlm.models.config import FAMILIES, Rows
 
 
 class IA3Linear(MergeableLinear):
-    """A frozen linear whose output, or input, is multiplied by a learned vector."""
+    """A frozen linear whose output is scaled by a learned vector; that of the MLP's down projection: its input."""
 
-    def __init__(self, linear: Linear, inward: bool) -> None:
-        with torch.device("meta"):  # no memory, no random numbers: every tensor is given below
+    def __init__(self, linear: Linear, name: str) -> None:
+        with torch.device("meta"):  # no memory, no random numbers: every tensor is set below
             super().__init__(linear.in_features, linear.out_features, linear.bias is not None)
-        self.weight, self.bias, self.inward = linear.weight, linear.bias, inward
-        width, weight = linear.in_features if inward else linear.out_features, linear.weight
-        self.stretch = nn.Parameter(torch.ones(width, dtype=master_dtype(weight.dtype), device=target_device(weight)))
+        self.weight, self.bias, self.feedforward = linear.weight, linear.bias, name.endswith(".down")
+        width = linear.in_features if self.feedforward else linear.out_features
+        self.stretch = nn.Parameter(torch.ones(width, **master_options(linear.weight)))  # l, by its name in checkpoints
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
         if self.merged:
             return super().forward(x)
-        by = self.stretch.to(x.dtype)
-        return super().forward(x * by) if self.inward else super().forward(x) * by
+        scale = self.stretch.to(x.dtype)
+        return super().forward(x * scale) if self.feedforward else super().forward(x) * scale
 
     def merged_tensors(self) -> dict[str, Tensor]:
-        """The weight's columns or rows stretched, and with its rows the bias."""
-        if self.inward:
+        """The weight with scaled columns, or with scaled rows and the bias likewise."""
+        if self.feedforward:
             return {"weight": self.weight.data * self.stretch}
-        stretched = {"weight": self.weight.data * self.stretch[:, None]}
-        return stretched if self.bias is None else {**stretched, "bias": self.bias.data * self.stretch}
+        bias = {} if self.bias is None else {"bias": self.bias.data * self.stretch}
+        return {"weight": self.weight.data * self.stretch[:, None], **bias}
 
 
 @dataclass(frozen=True)
 class IA3(Method):
-    """A vector for each targeted linear in every block: of down for its input, of the others for their output."""
+    """A vector for each peft.targeted linear in every block: of down for its input, of the others for their output."""
 
     targets: tuple[str, ...] = ("k", "v", "down")
 
@@ -82,136 +61,124 @@ class IA3(Method):
     peft_type: ClassVar[str] = "IA3"
     default_lr: ClassVar[float] = 1e-2
     flags: ClassVar[Mapping[str, str]] = {"targets": "targets"}
+    examples: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "": {},
+        "all": {"targets": ("q", "k", "v", "o", "up", "down")},
+        "upper": {"layers": (1, 2)},
+    }
 
     def install(self, model: CausalLM, rng: torch.Generator) -> None:
-        """Wrap the targeted linears; an InputError names an unknown target."""
-        made: list[IA3Linear] = []
-
-        def wrap(linear: Linear, name: str) -> IA3Linear:
-            made.append(IA3Linear(linear, inward=name.endswith(our_module_name("down"))))
-            return made[-1]
-
-        replace_linears(model, self.targets, wrap, self.layer_range(model.config))
+        """Replace the peft.targeted linears; an InputError names an unknown target."""
         freeze(model)
-        for module in made:
-            module.stretch.requires_grad_(True)
+        replace_linears(model, self.targets, IA3Linear, self.layer_range(model.config))
 
-    def param_breakdown(self, shape: ModelConfig) -> list[ParameterGroup]:
-        """The width of each targeted linear's output (of down: of its input), times the adapted layers."""
-        parts, layers = [], len(self.layer_range(shape))
+    def param_breakdown(self, config: ModelConfig) -> list[ParameterGroup]:
+        """The width of each peft.targeted linear's output (of down: of its input), times the adapted layers."""
+        parts, layers = [], len(self.layer_range(config))
         for role in self.targets:
-            side = "in" if role == "down" else "out"
-            width = linear_size(shape, role)[side == "out"]
-            formula = format_formula(f"L {side}", **{"L": layers, side: width})
-            parts.append(ParameterGroup(f"{role}, stretched", layers * width, formula, role, added=True))
+            formula = "L in" if role == "down" else "L out"
+            item = counted(f"{role}, scaled", formula, **linear_letters(config, role, layers))
+            parts.append(ParameterGroup(*item, role, added=True))
         return parts
 
-    # PEFT's folder ------------------------------------------------------------------------------------------------
+    # PEFT's format ------------------------------------------------------------------------------------------------
 
     def to_peft(self, model: CausalLM) -> PeftFolder:
         """PEFT's IA3."""
-        shape, state, tensors = model.config, trainable_state_dict(model), {}
-        for key, size, parts in self._vectors(shape):
+        config, state, tensors = model.config, trainable_state_dict(model), {}
+        for key, size, rows in self._vectors(config):
             vector = next(iter(state.values())).new_ones(size)
-            for name, rows in parts.items():
-                vector.view(-1)[rows] = state[name]
+            for name, part in rows.items():
+                vector.view(-1)[part] = state[name]
             tensors[key] = vector
-        return self._config(shape), tensors
+        return self._config(config), tensors
 
-    def from_peft(self, shape: ModelConfig, folder: PeftFolder, where: str) -> dict[str, Tensor]:
+    def from_peft(self, config: ModelConfig, folder: PeftFolder, where: str) -> dict[str, Tensor]:
         """The inverse."""
-        config, expected = folder[0], self._config(shape)
-        for key in ("peft_type", "target_modules", "feedforward_modules"):
-            if config.get(key) != expected[key]:
-                raise InputError(f"{where}: {key} is {config.get(key)!r}, the run says {expected[key]!r}")
-        return self._state(shape, folder, where)
+        peft.check_same(folder[0], self._config(config), ("peft_type", "target_modules", "feedforward_modules"), where)
+        return self._state(config, folder, where)
 
     @classmethod
     def from_foreign_peft(
-        cls, shape: ModelConfig, folder: PeftFolder, where: str
+        cls, config: ModelConfig, folder: PeftFolder, where: str
     ) -> tuple[Method, dict[str, Tensor]] | None:
-        """Any IA3 folder of PEFT's whose feedforward_modules are the linears that we call down."""
-        config, tensors = folder
-        if config.get("peft_type") != cls.peft_type:
+        """Any IA3 folder of PEFT whose feedforward_modules are the model's down projections."""
+        peft_config, tensors = folder
+        if peft_config.get("peft_type") != cls.peft_type:
             return None
-        check_fields(config, _FIELDS, {"modules_to_save"}, where)
-        modules = dict(targeted(shape, config, where))
-        inward = {name for name in modules if _is_inward(name, config.get("feedforward_modules"), where)}
-        if inward != {name for name, (_, theirs) in modules.items() if theirs == hf_module_name(shape, "down")}:
-            wanted = hf_module_name(shape, "down")
+        peft.check_fields(peft_config, _FIELDS, {"modules_to_save"}, where)
+        names = peft.targeted(config, peft_config, where)
+        down, modules = peft.hf_module_name(config, "down"), peft_config.get("feedforward_modules")
+        if any(_is_feedforward(name, modules, where) != (module == down) for name, (_, module) in names.items()):
             raise InputError(
-                f"{where}: feedforward_modules = {config.get('feedforward_modules')!r} is not supported: of this "
-                f"{shape.family} model the inputs of {wanted}, and of no other module, can be stretched"
+                f"{where}: feedforward_modules = {modules!r} is not supported: of this {config.family} model the "
+                f"inputs of {down}, and of no other module, can be scaled"
             )
-        span, theirs = (
-            uniform_layer_range(shape, modules, "target_modules", where),
-            {theirs for _, theirs in modules.values()},
-        )
-        targets = [role for role in shape.roles if hf_module_name(shape, role) in theirs]
-        if (whole := FAMILIES[shape.family].fused) in theirs:
-            vectors = [t.flatten() for key, t in tensors.items() if key.endswith(f".{whole}.ia3_l")]
-            vectors = [vector for vector in vectors if len(vector) == shape.qkv_rows]
-            moved = [r for r, rows in fused_slices(shape).items() if any(bool((v[rows] != 1).any()) for v in vectors)]
+        layers = peft.uniform_layer_range(config, names, "target_modules", where)
+        targeted_modules = {module for _, module in names.values()}
+        targets = [role for role in config.roles if peft.hf_module_name(config, role) in targeted_modules]
+        if (fused := FAMILIES[config.family].fused) in targeted_modules:
+            vectors = [t.flatten() for key, t in tensors.items() if key.endswith(f".{fused}.ia3_l")]
+            vectors = [vector for vector in vectors if len(vector) == config.qkv_rows]
+            moved = [
+                r for r, rows in peft.fused_slices(config).items() if any(bool((v[rows] != 1).any()) for v in vectors)
+            ]
             targets = [role for role in targets if role not in "qkv" or role in (moved or ["k", "v"])]
-        method = cls(targets=tuple(targets), layers=span)
-        return method, method._state(shape, folder, where)
+        method = cls(targets=tuple(targets), layers=layers)
+        return method, method._state(config, folder, where)
 
-    def _state(self, shape: ModelConfig, folder: PeftFolder, where: str) -> dict[str, Tensor]:
-        """The trained tensors by our names; exactly these must be in the folder."""
-        file, state = StrictTensorReader(folder[1], where), {}
-        for key, size, parts in self._vectors(shape):
-            left = file.take(key, *size).flatten().clone()
-            for name, rows in parts.items():
-                state[name] = left[rows].clone()
-                left[rows] = 1
-            if bool((left != 1).any()):
-                raise InputError(f"{where}: {key} stretches what the run says is not targeted")
+    def _state(self, config: ModelConfig, folder: PeftFolder, where: str) -> dict[str, Tensor]:
+        """The trained tensors by our names; an InputError unless the folder has exactly these."""
+        file, state = peft.StrictTensorReader(folder[1], where), {}
+        for key, size, rows in self._vectors(config):
+            remaining = file.take(key, *size).flatten().clone()
+            for name, part in rows.items():
+                state[name] = remaining[part].clone()
+                remaining[part] = 1
+            if bool((remaining != 1).any()):
+                raise InputError(f"{where}: {key} scales outputs that the run does not target")
         file.all_taken()
         return state
 
-    def _vectors(self, shape: ModelConfig) -> Iterator[tuple[str, tuple[int, int], dict[str, Rows]]]:
+    def _vectors(self, config: ModelConfig) -> Iterator[tuple[str, tuple[int, int], dict[str, Rows]]]:
         """PEFT's tensors: name, shape, and which part of it is which of ours."""
-        whole = FAMILIES[shape.family].fused
-        for i in self.layer_range(shape):
-            for theirs in dict.fromkeys(hf_module_name(shape, role) for role in self.targets):
-                roles = [role for role in self.targets if hf_module_name(shape, role) == theirs]
-                n_in, n_out = linear_size(shape, roles[0])
-                size = (1, n_in) if roles == ["down"] else (shape.qkv_rows if theirs == whole else n_out, 1)
-                rows = fused_slices(shape) if theirs == whole else dict.fromkeys(roles, slice(None))
-                parts = {f"blocks.{i}.{our_module_name(role)}.stretch": rows[role] for role in roles}
-                yield f"{layer_prefix(shape, i)}{theirs}.ia3_l", size, parts
+        for i in self.layer_range(config):
+            for module in peft.hf_modules(config, self.targets).values():
+                size = (1, module.in_features) if module.targets == ("down",) else (module.out_features, 1)
+                rows = {f"{peft.our_linear(i, role)}.stretch": module.rows[role] for role in module.targets}
+                yield f"{peft.layer_prefix(config, i)}{module.name}.ia3_l", size, rows
 
-    def _config(self, shape: ModelConfig) -> dict[str, Any]:
-        """adapter_config.json but for the base's name."""
+    def _config(self, config: ModelConfig) -> dict[str, Any]:
+        """adapter_config.json without the base's name."""
         return {
             "peft_type": self.peft_type,
             "task_type": "CAUSAL_LM",
-            "target_modules": self._named(shape, self.targets),
-            "feedforward_modules": self._named(shape, [role for role in self.targets if role == "down"]),
-            "fan_in_fan_out": FAMILIES[shape.family].transposed,
+            "target_modules": self._named(config, self.targets),
+            "feedforward_modules": self._named(config, [role for role in self.targets if role == "down"]),
+            "fan_in_fan_out": FAMILIES[config.family].transposed,
             "init_ia3_weights": True,
             "inference_mode": True,
-            "peft_version": PEFT_VERSION,
+            "peft_version": peft.PEFT_VERSION,
         }
 
-    def _named(self, shape: ModelConfig, roles: Sequence[str]) -> list[str]:
-        """Modules as a config names them; IA3's has no layers_to_transform, so of a span of layers each by itself."""
-        modules = {hf_module_name(shape, role) for role in roles}
+    def _named(self, config: ModelConfig, roles: Sequence[str]) -> list[str]:
+        """A config's names of modules; PEFT's IA3 has no layers_to_transform, so with a range of layers each one's."""
+        modules = peft.hf_modules(config, roles)
         if not self.layers:
-            return named_targets(shape, modules)
-        prefix = FAMILIES[shape.family].layers
-        return [f"{prefix}{i}.{module}" for i in self.layer_range(shape) for module in sorted(modules)]
+            return peft.named_targets(config, modules)
+        prefix = FAMILIES[config.family].layers
+        return [f"{prefix}{i}.{module}" for i in self.layer_range(config) for module in sorted(modules)]
 
 
-_FIELDS = WITHOUT_EFFECT | {
+_FIELDS = peft.WITHOUT_EFFECT | {
     *("peft_type", "target_modules", "exclude_modules", "feedforward_modules", "fan_in_fan_out", "init_ia3_weights"),
 }
 
 
-def _is_inward(name: str, modules: object, where: str) -> bool:
-    """Whether PEFT stretches the input of the module of this name: by its rule, which differs from that of targets."""
+def _is_feedforward(name: str, modules: object, where: str) -> bool:
+    """Whether PEFT scales the input of the module of this name; its rule differs from that of target_modules."""
     if isinstance(modules, str):
-        return matches(modules, name, where)
+        return peft.matches(modules, name, where)
     if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
         raise InputError(f"{where}: feedforward_modules is {modules!r}; expected a list of module names")
     return any(name.endswith(module) for module in modules)

@@ -1,9 +1,9 @@
-"""LoRA (Hu et al. 2021, arXiv:2106.09685): the update of a frozen weight is learned as a product of two thin matrices.
+"""LoRA (Hu et al. 2021, arXiv:2106.09685): a frozen linear plus a trained product of two low-rank matrices.
 
-    h = W0 x + (alpha / r) B A dropout(x)        A [r, in] kaiming-uniform, B [out, r] zero: the start is the base
+    h = W0 x + (alpha / r) B A dropout(x)        A [r, in] kaiming-uniform, B [out, r] zero: it starts as the base
 
-In evaluation the update is part of the weight (`folding.py`). What is unusual here: the gradients are written out by
-hand, for all linears of the same x together.
+In evaluation the update is part of the weight (`mergeable.py`). In training, all linears of the same x (q, k and v) are
+one autograd function with a hand-written backward pass.
 
 Letters: r rank, N tokens.
 """
@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graftlm.errors import InputError
-from graftlm.methods.base import Method, PeftFolder, freeze, master_dtype, replace_linears, target_device
-from graftlm.methods.cost_model import ParameterGroup, format_formula, linear_size
-from graftlm.methods.lora_peft_format import adopt, from_peft, to_peft
+from graftlm.methods.base import Method, PeftFolder, freeze, kaiming_parameter, master_options, replace_linears
+from graftlm.methods.cost_model import ParameterGroup, counted, linear_letters
+from graftlm.methods.lora_peft_format import from_foreign_peft, from_peft, to_peft
 from graftlm.methods.mergeable import MergeableLinear
 from graftlm.models import CausalLM, Linear, ModelConfig
 from graftlm.models.fused_ops import TORCH, DropoutMask, ReferenceKernels
@@ -32,13 +32,13 @@ class LoRALinear(HasFusedOps, MergeableLinear):
 
     Args:
         in_features, out_features, bias: as in nn.Linear.
-        rank: r, the width of the update.
+        rank: r, the number of rows of A and columns of B.
         alpha: the update is scaled by alpha / rank.
-        lora_dropout: dropout on the input of A, a probability.
+        lora_dropout: probability of dropout on the input of A.
         rslora: scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732).
     """
 
-    def __init__(
+    def __init__(  # 7 parameters: nn.Linear's three, then those of the course's public class
         self,
         in_features: int,
         out_features: int,
@@ -55,31 +55,20 @@ class LoRALinear(HasFusedOps, MergeableLinear):
         self.rank, self.alpha, self.rslora = rank, alpha, rslora
         self.lora_drop = Dropout(lora_dropout)
         if rank:
-            master = master_dtype(self.weight.dtype)
-            self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=master, device=self.weight.device))
-            self.lora_B = nn.Parameter(torch.empty(out_features, rank, dtype=master, device=self.weight.device))
+            options = master_options(self.weight)
+            self.lora_A = nn.Parameter(torch.empty(rank, in_features, **options))
+            self.lora_B = nn.Parameter(torch.empty(out_features, rank, **options))
             self.reset_lora()
 
     @classmethod
-    def from_linear(
-        cls,
-        linear: Linear,
-        rank: int,
-        alpha: float,
-        lora_dropout: float,
-        rng: torch.Generator,
-        rslora: bool = False,
-    ) -> "LoRALinear":
-        """A LoRALinear that takes over this linear's weight and bias (no copy); A is drawn from `rng` on the CPU."""
+    def from_linear(cls, linear: Linear, method: "LoRA", rng: torch.Generator) -> "LoRALinear":
+        """A LoRALinear with this linear's weight and bias (no copy); A is drawn from `rng` on the CPU."""
         sizes = (linear.in_features, linear.out_features, linear.bias is not None)
-        with torch.device("meta"):  # no memory, no random numbers: every tensor is given below
-            new = cls(*sizes, rank, alpha, lora_dropout, rslora)
+        with torch.device("meta"):  # no memory, no random numbers: every tensor is set below
+            new = cls(*sizes, method.rank, method.alpha, method.dropout, method.rslora)
         new.weight, new.bias = linear.weight, linear.bias
-        master, device = master_dtype(linear.weight.dtype), target_device(linear.weight)
-        a = torch.empty(rank, linear.in_features, dtype=master)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=rng)
-        new.lora_A = nn.Parameter(a.to(device))
-        new.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, dtype=master, device=device))
+        new.lora_A = kaiming_parameter(method.rank, linear.in_features, linear.weight, rng)
+        new.lora_B = nn.Parameter(torch.zeros(linear.out_features, method.rank, **master_options(linear.weight)))
         return new
 
     def reset_parameters(self) -> None:
@@ -89,23 +78,23 @@ class LoRALinear(HasFusedOps, MergeableLinear):
             self.reset_lora()
 
     def reset_lora(self) -> None:
-        """A kaiming-uniform with a = sqrt(5), that is uniform within 1 / sqrt(in_features); B zero."""
+        """A kaiming-uniform with a = sqrt(5), i.e. uniform within 1 / sqrt(in_features); B zero."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
 
     @property
     def scale(self) -> float:
         """alpha / r, or alpha / sqrt(r)."""
-        return scale_of(self.rank, self.alpha, self.rslora)
+        return scale_of(self)
 
     @property
     def has_update(self) -> bool:
-        """Whether forward has an update to add to the weight's own product."""
+        """Whether forward adds an update to the product with the weight."""
         return self.rank > 0 and not self.merged
 
     @property
     def dropout_p(self) -> float:
-        """The probability of dropout on A's input at the moment: 0 in evaluation."""
+        """The current probability of dropout on A's input: 0 in evaluation."""
         return self.lora_drop.p if self.lora_drop.training else 0.0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -116,10 +105,10 @@ class LoRALinear(HasFusedOps, MergeableLinear):
     def forward_many(linears: Sequence[Linear], x: Tensor) -> list[Tensor]:
         """Each linear of the same x: W_i x + (alpha_i / r_i) B_i A_i dropout(x); they share one dropout mask."""
         adapted = [m for m in linears if isinstance(m, LoRALinear) and m.has_update]
-        rates = {m.dropout_p for m in adapted}
-        if len(rates) > 1:
+        probabilities = {m.dropout_p for m in adapted}
+        if len(probabilities) > 1:
             return [LoRALinear.forward_many([m], x)[0] for m in linears]
-        mask = draw_mask(rates.pop()) if adapted else None
+        mask = draw_mask(probabilities.pop()) if adapted else None
         frozen = not any(p.requires_grad for m in adapted for p in (m.weight, m.bias) if p is not None)
         if adapted and frozen and all(m.fused for m in adapted):
             ys = iter(fused_lora_forward(adapted, x, mask))
@@ -128,23 +117,23 @@ class LoRALinear(HasFusedOps, MergeableLinear):
         return [m._forward_reference(x, dropped) if m in adapted else Linear.forward(m, x) for m in linears]
 
     def _forward_reference(self, x: Tensor, dropped: Tensor) -> Tensor:
-        """The formula as it stands, with autograd's own gradients."""
+        """The same by autograd."""
         return self._post_process(
             F.linear(x, self.weight.to(x.dtype), self.bias_before_norm(x)) + self._update(dropped)
         )
 
     def bias_before_norm(self, x: Tensor) -> Tensor | None:
-        """The bias as it is added to the products, in the dtype of x."""
+        """The bias that is added to the products, in the dtype of x."""
         return None if self.bias is None else self.bias.to(x.dtype)
 
     def _post_process(self, y: Tensor) -> Tensor:
-        """What becomes of the products and the inner bias; here nothing more."""
+        """The output, from the sum of products and `bias_before_norm`; DoRA scales it."""
         return y
 
     def _update(self, x: Tensor) -> Tensor:
-        thin = F.linear(x, self.lora_A.to(x.dtype))
+        low_rank = F.linear(x, self.lora_A.to(x.dtype))
         # Scaling B costs out x r products, scaling the update would cost N x out.
-        return F.linear(thin, (self.lora_B * self.scale).to(x.dtype))
+        return F.linear(low_rank, (self.lora_B * self.scale).to(x.dtype))
 
     def merged_tensors(self) -> dict[str, Tensor]:
         """The weight with its update."""
@@ -155,17 +144,17 @@ class LoRALinear(HasFusedOps, MergeableLinear):
         return (self.lora_B @ self.lora_A).mul_(self.scale).add_(self.base_weight)
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
+        """Shown by `print(model)`."""
         return f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha:g}, merged={self.merged}"
 
 
-def scale_of(rank: int, alpha: float, rslora: bool) -> float:
-    """What B A x is multiplied by."""
-    return alpha / (math.sqrt(rank) if rslora else rank) if rank else 0.0
+def scale_of(lora: "LoRALinear | LoRA") -> float:
+    """The factor of B A x."""
+    return lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank) if lora.rank else 0.0
 
 
 def fused_lora_forward(adapted: list["LoRALinear"], x: Tensor, mask: DropoutMask | None) -> list[Tensor]:
-    """W x + inner bias + s B A D x for each of the linears, by hand."""
+    """W x + bias_before_norm + s B A D x for each of the linears, with the hand-written backward pass."""
     tensors = [t for m in adapted for t in (m.weight, m.bias_before_norm(x), m.lora_A, m.lora_B)]
     scales, kernels = [m.scale for m in adapted], adapted[0].active_kernels
     ys = _FusedLoRAFunction.apply(x.reshape(-1, x.shape[-1]), mask, scales, kernels, *tensors)
@@ -175,43 +164,43 @@ def fused_lora_forward(adapted: list["LoRALinear"], x: Tensor, mask: DropoutMask
 class _FusedLoRAFunction(torch.autograd.Function):
     """y_i = W_i x + b_i + s_i B_i A_i D x for several linears of the same x, W_i and b_i frozen; D is the dropout.
 
-    With A all A_i below one another and t = A D x, cut into t_i, and the gradient g_i of y_i:
+    With A the concatenation of all A_i, t = A D x split into t_i, and the gradient g_i of y_i:
 
         dB_i = s_i g_i^T t_i     dt_i = s_i g_i B_i     dA = dt^T (D x)     dx = sum_i g_i W_i + D (dt A)
 
-    Autograd's own way would keep a mask and a D x for each linear, and add up six pieces of dx one by one.
-    D multiplies by 0 or by 1 / (1 - p); the latter is left to A, which is small.
+    Autograd would save a mask and a D x for each linear, and add up six terms of dx one by one. D multiplies by 0 or by
+    1 / (1 - p); the latter factor is applied to A, which is small.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, mask: DropoutMask | None, scales: list[float], kernels: ReferenceKernels, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        rescale = mask.scale if mask is not None else 1.0
+        mask_scale = mask.scale if mask is not None else 1.0
         weights, biases, a_s, b_s = (tensors[i::4] for i in range(4))
-        a = torch.cat([t * rescale for t in a_s]).to(x.dtype)
+        a = torch.cat([t * mask_scale for t in a_s]).to(x.dtype)
         b_t = [(b * s).to(x.dtype) for b, s in zip(b_s, scales, strict=True)]
         dropped = x if mask is None else kernels.apply_dropout_mask(x, mask)
-        thin = dropped @ a.T
+        low_rank = dropped @ a.T
         ys = []
-        for weight, bias, b, t in zip(weights, biases, b_t, thin.split([len(t) for t in a_s], dim=-1), strict=True):
+        for weight, bias, b, t in zip(weights, biases, b_t, low_rank.split([len(t) for t in a_s], dim=-1), strict=True):
             y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
             ys.append(y.addmm_(t, b.T))
-        ctx.save_for_backward(dropped, thin, *weights, *a_s, *b_s)
-        ctx.mask, ctx.rescale, ctx.scales, ctx.kernels = mask, rescale, scales, kernels
+        ctx.save_for_backward(dropped, low_rank, *weights, *a_s, *b_s)
+        ctx.mask, ctx.mask_scale, ctx.scales, ctx.kernels = mask, mask_scale, scales, kernels
         return tuple(ys)
 
     @staticmethod
     def backward(ctx: Any, *g_s: Tensor) -> tuple[Tensor | None, ...]:
-        (dropped, thin, *rest), n = ctx.saved_tensors, len(ctx.scales)
-        weights, a_s, b_s, dtype = rest[:n], rest[n : 2 * n], rest[2 * n :], dropped.dtype
-        thins = thin.split([len(a) for a in a_s], dim=-1)
-        d_b = [(g.T @ t).to(b.dtype).mul_(s) for g, t, b, s in zip(g_s, thins, b_s, ctx.scales, strict=True)]
-        d_thin = torch.cat([g @ (b * s).to(dtype) for g, b, s in zip(g_s, b_s, ctx.scales, strict=True)], dim=-1)
-        d_a = (d_thin.T @ dropped).to(a_s[0].dtype).mul_(ctx.rescale).split([len(a) for a in a_s])
+        (dropped, low_rank, *tensors), n = ctx.saved_tensors, len(ctx.scales)
+        weights, a_s, b_s, dtype = tensors[:n], tensors[n : 2 * n], tensors[2 * n :], dropped.dtype
+        parts = low_rank.split([len(a) for a in a_s], dim=-1)
+        d_b = [(g.T @ t).to(b.dtype).mul_(s) for g, t, b, s in zip(g_s, parts, b_s, ctx.scales, strict=True)]
+        d_low_rank = torch.cat([g @ (b * s).to(dtype) for g, b, s in zip(g_s, b_s, ctx.scales, strict=True)], dim=-1)
+        d_a = (d_low_rank.T @ dropped).to(a_s[0].dtype).mul_(ctx.mask_scale).split([len(a) for a in a_s])
         d_x = None
         if ctx.needs_input_grad[0]:
-            d_x = d_thin @ torch.cat([a * ctx.rescale for a in a_s]).to(dtype)
+            d_x = d_low_rank @ torch.cat([a * ctx.mask_scale for a in a_s]).to(dtype)
             d_x = d_x if ctx.mask is None else ctx.kernels.apply_dropout_mask(d_x, ctx.mask)
             for g, weight in zip(g_s, weights, strict=True):
                 d_x.addmm_(g, weight.to(dtype))
@@ -237,7 +226,7 @@ class LoRA(Method):
     dropout: float = 0.05
     rslora: bool = False
     plus_ratio: float = 1.0
-    """B's learning rate, in A's (LoRA+, Hayou et al. 2024, arXiv:2402.12354, who find 16 good)."""
+    """Ratio of B's learning rate to A's (LoRA+, Hayou et al. 2024, arXiv:2402.12354, recommend 16)."""
 
     name: ClassVar[str] = "lora"
     peft_type: ClassVar[str] = "LORA"
@@ -250,29 +239,37 @@ class LoRA(Method):
         "rslora": "rslora",
         "lora_plus_ratio": "plus_ratio",
     }
+    examples: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "": {"rank": 3, "alpha": 6.0, "dropout": 0.0},
+        "q,v": {"rank": 2, "alpha": 5.0, "targets": ("q", "v"), "dropout": 0.0},
+        "all": {"rank": 3, "alpha": 6.0, "targets": ("q", "k", "v", "o", "up", "down"), "dropout": 0.0},
+        "upper": {"rank": 3, "alpha": 6.0, "dropout": 0.0, "layers": (1, 2)},
+        "lower": {"rank": 3, "alpha": 6.0, "dropout": 0.0, "layers": (0, 1)},
+        "rslora": {"rank": 3, "alpha": 3.0, "rslora": True, "dropout": 0.0},
+        "lora+": {"rank": 3, "alpha": 6.0, "plus_ratio": 4.0, "dropout": 0.0},
+    }
     linear: ClassVar[type[LoRALinear]] = LoRALinear
     use_dora: ClassVar[bool] = False
-    """Whether each row of a weight has a learned length (DoRA)."""
+    """Whether each row of a weight has a learned magnitude (DoRA)."""
 
     def install(self, model: CausalLM, rng: torch.Generator) -> None:
-        """Wrap the targeted linears; an InputError names a rank above a layer's width or an unknown target."""
+        """Adapt the targeted linears; an InputError names a rank above a layer's width or an unknown target."""
 
-        def wrap(linear: Linear, name: str) -> LoRALinear:
+        def make(linear: Linear, name: str) -> LoRALinear:
             if self.rank > linear.in_features:
                 raise InputError(f"--rank {self.rank}: above the width of {name}: choose at most {linear.in_features}")
-            return self.linear.from_linear(linear, self.rank, self.alpha, self.dropout, rng, self.rslora)
+            return self.linear.from_linear(linear, self, rng)
 
-        replace_linears(model, self.targets, wrap, self.layer_range(model.config))
-        mark_only_lora_as_trainable(model)
+        freeze(model)
+        replace_linears(model, self.targets, make, self.layer_range(model.config))
 
-    def param_breakdown(self, shape: ModelConfig) -> list[ParameterGroup]:
+    def param_breakdown(self, config: ModelConfig) -> list[ParameterGroup]:
         """r (in + out) for each targeted linear, times the adapted layers."""
-        parts, layers, r = [], len(self.layer_range(shape)), self.rank
+        parts = []
         for role in self.targets:
-            n_in, n_out = linear_size(shape, role)
-            count = layers * r * (n_in + n_out)
-            formula = format_formula("L r (in + out)", **{"L": layers, "r": r, "in": n_in, "out": n_out})
-            parts.append(ParameterGroup(f"{role}, A and B", count, formula, role, added=True, weights=count))
+            letters = {**linear_letters(config, role, len(self.layer_range(config))), "r": self.rank}
+            item = counted(f"{role}, A and B", "L r (in + out)", **letters)
+            parts.append(ParameterGroup(*item, role, added=True, weights=item[1]))
         return parts
 
     def lr_multiplier(self, name: str) -> float:
@@ -280,7 +277,7 @@ class LoRA(Method):
         return self.plus_ratio if name.endswith("lora_B") else 1.0
 
     def describe_scale(self, model: CausalLM, lr: float) -> str:
-        """What alpha, rank and lr together make of one step.
+        """The combined effect of alpha, rank and lr on one step.
 
         Adam moves each element of B by about lr, so a first step moves W by (alpha / r) dB A: a sum of r terms of
         size lr and random sign, each times an element of A, whose root mean square is 1 / sqrt(3 d).
@@ -289,29 +286,26 @@ class LoRA(Method):
         d, scale = linears[0].in_features, linears[0].scale
         step = scale * lr * self.plus_ratio * math.sqrt(self.rank / (3 * d))
         size = math.sqrt(sum(m.weight.float().square().mean().item() for m in linears) / len(linears))
-        shown = "alpha/sqrt(r)" if self.rslora else "alpha/r"
-        formula = "alpha*lr/sqrt(3*d)" if self.rslora else "alpha*lr/sqrt(3*d*r)"
+        divisor, formula = ("sqrt(r)", "alpha*lr/sqrt(3*d)") if self.rslora else ("r", "alpha*lr/sqrt(3*d*r)")
         return (
-            f"effective scale: {shown} = {scale:g}; one step at the full lr moves an adapted weight "
+            f"effective scale: alpha/{divisor} = {scale:g}; one step at the full lr moves an adapted weight "
             f"by about {formula} = {step:.1e}, {step / size:.2%} of its size; "
             "alpha and lr count as their product"
         )
 
     def to_peft(self, model: CausalLM) -> PeftFolder:
-        """PEFT's LORA; GPT-2's q, k and v become its fused c_attn (`lora_peft.py`)."""
+        """PEFT's LORA; where the checkpoint format fuses q, k and v, one module (`lora_peft_format.py`)."""
         return to_peft(self, model)
 
-    def from_peft(self, shape: ModelConfig, folder: PeftFolder, where: str) -> dict[str, Tensor]:
+    def from_peft(self, config: ModelConfig, folder: PeftFolder, where: str) -> dict[str, Tensor]:
         """The inverse."""
-        return from_peft(self, shape, folder, where)
+        return from_peft(self, config, folder, where)
 
     @classmethod
     def from_foreign_peft(
-        cls, shape: ModelConfig, folder: PeftFolder, where: str
+        cls, config: ModelConfig, folder: PeftFolder, where: str
     ) -> tuple[Method, dict[str, Tensor]] | None:
-        """Any LORA folder of PEFT's; with use_dora it is DoRA's."""
-        config, _ = folder
-        if config.get("peft_type") != cls.peft_type or bool(config.get("use_dora")) != cls.use_dora:
+        """Any LORA folder of PEFT; with use_dora it is DoRA's."""
+        if folder[0].get("peft_type") != cls.peft_type or bool(folder[0].get("use_dora")) != cls.use_dora:
             return None
-        fields, state = adopt(shape, folder, where, magnitudes=cls.use_dora)
-        return cls(**fields), state
+        return from_foreign_peft(cls, config, folder, where)

@@ -1,7 +1,6 @@
-"""A linear whose update folds into its weight: added to the products in training, part of the weight in evaluation.
+"""A linear whose update is added to its output in training and merged into its weight in evaluation.
 
-What is unusual here: merging happens by itself. `train(False)`, and so `eval()`, folds the update into the weight;
-`train(True)` puts the pristine tensors back, bit for bit, because they were kept aside and not computed back.
+`eval()` merges; `train()` restores the base's tensors bit for bit, because they are kept rather than computed back.
 """
 
 from typing import Any, Self
@@ -13,55 +12,55 @@ from graftlm.models import Linear
 
 
 class MergeableLinear(Linear):
-    """A linear that a method updates; a subclass says with `folded` what its tensors become."""
+    """A linear with an update; a subclass returns the updated tensors in `merged_tensors`."""
 
-    folds = True
+    merge_on_eval = True
     """Whether evaluation merges. Models that share one base's tensors do not, since each merged weight would be a copy;
-    nor do those whose base is cut over several processes."""
-    _pristine: dict[str, Tensor] | None = None
+    neither do models whose base is sharded across ranks."""
+    _base_tensors: dict[str, Tensor] | None = None
 
     def merged_tensors(self) -> dict[str, Tensor]:
-        """The base's tensors that the update changes, by name, as it makes them, in float32 or wider; may be none."""
+        """Name -> updated tensor, in float32 or wider, for those of the base's tensors that change; may be empty."""
         raise NotImplementedError
 
     @property
     def merged(self) -> bool:
-        """Whether the weight holds the update at the moment."""
-        return self._pristine is not None
+        """Whether the weight contains the update."""
+        return self._base_tensors is not None
 
     @property
     def base_weight(self) -> Tensor:
-        """The base's own weight, whether merged or not."""
-        return self.weight.data if self._pristine is None else self._pristine["weight"]
+        """The base's own weight, merged or not."""
+        return self.weight.data if self._base_tensors is None else self._base_tensors["weight"]
 
     def train(self, mode: bool = True) -> Self:
-        """Unmerge for training, merge for evaluation; either may be repeated without effect."""
+        """Unmerge for training, merge for evaluation; a repeated call has no effect."""
         super().train(mode)
         if mode:
             self.unmerge()
-        elif self.folds:
+        elif self.merge_on_eval:
             self.merge()
         return self
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Fold the update in, computed in float32 (or wider); nothing happens if it is folded already."""
-        if self.merged or not (folded := self.merged_tensors()):
+        """Merge the update, computed in float32 (or wider), if it is not merged yet."""
+        if self.merged or not (merged := self.merged_tensors()):
             return
-        self._pristine = {name: getattr(self, name).data for name in folded}
-        for name, tensor in folded.items():
-            getattr(self, name).data = tensor.to(self._pristine[name].dtype)
+        self._base_tensors = {name: getattr(self, name).data for name in merged}
+        for name, tensor in merged.items():
+            getattr(self, name).data = tensor.to(self._base_tensors[name].dtype)
 
     def unmerge(self) -> None:
-        """Put the pristine tensors back."""
-        for name, tensor in (self._pristine or {}).items():
+        """Restore the base's tensors."""
+        for name, tensor in (self._base_tensors or {}).items():
             getattr(self, name).data = tensor
-        self._pristine = None
+        self._base_tensors = None
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        # A merged weight saved beside what was merged into it would be adapted twice when it is loaded.
+        # A merged weight saved next to its update would be adapted twice after loading.
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, tensor in (self._pristine or {}).items():
+        for name, tensor in (self._base_tensors or {}).items():
             destination[prefix + name] = tensor
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -1,58 +1,96 @@
-"""What all of PEFT's adapter folders have in common: which modules they name, and a reading that leaves nothing out.
+"""PEFT's adapter folders: parts of the format that are the same for all methods.
 
-What is unusual here: a config is read strictly. A field that is neither read nor known to change nothing is an error,
-and so is a tensor that is missing, misshapen or left over.
+Configs and tensors are read strictly: a field that is neither read nor known to change nothing is an error, and so is a
+tensor that is missing, misshapen or left over.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Collection, Mapping, Sequence, Set
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from graftlm.errors import InputError
+from graftlm.methods.cost_model import linear_size
+from graftlm.models.checkpoint_mapping import our_module_name
 from graftlm.models.config import FAMILIES, ModelConfig, Rows
 
 MAX_REPEATS = 5
-"""Of a pattern that names modules, which may hold so many of *, + and {."""
-PEFT_VERSION = "0.19.0"  # the format's version that is written; newer readers accept it
+"""The most *, + and { in a pattern that names modules."""
+PEFT_VERSION = "0.19.0"  # the version of the format that is written; newer readers accept it
 
-# What a config may say that changes nothing in what an adapter computes:
 WITHOUT_EFFECT = frozenset(
     ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type")
 )
+"""Fields of a config that do not change what an adapter computes."""
 
 
-def fused(shape: ModelConfig, targets: tuple[str, ...]) -> tuple[str, ...]:
-    """The targeted ones of q, k and v, where the family's files fuse them; none where they do not."""
-    return tuple(r for r in "qkv" if r in targets) if FAMILIES[shape.family].fused else ()
+# Modules --------------------------------------------------------------------------------------------------------------
 
 
-def fused_slices(shape: ModelConfig) -> dict[str, Rows]:
-    """Which rows of the fused linear are each part's."""
-    rows = FAMILIES[shape.family].fused_qkv_slices
-    assert rows is not None
-    return {part: rows(shape, part) for part in "qkv"}
+@dataclass(frozen=True)
+class HFModule:
+    """A linear of the checkpoint format, which holds one role or, fused, several of q, k and v."""
+
+    name: str
+    """Inside a layer."""
+    rows: Mapping[str, Rows]
+    """Role -> its rows of the output, for all roles it holds."""
+    targets: tuple[str, ...]
+    """The targeted roles, in the order of `rows`."""
+    in_features: int
+    out_features: int
+
+    @property
+    def fused(self) -> bool:
+        """Whether it holds several roles."""
+        return len(self.rows) > 1
 
 
-def hf_module_name(shape: ModelConfig, role: str) -> str:
-    """The file's module that holds the role's linear, inside a layer."""
-    return FAMILIES[shape.family].linears[role]
+def hf_modules(config: ModelConfig, targets: Collection[str]) -> dict[str, HFModule]:
+    """Name -> the checkpoint's linears that hold a targeted role."""
+    slices, modules = fused_slices(config), dict[str, HFModule]()
+    for role in targets:
+        n_in, n_out = linear_size(config, role)
+        rows, n_out = (slices, config.qkv_rows) if role in slices else ({role: slice(None)}, n_out)
+        name = hf_module_name(config, role)
+        modules[name] = HFModule(name, rows, tuple(r for r in rows if r in targets), n_in, n_out)
+    return modules
 
 
-def layer_prefix(shape: ModelConfig, i: int) -> str:
-    """What stands before a module of layer i in the tensors' names."""
-    return f"base_model.model.{FAMILIES[shape.family].layers}{i}."
+def fused_slices(config: ModelConfig) -> dict[str, Rows]:
+    """Rows of q, k and v in the linear that holds all three; empty if the checkpoint format does not fuse them."""
+    rows = FAMILIES[config.family].fused_qkv_slices
+    return {part: rows(config, part) for part in "qkv"} if rows is not None else {}
 
 
-def named_targets(shape: ModelConfig, modules: set[str]) -> list[str]:
-    """How a config names these modules of every layer: by their last names where no two of the family's are alike."""
-    last = [module.rpartition(".")[2] for module in set(FAMILIES[shape.family].linears.values())]
-    return sorted(modules if len(set(last)) < len(last) else {module.rpartition(".")[2] for module in modules})
+def hf_module_name(config: ModelConfig, role: str) -> str:
+    """The checkpoint's module that holds the role's linear, inside a layer."""
+    return FAMILIES[config.family].linears[role]
+
+
+def layer_prefix(config: ModelConfig, i: int) -> str:
+    """The prefix of tensor names of layer i."""
+    return f"base_model.model.{FAMILIES[config.family].layers}{i}."
+
+
+def our_linear(i: int, role: str) -> str:
+    """The name of our linear in block i."""
+    return f"blocks.{i}.{our_module_name(role)}"
+
+
+def named_targets(config: ModelConfig, modules: Collection[str]) -> list[str]:
+    """A config's names of these modules in every layer: without their parents if that is unique in the family."""
+    last = [module.rpartition(".")[2] for module in set(FAMILIES[config.family].linears.values())]
+    return sorted(set(modules) if len(set(last)) < len(last) else {module.rpartition(".")[2] for module in modules})
+
+
+# Strict reading -------------------------------------------------------------------------------------------------------
 
 
 class StrictTensorReader:
-    """A file's tensors, taken one by one; what is missing, misshapen or left over is an error."""
+    """The tensors of a file, taken one by one; a tensor that is missing, misshapen or left over is an InputError."""
 
     def __init__(self, tensors: Mapping[str, Tensor], where: str) -> None:
         self._tensors, self._unread, self._where = tensors, set(tensors), where
@@ -62,8 +100,8 @@ class StrictTensorReader:
         if key not in self._tensors:
             raise InputError(f"{self._where}: the tensor {key} is missing")
         if tuple(self._tensors[key].shape) != size:
-            found = list(self._tensors[key].shape)
-            raise InputError(f"{self._where}: {key} has shape {found}, expected {list(size)}")
+            shape = list(self._tensors[key].shape)
+            raise InputError(f"{self._where}: {key} has shape {shape}, expected {list(size)}")
         self._unread.discard(key)
         return self._tensors[key]
 
@@ -73,9 +111,9 @@ class StrictTensorReader:
             raise InputError(f"{self._where}: the tensor {min(self._unread)} belongs to no target of this adapter")
 
 
-def check_fields(config: Mapping[str, Any], read: Set[str], refused: Set[str], where: str) -> None:
-    """Every field of a config is one that is read, or one that is known and unset."""
-    for key, value in config.items():
+def check_fields(peft_config: Mapping[str, Any], read: Set[str], refused: Set[str], where: str) -> None:
+    """An InputError unless every field is one of `read`, or one of `refused` and unset."""
+    for key, value in peft_config.items():
         if key in refused:
             if value not in (None, False, [], {}):
                 raise InputError(f"{where}: {key} = {value!r} is not supported; it must be unset")
@@ -85,72 +123,74 @@ def check_fields(config: Mapping[str, Any], read: Set[str], refused: Set[str], w
             )
 
 
-def targeted(shape: ModelConfig, config: Mapping[str, Any], where: str) -> Iterator[tuple[str, tuple[int, str]]]:
-    """What PEFT would adapt by this config: transformers' module name -> (layer, its name in the layer)."""
-    targets, excluded = config.get("target_modules"), config.get("exclude_modules") or []
+def check_same(peft_config: Mapping[str, Any], expected: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
+    """An InputError unless the config has the run's values of these fields."""
+    for key in keys:
+        if peft_config.get(key) != expected[key]:
+            raise InputError(f"{where}: {key} is {peft_config.get(key)!r}, the run says {expected[key]!r}")
+
+
+def targeted(config: ModelConfig, peft_config: Mapping[str, Any], where: str) -> dict[str, tuple[int, str]]:
+    """The modules that PEFT adapts by this config: transformers' module name -> (layer, its name in the layer)."""
+    targets, excluded = peft_config.get("target_modules"), peft_config.get("exclude_modules") or []
     if not targets or not isinstance(targets, str | list):
         raise InputError(f"{where}: target_modules is {targets!r}; expected a list of module names")
-    only = _layers(shape, config, where)
-    inside = sorted({hf_module_name(shape, role) for role in shape.roles})
-    names = {
-        f"{FAMILIES[shape.family].layers}{i}.{theirs}": (i, theirs)
-        for i in range(shape.num_layers)
-        for theirs in inside
+    layers, modules = _layers(config, peft_config, where), sorted(hf_modules(config, config.roles))
+    prefix = FAMILIES[config.family].layers
+    names = {f"{prefix}{i}.{module}": (i, module) for i in range(config.num_layers) for module in modules}
+    for target in targets if isinstance(targets, list) else []:
+        if not any(_is_named(name, [target], where) for name in names):
+            raise InputError(f"{where}: target_modules names {target!r}, which is none of {', '.join(modules)}")
+    chosen = {
+        name: (i, module)
+        for name, (i, module) in names.items()
+        if _is_named(name, targets, where) and not _is_named(name, excluded, where) and i in layers
     }
-    if isinstance(targets, list):
-        for target in targets:
-            if not any(_is_named(name, [target], where) for name in names):
-                raise InputError(f"{where}: target_modules names {target!r}, which is none of {', '.join(inside)}")
-    found = {
-        name: place
-        for name, place in names.items()
-        if _is_named(name, targets, where) and not _is_named(name, excluded, where) and place[0] in only
-    }
-    if not found:
-        raise InputError(f"{where}: target_modules {targets!r} names no linear of this {shape.family} model")
-    yield from found.items()
+    if not chosen:
+        raise InputError(f"{where}: target_modules {targets!r} names no linear of this {config.family} model")
+    return chosen
 
 
 def uniform_layer_range(
-    shape: ModelConfig, modules: Mapping[str, tuple[int, str]], fields: str, where: str
+    config: ModelConfig, modules: Mapping[str, tuple[int, str]], fields: str, where: str
 ) -> tuple[int, int] | None:
-    """The span of layers in each of which the same modules are adapted, None for all; an error for any other choice."""
-    layers, kinds = sorted({i for i, _ in modules.values()}), {theirs for _, theirs in modules.values()}
-    if len(modules) != len(layers) * len(kinds) or layers != list(range(layers[0], layers[-1] + 1)):
+    """The layers whose modules are adapted, None for all; an InputError unless they are contiguous and alike."""
+    layers, names = sorted({i for i, _ in modules.values()}), {module for _, module in modules.values()}
+    if len(modules) != len(layers) * len(names) or layers != list(range(layers[0], layers[-1] + 1)):
         raise InputError(
             f"{where}: {fields} adapt layers {layers} unevenly; supported: the same modules in each of a span of layers"
         )
-    return None if len(layers) == shape.num_layers else (layers[0], layers[-1] + 1)
+    return None if len(layers) == config.num_layers else (layers[0], layers[-1] + 1)
 
 
-def _layers(shape: ModelConfig, config: Mapping[str, Any], where: str) -> range | list[int]:
-    """The layers of layers_to_transform, all where it is unset; layers_pattern must name the list they stand in."""
-    only, pattern = config.get("layers_to_transform"), config.get("layers_pattern")
-    only = [only] if type(only) is int else only
-    if only is None or only == []:
-        return range(shape.num_layers)
-    if not isinstance(only, list) or not all(type(i) is int for i in only):
-        raise InputError(f"{where}: layers_to_transform = {only!r} must be a list of layers' numbers")
-    if not set(only) <= set(range(shape.num_layers)):
+def _layers(config: ModelConfig, peft_config: Mapping[str, Any], where: str) -> Sequence[int]:
+    """The layers of layers_to_transform, all if it is unset; layers_pattern must name the list that holds them."""
+    layers, pattern = peft_config.get("layers_to_transform"), peft_config.get("layers_pattern")
+    layers = [layers] if type(layers) is int else layers
+    if layers is None or layers == []:
+        return range(config.num_layers)
+    if not isinstance(layers, list) or not all(type(i) is int for i in layers):
+        raise InputError(f"{where}: layers_to_transform = {layers!r} must be a list of layers' numbers")
+    if not set(layers) <= set(range(config.num_layers)):
         raise InputError(
-            f"{where}: layers_to_transform = {only!r}, but this model's layers are 0 to {shape.num_layers - 1}"
+            f"{where}: layers_to_transform = {layers!r}, but this model's layers are 0 to {config.num_layers - 1}"
         )
-    own = FAMILIES[shape.family].layers.split(".")[1]
-    if pattern and own not in ([pattern] if isinstance(pattern, str) else pattern):
-        raise InputError(f"{where}: layers_pattern = {pattern!r} is not supported; this model's layers are in {own!r}")
-    return only
+    name = FAMILIES[config.family].layers.split(".")[1]
+    if pattern and name not in ([pattern] if isinstance(pattern, str) else pattern):
+        raise InputError(f"{where}: layers_pattern = {pattern!r} is not supported; this model's layers are in {name!r}")
+    return layers
 
 
 def _is_named(name: str, patterns: str | list[str], where: str) -> bool:
-    """Whether PEFT's rule matches: a text is a regular expression, a list holds names or their ends."""
+    """PEFT's rule: a string is a regular expression, a list holds names or their ends."""
     if isinstance(patterns, str):
         return patterns.lower() == "all-linear" or matches(patterns, name, where)
     return any(name == p or name.endswith(f".{p}") for p in patterns)
 
 
 def matches(pattern: str, name: str, where: str) -> bool:
-    """Whether a regular expression out of a config fits the whole name; InputError for one that is none, or slow."""
-    # The pattern is a stranger's: one that repeats a group, or much, may take for ever on a name of thirty letters.
+    """Whether a config's regular expression matches the whole name; InputError if it is invalid or may be slow."""
+    # The pattern is untrusted: with repeated groups, or many repeats, thirty letters can take exponential time.
     if re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > MAX_REPEATS:
         raise InputError(
             f"{where}: {pattern[:80]!r} repeats a group, or more than {MAX_REPEATS} times: not supported; list the "

@@ -25,6 +25,7 @@ from graftlm.methods.cost_model import (
     CostItem,
     ParameterGroup,
     ffn_adapters,
+    ffn_biases,
     ffn_flops,
     ffn_parts,
     forward_flops,
@@ -60,18 +61,11 @@ def estimate(config: EstimateConfig, given: Set[str]) -> dict[str, Any]:
     room = shape.max_positions - method.positions
     if config.max_length is not None and config.max_length > room:
         raise InputError(f"--max_length {config.max_length}: the model reads at most {room} tokens of a text")
-    parts, span = method.param_breakdown(shape), method.layer_range(shape)
+    parts = method.param_breakdown(shape)
     weights, text = sum(part.weights for part in parts), (config.max_length or room, method.positions)
     flops = {
         "forward": forward_flops(shape, weights, *text),
-        "training": training_flops(
-            shape,
-            weights,
-            *text,
-            first=span.start,
-            weights_in=len(span) if method.is_full_finetune else 0,
-            head_trained=method.is_full_finetune and method.layers is None,
-        ),
+        "training": training_flops(shape, weights, *text, method.passes(shape)),
     }
     about = {"model": config.init_from, "method": method.to_json(), "tokens": text[0]}
     result = _result(config, about, model_parts(shape), model_parts(method.adapted_config(shape)), parts, flops)
@@ -160,10 +154,10 @@ def _account_ffn(config: EstimateConfig, given: Set[str]) -> dict[str, Any]:
     base = ffn_parts(widths)
     parts = {
         "full": base,
-        "bitfit": ffn_parts(widths, weights=False),
+        "bitfit": ffn_biases(widths),
         "adapter": ffn_adapters(widths, method.rank if isinstance(method, Adapter) else 0),
     }[method.name]
-    flops = ffn_flops(widths, sum(part.weights for part in parts), weights_trained=method.is_full_finetune)
+    flops = ffn_flops(widths, sum(part.weights for part in parts), 3 if method.is_full_finetune else 2)
     chosen: dict[str, Any] = {"method": method.name, **({"rank": method.rank} if isinstance(method, Adapter) else {})}
     units = {"hidden": sum(widths[1:-1]), "hidden_and_output": sum(widths[1:])}
     about = {"model": f"feed-forward net {config.mlp_widths}", "method": chosen, "units": units}

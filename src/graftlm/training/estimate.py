@@ -91,7 +91,7 @@ def make_plan(prepared: RunContext, startup_seconds: float, repeats: int = 3) ->
     validation, reference = validation / world.size, reference / world.size
     needed = world.size * sum(part.non_shared_tokens for parts in made for part in parts)
     needed += world.size * sum(p[0].shared.shape[1] for p in made)
-    flops = model_flops(model.config, needed, first_trained=first, weights_trained=prepared.method.is_full_finetune)
+    flops = model_flops(model.config, needed, prepared.method.passes(model.config))
     examples = steps * config.grad_accum * min(config.batch_size, len(prepared.train))
     return Estimate(
         steps=steps,

@@ -33,13 +33,8 @@ def compare_to_estimate(plan: dict[str, Any], examples_per_s: float, seconds: fl
 
 def mfu(model: CausalLM, method: Method, progress: TrainState, *, below_kept: bool) -> dict[str, float]:
     """How much of what this machine multiplies at most the timed steps did of needed work; GFLOP/s of both."""
-    done = model_flops(
-        model.config,
-        progress.timed_model_tokens,
-        first_trained=method.layer_range(model.config).start,
-        below_kept=below_kept,
-        weights_trained=method.is_full_finetune,
-    )
+    cached = method.layer_range(model.config).start if below_kept else 0
+    done = model_flops(model.config, progress.timed_model_tokens, method.passes(model.config, cached))
     speed = done / progress.timed_seconds if progress.timed_seconds else 0.0
     peak = measure_matmul_flops(model.device, model.dtype)
     return {

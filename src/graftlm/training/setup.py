@@ -228,7 +228,7 @@ def shard_and_load(prepared: RunContext) -> None:
     shard(model, world, {*made, *trained})
     for module in model.modules():
         if isinstance(module, MergeableLinear):
-            module.folds = False  # no process has a whole weight to fold an update into
+            module.merge_on_eval = False  # no process has a whole weight to fold an update into
     with world.same_error_on_all_ranks():
         load_weights_into(model, prepared.loaded.folder, device, model.dtype)
     method.init_from_base_weights(model)
