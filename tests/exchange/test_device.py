@@ -16,7 +16,7 @@ def test_auto_takes_the_format_that_is_multiplied_faster(
 ) -> None:
     seconds = {torch.float32: float32, torch.bfloat16: bfloat16}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    monkeypatch.setattr(device, "_product_seconds", seconds.__getitem__)
+    monkeypatch.setattr(device, "_matmul_seconds", seconds.__getitem__)
     dtype, reason = device.pick_dtype("auto", torch.device("cpu"))
     assert dtype == min(seconds, key=seconds.__getitem__)
     assert f"{max(seconds.values()) / min(seconds.values()):.1f} times as fast" in reason
@@ -29,7 +29,7 @@ def test_auto_is_float32_without_the_instructions(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_probe_times_a_product() -> None:
-    assert device._product_seconds(torch.float32, width=64, tries=2) > 0
+    assert device._matmul_seconds(torch.float32, width=64, tries=2) > 0
 
 
 def test_what_is_asked_for_is_not_second_guessed() -> None:

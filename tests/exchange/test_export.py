@@ -144,7 +144,7 @@ def test_what_the_folder_says_of_itself(place: Path, tmp_path: Path) -> None:
     assert about["format"] == "huggingface" and about["base"] == record["base"] and about["method"] == record["method"]
     assert about["base"]["sha256"] == base_hash(place / "mistral")
     assert about["data"] == {"name": str(place / "data"), "fingerprint": record["data"]["fingerprint"]}
-    assert about["score"] == record["results"]["best"] and about["template"] == record["template"]
+    assert about["val_metrics"] == record["results"]["best"] and about["template"] == record["template"]
     assert (
         about["verification"]["max_abs_logit_diff"]
         == result["max_abs_logit_diff"]
@@ -157,7 +157,7 @@ def test_what_the_folder_says_of_itself(place: Path, tmp_path: Path) -> None:
         f"| base weights | sha256 {about['base']['sha256']} |",
         "| method | lora (rank 4, alpha 16.0, targets q+k+v",
         f"| data | data, fingerprint {about['data']['fingerprint']} |",
-        f"| checkpoint | {about['checkpoint']}: validation loss {about['score']['val_loss']:.4f}, accuracy ",
+        f"| checkpoint | {about['checkpoint']}: validation loss {about['val_metrics']['val_loss']:.4f}, accuracy ",
         f"| made with | graftlm {about['graftlm']}, {about['date']} |",
         f"is {result['max_abs_logit_diff']:.1e} (",
         "Review: {text}\nIs it:",
@@ -168,9 +168,7 @@ def test_what_the_folder_says_of_itself(place: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "stored"), [("bfloat16", torch.bfloat16), ("float16", torch.float16)])
-def test_smaller_number_formats_state_a_larger_tolerance(
-    dtype: Any, stored: torch.dtype, place: Path, tmp_path: Path
-) -> None:
+def test_smaller_dtypes_state_a_larger_tolerance(dtype: Any, stored: torch.dtype, place: Path, tmp_path: Path) -> None:
     run = a_run(place, "gpt2", "lora")
     result = export(ExportConfig(out_dir=str(run), to=str(tmp_path / "out"), merged=True, dtype=dtype))
     proof = read_json(tmp_path / "out" / "export.json")["verification"]
@@ -182,7 +180,7 @@ def test_smaller_number_formats_state_a_larger_tolerance(
     )
     assert {t.dtype for t in load_safetensors(tmp_path / "out" / "model.safetensors").values()} == {stored}
     assert read_json(tmp_path / "out" / "config.json")["dtype"] == dtype
-    assert f"| number format | {dtype} |" in (tmp_path / "out" / "README.md").read_text()
+    assert f"| dtype | {dtype} |" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("merged", [False, True])

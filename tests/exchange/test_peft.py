@@ -18,14 +18,14 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from graftlm.errors import InputError
-from graftlm.exchange.adapters import from_foreign_peft, read_adapter, save_adapter
+from graftlm.exchange.adapters import apply_adapter, from_foreign_peft, read_adapter, save_adapter
 from graftlm.exchange.huggingface import load_model
-from graftlm.exchange.load import apply_adapter
 from graftlm.files import assets
 from graftlm.files.formats import load_safetensors, save_safetensors
 from graftlm.methods import DoRA, LoRA, Method, PrefixTuning
 from graftlm.methods.base import trainable
 from graftlm.methods.ia3 import IA3
+from graftlm.methods.mergeable import mergeable_linears
 from graftlm.methods.peft_format import matches
 from graftlm.models import CausalLM
 from tiny import FAMILIES, model_folder
@@ -162,10 +162,12 @@ def trained_there(base: Path, config: peft.PeftConfig, folder: Path) -> tuple[Te
 @pytest.mark.parametrize("name", THEIRS)
 def test_what_peft_trained_is_the_same_here(kind: str, name: str, bases: dict[str, Path], tmp_path: Path) -> None:
     expected, plain = trained_there(bases[kind], THEIRS[name](kind), tmp_path / "theirs")
-    for folds in (False, True):
-        model = load_model(bases[kind], CPU, torch.float64)
-        method, state = from_foreign_peft(tmp_path / "theirs", model.config)
-        apply_adapter(model, method, state, "theirs", folds)
+    model = load_model(bases[kind], CPU, torch.float64)
+    method, state = from_foreign_peft(tmp_path / "theirs", model.config)
+    apply_adapter(model, method, state, "theirs")
+    for merged in (False, True):
+        for linear in mergeable_linears(model) if merged else ():
+            linear.merge()
         with torch.no_grad():
             near(model(IDS), expected, plain)
     # And written again it is the same adapter, of the same size, for PEFT too.
@@ -233,7 +235,7 @@ def test_what_is_trained_here_is_the_same_in_peft(kind: str, name: str, bases: d
     # Read as a folder of unknown origin it is the same method, but for what only training needs.
     fresh = load_model(bases[kind], CPU, torch.float64)
     found, state = from_foreign_peft(tmp_path / "ours", fresh.config)
-    apply_adapter(fresh, found, state, "ours", folds=False)
+    apply_adapter(fresh, found, state, "ours")
     with torch.no_grad():
         near(fresh(IDS), expected, plain)
     # PEFT's q, k and v in one linear have lengths for k, too, and so have we then.
@@ -250,7 +252,7 @@ def test_round_trips_of_a_fused_dora_do_not_grow(bases: dict[str, Path], tmp_pat
     for trip in range(3):
         model = load_model(bases["gpt2"], CPU, torch.float64)
         method, state = from_foreign_peft(tmp_path / str(trip), model.config)
-        apply_adapter(model, method, state, "", folds=False)
+        apply_adapter(model, method, state, "")
         folder = tmp_path / str(trip + 1)
         folder.mkdir()
         save_adapter(folder, model, method, "base")
@@ -278,7 +280,7 @@ def test_a_folder_of_other_settings_than_the_runs_is_refused(
     config = json.loads(file.read_text())
     assert config[key] != other
     file.write_text(json.dumps(config | {key: other}))
-    shape = load_model(bases["gpt2"], CPU, torch.float64).shape
+    shape = load_model(bases["gpt2"], CPU, torch.float64).config
     with pytest.raises(InputError, match=rf"{key} is .*, the run says "):
         read_adapter(tmp_path / "x", shape, LoRA(rank=3, alpha=7.0))
     file.write_text(json.dumps(config))
@@ -290,7 +292,7 @@ def test_one_pair_for_q_k_and_v_is_written_once_and_read_back(bases: dict[str, P
     trained_there(bases["gpt2"], lora("gpt2", "c_attn"), tmp_path / "theirs")
     model = load_model(bases["gpt2"], CPU, torch.float64)
     method, state = from_foreign_peft(tmp_path / "theirs", model.config)
-    apply_adapter(model, method, state, "theirs", folds=False)
+    apply_adapter(model, method, state, "theirs")
     (tmp_path / "ours").mkdir()
     save_adapter(tmp_path / "ours", model, method, "base")
     assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["r"] == 3
@@ -301,7 +303,7 @@ def test_one_pair_for_q_k_and_v_is_written_once_and_read_back(bases: dict[str, P
 def test_b_that_reaches_into_the_next_block_has_no_blocks(bases: dict[str, Path], tmp_path: Path) -> None:
     """Of rank 3 one column each for q, k and v would do; here q's rows use k's column, too."""
     trained_there(bases["gpt2"], lora("gpt2", "c_attn"), tmp_path / "x")
-    file, shape = tmp_path / "x" / "adapter_model.safetensors", load_model(bases["gpt2"], CPU, torch.float64).shape
+    file, shape = tmp_path / "x" / "adapter_model.safetensors", load_model(bases["gpt2"], CPU, torch.float64).config
     tensors = load_safetensors(file)
     for name, b in tensors.items():
         if "lora_B" in name:
@@ -324,7 +326,7 @@ def test_a_folder_that_says_nothing_of_dropout_has_none_of_it(bases: dict[str, P
     config = json.loads(file.read_text())
     assert config.pop("lora_dropout") == 0.05
     file.write_text(json.dumps(config))
-    method, _ = from_foreign_peft(tmp_path / "x", load_model(bases["llama"], CPU, torch.float64).shape)
+    method, _ = from_foreign_peft(tmp_path / "x", load_model(bases["llama"], CPU, torch.float64).config)
     assert isinstance(method, LoRA) and method.dropout == 0.0
 
 
@@ -350,7 +352,7 @@ def test_ia3_says_of_itself_what_peft_says(bases: dict[str, Path], tmp_path: Pat
 def test_a_part_of_a_fused_ia3_that_the_run_does_not_target_is_an_error(bases: dict[str, Path], tmp_path: Path) -> None:
     """PEFT, going on from our k and v, trains the vector of q too, which stands in the same tensor."""
     trained_here(bases["gpt2"], IA3(targets=("q", "k", "v", "down")), tmp_path / "more")
-    shape = load_model(bases["gpt2"], CPU, torch.float64).shape
+    shape = load_model(bases["gpt2"], CPU, torch.float64).config
     with pytest.raises(InputError, match=r"h\.0\.attn\.c_attn\.ia3_l scales outputs that the run does not target"):
         read_adapter(tmp_path / "more", shape, IA3())
 
@@ -436,7 +438,7 @@ def test_real_weights_trained_by_peft(name: str, tmp_path: Path) -> None:
     train_really([p for p in theirs.parameters() if p.requires_grad], lambda: theirs(REAL).logits)
     theirs.eval().save_pretrained(tmp_path)
     method, state = from_foreign_peft(tmp_path, ours.config)
-    apply_adapter(ours, method, state, "theirs", folds=False)
+    apply_adapter(ours, method, state, "theirs")
     with torch.no_grad():
         really_near(ours(REAL), theirs(REAL).logits, plain, apart)
 
@@ -533,7 +535,7 @@ def test_a_field_that_is_not_understood_is_named(
 ) -> None:
     trained_here(bases["llama"], CHANGED[method], tmp_path / "ours")
     file = tmp_path / "ours" / "adapter_config.json"
-    shape = load_model(bases["llama"], CPU, torch.float64).shape
+    shape = load_model(bases["llama"], CPU, torch.float64).config
     from_foreign_peft(file.parent, shape)
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(InputError, match=rf"adapter_config\.json: .*{field}") as caught:
@@ -544,4 +546,4 @@ def test_a_field_that_is_not_understood_is_named(
 def test_a_model_without_such_an_adapter_layout_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     trained_here(bases["gpt2"], LoRA(rank=3, alpha=7.0), tmp_path / "ours")
     with pytest.raises(InputError, match=r"target_modules names 'attn\.c_attn', which is none of mlp\.down_proj, "):
-        from_foreign_peft(tmp_path / "ours", load_model(bases["llama"], CPU, torch.float64).shape)
+        from_foreign_peft(tmp_path / "ours", load_model(bases["llama"], CPU, torch.float64).config)

@@ -8,8 +8,15 @@ from typing import Any
 import torch
 
 from fuzz.base import Reader, Target, changed_files
-from graftlm.exchange.adapters import CONFIG, OWN_CONFIG, OWN_WEIGHTS, WEIGHTS, from_foreign_peft, save_adapter
-from graftlm.exchange.load import apply_adapter
+from graftlm.exchange.adapters import (
+    CONFIG,
+    OWN_CONFIG,
+    OWN_WEIGHTS,
+    WEIGHTS,
+    apply_adapter,
+    from_foreign_peft,
+    save_adapter,
+)
 from graftlm.methods import METHODS
 from tiny import model_of
 
@@ -48,7 +55,7 @@ def reader(kinds: dict[str, str], config: str) -> Reader:
         (folder / kind / config).write_bytes(content)
         model = model_of("gpt2", dtype=torch.float32, layers=1)
         method, state = from_foreign_peft(folder / kind, model.config)
-        return apply_adapter(model, method, state, "x", folds=False)
+        return apply_adapter(model, method, state, "x")
 
     return read
 

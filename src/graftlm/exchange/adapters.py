@@ -1,28 +1,33 @@
-"""Adapter folders: PEFT's two files where PEFT knows the method, our own two where it does not.
+"""Adapter folders: PEFT's two files if PEFT has the method, else our own two.
 
     adapter_config.json   adapter_model.safetensors      PEFT's (LoRA, DoRA, prefix tuning, IA3)
     graft_adapter.json    graft_adapter.safetensors      ours (BitFit, bottleneck adapters): {"format": 1, "method":
                                                          {"method": name, its fields}, "base_model_name_or_path",
                                                          "revision"}, and the trained tensors by our names
 
-Reading is strict: exactly the tensors and the settings that the method says, or an error that names what differs.
+Reading is strict: exactly the tensors and the settings of the method, or an error that names the difference.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from graftlm.errors import InputError
 from graftlm.files.atomic import write_json
 from graftlm.files.formats import load_safetensors, read_json, save_safetensors
 from graftlm.methods import METHODS, Method, method_from_json
-from graftlm.methods.base import PeftFolder, trainable_state_dict
+from graftlm.methods.base import PeftFolder, load_trainable_state_dict, trainable_state_dict
+from graftlm.methods.mergeable import mergeable_linears
 from graftlm.models.base import CausalLM
 from graftlm.models.config import ModelConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OWN_CONFIG, OWN_WEIGHTS = "graft_adapter.json", "graft_adapter.safetensors"
+EXPORT_JSON = "export.json"
+"""The record of `graft export`, next to the files that it wrote."""
 FORMAT_VERSION = 1
 
 
@@ -31,63 +36,102 @@ def save_adapter(folder: Path, model: CausalLM, method: Method, base: str, revis
 
     `base` is a hub id or a folder.
     """
-    about = {"base_model_name_or_path": base, "revision": revision}
+    base_model = {"base_model_name_or_path": base, "revision": revision}
     if (as_peft := method.to_peft(model)) is not None:
         config, tensors = as_peft
         save_safetensors(folder / WEIGHTS, {name: t.contiguous() for name, t in tensors.items()})
-        write_json(folder / CONFIG, {**config, **about})
+        write_json(folder / CONFIG, {**config, **base_model})
         return "peft"
     save_safetensors(folder / OWN_WEIGHTS, trainable_state_dict(model))
-    write_json(folder / OWN_CONFIG, {"format": FORMAT_VERSION, "method": method.to_json(), **about})
+    write_json(folder / OWN_CONFIG, {"format": FORMAT_VERSION, "method": method.to_json(), **base_model})
     return "graft"
 
 
-def read_adapter(folder: Path, shape: ModelConfig, method: Method) -> dict[str, Tensor]:
-    """The trained tensors, by our names, out of a folder that `save_adapter` wrote with this method."""
-    if (folder / OWN_CONFIG).is_file():
-        config = _object(folder / OWN_CONFIG)
-        said, expected = config.get("method"), method.to_json()
-        if config.get("format") != FORMAT_VERSION or not isinstance(said, dict):
-            raise InputError(
-                f"{folder / OWN_CONFIG}: is no adapter of format {FORMAT_VERSION}; use the folder as it was written"
-            )
-        for key in sorted(expected.keys() | said.keys()):
-            value = expected.get(key)
-            if said.get(key) != (list(value) if isinstance(value, tuple) else value):
-                raise InputError(f"{folder / OWN_CONFIG}: {key} is {said.get(key)!r}, the run says {value!r}")
-        return load_safetensors(folder / OWN_WEIGHTS)
-    return method.from_peft(shape, read_peft(folder), str(folder / CONFIG))
+def read_adapter(folder: Path, config: ModelConfig, method: Method) -> dict[str, Tensor]:
+    """The trained tensors, by our names, of a folder that `save_adapter` wrote with this method."""
+    path = folder / OWN_CONFIG
+    if not path.is_file():
+        return method.from_peft(config, _read_peft(folder), str(folder / CONFIG))
+    adapter, expected = _read_object(path), method.to_json()
+    fields = adapter.get("method")
+    if adapter.get("format") != FORMAT_VERSION or not isinstance(fields, dict):
+        raise InputError(f"{path}: is no adapter of format {FORMAT_VERSION}; use the folder as it was written")
+    for key in sorted(expected.keys() | fields.keys()):
+        value = expected.get(key)
+        if fields.get(key) != (list(value) if isinstance(value, tuple) else value):
+            raise InputError(f"{path}: {key} is {fields.get(key)!r}, the run says {value!r}")
+    return load_safetensors(folder / OWN_WEIGHTS)
 
 
-def read_peft(folder: Path) -> PeftFolder:
-    """The two files of a PEFT folder; an InputError where there is none."""
-    if not (folder / CONFIG).is_file():
-        raise InputError(f"{folder}: holds no adapter (no {CONFIG})")
-    return _object(folder / CONFIG), load_safetensors(folder / WEIGHTS)
-
-
-def from_foreign_peft(folder: Path, shape: ModelConfig) -> tuple[Method, dict[str, Tensor]]:
-    """The method and the trained tensors of any adapter folder; an InputError names what is not understood."""
-    if (folder / OWN_CONFIG).is_file():
-        method = method_from_json(_object(folder / OWN_CONFIG).get("method"), str(folder / OWN_CONFIG))
-        return method, read_adapter(folder, shape, method)
-    as_peft, where = read_peft(folder), str(folder / CONFIG)
-    for kind in METHODS.values():
-        if (found := kind.from_foreign_peft(shape, as_peft, where)) is not None:
-            return found
-    known = sorted({kind.peft_type for kind in METHODS.values() if kind.peft_type})
+def from_foreign_peft(folder: Path, config: ModelConfig) -> tuple[Method, dict[str, Tensor]]:
+    """The method and the trained tensors of any adapter folder; an InputError names what is not supported."""
+    if (path := folder / OWN_CONFIG).is_file():
+        method = method_from_json(_read_object(path).get("method"), str(path))
+        return method, read_adapter(folder, config, method)
+    as_peft, where = _read_peft(folder), str(folder / CONFIG)
+    for cls in METHODS.values():
+        if (result := cls.from_foreign_peft(config, as_peft, where)) is not None:
+            return result
+    known = sorted({cls.peft_type for cls in METHODS.values() if cls.peft_type})
     raise InputError(f"{where}: peft_type {as_peft[0].get('peft_type')!r} is not supported; {', '.join(known)} are")
 
 
-def config_of(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The config of an adapter folder of either format, and its path; an InputError where there is none."""
+def apply_adapter(model: CausalLM, method: Method, state: Mapping[str, Tensor], where: str) -> CausalLM:
+    """The model adapted by a method with these trained tensors, in evaluation mode; its update is not merged."""
+    method.install(model, torch.Generator().manual_seed(0))
+    load_trainable_state_dict(model, state, where)
+    for linear in mergeable_linears(model):
+        linear.merge_on_eval = False
+    return model.eval()
+
+
+def check_source(folder: Path) -> None:
+    """An InputError unless it is a folder with an adapter that can be read."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; name the folder of an adapter")
+    files = {path.name for path in folder.iterdir()}
+    if "adapter_model.bin" in files and WEIGHTS not in files:
+        raise InputError(
+            f"{folder}: holds only adapter_model.bin: a pickle can run code, so only safetensors are read; save the "
+            "adapter again with PEFT's safe_serialization=True"
+        )
+    if "config.json" in files and not files & {CONFIG, OWN_CONFIG}:
+        raise InputError(f"{folder}: is a model, not an adapter; use it as it is with --init_from {folder}")
+    if "run.json" in files and not files & {CONFIG, OWN_CONFIG}:
+        raise InputError(f"{folder}: is a run folder already; use it with --out_dir {folder}")
+
+
+def check_exported_base(folder: Path, sha256: str, name: str) -> None:
+    """An InputError if `graft export` wrote the folder, and for another base than `name` with this hash."""
+    if (folder / EXPORT_JSON).is_file():
+        record = read_json(folder / EXPORT_JSON)
+        base = record.get("base") if isinstance(record, dict) else None
+        if isinstance(base, dict) and base.get("sha256") != sha256:
+            raise InputError(
+                f"{folder}: was trained on {base.get('name')} with weights {str(base.get('sha256'))[:12]}, but {name} "
+                f"holds {sha256[:12]}; use the base it was trained on"
+            )
+
+
+def base_of(folder: Path) -> tuple[str, Path]:
+    """The base model that an adapter folder names, with its revision, and the file that names it. Raises InputError."""
     path = next((folder / name for name in (OWN_CONFIG, CONFIG) if (folder / name).is_file()), None)
     if path is None:
         raise InputError(f"{folder}: holds no adapter (neither {CONFIG} nor {OWN_CONFIG})")
-    return path, _object(path)
+    config = _read_object(path)
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(name, str) or not name:
+        raise InputError(f"{path}: names no base model; give it with --init_from")
+    return f"{name}@{revision}" if revision and not Path(name).exists() else name, path
 
 
-def _object(path: Path) -> dict[str, Any]:
+def _read_peft(folder: Path) -> PeftFolder:
+    if not (folder / CONFIG).is_file():
+        raise InputError(f"{folder}: holds no adapter (no {CONFIG})")
+    return _read_object(folder / CONFIG), load_safetensors(folder / WEIGHTS)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
     config = read_json(path)
     if not isinstance(config, dict):
         raise InputError(f"{path}: is no JSON object; use the folder as it was written")

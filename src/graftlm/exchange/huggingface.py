@@ -1,8 +1,7 @@
-"""Hugging Face model folders to and from our models.
+"""Read and write Hugging Face model folders.
 
-What is unusual here: a base is loaded tensor by tensor from a memory-mapped file into the dtype it will compute in,
-so there is never a second copy. Of a model that is cut over several processes each reads the rows that it holds, and
-no more: `meta_model`, then cut, then `load_weights_into`.
+A base is loaded tensor by tensor from a memory-mapped file into its compute dtype, so there is never a second copy. Of
+a sharded model each rank reads only the rows that it holds: `meta_model`, then shard, then `load_weights_into`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -32,7 +31,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> CausalLM:
-    """The model in a Hugging Face folder, in evaluation mode and with nothing trained; InputError for a broken one."""
+    """The model of a Hugging Face folder, in evaluation mode and frozen; InputError for a broken one."""
     model = meta_model(folder, dtype)
     load_weights_into(model, folder, device, dtype)
     return model
@@ -40,49 +39,48 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Causal
 
 def meta_model(folder: Path, dtype: torch.dtype) -> CausalLM:
     """The same without weights: all are on torch's meta device, and take no memory."""
-    shape = read_model_config(read_json(folder / CONFIG), str(folder / CONFIG))
-    check_names(shape, read_weights(folder), str(folder))
+    config = read_model_config(read_json(folder / CONFIG), str(folder / CONFIG))
+    check_names(config, read_weights(folder), str(folder))
     with torch.device("meta"):
-        model = build(shape).to(dtype)
+        model = build(config).to(dtype)
     return model.requires_grad_(False).eval()
 
 
 def load_weights_into(model: CausalLM, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
-    """Give every parameter that is on the meta device, and stands in the folder, its values; what is trained, too.
+    """Load every parameter that is on the meta device and in the folder, trained ones too.
 
-    They are rounded to `dtype` first, as a frozen base's are.
+    All are rounded to `dtype` first, as a frozen base's are.
     """
-    unread = [name for name, p in model.named_parameters() if p.device.type == "meta"]
-    for name, rows in iter_local_shards(model, folder, unread):
+    on_meta = [name for name, p in model.named_parameters() if p.device.type == "meta"]
+    for name, rows in iter_local_shards(model, folder, on_meta):
         module, _, attribute = name.rpartition(".")
         p = model.get_parameter(name)
-        # A copy even where dtype and layout fit: a mapped file that is replaced on disk must not change the model.
-        kept = rows.to(device=device, dtype=dtype, copy=True).to(p.dtype).contiguous()
-        setattr(model.get_submodule(module), attribute, nn.Parameter(wrap_like(p, kept), requires_grad=p.requires_grad))
+        # A copy even if dtype and layout fit: a mapped file that is replaced on disk must not change the model.
+        tensor = rows.to(device=device, dtype=dtype, copy=True).to(p.dtype).contiguous()
+        loaded = nn.Parameter(wrap_like(p, tensor), requires_grad=p.requires_grad)
+        setattr(model.get_submodule(module), attribute, loaded)
 
 
-def iter_local_shards(model: CausalLM, folder: Path, wanted: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """(our name, those rows that this process holds, as the folder has them) of the wanted parameters it stores."""
-    stored, ours = read_weights(folder), tensor_mapping(model.config)
-    for name in wanted:
-        if name not in ours:
-            continue
-        p, place = model.get_parameter(name), ours[name]
-        key = stored_name(place.name, stored)
+def iter_local_shards(model: CausalLM, folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """(our name, the rows on this rank, as stored in the folder) of these parameters, if the folder has them."""
+    stored, mapping = read_weights(folder), tensor_mapping(model.config)
+    for name in (name for name in names if name in mapping):
+        p, source = model.get_parameter(name), mapping[name]
+        key = stored_name(source.name, stored)
         if key is None:
-            raise InputError(f"{folder}: the tensor {place.name} is missing: fetch it again")
-        found = place.read(torch.empty(stored.shape(key), device="meta")).shape
-        if found != p.shape:
-            raise InputError(f"{folder}: {key} gives shape {list(found)}, the config wants {list(p.shape)}")
+            raise InputError(f"{folder}: the tensor {source.name} is missing: fetch it again")
+        shape = source.read(torch.empty(stored.shape(key), device="meta")).shape
+        if shape != p.shape:
+            raise InputError(f"{folder}: {key} gives shape {list(shape)}, the config wants {list(p.shape)}")
         rows = local_rows(p)
         if len(rows) == (p.shape[0] if p.dim() else 1):
-            yield name, place.read(stored[key])
+            yield name, source.read(stored[key])
         else:
-            yield name, place.part(stored, key, rows) if rows else torch.empty(to_local(p).shape)
+            yield name, source.part(stored, key, rows) if rows else torch.empty(to_local(p).shape)
 
 
 def base_hash(folder: Path) -> str:
-    """sha256 over the sorted names, shapes, dtypes and bytes of the folder's weights, as stored."""
+    """sha256 of the sorted names, shapes, dtypes and bytes of the folder's weights, as stored."""
     return tensors_sha256(read_weights(folder))
 
 
@@ -105,20 +103,20 @@ def save_model(
 
 
 def save_config(folder: Path, config: Mapping[str, Any], stored: torch.dtype) -> None:
-    """Write config.json beside weights of this dtype."""
-    rest = {k: v for k, v in config.items() if k not in ("torch_dtype", "dtype", "quantization_config")}
-    write_json(folder / CONFIG, {**rest, "dtype": str(stored).removeprefix("torch.")})
+    """Write config.json for weights of this dtype."""
+    fields = {k: v for k, v in config.items() if k not in ("torch_dtype", "dtype", "quantization_config")}
+    write_json(folder / CONFIG, {**fields, "dtype": str(stored).removeprefix("torch.")})
 
 
 def lazy_state_dict(model: CausalLM, state: Mapping[str, Tensor]) -> dict[str, LazyTensor]:
-    """The tensors of the folder that `save_model` would write, each gathered over the processes when asked for."""
+    """The tensors of the folder that `save_model` would write, each gathered from all ranks when it is read."""
 
-    def later(parts: Mapping[str, TensorMapping]) -> LazyTensor:
+    def lazy(parts: Mapping[str, TensorMapping]) -> LazyTensor:
         empty = one_to_file(model.config, parts, {n: torch.empty(state[n].shape, device="meta") for n in parts})
 
-        def make() -> Tensor:
+        def gather() -> Tensor:
             return one_to_file(model.config, parts, {n: full_tensor(state[n].detach()) for n in parts})
 
-        return LazyTensor(state[next(iter(parts))].dtype, tuple(empty.shape), make)
+        return LazyTensor(state[next(iter(parts))].dtype, tuple(empty.shape), gather)
 
-    return {name: later(parts) for name, parts in file_parts(model.config).items()}
+    return {name: lazy(parts) for name, parts in file_parts(model.config).items()}

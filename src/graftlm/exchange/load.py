@@ -1,9 +1,9 @@
-"""A name or a run folder -> model, tokenizer, template, ready to use.
+"""Load a model, or a run, by name: model, tokenizer and template, ready to use.
 
     load("smollm2-135m")                         a pretrained model
-    load("resume", "runs/demo", "last")          the same model as a run adapted it
+    load("resume", "runs/demo", "last")          the same model, adapted by a run
 
-What is unusual here: loading a run is strict. The base must be, byte for byte, the one the run was trained on.
+A run is loaded only onto the base it was trained on: the sha256 of the weights must be the same.
 """
 
 from collections.abc import Mapping
@@ -16,14 +16,14 @@ from torch import Tensor
 
 from graftlm.config.renamed import upgrade_run
 from graftlm.errors import InputError
-from graftlm.exchange.adapters import read_adapter
+from graftlm.exchange.adapters import apply_adapter, check_exported_base, check_source, from_foreign_peft, read_adapter
 from graftlm.exchange.device import pick_device, pick_dtype
 from graftlm.exchange.huggingface import base_hash, load_model
 from graftlm.files.assets import model_folder
 from graftlm.files.formats import read_json
 from graftlm.methods import Method, method_from_json
-from graftlm.methods.base import load_trainable_state_dict
-from graftlm.methods.mergeable import MergeableLinear
+from graftlm.methods.mergeable import mergeable_linears
+from graftlm.methods.multi_lora import check_servable
 from graftlm.models import CausalLM, clone_with_shared_weights
 from graftlm.models.checkpoint_mapping import read_model_config
 from graftlm.text.template import Template
@@ -32,7 +32,7 @@ from graftlm.text.tokenizer import Tokenizer
 
 @dataclass
 class Loaded:
-    """A model ready for inference, and what belongs to it."""
+    """A model ready for inference, with its tokenizer and origin."""
 
     model: CausalLM
     tokenizer: Tokenizer
@@ -41,7 +41,7 @@ class Loaded:
     folder: Path
     """The base model's files."""
     dtype_reason: str
-    """Why the arithmetic has the dtype it has."""
+    """Why the model computes in its dtype."""
     template: Template | None = None
     """The run's template; None for a model without a run."""
     run: dict[str, Any] | None = None
@@ -56,11 +56,10 @@ def load(
     dtype: str = "auto",
     onto: Loaded | None = None,
 ) -> Loaded:
-    """Load a model by name, or with init_from "resume" the model that the run in `out_dir` adapted.
+    """Load a model by name, or with init_from "resume" the model adapted by the run in `out_dir`.
 
-    With `onto`, a loaded base, the run's adapter is put beside it: the new model has the base's very tensors, so that
-    many adapters of one base take hardly more memory than one, and each call names the model it means. Device and
-    dtype are then the base's.
+    With `onto`, a loaded base, the new model shares the base's tensors, so many adapters of one base take hardly more
+    memory than one. Device and dtype are then the base's.
 
     Raises InputError for an unknown name or device, a folder without a run or checkpoint, and a base whose weights
     are not those the run was trained on.
@@ -68,31 +67,29 @@ def load(
     if onto is not None:
         device, dtype = str(onto.model.device), str(onto.model.dtype).removeprefix("torch.")
     target = pick_device(device)
-    number_format, reason = pick_dtype(dtype, target)
+    compute_dtype, reason = pick_dtype(dtype, target)
     if init_from != "resume":
         folder = model_folder(init_from)
-        model = load_model(folder, target, number_format)
+        model = load_model(folder, target, compute_dtype)
         return Loaded(model, read_tokenizer(folder), init_from, folder, reason)
     run_dir = Path(out_dir or "graft-run")
     run = read_run(run_dir)
-    at = run_dir / checkpoint
-    if not at.is_dir():
-        raise InputError(f"{at}: no such checkpoint; the run has not saved one yet, go on with graft train --resume")
-    folder = model_folder(run["base"]["name"])
+    path, name = checkpoint_folder(run_dir, checkpoint), run["base"]["name"]
+    folder = model_folder(name)
     check_base(folder, run, run_dir)
     method = method_from_json(run["method"])
-    if onto is not None:
-        if onto.folder != folder or onto.run is not None:
-            raise InputError(f"{run_dir}: is an adapter of {run['base']['name']}; load that first, and put it onto it")
-        model = adapter_on_shared_base(onto.model, at, method)
+    if onto is None:
+        model = load_checkpoint(path, folder, method, target, compute_dtype)
+    elif onto.folder == folder and onto.run is None:
+        model = adapter_on_shared_base(onto.model, path, method)
     else:
-        model = load_checkpoint(at, folder, method, target, number_format)
+        raise InputError(f"{run_dir}: is an adapter of {name}; load that first, and put it onto it")
     template = Template(run["template"]["name"], run["template"]["text"], tuple(run["template"]["labels"]))
-    return Loaded(model, read_tokenizer(folder), run["base"]["name"], folder, reason, template, run)
+    return Loaded(model, read_tokenizer(folder), name, folder, reason, template, run)
 
 
 def read_run(run_dir: Path) -> dict[str, Any]:
-    """The run.json of a run folder; an InputError if there is none, or none of ours."""
+    """The run.json of a run folder; an InputError if there is no valid one."""
     if not (run_dir / "run.json").is_file():
         raise InputError(f"{run_dir}: holds no run (no run.json); train one with graft train --out_dir {run_dir}")
     run = read_json(run_dir / "run.json")
@@ -101,22 +98,29 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     return upgrade_run(run)
 
 
+def checkpoint_folder(run_dir: Path, checkpoint: str) -> Path:
+    """The folder of a run's checkpoint: best, last, or a path inside the run; an InputError if it is missing."""
+    path = run_dir / checkpoint
+    if not path.is_dir():
+        raise InputError(f"{path}: no such checkpoint; the run has not saved one yet, go on with graft train --resume")
+    return path
+
+
 def resolve_path(name: str) -> str:
-    """A base model's name as run.json keeps it: a local path whole, so that the run can be loaded from any folder."""
+    """A base model's name for run.json: a local path made absolute, so that the run can be loaded from any folder."""
     return str(Path(name).resolve()) if name and Path(name).exists() else name
 
 
 def hub_revision(name: str) -> tuple[str, str | None]:
-    """A base model's name without its @revision, and that; a local path has none."""
+    """A base model's name without its @revision, and the revision; a local path has none."""
     repo, _, revision = (name, "", "") if Path(name).exists() else name.partition("@")
     return repo, revision or None
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """A model folder's tokenizer; an InputError if it makes tokens that the model has no embedding for."""
-    tokenizer = Tokenizer.from_folder(folder)
-    config = folder / "config.json"
-    vocab = read_model_config(read_json(config), str(config)).vocab_size
+    """A model folder's tokenizer; an InputError if it has tokens without an embedding in the model."""
+    tokenizer, path = Tokenizer.from_folder(folder), folder / "config.json"
+    vocab = read_model_config(read_json(path), str(path)).vocab_size
     if tokenizer.largest >= vocab:
         raise InputError(
             f"{folder}: its tokenizer has a token {tokenizer.largest}, its model embeds {vocab}: the files are of two "
@@ -125,39 +129,67 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def check_base(folder: Path, run: dict[str, Any], run_dir: Path, found: str = "") -> None:
-    """An InputError if the weights in `folder` (whose hash is `found`) are not those `run` was trained on."""
-    found = found or base_hash(folder)
-    if found != run["base"]["sha256"]:
+def check_base(folder: Path, run: dict[str, Any], run_dir: Path, sha256: str = "") -> None:
+    """An InputError if the weights in `folder` (with this hash, if it is known) are not those `run` was trained on."""
+    sha256 = sha256 or base_hash(folder)
+    if sha256 != run["base"]["sha256"]:
         raise InputError(
             f"{run_dir}: was trained on {run['base']['name']} with weights {run['base']['sha256'][:12]}, "
-            f"but {folder} holds {found[:12]}; use the base it was trained on"
+            f"but {folder} holds {sha256[:12]}; use the base it was trained on"
         )
 
 
 def load_checkpoint(checkpoint: Path, base: Path, method: Method, device: torch.device, dtype: torch.dtype) -> CausalLM:
-    """The model of a checkpoint folder, in evaluation mode."""
+    """The model of a checkpoint folder, in evaluation mode, with its update merged if the method allows."""
     if method.is_full_finetune:
         return load_model(checkpoint, device, dtype)
-    return _adapted(load_model(base, device, dtype), checkpoint, method.for_inference)
+    model = _apply_checkpoint(load_model(base, device, dtype), checkpoint, method)
+    for linear in mergeable_linears(model):
+        linear.merge_on_eval = True
+    return model.eval()
 
 
 def adapter_on_shared_base(base: CausalLM, checkpoint: Path, method: Method) -> CausalLM:
-    """An adapted model, in evaluation mode, that has the tensors of `base`, which stays as it is."""
+    """An adapted model, in evaluation mode, that shares the tensors of `base`, which does not change."""
     if method.is_full_finetune:
         raise InputError(f"{checkpoint}: full fine-tuning trained the base's own weights; load it on its own")
-    return _adapted(clone_with_shared_weights(base), checkpoint, method.for_inference, folds=False)
+    return _apply_checkpoint(clone_with_shared_weights(base), checkpoint, method)
 
 
-def _adapted(model: CausalLM, checkpoint: Path, method: Method, folds: bool = True) -> CausalLM:
-    return apply_adapter(model, method, read_adapter(checkpoint, model.config, method), str(checkpoint), folds)
+def _apply_checkpoint(model: CausalLM, checkpoint: Path, method: Method) -> CausalLM:
+    method = method.for_inference
+    return apply_adapter(model, method, read_adapter(checkpoint, model.config, method), str(checkpoint))
 
 
-def apply_adapter(model: CausalLM, method: Method, state: Mapping[str, Tensor], where: str, folds: bool) -> CausalLM:
-    """The model adapted by a method with these trained tensors, in evaluation mode; `folds`: merged where possible."""
-    method.install(model, torch.Generator().manual_seed(0))
-    load_trainable_state_dict(model, state, where)
-    for module in model.modules():
-        if isinstance(module, MergeableLinear):
-            module.merge_on_eval = folds
-    return model.eval()
+def load_foreign_adapter(base: Path, adapter: Path, dtype: torch.dtype) -> tuple[CausalLM, Method]:
+    """A base on the CPU with an adapter folder of any origin, not merged, and the adapter's method."""
+    model = load_model(base, torch.device("cpu"), dtype)
+    method, state = from_foreign_peft(adapter, model.config)
+    return apply_adapter(model, method, state, str(adapter)), method
+
+
+def read_adapters(loaded: Loaded, folders: Mapping[str, Path]) -> dict[str, tuple[Method, dict[str, Tensor]]]:
+    """Adapters to serve together on a loaded base: name -> the method and its trained tensors by our names.
+
+    A folder is a run, whose best checkpoint is read, or an adapter of any origin. The base's weights are hashed once
+    and compared with the hash in each folder that has one. Raises InputError for a folder without an adapter, an
+    adapter of another base, and a method that cannot be served so.
+    """
+    if not folders:
+        return {}
+    if loaded.run is not None:
+        raise InputError(f"{loaded.name} is a run's model, adapted already; load the base itself for adapters")
+    adapters, sha256, config = {}, base_hash(loaded.folder), loaded.model.config
+    for name, folder in folders.items():
+        if (folder / "run.json").is_file():
+            run = read_run(folder)
+            method = method_from_json(run["method"])
+            check_servable(name, method)
+            check_base(loaded.folder, run, folder, sha256)
+            adapters[name] = method, read_adapter(checkpoint_folder(folder, "best"), config, method)
+        else:
+            check_source(folder)
+            check_exported_base(folder, sha256, loaded.name)
+            adapters[name] = from_foreign_peft(folder, config)
+            check_servable(name, adapters[name][0])
+    return adapters

@@ -1,86 +1,46 @@
-"""README.md of an exported model: how to load it, what it was made of and with, and the proof of the export.
+"""README.md of an exported model: how to load it, its origin, and the verification of the export.
 
-The head between the dashes is what the Hugging Face hub reads.
+The template is `model_card.md`; the Hugging Face hub reads the YAML block at its top.
 """
 
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from graftlm.files.hub import HUB_NAME
 
-CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-{base_model}tags:
-- graftlm
-- {method}
----
 
-# {title}
-
-{base}, adapted with {method} by graftlm; a plain model, which is loaded like any other:
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{title}")
-model = AutoModelForCausalLM.from_pretrained("{title}")
-```
-
-| | |
-|---|---|
-{rows}
-
-It was trained on prompts of this form, behind which {labels} followed:
-
-````text
-{template}
-````
-"""
-
-
-def card(title: str, about: dict[str, Any]) -> str:
-    """The page of an exported model; `about` is what its export.json holds."""
-    base, data, proof = about["base"], about["data"], about["verification"]
+def card(title: str, record: dict[str, Any]) -> str:
+    """The model card; `record` is the contents of export.json."""
+    base, data, verification = record["base"], record["data"], record["verification"]
     on_hub = HUB_NAME.fullmatch(base["name"]) is not None and "/" in base["name"]
-    shown = base["name"] if on_hub else Path(base["name"]).name  # a local path tells of the machine, not the base
-    method = dict(about["method"])
-    name = method.pop("method")
-    settings = ", ".join(f"{key} {_value(value)}" for key, value in method.items() if value is not None)
+    base_name = base["name"] if on_hub else Path(base["name"]).name  # a local path is private
+    method, *settings = (value for value in record["method"].items() if value[1] is not None)
+    fields = ", ".join(f"{key} {'+'.join(map(str, v)) if isinstance(v, list | tuple) else v}" for key, v in settings)
+    checkpoint, metrics = record["checkpoint"], record["val_metrics"]
+    if metrics:
+        checkpoint += f": validation loss {metrics['val_loss']:.4f}"
+        checkpoint += "" if metrics.get("val_accuracy") is None else f", accuracy {metrics['val_accuracy']:.4f}"
     rows = {
-        "base": shown,
+        "base": base_name,
         "base weights": f"sha256 {base['sha256']}",
-        "method": f"{name} ({settings})" if settings else name,
+        "method": f"{method[1]} ({fields})" if fields else method[1],
         "data": f"{Path(data['name']).name}, fingerprint {data['fingerprint']}" if data.get("name") else "not known",
-        "checkpoint": _checkpoint(about),
-        "number format": about["dtype"],
-        "made with": f"graftlm {about['graftlm']}, {about['date']}",
+        "checkpoint": checkpoint,
+        "dtype": record["dtype"],
+        "made with": f"graftlm {record['graftlm']}, {record['date']}",
         "verification": f"loaded back from these files, the largest difference of a logit from the adapted base is "
-        f"{proof['max_abs_logit_diff']:.1e} ({proof['tolerance']:.1e} is accepted; the largest logit is "
-        f"{proof['max_abs_logit']:.0f}), on {proof['prompts']}",
+        f"{verification['max_abs_logit_diff']:.1e} ({verification['tolerance']:.1e} is accepted; the largest logit is "
+        f"{verification['max_abs_logit']:.0f}), on {verification['prompts']}",
     }
-    return CARD.format(
+    cells = {key: " ".join(text.replace("|", "\\|").split()) for key, text in rows.items()}
+    template = (resources.files("graftlm.exchange") / "model_card.md").read_text(encoding="utf-8")
+    return template.format(
         base_model=f"base_model: {base['name'].partition('@')[0]}\n" if on_hub else "",
-        method=name,
+        method=method[1],
         title=title,
-        base=shown,
-        rows="\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items()),
-        labels=" or ".join(f"`{label}`" for label in about["template"]["labels"]),
-        template=about["template"]["text"],
+        base=base_name,
+        rows="\n".join(f"| {key} | {cell} |" for key, cell in cells.items()),
+        labels=" or ".join(f"`{label}`" for label in record["template"]["labels"]),
+        template=record["template"]["text"],
     )
-
-
-def _value(value: Any) -> str:
-    return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-def _checkpoint(about: dict[str, Any]) -> str:
-    score = about["val_metrics"]
-    if not score:
-        return about["checkpoint"]
-    accuracy = "" if score.get("val_accuracy") is None else f", accuracy {score['val_accuracy']:.4f}"
-    return f"{about['checkpoint']}: validation loss {score['val_loss']:.4f}{accuracy}"
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())

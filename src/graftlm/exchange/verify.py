@@ -1,12 +1,11 @@
-"""The proof that an export or an import keeps: the largest difference between two models' logits on real prompts.
+"""Verify an export or an import: the largest difference between two models' logits on real prompts.
 
-What is unusual here: the prompts are those of the run itself, from its test data, wherever that is at hand; and the
-proof is of the files as they were written, read back, not of what was in memory.
+The prompts are from the run's own test data if it is on this disk. What is compared is the files as they were written,
+read back, and not the model in memory.
 
-Letters: P positions compared in one prompt, V vocabulary.
+Letters: P positions compared in one prompt, V vocabulary size.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,13 @@ from graftlm.text.collate import encode_rows, load_dataset, subset
 from graftlm.text.dataset import SPLITS
 
 PROMPTS, POSITIONS = 8, 32
-"""How many prompts, and how many of each one's last positions: at V = 50,000 their logits take 50 MB."""
+"""Number of prompts, and of each one's last positions: at V = 50,000 their logits take 50 MB."""
 
 TOLERANCE = 1e-4
 SHARES = {"float32": 2e-5, "float16": 1e-2, "bfloat16": 5e-2}
-"""A difference is accepted up to TOLERANCE, or to this share of the largest logit, by the number format of the weights.
+"""The accepted difference is TOLERANCE, or this share of the largest logit, by dtype of the weights.
 
-Rounding alone makes 0.6e-5, 0.4e-2 and 1.8e-2 of it in 30 layers of SmolLM2, at logits of 33; a mistake makes far more.
+Rounding alone makes 0.6e-5, 0.4e-2 and 1.8e-2 of it in 30 layers of SmolLM2, at logits of 33; an error makes far more.
 """
 
 TEXTS = (
@@ -41,19 +40,11 @@ TEXTS = (
 
 
 @dataclass(frozen=True)
-class Prompts:
-    """Token ids, and in words where they came from."""
-
-    ids: tuple[tuple[int, ...], ...]
-    source: str
-
-
-@dataclass(frozen=True)
-class Proof:
-    """How far two models' logits lie apart."""
+class Verification:
+    """The difference between two models' logits."""
 
     max_abs_logit_diff: float
-    largest_logit: float
+    max_abs_logit: float
     tolerance: float
     """The largest difference that is accepted."""
     prompts: str
@@ -63,47 +54,52 @@ class Proof:
         return dict(vars(self))
 
 
-def verification_prompts(loaded: Loaded, data: dict[str, Any]) -> Prompts:
-    """Some prompts of the test (else validation) split that `data`, flags of the run, names; else of built-in texts.
+class ReferenceLogits:
+    """A model's logits on a few prompts, to compare with those of the files that are written from it.
 
-    Data that is not on this disk, or no longer readable, is not asked for.
+    The prompts are of the test (else validation) split of the run's data, which its flags `data` name; of built-in
+    texts if there is no such data, or it is not on this disk or no longer readable.
     """
-    template, tokenizer, room = loaded.template, loaded.tokenizer, loaded.model.max_seq_len
+
+    def __init__(self, loaded: Loaded, data: dict[str, Any]) -> None:
+        self._prompts, self.source = verification_prompts(loaded, data)
+        self._logits = self._of(loaded.model)
+
+    def _of(self, model: CausalLM) -> list[Tensor]:
+        """[P, V] of each prompt's last positions, in float32 or wider."""
+        with torch.inference_mode():
+            last = [torch.arange(max(0, len(ids) - POSITIONS), len(ids)) for ids in self._prompts]
+            return [model(torch.tensor([ids]), at=at) for ids, at in zip(self._prompts, last, strict=True)]
+
+    def verify(self, model: CausalLM, dtype: str, action: str) -> Verification:
+        """Compare with a model that was read back; beyond the tolerance of `dtype` a GraftError that names `action`."""
+        pairs = zip(self._logits, self._of(model), strict=True)
+        difference = torch.stack([(a - b).abs().max() for a, b in pairs]).max().item()
+        largest = torch.stack([a.abs().max() for a in self._logits]).max().item()
+        tolerance = max(TOLERANCE, SHARES[dtype] * largest)
+        if not difference <= tolerance:  # NaN fails too
+            raise GraftError(
+                f"{action}: read back, its logits differ by {difference:.1e}, more than {tolerance:.1e} "
+                f"({self.source}); nothing was written"
+            )
+        return Verification(difference, largest, tolerance, self.source)
+
+
+def verification_prompts(loaded: Loaded, data: dict[str, Any]) -> tuple[list[tuple[int, ...]], str]:
+    """Token ids of the prompts of `ReferenceLogits`, and a description of their source."""
+    template, tokenizer, longest = loaded.template, loaded.tokenizer, loaded.model.max_seq_len
     assert template is not None, "a run has a template"
-    max_length = min(data.get("max_length") or room, room)
+    longest = min(data.get("max_length") or longest, longest)
     name, val, test = (data.get(flag) or "" for flag in ("data", "val_data", "test_data"))
     if is_local_data(name):
         try:
             columns = parse_columns(data.get("columns") or "")
             splits = load_dataset(name, val, test, columns, template.labels).splits
             split = next(name for name in reversed(SPLITS) if splits.get(name))
-            examples, _ = encode_rows(subset(splits[split], PROMPTS), template, tokenizer, max_length)
-            ids = tuple(e.prompt_ids for e in examples)
-            return Prompts(ids, f"{len(ids)} prompts of the {split} split of {Path(name).name}")
+            examples, _ = encode_rows(subset(splits[split], PROMPTS), template, tokenizer, longest)
+            ids = [e.prompt_ids for e in examples]
+            return ids, f"{len(ids)} prompts of the {split} split of {Path(name).name}"
         except InputError:
-            pass  # changed since the run, it is no longer the data that the run had
-    own = [tokenizer.encode(template.prompt(text), bos=True)[:max_length] for text in TEXTS]
-    return Prompts(tuple(map(tuple, own)), f"{len(own)} built-in texts, for want of the run's data")
-
-
-def logits(model: CausalLM, prompts: Prompts) -> list[Tensor]:
-    """[P, V] of each prompt's last positions, in float32 or wider."""
-    found = []
-    with torch.inference_mode():
-        for ids in prompts.ids:
-            at = torch.arange(max(0, len(ids) - POSITIONS), len(ids))
-            found.append(model(torch.tensor([ids]), at=at))
-    return found
-
-
-def verify(expected: Sequence[Tensor], found: Sequence[Tensor], dtype: str, source: str, what: str) -> Proof:
-    """Compare; past the tolerance of weights in `dtype` a GraftError that begins with `what`."""
-    difference = torch.stack([(a - b).abs().max() for a, b in zip(expected, found, strict=True)]).max().item()
-    largest = torch.stack([a.abs().max() for a in expected]).max().item()
-    tolerance = max(TOLERANCE, SHARES[dtype] * largest)
-    if not difference <= tolerance:  # NaN is no proof either
-        raise GraftError(
-            f"{what}: read back, its logits differ by {difference:.1e}, more than {tolerance:.1e} ({source}); nothing "
-            "was written"
-        )
-    return Proof(difference, largest, tolerance, source)
+            pass  # it has changed since the run
+    ids = [tuple(tokenizer.encode(template.prompt(text), bos=True)[:longest]) for text in TEXTS]
+    return ids, f"{len(ids)} built-in texts, for want of the run's data"

@@ -29,8 +29,7 @@ import torch
 from torch import Tensor
 
 from graftlm.errors import GraftError, InputError, Overloaded, ShuttingDown, unknown_name_error
-from graftlm.exchange.load import Loaded
-from graftlm.exchange.serving_adapters import read_adapters
+from graftlm.exchange.load import Loaded, read_adapters
 from graftlm.inference.decoder import DecodingBatch, choose_tokens
 from graftlm.inference.requests import (
     CANCELLED,

@@ -42,7 +42,7 @@ class BitFit(Method):
         if self.add_biases:
             _add_biases(model)
         modules = (m for root in block_modules(model, self.layer_range(model.config)) for m in root.modules())
-        biases = [(m, m.bias) for m in modules if isinstance(getattr(m, "bias", None), nn.Parameter)]
+        biases = [(m, b) for m in modules if isinstance(b := getattr(m, "bias", None), nn.Parameter)]
         for module, bias in biases:
             # A copy even if the dtype fits: models may share the base's tensors.
             module.bias = nn.Parameter(bias.data.to(master_dtype(bias.dtype), copy=True))

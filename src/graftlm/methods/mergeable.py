@@ -3,10 +3,11 @@
 `eval()` merges; `train()` restores the base's tensors bit for bit, because they are kept rather than computed back.
 """
 
+from collections.abc import Iterator
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graftlm.models import Linear
 
@@ -69,3 +70,8 @@ class MergeableLinear(Linear):
         super()._load_from_state_dict(*args, **kwargs)
         if merged:
             self.merge()
+
+
+def mergeable_linears(model: nn.Module) -> Iterator[MergeableLinear]:
+    """The linears of a model that have an update to merge."""
+    return (module for module in model.modules() if isinstance(module, MergeableLinear))

@@ -22,7 +22,7 @@ from graftlm.exchange.huggingface import base_hash, load_model, load_weights_int
 from graftlm.exchange.load import Loaded, check_base, read_run, read_tokenizer, resolve_path
 from graftlm.files.locks import LOCK_NAME
 from graftlm.methods import Method
-from graftlm.methods.mergeable import MergeableLinear
+from graftlm.methods.mergeable import mergeable_linears
 from graftlm.models.base import CausalLM
 from graftlm.text.collate import Dataset, Example, encode_rows, label_ids, load_dataset, subset
 from graftlm.text.data_checks import preflight
@@ -226,9 +226,8 @@ def shard_and_load(prepared: RunContext) -> None:
     for p in made:
         p.data = p.data.to(device)
     shard(model, world, {*made, *trained})
-    for module in model.modules():
-        if isinstance(module, MergeableLinear):
-            module.merge_on_eval = False  # no process has a whole weight to fold an update into
+    for linear in mergeable_linears(model):
+        linear.merge_on_eval = False  # no rank has the full weight
     with world.same_error_on_all_ranks():
         load_weights_into(model, prepared.loaded.folder, device, model.dtype)
     method.init_from_base_weights(model)
