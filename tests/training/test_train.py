@@ -273,7 +273,7 @@ def test_a_run_of_each_method_can_be_loaded_and_measures_what_it_measured(
     assert loss == pytest.approx(results["last"]["val_loss"], rel=1e-4)
     if method != "full":
         base = load(str(assets / "model"), dtype="float32")
-        together = load("resume", tmp_path / "run", "last", onto=base)
+        together = load("resume", tmp_path / "run", "last", base=base)
         again = score(together.model, examples, label_ids(loaded.template, loaded.tokenizer), batch_size=32)
         torch.testing.assert_close(again.labels, scores.labels, rtol=0, atol=1e-4)
 

@@ -48,18 +48,18 @@ def export(config: ExportConfig, say: Callable[[str], object] = lambda line: Non
     merged = config.merged or method.is_full_finetune
     _check(config, method)
     # The base is loaded first, so that the run's update is added to its output and not merged into its weights.
-    onto = None if method.is_full_finetune else load(run["base"]["name"], device="cpu", dtype="float32")
-    loaded = load("resume", run_dir, config.checkpoint, "cpu", "float32", onto)
-    reference, base = ReferenceLogits(loaded, run["config"]), loaded.folder
+    base = None if method.is_full_finetune else load(run["base"]["name"], device="cpu", dtype="float32")
+    loaded = load("resume", run_dir, config.checkpoint, "cpu", "float32", base)
+    reference, base_folder = ReferenceLogits(loaded, run["config"]), loaded.folder
     say(f"comparing logits on {reference.source}")
     with atomic_directory(target) as folder:
         if merged:
             _write_model(folder, loaded, config.dtype)
-            format_, base = "huggingface", folder
+            format_, base_folder = "huggingface", folder
         else:
             format_ = save_adapter(folder, loaded.model, method.for_inference, *hub_revision(loaded.name))
-        del loaded, onto  # there may be memory for one model only
-        verification = reference.verify(_read_back(folder, base), config.dtype, f"export of {run_dir}")
+        del loaded, base  # there may be memory for one model only
+        verification = reference.verify(_read_back(folder, base_folder), config.dtype, f"export of {run_dir}")
         record = {"format": format_, **_origin(config, run), "verification": verification.to_json()}
         write_json(folder / EXPORT_JSON, record)
         if merged:

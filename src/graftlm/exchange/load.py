@@ -54,18 +54,18 @@ def load(
     checkpoint: str = "best",
     device: str = "auto",
     dtype: str = "auto",
-    onto: Loaded | None = None,
+    base: Loaded | None = None,
 ) -> Loaded:
     """Load a model by name, or with init_from "resume" the model adapted by the run in `out_dir`.
 
-    With `onto`, a loaded base, the new model shares the base's tensors, so many adapters of one base take hardly more
-    memory than one. Device and dtype are then the base's.
+    With `base`, a loaded model, the new model shares its tensors, so many adapters of one base take hardly more memory
+    than one. Device and dtype are then the base's.
 
     Raises InputError for an unknown name or device, a folder without a run or checkpoint, and a base whose weights
     are not those the run was trained on.
     """
-    if onto is not None:
-        device, dtype = str(onto.model.device), str(onto.model.dtype).removeprefix("torch.")
+    if base is not None:
+        device, dtype = str(base.model.device), str(base.model.dtype).removeprefix("torch.")
     target = pick_device(device)
     compute_dtype, reason = pick_dtype(dtype, target)
     if init_from != "resume":
@@ -78,12 +78,12 @@ def load(
     folder = model_folder(name)
     check_base(folder, run, run_dir)
     method = method_from_json(run["method"])
-    if onto is None:
+    if base is None:
         model = load_checkpoint(path, folder, method, target, compute_dtype)
-    elif onto.folder == folder and onto.run is None:
-        model = adapter_on_shared_base(onto.model, path, method)
+    elif base.folder == folder and base.run is None:
+        model = adapter_on_shared_base(base.model, path, method)
     else:
-        raise InputError(f"{run_dir}: is an adapter of {name}; load that first, and put it onto it")
+        raise InputError(f"{run_dir}: is an adapter of {name}; load that model and pass it as base")
     template = Template(run["template"]["name"], run["template"]["text"], tuple(run["template"]["labels"]))
     return Loaded(model, read_tokenizer(folder), name, folder, reason, template, run)
 
