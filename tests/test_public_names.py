@@ -20,7 +20,7 @@ PUBLIC = {
     "GraftError",
     "InputError",
     "LoRALinear",
-    "PreferConfig",
+    "PairsConfig",
     "TrainConfig",
     "__version__",
     "evaluate",
@@ -29,7 +29,7 @@ PUBLIC = {
     "load",
     "mark_only_lora_as_trainable",
     "predict_labels",
-    "pairs",
+    "make_preferences",
     "train",
 }
 

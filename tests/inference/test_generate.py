@@ -1,12 +1,14 @@
 """Generation: the cache, ragged batches and the shared prefix change nothing; sampling is what it says it is."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from graftlm.config import GenerateConfig, PromptConfig
 from graftlm.errors import GraftError, InputError
 from graftlm.inference import generate as module
 from graftlm.inference import sampling
@@ -14,6 +16,7 @@ from graftlm.inference.decoder import compact, prefill_shared_prefix
 from graftlm.inference.generate import Batching, eval_mode, generate, generate_ids
 from graftlm.inference.sampling import SamplingParams, candidates, counter_based_uniform, sample_tokens
 from graftlm.models import CausalLM, KVCache
+from graftlm.serving.schemas import CompletionBody
 from inference.tiny import CONTEXT, full_logits, ragged, stopping, tiny, words
 
 FAMILIES = pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -288,6 +291,18 @@ def test_the_filters_are_those_of_transformers_in_its_order(
     found.scatter_(1, torch.arange(800).expand(40, -1) if ids is None else ids, weights / weights.sum(1, keepdim=True))
     assert torch.equal(found > 0, expected > 0)
     torch.testing.assert_close(found, expected.double(), rtol=1e-5, atol=1e-9)
+
+
+def test_a_sampling_setting_is_in_two_files_and_reaches_flags_and_api() -> None:
+    source = Path(sampling.__file__).parents[1]
+    files = {str(path.relative_to(source)) for path in source.rglob("*.py") if "min_p" in path.read_text("utf-8")}
+    assert files == {"config/common.py", "inference/sampling.py"}
+    for config in (GenerateConfig(min_p=0.1), PromptConfig(min_p=0.1)):
+        assert SamplingParams.from_flags(config).min_p == 0.1
+    assert SamplingParams.from_flags(GenerateConfig(stop=("x",), max_new_tokens=3)) == SamplingParams(
+        stop=("x",), max_new_tokens=3
+    )
+    assert "min_p" in CompletionBody.model_fields
 
 
 def test_min_p_changes_samples_and_rows_with_other_settings_are_sampled_apart() -> None:

@@ -71,7 +71,9 @@ def test_the_json_object_has_the_promised_keys(prompt: Callable[..., Any]) -> No
     result = prompt("--limit=0", "--max_new_tokens=6")
     assert list(result["styles"]) == ["few-shot", "few-shot-cot", "zero-shot-cot"]
     for style in result["styles"].values():
-        keys = "n accuracy low high no_answer_rate prompt_tokens shared_prompt_tokens new_tokens seconds_per_answer "
+        keys = (
+            "n accuracy ci_low ci_high unparsed_rate prompt_tokens shared_prompt_tokens new_tokens seconds_per_answer "
+        )
         assert set(style) == {*keys.split(), "mean", "min", "max", "runs"}
         assert style["n"] == 2 and 0 <= style["ci_low"] <= style["accuracy"] <= style["ci_high"] <= 1
     assert len(result["answers"]) == 6 and result["chat"] is False
@@ -118,7 +120,7 @@ def test_the_summary_counts_by_hand() -> None:
 def test_show_prints_the_exact_prompts_and_asks_nothing(
     prompt: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("graftlm.studies.prompting_eval.ask", lambda *_, **__: pytest.fail("it asked"))
+    monkeypatch.setattr("graftlm.inference.prompting.Prompter.ask", lambda *_, **__: pytest.fail("it asked"))
     shown = prompt("--show_prompts")["prompts"]
     assert shown["zero-shot-cot"] == [
         "Add.\n\nQ: 2 + 2\nA: Let's think step by step.",
@@ -132,7 +134,7 @@ def test_show_prints_the_exact_prompts_and_asks_nothing(
 def test_a_few_questions_are_shown_in_full_with_a_table(prompt: Callable[..., Any]) -> None:
     text = prompt("--style=few-shot", "--num_permutations=2", task="moods.toml", json_=False)
     assert "Q: fun\nA: good\n\nQ: dull\nA: bad\n\nQ: fine\nA:" in text
-    assert "[read as " in text and "mean (least to most)" in text and "1 question of moods.toml" in text
+    assert "[answer: " in text and "mean (min to max)" in text and "1 question of moods.toml" in text
 
 
 def test_a_chat_model_gets_its_template_unless_told_otherwise(prompt: Callable[..., Any], model: Path) -> None:
@@ -158,7 +160,11 @@ def test_a_chat_model_gets_its_template_unless_told_otherwise(prompt: Callable[.
         (["--calibrate"], "sums.toml", "--calibrate: task sums.toml names no labels whose scores could be calibrated"),
         (["--limit=3"], "sums.toml", "--limit 3: task sums.toml has 2 questions"),
         (["--chat=on"], "sums.toml", "--chat on: "),
-        (["--num_samples=3"], "sums.toml", "--num_samples 3: all would be the same; give a --temperature, as in 0.7"),
+        (
+            ["--num_samples=3"],
+            "sums.toml",
+            "--num_samples 3: greedy answers are all equal; set --temperature, as in 0.7",
+        ),
         (["--style=few-shot", "--shots=0"], "sums.toml", "--shots 0: style few-shot shows demonstrations; use zero-"),
         (["--num_permutations=0"], "sums.toml", "--num_permutations 0: must be 1 or more"),
         (["--temperature=-1"], "sums.toml", "--temperature -1.0: must be 0 or more"),

@@ -12,14 +12,7 @@ import torch
 from torch import nn
 
 from graftlm.errors import InputError
-from graftlm.inference.decoder import (
-    FIRST_CAPACITY,
-    Decode,
-    DecodingBatch,
-    Row,
-    choose_tokens,
-    prefill_shared_prefix,
-)
+from graftlm.inference.decoder import FIRST_CAPACITY, Decode, DecodingBatch, Row, choose_tokens, prefill_shared_prefix
 from graftlm.inference.sampling import SamplingParams
 from graftlm.models import CausalLM
 from graftlm.text.chat import Chat

@@ -256,9 +256,7 @@ def _no_progress(title: str, total: int) -> Iterator[ProgressCallback]:
 
 
 def make_preferences(
-    config: PairsConfig,
-    note: Callable[[str], object] = lambda line: None,
-    progress: ProgressBar = _no_progress,
+    config: PairsConfig, note: Callable[[str], object] = lambda line: None, progress: ProgressBar = _no_progress
 ) -> dict[str, Any]:
     """Sample, score, and write `config.out`; returns the JSON object of `graft pairs`.
 
@@ -330,10 +328,7 @@ def _check_length(rows: Sequence[Document], tokenizer: Tokenizer, max_seq_len: i
 
 
 def _score(
-    reward: Reward,
-    prompts: Sequence[str],
-    completions: Sequence[Sequence[SampledCompletion]],
-    progress: ProgressBar,
+    reward: Reward, prompts: Sequence[str], completions: Sequence[Sequence[SampledCompletion]], progress: ProgressBar
 ) -> list[list[float]]:
     """The reward of each completion; duplicates are scored once, and those without text not at all (NaN)."""
     keyed = [[(prompt, one.text) for one in own] for prompt, own in zip(prompts, completions, strict=True)]
