@@ -14,9 +14,8 @@ from conftest import Graft
 from fake_runs import compared, metrics, predictions, realistic, record, run_folder, write
 from graftlm import cli
 from graftlm.errors import InputError
-from graftlm.studies.report import make_page
+from graftlm.studies.report import calibration, charts, disagreements, downsample, make_page, moving_average
 from graftlm.studies.report_data import Predictions, Run, read_folders
-from graftlm.studies.report_stats import calibration, charts, disagreements, downsample, moving_average
 
 TODAY = date(2026, 11, 24)
 NASTY = '</script><img src=x onerror="alert(1)"> & <b>{{title}}</b>\u2028\x85'
@@ -73,13 +72,13 @@ def test_a_run_folder_is_shown_with_its_figures_and_its_answers(tmp_path: Path) 
         "95% interval": "30.1 to 95.4",
         "garbage": "–",
         "validation loss": "0.310",
-        "trained": "1,290,240 (0.95%)",
+        "trainable": "1,290,240 (0.95%)",
         "steps": "6",
-        "minutes (planned)": "1.2 (1.5)",
+        "minutes (predicted)": "1.2 (1.5)",
         "examples/s": "9.5",
         "peak MB": "1,500",
     }
-    assert tables["Confusion of mine"][1:] == [["truly negative", "1", "1", "0"], ["truly positive", "0", "2", "0"]]
+    assert tables["Confusion of mine"][1:] == [["true negative", "1", "1", "0"], ["true positive", "0", "2", "0"]]
     assert tables["Validation loss"] == [["step", "mine"], ["2", "0.8000"], ["4", "0.5000"], ["6", "0.4000"]]
 
 
@@ -95,11 +94,11 @@ def test_a_comparison_stands_for_its_cells_in_order(tmp_path: Path) -> None:
     folder = compared(tmp_path / "sweep", cells)
     runs = read_folders([str(folder)])
     assert [run.name for run in runs] == ["base", "LoRA, seed 0", "LoRA, seed 3", "wide", "late"]
-    assert [run.note for run in runs[3:]] == ["failed: --rank 1000: above the width", "not measured yet"]
-    assert runs[0].figures["trainable"] == runs[0].figures["seconds"] == 0
-    assert runs[4].figures["trainable"] is None
+    assert [run.note for run in runs[3:]] == ["failed: --rank 1000: above the width", "not evaluated yet"]
+    assert runs[0].cost["trainable"] == runs[0].cost["minutes"] == 0
+    assert runs[4].cost["trainable"] is None
     names = [row[0] for row in Tables(page(folder)).found["Results on 2 test examples"][1:]]
-    assert names[3:] == ["widefailed: --rank 1000: above the width", "latenot measured yet"]
+    assert names[3:] == ["widefailed: --rank 1000: above the width", "latenot evaluated yet"]
 
 
 def test_names_are_told_apart_and_a_folder_given_twice_is_shown_once(tmp_path: Path) -> None:
@@ -131,7 +130,7 @@ def test_missing_predictions_are_told_with_the_command_that_makes_them(tmp_path:
     folder = run_folder(tmp_path / "my run")
     (run,) = read_folders([str(folder)])
     assert run.command == f"graft evaluate --out_dir '{folder}' --predictions '{folder}/test-best.jsonl'"
-    assert f"<code>{run.command.replace(chr(39), '&#x27;')}</code>" in page(folder)
+    assert f"<code>{run.command.replace(chr(39), '&#39;')}</code>" in page(folder)
 
 
 def test_predictions_are_split_at_line_feeds_alone(tmp_path: Path) -> None:
@@ -139,7 +138,7 @@ def test_predictions_are_split_at_line_feeds_alone(tmp_path: Path) -> None:
     rows = predictions([True, True], ["next\x85line\u2028", "\r"])
     (folder / "test-best.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), newline="")
     (run,) = read_folders([str(folder)])
-    assert run.answers[0].texts == ["next\x85line\u2028", "\r"]
+    assert run.predictions[0].texts == ["next\x85line\u2028", "\r"]
 
 
 # What is refused
@@ -149,20 +148,20 @@ def test_predictions_are_split_at_line_feeds_alone(tmp_path: Path) -> None:
     ("name", "content", "line"),
     [
         ("run.json", b"{", "run.json, line 1: broken JSON: Expecting property name"),
-        ("run.json", b"[]", "run.json: is no record of a run; restore it, or leave "),
-        ("run.json", b'{"results": null}', "run.json: is no record of a run; restore it, or leave "),
+        ("run.json", b"[]", "run.json: is not the run.json of a run; restore it, or leave "),
+        ("run.json", b'{"results": null}', "run.json: is not the run.json of a run; restore it, or leave "),
         ("metrics.jsonl", b'{"step": 1}\n{\n{"step": 3}\n', "metrics.jsonl, line 2: broken JSON: restore the file"),
-        ("metrics.jsonl", b'{"step": 1.5}\n', "metrics.jsonl, line 1: names no step"),
+        ("metrics.jsonl", b'{"step": 1.5}\n', "metrics.jsonl, line 1: has no step"),
         ("metrics.jsonl", b'{"step": 1, "train_loss": "x"}\n', "metrics.jsonl, line 1: train_loss is not a number"),
         ("metrics.jsonl", b'{"step": 1, "val_loss": NaN}\n', "metrics.jsonl, line 1: val_loss is not a number"),
-        ("test-best.jsonl", b"", "test-best.jsonl: holds no predictions: write it again with graft evaluate"),
+        ("test-best.jsonl", b"", "test-best.jsonl: contains no predictions: write the file again with graft evaluate"),
         ("test-best.jsonl", b"\xff\n", "test-best.jsonl, line 1: broken JSON"),
         ("test-best.jsonl", b"3\n", "test-best.jsonl, line 1: no text"),
-        ("test-best.jsonl", b'{"text": "a"}\n', "test-best.jsonl, line 1: label is none of 0 to 1"),
+        ("test-best.jsonl", b'{"text": "a"}\n', "test-best.jsonl, line 1: label is not from 0 to 1"),
         (
             "test-best.jsonl",
             b'{"text": "a", "label": 1, "predicted": 2}\n',
-            "test-best.jsonl, line 1: predicted is none of -1 to 1",
+            "test-best.jsonl, line 1: predicted is not from -1 to 1",
         ),
         (
             "test-best.jsonl",
@@ -172,7 +171,7 @@ def test_predictions_are_split_at_line_feeds_alone(tmp_path: Path) -> None:
         (
             "test-best.jsonl",
             b'{"text": "a", "label": 1, "predicted": 1}\n{"text": "a", "label": 1, "predicted": 1, "scores": {}}\n',
-            "test-best.jsonl, line 2: read otherwise than the first line",
+            "test-best.jsonl, line 2: has other fields than the first line",
         ),
     ],
 )
@@ -208,11 +207,11 @@ def test_wrong_words_are_refused(
     for words, line in (
         (["none"], "none: no such folder"),
         (["file"], "file: is a file; name a run folder"),
-        (["empty"], "empty: holds no run (no run.json) and no comparison (no sweep.json): name the out_dir of graft"),
-        (["begun"], "begun: no run there has begun: there is nothing to show"),
-        (["odd"], "odd/sweep.json: lists no cells: give the graft compare command again"),
+        (["empty"], "empty: has no run.json or sweep.json: name the out_dir of graft"),
+        (["begun"], "begun: no run has started yet: there is nothing to show"),
+        (["odd"], "odd/sweep.json: lists no trials: run the graft compare command again"),
         (["mine", "--out=page.html"], "--out page.html: is a folder; name a file"),
-        (["mine", "--out=no/page.html"], "--out no/page.html: there is no folder no: make it first, or name another"),
+        (["mine", "--out=no/page.html"], "--out no/page.html: there is no folder no: create it first, or name another"),
     ):
         assert cli.run(["report", *words]) == 2
         assert capsys.readouterr().err.startswith(f"graft: {line}")
@@ -334,7 +333,7 @@ def test_charts_hold_curves_costs_and_reliability(tmp_path: Path) -> None:
     assert found["train_loss"][0]["raw"][0] == [1, 0.9]
     assert found["parameters"][0]["points"] == [[1_290_240, 0.75, 0.30064, 0.95441]]
     assert found["calibration"][0]["points"] == [[0.8, 0.75]]
-    assert charts([Run("base", tmp_path, {}, (), run.answers)])["charts"]["minutes"][0]["points"][0][0] == 0.0
+    assert charts([Run("base", tmp_path, {}, (), run.predictions)])["charts"]["minutes"][0]["points"][0][0] == 0.0
 
 
 def test_long_curves_are_thinned_in_the_page(tmp_path: Path) -> None:

@@ -1,15 +1,13 @@
-"""Folders -> the runs that `graft report` shows: what training took, its curves, the answers on the test split.
+"""Reads the runs that `graft report` shows: training cost, curves, and predictions on the test split.
 
-    RUN/                         a run folder: run.json, metrics.jsonl, and what `graft evaluate --predictions` wrote:
+    RUN/                         a run folder: run.json, metrics.jsonl, and the files of `graft evaluate --predictions`:
       test-best.jsonl              test-last.jsonl likewise; both may be missing
-    COMPARED/                    a folder of `graft compare`: sweep.json names its cells
-      {cell}/run/                  a run folder
-      {cell}/test-best.jsonl       its predictions lie beside it; test-.jsonl for a base model as it is
+    COMPARISON/                  a folder of `graft compare`: sweep.json lists its trials
+      {trial}/run/                 a run folder
+      {trial}/test-best.jsonl      its predictions; test-.jsonl for the base model (zero-shot)
 
-What is unusual here: a run need not be over. One that is at work, was killed or failed is shown as far as it came. What
-a file holds is checked as it is read, and accuracies are counted from the predictions, never copied.
-
-Left out: predictions under other names. No torch.
+A run need not be finished: one that is running, was killed or failed is shown up to its last step. Every file is
+validated as it is read. Accuracies are computed from the predictions. Does not import torch.
 """
 
 import json
@@ -29,299 +27,287 @@ from graftlm.inference.metrics import GARBAGE, confusion, wilson
 from graftlm.studies.results_table import FAILED
 from graftlm.studies.sweep import ZERO_SHOT
 
-MetricsRow = dict[str, Any]
 CHECKPOINTS = ("best", "last", "")
-RECORD = {"base", "config", "data", "results", "template", "total", "trainable"}  # what a run.json must have
-
-
-# What there is --------------------------------------------------------------------------------------------------------
+MANIFEST_TYPES = {
+    **dict.fromkeys(("base", "config", "data", "template"), dict),
+    **{"results": dict | None, "total": object, "trainable": object},
+}
+METRICS = ("train_loss", "val_loss", "val_accuracy", "seconds", "peak_rss_mb", "peak_cuda_mb")
+RESTORE = "restore the file, or leave the run out"
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What one checkpoint said to the N examples of the test split; L labels."""
+    """A checkpoint's predictions for the N examples of the test split, with L labels."""
 
     checkpoint: str
-    """"best", "last", or "" for a base model as it is."""
+    """"best", "last", or "" for the base model (zero-shot)."""
     labels: list[str]
     texts: list[str]
     true: list[int]
     predicted: list[int]
-    """Label numbers, -1 for garbage."""
+    """Label numbers; -1 for garbage."""
     garbage: list[bool] | None
-    """Whether the generated text names no label; None where no text was generated."""
+    """Whether the generated text contains no label; None if no text was generated."""
     scores: list[list[float]] | None
-    """[N, L], each label's log-probability; None where they were not read."""
+    """[N, L], log-probabilities of the labels; None if they were not computed."""
 
     @property
-    def right(self) -> int:
-        """How many labels were told."""
+    def num_correct(self) -> int:
+        """The number of correct predictions."""
         return sum(t == p for t, p in zip(self.true, self.predicted, strict=True))
 
     @property
     def accuracy(self) -> float:
-        """Right over N."""
-        return self.right / len(self.true)
+        """num_correct / N."""
+        return self.num_correct / len(self.true)
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The accuracy's 95% Wilson interval."""
-        return wilson(self.right, len(self.true))
+        """The 95% Wilson interval of the accuracy."""
+        return wilson(self.num_correct, len(self.true))
 
     @property
     def garbage_rate(self) -> float | None:
-        """The share of generated texts that name no label."""
+        """The fraction of generated texts that contain no label."""
         return None if self.garbage is None else sum(self.garbage) / len(self.garbage)
 
     @property
     def confusion(self) -> list[list[int]]:
-        """A row for each true label; a column for each predicted one, and garbage last."""
+        """[L, L + 1]: a row per true label, a column per predicted label, garbage last."""
         return confusion(self.true, self.predicted, len(self.labels))
 
-    def word(self, number: int) -> str:
-        """A label's word."""
+    def label(self, number: int) -> str:
+        """The label word of a label number."""
         return "garbage" if number == GARBAGE else self.labels[number]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run, or a base model as it is."""
+    """A training run, or the base model (zero-shot)."""
 
     name: str
     folder: Path
-    """The run folder; for a base model as it is, the comparison's cell."""
-    record: Mapping[str, Any]
-    """run.json; empty where nothing was trained."""
-    metrics: Sequence[MetricsRow]
-    answers: Sequence[Predictions]
+    """The run folder; for zero-shot the trial's folder in the comparison."""
+    manifest: Mapping[str, Any]
+    """run.json; empty for zero-shot."""
+    metrics: Sequence[dict[str, Any]]
+    predictions: Sequence[Predictions]
     note: str = ""
-    """Why there is no more than this."""
+    """Why the run is incomplete."""
     command: str = ""
-    """What would make the predictions that are missing."""
+    """The command that writes the missing predictions."""
 
     @cached_property
-    def figures(self) -> MetricsRow:
-        """What training took: steps, seconds, planned (seconds), examples_per_s, peak_mb, trainable, share; or None."""
-        file, untrained = self.folder / "run.json", not self.record and bool(self.answers)
-        results = self.record.get("results") or {}
-        last = self.metrics[-1] if self.metrics else {}
-        plan = self.record.get("plan") or {}
-        planned = [_number(file, plan, f"{part}_seconds") for part in ("train", "validation")]
-        trained, total = (_number(file, self.record, name) for name in ("trainable", "total"))
+    def cost(self) -> dict[str, Any]:
+        """steps, minutes, predicted_minutes, examples_per_s, peak_mb, trainable, trainable_fraction; None if unknown.
+
+        Raises InputError for a value that is not a number.
+        """
+        file, zero_shot = self.folder / "run.json", not self.manifest and bool(self.predictions)
+        results, last = self.manifest.get("results") or {}, self.metrics[-1] if self.metrics else {}
+        plan = self.manifest.get("plan") or {}
+        predicted = [_number(file, plan, f"{part}_seconds") for part in ("train", "validation")]
+        trainable, total = (_number(file, self.manifest, name) for name in ("trainable", "total"))
         memory = "peak_cuda_mb" if results.get("peak_cuda_mb") or last.get("peak_cuda_mb") else "peak_rss_mb"
-        got = {name: _number(file, results or last, name) for name in ("steps", "seconds", memory)}
+        measured = {name: _number(file, results or last, name) for name in ("steps", "seconds", memory)}
+        seconds = 0.0 if zero_shot else measured["seconds"]
         return {
-            "steps": got["steps"] if results else last.get("step"),
-            "seconds": 0.0 if untrained else got["seconds"],
-            "planned": sum(p for p in planned if p is not None) if None not in planned else None,
+            "steps": measured["steps"] if results else last.get("step"),
+            "minutes": None if seconds is None else seconds / 60,
+            "predicted_minutes": None if None in predicted else sum(predicted) / 60,
             "examples_per_s": _number(file, results, "examples_per_s"),
-            "peak_mb": got[memory],
-            "trainable": 0 if untrained else trained,
-            "share": 0.0 if untrained else trained / total if trained is not None and total else None,
+            "peak_mb": measured[memory],
+            "trainable": 0 if zero_shot else trainable,
+            "trainable_fraction": 0.0 if zero_shot else trainable / total if trainable is not None and total else None,
         }
 
     def val_loss(self, checkpoint: str) -> float | None:
-        """The validation loss at a checkpoint; of a run that is not over, the newest or the lowest so far."""
-        point = (self.record.get("results") or {}).get(checkpoint or "best")
+        """The validation loss of a checkpoint; of an unfinished run the last or the lowest so far."""
+        point = (self.manifest.get("results") or {}).get(checkpoint or "best")
         if isinstance(point, dict):
             return _number(self.folder / "run.json", point, "val_loss")
-        losses = [row["val_loss"] for row in self.metrics if row.get("val_loss") is not None]
+        losses = [loss for _, loss in self.curve("val_loss")]
         return None if not losses else losses[-1] if checkpoint == "last" else min(losses)
 
     def curve(self, name: str) -> list[tuple[int, float]]:
-        """(step, value) wherever `name` was measured."""
+        """(step, value) of every step at which the metric was measured."""
         return [(row["step"], row[name]) for row in self.metrics if row.get(name) is not None]
 
-
-def all_predictions(runs: Sequence[Run]) -> list[tuple[int, str, Predictions]]:
-    """Each run's number, a name that tells its checkpoints apart, and its answers."""
-    return [(number, run_name(run, a), a) for number, run in enumerate(runs) for a in run.answers]
-
-
-def run_name(run: Run, answers: Predictions | None) -> str:
-    """A run's name, and the checkpoint where it needs telling."""
-    several = len(run.answers) > 1 or (answers is not None and answers.checkpoint == "last")
-    return f"{run.name} ({answers.checkpoint})" if answers is not None and several else run.name
+    def name_of(self, predictions: Predictions | None) -> str:
+        """The run's name, with the checkpoint if it is ambiguous."""
+        ambiguous = len(self.predictions) > 1 or (predictions is not None and predictions.checkpoint == "last")
+        return f"{self.name} ({predictions.checkpoint})" if predictions is not None and ambiguous else self.name
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
 
 
 def read_folders(folders: Sequence[str]) -> list[Run]:
-    """The runs of all folders, in order, each once, under names that tell them apart.
+    """The runs of all folders in order, without duplicates and with distinct names.
 
-    Raises InputError that names the folder or the file, and the line in it.
+    Raises InputError that names the folder, or the file and line.
     """
-    found: dict[Path, Run] = {}
+    runs: dict[Path, Run] = {}
     for run in (run for folder in folders for run in _read_folder(Path(folder))):
-        found.setdefault(run.folder.resolve(), run)
-    runs = list(found.values())
-    if not any(run.record or run.answers for run in runs):
-        raise InputError(f"{', '.join(folders)}: no run there has begun: there is nothing to show")
-    return _told_apart(runs)
+        runs.setdefault(run.folder.resolve(), run)
+    if not any(run.manifest or run.predictions for run in runs.values()):
+        raise InputError(f"{', '.join(folders)}: no run has started yet: there is nothing to show")
+    return _with_distinct_names(list(runs.values()))
 
 
 def _read_folder(folder: Path) -> list[Run]:
     if (folder / "run.json").is_file():
-        return [_run(folder.resolve().name, folder, folder)]
+        return [_read_run(folder.resolve().name, folder, folder)]
     if (folder / "sweep.json").is_file():
-        return _compared(folder)
+        return _read_comparison(folder)
     if not folder.exists():
         raise InputError(f"{folder}: no such folder")
     if not folder.is_dir():
         raise InputError(f"{folder}: is a file; name a run folder")
-    raise InputError(
-        f"{folder}: holds no run (no run.json) and no comparison (no sweep.json): name the out_dir of graft train "
-        "or of graft compare"
-    )
+    raise InputError(f"{folder}: has no run.json or sweep.json: name the out_dir of graft train or of graft compare")
 
 
-def _compared(folder: Path) -> list[Run]:
-    """The cells of a comparison, in its order."""
+def _read_comparison(folder: Path) -> list[Run]:
+    """The trials of a comparison, in the order of its sweep file."""
     sweep = read_json(folder / "sweep.json")
-    cells = sweep.get("cells") if isinstance(sweep, dict) else None
-    if not isinstance(cells, list) or not all(map(_is_cell, cells)):
-        raise InputError(f"{folder / 'sweep.json'}: lists no cells: give the graft compare command again")
-    seeds = Counter(cell["row"] for cell in cells)
+    trials = sweep.get("cells") if isinstance(sweep, dict) else None
+    if not isinstance(trials, list) or not all(map(_is_trial, trials)):
+        raise InputError(f"{folder / 'sweep.json'}: lists no trials: run the graft compare command again")
+    seeds = Counter(trial["row"] for trial in trials)
     runs = []
-    for cell in cells:
-        name = cell["row"] if seeds[cell["row"]] == 1 else f"{cell['row']}, seed {cell['flags'].get('seed', 0)}"
-        at, trains = folder / cell["folder"], cell["flags"].get("method") != ZERO_SHOT
-        if trains and (at / "run" / "run.json").is_file():
-            run = _run(name, at / "run", at)
+    for trial in trials:
+        name = trial["row"] if seeds[trial["row"]] == 1 else f"{trial['row']}, seed {trial['flags'].get('seed', 0)}"
+        path, trains = folder / trial["folder"], trial["flags"].get("method") != ZERO_SHOT
+        if trains and (path / "run" / "run.json").is_file():
+            run = _read_run(name, path / "run", path)
         else:
-            run = Run(name, at / "run" if trains else at, {}, (), _all_answers(at, {}))
-        failed = at / FAILED
-        if failed.is_file():
-            run = replace(run, note=f"failed: {_reason(failed)}")
-        elif not run.answers:
-            run = replace(run, note=run.note or "not measured yet")
-        runs.append(replace(run, command=""))  # the comparison itself goes on where it stopped
+            run = Run(name, path / "run" if trains else path, {}, (), _read_predictions(path, {}))
+        if (path / FAILED).is_file():
+            failure = read_json(path / FAILED)
+            reason = failure.get("reason") if isinstance(failure, dict) else "unknown reason"
+            run = replace(run, note=f"failed: {reason}")
+        elif not run.predictions:
+            run = replace(run, note=run.note or "not evaluated yet")
+        runs.append(replace(run, command=""))  # graft compare itself resumes it
     return runs
 
 
-def _is_cell(cell: Any) -> bool:
-    if not isinstance(cell, dict) or not isinstance(cell.get("flags"), dict):
+def _is_trial(trial: Any) -> bool:
+    if not isinstance(trial, dict) or not isinstance(trial.get("flags"), dict):
         return False
-    folder = cell.get("folder")
-    return isinstance(cell.get("row"), str) and isinstance(folder, str) and Path(folder).name == folder
+    folder = trial.get("folder")
+    return isinstance(trial.get("row"), str) and isinstance(folder, str) and Path(folder).name == folder
 
 
-def _reason(path: Path) -> str:
-    failed = read_json(path)
-    return str(failed.get("reason")) if isinstance(failed, dict) else "for no reason that was written down"
-
-
-def _run(name: str, folder: Path, beside: Path) -> Run:
-    """A run folder with the predictions that lie in `beside`."""
+def _read_run(name: str, folder: Path, predictions_dir: Path) -> Run:
     file = folder / "run.json"
-    record = read_json(file)
-    if not isinstance(record, dict) or not record.keys() >= RECORD or not _is_record(record):
-        raise InputError(f"{file}: is no record of a run; restore it, or leave {folder} out")
-    record = upgrade_run(record)
-    metrics, answers = _metrics(folder / "metrics.jsonl"), _all_answers(beside, record)
-    run = Run(name, folder, record, metrics, answers)
-    if record["results"] is None:
-        at, end = metrics[-1]["step"] if metrics else 0, record["config"].get("max_iters")
-        run = replace(run, note=f"not finished: step {at:,}" + (f" of {end:,}" if isinstance(end, int) else ""))
-    if not answers:
-        place = shlex.quote(str(folder)), shlex.quote(str(folder / "test-best.jsonl"))
-        run = replace(run, command=f"graft evaluate --out_dir {place[0]} --predictions {place[1]}")
-    _ = run.figures  # checked here, where the file is named
+    manifest = read_json(file)
+    if not isinstance(manifest, dict) or not all(
+        key in manifest and isinstance(manifest[key], kind) for key, kind in MANIFEST_TYPES.items()
+    ):
+        raise InputError(f"{file}: is not the run.json of a run; restore it, or leave {folder} out")
+    manifest = upgrade_run(manifest)
+    run = Run(name, folder, manifest, _read_metrics(folder), _read_predictions(predictions_dir, manifest))
+    if manifest["results"] is None:
+        step, end = run.metrics[-1]["step"] if run.metrics else 0, manifest["config"].get("max_iters")
+        run = replace(run, note=f"not finished: step {step:,}" + (f" of {end:,}" if isinstance(end, int) else ""))
+    if not run.predictions:
+        out_dir, output = shlex.quote(str(folder)), shlex.quote(str(folder / "test-best.jsonl"))
+        run = replace(run, command=f"graft evaluate --out_dir {out_dir} --predictions {output}")
+    _ = run.cost  # validates the numbers while the file is known
     return run
 
 
-def _is_record(record: Mapping[str, Any]) -> bool:
-    kinds = (("base", dict), ("config", dict), ("data", dict), ("template", dict), ("results", dict | None))
-    return all(isinstance(record[name], kind) for name, kind in kinds)
-
-
-def _number(where: Path | str, row: Mapping[str, Any], key: str) -> Any:
-    """A finite number of a row, or None where it was not measured; an InputError for anything else."""
-    value = row.get(key)
-    if value is not None and (
-        isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
-    ):
-        raise InputError(f"{where}: {key} is not a number: restore the file, or leave the run out")
-    return value
-
-
-def _metrics(path: Path) -> list[MetricsRow]:
+def _read_metrics(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "metrics.jsonl"
     rows = []
-    for where, row in _lines(path, cut=True) if path.is_file() else ():
+    content = _read_bytes(path).rpartition(b"\n")[0] if path.is_file() else b""  # without an incomplete last line
+    for where, row in _parse_lines(path, content):
         if not isinstance(row, dict) or type(row.get("step")) is not int:
-            raise InputError(f"{where}: names no step: restore the file, or leave the run out")
-        names = ("train_loss", "val_loss", "val_accuracy", "seconds", "peak_rss_mb", "peak_cuda_mb")
-        rows.append({"step": row["step"], **{name: _number(where, row, name) for name in names}})
+            raise InputError(f"{where}: has no step: {RESTORE}")
+        rows.append({"step": row["step"], **{name: _number(where, row, name) for name in METRICS}})
     return rows
 
 
-def _lines(path: Path, *, cut: bool) -> Iterable[tuple[str, Any]]:
-    """(where, value) of each line of a jsonl file; with `cut`, a half-written last line is left out."""
+def _number(where: Path | str, row: Mapping[str, Any], key: str) -> Any:
+    """A finite number, or None if it was not measured. Raises InputError for anything else."""
+    value = row.get(key)
+    if value is not None and not _is_finite(value):
+        raise InputError(f"{where}: {key} is not a number: {RESTORE}")
+    return value
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _read_bytes(path: Path) -> bytes:
     try:
-        lines = path.read_bytes().split(b"\n")  # and never at what else may count as the end of a line, such as U+0085
+        return path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot read it: {error.strerror}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip() or (cut and number == len(lines)):
+
+
+def _parse_lines(path: Path, content: bytes) -> Iterable[tuple[str, Any]]:
+    """(place, value) for each line of a jsonl file. Only a line feed ends a line, not U+0085 or U+2028."""
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if not line.strip():
             continue
         try:
             yield f"{path}, line {number}", json.loads(line.decode("utf-8"))
-        except ValueError as error:  # what is no JSON, and what is no UTF-8
-            raise InputError(f"{path}, line {number}: broken JSON: restore the file, or leave the run out") from error
+        except ValueError as error:  # not JSON, or not UTF-8
+            raise InputError(f"{path}, line {number}: broken JSON: {RESTORE}") from error
 
 
-def _all_answers(folder: Path, record: Mapping[str, Any]) -> list[Predictions]:
-    """The predictions in the folder, checkpoint by checkpoint."""
-    paths = [(checkpoint, folder / f"test-{checkpoint}.jsonl") for checkpoint in CHECKPOINTS]
-    return [_answers(checkpoint, path, record) for checkpoint, path in paths if path.is_file()]
+def _read_predictions(folder: Path, manifest: Mapping[str, Any]) -> list[Predictions]:
+    """The predictions of each checkpoint in the folder."""
+    paths = {checkpoint: folder / f"test-{checkpoint}.jsonl" for checkpoint in CHECKPOINTS}
+    return [_predictions(checkpoint, path, manifest) for checkpoint, path in paths.items() if path.is_file()]
 
 
-def _answers(checkpoint: str, path: Path, record: Mapping[str, Any]) -> Predictions:
-    rows = list(_lines(path, cut=False))
-    if not rows:
-        raise InputError(f"{path}: holds no predictions: write it again with graft evaluate --predictions {path}")
-    labels = _labels(path, rows, record)
-    for where, row in rows:
-        if problem := _wrong(row, labels, rows[0][1]):
-            raise InputError(f"{where}: {problem}: write the file again with graft evaluate --predictions {path}")
-    plain = [row for _, row in rows]
+def _predictions(checkpoint: str, path: Path, manifest: Mapping[str, Any]) -> Predictions:
+    lines = list(_parse_lines(path, _read_bytes(path)))
+    again = f"write the file again with graft evaluate --predictions {path}"
+    if not lines:
+        raise InputError(f"{path}: contains no predictions: {again}")
+    rows = [row for _, row in lines]
+    labels = _labels(path, rows, manifest)
+    for where, row in lines:
+        if problem := _row_problem(row, labels, rows[0]):
+            raise InputError(f"{where}: {problem}: {again}")
     return Predictions(
         checkpoint,
         labels,
-        [row["text"] for row in plain],
-        [row["label"] for row in plain],
-        [row["predicted"] for row in plain],
-        [bool(row.get("garbage")) for row in plain] if "generated" in plain[0] else None,
-        [[row["scores"][label] for label in labels] for row in plain] if "scores" in plain[0] else None,
+        *([row[key] for row in rows] for key in ("text", "label", "predicted")),
+        garbage=[bool(row.get("garbage")) for row in rows] if "generated" in rows[0] else None,
+        scores=[[row["scores"][label] for label in labels] for row in rows] if "scores" in rows[0] else None,
     )
 
 
-def _labels(path: Path, rows: Sequence[tuple[str, Any]], record: Mapping[str, Any]) -> list[str]:
-    """The label words by number: as they were scored, else as evaluate said or the run has them, else numbers."""
-    first = rows[0][1]
-    found = first.get("scores") if isinstance(first, dict) else None
-    if not found and path.with_suffix(".json").is_file():
-        said = read_json(path.with_suffix(".json"))
-        reading = said.get("reading") if isinstance(said, dict) else None
-        found = reading.get("labels") if isinstance(reading, dict) else None
-    found = list(found or record.get("template", {}).get("labels") or ())
-    if found and all(isinstance(word, str) for word in found):
-        return found
-    numbers = [row.get(key) for _, row in rows if isinstance(row, dict) for key in ("label", "predicted")]
+def _labels(path: Path, rows: Sequence[Any], manifest: Mapping[str, Any]) -> list[str]:
+    """The label words by label number: from the scores, the evaluation's JSON or the run; else the numbers."""
+    labels = rows[0].get("scores") if isinstance(rows[0], dict) else None
+    if not labels and path.with_suffix(".json").is_file():
+        test = read_json(path.with_suffix(".json"))
+        metrics = test.get("reading") if isinstance(test, dict) else None
+        labels = metrics.get("labels") if isinstance(metrics, dict) else None
+    labels = list(labels or manifest.get("template", {}).get("labels") or ())
+    if labels and all(isinstance(word, str) for word in labels):
+        return labels
+    numbers = [row.get(key) for row in rows if isinstance(row, dict) for key in ("label", "predicted")]
     return [str(n) for n in range(1 + max((n for n in numbers if type(n) is int), default=0))]
 
 
-def _wrong(row: Any, labels: Sequence[str], first: Any) -> str:
-    """What is wrong with a row of predictions; empty where nothing is."""
+def _row_problem(row: Any, labels: Sequence[str], first: Any) -> str:
+    """What is wrong with a row of predictions; empty for a valid row."""
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         return "no text"
-    if type(row.get("label")) is not int or not 0 <= row["label"] < len(labels):
-        return f"label is none of 0 to {len(labels) - 1}"
-    if type(row.get("predicted")) is not int or not GARBAGE <= row["predicted"] < len(labels):
-        return f"predicted is none of -1 to {len(labels) - 1}"
-    if ("generated" in row, "scores" in row) != ("generated" in first, "scores" in first):
-        return "read otherwise than the first line"
+    for key, low in (("label", 0), ("predicted", GARBAGE)):
+        if type(row.get(key)) is not int or not low <= row[key] < len(labels):
+            return f"{key} is not from {low} to {len(labels) - 1}"
+    if any((key in row) != (key in first) for key in ("generated", "scores")):
+        return "has other fields than the first line"
     if "scores" not in row:
         return ""
     if not isinstance(row["scores"], dict) or set(row["scores"]) != set(labels):
@@ -330,16 +316,16 @@ def _wrong(row: Any, labels: Sequence[str], first: Any) -> str:
     return "" if len(numbers) == len(labels) and math.isfinite(max(numbers)) else "scores are not numbers"
 
 
-def _told_apart(runs: Sequence[Run]) -> list[Run]:
-    """Runs of one name get their folder's name before it, or the whole path."""
+def _with_distinct_names(runs: Sequence[Run]) -> list[Run]:
+    """Prefixes equal names with the parent folder's name, or replaces them by the path."""
     names = [run.name for run in runs]
-    for longer in (lambda run: f"{_home(run).name}/{run.name}", lambda run: str(run.folder)):
+    for longer in (lambda run: f"{_parent_dir(run).name}/{run.name}", lambda run: str(run.folder)):
         count = Counter(names)
         names = [longer(run) if count[name] > 1 else name for run, name in zip(runs, names, strict=True)]
     return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
 
 
-def _home(run: Run) -> Path:
-    """The folder that a run's name does not tell: the comparison, or where the run folder lies."""
+def _parent_dir(run: Run) -> Path:
+    """The comparison's folder, or the folder that contains the run folder."""
     folder = run.folder.resolve()
     return folder.parent.parent if folder.name == "run" else folder.parent
