@@ -24,10 +24,9 @@ from graftlm.inference.generate import decode_groups
 from graftlm.inference.sampling import SamplingParams
 from graftlm.inference.scoring import score_batches
 from graftlm.studies import ray_cluster as module
-from graftlm.studies import ray_evaluator, ray_jobs
-from graftlm.studies.ray_cluster import connected
-from graftlm.studies.ray_evaluator import chunk_batches, copies
-from graftlm.studies.ray_jobs import TOKEN
+from graftlm.studies import ray_evaluator
+from graftlm.studies.ray_cluster import TOKEN, connected
+from graftlm.studies.ray_evaluator import chunk_batches, ray_predictor
 from graftlm.text.collate import encode_rows, load_dataset
 from graftlm.text.template import load_template
 from soak.forks import Forks, ask_script
@@ -42,7 +41,7 @@ batch_size = 4
 max_iters = 60
 eval_every = 5
 dtype = "float32"
-compile = "off"
+kernels = "torch"
 [grid]
 rank = [1, 2]
 """
@@ -77,7 +76,7 @@ def cluster() -> Iterator[Any]:
         for name, value in (("PYTHONPATH", SRC), ("OMP_NUM_THREADS", "1"), ("HF_HUB_OFFLINE", "1")):
             patch.setenv(name, value)
         patch.delenv("RAY_ADDRESS", raising=False)
-        module._ray("local")
+        module._import_ray("local")
         from ray.cluster_utils import Cluster
 
         nodes = Cluster(initialize_head=True, head_node_args=NODE)
@@ -157,7 +156,7 @@ def test_a_node_dies_midway_and_the_table_is_the_same(cluster: Any, assets: Path
     cluster.add_node(**NODE)
     assert driver.returncode == 0, notes
     assert timeless(out) == timeless(local)
-    assert "a worker was lost; rank=" in notes and "goes on from its last checkpoint" in notes
+    assert "a worker was lost; rank=" in notes and "resumes from its last checkpoint" in notes
     log = (out / victim / "log.txt").read_text()
     assert log.count("$ graft train") == 2 and "--resume" in log
 
@@ -232,7 +231,7 @@ def test_a_worker_dies_midway_and_its_examples_are_read_again(cluster: Any, asse
     config = EvaluateConfig(init_from=str(assets / "model"), ray=cluster.address)
     here = evaluate(loaded.model, loaded.tokenizer, template, examples, batch_size=8)
     with connected(config) as joined:
-        reader = copies(joined, config, loaded)
+        reader = ray_predictor(joined, config, loaded)
         there = evaluate(
             loaded.model, loaded.tokenizer, template, examples, batch_size=8, predictor=reader, progress=kill
         )
@@ -244,7 +243,7 @@ def wait_for_worker() -> int:
     until = time.monotonic() + 180
     while time.monotonic() < until:
         for line, pid in processes().items():
-            if line.startswith("ray::_run"):
+            if line.startswith("ray::_run_chunk"):
                 return pid
     raise AssertionError("no worker is at work")
 
@@ -330,7 +329,7 @@ def test_without_ray_one_line_says_how_to_get_it(
 def test_more_than_a_node_has(cluster: Any, assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = refused(capsys, *compare(assets, tmp_path / "out", "--ray", cluster.address, "--cpus_per_task", "2"))
     assert line.startswith(
-        "--cpus_per_task 2 --gpus_per_task 0: no node of the cluster has both; the most that one has are 1 CPU"
+        "--cpus_per_task 2 --gpus_per_task 0: no node of the cluster has both; the largest has 1 CPU"
     )
 
 
@@ -350,11 +349,11 @@ def test_a_node_without_this_version_or_with_other_weights(
     words = ["evaluate", f"--init_from={assets / 'model'}", f"--data={assets / 'data'}", "--template", TEMPLATE]
     monkeypatch.setattr(ray_evaluator, "_fingerprint", lambda asked, loaded: "others")
     line = refused(capsys, *words, "--limit=4", "--ray", cluster.address)
-    assert line.endswith(f"{assets / 'model'}: holds other weights there") and line.startswith("on the node ")
-    for place in (ray_jobs, ray_evaluator):
+    assert line.endswith(f"{assets / 'model'}: has other weights there") and line.startswith("on node ")
+    for place in (module, ray_evaluator):
         monkeypatch.setattr(place, "version", lambda name: "9.9")
     line = refused(capsys, *words, "--limit=4", "--ray", cluster.address)
-    assert line.endswith("there, 9.9 here: install the same on every node")
+    assert line.endswith("there and 9.9 here: install the same on every node")
     line = refused(capsys, *compare(assets, tmp_path / "out", "--ray", cluster.address))
     assert line.startswith("node 127.0.0.1: has graftlm ") and "install 9.9, the version here, on every node" in line
 
@@ -365,13 +364,13 @@ def test_what_a_worker_refuses_is_refused_here(
     config = EvaluateConfig(init_from=str(assets / "model"), ray=cluster.address)
     loaded = load(config.init_from, device="cpu", dtype="float32")
     with connected(config) as joined, pytest.raises(InputError, match="the model reads at most 96"):
-        copies(joined, config, loaded)(Generation([(1,) * 97], SamplingParams(max_new_tokens=1), 1))
+        ray_predictor(joined, config, loaded)(Generation([(1,) * 97], SamplingParams(max_new_tokens=1), 1))
 
 
 def test_a_cluster_of_this_machine_alone(assets: Path) -> None:
     with connected(RayFlags(ray="local")) as alone:
         addresses = {node["NodeManagerAddress"] for node in alone.nodes}
-        assert addresses == {"127.0.0.1"} and alone.places >= 1
+        assert addresses == {"127.0.0.1"} and alone.slots >= 1
         assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
         assert alone.ray.get(alone.task(chunk_batches, 0).remote([[0], [1]], 1)) == [[0, 1]]
 

@@ -15,7 +15,7 @@ import pytest
 from graftlm import cli
 from graftlm.errors import InputError
 from graftlm.studies import sweep as sweep_module
-from graftlm.studies.results_table import CellResult, make_rows, markdown
+from graftlm.studies.results_table import TrialResult, make_rows, markdown
 from graftlm.studies.sweep import read_sweep
 from soak.forks import Forks, Life
 from tiny import TEMPLATE, data_folder, model_folder
@@ -27,7 +27,7 @@ data = "{assets}/data"
 template = {template}
 batch_size = 4
 dtype = "float32"
-compile = "off"
+kernels = "torch"
 """
 ROWS = """
 [[rows]]
@@ -107,7 +107,7 @@ def test_a_cell_is_its_flags_and_the_files_they_name(tmp_path: Path) -> None:
     (again,) = cells(tmp_path, f"{text}\nbatch_size = 16\n[[rows]]\nname = 'another name'")
     assert again.id == first.id
     data.write_text("text,label\nb,0\n")
-    sweep_module._content.cache_clear()  # one comparison reads a file once
+    sweep_module._file_hashes.cache_clear()  # one comparison reads a file once
     assert cells(tmp_path, text)[0].id != first.id
 
 
@@ -116,14 +116,14 @@ def test_a_cell_is_its_flags_and_the_files_they_name(tmp_path: Path) -> None:
     [
         ("[train]\nrnak = 4", "[train]: unknown key 'rnak': did you mean rank? keys are flags of graft train"),
         ("[train]\nrank = '4'", "[train]: rank = '4': not a whole number"),
-        ("[train]\nresume = true", "[train]: resume: graft compare sets it itself; leave it out"),
+        ("[train]\nresume = true", "[train]: resume: is set by graft compare; leave it out"),
         ("[grid]\nrank = 4", "[grid] rank: needs a list of values, such as rank = [4]"),
         ("[grid]\nrank = []", "[grid] rank: needs a list of values, such as rank = [[]]"),
         ("[grid]\nrank = [4, -1]", "row 1: rank -1: must be 0 (full fine-tuning) or more"),
         ("train = 4", "train is a table: write [train] and its keys below"),
         ("rows = []", "rows are written as [[rows]], one table each"),
         ("[[rows]]\nname = 'a'\nrank = 4\n[[rows]]\nname = 'a'\nrank = 8", "two rows are called 'a': give each"),
-        ("[[rows]]\nname = 'a'\n[[rows]]\nname = 'b'", "'b' with seed 0 stands there twice"),
+        ("[[rows]]\nname = 'a'\n[[rows]]\nname = 'b'", "'b' with seed 0 is listed twice"),
         ("[train", "not a TOML file"),
     ],
 )
@@ -146,7 +146,7 @@ def test_wrong_words_are_refused(
         (["--config", "sweep.toml"], "sweep.toml: unknown key 'jobz': did you mean jobs?"),
         (["--config", "good.toml", "--jobs", "0"], "--jobs 0: must be 1 or more"),
         (["--config", "good.toml", "--budget_steps=3", "--budget_tflop=3"], "--budget_steps and --budget_tflop: all"),
-        (["--config", "good.toml", "--out_dir", "full"], "--out_dir full: holds other files"),
+        (["--config", "good.toml", "--out_dir", "full"], "--out_dir full: has other files"),
         (["--config", "none.toml"], "--config none.toml: no such file"),
     ):
         assert cli.run(["compare", *words]) == 2
@@ -157,7 +157,7 @@ def test_wrong_words_are_refused(
 # The table
 
 
-def outcome(folder: Path, cell: Any, accuracy: str, texts: str = "abcd") -> CellResult:
+def outcome(folder: Path, cell: Any, accuracy: str, texts: str = "abcd") -> TrialResult:
     """An outcome whose predictions are right where `accuracy` has a 1."""
     at = folder / cell.folder
     (at / "run").mkdir(parents=True)
@@ -171,7 +171,7 @@ def outcome(folder: Path, cell: Any, accuracy: str, texts: str = "abcd") -> Cell
     results |= {"trainable_fraction": 0.5, "best": {"val_loss": 0.25, "val_accuracy": None}}
     plan = {"train_seconds": 30.0, "validation_seconds": 60.0, "peak_rss_mb": 4.0}
     (at / "run" / "run.json").write_text(json.dumps({"results": results, "plan": plan}))
-    return CellResult(cell, "best", at)
+    return TrialResult(cell, "best", at)
 
 
 def test_a_row_is_held_against_the_first_example_by_example(tmp_path: Path) -> None:

@@ -55,10 +55,14 @@ def _evaluate(parsed: ParsedArgs, notes: "Console") -> Result:
     if not parsed.config.ray:
         return _evaluate_by(None, parsed.config, notes)
     from graftlm.studies.ray_cluster import connected
-    from graftlm.studies.ray_evaluator import copies
+    from graftlm.studies.ray_evaluator import ray_predictor
 
-    with connected(parsed.config, parsed.common.debug) as cluster:
-        return _evaluate_by(lambda loaded: copies(cluster, parsed.config, loaded), parsed.config, notes)
+    with connected(parsed.config, _ray_log_level(parsed)) as cluster:
+        return _evaluate_by(lambda loaded: ray_predictor(cluster, parsed.config, loaded), parsed.config, notes)
+
+
+def _ray_log_level(parsed: ParsedArgs) -> str:
+    return "INFO" if parsed.common.debug else "ERROR"
 
 
 def _evaluate_by(
@@ -220,7 +224,7 @@ def _pairs(parsed: ParsedArgs, notes: "Console") -> Result:
 def _compare(parsed: ParsedArgs, notes: "Console") -> Result:
     from graftlm.studies.compare import compare
 
-    return compare(parsed.config, parsed.common.config, notes, parsed.common.debug)
+    return compare(parsed.config, parsed.common.config, notes, _ray_log_level(parsed))
 
 
 def _report(parsed: ParsedArgs, notes: "Console") -> Result:

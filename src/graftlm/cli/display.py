@@ -191,11 +191,10 @@ def _styles_table(out: "Console", result: Result) -> None:
 
 def compare(out: "Console", result: Result) -> None:
     """The table, the failures, and the file that holds them."""
-    from graftlm.studies.results_table import COLUMNS, failures, format_row
+    from graftlm.studies.results_table import COLUMNS, failures, format_rows
 
-    checkpoints = len({row["checkpoint"] for row in result["rows"] if row["checkpoint"]}) > 1
-    _table(out, COLUMNS, [format_row(row, checkpoints) for row in result["rows"]])
-    for line in dict.fromkeys(failures(result["rows"])):
+    _table(out, COLUMNS, format_rows(result["rows"]))
+    for line in failures(result["rows"]):
         out.print(f"failed: {line}", markup=False, soft_wrap=True)
     _facts(out, {"table": f"{result['out_dir']}/table.md"})
 

@@ -1,18 +1,17 @@
-"""Many runs, one table: every cell of a sweep trained and measured, each a process of its own.
+"""`graft compare`: trains and evaluates every trial of a sweep, each in a process of its own, and writes one table.
 
     out_dir/
-      sweep.json                what is compared
-      table.json, table.md      what came of it, made anew after every cell
-      {row}-seed{n}-{hash}/     one cell
-        run/                      a run folder like any other
-        test-best.json(l)         what `graft evaluate` read, and each prediction
-        steps.json                the steps that a budget in seconds or TFLOP comes to, decided once
-        log.txt, failed.json      what the commands said; why there is nothing more
+      sweep.json                the trials
+      table.json, table.md      the results, updated after every trial
+      {row}-seed{n}-{hash}/     one trial
+        run/                      a run folder
+        test-best.json(l)         the result of `graft evaluate`, and each prediction
+        steps.json                the steps that fit a budget in seconds or TFLOP
+        log.txt, failed.json      the commands' stderr; why the trial failed
 
-What is unusual here: a cell is nothing but `graft train` and `graft evaluate`, two lines that a user could type, and
-nothing is known about it that is not in its folder. So killing a comparison at any moment and giving the same command
-again goes on where it stopped and ends with the same table, and so does a cell whose worker on a cluster is lost. A
-process it started ends with it, even behind a SIGKILL.
+A trial is two commands, `graft train` and `graft evaluate`, and its only state is its folder. So a comparison that is
+killed at any moment and run again resumes and ends with the same table, and so does a trial whose worker on a cluster
+is lost. Child processes end with the process that started them, even after SIGKILL.
 """
 
 import contextlib
@@ -34,93 +33,81 @@ from graftlm.errors import GraftError, InputError, Interrupted
 from graftlm.files.atomic import cleanup_tmp, disk_errors, write_json, write_text
 from graftlm.files.formats import read_json
 from graftlm.files.locks import LOCK_NAME, lock_dir
-from graftlm.studies.results_table import FAILED, CellResult, failures, make_rows, markdown, read_test
+from graftlm.studies.results_table import FAILED, TrialResult, failures, make_rows, markdown, read_test
 from graftlm.studies.subprocess_runner import MAX_RETRIES, CommandFailed, JobRunner, LocalRunner, WorkerLost
 from graftlm.studies.sweep import Trial, read_sweep
 from graftlm.training.signals import stop_on_signal
 
-PLANNED_STEPS = 100  # steps of the plan that tells what one of them takes
-MAX_PENDING = 256  # cells that wait for a cluster's answer at the same time, each in a thread
-LOCK_TIMEOUT = 5.0  # seconds that another comparison's last process may take to end
+PLANNED_STEPS = 100  # of the `graft train --plan` that predicts the cost of a step
+MAX_PENDING = 256  # trials that wait for a cluster at the same time, each in a thread
+LOCK_TIMEOUT = 5.0  # seconds to wait for the last process of another comparison
 
 
-def compare(config: CompareConfig, sweep: str, console: Console | None = None, debug: bool = False) -> dict[str, Any]:
-    """Train and measure all cells of the sweep file that are not done yet; returns the table.
+def compare(
+    config: CompareConfig, sweep: str, console: Console | None = None, ray_log_level: str = "ERROR"
+) -> dict[str, Any]:
+    """Train and evaluate the trials of the sweep file that are not done yet; returns the table.
 
-    With `debug` a cluster's logs are shown.
-
-    Raises InputError for a wrong sweep before anything is written, GraftError when no cell came to anything, and
-    Interrupted after Ctrl-C or SIGTERM, with every run's last step saved.
+    Raises InputError for an invalid sweep before anything is written, GraftError if every trial failed, and
+    Interrupted after Ctrl-C or SIGTERM, when every run has saved its last step.
     """
-    console = console or Console(quiet=True)
     if not sweep:
-        raise InputError(
-            "graft compare needs --config SWEEP.toml, which says what to compare (see graft compare --help)"
-        )
+        raise InputError("graft compare needs --config SWEEP.toml (see graft compare --help)")
     overrides = {name: value for name in ("init_from", "device") if (value := getattr(config, name))}
     budget = {name: value for name, value in asdict(config).items() if name.startswith("budget_") and value is not None}
     if "budget_steps" in budget:
         overrides["max_iters"] = budget.pop("budget_steps")
-    cells = read_sweep(sweep, overrides, budget)
-    with _run_lock(Path(config.out_dir)) as lock, _commands(config, len(cells), lock, debug) as commands:
-        return _Sweep(config, cells, budget, console, commands).run()
-
-
-@contextlib.contextmanager
-def _commands(config: CompareConfig, cells: int, lock: tuple[int, ...], debug: bool) -> Iterator[JobRunner]:
-    """Where the cells' commands run: on this machine, or on the cluster that --ray names."""
-    if not config.ray:
-        yield LocalRunner(config.jobs or 1, lock)
-        return
-    from graftlm.studies.ray_cluster import connected
-    from graftlm.studies.ray_jobs import commands
-
-    with connected(config, debug) as cluster:
-        max_parallel = min(config.jobs or MAX_PENDING, cells)
-        with commands(cluster, Path(config.out_dir), max_parallel) as elsewhere:
-            yield elsewhere
-
-
-def _run_lock(out_dir: Path) -> contextlib.AbstractContextManager[tuple[int, ...]]:
-    """The folder's lock: its descriptor. The commands inherit it, so none of them outlives the lock."""
+    trials = read_sweep(sweep, overrides, budget)
+    out_dir = Path(config.out_dir)
     if out_dir.is_dir() and any(out_dir.iterdir()) and not (out_dir / LOCK_NAME).exists():
-        raise InputError(f"--out_dir {out_dir}: holds other files; name a folder that is empty or does not exist")
-    return lock_dir(out_dir, LOCK_TIMEOUT, keep=True)
+        raise InputError(f"--out_dir {out_dir}: has other files; name a folder that is empty or does not exist")
+    with contextlib.ExitStack() as stack:
+        # Commands inherit the lock's descriptor, so none of them outlives the lock.
+        lock = stack.enter_context(lock_dir(out_dir, LOCK_TIMEOUT, keep=True))
+        runner: JobRunner = LocalRunner(config.jobs or 1, lock)
+        if config.ray:
+            from graftlm.studies.ray_cluster import connected, ray_runner
+
+            cluster = stack.enter_context(connected(config, ray_log_level))
+            max_parallel = min(config.jobs or MAX_PENDING, len(trials))
+            runner = stack.enter_context(ray_runner(cluster, out_dir, max_parallel))
+        return _Sweep(config, trials, budget, console or Console(quiet=True), runner).run()
 
 
 @dataclass
 class _Sweep:
     config: CompareConfig
-    cells: Sequence[Trial]
+    trials: Sequence[Trial]
     budget: Mapping[str, float]
     console: Console
-    commands: JobRunner
+    runner: JobRunner
     stopping: threading.Event = field(default_factory=threading.Event)
-    writing: threading.Lock = field(default_factory=threading.Lock)
+    table_lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         self.out_dir = Path(self.config.out_dir)
-        self.checkpoints = ["best", "last"] if self.config.checkpoint == "both" else [self.config.checkpoint]
+        self.eval_config = {"mode": self.config.mode, "limit": self.config.limit}
 
     def run(self) -> dict[str, Any]:
-        """All cells, so many at a time as there is room for; the table."""
+        """Run all trials, `runner.max_parallel` at a time; returns the table."""
         cleanup_tmp(self.out_dir / "sweep.json")
-        write_json(self.out_dir / "sweep.json", {"cells": [{**asdict(c), "folder": c.folder} for c in self.cells]})
-        with stop_on_signal() as stop, self._bar() as bar, ThreadPoolExecutor(self.commands.max_parallel) as pool:
+        listed = [{**asdict(trial), "folder": trial.folder} for trial in self.trials]
+        write_json(self.out_dir / "sweep.json", {"cells": listed})
+        with stop_on_signal() as stop, self._progress() as bar, ThreadPoolExecutor(self.runner.max_parallel) as pool:
             tasks: dict[str, TaskID] = {}
-            futures = [pool.submit(self._cell, cell) for cell in self.cells]
-            while not self._over(futures):
-                self._show(bar, tasks)
+            futures = [pool.submit(self._run_trial, trial) for trial in self.trials]
+            while not self._all_done(futures):
+                self._update_progress(bar, tasks)
                 if stop.is_set() and not self.stopping.is_set():
                     self._stop()
         if self.stopping.is_set():
-            raise Interrupted("interrupted; every run has saved its last step: go on with the same command")
-        table = self._table()
+            raise Interrupted("interrupted; every run has saved its last step: resume with the same command")
+        table = self._write_table()
         if not any("accuracy" in row for row in table["rows"]):
             raise GraftError(f"every row failed: {failures(table['rows'])[0]}")
         return table
 
-    def _over(self, futures: Sequence["Future[None]"]) -> bool:
+    def _all_done(self, futures: Sequence["Future[None]"]) -> bool:
         done, running = wait(futures, timeout=0.3)
         for future in done:
             if error := future.exception():
@@ -129,145 +116,139 @@ class _Sweep:
         return not running
 
     def _stop(self) -> None:
-        """Let every command finish its step and save, and begin no other."""
         self.stopping.set()
-        self.commands.stop()
+        self.runner.stop()
 
-    # One cell -----------------------------------------------------------------------------------------------------
+    # One trial ----------------------------------------------------------------------------------------------------
 
-    def _cell(self, cell: Trial) -> None:
-        folder = self.out_dir / cell.folder
+    def _run_trial(self, trial: Trial) -> None:
+        folder = self.out_dir / trial.folder
         with disk_errors(folder):
             folder.mkdir(exist_ok=True)
-        if self._done(cell):
+        if self._is_done(trial) or self.stopping.is_set():
             return
-        if self.stopping.is_set():
-            return
-        began = time.monotonic()
+        start = time.monotonic()
         (folder / FAILED).unlink(missing_ok=True)
-        reason = self._tried(cell, folder)
+        error = self._train_and_evaluate(trial, folder)
         if self.stopping.is_set():
             return
-        if reason:
-            write_json(folder / FAILED, {"reason": reason})
-        self._say(cell, time.monotonic() - began)
-        self._table()
+        if error:
+            write_json(folder / FAILED, {"reason": error})
+        self._report(trial, time.monotonic() - start)
+        self._write_table()
 
-    def _tried(self, cell: Trial, folder: Path) -> str:
-        """Train and measure; why that failed, or nothing. Behind a lost worker it goes on from what is on the disk."""
-        for left in range(MAX_RETRIES, -1, -1):
+    def _train_and_evaluate(self, trial: Trial, folder: Path) -> str:
+        """Returns why it failed, or "". After a lost worker it resumes from the files in the folder."""
+        for retries_left in range(MAX_RETRIES, -1, -1):
             try:
-                if cell.trains:
-                    self._train(cell, folder)
-                for checkpoint in self._measured(cell):
-                    self._measure(cell, folder, checkpoint)
+                if trial.trains:
+                    self._train(trial, folder)
+                for checkpoint in self._checkpoints(trial):
+                    self._evaluate(trial, folder, checkpoint)
             except CommandFailed as failure:
                 return str(failure)
             except WorkerLost as lost:
-                if not left or self.stopping.is_set():
-                    return f"{MAX_RETRIES + 1} workers were lost one after the other: {lost}"
-                self._print(f"a worker was lost; {cell.row}, seed {cell.seed} goes on from its last checkpoint")
+                if not retries_left or self.stopping.is_set():
+                    return f"{MAX_RETRIES + 1} workers were lost in a row: {lost}"
+                self._print(f"a worker was lost; {trial.row}, seed {trial.seed} resumes from its last checkpoint")
             else:
                 break
         return ""
 
-    def _measured(self, cell: Trial) -> Sequence[str]:
-        return self.checkpoints if cell.trains else [""]
+    def _checkpoints(self, trial: Trial) -> Sequence[str]:
+        if not trial.trains:
+            return [""]
+        return ["best", "last"] if self.config.checkpoint == "both" else [self.config.checkpoint]
 
-    def _asked(self) -> dict[str, Any]:
-        return {"mode": self.config.mode, "limit": self.config.limit}
+    def _is_done(self, trial: Trial) -> bool:
+        folder = self.out_dir / trial.folder
+        tests = [folder / f"test-{checkpoint}.json" for checkpoint in self._checkpoints(trial)]
+        return all(path.is_file() and read_test(path)["eval_config"] == self.eval_config for path in tests)
 
-    def _done(self, cell: Trial) -> bool:
-        folder = self.out_dir / cell.folder
-        found = [folder / f"test-{checkpoint}.json" for checkpoint in self._measured(cell)]
-        return all(path.is_file() and read_test(path)["eval_config"] == self._asked() for path in found)
-
-    def _train(self, cell: Trial, folder: Path) -> None:
+    def _train(self, trial: Trial, folder: Path) -> None:
         run = folder / "run"
-        record = read_json(run / "run.json") if (run / "run.json").is_file() else None
-        if record is not None and record["results"] is not None:
+        manifest = read_json(run / "run.json") if (run / "run.json").is_file() else None
+        if manifest is not None and manifest["results"] is not None:
             return
-        if record is None and run.is_dir():  # killed before it had written anything
+        if manifest is None and run.is_dir():  # killed before its run.json was written
             shutil.rmtree(run)
-        flags = {**cell.flags, **self._budgeted(cell, folder), "out_dir": str(run)}
-        resumed = ["--resume"] if record is not None else []
-        self.commands.run(["train", *_words(flags), *resumed, "--json"], folder)
+        flags = {**trial.flags, **self._budgeted_steps(trial, folder), "out_dir": str(run)}
+        resume = ["--resume"] if manifest is not None else []
+        self.runner.run(["train", *_argv(flags), *resume, "--json"], folder)
 
-    def _budgeted(self, cell: Trial, folder: Path) -> dict[str, int]:
-        """The steps that a budget in seconds or TFLOP comes to for this cell; decided once, so that a resume agrees."""
+    def _budgeted_steps(self, trial: Trial, folder: Path) -> dict[str, int]:
+        """The steps that fit a budget in seconds or TFLOP; decided once, so that a resumed run has the same."""
         if not self.budget:
             return {}
         steps = folder / "steps.json"
         if not steps.is_file():
-            ((name, most),) = self.budget.items()
-            flags = {**cell.flags, "max_iters": PLANNED_STEPS, "out_dir": str(folder / "planned")}
-            plan = json.loads(self.commands.run(["train", *_words(flags), "--plan", "--json"], folder))
-            each = plan["train_seconds" if name == "budget_seconds" else "model_tflop"] / PLANNED_STEPS
-            write_json(steps, {"max_iters": max(1, int(most / each)), name: most})
+            ((name, limit),) = self.budget.items()
+            flags = {**trial.flags, "max_iters": PLANNED_STEPS, "out_dir": str(folder / "planned")}
+            plan = json.loads(self.runner.run(["train", *_argv(flags), "--plan", "--json"], folder))
+            per_step = plan["train_seconds" if name == "budget_seconds" else "model_tflop"] / PLANNED_STEPS
+            write_json(steps, {"max_iters": max(1, int(limit / per_step)), name: limit})
         return {"max_iters": read_json(steps)["max_iters"]}
 
-    def _measure(self, cell: Trial, folder: Path, checkpoint: str) -> None:
-        rows = folder / f"test-{checkpoint}.jsonl"
-        words = ["--mode", self.config.mode, "--limit", str(self.config.limit), f"--predictions={rows}"]
-        if cell.trains:
-            words += [f"--out_dir={folder / 'run'}", "--checkpoint", checkpoint]
-            words += _words({name: cell.flags[name] for name in ("device", "dtype") if name in cell.flags})
+    def _evaluate(self, trial: Trial, folder: Path, checkpoint: str) -> None:
+        path = folder / f"test-{checkpoint}.json"
+        flags: dict[str, Any] = {**self.eval_config, "predictions": path.with_suffix(".jsonl")}
+        if trial.trains:
+            flags |= {name: trial.flags[name] for name in ("device", "dtype") if name in trial.flags}
+            flags |= {"out_dir": folder / "run", "checkpoint": checkpoint}
         else:
-            flags = {name: value for name, value in cell.flags.items() if name != "method"}
-            words += _words({"init_from": TrainConfig.init_from, **flags})
-        reading = json.loads(self.commands.run(["evaluate", *words, "--json"], folder))
-        write_json(folder / f"test-{checkpoint}.json", {"eval_config": self._asked(), "reading": reading})
+            flags |= {"init_from": TrainConfig.init_from, **trial.flags}
+            del flags["method"]
+        metrics = json.loads(self.runner.run(["evaluate", *_argv(flags), "--json"], folder))
+        write_json(path, {"eval_config": self.eval_config, "reading": metrics})
 
-    # What is shown ------------------------------------------------------------------------------------------------
+    # Progress -----------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _bar(self) -> Iterator[Progress]:
+    def _progress(self) -> Iterator[Progress]:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
             yield bar
 
-    def _show(self, bar: Progress, tasks: dict[str, TaskID]) -> None:
-        """A line of progress for each run at work."""
-        for cell in self.cells:
-            rows, run = (
-                self.out_dir / cell.folder / "run" / "metrics.jsonl",
-                self.out_dir / cell.folder / "run/run.json",
-            )
-            if bar.disable or not rows.is_file() or not run.is_file():
+    def _update_progress(self, bar: Progress, tasks: dict[str, TaskID]) -> None:
+        """A bar for each run that has started."""
+        for trial in self.trials:
+            run = self.out_dir / trial.folder / "run"
+            if bar.disable or not (run / "metrics.jsonl").is_file() or not (run / "run.json").is_file():
                 continue
-            if cell.id not in tasks:
-                total = read_json(run)["config"]["max_iters"]
-                tasks[cell.id] = bar.add_task(f"{cell.row}, seed {cell.seed}", total=total)
-            bar.update(tasks[cell.id], completed=rows.read_bytes().count(b"\n"))
+            if trial.id not in tasks:
+                total = read_json(run / "run.json")["config"]["max_iters"]
+                tasks[trial.id] = bar.add_task(f"{trial.row}, seed {trial.seed}", total=total)
+            bar.update(tasks[trial.id], completed=(run / "metrics.jsonl").read_bytes().count(b"\n"))
 
-    def _say(self, cell: Trial, seconds: float) -> None:
-        done = sum(self._done(each) or (self.out_dir / each.folder / FAILED).is_file() for each in self.cells)
-        found = [self._outcome(cell, checkpoint) for checkpoint in self._measured(cell)]
-        what = found[0].reason or " and ".join(f"{o.reading['accuracy']:.3f}" for o in found)
-        self._print(f"{done} of {len(self.cells)}: {cell.row}, seed {cell.seed}: {what} ({seconds / 60:.1f} min)")
+    def _report(self, trial: Trial, seconds: float) -> None:
+        done = sum(self._is_done(other) or self._failed(other) for other in self.trials)
+        results = [self._result(trial, checkpoint) for checkpoint in self._checkpoints(trial)]
+        outcome = results[0].error or " and ".join(f"{result.metrics['accuracy']:.3f}" for result in results)
+        title = f"{done} of {len(self.trials)}: {trial.row}, seed {trial.seed}"
+        self._print(f"{title}: {outcome} ({seconds / 60:.1f} min)")
 
     def _print(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False)
 
     # The table ----------------------------------------------------------------------------------------------------
 
-    def _outcome(self, cell: Trial, checkpoint: str) -> CellResult:
-        folder, reason = self.out_dir / cell.folder, ""
-        if not self._done(cell):
-            failed = folder / FAILED
-            reason = read_json(failed)["reason"] if failed.is_file() else "not done yet"
-        return CellResult(cell, checkpoint, folder, reason)
+    def _failed(self, trial: Trial) -> bool:
+        return (self.out_dir / trial.folder / FAILED).is_file()
 
-    def _table(self) -> dict[str, Any]:
-        """Made from what is on the disk, and written there."""
-        with self.writing:
-            rows = make_rows([self._outcome(cell, c) for cell in self.cells for c in self._measured(cell)])
-            failed = sum((self.out_dir / cell.folder / FAILED).is_file() for cell in self.cells)
-            table = {"rows": rows, "failed": failed, "out_dir": str(self.out_dir)}
+    def _result(self, trial: Trial, checkpoint: str) -> TrialResult:
+        folder, error = self.out_dir / trial.folder, ""
+        if not self._is_done(trial):
+            error = read_json(folder / FAILED)["reason"] if self._failed(trial) else "not done yet"
+        return TrialResult(trial, checkpoint, folder, error)
+
+    def _write_table(self) -> dict[str, Any]:
+        with self.table_lock:
+            rows = make_rows([self._result(trial, c) for trial in self.trials for c in self._checkpoints(trial)])
+            table = {"rows": rows, "failed": sum(map(self._failed, self.trials)), "out_dir": str(self.out_dir)}
             write_json(self.out_dir / "table.json", table)
             write_text(self.out_dir / "table.md", markdown(rows))
         return table
 
 
-def _words(flags: Mapping[str, Any]) -> list[str]:
-    return [f"--{name}={str(v).lower() if isinstance(v, bool) else v}" for name, v in flags.items()]
+def _argv(flags: Mapping[str, Any]) -> list[str]:
+    return [f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in flags.items()]

@@ -1,72 +1,78 @@
-"""A Ray cluster to spread work over; `cluster_commands.py` runs a comparison there, `cluster_copies.py` an evaluation.
+"""A Ray cluster, and the commands of a comparison on it; `ray_evaluator.py` runs an evaluation there.
 
-What is unusual here: Ray only finds room for the work and tells of lost workers. It is imported when it is asked for,
-with its usage statistics off. A cluster started here listens on loopback only.
+Ray schedules tasks and reports lost workers. It is imported on first use, with its usage statistics off. A cluster
+started here listens on loopback only. Each command runs in a child process of a Ray worker. All nodes must share the
+comparison's folder, which is checked with a token file, and have the same version of graftlm.
 """
 
 import os
+import secrets
 import signal
 import socket
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from graftlm.config import RayFlags
 from graftlm.errors import GraftError, InputError
-from graftlm.studies.subprocess_runner import CommandFailed, WorkerLost
+from graftlm.files.atomic import write_text
+from graftlm.files.locks import lock_dir
+from graftlm.studies.subprocess_runner import (
+    MAX_RETRIES,
+    Child,
+    CommandFailed,
+    JobRunner,
+    WorkerLost,
+    num_cores,
+    run_graft,
+    thread_env,
+)
 
 NODE_TIMEOUT = 10.0
-"""Seconds that an address may take to answer, and a lost worker's process to end."""
+"""Seconds to wait for an address to answer, and for the process of a lost worker to end."""
+OBJECT_STORE_BYTES = 100_000_000
+"""Of a cluster started here; only small results pass through it."""
+TOKEN = ".ray-token"
 
-STORE = 100_000_000
-"""Bytes of the object store of a cluster started here; only figures pass through it."""
 
-
-@dataclass(frozen=True)
-class RemoteError:
-    """A GraftError that was met elsewhere: its text and its exit status."""
-
-    line: str
-    status: int
-
-    def error(self) -> GraftError:
-        """The same error, here."""
-        return InputError(self.line) if self.status == InputError.exit_status else GraftError(self.line)
+# The cluster ----------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def connected(flags: RayFlags, debug: bool = False) -> Iterator["Cluster"]:
-    """The cluster that --ray names, left again at the end; with `debug` its logs are shown.
+def connected(flags: RayFlags, log_level: str = "ERROR") -> Iterator["Cluster"]:
+    """Connect to the cluster of --ray, and disconnect at the end. Workers' logs are shown below level ERROR.
 
-    A process that is connected to a cluster stays with that one. Raises InputError where there is no cluster, no ray
-    package, or no node with the room that a task declares.
+    An existing connection of this process is reused. Raises InputError if there is no cluster, no ray package, or no
+    node with the resources of a task.
     """
-    ray = _ray(flags.ray)
+    ray = _import_ray(flags.ray)
     if ray.is_initialized():
         yield Cluster(ray, flags)
         return
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(**_settings(flags.ray), log_to_driver=debug, logging_level="INFO" if debug else "ERROR")
+        ray.init(**_init_args(flags.ray), log_to_driver=log_level != "ERROR", logging_level=log_level)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        what = " ".join(str(error).split())
-        raise InputError(f"--ray {flags.ray}: no cluster to connect to: {what}") from None
+        raise InputError(f"--ray {flags.ray}: no cluster to connect to: {' '.join(str(error).split())}") from None
     try:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)  # Ray has put its own there
+            signal.signal(signal.SIGTERM, handler)  # Ray has installed its own
         yield Cluster(ray, flags)
     finally:
         ray.shutdown()
 
 
-def _ray(address: str) -> Any:
-    """The ray package, imported with its usage statistics off."""
+def _import_ray(address: str) -> Any:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # asked for by a warning of some versions
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # some versions warn where it is not set
     if address.startswith(("local", "127.0.0.1:")):
-        # Its name says another thing: set to 0, Ray takes loopback for this machine's address, as it does on macOS.
+        # In spite of its name: with 0, Ray takes loopback for this machine's address, as it does on macOS.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         import ray
@@ -75,11 +81,10 @@ def _ray(address: str) -> Any:
     return ray
 
 
-def _settings(address: str) -> dict[str, Any]:
+def _init_args(address: str) -> dict[str, Any]:
     if address == "local":
-        here = {"_node_ip_address": "127.0.0.1", "include_dashboard": False, "object_store_memory": STORE}
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        return {"address": address, "num_cpus": cores, **here}
+        loopback = {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
+        return {"address": address, "num_cpus": num_cores(), "object_store_memory": OBJECT_STORE_BYTES, **loopback}
     if address != "auto":
         host, _, port = address.rpartition(":")
         try:
@@ -93,42 +98,160 @@ def _settings(address: str) -> dict[str, Any]:
 
 
 class Cluster:
-    """A cluster this process is connected to."""
+    """A cluster that this process is connected to."""
 
     def __init__(self, ray: Any, flags: RayFlags) -> None:
         self.ray = ray
         self.cpus, self.gpus = flags.cpus_per_task, flags.gpus_per_task
         self.nodes = [node for node in ray.nodes() if node["Alive"]]
-        self.places = sum(map(self._room, self.nodes))
-        """Tasks that find room at the same time."""
-        if not self.places:
+        self.slots = sum(map(self._slots_of, self.nodes))
+        """The number of tasks that can run at the same time."""
+        if not self.slots:
             most = {kind: max(node["Resources"].get(kind, 0) for node in self.nodes) for kind in ("CPU", "GPU")}
             raise InputError(
                 f"--cpus_per_task {self.cpus} --gpus_per_task {self.gpus:g}: no node of the cluster has both; "
-                f"the most that one has are {most['CPU']:g} CPUs and {most['GPU']:g} GPUs"
+                f"the largest has {most['CPU']:g} CPUs and {most['GPU']:g} GPUs"
             )
 
-    def _room(self, node: dict[str, Any]) -> int:
-        has = node["Resources"]
-        room = has.get("CPU", 0) // self.cpus
-        return int(min(room, has.get("GPU", 0) // self.gpus) if self.gpus else room)
+    def _slots_of(self, node: dict[str, Any]) -> int:
+        resources = node["Resources"]
+        by_cpu = resources.get("CPU", 0) // self.cpus
+        return int(min(by_cpu, resources.get("GPU", 0) // self.gpus) if self.gpus else by_cpu)
+
+    @property
+    def task_env(self) -> dict[str, str]:
+        """Environment variables of a task's process, which hide GPUs from tasks without one."""
+        return {} if self.gpus else {"CUDA_VISIBLE_DEVICES": ""}
 
     def task(self, function: Any, retries: int) -> Any:
-        """A function as a Ray task that declares what the flags say."""
+        """The function as a Ray task with the resources of --cpus_per_task and --gpus_per_task."""
         return self.ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=retries)(function)
 
     def get(self, ref: Any) -> Any:
-        """A task's value. Raises WorkerLost, CommandFailed where it was cancelled, and what it refused."""
+        """A task's result. Raises WorkerLost, CommandFailed if it was cancelled, and the task's own errors."""
         errors = self.ray.exceptions
         try:
-            value = self.ray.get(ref)
+            return self.ray.get(ref)
         except errors.TaskCancelledError:
             raise CommandFailed("stopped") from None
         except (errors.WorkerCrashedError, errors.NodeDiedError, errors.OutOfMemoryError, errors.ObjectLostError) as e:
             raise WorkerLost(str(e).partition("\n")[0]) from None
         except errors.RayError as error:
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, GraftError | CommandFailed):
+                raise cause from None
             last = [line for line in str(error).splitlines() if line.strip()][-1]
             raise GraftError(f"a task failed on the cluster: {last.strip()}") from error
-        if isinstance(value, RemoteError):
-            raise value.error()
-        return value
+
+
+# Commands -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WorkerEnv:
+    """What a node needs to run commands."""
+
+    out_dir: str
+    """The comparison's folder, with `token` in its file TOKEN."""
+    cwd: str
+    """The working directory, to which paths in the flags are relative."""
+    token: str
+    version: str
+
+
+@contextmanager
+def ray_runner(cluster: Cluster, out_dir: Path, max_parallel: int) -> Iterator["RayRunner"]:
+    """A runner for a comparison in `out_dir`; every node is checked first.
+
+    Raises InputError if a node does not see the folder, or has another version of graftlm.
+    """
+    env = WorkerEnv(str(out_dir.absolute()), os.getcwd(), secrets.token_hex(8), version("graftlm"))
+    token = out_dir / TOKEN
+    write_text(token, env.token)
+    try:
+        _check_nodes(cluster, env)
+        yield RayRunner(cluster, env, max_parallel)
+    finally:
+        token.unlink(missing_ok=True)
+
+
+def _check_nodes(cluster: Cluster, env: WorkerEnv) -> None:
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    check = cluster.ray.remote(num_cpus=0, max_retries=MAX_RETRIES)(_node_problem)
+    strategies = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in cluster.nodes]
+    refs = [check.options(scheduling_strategy=strategy).remote(env) for strategy in strategies]
+    for node, ref in zip(cluster.nodes, refs, strict=True):
+        try:
+            problem = cluster.get(ref)
+        except WorkerLost:
+            continue  # a node that is gone runs no commands
+        if problem:
+            raise InputError(f"node {node['NodeManagerAddress']}: {problem}")
+
+
+class RayRunner(JobRunner):
+    """Commands as tasks of a cluster."""
+
+    def __init__(self, cluster: Cluster, env: WorkerEnv, max_parallel: int) -> None:
+        super().__init__(max_parallel)
+        self._cluster, self._env = cluster, env
+        self._task = cluster.task(_run_command, retries=0)  # the caller retries, with --resume
+
+    def run(self, argv: Sequence[str], folder: Path) -> str:
+        """See JobRunner."""
+        if self._stopped:
+            raise CommandFailed("stopped")
+        environment = {**thread_env(self._cluster.cpus), **self._cluster.task_env}
+        ref = self._task.remote(self._env, folder.name, list(argv), environment)
+        with self._tracked(ref):
+            return str(self._cluster.get(ref))
+
+    def _cancel(self, job: Any) -> None:
+        self._cluster.ray.cancel(job)  # a KeyboardInterrupt in `_run_command`
+
+
+def _node_problem(env: WorkerEnv) -> str:
+    """Why this node cannot run commands; empty if it can."""
+    if problem := _folder_problem(env):
+        return problem
+    command = [sys.executable, "-m", "graftlm", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=env.cwd, check=False)
+    installed = done.stdout.strip().removeprefix("graft ")
+    if installed != env.version:
+        found = f"has graftlm {installed}" if installed else "has no graftlm"
+        return f"{found} for {sys.executable}; install {env.version}, the version here, on every node"
+    return ""
+
+
+def _folder_problem(env: WorkerEnv) -> str:
+    token = Path(env.out_dir, TOKEN)
+    if not token.is_file() or token.read_text(encoding="utf-8") != env.token:
+        return f"does not see --out_dir {env.out_dir}; name a folder on a file system that all nodes share"
+    if not os.path.isdir(env.cwd):
+        return f"does not see {env.cwd}; run the command in a folder on a file system that all nodes share"
+    return ""
+
+
+def _run_command(env: WorkerEnv, trial: str, argv: list[str], environment: Mapping[str, str]) -> str:
+    """Run `graft ARGV` for the trial's folder in a child of this Ray worker; returns its stdout."""
+    if problem := _folder_problem(env):
+        raise CommandFailed(f"a node {problem}")
+    os.chdir(env.cwd)
+    folder = Path(env.out_dir, trial)
+    try:
+        with lock_dir(folder, NODE_TIMEOUT, keep=True) as lock:  # the command of a lost worker ends soon
+            return run_graft(argv, folder, environment, lock, _wait)
+    except InputError as error:
+        raise CommandFailed(str(error)) from None
+
+
+def _wait(child: "Child[str]") -> int:
+    """Wait for a command. Cancelled by Ray (KeyboardInterrupt), it saves a checkpoint and ends."""
+    while True:
+        try:
+            return child.wait(0.2)
+        except subprocess.TimeoutExpired:
+            continue
+        except KeyboardInterrupt:
+            child.send_signal(signal.SIGTERM)  # not SIGINT, which Ray's own processes may block

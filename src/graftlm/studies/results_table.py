@@ -1,7 +1,7 @@
-"""What a comparison's cells came to -> one row for each setting, with intervals and a paired test.
+"""The results of a comparison's trials as a table: a row per setting, with intervals and a paired test.
 
-What is unusual here: everything is read back from the disk, from what `graft train` and `graft evaluate` left there, so
-a table made after ten interruptions is the table of one quiet run.
+Everything is read from the files that `graft train` and `graft evaluate` wrote. So the table of an interrupted and
+resumed comparison equals that of an uninterrupted one.
 """
 
 import json
@@ -18,98 +18,95 @@ from graftlm.studies.sweep import Trial
 
 FAILED = "failed.json"
 COLUMNS = (
-    *("row", "accuracy", "95% interval", "against the first", "validation loss", "trained", "steps"),
-    *("minutes (planned)", "examples/s", "peak MB"),
+    *("row", "accuracy", "95% interval", "vs. the first row", "validation loss", "trainable", "steps"),
+    *("minutes (predicted)", "examples/s", "peak MB"),
 )
+COSTS = ("steps", "seconds", "examples_per_s", "peak_rss_mb", "trainable", "trainable_fraction")
 
 
 @dataclass(frozen=True)
-class CellResult:
-    """What one cell came to at one checkpoint."""
+class TrialResult:
+    """The result of one trial at one checkpoint."""
 
-    cell: Trial
+    trial: Trial
     checkpoint: str
     folder: Path
-    """The cell's folder."""
-    reason: str = ""
-    """Why there is nothing more; empty where all is there."""
+    """The trial's folder."""
+    error: str = ""
+    """Why there is no result; empty if there is one."""
 
     @property
-    def reading(self) -> dict[str, Any]:
-        """What `graft evaluate --json` said."""
+    def metrics(self) -> dict[str, Any]:
+        """The JSON object of `graft evaluate --json`."""
         return read_test(self.folder / f"test-{self.checkpoint}.json")["reading"]
 
     @property
-    def right(self) -> list[tuple[str, bool]]:
-        """Each example's text, and whether its label was told."""
+    def correct(self) -> list[tuple[str, bool]]:
+        """The text of each example, and whether its predicted label is correct."""
         lines = (self.folder / f"test-{self.checkpoint}.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
         return [(row["text"], row["predicted"] == row["label"]) for row in rows]
 
     @property
     def run(self) -> dict[str, Any]:
-        """The run's run.json; empty for a base model as it is."""
-        return upgrade_run(read_json(self.folder / "run" / "run.json")) if self.cell.trains else {}
+        """The trial's run.json; empty for zero-shot."""
+        return upgrade_run(read_json(self.folder / "run" / "run.json")) if self.trial.trains else {}
 
 
 def read_test(path: Path) -> dict[str, Any]:
-    """What `graft compare` wrote of an evaluation: {"eval_config", "reading"}."""
+    """The test-*.json of a trial: {"eval_config", "reading"}."""
     return upgrade_test(read_json(path))
 
 
-def make_rows(outcomes: Sequence[CellResult]) -> list[dict[str, Any]]:
-    """One row for each setting and checkpoint; the first that came to something is what others are held against."""
-    groups: dict[tuple[str, str], list[CellResult]] = {}
-    for outcome in outcomes:
-        groups.setdefault((outcome.cell.row, outcome.checkpoint), []).append(outcome)
+def make_rows(results: Sequence[TrialResult]) -> list[dict[str, Any]]:
+    """A row per setting and checkpoint; the first row with a result is the baseline of the others."""
+    groups: dict[tuple[str, str], list[TrialResult]] = {}
+    for result in results:
+        groups.setdefault((result.trial.row, result.checkpoint), []).append(result)
     rows: list[dict[str, Any]] = []
-    first: list[list[tuple[str, bool]]] | None = None
+    baseline: list[list[tuple[str, bool]]] = []
     for (name, checkpoint), group in groups.items():
-        good = [outcome for outcome in group if not outcome.reason]
-        row: dict[str, Any] = {"name": name, "checkpoint": checkpoint, "seeds": [o.cell.seed for o in good]}
-        if reasons := [f"seed {o.cell.seed}: {o.reason}" for o in group if o.reason]:
-            row["failed"] = reasons
-        if good:
-            right = [outcome.right for outcome in good]
-            row |= _accuracy(good) | _cost(good)
-            if first is None:
-                first = right
-            else:
-                row |= _against(first, right)
+        done = [result for result in group if not result.error]
+        row: dict[str, Any] = {"name": name, "checkpoint": checkpoint, "seeds": [r.trial.seed for r in done]}
+        if errors := [f"seed {r.trial.seed}: {r.error}" for r in group if r.error]:
+            row["failed"] = errors
+        if done:
+            correct = [result.correct for result in done]
+            row |= _accuracy(done) | _cost(done) | (_vs_baseline(baseline, correct) if baseline else {})
+            baseline = baseline or correct
         rows.append(row)
     return rows
 
 
-def _accuracy(good: Sequence[CellResult]) -> dict[str, Any]:
-    readings = [outcome.reading for outcome in good]
-    accuracies = [reading["accuracy"] for reading in readings]
-    several = len(good) > 1
-    low, high = t_interval(accuracies) if several else (readings[0]["ci_low"], readings[0]["ci_high"])
+def _accuracy(done: Sequence[TrialResult]) -> dict[str, Any]:
+    metrics = [result.metrics for result in done]
+    accuracies = [each["accuracy"] for each in metrics]
+    over_seeds = len(done) > 1
+    low, high = t_interval(accuracies) if over_seeds else (metrics[0]["ci_low"], metrics[0]["ci_high"])
     return {
-        "n": readings[0]["n"],
+        "n": metrics[0]["n"],
         "accuracy": mean(accuracies),
         "ci_low": low,
         "ci_high": high,
-        "interval": "t over seeds" if several else "Wilson over examples",
+        "interval": "t over seeds" if over_seeds else "Wilson over examples",
         "accuracy_per_seed": accuracies,
-        "macro_f1": mean(reading["macro_f1"] for reading in readings),
-        "garbage_rate": mean(reading["garbage_rate"] for reading in readings),
+        "macro_f1": mean(each["macro_f1"] for each in metrics),
+        "garbage_rate": mean(each["garbage_rate"] for each in metrics),
     }
 
 
-def _cost(good: Sequence[CellResult]) -> dict[str, Any]:
-    """What training took, the (lower) median of the seeds; None for a base model as it is."""
-    names = ("steps", "seconds", "examples_per_s", "peak_rss_mb", "trainable", "trainable_fraction")
-    if not good[0].cell.trains:
-        return dict.fromkeys(("val_loss", "val_accuracy", *names, "predicted"))
-    runs = [outcome.run for outcome in good]
-    points = [run["results"][o.checkpoint] for run, o in zip(runs, good, strict=True)]
+def _cost(done: Sequence[TrialResult]) -> dict[str, Any]:
+    """The cost of training, the (lower) median over seeds; None for zero-shot."""
+    if not done[0].trial.trains:
+        return dict.fromkeys(("val_loss", "val_accuracy", *COSTS, "predicted"))
+    runs = [result.run for result in done]
+    points = [run["results"][result.checkpoint] for run, result in zip(runs, done, strict=True)]
     accuracies = [point["val_accuracy"] for point in points]
     plans = [run["plan"] for run in runs]
     return {
         "val_loss": mean(point["val_loss"] for point in points),
         "val_accuracy": None if None in accuracies else mean(accuracies),
-        **{name: median_low(run["results"][name] for run in runs) for name in names},
+        **{name: median_low(run["results"][name] for run in runs) for name in COSTS},
         "predicted": {
             "seconds": median_low(plan["train_seconds"] + plan["validation_seconds"] for plan in plans),
             "peak_rss_mb": median_low(plan["peak_rss_mb"] for plan in plans),
@@ -117,52 +114,58 @@ def _cost(good: Sequence[CellResult]) -> dict[str, Any]:
     }
 
 
-def _against(first: Sequence[Sequence[tuple[str, bool]]], own: Sequence[Sequence[tuple[str, bool]]]) -> dict[str, Any]:
-    """The difference to the first row and its p-value, paired by example; over seeds, each example's mean counts.
+def _vs_baseline(
+    baseline: Sequence[Sequence[tuple[str, bool]]], own: Sequence[Sequence[tuple[str, bool]]]
+) -> dict[str, Any]:
+    """The difference of accuracies and its p-value, paired by example (over seeds: by an example's mean).
 
-    Nothing where the two rows read other examples.
+    None if the two rows have different examples.
     """
-    if [text for text, _ in first[0]] != [text for text, _ in own[0]]:
+    if [text for text, _ in baseline[0]] != [text for text, _ in own[0]]:
         return {"delta_vs_baseline": None, "p": None}
-    a, b = ([sum(right for _, right in examples) for examples in zip(*rows, strict=True)] for rows in (first, own))
-    differences = [len(first) * y - len(own) * x for x, y in zip(a, b, strict=True)]
+    a, b = ([sum(correct for _, correct in seeds) for seeds in zip(*rows, strict=True)] for rows in (baseline, own))
+    differences = [len(baseline) * y - len(own) * x for x, y in zip(a, b, strict=True)]
     return {
-        "delta_vs_baseline": sum(differences) / (len(first) * len(own) * len(a)),
+        "delta_vs_baseline": sum(differences) / (len(baseline) * len(own) * len(a)),
         "p": paired_permutation_test(differences),
     }
 
 
-def format_row(row: Mapping[str, Any], checkpoints: bool) -> list[str]:
-    """A row for a reader, under COLUMNS."""
-    name = f"{row['name']} ({row['checkpoint']})" if checkpoints and row["checkpoint"] else row["name"]
-    if len(row["seeds"]) > 1:
-        name += f", {len(row['seeds'])} seeds"
+def format_rows(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The rows as text, for COLUMNS; names contain the checkpoint if there are several."""
+    several = len({row["checkpoint"] for row in rows if row["checkpoint"]}) > 1
+    return [_format_row(row, f" ({row['checkpoint']})" if several and row["checkpoint"] else "") for row in rows]
+
+
+def _format_row(row: Mapping[str, Any], suffix: str) -> list[str]:
+    seeds = f", {len(row['seeds'])} seeds" if len(row["seeds"]) > 1 else ""
+    cells = [f"{row['name']}{suffix}{seeds}"]
     if "accuracy" not in row:
-        return [name, "failed", *[""] * (len(COLUMNS) - 2)]
-    against = "" if row.get("p") is None else f"{100 * row['delta_vs_baseline']:+.1f}, p = {row['p']:.2g}"
-    cells = [name, f"{100 * row['accuracy']:.1f}%", f"{100 * row['ci_low']:.1f} to {100 * row['ci_high']:.1f}", against]
-    if row["steps"] is None:
-        return [*cells, *[""] * (len(COLUMNS) - len(cells))]
-    return [
-        *cells,
-        f"{row['val_loss']:.3f}",
-        f"{row['trainable']:,} ({row['trainable_fraction']:.2%})",
-        f"{row['steps']:g}",
-        f"{row['seconds'] / 60:.1f} ({row['predicted']['seconds'] / 60:.1f})",
-        f"{row['examples_per_s']:.1f}",
-        f"{row['peak_rss_mb']:,.0f}",
-    ]
+        cells.append("failed")
+    else:
+        delta = "" if row.get("p") is None else f"{100 * row['delta_vs_baseline']:+.1f}, p = {row['p']:.2g}"
+        cells += [f"{row['accuracy']:.1%}", f"{100 * row['ci_low']:.1f} to {100 * row['ci_high']:.1f}", delta]
+    if row.get("steps") is not None:
+        cells += [
+            f"{row['val_loss']:.3f}",
+            f"{row['trainable']:,} ({row['trainable_fraction']:.2%})",
+            f"{row['steps']:g}",
+            f"{row['seconds'] / 60:.1f} ({row['predicted']['seconds'] / 60:.1f})",
+            f"{row['examples_per_s']:.1f}",
+            f"{row['peak_rss_mb']:,.0f}",
+        ]
+    return cells + [""] * (len(COLUMNS) - len(cells))
 
 
 def failures(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Every failure, one line each."""
-    return [f"{row['name']}, {reason}" for row in rows for reason in row.get("failed", [])]
+    """Every failure in one line, without duplicates (a trial fails at all of its checkpoints)."""
+    return list(dict.fromkeys(f"{row['name']}, {error}" for row in rows for error in row.get("failed", [])))
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table as Markdown, and what failed below it."""
-    several = len({row["checkpoint"] for row in rows if row["checkpoint"]}) > 1
-    lines = [COLUMNS, ["---", *["---:"] * (len(COLUMNS) - 1)], *(format_row(row, several) for row in rows)]
-    table = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
-    failed = "".join(f"- {line}\n" for line in dict.fromkeys(failures(rows)))
-    return table + "\n" + (f"\nFailed:\n\n{failed}" if failed else "")
+    """The table in Markdown, with a list of failures below it."""
+    lines = [COLUMNS, ["---", *["---:"] * (len(COLUMNS) - 1)], *format_rows(rows)]
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    table = "".join(f"| {' | '.join(line)} |\n" for line in escaped)
+    failed = "".join(f"- {line}\n" for line in failures(rows))
+    return table + (f"\nFailed:\n\n{failed}" if failed else "")

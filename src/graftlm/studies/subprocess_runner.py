@@ -1,7 +1,7 @@
-"""The commands of a comparison: `graft` as a process that reports to a folder, here or on another machine.
+"""Runs the commands of a comparison: `graft` as a child process that writes to a folder, here or on another machine.
 
-What is unusual here: a command writes nothing but its folder, and holds a lock that outlives whoever asked for it. So
-who lost sight of a command may give it again, and never do two of them write one folder.
+A command writes only to its folder and holds that folder's lock until it ends. So a command whose worker was lost can
+be run again, and two of them never write to one folder.
 """
 
 import os
@@ -9,16 +9,18 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Protocol
+from typing import Any
 
 from graftlm.files.atomic import disk_errors
 from graftlm.training.signals import PARENT_PIPE_ENV
 
 LOG = "log.txt"
-MAX_RETRIES = 3  # how often work is given again whose worker was lost
+MAX_RETRIES = 3  # of work whose worker was lost
 Child = subprocess.Popen
 
 
@@ -27,88 +29,104 @@ class CommandFailed(Exception):
 
 
 class WorkerLost(Exception):
-    """The machine or the process that ran a command is gone; given again, the command goes on from its last step."""
+    """The machine or process that ran a command is gone. Run again, the command resumes from its last checkpoint."""
 
 
-class JobRunner(Protocol):
-    """Where the commands of a comparison run."""
+class JobRunner(ABC):
+    """Runs commands, up to `max_parallel` at a time, each from a thread of its own."""
 
-    max_parallel: int
-    """How many commands it is worth asking for at the same time."""
+    def __init__(self, max_parallel: int) -> None:
+        self.max_parallel = max_parallel
+        self._jobs: set[Any] = set()
+        self._stopped = False
+        self._lock = threading.Lock()
 
-    def run(self, words: Sequence[str], folder: Path) -> str:
-        """What `graft WORDS` prints; CommandFailed with its last line if it fails. The folder's log.txt has the rest.
+    @abstractmethod
+    def run(self, argv: Sequence[str], folder: Path) -> str:
+        """Run `graft ARGV`; returns its stdout. Its stderr goes to log.txt in `folder`.
 
-        Raises WorkerLost too.
+        Raises CommandFailed with the last line of stderr, or WorkerLost.
         """
 
+    @abstractmethod
+    def _cancel(self, job: Any) -> None:
+        """Make a running job save a checkpoint and end."""
+
     def stop(self) -> None:
-        """Let every command finish its step and save, and begin no other."""
+        """Make every running command save a checkpoint and end, and start no other."""
+        with self._lock:
+            self._stopped = True
+            for job in self._jobs:
+                self._cancel(job)
+
+    @contextmanager
+    def _tracked(self, job: Any) -> Iterator[None]:
+        """A context in which `stop` cancels the job."""
+        with self._lock:
+            self._jobs.add(job)
+            if self._stopped:
+                self._cancel(job)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._jobs.discard(job)
 
 
-class LocalRunner:
-    """Processes of this machine; its cores are divided between as many as run at once."""
+class LocalRunner(JobRunner):
+    """Processes on this machine; parallel ones share its cores equally."""
 
     def __init__(self, max_parallel: int, lock: tuple[int, ...]) -> None:
-        self.max_parallel = max_parallel
-        self._lock = lock
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self._environment = threads(max(1, cores // max_parallel)) if max_parallel > 1 else {}
-        self._children: set[Child[str]] = set()
-        self._stopped = False
-        self._changing = threading.Lock()
+        super().__init__(max_parallel)
+        self._lock_fds = lock
+        self._environment = thread_env(max(1, num_cores() // max_parallel)) if max_parallel > 1 else {}
 
-    def run(self, words: Sequence[str], folder: Path) -> str:
-        """See Commands."""
+    def run(self, argv: Sequence[str], folder: Path) -> str:
+        """See JobRunner."""
         if self._stopped:
             raise CommandFailed("stopped")
-        return run_graft(words, folder, self._environment, self._lock, self._wait)
+        return run_graft(argv, folder, self._environment, self._lock_fds, self._wait)
 
     def _wait(self, child: "Child[str]") -> int:
-        with self._changing:
-            self._children.add(child)
-            if self._stopped:
-                child.send_signal(signal.SIGINT)
-        status = child.wait()
-        with self._changing:
-            self._children.discard(child)
-        return status
+        with self._tracked(child):
+            return child.wait()
 
-    def stop(self) -> None:
-        """See Commands."""
-        with self._changing:
-            self._stopped = True
-            for child in self._children:
-                child.send_signal(signal.SIGINT)
+    def _cancel(self, job: "Child[str]") -> None:
+        job.send_signal(signal.SIGINT)
 
 
-def threads(count: int) -> dict[str, str]:
-    """The environment of a process that computes with so many threads."""
+def num_cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def thread_env(count: int) -> dict[str, str]:
+    """Environment variables of a process that computes with `count` threads."""
     return {"OMP_NUM_THREADS": str(count), "RAYON_NUM_THREADS": str(count)}
 
 
 def run_graft(
-    words: Sequence[str],
+    argv: Sequence[str],
     folder: Path,
     environment: Mapping[str, str],
     lock: tuple[int, ...],
     wait: Callable[["Child[str]"], int],
 ) -> str:
-    """What `graft WORDS` prints; CommandFailed with its last line if it fails.
+    """Run `graft ARGV` and return its stdout. Raises CommandFailed with the last line of its stderr.
 
     Args:
-        words: those behind `graft`.
-        folder: its log.txt gets the command and all notes.
-        environment: what differs from this process's.
-        lock: file descriptors that the command keeps open to its end.
-        wait: waits for the command's end, and tells its exit status.
+        argv: the arguments after `graft`.
+        folder: the folder whose log.txt receives the command line and stderr.
+        environment: variables in addition to this process's.
+        lock: file descriptors of locks that the command inherits and holds until it ends.
+        wait: waits for the child process and returns its exit status.
     """
     with disk_errors(folder), open(folder / LOG, "a+", encoding="utf-8") as log, TemporaryFile("w+") as out:
-        log.write(f"$ graft {' '.join(words)}\n")
+        log.write(f"$ graft {' '.join(argv)}\n")
         log.flush()
-        child = subprocess.Popen(  # in a session of its own: Ctrl-C reaches it through `stop`, once
-            [sys.executable, "-m", "graftlm", *words],
-            stdin=subprocess.PIPE,  # the leash: it ends with this process
+        child = subprocess.Popen(  # in a session of its own, so that Ctrl-C reaches it only through `stop`
+            [sys.executable, "-m", "graftlm", *argv],
+            stdin=subprocess.PIPE,  # ends with this process, and the child with it (PARENT_PIPE_ENV)
             stdout=out,
             stderr=log,
             text=True,
@@ -125,7 +143,7 @@ def run_graft(
 
 
 def _reason(log: Path, status: int) -> str:
-    """The last line of what a failed command said."""
+    """The last line of a failed command's stderr, or its exit status."""
     if status < 0:
         return f"killed by signal {-status} ({signal.Signals(-status).name}): out of memory?"
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
