@@ -464,8 +464,8 @@ def blocks(result: Mapping[str, Any]) -> tuple[dict[str, str], str]:
         "machine": f"{result['date']}, seed {result['recipe']['evaluation']['seed']} of the samples, 0 of training. "
         f"{machine(result)}\n\n{result['minutes']:.0f} minutes in all: {minutes}.",
         "pairs": f"{pairs['pairs']:,} pairs of {pairs['answers']:,} answers to {pairs['prompts']:,} openings "
-        f"({pairs['ties']} ties, {pairs['duplicates']} duplicates, {pairs['empty']} empty; {pairs['truncated']} answers "
-        f"in pairs were truncated). Mean reward of all answers {pairs['mean_reward']:.3f}, of the chosen "
+        f"({pairs['ties']} ties, {pairs['duplicates']} duplicates, {pairs['empty']} empty; {pairs['truncated']} "
+        f"answers in pairs were truncated). Mean reward of all answers {pairs['mean_reward']:.3f}, of the chosen "
         f"{pairs['reward_chosen']:.3f}, of the rejected {pairs['reward_rejected']:.3f}. The classifier is right on "
         f"{judge['val_accuracy']:.1%} of the Rotten Tomatoes validation sample.",
         "frontier": f"{markdown(('model', 'KL, nats', '95%', 'mean reward', '95%', 'ended'), rows)}\n\n"

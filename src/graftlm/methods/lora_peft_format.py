@@ -197,7 +197,7 @@ def from_foreign_peft(
     method = cls(
         rank=rank,
         alpha=alpha,
-        targets=targets,
+        targets=tuple(targets),
         dropout=float(dropout),
         rslora=bool(peft_config.get("use_rslora", False)),
         layers=layers,

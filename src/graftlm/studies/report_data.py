@@ -279,7 +279,9 @@ def _predictions(checkpoint: str, path: Path, manifest: Mapping[str, Any]) -> Pr
     return Predictions(
         checkpoint,
         labels,
-        *([row[key] for row in rows] for key in ("text", "label", "predicted")),
+        [row["text"] for row in rows],
+        [row["label"] for row in rows],
+        [row["predicted"] for row in rows],
         garbage=[bool(row.get("garbage")) for row in rows] if "generated" in rows[0] else None,
         scores=[[row["scores"][label] for label in labels] for row in rows] if "scores" in rows[0] else None,
     )
