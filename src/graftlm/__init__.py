@@ -39,15 +39,15 @@ _HOMES = {
     "GraftError": "errors",
     "InputError": "errors",
     "LoRALinear": "methods.lora",
-    "PreferConfig": "config",
+    "PairsConfig": "config",
     "TrainConfig": "config",
     "evaluate": "inference.evaluate",
     "generate": "inference.generate",
     "get_sentiment_prompt": "text.template",
     "load": "exchange.load",
+    "make_preferences": "inference.pairs",
     "mark_only_lora_as_trainable": "methods.lora",
     "predict_labels": "inference.evaluate",
-    "prefer": "inference.prefer",
     "train": "training.train",
 }
 

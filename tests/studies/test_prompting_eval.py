@@ -163,7 +163,7 @@ def test_a_chat_model_gets_its_template_unless_told_otherwise(prompt: Callable[.
         (
             ["--num_samples=3"],
             "sums.toml",
-            "--num_samples 3: greedy answers are all equal; set --temperature, as in 0.7",
+            "--num_samples 3: greedy answers are all equal; set --temperature",
         ),
         (["--style=few-shot", "--shots=0"], "sums.toml", "--shots 0: style few-shot shows demonstrations; use zero-"),
         (["--num_permutations=0"], "sums.toml", "--num_permutations 0: must be 1 or more"),
