@@ -294,14 +294,14 @@ class Experiment:
             seed=values["seed"],
             stop_token_ids=frozenset({eot}),
         )
-        tokens = generate_ids(loaded.model, loaded.tokenizer.encode_batch(prompts, bos=True), params)
+        tokens = generate_ids(loaded.model, loaded.tokenizer.encode_prompts(prompts), params)
         texts = [loaded.tokenizer.decode(ids) for ids in tokens]
         return texts, [len(ids) < values["max_new_tokens"] for ids in tokens], tokens
 
     def measure(self, policy: "Loaded") -> dict[str, Any]:
         """Reward and KL of one answer to each held-out prompt, [P] each."""
         answers, ended, tokens = self.sample(policy, self.prompts)
-        prompts = policy.tokenizer.encode_batch(self.prompts, bos=True)
+        prompts = policy.tokenizer.encode_prompts(self.prompts)
         sampled = [[*ids, policy.tokenizer.eot] if done else ids for ids, done in zip(tokens, ended, strict=True)]
         return {
             "reward": self.reward(self.prompts, answers),

@@ -650,7 +650,7 @@ def test_corrupted_and_truncated_gguf(command: str, assets: Path, refuse: Refuse
             {"vocab_size": 300},
             "broken: model.embed_tokens.weight gives shape [257, 32], the config wants",
         ),
-        ("tokenizer.json", "{}", "broken/tokenizer.json: is no tokenizer that tokenizers reads ("),
+        ("tokenizer.json", "{}", "broken/tokenizer.json: not a tokenizer that the tokenizers package reads ("),
     ],
 )
 def test_other_files_of_a_model(file: str, change: Any, line: str, assets: Path, refuse: Refuse) -> None:

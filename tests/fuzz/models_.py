@@ -90,7 +90,7 @@ def read_chat(folder: Path) -> object:
 def read_text(folder: Path) -> object:
     tokenizer = read_tokenizer(folder)
     ids = tokenizer.encode("good fun ½")
-    return tokenizer.decode(ids), tokenizer.encode_batch(["a", "b"], bos=True), list(map(tokenizer.token, ids))
+    return tokenizer.decode(ids), tokenizer.encode_prompts(["a", "b"]), list(map(tokenizer.token, ids))
 
 
 def folder_and(file: str) -> Callable[[Path], list[bytes]]:

@@ -65,18 +65,18 @@ class Words:
         self.words = ["<eot>", *words]
         assert len(self.words) <= VOCAB
 
-    def encode(self, text: str, bos: bool = False) -> list[int]:
-        assert bos in (True, False)
+    def encode(self, text: str) -> list[int]:
         return [self.words.index(word) if word in self.words else VOCAB - 1 for word in text.split()]
 
-    def encode_batch(self, texts: Sequence[str], bos: bool = False) -> list[list[int]]:
-        return [self.encode(text, bos) for text in texts]
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    encode_prompt, encode_prompts = encode, encode_batch
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         return self.encode(text), [match.span() for match in re.finditer(r"\S+", text)]
 
-    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        assert skip_special
+    def decode(self, ids: Sequence[int]) -> str:
         return "".join(f" {self.words[n] if n < len(self.words) else 'hm'}" for n in ids)
 
 

@@ -485,7 +485,7 @@ def test_a_template_that_shows_no_answer_is_refused_in_a_line(tmp_path: Path) ->
     made, engine = service(tmp_path / "model")
     with serving(made) as url:
         found = error(httpx.post(f"{url}/v1/chat/completions", json=TALK), 400)
-    assert "refuses these messages (one at a time): send text to /v1/completions" in found["message"]
+    assert "rejects these messages (one at a time): send text to /v1/completions" in found["message"]
     assert not engine.requests
 
 

@@ -19,9 +19,10 @@ from graftlm.text.collate import (
     epoch_batches,
     label_ids,
     load_dataset,
+    preflight,
+    show_targets,
     subset,
 )
-from graftlm.text.data_checks import preflight, show_targets
 from graftlm.text.layouts import Completion, Labelled, Preference, Unpaired
 from graftlm.text.template import Template, load_template
 from graftlm.text.tokenizer import Tokenizer
@@ -48,15 +49,24 @@ class Words:
         self.vocab += sorted(set(pieces) - set(self.vocab))
         return [self.vocab.index(piece) for piece in pieces], spans
 
-    def encode(self, text: str, bos: bool = False) -> list[int]:
-        return [*self.before * bos, *self.encode_with_offsets(text)[0]]
+    def encode(self, text: str) -> list[int]:
+        return self.encode_with_offsets(text)[0]
 
-    def encode_batch(self, texts: list[str], bos: bool = False) -> list[list[int]]:
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
         self.calls["encode_batch"] += 1
-        return [self.encode(text, bos) for text in texts]
+        return [self.encode(text) for text in texts]
 
-    def decode(self, ids: list[int], skip_special: bool = True) -> str:
-        return "".join(self.vocab[index] for index in ids if not (skip_special and index < 2))
+    def encode_prompt(self, text: str) -> list[int]:
+        return [*self.before, *self.encode(text)]
+
+    def encode_prompts(self, texts: list[str]) -> list[list[int]]:
+        return [[*self.before, *ids] for ids in self.encode_batch(texts)]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(self.vocab[index] for index in ids if index >= 2)
+
+    def decode_with_special(self, ids: list[int]) -> str:
+        return "".join(self.vocab[index] for index in ids)
 
     def token(self, index: int) -> str:
         return self.vocab[index]
@@ -200,7 +210,7 @@ def test_how_much_of_a_text_is_seen_does_not_depend_on_its_label():
     text, limit = "one two three four five six", 13  # with 6 tokens around it
     labelled = [Labelled(text, label) for label in (0, 1)]
     (bad, good, own), cut = encode_rows([*labelled, pair("a b c d e f g h i j", " k")], template, tokenizer, limit)
-    assert bad.prompt_ids == good.prompt_ids == tuple(tokenizer.encode(template.prompt("one two three"), bos=True))
+    assert bad.prompt_ids == good.prompt_ids == tuple(tokenizer.encode_prompt(template.prompt("one two three")))
     assert len(bad.prompt_ids) + max(map(len, label_ids(template, tokenizer))) + 1 == limit
     assert len(own.prompt_ids) == limit - 2  # a pair of the user's own needs room for its own completion alone
     assert cut == 2
@@ -230,7 +240,7 @@ def test_no_room_for_the_text(max_length: int, message: str):
 def test_a_text_of_which_nothing_fits(smollm: Tokenizer):
     template = load_template("sentiment")
     room = len(smollm.encode(template.prompt("fine"))) + 2
-    with refused("a.jsonl:2: nothing of the text fits beside the template: raise --max_length"):
+    with refused("a.jsonl:2: no token of the text fits in the template: raise --max_length"):
         encode_rows(rows("fine", "🎬🎬"), template, smollm, room)  # a token is left, 🎬 takes several
 
 
@@ -263,7 +273,7 @@ def two(chosen: str, rejected: str, ended: tuple[bool, bool] = (True, True), pro
 def test_both_answers_of_a_pair_are_tokenised_apart_and_end_where_they_end():
     tokenizer = words()
     (pair_of,), _ = encode_rows([two("two", "three four")], TEMPLATE, tokenizer, 9)
-    decoded = [tokenizer.decode(list(ids), False) for ids in (pair_of.completion_ids, pair_of.rejected_ids)]
+    decoded = [tokenizer.decode_with_special(ids) for ids in (pair_of.completion_ids, pair_of.rejected_ids)]
     assert decoded == [" two<end>", " three four<end>"] and pair_of.length == len(pair_of.prompt_ids) + 2 + 3
     assert check({"train": [pair_of]}, tokenizer) == [
         "example: <begin>one⟦ two⟧⟦<end>⟧ rather than ⟦ three⟧⟦ four⟧⟦<end>⟧"
@@ -288,7 +298,7 @@ def test_pairs_of_equal_tokens_are_refused_and_turned_ones_noted():
     with refused("a.jsonl:1: chosen and rejected have the same tokens: leave the pair out"):
         check({"train": [replace(same, rejected_ids=same.completion_ids)]}, tokenizer)
     both, _ = encode_rows([two("two", "three"), two("three", "two"), two("two", "four")], TEMPLATE, tokenizer, 9)
-    assert check({"train": both}, tokenizer)[:-1] == ["1 pair stands in train the other way round too"]
+    assert check({"train": both}, tokenizer)[:-1] == ["1 pair is in train the other way round too"]
 
 
 # ------------------------------------------------------------------------------------------------ samples, batches
@@ -372,16 +382,16 @@ def test_label_ids_with_end_of_text_where_one_label_begins_another():
     tokenizer = words()
     for labels in (("good", "good enough", "bad"), ("good enough", "good", "bad")):
         ids = label_ids(Template("t", "{text}", labels), tokenizer)
-        assert [tokenizer.decode(own, skip_special=False) for own in ids] == [f" {label}<end>" for label in labels]
+        assert [tokenizer.decode_with_special(own) for own in ids] == [f" {label}<end>" for label in labels]
 
 
 def test_label_words_with_equal_tokens():
     tokenizer = words()
     lower = tokenizer.encode_batch
-    tokenizer.encode_batch = lambda texts, bos=False: lower([text.replace("é", "e") for text in texts], bos)
+    tokenizer.encode_batch = lambda texts: lower([text.replace("é", "e") for text in texts])
     with refused("label words 'cafe' and 'café' have equal tokens for this model: choose other --labels"):
         label_ids(Template("t", "{text}", ("x", "cafe", "café")), tokenizer)
-    tokenizer.encode_batch = lambda texts, bos=False: [[5], []]
+    tokenizer.encode_batch = lambda texts: [[5], []]
     with refused("label word 'good' has no tokens for this model: choose other --labels"):
         label_ids(Template("t", "{text}", ("bad", "good")), tokenizer)
 
@@ -403,7 +413,7 @@ def test_preflight_shows_an_example_with_its_targets():
 def test_a_long_example_is_shown_by_its_end():
     tokenizer = words(())
     (example,) = encoded(tokenizer, "begins " + "middle " * 50 + "ends")
-    prompt = tokenizer.decode(list(example.prompt_ids), skip_special=False)
+    prompt = tokenizer.decode_with_special(list(example.prompt_ids))
     assert show_targets(example, tokenizer, width=len(prompt)).startswith(prompt)  # which just fits
     assert show_targets(example, tokenizer, width=len(prompt) - 1).startswith("… ")
     shown = show_targets(example, tokenizer, width=30)
@@ -428,7 +438,7 @@ def test_preflight_notes_cut_texts_and_one_sided_splits():
     good, bad = encoded(tokenizer, "a", "b", "c"), encoded(tokenizer, "d", "e", label=0)
     assert check({"train": [*good, *bad], "test": bad}, tokenizer, train=2, test=0)[:-1] == [
         "2 texts are in both train and test",
-        "2 of 5 texts in train are cut to fit 12 tokens",
+        "2 of 5 texts in train are truncated to 12 tokens",
         "every example in test is labelled 'bad'",
     ]
 
@@ -437,7 +447,7 @@ def test_preflight_notes_a_line_break_that_is_none():
     tokenizer = words()
     template = load_template(r"{text}\nAnswer:", "bad,good")
     notes = check({"train": encoded(tokenizer, "a")}, tokenizer, template)
-    assert notes[0] == "the template holds a backslash and an n, not a line break: in a shell, write $'…\\n…'"
+    assert notes[0] == "the template has a backslash and an n, not a line break: in a shell, write $'…\\n…'"
 
 
 @pytest.mark.parametrize(
@@ -447,9 +457,9 @@ def test_preflight_notes_a_line_break_that_is_none():
         ({"label": 2}, "unknown label 2: the labels are bad, good"),
         ({"label": -1}, "unknown label -1: the labels are bad, good"),
         ({"prompt_ids": ()}, "the prompt has no tokens"),
-        ({"completion_ids": ()}, "the completion is cut away, or lacks its end-of-text token"),
-        ({"completion_ids": (EOT,)}, "the completion is cut away, or lacks its end-of-text token"),
-        ({"completion_ids": (5, 6)}, "the completion is cut away, or lacks its end-of-text token"),
+        ({"completion_ids": ()}, "the completion is truncated, or lacks its end-of-text token"),
+        ({"completion_ids": (EOT,)}, "the completion is truncated, or lacks its end-of-text token"),
+        ({"completion_ids": (5, 6)}, "the completion is truncated, or lacks its end-of-text token"),
         (
             {"prompt_ids": (5,) * 11},
             "prompt and completion longer than the context: the prompt takes 11 tokens, and 10 fit before its "
@@ -492,7 +502,7 @@ def test_preflight_refuses_a_split_without_examples_and_equal_label_words():
     examples = encoded(tokenizer, "a")
     with refused("split test has no examples"):
         check({"train": examples, "test": []}, tokenizer)
-    tokenizer.encode_batch = lambda texts, bos=False: [[5] for _ in texts]
+    tokenizer.encode_batch = lambda texts: [[5] for _ in texts]
     with refused("label words 'bad' and 'good' have equal tokens for this model: choose other --labels"):
         check({"train": examples}, tokenizer)
     check({"train": [replace(examples[0], label=None)]}, tokenizer)  # no labels, no label words needed
@@ -568,12 +578,12 @@ def test_no_torch_in_text():
 
 def test_without_buckets_the_shuffle_stands() -> None:
     lengths = [int(n) for n in np.random.Generator(np.random.PCG64(0)).integers(5, 60, 100)]
-    order = [i for batch in epoch_batches(lengths, 7, 3, 0, buckets=False) for i in batch]
-    sizes = [len(batch) for batch in epoch_batches(lengths, 7, 3, 0, buckets=False)]
+    order = [i for batch in epoch_batches(lengths, 7, 3, 0, sort_window=0) for i in batch]
+    sizes = [len(batch) for batch in epoch_batches(lengths, 7, 3, 0, sort_window=0)]
     assert sorted(order) == list(range(100)) and sorted(sizes) == [2, *[7] * 14]
 
-    def spread(buckets: bool) -> int:
-        batches = epoch_batches(lengths, 7, 3, 0, buckets)
+    def spread(sort_window: int) -> int:
+        batches = epoch_batches(lengths, 7, 3, 0, sort_window)
         return sum(max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in batches)
 
-    assert spread(False) > 3 * spread(True)
+    assert spread(0) > 3 * spread(64)

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from graftlm.text.detokenizer import TextStream
-from graftlm.text.tokenizer import Tokenizer
+from graftlm.text.tokenizer import TextStream, Tokenizer
 from tiny import byte_tokenizer
 
 

@@ -156,7 +156,7 @@ def test_samples(name: str, request: pytest.FixtureRequest) -> None:
     assert tokenizer.encode_batch(SAMPLES) == [tokenizer.encode(text) for text in SAMPLES]
     for text in SAMPLES:
         ids, offsets = tokenizer.encode_with_offsets(text)
-        assert ids == tokenizer.encode(text) == tokenizer.encode(text, bos=True) == reference.encode(text)
+        assert ids == tokenizer.encode(text) == tokenizer.encode_prompt(text) == reference.encode(text)
         assert tokenizer.decode(ids) == text and len(offsets) == len(ids)
         assert all(0 <= start <= end <= len(text) for start, end in offsets)
 
@@ -180,7 +180,7 @@ def test_control_tokens_written_in_a_text_are_text(name: str, request: pytest.Fi
 
 def test_tokens_to_show(smollm2: Tokenizer) -> None:
     assert smollm2.eot == 2 and smollm2.token(2) == "<|im_end|>" and smollm2.vocab_size == 49_152
-    assert smollm2.decode([1, 2]) == "" and smollm2.decode([1, 2], skip_special=False) == "<|im_start|><|im_end|>"
+    assert smollm2.decode([1, 2]) == "" and smollm2.decode_with_special([1, 2]) == "<|im_start|><|im_end|>"
     shown = [smollm2.token(index) for index in smollm2.encode(" positive\n🙂")]
     assert shown[:2] == [" positive", "\n"] and all(shown) and "\ufffd" not in "".join(shown)
     with pytest.raises(AssertionError, match="no token has id 49152"):
@@ -220,9 +220,9 @@ def tiny(tmp_path: Path) -> Path:
 
 def test_nothing_is_added_cut_or_padded_unless_asked(tiny: Path) -> None:
     tokenizer = Tokenizer.from_folder(tiny)
-    assert tokenizer.encode("ababab") == [3, 4] * 3 and tokenizer.encode("ab", bos=True) == [0, 3, 4]
-    assert tokenizer.encode_batch(["ababab", "", "a"], bos=True) == [[0, 3, 4, 3, 4, 3, 4], [0], [0, 3]]
-    assert tokenizer.encode("", bos=True) == [0] and tokenizer.eot == 1
+    assert tokenizer.encode("ababab") == [3, 4] * 3 and tokenizer.encode_prompt("ab") == [0, 3, 4]
+    assert tokenizer.encode_prompts(["ababab", "", "a"]) == [[0, 3, 4, 3, 4, 3, 4], [0], [0, 3]]
+    assert tokenizer.encode_prompt("") == [0] and tokenizer.eot == 1
 
 
 ENDS: list[tuple[dict[str, Any], int]] = [
@@ -244,7 +244,7 @@ def test_where_the_end_of_text_is_named(tiny: Path, files: dict[str, Any], end: 
 
 def test_a_folder_without_a_usable_tokenizer_is_one_line(tiny: Path) -> None:
     write_json(tiny / "generation_config.json", {"eos_token_id": 99})
-    with pytest.raises(InputError, match="eos_token_id 99 is no token: the vocabulary has 5"):
+    with pytest.raises(InputError, match="eos_token_id 99 is not a token: the vocabulary has 5"):
         Tokenizer.from_folder(tiny)
     (tiny / "generation_config.json").unlink()
     with pytest.raises(InputError, match="names no token that ends a text"):
@@ -252,15 +252,15 @@ def test_a_folder_without_a_usable_tokenizer_is_one_line(tiny: Path) -> None:
     whole = (tiny / "tokenizer.json").read_text()
     for broken, message in {
         whole[:100]: r"tokenizer\.json, line \d+: broken JSON",
-        "[]": "is no tokenizer that tokenizers reads",
-        '{"model": {"type": "Magic"}}': "is no tokenizer that tokenizers reads",
-        whole.replace('"BPE"', '"WordLevel"'): "is no tokenizer that tokenizers reads",
+        "[]": "not a tokenizer that the tokenizers package reads",
+        '{"model": {"type": "Magic"}}': "not a tokenizer that the tokenizers package reads",
+        whole.replace('"BPE"', '"WordLevel"'): "not a tokenizer that the tokenizers package reads",
     }.items():
         (tiny / "tokenizer.json").write_text(broken)
         with pytest.raises(InputError, match=message):
             Tokenizer.from_folder(tiny)
     (tiny / "tokenizer.json").unlink()
-    with pytest.raises(InputError, match=r"it needs tokenizer\.json or vocab\.json \+ merges\.txt or encoder\.json"):
+    with pytest.raises(InputError, match=r"add tokenizer\.json or vocab\.json \+ merges\.txt or encoder\.json"):
         Tokenizer.from_folder(tiny)
 
 
@@ -274,7 +274,7 @@ def test_merges_without_the_rule_that_cuts_the_text_are_refused(tmp_path: Path) 
     write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer"})
     assert Tokenizer.from_folder(tmp_path).eot == 3
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b\na zz\n")
-    with pytest.raises(InputError, match=r"merges\.txt: merge 2 \('a zz'\) is not made of known tokens"):
+    with pytest.raises(InputError, match=r"merges\.txt: merge 2 \('a zz'\) has tokens not in"):
         Tokenizer.from_folder(tmp_path)
     (tmp_path / "merges.txt").write_bytes(b"\xff \xfe\n")
     with pytest.raises(InputError, match=r"merges\.txt: not UTF-8 text"):

@@ -18,8 +18,7 @@ from graftlm.methods import LoRA
 from graftlm.methods.base import trainable
 from graftlm.models import CausalLM
 from graftlm.text.chat import Chat
-from graftlm.text.collate import Example, encode_rows, load_dataset
-from graftlm.text.data_checks import preflight, show_targets
+from graftlm.text.collate import Example, encode_rows, load_dataset, preflight, show_targets
 from graftlm.text.template import load_template
 from graftlm.text.tokenizer import Tokenizer
 from graftlm.training import trainer as trainer_module
@@ -233,7 +232,7 @@ def test_a_template_that_refuses_names_the_row(base: Path, tmp_path: Path) -> No
         (other / file.name).write_bytes(file.read_bytes())
     (other / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": strict}))
     data = write(tmp_path / "chat.jsonl", TALKS)
-    with pytest.raises(InputError, match=r"chat\.jsonl:2: the model's chat template refuses .*a user speaks first"):
+    with pytest.raises(InputError, match=r"chat\.jsonl:2: the model's chat template rejects .*a user speaks first"):
         train(config(other, data, tmp_path / "run", val_data=str(data)))
 
 

@@ -101,5 +101,5 @@ def verification_prompts(loaded: Loaded, data: dict[str, Any]) -> tuple[list[tup
             return ids, f"{len(ids)} prompts of the {split} split of {Path(name).name}"
         except InputError:
             pass  # it has changed since the run
-    ids = [tuple(tokenizer.encode(template.prompt(text), bos=True)[:longest]) for text in TEXTS]
+    ids = [tuple(tokenizer.encode_prompt(template.prompt(text))[:longest]) for text in TEXTS]
     return ids, f"{len(ids)} built-in texts, for want of the run's data"

@@ -44,7 +44,7 @@ from graftlm.inference.requests import (
 from graftlm.inference.scoring import score_labels
 from graftlm.methods.multi_lora import MultiLoRAModel, stack
 from graftlm.text.collate import Example
-from graftlm.text.detokenizer import TextStream
+from graftlm.text.tokenizer import TextStream
 
 MAX_PREFILL_TOKENS = 512
 """Padded tokens of new prompts that are read between two steps: a longer pass would keep the running rows waiting."""

@@ -171,7 +171,7 @@ def embedder(model: CausalLM, tokenizer: Tokenizer, batch_size: int = 32) -> Emb
     """
 
     def embed(texts: Sequence[str]) -> np.ndarray:
-        ids = [row[:MAX_EMBEDDED_TOKENS] or [tokenizer.eot] for row in tokenizer.encode_batch(texts, bos=True)]
+        ids = [row[:MAX_EMBEDDED_TOKENS] or [tokenizer.eot] for row in tokenizer.encode_prompts(texts)]
         embedded = np.zeros((len(ids), model.config.hidden_size))
         order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
         with eval_mode(model):
@@ -252,7 +252,7 @@ def _with_demonstrations(template: Template, demos: Sequence[Labelled]) -> Templ
 def _check(templates: Sequence[Template], tokenizer: Tokenizer, max_length: int) -> None:
     """An error for demonstrations that leave no token for a text."""
     longest = max(templates, key=lambda template: len(template.text_prefix))
-    prefix, prompt = (len(tokenizer.encode(text, bos=True)) for text in (longest.text_prefix, longest.prompt("")))
+    prefix, prompt = (len(tokenizer.encode_prompt(text)) for text in (longest.text_prefix, longest.prompt("")))
     answer = max(len(tokenizer.encode(longest.completion(n))) for n in range(len(longest.labels))) + 1
     if prompt + answer >= max_length:
         raise InputError(

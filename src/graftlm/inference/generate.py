@@ -55,7 +55,7 @@ def generate(
     params = replace(params or SamplingParams(), **settings)
     ends = chat.stop_tokens if chat else {tokenizer.eot}
     params = replace(params, stop_token_ids=params.stop_token_ids.union(ends))
-    ids = [chat.encode([("user", prompt)]) if chat else tokenizer.encode(prompt, bos=True) for prompt in prompts]
+    ids = [chat.encode([("user", prompt)]) if chat else tokenizer.encode_prompt(prompt) for prompt in prompts]
     new = generate_ids(model, ids, params, decode=tokenizer.decode, batching=Batching(batch_size))
     return [truncate_at_stop(tokenizer.decode(tokens), params.stop) for tokens in new]
 

@@ -38,10 +38,9 @@ from graftlm.inference.sampling import SamplingParams
 from graftlm.models import CausalLM
 from graftlm.text.collate import subset
 from graftlm.text.dataset import load_prompts
-from graftlm.text.detokenizer import BROKEN
 from graftlm.text.layouts import Document
 from graftlm.text.template import Template
-from graftlm.text.tokenizer import Tokenizer
+from graftlm.text.tokenizer import BROKEN, Tokenizer
 
 Reward = Callable[[Sequence[tuple[str, str]], ProgressCallback], list[float]]
 """(prompt, completion) pairs -> a reward each, higher is better; calls the progress with the number just scored."""
@@ -82,7 +81,7 @@ def sample_completions(
     Completion k of prompt p is row n·p + k of `generate_ids`, so it depends on the seed, p and k only, not on the
     batch. Raises what `generate_ids` raises.
     """
-    ids = [tokenizer.encode(prompt, bos=True) for prompt in prompts for _ in range(n)]
+    ids = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(n)]
     new = generate_ids(model, ids, replace(params, stop_token_ids=frozenset({tokenizer.eot})), batching=batching)
     completions = []
     for prompt, tokens in zip(ids, new, strict=True):
@@ -318,7 +317,7 @@ def _reward(config: PairsConfig) -> Reward:
 
 
 def _check_length(rows: Sequence[Document], tokenizer: Tokenizer, max_seq_len: int) -> None:
-    encoded = tokenizer.encode_batch([row.text for row in rows], bos=True)
+    encoded = tokenizer.encode_prompts([row.text for row in rows])
     for row, ids in zip(rows, encoded, strict=True):
         if len(ids) >= max_seq_len:
             raise InputError(

@@ -70,7 +70,7 @@ class PromptBuilder:
         """The prompt's tokens."""
         if self.chat is not None:
             return self.chat.encode(self._messages(prompt), prompt.answer_prefix)
-        return self.tokenizer.encode(self.text(prompt), bos=True)
+        return self.tokenizer.encode_prompt(self.text(prompt))
 
     def label_ids(self, prompt: Prompt) -> list[list[int]]:
         """The tokens of each label after this prompt: with a space, except at the very beginning of a chat's answer."""

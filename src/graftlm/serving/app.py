@@ -241,7 +241,7 @@ def _prompt_tokens(service: Service, prompt: Any) -> list[list[int]]:
     multiple = isinstance(prompt, list) and not (prompt and isinstance(prompt[0], int))
     prompts: list[Any] = prompt if multiple else [prompt]
     texts = [each for each in prompts if isinstance(each, str)]
-    tokens = service.tokenizer.encode_batch(texts, bos=True) if texts else prompts
+    tokens = service.tokenizer.encode_prompts(texts) if texts else prompts
     if not tokens or not all(tokens):
         raise APIError(400, "prompt: is empty: give at least one token to continue", param="prompt")
     if not texts and (largest := max(map(max, tokens))) >= service.vocab:

@@ -1,13 +1,14 @@
-"""Rows -> examples (prompt tokens, completion tokens) -> batches whose order is a pure function of seed and epoch.
+"""Records -> examples (token ids and what is learned of them) -> batches; and the checks before training.
 
-Unusual: prompt and completion are tokenised apart, so where the answer begins is known and never searched for; the
-end-of-text token is the completion's last token and is learned like any other; only the text inside the template is
-ever cut. No torch here, and no padding: lengths say where a row ends.
+Prompt and completion are tokenised separately, so the first token of the completion is known. End-of-text is the
+completion's last token and is learned. Only the text inside a template is ever truncated. The order of batches is a
+pure function of seed and epoch. There is no torch here, and no padding.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -27,50 +28,49 @@ __all__ = [
     "epoch_batches",
     "label_ids",
     "load_dataset",
+    "preflight",
+    "show_targets",
     "sort_by_hash",
     "subset",
 ]
 
-WINDOW = 64  # batches that are sorted by length together: little padding, and still well mixed
-CHARS_PER_TOKEN = 5  # characters a token: what English takes, and a little more
+SORT_WINDOW = 64  # batches that are sorted by length together: little padding, and still well mixed
+CHARS_PER_TOKEN = 5  # an upper estimate for English
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One example as training and evaluation see it; the end-of-text token is the last of `completion_ids`.
-
-    (Of an answer that was cut, as the row says, it is not.)
-    """
+    """One tokenised record. End-of-text is the last of `completion_ids`, unless the answer is truncated."""
 
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
     label: int | None
     text: str
-    """The record's text, whole, also where the prompt holds only its beginning."""
+    """The record's text, never truncated."""
     instr_tuned_text: str
     """Prompt and completion as one string, as the course handout names it."""
     source: str
     rejected_ids: tuple[int, ...] = ()
-    """Of a pair, the answer that was not preferred; `completion_ids` is then the one that was."""
-    reference: tuple[float, float] | None = None
-    """Of a pair, the log-probability of both answers under the model that training starts from, once it is known."""
+    """Of a preference, the rejected answer; `completion_ids` is the chosen one."""
+    reference: tuple[float, ...] | None = None
+    """Of a preference, the log-probability of each answer under the initial model, once it is computed."""
     desirable: bool | None = None
     """Of an unpaired preference (KTO), whether the answer is a good one."""
     finished: bool = True
-    """Whether every answer ends with the text, and so with its end-of-text token."""
+    """Whether every answer ends with end-of-text."""
     masked_spans: tuple[range, ...] = ()
-    """Of a conversation, the parts of `completion_ids` between the answers: read, and not learned."""
+    """Of a conversation, the parts of `completion_ids` between the answers, which are not learned."""
 
     @property
     def length(self) -> int:
-        """All its tokens."""
+        """The number of tokens."""
         return len(self.prompt_ids) + len(self.completion_ids) + len(self.rejected_ids)
 
     @property
     def loss_positions(self) -> list[int]:
-        """Which of `completion_ids` are learned, by place: all but those given."""
-        given = set().union(*self.masked_spans)
-        return [place for place in range(len(self.completion_ids)) if place not in given]
+        """The positions in `completion_ids` that are learned: those outside `masked_spans`."""
+        hidden = set().union(*self.masked_spans)
+        return [position for position in range(len(self.completion_ids)) if position not in hidden]
 
 
 class _HasText(Protocol):
@@ -78,10 +78,10 @@ class _HasText(Protocol):
     def text(self) -> str: ...
 
 
-Texted = TypeVar("Texted", bound=_HasText)
+T = TypeVar("T", bound=_HasText)
 
 
-# ------------------------------------------------------------------------------------------------ examples
+# Examples -------------------------------------------------------------------------------------------------------------
 
 
 def encode_rows(
@@ -153,7 +153,7 @@ def _conversations(rows: Sequence[Conversation], tokenizer: Tokenizer, max_lengt
             completion_ids=tuple(encoded.ids[start:stop]),
             label=None,
             text=row.text,
-            instr_tuned_text=tokenizer.decode(encoded.ids[:stop], skip_special=False),
+            instr_tuned_text=tokenizer.decode_with_special(encoded.ids[:stop]),
             source=row.source,
             finished=False,
             masked_spans=tuple(range(a.stop - start, b.start - start) for a, b in pairwise(answers)),
@@ -185,8 +185,8 @@ def _answers(row: Record, template: Template) -> list[tuple[str, bool]]:
 
 
 def _max_example_tokens(template: Template, tokenizer: Tokenizer, max_length: int) -> int:
-    """Tokens of the longest label's completion; an error unless it and the template leave one for the text."""
-    instruction = len(tokenizer.encode(template.head.rstrip(" ") + template.tail, bos=True))
+    """Tokens of the longest label's completion. Raises InputError unless it and the template leave room for a text."""
+    instruction = len(tokenizer.encode_prompt(template.head.rstrip(" ") + template.tail))
     words = [template.completion(number) for number in range(len(template.labels))]
     longest, word = max((len(ids) + 1, word) for word, ids in zip(words, tokenizer.encode_batch(words), strict=True))
     if longest >= max_length:
@@ -203,129 +203,131 @@ def _max_example_tokens(template: Template, tokenizer: Tokenizer, max_length: in
 
 
 def _truncate_to_fit(
-    rows: Sequence[Record], rooms: Sequence[int], template: Template, tokenizer: Tokenizer
+    rows: Sequence[Record], limits: Sequence[int], template: Template, tokenizer: Tokenizer
 ) -> tuple[list[str], list[list[int]]]:
-    """Each row's text, shortened where its prompt would take more tokens than its room, and the prompts' tokens.
+    """Each row's text, truncated where its prompt has more tokens than its limit, and the prompts' tokens.
 
-    The end of a cut text may take more tokens than it took inside the whole, so a second round is sometimes needed;
-    every round shortens what is left, so it ends.
+    The end of a truncated text may take more tokens than before, so a second round is sometimes needed. Every round
+    shortens the text, so the loop ends.
     """
-    # Of a text that cannot fit by far, only the beginning is read: tokens hold fewer than 5 characters on average.
+    # Of a text far beyond its limit only the beginning is tokenised.
     texts = [
-        row.text[: CHARS_PER_TOKEN * room] if isinstance(row, Labelled) else row.text
-        for row, room in zip(rows, rooms, strict=True)
+        row.text[: CHARS_PER_TOKEN * limit] if isinstance(row, Labelled) else row.text
+        for row, limit in zip(rows, limits, strict=True)
     ]
     prompts: list[list[int]] = [[]] * len(rows)
 
-    def encode(which: Sequence[int]) -> None:
-        strings = [_prompt(rows[n], texts[n], template) for n in which]
-        for n, ids in zip(which, tokenizer.encode_batch(strings, bos=True), strict=True):
+    def encode(numbers: Sequence[int]) -> None:
+        strings = [_prompt(rows[n], texts[n], template) for n in numbers]
+        for n, ids in zip(numbers, tokenizer.encode_prompts(strings), strict=True):
             prompts[n] = ids
 
     encode(range(len(rows)))
-    misjudged = [n for n, row in enumerate(rows) if texts[n] != row.text and len(prompts[n]) <= rooms[n]]
-    for n in misjudged:
+    underestimated = [n for n, row in enumerate(rows) if texts[n] != row.text and len(prompts[n]) <= limits[n]]
+    for n in underestimated:
         texts[n] = rows[n].text
-    encode(misjudged)
-    over = [n for n in range(len(rows)) if len(prompts[n]) > rooms[n]]
-    while over:
-        for n in over:
+    encode(underestimated)
+    too_long = [n for n in range(len(rows)) if len(prompts[n]) > limits[n]]
+    while too_long:
+        for n in too_long:
             if not isinstance(rows[n], Labelled):
-                raise InputError(f"{rows[n].source}: {too_long(len(prompts[n]), rooms[n])}")
-            texts[n] = _without_end(texts[n], len(prompts[n]) - rooms[n], template, tokenizer)
+                raise InputError(f"{rows[n].source}: {too_long_message(len(prompts[n]), limits[n])}")
+            texts[n] = _without_end(texts[n], len(prompts[n]) - limits[n], template, tokenizer)
             if not texts[n]:
-                raise InputError(f"{rows[n].source}: nothing of the text fits beside the template: raise --max_length")
-        encode(over)
-        over = [n for n in over if len(prompts[n]) > rooms[n]]
+                raise InputError(f"{rows[n].source}: no token of the text fits in the template: raise --max_length")
+        encode(too_long)
+        too_long = [n for n in too_long if len(prompts[n]) > limits[n]]
     return texts, prompts
 
 
-def too_long(prompt: int, room: int) -> str:
-    """What is wrong with a prompt that leaves no room for its completion."""
-    what = "completion longer than the context" if room < 1 else "prompt and completion longer than the context"
-    return f"{what}: the prompt takes {prompt} tokens, and {max(room, 0)} fit before its completion: shorten the row"
+def too_long_message(prompt: int, limit: int) -> str:
+    """What is wrong with a prompt of this many tokens that leaves no room for its completion."""
+    problem = "completion longer than the context" if limit < 1 else "prompt and completion longer than the context"
+    return (
+        f"{problem}: the prompt takes {prompt} tokens, and {max(limit, 0)} fit before its completion: shorten the row"
+    )
 
 
 def _without_end(text: str, tokens: int, template: Template, tokenizer: Tokenizer) -> str:
-    """The text without its last `tokens` tokens, counted inside the prompt, and without space at its end."""
+    """The text without its last `tokens` tokens, as tokenised inside the prompt, and without trailing space."""
     _, spans = tokenizer.encode_with_offsets(template.prompt(text))
-    first, end = len(template.head), len(template.head) + len(text)
-    starts = [start for start, stop in spans if stop > first and start < end]
-    keep = len(starts) - tokens
-    return text[: max(0, starts[keep] - first)].rstrip() if keep > 0 else ""
+    start, stop = len(template.head), len(template.head) + len(text)
+    starts = [first for first, last in spans if last > start and first < stop]
+    remaining = len(starts) - tokens
+    return text[: max(0, starts[remaining] - start)].rstrip() if remaining > 0 else ""
 
 
-def subset(items: Sequence[Texted], limit: int) -> list[Texted]:
-    """A fixed, label-blind sample of rows or examples: the `limit` first by a hash of the text, in the data's order.
+def subset(items: Sequence[T], limit: int) -> list[T]:
+    """A fixed sample, independent of labels: the `limit` first items by a hash of the text, in the data's order.
 
-    Official files list one label first, so the first N of a split would be of one class. A limit of 0 means all.
-    The hash is salted: derived splits are cut by the plain one, label by label, and would give a lopsided sample.
+    Official files list one label first, so the first N rows of a split would be of one class. 0 means all. The hash is
+    salted: held-out splits are the first by the plain hash, and their samples would be unbalanced.
     """
     if limit <= 0 or limit >= len(items):
         return list(items)
-    return [items[n] for n in sorted(_by_hash(items)[:limit])]
+    return [items[n] for n in sorted(_order_by_hash(items)[:limit])]
 
 
-def sort_by_hash(items: Sequence[Texted]) -> list[Texted]:
-    """All of them in a fixed order that is blind to labels and to the data's own order."""
-    return [items[n] for n in _by_hash(items)]
+def sort_by_hash(items: Sequence[T]) -> list[T]:
+    """All items in a fixed order that does not depend on labels or on the data's order."""
+    return [items[n] for n in _order_by_hash(items)]
 
 
-def _by_hash(items: Sequence[Texted]) -> list[int]:
+def _order_by_hash(items: Sequence[T]) -> list[int]:
     return sorted(range(len(items)), key=lambda n: (text_hash("sample\n" + items[n].text), n))
 
 
-# ------------------------------------------------------------------------------------------------ batches
+# Batches --------------------------------------------------------------------------------------------------------------
 
 
 def epoch_batches(
-    lengths: Sequence[int], batch_size: int, seed: int, epoch: int, buckets: bool = True
+    lengths: Sequence[int], batch_size: int, seed: int, epoch: int, sort_window: int = SORT_WINDOW
 ) -> list[list[int]]:
-    """The batches of one epoch, as indices into `lengths` [tokens]: every index once, equal lengths together.
+    """The batches of one epoch, as indices into `lengths` [tokens]; every index once.
 
-    A pure function of its arguments, so that a resumed run needs to remember only how many steps it made. Shuffled,
-    then sorted by length within windows of 64 batches (ties stay shuffled), cut into batches, and the batches
-    shuffled. The last batch of the last window holds what is left over, and may come at any place. Without `buckets`
-    nothing is sorted.
+    A pure function of its arguments, so a resumed run needs only its step number. The indices are shuffled, sorted by
+    length within windows of `sort_window` batches (ties stay shuffled; 0: not sorted) and split into batches, which are
+    shuffled. The smaller batch at the end of the last window may take any place.
     """
     assert batch_size >= 1
-    # Only raw random numbers are taken from numpy: its shuffles may change between releases, these may not.
+    # Only random numbers are taken from numpy: its shuffles may change between releases, its generators do not.
     random = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch]))).random
     order = np.argsort(random(len(lengths)), kind="stable")
     sizes = np.asarray(lengths, dtype=np.int64)
     batches: list[list[int]] = []
-    for start in range(0, len(order), WINDOW * batch_size):
-        window = order[start : start + WINDOW * batch_size]
-        if buckets:
+    step = max(1, sort_window) * batch_size
+    for start in range(0, len(order), step):
+        window = order[start : start + step]
+        if sort_window:
             window = window[np.argsort(sizes[window], kind="stable")]
         batches += [window[n : n + batch_size].tolist() for n in range(0, len(window), batch_size)]
     return [batches[n] for n in np.argsort(random(len(batches)), kind="stable")]
 
 
 def common_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
-    """How many first tokens all prompts share, at most the shortest prompt less one.
+    """How many first tokens all prompts share, at most the shortest prompt's length minus one.
 
-    That one token stays with each row: its position predicts the row's first target.
+    The last token of a prompt is never shared: its position predicts the first target.
     """
     if not prompts:
         return 0
-    low, high = min(map(tuple, prompts)), max(map(tuple, prompts))  # what the outermost share, all share
+    low, high = min(map(tuple, prompts)), max(map(tuple, prompts))  # in sorted order: what these share, all share
     shared = next((n for n, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
     return max(0, min(shared, min(map(len, prompts)) - 1))
 
 
-# ------------------------------------------------------------------------------------------------ labels
+# Labels ---------------------------------------------------------------------------------------------------------------
 
 
 def label_ids(template: Template, tokenizer: Tokenizer) -> list[list[int]]:
-    """The tokens to score for each label: its completion's, without end-of-text.
+    """The tokens to score for each label: those of its completion, without end-of-text.
 
-    Where one label's tokens begin another's ("good", "good enough") the longer could never win, so then end-of-text
-    is scored too, for all labels. Raises InputError when two labels have equal tokens.
+    If one label's tokens begin with another's ("good enough", "good") the longer one could never win, so end-of-text is
+    scored too, for all labels. Raises InputError if two labels have equal tokens.
     """
     words = [template.completion(number) for number in range(len(template.labels))]
     ids = tokenizer.encode_batch(words)
-    begins = False
+    is_prefix = False
     for n, own in enumerate(ids):
         if not own:
             raise InputError(f"label word {template.labels[n]!r} has no tokens for this model: choose other --labels")
@@ -333,5 +335,106 @@ def label_ids(template: Template, tokenizer: Tokenizer) -> list[list[int]]:
             if own == other:
                 pair = f"{template.labels[m]!r} and {template.labels[n]!r}"
                 raise InputError(f"label words {pair} have equal tokens for this model: choose other --labels")
-            begins |= own == other[: len(own)] or other == own[: len(other)]
-    return [[*own, tokenizer.eot] for own in ids] if begins else ids
+            is_prefix |= own == other[: len(own)] or other == own[: len(other)]
+    return [[*own, tokenizer.eot] for own in ids] if is_prefix else ids
+
+
+# Checks before training -----------------------------------------------------------------------------------------------
+
+
+def preflight(
+    splits: Mapping[str, Sequence[Example]],
+    template: Template,
+    tokenizer: Tokenizer,
+    max_length: int,
+    truncated: Mapping[str, int],
+) -> list[str]:
+    """Check what a run will read, before its first step.
+
+    Args:
+        splits: the examples by split. truncated: how many of their texts were truncated, by split.
+
+    Returns notes to show: texts in two splits, truncated texts, one-sided labels, and last one example with its target
+    tokens in ⟦brackets⟧. Raises InputError for a split without examples, an empty text, an unknown label, label words
+    with equal tokens, and a completion that is truncated or too long.
+    """
+    if any(example.label is not None for examples in splits.values() for example in examples):
+        label_ids(template, tokenizer)
+    for split, examples in splits.items():
+        if not examples:
+            raise InputError(f"split {split} has no examples")
+        for example in examples:
+            _check(example, template, tokenizer.eot, max_length)
+    notes = _duplicates(splits)
+    for split, examples in splits.items():
+        if truncated.get(split):
+            notes.append(f"{truncated[split]} of {len(examples)} texts in {split} are truncated to {max_length} tokens")
+        labels = Counter(example.label for example in examples)
+        if len(labels) == 1 and len(examples) > 1 and examples[0].label is not None:
+            notes.append(f"every example in {split} is labelled {template.labels[examples[0].label]!r}")
+    if "\\n" in template.text:
+        notes.append("the template has a backslash and an n, not a line break: in a shell, write $'…\\n…'")
+    first = next((example for examples in splits.values() for example in examples), None)
+    return [*notes, f"example: {show_targets(first, tokenizer)}"] if first else notes
+
+
+def show_targets(example: Example, tokenizer: Tokenizer, width: int = 160) -> str:
+    """An example in one line, decoded: the end of the prompt, then every target token in ⟦brackets⟧."""
+    prompt = tokenizer.decode_with_special(example.prompt_ids)
+    prompt = prompt if len(prompt) <= width else "… " + prompt[-width:].partition(" ")[2]
+    hidden = set().union(*example.masked_spans)
+    targets = " rather than ".join(
+        "".join(
+            tokenizer.token(token) if position in hidden else f"⟦{tokenizer.token(token)}⟧"
+            for position, token in enumerate(ids)
+        )
+        for ids in _answer_ids(example)
+    )
+    return (prompt + targets).replace("\r", "\\r").replace("\n", "\\n")
+
+
+def _answer_ids(example: Example) -> list[tuple[int, ...]]:
+    return [ids for ids in (example.completion_ids, example.rejected_ids) if ids]
+
+
+def _check(example: Example, template: Template, eot: int, max_length: int) -> None:
+    source, prompt = example.source, len(example.prompt_ids)
+    answers = _answer_ids(example)
+    longest = max(map(len, answers), default=0)
+    if not example.text.strip():
+        raise InputError(f"{source}: empty text")
+    if example.label is not None and not 0 <= example.label < len(template.labels):
+        raise InputError(f"{source}: unknown label {example.label}: the labels are {', '.join(template.labels)}")
+    if not prompt:
+        raise InputError(f"{source}: the prompt has no tokens")
+    if not answers or (example.finished and any(len(ids) < 2 or ids[-1] != eot for ids in answers)):
+        raise InputError(f"{source}: the completion is truncated, or lacks its end-of-text token")
+    if example.completion_ids == example.rejected_ids:
+        raise InputError(f"{source}: chosen and rejected have the same tokens: leave the pair out")
+    if prompt + longest > max_length:
+        raise InputError(f"{source}: {too_long_message(prompt, max_length - longest)}")
+
+
+def _duplicates(splits: Mapping[str, Sequence[Example]]) -> list[str]:
+    """Notes on texts in two splits, texts with different answers, and preferences that occur in both directions."""
+    notes = []
+    texts = {split: {example.text for example in examples} for split, examples in splits.items()}
+    for first, second in combinations(splits, 2):
+        if common := len(texts[first] & texts[second]):
+            notes.append(f"{_count_texts(common)} in both {first} and {second}")
+    for split, examples in splits.items():
+        answers: dict[str, set[object]] = {}
+        for example in examples:
+            if not example.rejected_ids and example.desirable is None:  # one prompt may have many preferences
+                answers.setdefault(example.text, set()).add(example.completion_ids)
+        if several := sum(len(distinct) > 1 for distinct in answers.values()):
+            notes.append(f"{_count_texts(several)} in {split} with different answers")
+        pairs = {(e.text, e.completion_ids, e.rejected_ids) for e in examples if e.rejected_ids}
+        if reversed_pairs := sum((text, rejected, chosen) in pairs for text, chosen, rejected in pairs) // 2:
+            subject = "pair is" if reversed_pairs == 1 else "pairs are"
+            notes.append(f"{reversed_pairs} {subject} in {split} the other way round too")
+    return notes
+
+
+def _count_texts(count: int) -> str:
+    return "1 text is" if count == 1 else f"{count} texts are"

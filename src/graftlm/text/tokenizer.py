@@ -1,20 +1,19 @@
-"""Text <-> token ids, through the `tokenizers` package and the files of the model's own folder.
+"""Text <-> token ids, by the `tokenizers` package and the tokenizer files of a model folder.
 
-What is unusual:
+- Text is never a special token: `<|im_end|>` in a review becomes the tokens of its characters.
+- No padding, no truncation. A prompt begins with the tokens that the model expects before a text (Llama's BOS; none for
+  GPT-2 and SmolLM2); `eot` ends a text.
+- `save` writes the files back byte for byte, so other programs see the same tokenizer.
 
-- Text is only text: `<|im_end|>` written in a review becomes the tokens of its characters, never the control token.
-- Nothing is added: no padding, no truncation, and no control token unless `bos=True` asks for what the model wants
-  before a text (Llama's BOS; nothing for GPT-2 and SmolLM2). Which token *ends* a text is `eot`, read from the
-  folder, and no token means padding.
-- `save` writes the files back byte for byte as they were read, so another program sees the tokenizer it knows.
-
-Read from tokenizer.json, else GPT-2's vocab.json + merges.txt, else OpenAI's encoder.json + vocab.bpe.
+Read from tokenizer.json, else GPT-2's vocab.json + merges.txt, else OpenAI's encoder.json + vocab.bpe. `TextStream`
+decodes tokens that arrive one at a time.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,7 @@ from graftlm.files.formats import read_json
 if TYPE_CHECKING:
     import tokenizers
 
-# The files a tokenizer may be made of; those a folder has are kept and saved again.
+# The files of a tokenizer; those that a folder has are saved again.
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -41,82 +40,96 @@ FILES = (
 GPT2_PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")
 GPT2_EOT = "<|endoftext|>"
+BROKEN = "\ufffd"  # how decoders show bytes that are not a whole character
+MAX_BROKEN = 3  # bytes, and so replacement characters, of a character whose last byte is missing
 
 
 class Tokenizer:
-    """A folder's tokenizer. `eot` is the id of the token that ends a text, `vocab_size` counts added tokens too."""
+    """The tokenizer of a model folder.
+
+    eot: the id of the token that ends a text. vocab_size: added tokens included.
+    """
 
     def __init__(self, backend: tokenizers.Tokenizer, eot: int, files: dict[str, bytes]) -> None:
         backend.no_padding()
         backend.no_truncation()
-        backend.encode_special_tokens = True  # control tokens written in a text are text
+        backend.encode_special_tokens = True  # special tokens written in a text are text
         self._backend = backend
         self._files = files
-        self._before = _tokens_before(backend)
+        self._prefix = _prompt_prefix(backend)
         self.eot = eot
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
 
     @property
     def largest(self) -> int:
-        """The largest id that a text, what stands before it or its end can have: control tokens apart."""
-        control = {index for index, token in self._backend.get_added_tokens_decoder().items() if token.special}
-        of_text = set(self._backend.get_vocab(with_added_tokens=True).values()) - control
-        return max(of_text | {self.eot, *self._before})
+        """The largest id that a prompt or a text can contain; other special tokens are excluded."""
+        special = {index for index, token in self._backend.get_added_tokens_decoder().items() if token.special}
+        of_text = set(self._backend.get_vocab(with_added_tokens=True).values()) - special
+        return max(of_text | {self.eot, *self._prefix})
 
     @classmethod
     def from_folder(cls, folder: Path | str) -> Tokenizer:
-        """Read a model folder's tokenizer; `InputError` when it has none, a broken one, or one without an end."""
+        """Read a model folder's tokenizer. Raises InputError if it is missing, broken or has no end-of-text token."""
         folder = Path(folder)
         files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
         backend = _backend(folder, files)
         return cls(backend, _end_of_text(folder, backend), files)
 
-    def encode(self, text: str, bos: bool = False) -> list[int]:
-        """The ids of a text; with `bos` after what the model wants to stand before it."""
-        ids = self._backend.encode(text, add_special_tokens=False).ids
-        return [*self._before, *ids] if bos else ids
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text."""
+        return self._backend.encode(text, add_special_tokens=False).ids
 
-    def encode_batch(self, texts: Sequence[str], bos: bool = False) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, in parallel; the same ids as `encode` gives."""
-        before = self._before if bos else []
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [[*before, *encoding.ids] for encoding in encodings]
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of a text, after the tokens that the model expects before it."""
+        return [*self._prefix, *self.encode(text)]
+
+    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each prompt, in parallel; the same ids as `encode_prompt` gives."""
+        return [[*self._prefix, *ids] for ids in self.encode_batch(texts)]
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """The ids of a text, and for each the (first, last + 1) characters of the text that it stands for."""
+        """The ids of a text, and for each id the characters (first, last + 1) that it covers."""
         encoding = self._backend.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
-    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """The text of some ids; control tokens are left out unless `skip_special` is False."""
-        return self._backend.decode(list(ids), skip_special_tokens=skip_special)
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some ids, without special tokens."""
+        return self._backend.decode(list(ids), skip_special_tokens=True)
+
+    def decode_with_special(self, ids: Sequence[int]) -> str:
+        """The text of some ids, special tokens included."""
+        return self._backend.decode(list(ids), skip_special_tokens=False)
 
     def token(self, index: int) -> str:
-        """One token to show to a person: its text, or its raw name where it is only a part of a character."""
+        """One token for display: its text, or its raw name if it is a part of a character."""
         raw = self._backend.id_to_token(index)
         assert raw is not None, f"no token has id {index}"
         text = self._backend.decode([index], skip_special_tokens=False)
-        return raw if "\ufffd" in text or not text else text
+        return raw if BROKEN in text or not text else text
 
     @cached_property
     def special_tokens(self) -> dict[str, int]:
-        """The control tokens by name, which no text is ever made into."""
+        """The ids of the special tokens by name. No text is encoded as one of them."""
         return {token.content: n for n, token in self._backend.get_added_tokens_decoder().items() if token.special}
 
     @cached_property
     def chat_template(self) -> str | None:
-        """The jinja template of a model tuned for chat; None where the files have none. `text/chat.py` runs it."""
+        """The jinja template of a chat-tuned model, which `text/chat.py` runs; None if the files have none."""
         if "chat_template.jinja" in self._files:
             return self._files["chat_template.jinja"].decode("utf-8", errors="replace")
         template = self._config.get("chat_template")
-        if isinstance(template, list):  # several, by name
+        if isinstance(template, list):  # several templates by name
             named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
             template = named.get("default")
         return template if isinstance(template, str) else None
 
     @cached_property
     def named_tokens(self) -> dict[str, str]:
-        """bos_token, eos_token and their kin, as the settings name them: chat templates use them."""
+        """bos_token, eos_token and so on from tokenizer_config.json, for chat templates."""
         named = {key: value for key, value in self._config.items() if key.endswith("_token")}
         texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
         return {key: text for key, text in texts.items() if isinstance(text, str)}
@@ -130,58 +143,107 @@ class Tokenizer:
         return content if isinstance(content, dict) else {}
 
     def save(self, folder: Path | str) -> None:
-        """Write the tokenizer's files into `folder`, as they were."""
+        """Write the tokenizer's files into `folder`, unchanged."""
         for name, content in self._files.items():
             with atomic_write(Path(folder) / name) as file:
                 file.write(content)
 
 
-class _TokenizerErrors:
-    """Turn the bare `Exception` that `tokenizers` raises into one line; exactly that type and no other is meant."""
+class TextStream:
+    """Tokens -> text, piece by piece. The pieces joined are the decoded tokens, up to a stop text.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Text that was returned is final: an incomplete character and a possible beginning of a stop text are held back.
 
-    def __enter__(self) -> None:
-        pass
+    decode: `Tokenizer.decode`. stop: texts that end the output, none of them empty.
+    """
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if kind is Exception:
-            reason = " ".join(str(error).split())[:100]
-            raise InputError(
-                f"{self.path}: is no tokenizer that tokenizers reads ({reason}): fetch it again"
-            ) from error
+    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> None:
+        self._decode, self._stop = decode, tuple(stop)
+        # Only the last tokens are decoded again. The first `_context` of them were returned already; they are decoded
+        # too, because some decoders drop a space before the first token.
+        self._ids: list[int] = []
+        self._context = 0
+        self._returned = 0  # characters of the decoded `_ids`
+        self._buffer = ""
+        self.stopped = False
+        """Whether a stop text has been found; the text after it is dropped."""
+
+    def add(self, token: int) -> str:
+        """The new text with this token; often empty."""
+        self._ids.append(token)
+        text = self._decode(self._ids)
+        broken = min(MAX_BROKEN, len(text) - len(text.rstrip(BROKEN)))
+        new = text[self._returned : len(text) - broken]
+        self._returned += len(new)
+        if new and not broken:
+            self._ids = self._ids[self._context :]
+            self._context, self._returned = len(self._ids), len(self._decode(self._ids))
+        return self._release(new)
+
+    def finish(self) -> str:
+        """The remaining text, after the last token."""
+        remaining = self._release(self._decode(self._ids)[self._returned :]) + self._buffer
+        self._buffer = ""
+        return remaining
+
+    def _release(self, new: str) -> str:
+        text = self._buffer + new
+        if self.stopped:
+            return ""
+        if starts := [start for stop in self._stop if (start := text.find(stop)) >= 0]:
+            self.stopped, self._buffer = True, ""
+            return text[: min(starts)]
+        partial = max((n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        self._buffer = text[len(text) - partial :]
+        return text[: len(text) - partial]
 
 
-def _tokens_before(backend: tokenizers.Tokenizer) -> list[int]:
-    """The control tokens that the tokenizer's post-processor puts before a text."""
+# Reading a folder -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _translate_errors(path: Path) -> Iterator[None]:
+    """Turn the bare `Exception` that `tokenizers` raises, exactly this type, into an InputError."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        reason = " ".join(str(error).split())[:100]
+        raise InputError(
+            f"{path}: not a tokenizer that the tokenizers package reads ({reason}): fetch it again"
+        ) from error
+
+
+def _prompt_prefix(backend: tokenizers.Tokenizer) -> list[int]:
+    """The special tokens that the tokenizer's post-processor puts before a text."""
     encoding = backend.encode("a", add_special_tokens=True)
-    before = []
+    prefix = []
     for index, special in zip(encoding.ids, encoding.special_tokens_mask, strict=True):
         if not special:
             break
-        before.append(index)
-    return before
+        prefix.append(index)
+    return prefix
 
 
 def _backend(folder: Path, files: dict[str, bytes]) -> tokenizers.Tokenizer:
-    """Build the tokenizer from the first kind of files that the folder has."""
+    """The tokenizer of the first set of files that the folder has."""
     if "tokenizer.json" in files:
         from tokenizers import Tokenizer as Backend
 
-        read_json(folder / "tokenizer.json")  # broken JSON is told by line
-        with _TokenizerErrors(folder / "tokenizer.json"):
+        read_json(folder / "tokenizer.json")  # for an error with the line
+        with _translate_errors(folder / "tokenizer.json"):
             return Backend.from_str(files["tokenizer.json"].decode("utf-8"))
     for vocabulary, merges in GPT2_PAIRS:
         if vocabulary in files and merges in files:
             _refuse_other_than_gpt2(folder)
             return _gpt2(folder, vocabulary, merges)
     wanted = " or ".join(["tokenizer.json", *(" + ".join(pair) for pair in GPT2_PAIRS)])
-    raise InputError(f"{folder}: holds no tokenizer that we read: it needs {wanted}")
+    raise InputError(f"{folder}: has no tokenizer: add {wanted}")
 
 
 def _refuse_other_than_gpt2(folder: Path) -> None:
-    """vocab.json and merges.txt do not say how text is cut before merging: only GPT-2's rule is known for them."""
+    """vocab.json and merges.txt do not say how text is split before merging; for GPT-2 the rule is known."""
     kind = _settings(folder / "tokenizer_config.json").get("tokenizer_class")
     model = _settings(folder / "config.json").get("model_type", "gpt2")
     if kind not in GPT2_CLASSES if kind else model != "gpt2":
@@ -201,7 +263,7 @@ def _gpt2(folder: Path, vocabulary: str, merges: str) -> tokenizers.Tokenizer:
         raise InputError(f"{folder / merges}: not UTF-8 text (byte {error.start}): fetch it again") from error
     for number, pair in enumerate(pairs, 1):
         if not {*pair, pair[0] + pair[1]} <= vocab.keys():
-            raise InputError(f"{folder / merges}: merge {number} ({' '.join(pair)!r}) is not made of known tokens")
+            raise InputError(f"{folder / merges}: merge {number} ({' '.join(pair)!r}) has tokens not in {vocabulary}")
     backend = Backend(models.BPE(vocab=vocab, merges=pairs))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.decoder = decoders.ByteLevel()
@@ -213,23 +275,23 @@ def _gpt2(folder: Path, vocabulary: str, merges: str) -> tokenizers.Tokenizer:
 def _settings(path: Path) -> dict[str, Any]:
     content = read_json(path) if path.is_file() else {}
     if not isinstance(content, dict):
-        raise InputError(f"{path}: is no JSON object: fetch it again")
+        raise InputError(f"{path}: not a JSON object: fetch it again")
     return content
 
 
 def _end_of_text(folder: Path, backend: tokenizers.Tokenizer) -> int:
-    """The end-of-text id: generation_config.json and config.json name an id, the tokenizer's settings a token."""
+    """The end-of-text id. generation_config.json and config.json name an id, the tokenizer's settings a token."""
     size = backend.get_vocab_size(with_added_tokens=True)
     for name in ("generation_config.json", "config.json"):
-        given = _settings(folder / name).get("eos_token_id")
-        first = given[0] if isinstance(given, list) and given else given
+        value = _settings(folder / name).get("eos_token_id")
+        first = value[0] if isinstance(value, list) and value else value
         if isinstance(first, int):
             if not 0 <= first < size:
-                raise InputError(f"{folder / name}: eos_token_id {first} is no token: the vocabulary has {size}")
+                raise InputError(f"{folder / name}: eos_token_id {first} is not a token: the vocabulary has {size}")
             return first
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        given = _settings(folder / name).get("eos_token")
-        token = given.get("content") if isinstance(given, dict) else given
+        value = _settings(folder / name).get("eos_token")
+        token = value.get("content") if isinstance(value, dict) else value
         if isinstance(token, str) and (index := backend.token_to_id(token)) is not None:
             return index
     if (index := backend.token_to_id(GPT2_EOT)) is not None:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 from graftlm.config import TrainConfig
-from graftlm.text.collate import epoch_batches
+from graftlm.text.collate import SORT_WINDOW, epoch_batches
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -24,5 +24,6 @@ def batch_stream(lengths: list[int], config: TrainConfig, first: int) -> Iterato
     per_epoch = math.ceil(len(lengths) / config.batch_size)
     epoch, skip = divmod(first, per_epoch)
     while True:
-        yield from epoch_batches(lengths, config.batch_size, config.seed, epoch, config.group_by_length)[skip:]
+        window = SORT_WINDOW if config.group_by_length else 0
+        yield from epoch_batches(lengths, config.batch_size, config.seed, epoch, window)[skip:]
         epoch, skip = epoch + 1, 0

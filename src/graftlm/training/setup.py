@@ -24,8 +24,7 @@ from graftlm.files.locks import LOCK_NAME
 from graftlm.methods import Method
 from graftlm.methods.mergeable import mergeable_linears
 from graftlm.models.base import CausalLM
-from graftlm.text.collate import Dataset, Example, encode_rows, label_ids, load_dataset, subset
-from graftlm.text.data_checks import preflight
+from graftlm.text.collate import Dataset, Example, encode_rows, label_ids, load_dataset, preflight, subset
 from graftlm.text.layouts import Preference, Unpaired
 from graftlm.text.template import Template, load_template
 from graftlm.text.tokenizer import Tokenizer
@@ -191,7 +190,7 @@ def _method(
     method = with_layer_range(config, origin, model.config.num_layers)
     if origin.adapter is not None:
         return method
-    return method.resolve_init([e.prompt_ids for e in train], lambda text: tokenizer.encode(text, bos=True))
+    return method.resolve_init([e.prompt_ids for e in train], lambda text: tokenizer.encode_prompt(text))
 
 
 def _max_example_tokens(config: TrainConfig, model: CausalLM, method: Method) -> int:
