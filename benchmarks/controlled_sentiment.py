@@ -332,7 +332,9 @@ def kl_of_answers(
                 for i in range(len(answers[row]))
             ]
             at = torch.tensor([position for _, position in places], device=ids.device)
-            ours, theirs = (model(ids, at=at).float().log_softmax(dim=-1) for model in (policy.model, reference.model))
+            ours, theirs = (
+                model(ids, positions=at).float().log_softmax(dim=-1) for model in (policy.model, reference.model)
+            )
             steps = (ours.exp() * (ours - theirs)).sum(-1).double().tolist()
             for (row, _), step in zip(places, steps, strict=True):
                 kl[row] += step

@@ -1,6 +1,7 @@
 """Tiny models and folders for the tests that train: random weights, a byte-level tokenizer, reviews one can learn."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from safetensors.torch import save_file
 
 from graftlm.models import CausalLM, ModelConfig, random_model
 from graftlm.models.checkpoint_mapping import to_file
-from graftlm.models.neox import NeoXShape
+from graftlm.models.config import FAMILIES as FAMILY_TABLE
+from graftlm.models.config import RopeConfig
 
 FAMILIES = ("gpt2", "llama", "llama-biased", "neox")
 
@@ -33,7 +35,8 @@ def shape_of(kind: str, vocab: int = 61, context: int = 96, layers: int = 2) -> 
         "out_bias": plain,
         "mlp_bias": plain,
     }
-    return NeoXShape(**sizes, rotary=4) if kind == "neox" else ModelConfig(**sizes)
+    neox = (replace(FAMILY_TABLE["neox"].layer, rope=RopeConfig(dim=4)),)
+    return ModelConfig(**sizes, layers=neox if kind == "neox" else ())
 
 
 def model_of(kind: str, seed: int = 0, dtype: torch.dtype = torch.float64, **sizes: int) -> CausalLM:
@@ -56,7 +59,8 @@ def config_json(shape: ModelConfig, kind: str) -> dict[str, Any]:
             "layer_norm_epsilon": shape.norm_eps,
             **ends,
         }
-    if isinstance(shape, NeoXShape):
+    rope = shape.layers[0].rope or RopeConfig()
+    if shape.family == "neox":
         return {
             "model_type": "gpt_neox",
             "architectures": ["GPTNeoXForCausalLM"],
@@ -68,9 +72,9 @@ def config_json(shape: ModelConfig, kind: str) -> dict[str, Any]:
             "vocab_size": shape.vocab_size,
             "layer_norm_eps": shape.norm_eps,
             "hidden_act": "gelu",
-            "rotary_pct": shape.rotary / shape.head_dim,
-            "rotary_emb_base": shape.rope_theta,
-            "use_parallel_residual": shape.parallel,
+            "rotary_pct": (rope.dim or shape.head_dim) / shape.head_dim,
+            "rotary_emb_base": rope.theta,
+            "use_parallel_residual": shape.layers[0].parallel,
             "tie_word_embeddings": shape.tie_embeddings,
             **ends,
         }
@@ -85,7 +89,7 @@ def config_json(shape: ModelConfig, kind: str) -> dict[str, Any]:
         "max_position_embeddings": shape.max_positions,
         "vocab_size": shape.vocab_size,
         "rms_norm_eps": shape.norm_eps,
-        "rope_theta": shape.rope_theta,
+        "rope_theta": rope.theta,
         "tie_word_embeddings": shape.tie_embeddings,
         **ends,
     }

@@ -13,7 +13,8 @@ import torch
 from _equation import Row, drawn, equation, worst
 from torch import Tensor
 
-from graftlm.models.attention import KVCache, attention_mask, causal_mask, scaled_dot_product
+from graftlm.models.attention import KVCache, attention_masks, scaled_dot_product
+from graftlm.models.config import LayerConfig
 from graftlm.models.layers import Dropout
 
 N, T, D = 2, 3, 5
@@ -32,9 +33,9 @@ def head(prefix: bool, v: Tensor, p_v: Tensor) -> Tensor:
 
     past = [KVCache([batched(P_K)], [batched(p_v)])] if prefix else []
     pairs = [(segment.keys[0], segment.values[0]) for segment in past]
-    dtype, device = Q.dtype, Q.device
-    bias = attention_mask(past, T, device, dtype) if prefix else causal_mask(T, device, dtype)
-    return scaled_dot_product(Q[None, :, None], [*pairs, (batched(K), batched(v))], bias, Dropout())[0, :, 0]
+    mask = attention_masks((None,), past, N * prefix + torch.arange(T), Q.dtype)[None]
+    parts = [*pairs, (batched(K), batched(v))]
+    return scaled_dot_product(Q[None, :, None], parts, mask, LayerConfig(), Dropout())[0, :, 0]
 
 
 def weights(prefix: bool) -> Tensor:

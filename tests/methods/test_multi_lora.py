@@ -62,7 +62,9 @@ def test_each_row_is_what_its_adapter_alone_makes_of_it(family: str, rows: list[
     ids = torch.randint(1, 61, (len(rows), 6), generator=torch.Generator().manual_seed(3))
     with together.adapters_for(rows):
         found = together.model(ids)
-        last = together.model(ids, at=torch.arange(len(rows)) * 6 + 5)  # the last layer's q apart from its k and v
+        last = together.model(
+            ids, positions=torch.arange(len(rows)) * 6 + 5
+        )  # the last layer's q apart from its k and v
     for row, name in enumerate(rows):
         expected = alone[name](ids[row : row + 1])[0]
         assert close(found[row], expected) and close(last[row], expected[-1])
@@ -79,9 +81,9 @@ def test_a_cache_is_continued_row_by_row_and_one_adapter_may_be_said_for_all() -
     ids, lengths = right_pad(prompts, "cpu")
     cache = KVCache.cache(base.config, 4, 8, dtype=torch.float64)
     with together.adapters_for(rows):
-        together.model(ids, keep=cache)
+        together.model(ids, cache=cache)
         cache.lengths = lengths
-        found = together.model(torch.tensor([[3]] * 4), past=[cache], keep=cache)[:, 0]
+        found = together.model(torch.tensor([[3]] * 4), past=[cache], cache=cache)[:, 0]
     for row, name in enumerate(rows):
         assert close(found[row], alone[name](torch.tensor([[*prompts[row], 3]]))[0, -1])
     with together.adapters_for("root"):

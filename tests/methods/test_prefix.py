@@ -15,7 +15,7 @@ from graftlm.methods import PrefixTuning
 from graftlm.methods.base import trainable
 from graftlm.methods.prefix import Prefix
 from graftlm.models import CausalLM
-from graftlm.models.attention import AttentionInputs, attention_mask
+from graftlm.models.attention import AttentionInputs, attention_masks
 from graftlm.text.tokenizer import Tokenizer
 from inference.tiny import stopping
 from tiny import model_of
@@ -63,7 +63,7 @@ def test_ratios_between_content_tokens_stay_what_they_were() -> None:
 
     method = PrefixTuning(length=n, tokens=tuple(ids[0, :n].tolist()))
     method.install(model, torch.Generator().manual_seed(0))
-    prefix = model.before
+    prefix = model.prefix
     assert isinstance(prefix, Prefix) and prefix.past is not None
     with torch.no_grad():
         prefix.past.add_(0.5 * torch.randn(prefix.past.shape, generator=torch.Generator().manual_seed(1)))
@@ -79,7 +79,7 @@ def test_ratios_between_content_tokens_stay_what_they_were() -> None:
         context = AttentionInputs(
             past,
             rotary_cos_sin=model.rotary_cos_sin(torch.arange(n, n + t)),
-            attn_mask=attention_mask(past, t, ids.device, model.dtype),
+            masks=attention_masks((None,), past, torch.arange(n, n + t), model.dtype),
         )
         with attention_weights(model) as held:
             for layer, block in enumerate(model.blocks):
@@ -106,15 +106,15 @@ def test_without_tokens_it_starts_at_random_by_the_seed(hidden: int) -> None:
     for seed in (1, 1, 2):
         model = model_of("llama")
         PrefixTuning(length=4, hidden=hidden, init="random").install(model, torch.Generator().manual_seed(seed))
-        assert isinstance(model.before, Prefix)
-        made.append(model.before.materialize().detach())
+        assert isinstance(model.prefix, Prefix)
+        made.append(model.prefix.materialize().detach())
     assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
 
 
 def test_a_network_is_multiplied_out_for_evaluation_only() -> None:
     model = model_of("llama")
     PrefixTuning(length=4, hidden=5, tokens=(1, 2, 3, 4)).install(model, torch.Generator().manual_seed(1))
-    prefix = model.before
+    prefix = model.prefix
     assert isinstance(prefix, Prefix)
     model.eval()
     folded = prefix.materialize()
@@ -135,7 +135,7 @@ def test_a_network_starts_as_the_tokens_or_as_small_noise(random: bool) -> None:
     """By the equation P = start + tanh(E W1 + b1) W2 + b2, whose biases and, above tokens, W2 are zero at first."""
     model, tokens = model_of("llama"), () if random else (1, 2, 3, 4)
     PrefixTuning(length=4, hidden=64, init="random", tokens=tokens).install(model, torch.Generator().manual_seed(1))
-    prefix = model.before
+    prefix = model.prefix
     assert isinstance(prefix, Prefix) and not prefix.b1.any() and not prefix.b2.any()
     assert prefix.w2.any() == prefix.materialize().ne(prefix.start).any() == random and prefix.start.any() != random
     assert prefix.embedding.std().item() == pytest.approx(1, abs=0.2)

@@ -30,7 +30,7 @@ def test_a_shared_segment_gives_the_logits_and_the_gradient_of_the_whole(kind: s
     whole = model(ids)[:, 7:]
     expected = gradients(model, (whole * weights).sum())
     shared = KVCache()
-    model.hidden_states(ids[:1, :7], keep=shared)
+    model.hidden_states(ids[:1, :7], cache=shared)
     parts = model(ids[:, 7:], past=(shared,))
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-9)
     got = gradients(model, (parts * weights).sum())
@@ -43,7 +43,7 @@ def test_a_shared_segment_gives_the_logits_and_the_gradient_of_the_whole(kind: s
 def test_a_lead_beside_its_rows_equals_a_segment_before_them(kind: str) -> None:
     model, ids = model_of(kind), ids_of(3, 20, shared=7)
     shared = KVCache()
-    before = model.hidden_states(ids[:1, :7], keep=shared)
+    before = model.hidden_states(ids[:1, :7], cache=shared)
     behind = model.hidden_states(ids[:, 7:], past=(shared,))
     lead, rows = model.forward_shared_prefix(ids[:1, :7], ids[:, 7:])
     torch.testing.assert_close(lead, before[0], rtol=0, atol=1e-9)
@@ -73,11 +73,11 @@ def test_only_the_positions_that_are_wanted_behind_a_past(kind: str) -> None:
     shared, cache = KVCache(), KVCache.cache(model.config, 3, 9, dtype=torch.float64)
     assert cache.lengths is not None
     with torch.no_grad():
-        model.hidden_states(ids[:1, :7], keep=shared)
-        model.hidden_states(ids_of(3, 9, seed=4), past=(shared,), keep=cache)
+        model.hidden_states(ids[:1, :7], cache=shared)
+        model.hidden_states(ids_of(3, 9, seed=4), past=(shared,), cache=cache)
         cache.lengths += torch.tensor([9, 1, 4])
         whole = model.hidden_states(ids[:, 7:], past=(shared, cache))
-        some = model.hidden_states(ids[:, 7:], past=(shared, cache), at=at)
+        some = model.hidden_states(ids[:, 7:], past=(shared, cache), positions=at)
     torch.testing.assert_close(some, whole[torch.arange(3)[:, None], at], rtol=0, atol=1e-9)
 
 
@@ -90,7 +90,9 @@ def test_the_lower_layers_first_and_the_others_behind_them(kind: str, p: int, la
     x = model.forward_lower_layers(lead, rows, layers)
     assert x.shape == (p + 3 * (20 - p), 32)
     for a, b in zip(
-        model.forward_shared_prefix(lead, rows, below=(layers, x)), model.forward_shared_prefix(lead, rows), strict=True
+        model.forward_shared_prefix(lead, rows, cached_hidden=(layers, x)),
+        model.forward_shared_prefix(lead, rows),
+        strict=True,
     ):
         assert (a is None and b is None) or torch.equal(a, b)
 
@@ -102,13 +104,13 @@ def test_segments_of_every_kind_together(kind: str, gradient: bool) -> None:
     model, ids, lengths = model_of(kind), ids_of(3, 20, shared=5), [6, 9, 2]
     with torch.set_grad_enabled(gradient):
         shared = KVCache()
-        model.hidden_states(ids[:1, :5], keep=shared)
+        model.hidden_states(ids[:1, :5], cache=shared)
         cache = KVCache.cache(model.config, 3, 12, dtype=torch.float64)
         assert cache.lengths is not None
-        model.hidden_states(ids[:, 5:14], past=(shared,), keep=cache)  # padded on the right: not all nine are real
+        model.hidden_states(ids[:, 5:14], past=(shared,), cache=cache)  # padded on the right: not all nine are real
         cache.lengths += torch.tensor(lengths)
         new = ids_of(3, 2, seed=9)
-        logits = model(new, past=(shared, cache), keep=cache)
+        logits = model(new, past=(shared, cache), cache=cache)
     for row, length in enumerate(lengths):
         plain = model(torch.cat([ids[row, : 5 + length], new[row]])[None])[0, -2:]
         torch.testing.assert_close(logits[row], plain, rtol=0, atol=1e-9)
@@ -118,8 +120,8 @@ def test_several_shared_segments_stand_one_behind_the_other() -> None:
     model, ids = model_of("llama"), ids_of(2, 18, shared=10)
     first, second = KVCache(), KVCache()
     with torch.no_grad():
-        model.hidden_states(ids[:1, :4], keep=first)
-        model.hidden_states(ids[:1, 4:10], past=(first,), keep=second)
+        model.hidden_states(ids[:1, :4], cache=first)
+        model.hidden_states(ids[:1, 4:10], past=(first,), cache=second)
         logits = model(ids[:, 10:], past=(first, second))
         torch.testing.assert_close(logits, model(ids)[:, 10:], rtol=0, atol=1e-9)
 
@@ -134,7 +136,7 @@ def test_right_padding_is_invisible() -> None:
 def test_logits_only_where_asked_for(kind: str) -> None:
     model, ids = model_of(kind), ids_of(2, 6)
     at = torch.tensor([11, 0, 7])
-    torch.testing.assert_close(model(ids, at=at), model(ids).flatten(0, 1)[at], rtol=0, atol=1e-12)
+    torch.testing.assert_close(model(ids, positions=at), model(ids).flatten(0, 1)[at], rtol=0, atol=1e-12)
 
 
 def test_a_caches_rows_can_be_chosen() -> None:
@@ -142,7 +144,7 @@ def test_a_caches_rows_can_be_chosen() -> None:
     cache = KVCache.cache(model.config, 3, 8, dtype=torch.float64)
     assert cache.lengths is not None
     with torch.no_grad():
-        model.hidden_states(ids, keep=cache)
+        model.hidden_states(ids, cache=cache)
         cache.lengths += 6
         new = torch.tensor([[4], [5]])
         logits = model(new, past=(cache.index_select(torch.tensor([2, 0])),))

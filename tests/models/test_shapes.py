@@ -55,7 +55,7 @@ def apply_rotary_emb(
 
 
 def scaled_dot_product(
-    q: Float[Tensor, "b t h d"], parts: Any, bias: Float[Tensor, "#b 1 1 t s"] | None, drop: Any
+    q: Float[Tensor, "b t h d"], parts: Any, mask: Float[Tensor, "#b 1 1 t s"] | None, layer: Any, drop: Any
 ) -> Float[Tensor, "b t h d"]: ...
 
 
@@ -65,34 +65,34 @@ def _scores(q: Float[Tensor, "b t k g d"], k: Float[Tensor, "#b k s d"]) -> Floa
 def _weighted(w: Float[Tensor, "b k g t s"], v: Float[Tensor, "#b k s d"]) -> Float[Tensor, "b k g t d"]: ...
 
 
-def attention_forward(self: Any, x: Float[Tensor, "*n d"], layer: int, context: Any) -> Float[Tensor, "*m d"]: ...
+def attention_forward(self: Any, x: Float[Tensor, "*n d"], index: int, inputs: Any) -> Float[Tensor, "*m d"]: ...
 
 
-def flat_to_padded(at: Int[Tensor, " n"], b: int, t: int) -> tuple[Int[Tensor, "{b} m"], Int[Tensor, " n"]]: ...
+def flat_to_padded(flat: Int[Tensor, " n"], b: int, t: int) -> tuple[Int[Tensor, "{b} m"], Int[Tensor, " n"]]: ...
 
 
 def hidden_states(
     self: Any,
     ids: Int[Tensor, "b t"],
     past: Sequence[KVCache] = (),
-    keep: KVCache | None = None,
-    at: Int[Tensor, "b m"] | None = None,
+    cache: KVCache | None = None,
+    positions: Int[Tensor, "b m"] | None = None,
 ) -> Float[Tensor, "b _ {self.config.hidden_size}"]: ...
 
 
 def forward_shared_prefix(
     self: Any,
-    lead: Int[Tensor, "1 p"],
+    prefix: Int[Tensor, "1 p"],
     ids: Int[Tensor, "b t"],
-    at: Int[Tensor, "b m"] | None = None,
-    below: Any = None,
-    fork: Any = None,
+    positions: Int[Tensor, "b m"] | None = None,
+    cached_hidden: Any = None,
+    paired: Any = None,
 ) -> tuple[Float[Tensor, "p {self.config.hidden_size}"] | None, Float[Tensor, "b _ {self.config.hidden_size}"]]: ...
 
 
 def forward_lower_layers(
-    self: Any, lead: Int[Tensor, "1 p"], ids: Int[Tensor, "b t"], layers: int, fork: Any = None
-) -> Float[Tensor, "{lead.numel()+ids.numel()} {self.config.hidden_size}"]: ...
+    self: Any, prefix: Int[Tensor, "1 p"], ids: Int[Tensor, "b t"], layers: int, paired: Any = None
+) -> Float[Tensor, "{prefix.numel()+ids.numel()} {self.config.hidden_size}"]: ...
 
 
 def logits(self: Any, h: Float[Tensor, "*n d"]) -> Float[Tensor, "*n {self.config.vocab_size}"]: ...
@@ -229,9 +229,9 @@ def train(model: CausalLM) -> None:
 @torch.inference_mode()
 def decode(model: CausalLM) -> None:
     shared, cache, rows = KVCache(), KVCache.cache(model.config, 2, 6), torch.tensor([[4, 5], [6, 7]])
-    model(torch.tensor([[1, 2, 3]]), keep=shared)
-    assert model(rows, past=(shared, cache), keep=cache).shape == (2, 2, model.config.vocab_size)
-    assert model(rows, past=(shared,), at=torch.tensor([1, 2, 3])).shape == (3, model.config.vocab_size)
+    model(torch.tensor([[1, 2, 3]]), cache=shared)
+    assert model(rows, past=(shared, cache), cache=cache).shape == (2, 2, model.config.vocab_size)
+    assert model(rows, past=(shared,), positions=torch.tensor([1, 2, 3])).shape == (3, model.config.vocab_size)
 
 
 def test_a_look_sees_what_does_not_fit() -> None:

@@ -112,10 +112,10 @@ def lazy_state_dict(model: CausalLM, state: Mapping[str, Tensor]) -> dict[str, L
     """The tensors of the folder that `save_model` would write, each gathered from all ranks when it is read."""
 
     def lazy(parts: Mapping[str, TensorMapping]) -> LazyTensor:
-        empty = one_to_file(model.config, parts, {n: torch.empty(state[n].shape, device="meta") for n in parts})
+        empty = one_to_file(parts, {n: torch.empty(state[n].shape, device="meta") for n in parts})
 
         def gather() -> Tensor:
-            return one_to_file(model.config, parts, {n: full_tensor(state[n].detach()) for n in parts})
+            return one_to_file(parts, {n: full_tensor(state[n].detach()) for n in parts})
 
         return LazyTensor(state[next(iter(parts))].dtype, tuple(empty.shape), gather)
 

@@ -69,7 +69,7 @@ class ReferenceLogits:
         """[P, V] of each prompt's last positions, in float32 or wider."""
         with torch.inference_mode():
             last = [torch.arange(max(0, len(ids) - POSITIONS), len(ids)) for ids in self._prompts]
-            return [model(torch.tensor([ids]), at=at) for ids, at in zip(self._prompts, last, strict=True)]
+            return [model(torch.tensor([ids]), positions=at) for ids, at in zip(self._prompts, last, strict=True)]
 
     def verify(self, model: CausalLM, dtype: str, action: str) -> Verification:
         """Compare with a model that was read back; beyond the tolerance of `dtype` a GraftError that names `action`."""

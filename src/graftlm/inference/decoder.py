@@ -97,7 +97,7 @@ class DecodingBatch:
         self._ensure_capacity(first + len(rows), width, FIRST_CAPACITY, most)
         part = self._part(slice(first, first + len(rows)), width)
         last = torch.arange(len(rows), device=ids.device) * width + lengths - 1
-        logits = self._model(ids, past=self._prefix, keep=part, at=last)
+        logits = self._model(ids, past=self._prefix, cache=part, positions=last)
         self._lengths += [len(row.prompt) for row in rows]
         self.rows = [*self.rows, *rows]
         return logits
@@ -108,7 +108,7 @@ class DecodingBatch:
         self._ensure_capacity(len(self.rows), longest, longest, max(row.capacity for row in self.rows))
         part = self._part(slice(len(self.rows)), longest)
         ids = torch.tensor([row.tokens[-1] for row in self.rows], device=self._model.device)[:, None]
-        logits = self._model(ids, past=[*self._prefix, part], keep=part)[:, 0]
+        logits = self._model(ids, past=[*self._prefix, part], cache=part)[:, 0]
         self._lengths = [length + 1 for length in self._lengths]
         return logits
 
@@ -181,7 +181,7 @@ def prefill_shared_prefix(
     if not length:
         return (), 0
     cache = KVCache()
-    model.hidden_states(torch.tensor([list(prompts[0][:length])], device=model.device), keep=cache)
+    model.hidden_states(torch.tensor([list(prompts[0][:length])], device=model.device), cache=cache)
     return (cache,), length
 
 

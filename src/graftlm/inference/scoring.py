@@ -215,7 +215,7 @@ def _log_probs(
     slots: dict[int, int] = {}  # each position is computed once, even if several tails read it
     index = [slots.setdefault(row * ids.shape[1] + position, len(slots)) for row, position, _ in reads]
     at = torch.tensor(list(slots), dtype=torch.long, device=model.device)
-    logits = model(ids, past=past, keep=keep, at=at)
+    logits = model(ids, past=past, cache=keep, positions=at)
     rows = torch.tensor(index, dtype=torch.long, device=logits.device)
     tokens = torch.tensor([token for _, _, token in reads], dtype=torch.long, device=logits.device)
     return (to_float64(logits[rows, tokens]) - to_float64(logits.logsumexp(dim=-1)[rows])).tolist()

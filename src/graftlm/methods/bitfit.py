@@ -18,7 +18,6 @@ from graftlm.methods.base import Method, block_modules, freeze, master_dtype, ta
 from graftlm.methods.cost_model import ParameterGroup, counted, linear_letters, norms_formula
 from graftlm.models import CausalLM, Linear, ModelConfig
 from graftlm.models.checkpoint_mapping import our_module_name
-from graftlm.models.config import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class BitFit(Method):
         for role in filter(config.has_bias, config.roles):
             letters = linear_letters(config, role, len(layers))
             parts.append(ParameterGroup(*counted(f"{role}, biases", "L out", **letters), role))
-        if FAMILIES[config.family].norm_biases:
+        if config.norm_biases:
             norms = counted("norms, biases", norms_formula(config, layers), L=len(layers), d=config.hidden_size)
             parts.append(ParameterGroup(*norms, "norms"))
         return parts

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from graftlm.models.config import FAMILIES, ModelConfig
+from graftlm.models.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,10 @@ def linear_letters(config: ModelConfig, role: str, layers: int) -> dict[str, int
 
 def norms_formula(config: ModelConfig, layers: range) -> str:
     """Elements of the norms' weights in these layers, with the final norm's if they include the last layer."""
-    return "d (2 L + 1)" if layers.stop == config.num_layers else "d 2 L"
+    width, last = sum(config.norm_sizes(config.layers[0]).values()), layers.stop == config.num_layers
+    if width == 2 * config.hidden_size:
+        return "d (2 L + 1)" if last else "d 2 L"
+    return f"({width} L + d)" if last else f"{width} L"
 
 
 def block_parts(config: ModelConfig, layers: range) -> list[ParameterGroup]:
@@ -85,7 +88,7 @@ def block_parts(config: ModelConfig, layers: range) -> list[ParameterGroup]:
         bias = config.has_bias(role)
         formula, letters = "L (in out + out)" if bias else "L in out", linear_letters(config, role, len(layers))
         parts.append(ParameterGroup(*counted(f"{role}, weights{' and biases' * bias}", formula, **letters), role))
-    formula = ("2 " if FAMILIES[config.family].norm_biases else "") + norms_formula(config, layers)
+    formula = ("2 " if config.norm_biases else "") + norms_formula(config, layers)
     norms = counted("norms", formula, L=len(layers), d=config.hidden_size)
     return [*parts, ParameterGroup(*norms, "norms")]
 
@@ -94,7 +97,7 @@ def model_parts(config: ModelConfig) -> list[ParameterGroup]:
     """All parameters of the model; tied embeddings count once."""
     letters = {"V": config.vocab_size, "d": config.hidden_size, "C": config.max_positions}
     parts = [ParameterGroup(*counted("embedding", "V d", **letters), "embedding")]
-    if FAMILIES[config.family].positions:
+    if config.learned_positions:
         parts.append(ParameterGroup(*counted("positions", "C d", **letters), "positions"))
     parts += block_parts(config, range(config.num_layers))
     if not config.tie_embeddings:

@@ -14,6 +14,7 @@ from torch import Tensor
 from graftlm.errors import InputError
 from graftlm.methods.cost_model import linear_size
 from graftlm.models.checkpoint_mapping import our_module_name
+from graftlm.models.checkpoint_mapping import stored_rows
 from graftlm.models.config import FAMILIES, ModelConfig, Rows
 
 MAX_REPEATS = 5
@@ -61,8 +62,10 @@ def hf_modules(config: ModelConfig, targets: Collection[str]) -> dict[str, HFMod
 
 def fused_slices(config: ModelConfig) -> dict[str, Rows]:
     """Rows of q, k and v in the linear that holds all three; empty if the checkpoint format does not fuse them."""
-    rows = FAMILIES[config.family].fused_qkv_slices
-    return {part: rows(config, part) for part in "qkv"} if rows is not None else {}
+    if not FAMILIES[config.family].fused:
+        return {}
+    rows = {part: stored_rows(config, part) for part in "qkv"}
+    return {part: r for part, r in rows.items() if r is not None}
 
 
 def hf_module_name(config: ModelConfig, role: str) -> str:

@@ -26,7 +26,7 @@ from graftlm.methods.cost_model import ParameterGroup, counted
 from graftlm.methods.peft_format import PEFT_VERSION, WITHOUT_EFFECT, check_fields
 from graftlm.models import CausalLM, KVCache, ModelConfig
 from graftlm.models.base import PrefixModule
-from graftlm.models.config import FAMILIES
+from graftlm.models.checkpoint_mapping import rotary_permutation
 from graftlm.text.collate import common_prefix_length
 
 
@@ -133,7 +133,7 @@ class PrefixTuning(Method):
             raise InputError(
                 f"--prefix_length {self.length}: the model reads at most {config.max_positions} tokens; shorten it"
             )
-        if model.before is not None:
+        if model.prefix is not None:
             raise InputError("the model has a prefix already; adapt a fresh base")
         freeze(model)
         if self.tokens and model.device.type != "meta":
@@ -143,21 +143,21 @@ class PrefixTuning(Method):
             if not self.tokens:
                 start = start.normal_(std=0.02, generator=rng) * (self.hidden == 0)
             start = start.to(target_device(model.embed.weight))
-        model.before = Prefix(config, start, self.hidden, 0.0 if self.tokens else 0.02, rng)
+        model.set_prefix(Prefix(config, start, self.hidden, 0.0 if self.tokens else 0.02, rng))
 
     def init_from_base_weights(self, model: CausalLM) -> None:
         """Start from the tokens' keys and values, if there are tokens."""
-        prefix = model.before
+        prefix = model.prefix
         assert isinstance(prefix, Prefix)
-        model.before = None
+        model.set_prefix(None)
         prefix.set_initial(self._read_tokens(model) if self.tokens else prefix.start.to(model.device))
-        model.before = prefix
+        model.set_prefix(prefix)
 
     def _read_tokens(self, model: CausalLM) -> Tensor:
         """[n, 2 L K D]: the keys and values of the tokens in the base."""
         cache, mode = KVCache(), model.training
         with torch.no_grad():
-            model.eval().hidden_states(torch.tensor([self.tokens], device=model.device), keep=cache)
+            model.eval().hidden_states(torch.tensor([self.tokens], device=model.device), cache=cache)
         model.train(mode)
         pairs = [t for pair in zip(cache.keys, cache.values, strict=True) for t in pair]
         return torch.cat([t[0].transpose(0, 1).flatten(1) for t in pairs], dim=1).to(master_dtype(model.dtype))
@@ -183,7 +183,7 @@ class PrefixTuning(Method):
 
     def to_peft(self, model: CausalLM) -> PeftFolder:
         """PEFT's PREFIX_TUNING, without a network."""
-        assert isinstance(model.before, Prefix)
+        assert isinstance(model.prefix, Prefix)
         peft_config = {
             "peft_type": self.peft_type,
             "task_type": "CAUSAL_LM",
@@ -194,7 +194,7 @@ class PrefixTuning(Method):
             "inference_mode": True,
             "peft_version": PEFT_VERSION,
         }
-        past = _permute_keys(model.config, model.before.materialize().detach(), torch.argsort)
+        past = _permute_keys(model.config, model.prefix.materialize().detach(), torch.argsort)
         return peft_config, {"prompt_embeddings": past}
 
     def from_peft(self, config: ModelConfig, folder: PeftFolder, where: str) -> dict[str, Tensor]:
@@ -242,11 +242,10 @@ def _permute_keys(config: ModelConfig, past: Tensor, index: Callable[[Tensor], T
 
     `index` maps the permutation from transformers' order to ours to the one that is applied: itself or its inverse.
     """
-    permutation = FAMILIES[config.family].rotary_permutation
-    if permutation is None:
-        return past
     pairs = past.view(len(past), config.num_layers, 2, config.num_kv_heads, config.head_dim).clone()
-    pairs[:, :, 0] = pairs[:, :, 0][..., index(permutation(config))]
+    for i in range(config.num_layers):
+        if (permutation := rotary_permutation(config, i)) is not None:
+            pairs[:, i, 0] = pairs[:, i, 0][..., index(permutation)]
     return pairs.flatten(1)
 
 

@@ -1,4 +1,4 @@
-"""GPT-2, the Llama family and GPT-NeoX from scratch; `attention.py` is where to start reading."""
+"""Language models from scratch; `decoder.py` is the block of all families, `attention.py` where to start reading."""
 
 import torch
 
@@ -16,14 +16,13 @@ __all__ = ["CausalLM", "KVCache", "Linear", "ModelConfig", "build", "clone_with_
 FAMILIES.update({family.name: family for family in (GPT2, LLAMA, NEOX)})
 
 
-def build(shape: ModelConfig) -> CausalLM:
-    """A model of this shape on the current default device, its weights not yet meaningful."""
-    model: CausalLM = FAMILIES[shape.family].build(shape)
-    return model
+def build(config: ModelConfig) -> CausalLM:
+    """A model on the current default device, its weights not yet meaningful."""
+    return CausalLM(config)
 
 
 def clone_with_shared_weights(base: CausalLM) -> CausalLM:
-    """A model of its own modules that has the very tensors of `base`, with nothing trained, in evaluation mode."""
+    """New modules around the same tensors as `base`, frozen, in evaluation mode."""
     with torch.device("meta"):
         model = build(base.config)
     for name, p in base.named_parameters():
@@ -32,10 +31,10 @@ def clone_with_shared_weights(base: CausalLM) -> CausalLM:
     return model.eval()
 
 
-def random_model(shape: ModelConfig, seed: int = 0, std: float = 0.02, dtype: torch.dtype = torch.float32) -> CausalLM:
+def random_model(config: ModelConfig, seed: int = 0, std: float = 0.02, dtype: torch.dtype = torch.float32) -> CausalLM:
     """A model with random weights: matrices normal(0, std), norms near one, biases small; for tests and examples."""
     rng = torch.Generator().manual_seed(seed)
-    model = build(shape).to(dtype)
+    model = build(config).to(dtype)
     with torch.no_grad():
         for name, p in model.named_parameters():
             draw = torch.randn(p.shape, generator=rng, dtype=torch.float64)

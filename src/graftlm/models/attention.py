@@ -1,48 +1,47 @@
-"""Causal self-attention over what stands before and what is at hand.
+"""Causal self-attention over a past and the current tokens.
 
-What is unusual here: *the past is an argument*. A `KVCache` holds keys and values of tokens that stand before the
-tokens at hand, either shared by all rows or a row's own, and `Attention` reads any number of them:
+*The past is an argument*: a `KVCache` holds keys and values of earlier tokens, shared by all rows or one set per row,
+and `Attention` attends to any number of them before the current tokens:
 
-    softmax([Q K_1^T, Q K_2^T, …, Q K^T] / sqrt(D)) [V_1; V_2; …; V]
+    softmax([Q K_1^T, Q K_2^T, …, Q K^T] scale + mask) [V_1; V_2; …; V]
 
-One idea serves the key/value cache of generation (a row's own, extended in place), the instruction all prompts of a
-batch begin with (shared, with gradient), few-shot demonstrations (shared, without), and prefix tuning (learned).
+This serves the key/value cache of generation (per row, extended in place), the prompt prefix that a batch shares (with
+gradient), few-shot demonstrations (shared, without gradient), and prefix tuning (learned).
 
-Left out: masks for padding. Rows are padded on the right, where causal attention never looks.
+There are no padding masks: rows are padded on the right, where causal attention never looks.
 
-Letters: B rows, T tokens at hand, S tokens of one segment, H query heads, K key/value heads, G = H / K query heads
-that share one, D width of a head, L layers.
+Letters: B rows, T current tokens, S tokens of one cache, H query heads, K key/value heads, G = H / K query heads per
+key/value head, D head dimension, L layers; N = P + B T tokens of P shared ones and B rows in a flat tensor.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graftlm.models.layers import Dropout, HasFusedOps, Linear, apply_linears, apply_rotary_emb
+from graftlm.models.config import LayerConfig, ModelConfig, RopeConfig
+from graftlm.models.layers import Dropout, HasFusedOps, Linear, apply_linears, apply_rotary_emb, make_norm
 
-if TYPE_CHECKING:
-    from graftlm.models.config import ModelConfig
-
-# The fused kernel never materialises the [T, T] scores, but is slower on a CPU for rows as short as reviews. From this
-# many tokens on it is used for the memory's sake; where the two are equally fast has not been measured.
+# PyTorch's fused kernel never materialises the [T, T] scores, but on a CPU it is slower for short rows. It is used from
+# this many tokens on, for its memory; where the two are equally fast has not been measured.
 FUSED_FROM = 512
 
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values, each [1|B, K, S, D]."""
+Masks = Mapping[int | None, Tensor | None]
+"""Sliding window (None: full attention) -> what is added to the scores: 0 or -inf, [1|B, 1, 1, T, S]; None: nothing."""
 
 
 class KVCache:
-    """Keys and values of tokens that stand before the tokens at hand, for every layer.
+    """Keys and values of earlier tokens, for every layer.
 
-    Shared: `KVCache()` is empty until a forward pass is told to `keep` into it; each tensor is then [1, K, S, D], or
-    [B, K, S, D] when it was filled from several rows of the same length.
-    A row's own: `KVCache.cache(...)` is preallocated with room for `capacity` tokens, and `lengths` [B] says how many
-    of them each row holds. A forward pass that keeps into it writes behind each row's length; the caller then adds to
-    `lengths` (right-padded rows differ in how many of the new tokens were real).
+    Shared: `KVCache()` is empty until it is passed as `cache` to a forward pass; its tensors are then [1, K, S, D], or
+    [B, K, S, D] if it was filled from several rows of the same length.
+    Per row: `KVCache.cache(...)` is preallocated for `capacity` tokens, of which row b holds `lengths[b]`. A forward
+    pass writes after each row's length; the caller then adds to `lengths`, because right-padded rows differ in how many
+    of the new tokens are real.
     """
 
     def __init__(
@@ -58,75 +57,95 @@ class KVCache:
     @classmethod
     def cache(
         cls,
-        shape: "ModelConfig",
+        config: ModelConfig,
         rows: int,
         capacity: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> "KVCache":
-        """An empty cache of `rows` rows with room for `capacity` tokens each."""
+        """An empty cache of `rows` rows and `capacity` tokens each."""
 
         def empty() -> list[Tensor]:
-            size = (rows, shape.num_kv_heads, capacity, shape.head_dim)
-            return [torch.zeros(size, device=device, dtype=dtype) for _ in range(shape.num_layers)]
+            size = (rows, config.num_kv_heads, capacity, config.head_dim)
+            return [torch.zeros(size, device=device, dtype=dtype) for _ in range(config.num_layers)]
 
         return cls(empty(), empty(), torch.zeros(rows, dtype=torch.long, device=device))
 
     @property
     def size(self) -> int:
-        """S: the tokens it holds, or has room for."""
+        """S: the tokens it holds, or its capacity."""
         return self.keys[0].shape[2] if self.keys else 0
 
     @property
     def offset(self) -> int | Tensor:
-        """How far it moves the position of what follows: S, or each row's length [B]."""
+        """How far it moves the position of later tokens: S, or each row's length [B]."""
         return self.size if self.lengths is None else self.lengths
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Keep layer `layer`'s new keys and values, each [B, K, T, D]."""
+    def update(self, index: int, k: Tensor, v: Tensor) -> None:
+        """Add the new keys and values of layer `index`, each [B, K, T, D]."""
         if self.lengths is None:
-            assert len(self.keys) == layer, "a shared segment is filled once, layer by layer"
+            assert len(self.keys) == index, "a shared cache is filled once, layer by layer"
             self.keys.append(k)
             self.values.append(v)
             return
         rows = torch.arange(k.shape[0], device=k.device)[:, None]
-        at = self.lengths[:, None] + torch.arange(k.shape[2], device=k.device)
-        self.keys[layer][rows, :, at] = k.transpose(1, 2)
-        self.values[layer][rows, :, at] = v.transpose(1, 2)
+        slots = self.lengths[:, None] + torch.arange(k.shape[2], device=k.device)
+        self.keys[index][rows, :, slots] = k.transpose(1, 2)
+        self.values[index][rows, :, slots] = v.transpose(1, 2)
 
     def index_select(self, rows: Tensor) -> "KVCache":
-        """A cache that holds only these rows, in this order."""
+        """A cache of these rows only, in this order."""
         assert self.lengths is not None
         return KVCache([k[rows] for k in self.keys], [v[rows] for v in self.values], self.lengths[rows])
 
 
 @dataclass(frozen=True)
+class SharedPrefix:
+    """Layout of a flat [N, d]: P tokens that precede every row, then B rows of T tokens, N = P + B T."""
+
+    p: int
+    b: int
+    t: int
+    masks: Masks
+    """For the prefix's own tokens; `AttentionInputs.masks` are the rows', over prefix and row."""
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, …] -> [1, P, …] and [B, T, …]."""
+        first, rows = x.split([self.p, self.b * self.t])
+        return first[None], rows.unflatten(0, (self.b, self.t))
+
+
+@dataclass(frozen=True)
 class AttentionInputs:
-    """What a forward pass's tokens stand in; computed once and read by every layer."""
+    """What the layers of one forward pass share; computed once."""
 
     past: Sequence[KVCache] = ()
-    use_cache: KVCache | None = None
-    rotary_cos_sin: tuple[Tensor, Tensor] | None = None
-    """Cosine and sine, each [T, D/2] or [B, T, D/2]; None for learned positions."""
-    attn_mask: Tensor | None = None
-    """Added to the scores: 0 where a query may look, -inf where not, [1|B, 1, 1, T, ΣS]; None: everywhere."""
+    cache: KVCache | None = None
+    """Where new keys and values are added."""
+    rotary_cos_sin: Mapping[RopeConfig, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Cosine and sine of the current positions, each [T, D/2], [B, T, D/2] or flat [N, D/2]."""
+    masks: Masks = field(default_factory=dict)
     causal: bool = True
-    """Whether a token may look at all that stands before it; False where a row forks."""
-    shared_prefix: "SharedPrefix | None" = None
-    """Set when the tokens are the flat [N, d] of `CausalLM.forward_shared_prefix` instead of [B, T, d]."""
+    """Whether every token attends to all before it; False for `PairedRow`."""
+    shared_prefix: SharedPrefix | None = None
+    """Set if the tokens are the flat [N, d] of `CausalLM.forward_shared_prefix` instead of [B, T, d]."""
     positions: Tensor | None = None
-    """[B, M] positions of each row that are still wanted, in the last layer; None: all of them."""
+    """[B, M] positions of each row whose outputs are needed, in the last layer; None: all of them."""
 
-    def restrict_to(self, at: Tensor) -> "AttentionInputs":
-        """The same, of a layer of which only the positions `at` [B, M] of each row are wanted."""
-        bias = self.attn_mask
-        if bias is not None:
-            rows = torch.arange(bias.shape[0], device=at.device)[:, None]
-            bias = bias[rows, :, :, at].movedim(1, 3)
-        return replace(self, attn_mask=bias, positions=at)
+    def restrict_to(self, positions: Tensor) -> "AttentionInputs":
+        """The same for a layer of which only the outputs at `positions` [B, M] of each row are needed."""
+
+        def queries(mask: Tensor | None) -> Tensor | None:
+            if mask is None:
+                return None
+            rows = torch.arange(mask.shape[0], device=positions.device)[:, None]
+            return mask[rows, :, :, positions].movedim(1, 3)
+
+        masks = {window: queries(mask) for window, mask in self.masks.items()}
+        return replace(self, masks=masks, positions=positions)
 
     def select(self, x: Tensor) -> Tensor:
-        """x at the positions that are wanted, [B, M, …]; x itself where all are. The lead is never wanted then."""
+        """x at the needed positions, [B, M, …], without the shared prefix; x itself if all are needed."""
         if self.positions is None:
             return x
         if self.shared_prefix is not None:
@@ -134,153 +153,181 @@ class AttentionInputs:
         return x[torch.arange(x.shape[0], device=x.device)[:, None], self.positions]
 
     def gather_rope(self, table: Tensor) -> Tensor:
-        """A table by position, [T, D/2], [B, T, D/2] or with a lead [N, D/2], at the positions that are wanted."""
+        """A table by position, [T, D/2], [B, T, D/2] or flat [N, D/2], at the needed positions."""
         if self.positions is None or self.shared_prefix is not None or table.dim() > 2:
             return self.select(table)
         return table[self.positions]
 
 
 @dataclass(frozen=True)
-class SharedPrefix:
-    """How a flat [N, d] is made up: P tokens that stand before every row, then B rows of T tokens, N = P + B T."""
-
-    p: int
-    b: int
-    t: int
-    attn_mask: Tensor | None
-    """The lead's own causal bias [1, 1, 1, P, P]; `AttentionInputs.bias` is the rows', [1, 1, 1, T, P + T]."""
-
-
-@dataclass(frozen=True)
 class PairedRow:
-    """Rows of a prompt and two answers to it: the second stands behind the first, and reads the prompt only.
+    """Rows of a prompt and two answers to it, so that a pair computes its prompt once.
 
-    So a pair costs its prompt once. Positions of the second go on from the prompt, as those of the first do.
+    The second answer follows the first, but attends to the prompt and itself only, and its positions start after the
+    prompt as those of the first do.
     """
 
     prompt: Tensor
     """[B] tokens of each row's own prompt."""
     second: Tensor
-    """[B] where each row's second answer begins."""
+    """[B] index of the second answer's first token."""
 
     def to(self, device: torch.device) -> "PairedRow":
         """The same on a device."""
         return PairedRow(self.prompt.to(device), self.second.to(device))
 
     def positions(self, t: int) -> Tensor:
-        """Where each token stands in its own text: [B, T]."""
+        """Position of each token in its own text: [B, T]."""
         at = torch.arange(t, device=self.second.device)
         return at - (at >= self.second[:, None]) * (self.second - self.prompt)[:, None]
 
-    def bias(self, t: int, dtype: torch.dtype) -> Tensor:
-        """The bias of rows of t tokens: causal, and no look from the second answer at the first: [B, 1, 1, T, T]."""
+    def hidden(self, t: int) -> Tensor:
+        """True where a token (dimension 1) must not attend to another (dimension 2): bool [B, T, T]."""
         at = torch.arange(t, device=self.second.device)
         first = (at >= self.prompt[:, None]) & (at < self.second[:, None])
-        apart = (at >= self.second[:, None])[:, :, None] & first[:, None, :]
-        hidden = apart | (at[None, :] > at[:, None])
-        bias = torch.zeros(hidden.shape, device=at.device, dtype=dtype)
-        return bias.masked_fill_(hidden, float("-inf"))[:, None, None]
+        across = (at >= self.second[:, None])[:, :, None] & first[:, None, :]
+        return across | (at[None, :] > at[:, None])
 
 
-def causal_mask(t: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The bias of t tokens that look at themselves and those before: [1, 1, 1, T, T]."""
-    return torch.full((1, 1, 1, t, t), float("-inf"), device=device, dtype=dtype).triu_(1)
+def causal_hidden(t: int, device: torch.device) -> Tensor:
+    """True for later tokens: bool [1, T, T]."""
+    return torch.ones(1, t, t, dtype=torch.bool, device=device).triu(1)
 
 
-def attention_mask(past: Sequence[KVCache], t: int, device: torch.device, dtype: torch.dtype) -> Tensor | None:
-    """The mask of `AttentionInputs` for t tokens after this past: causal, each row up to its own length."""
-    causal = torch.ones(1, t, t, dtype=torch.bool, device=device).triu(1)
-    ignored = []
+def additive_masks(
+    windows: Sequence[int | None], hidden: Tensor, distance: Tensor | None, dtype: torch.dtype
+) -> dict[int | None, Tensor | None]:
+    """A mask for each window, of what is hidden in all of them (bool) and of query minus key position: [1|B, T, S]."""
+    masks: dict[int | None, Tensor | None] = {}
+    for window in windows:
+        out = hidden if window is None or distance is None else hidden | (distance >= window)
+        zeros = torch.zeros(out.shape, device=out.device, dtype=dtype)
+        masks[window] = zeros.masked_fill_(out, float("-inf"))[:, None, None]
+    return masks
+
+
+def attention_masks(
+    windows: Sequence[int | None], past: Sequence[KVCache], positions: Tensor, dtype: torch.dtype
+) -> Masks:
+    """Masks of tokens at `positions` ([T] or [B, T]) after this past: causal, each row up to its own length."""
+    t, device = positions.shape[-1], positions.device
+    full = all(window is None for window in windows)
+    if t == 1 and full and all(segment.lengths is None for segment in past):
+        return {None: None}
+    hidden = [causal_hidden(t, device)]
+    for segment in reversed(past):
+        slots = torch.arange(segment.size, device=device)
+        unused = segment.lengths is not None and slots >= segment.lengths[:, None]
+        hidden.insert(0, unused[:, None] if isinstance(unused, Tensor) else torch.zeros_like(slots).bool()[None, None])
+    rows = max(part.shape[0] for part in hidden)
+    joined = torch.cat([part.expand(rows, t, -1) for part in hidden], dim=-1)
+    return additive_masks(windows, joined, None if full else _distance(past, positions), dtype)
+
+
+def _distance(past: Sequence[KVCache], positions: Tensor) -> Tensor:
+    """Query minus key position, over this past and the tokens themselves: [1|B, T, S]."""
+    own = positions if positions.dim() == 2 else positions[None]
+    start, keys = torch.zeros(1, 1, dtype=torch.long, device=own.device), []
     for segment in past:
-        if segment.lengths is None:
-            ignored.append(torch.zeros(1, 1, segment.size, dtype=torch.bool, device=device))
-        else:
-            ignored.append((torch.arange(segment.size, device=device) >= segment.lengths[:, None])[:, None])
-    if t == 1 and all(segment.lengths is None for segment in past):
-        return None
-    rows = max((i.shape[0] for i in ignored), default=1)
-    ignore = torch.cat([i.expand(rows, t, -1) for i in [*ignored, causal]], dim=-1)
-    return torch.zeros(ignore.shape, device=device, dtype=dtype).masked_fill_(ignore, float("-inf"))[:, None, None]
+        keys.append(start + torch.arange(segment.size, device=own.device))
+        start = start + (segment.size if segment.lengths is None else segment.lengths[:, None])
+    rows = max(part.shape[0] for part in (*keys, own))
+    return own[:, :, None] - torch.cat([part.expand(rows, -1) for part in (*keys, own)], dim=-1)[:, None]
 
 
 class Attention(HasFusedOps):
-    """Causal self-attention with K key/value heads for H query heads (K = H: plain; K < H: grouped-query)."""
+    """Causal self-attention with K key/value heads for H query heads (K = H: multi-head; K < H: grouped-query)."""
 
-    def __init__(self, shape: "ModelConfig") -> None:
+    def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
         super().__init__()
-        d, hd = shape.hidden_size, shape.head_dim
-        self.heads, self.kv_heads, self.head_dim = shape.num_heads, shape.num_kv_heads, hd
-        self.q = Linear(d, shape.num_heads * hd, bias=shape.qkv_bias)
-        self.k = Linear(d, shape.num_kv_heads * hd, bias=shape.qkv_bias)
-        self.v = Linear(d, shape.num_kv_heads * hd, bias=shape.qkv_bias)
-        self.o = Linear(shape.num_heads * hd, d, bias=shape.out_bias)
+        d, hd, self.layer = config.hidden_size, config.head_dim, layer
+        self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, hd
+        self.q = Linear(d, config.num_heads * hd, bias=config.qkv_bias)
+        self.k = Linear(d, config.num_kv_heads * hd, bias=config.qkv_bias)
+        self.v = Linear(d, config.num_kv_heads * hd, bias=config.qkv_bias)
+        self.o = Linear(config.num_heads * hd, d, bias=config.out_bias)
+        sizes = config.norm_sizes(layer)
+        self.q_norm = make_norm(config, layer, sizes["attn.q_norm"]) if "attn.q_norm" in sizes else None
+        self.k_norm = make_norm(config, layer, sizes["attn.k_norm"]) if "attn.k_norm" in sizes else None
         self.drop = Dropout()
 
-    def forward(self, x: Tensor, layer: int, context: AttentionInputs) -> Tensor:
-        """[B, T, d] -> [B, T, d], or [N, d] -> [N, d] with a lead; [B, M, d] where only some positions are wanted."""
-        if context.positions is None:
+    def forward(self, x: Tensor, index: int, inputs: AttentionInputs) -> Tensor:
+        """[B, T, d] or flat [N, d] -> the same; [B, M, d] where `inputs.positions` are selected."""
+        if inputs.positions is None:
             q, k, v = apply_linears(x, self.q, self.k, self.v)
         else:
-            (q,), (k, v) = apply_linears(context.select(x), self.q), apply_linears(x, self.k, self.v)
-        q = q.unflatten(-1, (self.heads, self.head_dim))
-        k, v = (y.unflatten(-1, (self.kv_heads, self.head_dim)) for y in (k, v))
-        if context.rotary_cos_sin is not None:
-            cos, sin = context.rotary_cos_sin
-            how = (self.fused, self.active_kernels)
-            q = apply_rotary_emb(q, context.gather_rope(cos), context.gather_rope(sin), *how)
-            k = apply_rotary_emb(k, cos, sin, *how)
-        past = [(segment.keys[layer], segment.values[layer]) for segment in context.past]
-        if context.shared_prefix is not None:
-            return self.o(self._attend_shared_prefix(q, k, v, past, context.shared_prefix, context).flatten(-2))
+            (q,), (k, v) = apply_linears(inputs.select(x), self.q), apply_linears(x, self.k, self.v)
+        q, k = self._heads(q, self.heads, self.q_norm), self._heads(k, self.kv_heads, self.k_norm)
+        v = v.unflatten(-1, (self.kv_heads, self.head_dim))
+        if self.layer.rope is not None:
+            cos, sin = inputs.rotary_cos_sin[self.layer.rope]
+            options = (self.fused, self.active_kernels)
+            q = apply_rotary_emb(q, inputs.gather_rope(cos), inputs.gather_rope(sin), *options)
+            k = apply_rotary_emb(k, cos, sin, *options)
+        past = [(segment.keys[index], segment.values[index]) for segment in inputs.past]
+        if inputs.shared_prefix is not None:
+            return self.o(self._attend_shared_prefix(q, (k, v), past, inputs).flatten(-2))
         k, v = k.transpose(1, 2), v.transpose(1, 2)
-        if not past and context.causal and context.positions is None and q.shape[1] >= FUSED_FROM:
-            p = self.drop.p if self.training else 0.0
+        plain = self.layer.window is None and self.layer.attention_softcap is None
+        if plain and not past and inputs.causal and inputs.positions is None and q.shape[1] >= FUSED_FROM:
             y = F.scaled_dot_product_attention(
-                q.transpose(1, 2), k, v, dropout_p=p, is_causal=True, enable_gqa=self.kv_heads < self.heads
+                q.transpose(1, 2),
+                k,
+                v,
+                dropout_p=self.drop.p if self.training else 0.0,
+                is_causal=True,
+                scale=self.layer.attention_scale,
+                enable_gqa=self.kv_heads < self.heads,
             ).transpose(1, 2)
         else:
-            y = scaled_dot_product(q, [*past, (k, v)], context.attn_mask, self.drop)
-        if context.use_cache is not None:
-            context.use_cache.update(layer, k, v)
+            y = scaled_dot_product(q, [*past, (k, v)], inputs.masks[self.layer.window], self.layer, self.drop)
+        if inputs.cache is not None:
+            inputs.cache.update(index, k, v)
         return self.o(y.flatten(-2))
 
-    def _attend_shared_prefix(
-        self, q: Tensor, k: Tensor, v: Tensor, past: list[KeyValue], lead: SharedPrefix, context: AttentionInputs
-    ) -> Tensor:
-        """The lead among itself, each row over the lead and itself; q [N, H, D], k and v [N, K, D] -> [N, H, D].
+    def _heads(self, x: Tensor, heads: int, norm: torch.nn.Module | None) -> Tensor:
+        """[..., heads D] -> [..., heads, D], normalised where the layer does so."""
+        if norm is not None and self.layer.qk_norm == "all":
+            x = norm(x)
+        x = x.unflatten(-1, (heads, self.head_dim))
+        return norm(x) if norm is not None and self.layer.qk_norm == "head" else x
 
-        Before both stands the past. Where only some positions are wanted, q is [B, M, H, D] and so is the result.
+    def _attend_shared_prefix(self, q: Tensor, new: KeyValue, past: list[KeyValue], inputs: AttentionInputs) -> Tensor:
+        """The prefix over itself, each row over prefix and itself: q [N, H, D], k and v [N, K, D] -> [N, H, D].
+
+        The past precedes both. Where only some positions are needed, q is [B, M, H, D] and so is the result.
         """
-
-        def split_prefix(x: Tensor) -> tuple[Tensor, Tensor]:
-            first, rest = x.split([lead.p, lead.b * lead.t])
-            return first[None], rest.unflatten(0, (lead.b, lead.t))
-
-        (k1, k2), (v1, v2) = split_prefix(k), split_prefix(v)
-        before, own = (k1.transpose(1, 2), v1.transpose(1, 2)), (k2.transpose(1, 2), v2.transpose(1, 2))
-        if context.positions is not None:
-            return scaled_dot_product(q, [*past, before, own], context.attn_mask, self.drop)
-        q1, q2 = split_prefix(q)
-        y1 = scaled_dot_product(q1, [*past, before], lead.attn_mask, self.drop)
-        y2 = scaled_dot_product(q2, [*past, before, own], context.attn_mask, self.drop)
+        prefix, window, settings = inputs.shared_prefix, self.layer.window, (self.layer, self.drop)
+        assert prefix is not None
+        (k1, k2), (v1, v2) = (prefix.split(x) for x in new)
+        first, own = (k1.transpose(1, 2), v1.transpose(1, 2)), (k2.transpose(1, 2), v2.transpose(1, 2))
+        if inputs.positions is not None:
+            return scaled_dot_product(q, [*past, first, own], inputs.masks[window], *settings)
+        q1, q2 = prefix.split(q)
+        y1 = scaled_dot_product(q1, [*past, first], prefix.masks[window], *settings)
+        y2 = scaled_dot_product(q2, [*past, first, own], inputs.masks[window], *settings)
         return torch.cat([y1.flatten(0, 1), y2.flatten(0, 1)])
 
 
-def scaled_dot_product(q: Tensor, parts: list[KeyValue], bias: Tensor | None, drop: Dropout) -> Tensor:
+def scaled_dot_product(
+    q: Tensor, parts: list[KeyValue], mask: Tensor | None, layer: LayerConfig, drop: Dropout
+) -> Tensor:
     """Attention of q [B, T, H, D] over parts of keys and values, each [1|B, K, S, D]; returns [B, T, H, D].
 
-    A product of scores for each part, one softmax over all of them, a product of values for each part. With gradient
-    the parts are joined first: one large product is then faster than several small
-    ones; without, a part shared by all rows is read in place.
+    One product of scores per part, one softmax over all, one product of values per part. With gradient the parts
+    are concatenated first, since one large product is then faster than several small ones; without, a part that all
+    rows share is read in place.
     """
     b, t, heads, d = q.shape
-    kv = parts[0][0].shape[1]
-    q = (q * d**-0.5).view(b, t, kv, heads // kv, d)
+    kv, scale, cap = parts[0][0].shape[1], layer.attention_scale, layer.attention_softcap
+    q = (q * (d**-0.5 if scale is None else scale)).view(b, t, kv, heads // kv, d)
     if torch.is_grad_enabled() and len(parts) > 1:
         parts = [(_join([k for k, _ in parts], b), _join([v for _, v in parts], b))]
     scores = torch.cat([_scores(q, k) for k, _ in parts], dim=-1)
-    if bias is not None:
-        scores = scores + bias
+    if cap is not None:
+        scores = cap * torch.tanh(scores / cap)
+    if mask is not None:
+        scores = scores + mask
     weights = drop(torch.softmax(scores, dim=-1)).split([k.shape[2] for k, _ in parts], dim=-1)
     y = sum(_weighted(w, v) for w, (_, v) in zip(weights, parts, strict=True))
     assert isinstance(y, Tensor)

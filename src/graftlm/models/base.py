@@ -1,11 +1,11 @@
-"""What all families have in common: the walk through the blocks, the tied head.
+"""The language model: embedding, decoder blocks, last norm, head.
 
-    ids [B, T] -> embedding -> blocks -> norm -> hidden [B, T, d] -> (only where asked for) head -> logits
+    ids [B, T] -> embedding -> blocks -> norm -> hidden states [B, T, d] -> (only where needed) head -> logits [B, T, V]
 
-What is unusual here: logits are made only at the positions a caller names, because with a vocabulary of 50,000 the
-head costs as much as a dozen layers; and every linear has a role (q, k, v, o, up, gate, down) that `--targets` names.
+Logits are computed only at the positions a caller names: with a vocabulary of 50,000 the head costs as much as a dozen
+layers. Every linear of a block has a role (q, k, v, o, up, gate, down), which `--targets` names.
 
-Letters: B rows, T tokens, d model width, V vocabulary.
+Letters: B rows, T tokens, P tokens of a shared prefix, d hidden size, V vocabulary size.
 """
 
 from collections.abc import Sequence
@@ -14,36 +14,68 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graftlm.models.attention import AttentionInputs, KVCache, PairedRow, SharedPrefix, attention_mask, causal_mask
-from graftlm.models.config import ModelConfig
+from graftlm.models.attention import (
+    AttentionInputs,
+    KVCache,
+    Masks,
+    PairedRow,
+    SharedPrefix,
+    additive_masks,
+    attention_masks,
+    causal_hidden,
+)
+from graftlm.models.config import ModelConfig, RopeConfig
+from graftlm.models.decoder import DecoderBlock
 from graftlm.models.fused_ops import FusedLinearCrossEntropy, FusedLinearLogProbs, ReferenceKernels
-from graftlm.models.layers import Dropout, Embedding, HasFusedOps, Linear
+from graftlm.models.layers import (
+    Dropout,
+    Embedding,
+    HasFusedOps,
+    Linear,
+    inverse_frequencies,
+    make_norm,
+    rope_cos_sin,
+)
 
 
 class PrefixModule(nn.Module):
-    """What a method lets stand before all that a model reads: learned keys and values (`methods/prefix.py`)."""
+    """Learned keys and values prepended to every sequence (`methods/prefix.py`)."""
 
     size = 0
     """How many positions it takes."""
 
     def segment(self, dtype: torch.dtype) -> KVCache:
-        """The past that it is, shared by all rows, in this dtype."""
+        """Its keys and values, shared by all rows, in this dtype."""
         raise NotImplementedError
 
 
 class CausalLM(HasFusedOps):
-    """A decoder-only language model; `gpt2.GPT2`, `llama.Llama` and `neox.NeoX` fill in the parts."""
+    """A decoder-only language model, as its configuration says."""
 
-    def __init__(self, config: ModelConfig, blocks: Sequence[nn.Module], norm: nn.Module) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed = Embedding(config.vocab_size, config.hidden_size)
+        d, layers = config.hidden_size, [config.layer(i) for i in range(config.num_layers)]
+        self.embed = Embedding(config.vocab_size, d)
         self.drop = Dropout()
-        self.blocks = nn.ModuleList(blocks)
-        self.norm = norm
-        self.head = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.blocks = nn.ModuleList([DecoderBlock(config, layer) for layer in layers])
+        self.norm = make_norm(config, layers[-1], d)
+        self.head = None if config.tie_embeddings else Linear(d, config.vocab_size, bias=False)
+        self.positions = Embedding(config.max_positions, d) if config.learned_positions else None
         self.compute_dtype: torch.dtype | None = None
-        self.before: PrefixModule | None = None
+        self._windows = tuple(dict.fromkeys(layer.window for layer in layers))
+        self._ropes = tuple(dict.fromkeys(layer.rope for layer in layers if layer.rope is not None))
+
+    @property
+    def prefix(self) -> PrefixModule | None:
+        """Learned keys and values before every sequence. In checkpoints and adapters its tensors are `before.*`."""
+        prefix = self._modules.get("before")
+        assert prefix is None or isinstance(prefix, PrefixModule)
+        return prefix
+
+    def set_prefix(self, prefix: PrefixModule | None) -> None:
+        """Prepend this prefix to every sequence."""
+        self.add_module("before", prefix)
 
     @property
     def device(self) -> torch.device:
@@ -52,186 +84,205 @@ class CausalLM(HasFusedOps):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the arithmetic: what the base was loaded in, also where trained weights are float32."""
+        """The dtype of activations: the one the base was loaded in, also where trained weights are float32."""
         return self.compute_dtype or self.embed.weight.dtype
 
     @property
     def max_seq_len(self) -> int:
-        """The most tokens that it reads: its context less what stands before every text."""
+        """The longest sequence it reads: its context length less the learned prefix."""
         return self.config.max_positions - self._num_prefix_tokens
 
     def set_dropout(self, p: float) -> None:
-        """Dropout on embeddings, attention probabilities and residual branches (a method's own is left alone)."""
+        """Dropout on embeddings, attention probabilities and residual branches, not on a method's own modules."""
         for name, module in self.named_modules():
             if type(module) is Dropout and not name.endswith("lora_drop"):
                 module.p = p
 
     def use_fused_ops(self, fused: bool) -> None:
-        """Whether modules use gradients written out by hand, or autograd's own; the same numbers but for rounding."""
+        """Use fused operations, or plain ones with autograd's gradients; the results are equal up to rounding."""
         for module in self.modules():
             if isinstance(module, HasFusedOps):
                 vars(module)["fused"] = fused
 
     def set_kernels(self, kernels: ReferenceKernels) -> None:
-        """With what modules whose gradients are written out by hand compute while they train."""
+        """The kernels of fused operations in training."""
         for module in self.modules():
             if isinstance(module, HasFusedOps):
                 vars(module)["kernels"] = kernels
 
-    def add_positions(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Add learned positions to the embedded tokens, where a family has them."""
-        return x
-
-    def rotary_cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Cosine and sine of the positions, where a family rotates."""
-        return None
-
     def hidden_states(
-        self, ids: Tensor, past: Sequence[KVCache] = (), keep: KVCache | None = None, at: Tensor | None = None
+        self,
+        ids: Tensor,
+        past: Sequence[KVCache] = (),
+        cache: KVCache | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
-        """[B, T] ids behind `past` -> [B, T, d] after the last norm; the new keys and values go to `keep`.
+        """[B, T] ids after `past` -> [B, T, d] after the last norm; new keys and values are added to `cache`.
 
-        With `at` [B, M], positions in each row: [B, M, d], the same as all of them indexed with `at`; in the last layer
-        all that follows keys and values is then computed there only.
+        With `positions` [B, M] of each row: [B, M, d], equal to indexing the result with them; in the last layer,
+        everything after keys and values is then computed there only.
         """
-        t, past = ids.shape[1], (*self._prefix_kv(), *past)
-        positions = torch.arange(t, device=ids.device)
+        past = (*self._prefix_kv(), *past)
+        at = torch.arange(ids.shape[1], device=ids.device)
         for segment in past:
-            start = segment.offset
-            positions = positions + (start if isinstance(start, int) else start[:, None])
-        context = AttentionInputs(
-            past, keep, self.rotary_cos_sin(positions), attention_mask(past, t, ids.device, self.dtype)
-        )
-        return self.norm(self._run_blocks(self._embed(ids, positions), context, at))
+            offset = segment.offset
+            at = at + (offset if isinstance(offset, int) else offset[:, None])
+        masks = attention_masks(self._windows, past, at, self.dtype)
+        inputs = AttentionInputs(past, cache, self.rotary_cos_sin(at), masks)
+        return self.norm(self._run_blocks(self._embed(ids, at), inputs, positions))
 
     def forward_shared_prefix(
         self,
-        lead: Tensor,
+        prefix: Tensor,
         ids: Tensor,
-        at: Tensor | None = None,
-        below: tuple[int, Tensor] | None = None,
-        fork: PairedRow | None = None,
+        positions: Tensor | None = None,
+        cached_hidden: tuple[int, Tensor] | None = None,
+        paired: PairedRow | None = None,
     ) -> tuple[Tensor | None, Tensor]:
-        """[1, P] ids that stand before every row of [B, T] ids -> [P, d] and [B, T, d] after the last norm.
+        """[1, P] ids that precede every row of [B, T] ids -> [P, d] and [B, T, d] after the last norm.
 
-        The same as a pass over `lead` kept in a Segment and one over `ids` behind it, but side by side in one flat
-        [P + B T, d], so that each layer's products are one, and large: half the calls, no thin matrices.
+        Equal to `hidden_states` of the prefix with a `KVCache`, then of the rows after it, but in one flat
+        [P + B T, d]: each layer's matrix products are one large product instead of two.
 
-        With `at` [B, M]: None and [B, M, d], as in `hidden`. With `below` = (L, x): the first L blocks are not run, x
-        is what `lower(lead, ids, L)` gives. With `fork` the rows hold two answers each.
+        With `positions` [B, M]: None and [B, M, d], as in `hidden_states`. With `cached_hidden` = (L, x): the first L
+        layers are skipped and x is the result of `forward_lower_layers(prefix, ids, L)`. With `paired`, rows hold two
+        answers each.
         """
-        (p, (b, t)) = (lead.shape[1], ids.shape)
-        context = self._forward_with_shared_prefix(lead, ids, fork)
-        first, x = below if below is not None else (0, self.forward_lower_layers(lead, ids, 0, fork))
+        (p, (b, t)) = (prefix.shape[1], ids.shape)
+        inputs = self._shared_prefix_inputs(prefix, ids, paired)
+        first, x = cached_hidden or (0, self.forward_lower_layers(prefix, ids, 0, paired))
         if p == 0:
             x = x.unflatten(0, (b, t))
-        x = self.norm(self._run_blocks(x, context, at, first))
-        if p == 0 or at is not None:
+        x = self.norm(self._run_blocks(x, inputs, positions, first))
+        if p == 0 or positions is not None:
             return None, x
-        own, rest = x.split([p, b * t])
-        return own, rest.unflatten(0, (b, t))
+        own, rows = x.split([p, b * t])
+        return own, rows.unflatten(0, (b, t))
 
-    def forward_lower_layers(self, lead: Tensor, ids: Tensor, layers: int, fork: PairedRow | None = None) -> Tensor:
-        """[1, P] and [B, T] ids -> what enters block `layers`: [P + B T, d], the lead first, P may be 0."""
-        (p, (b, t)), device = (lead.shape[1], ids.shape), ids.device
-        positions = _positions(p, b, t, device, fork) + self._num_prefix_tokens
-        x = self._embed(torch.cat([lead.flatten(), ids.flatten()]), positions)
+    def forward_lower_layers(self, prefix: Tensor, ids: Tensor, layers: int, paired: PairedRow | None = None) -> Tensor:
+        """[1, P] and [B, T] ids -> the input of block `layers`: [P + B T, d], the prefix first; P may be 0."""
+        p, (b, t) = prefix.shape[1], ids.shape
+        positions = _positions(p, b, t, ids.device, paired) + self._num_prefix_tokens
+        x = self._embed(torch.cat([prefix.flatten(), ids.flatten()]), positions)
         if layers:
-            context = self._forward_with_shared_prefix(lead, ids, fork)
-            x = self._run_blocks(x if p else x.unflatten(0, (b, t)), context, None, 0, layers)
+            inputs = self._shared_prefix_inputs(prefix, ids, paired)
+            x = self._run_blocks(x if p else x.unflatten(0, (b, t)), inputs, None, 0, layers)
         return x if x.dim() == 2 else x.flatten(0, 1)
 
-    def _forward_with_shared_prefix(self, lead: Tensor, ids: Tensor, fork: PairedRow | None) -> AttentionInputs:
-        """The context of a flat [P + B T, d], or of [B, T, d] where P is 0."""
-        (p, (b, t)), device = (lead.shape[1], ids.shape), ids.device
-        past, n = self._prefix_kv(), self._num_prefix_tokens
-        own = causal_mask(t, device, self.dtype) if fork is None else fork.bias(t, self.dtype)
-        bias = F.pad(own, (n + p, 0))
-        if p == 0:
-            at = torch.arange(t, device=device) if fork is None else fork.positions(t)
-            return AttentionInputs(
-                past, rotary_cos_sin=self.rotary_cos_sin(at + n), attn_mask=bias, causal=fork is None
-            )
-        parts = SharedPrefix(p, b, t, F.pad(causal_mask(p, device, self.dtype), (n, 0)))
+    def _shared_prefix_inputs(self, prefix: Tensor, ids: Tensor, paired: PairedRow | None) -> AttentionInputs:
+        """The inputs of a flat [P + B T, d], or of [B, T, d] if P is 0."""
+        (p, (b, t)), device = (prefix.shape[1], ids.shape), ids.device
+        n = self._num_prefix_tokens
+        at = torch.arange(t, device=device) if paired is None else paired.positions(t)
+        hidden = causal_hidden(t, device) if paired is None else paired.hidden(t)
+        positions, shared = at + n, None
+        if p:
+            first = torch.arange(p, device=device) + n
+            shared = SharedPrefix(p, b, t, self._masks(causal_hidden(p, device), n, first))
+            positions = _positions(p, b, t, device, paired) + n
         return AttentionInputs(
-            past,
-            rotary_cos_sin=self.rotary_cos_sin(_positions(p, b, t, device, fork) + n),
-            attn_mask=bias,
-            shared_prefix=parts,
+            self._prefix_kv(),
+            rotary_cos_sin=self.rotary_cos_sin(positions),
+            masks=self._masks(hidden, n + p, at + n + p),
+            causal=paired is None,
+            shared_prefix=shared,
         )
 
+    def _masks(self, hidden: Tensor, before: int, positions: Tensor) -> Masks:
+        """Masks of tokens at these positions, over `before` tokens that all see and themselves ([1|B, T, T] bool)."""
+        distance = None
+        if self._windows != (None,):
+            own = positions if positions.dim() == 2 else positions[None]
+            keys = torch.cat([torch.arange(before, device=own.device).expand(len(own), -1), own], dim=-1)
+            distance = own[:, :, None] - keys[:, None]
+        return additive_masks(self._windows, F.pad(hidden, (before, 0)), distance, self.dtype)
+
+    def rotary_cos_sin(self, positions: Tensor) -> dict[RopeConfig, tuple[Tensor, Tensor]]:
+        """Cosine and sine of positions, of each kind of rotation that layers use."""
+        frequencies = {rope: inverse_frequencies(self.config.head_dim, rope) for rope in self._ropes}
+        return {r: rope_cos_sin(positions, f.to(positions.device), self.dtype) for r, f in frequencies.items()}
+
     def _prefix_kv(self) -> tuple[KVCache, ...]:
-        return () if self.before is None else (self.before.segment(self.dtype),)
+        return () if self.prefix is None else (self.prefix.segment(self.dtype),)
 
     @property
     def _num_prefix_tokens(self) -> int:
-        return 0 if self.before is None else self.before.size
+        return 0 if self.prefix is None else self.prefix.size
 
     def _embed(self, ids: Tensor, positions: Tensor) -> Tensor:
-        return self.drop(self.add_positions(self.embed.embed_in_dtype(ids, self.dtype), positions))
+        x = self.embed.embed_in_dtype(ids, self.dtype)
+        if self.config.embedding_multiplier != 1:
+            x = x * torch.tensor(self.config.embedding_multiplier, dtype=x.dtype, device=x.device)
+        return self.drop(x if self.positions is None else x + self.positions.embed_in_dtype(positions, x.dtype))
 
     def _run_blocks(
-        self, x: Tensor, context: AttentionInputs, at: Tensor | None, first: int = 0, end: int | None = None
+        self, x: Tensor, inputs: AttentionInputs, positions: Tensor | None, first: int = 0, end: int | None = None
     ) -> Tensor:
-        """Through the blocks first … end - 1; in the model's last one, what follows keys and values at `at` only."""
+        """Blocks first … end - 1; in the model's last one, what follows keys and values at `positions` only."""
         end = len(self.blocks) if end is None else end
-        for layer in range(first, end):
-            if at is not None and layer == len(self.blocks) - 1:
-                context = context.restrict_to(at)
-            x = self.blocks[layer](x, layer, context)
+        for index in range(first, end):
+            if positions is not None and index == len(self.blocks) - 1:
+                inputs = inputs.restrict_to(positions)
+            x = self.blocks[index](x, index, inputs)
         return x
+
+    @property
+    def _head_weight(self) -> Tensor:
+        return self.embed.weight if self.head is None else self.head.weight
 
     def logits(self, h: Tensor) -> Tensor:
         """[..., d] -> [..., V] in float32 (float64 stays float64)."""
-        weight = self.embed.weight if self.head is None else self.head.weight
-        return F.linear(h, weight.to(h.dtype)).to(torch.promote_types(h.dtype, torch.float32))
+        h, cap = self._scaled(h), self.config.logits_softcap
+        logits = F.linear(h, self._head_weight.to(h.dtype)).to(torch.promote_types(h.dtype, torch.float32))
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def _scaled(self, h: Tensor) -> Tensor:
+        return h if self.config.logits_multiplier == 1 else h * self.config.logits_multiplier
 
     def loss(self, h: Tensor, rows: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """The sum of weights[k] * -log p(targets[k] | h[rows[k]]): h [N, d], the rest [K]; float32 or wider."""
-        if self.fused:
-            head = self.embed.weight if self.head is None else self.head.weight
-            return FusedLinearCrossEntropy.apply(h, head, rows, targets, weights)
+        if self.fused and self.config.logits_softcap is None:
+            return FusedLinearCrossEntropy.apply(self._scaled(h), self._head_weight, rows, targets, weights)
         log_p = self.logits(h).log_softmax(-1)
         return -(log_p[rows, targets] * weights.to(log_p.dtype)).sum()
 
     def log_probs(self, h: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
         """log p(targets[k] | h[rows[k]]): h [N, d], the rest [K] -> [K], float32 or wider."""
-        if self.fused:
-            head = self.embed.weight if self.head is None else self.head.weight
-            return FusedLinearLogProbs.apply(h, head, rows, targets)
+        if self.fused and self.config.logits_softcap is None:
+            return FusedLinearLogProbs.apply(self._scaled(h), self._head_weight, rows, targets)
         return self.logits(h).log_softmax(-1)[rows, targets]
 
     def forward(
         self,
         ids: Tensor,
         past: Sequence[KVCache] = (),
-        keep: KVCache | None = None,
-        at: Tensor | None = None,
+        cache: KVCache | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
-        """Logits [B, T, V], or [N, V] at the flat positions `at` [N] (row * T + token)."""
-        if at is None:
-            return self.logits(self.hidden_states(ids, past, keep))
-        where, pick = flat_to_padded(at, *ids.shape)
-        return self.logits(self.hidden_states(ids, past, keep, where).flatten(0, 1)[pick])
+        """Logits [B, T, V], or [N, V] at flat positions [N] (row * T + token)."""
+        if positions is None:
+            return self.logits(self.hidden_states(ids, past, cache))
+        padded, index = flat_to_padded(positions, *ids.shape)
+        return self.logits(self.hidden_states(ids, past, cache, padded).flatten(0, 1)[index])
 
 
-def flat_to_padded(at: Tensor, b: int, t: int) -> tuple[Tensor, Tensor]:
-    """Flat positions [N] in [B, T] -> (the same row by row [B, M], where each of the N is in that, flat [N]).
+def flat_to_padded(flat: Tensor, b: int, t: int) -> tuple[Tensor, Tensor]:
+    """Flat positions [N] in [B, T] -> (positions by row [B, M], index [N] of each in the flattened [B M]).
 
-    M is the most that one row has; rows with fewer are filled up with their position 0.
+    M is the most that one row has; rows with fewer are padded with position 0.
     """
-    rows = at // t
+    rows = flat // t
     counts = torch.bincount(rows, minlength=b)
     order = rows.argsort(stable=True)
-    slots = torch.empty_like(at)
-    slots[order] = torch.arange(len(at), device=at.device) - (counts.cumsum(0) - counts)[rows[order]]
+    slots = torch.empty_like(flat)
+    slots[order] = torch.arange(len(flat), device=flat.device) - (counts.cumsum(0) - counts)[rows[order]]
     m = int(counts.max())
-    where = torch.zeros(b, m, dtype=torch.long, device=at.device)
-    where[rows, slots] = at % t
-    return where, rows * m + slots
+    padded = torch.zeros(b, m, dtype=torch.long, device=flat.device)
+    padded[rows, slots] = flat % t
+    return padded, rows * m + slots
 
 
-def _positions(p: int, b: int, t: int, device: torch.device, fork: PairedRow | None = None) -> Tensor:
-    """0 … P-1 and then P … P+T-1 for each of B rows, or as they fork: [P + B T]."""
-    own = torch.arange(t, device=device).repeat(b) if fork is None else fork.positions(t).flatten()
+def _positions(p: int, b: int, t: int, device: torch.device, paired: PairedRow | None = None) -> Tensor:
+    """0 … P-1, then P … P+T-1 for each of B rows (or as paired rows have them): [P + B T]."""
+    own = torch.arange(t, device=device).repeat(b) if paired is None else paired.positions(t).flatten()
     return torch.cat([torch.arange(p, device=device), p + own])

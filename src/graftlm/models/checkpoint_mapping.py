@@ -1,8 +1,8 @@
-"""The files' names <-> ours: config.json to a Shape, a file's tensors to our parameters, and back.
+"""Checkpoint names <-> ours: config.json to `ModelConfig`, a checkpoint's tensors to our parameters, and back.
 
-What checkpoints call things stands in each family's file; this is what is done with it, for all alike. A linear may be
-stored transposed, and q, k and v as one. A setting that changes the arithmetic and is not understood is an error,
-never ignored.
+Each family's table says what its checkpoints call things; here it is applied, the same for all. A linear may be stored
+transposed, fused with others, or with the dimensions of its heads in another order. A setting that changes the
+arithmetic and is not supported is an error, never ignored.
 """
 
 import re
@@ -22,38 +22,38 @@ _SIZES = (
     *("num_key_value_heads", "num_hidden_layers", "intermediate_size", "max_position_embeddings", "head_dim"),
 )
 MAX_LAYERS, MAX_DIM = 10_000, 2**24
-"""Sizes beyond these are no model's: a few bytes of config.json would ask for all memory there is."""
+"""Larger sizes are refused: a config.json of a few bytes must not allocate all memory."""
 _MAYBE_NULL = ("n_inner", "num_key_value_heads", "head_dim")
 
 
 def our_module_name(role: str) -> str:
-    """Our module that holds the role's linear, inside a block: `attn.q`, `mlp.up`."""
+    """Our module of the role's linear, inside a block: `attn.q`, `mlp.up`."""
     return f"{'attn' if role in 'qkvo' else 'mlp'}.{role}"
 
 
-# ---- config.json -> Shape ------------------------------------------------------------------------------------------
+# config.json -> ModelConfig -------------------------------------------------------------------------------------------
 
 
 def read_model_config(config: Mapping[str, Any], where: str) -> ModelConfig:
-    """The shape a config.json describes; `where` names the file in errors."""
+    """The model that a config.json describes; `where` names the file in errors."""
     if not isinstance(config, dict):
         raise InputError(f"{where}: is no JSON object: fetch it again")
-    kind = config.get("model_type")
+    model_type = config.get("model_type")
     _check_sizes(config, where)
     try:
         for family in FAMILIES.values():
-            if kind in family.model_types:
+            if model_type in family.model_types:
                 return family.read(config, where)
     except KeyError as e:
         raise InputError(f"{where}: the setting {e.args[0]!r} is missing") from None
     except (TypeError, ValueError, AttributeError, OverflowError) as e:
         raise InputError(f"{where}: a setting has a value that it cannot have ({e}): fetch the file again") from None
-    kinds = ", ".join(kind for family in FAMILIES.values() for kind in family.model_types)
-    raise InputError(f"{where}: model_type {kind!r} is not supported; supported are {kinds}")
+    supported = ", ".join(name for family in FAMILIES.values() for name in family.model_types)
+    raise InputError(f"{where}: model_type {model_type!r} is not supported; supported are {supported}")
 
 
 def _check_sizes(config: Mapping[str, Any], where: str) -> None:
-    """Every size that is given is a whole number above 0 (null where a default takes its place)."""
+    """Every size that is given is an integer above 0 (null where it has a default)."""
     for key in _SIZES:
         value = config.get(key)
         if not (value is None and (key not in config or key in _MAYBE_NULL)) and (type(value) is not int or value < 1):
@@ -62,38 +62,39 @@ def _check_sizes(config: Mapping[str, Any], where: str) -> None:
             raise InputError(f"{where}: {key} = {value} is more than any model has: fetch the file again")
 
 
-def with_biases(config: Mapping[str, Any], shape: ModelConfig, where: str) -> dict[str, Any]:
-    """The base's config.json, changed to say the biases that `shape` has: the inverse of `read_shape`."""
+def with_biases(config: Mapping[str, Any], model: ModelConfig, where: str) -> dict[str, Any]:
+    """The base's config.json, changed to have the biases of `model`: the inverse of `read_model_config`."""
     base = read_model_config(config, where)
-    if base == shape:
+    if base == model:
         return dict(config)
-    change = FAMILIES[shape.family].with_biases
-    assert change is not None, f"no config.json of a {shape.family} model says {shape}"
-    return change(config, base, shape)
+    change = FAMILIES[model.family].with_biases
+    assert change is not None, f"no config.json of a {model.family} model describes {model}"
+    return change(config, base, model)
 
 
-# ---- tensors: file <-> ours ----------------------------------------------------------------------------------------
+# Tensors --------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class TensorMapping:
-    """Where a file keeps one of our parameters."""
+    """Where a checkpoint stores one of our parameters: ours = (transpose of the tensor)[rows]."""
 
     name: str
     transposed: bool = False
     rows: Rows | None = None
+    """Slice of a fused tensor, or a permutation; None: all rows in their order."""
 
     def read(self, t: Tensor) -> Tensor:
-        """Ours out of the file's tensor of that name."""
+        """Our parameter from the checkpoint's tensor."""
         t = self.transpose_if_needed(t)
         return t if self.rows is None else t[self.rows]
 
     def transpose_if_needed(self, t: Tensor) -> Tensor:
-        """The file's [in, out] -> [out, in], and back; a bias stays."""
+        """The checkpoint's [in, out] -> [out, in], or the inverse; a bias is unchanged."""
         return t.t() if self.transposed and t.dim() == 2 else t
 
     def part(self, stored: LazyTensors, key: str, wanted: range) -> Tensor:
-        """The wanted rows of ours (at least one) out of the file's tensor `key`, of which little more is read."""
+        """The wanted rows of ours (at least one) from the checkpoint's tensor `key`, of which little more is read."""
         within: Rows = slice(None)
         among = slice(wanted.start, wanted.stop)
         if isinstance(self.rows, slice):
@@ -102,83 +103,111 @@ class TensorMapping:
             picked = self.rows[among]
             among = slice(int(picked.min()), int(picked.max()) + 1)
             within = picked - among.start
-        turned = self.transposed and len(stored.shape(key)) == 2
-        return self.transpose_if_needed(stored.part(key, slice(None), among) if turned else stored.part(key, among))[
-            within
-        ]
+        transposed = self.transposed and len(stored.shape(key)) == 2
+        t = stored.part(key, slice(None), among) if transposed else stored.part(key, among)
+        return self.transpose_if_needed(t)[within]
 
 
-def file_names(shape: ModelConfig) -> dict[str, tuple[str, Callable[[Tensor], Tensor]]]:
-    """Our parameter name -> (the file's tensor name, how to read ours out of it), for every parameter of the shape."""
-    return {ours: (place.name, place.read) for ours, place in tensor_mapping(shape).items()}
+def rotary_permutation(config: ModelConfig, i: int = 0) -> Tensor | None:
+    """Which of a stored head's dimensions of q and k is at each of ours in layer i, [D]; None: the same order.
+
+    Rotary pairs are (j, j + D/2) here, and (j, j + R/2) of the first R dimensions in checkpoints. q k^T is unchanged
+    if both are permuted in the same way; the pairs that do not rotate get angles of zero.
+    """
+    rope = config.layer(i).rope
+    if rope is None or rope.dim in (None, config.head_dim):
+        return None
+    at = torch.arange(config.head_dim)
+    (a, b), (c, d) = at[: rope.dim].chunk(2), at[rope.dim :].chunk(2)
+    return torch.cat([a, c, b, d])
 
 
-def tensor_mapping(shape: ModelConfig) -> dict[str, TensorMapping]:
-    """Our parameter name -> where a file keeps it, for every parameter of the shape."""
-    return dict(_places(shape))
+def stored_rows(config: ModelConfig, role: str, i: int = 0) -> Rows | None:
+    """The rows of the checkpoint's linear that are the role's in layer i, in our order; None: all in the same order."""
+    slices = FAMILIES[config.family].fused_slices
+    rows = slices(config, role) if slices else None
+    order = rotary_permutation(config, i) if role in "qk" else None
+    if order is None:
+        return rows
+    heads = torch.arange(config.num_heads if role == "q" else config.num_kv_heads)[:, None]
+    permuted = (heads * config.head_dim + order).flatten()
+    return permuted if rows is None else permuted + rows.start if isinstance(rows, slice) else rows[permuted]
 
 
-def _places(shape: ModelConfig) -> Iterator[tuple[str, TensorMapping]]:
-    family = FAMILIES[shape.family]
-    rows = {role: family.fused_qkv_slices(shape, role) for role in "qkv"} if family.fused_qkv_slices else {}
-    norm_kinds = ("weight", "bias") if family.norm_biases else ("weight",)
+def file_names(config: ModelConfig) -> dict[str, tuple[str, Callable[[Tensor], Tensor]]]:
+    """Our parameter name -> (the checkpoint's tensor name, how to read ours from it), for every parameter."""
+    return {ours: (mapping.name, mapping.read) for ours, mapping in _mappings(config)}
+
+
+def tensor_mapping(config: ModelConfig) -> dict[str, TensorMapping]:
+    """Our parameter name -> where a checkpoint stores it, for every parameter."""
+    return dict(_mappings(config))
+
+
+def _mappings(config: ModelConfig) -> Iterator[tuple[str, TensorMapping]]:
+    family = FAMILIES[config.family]
+    norm_kinds = ("weight", "bias") if config.norm_biases else ("weight",)
     yield "embed.weight", TensorMapping(f"{family.embed}.weight")
     if family.positions:
         yield "positions.weight", TensorMapping(f"{family.positions}.weight")
-    for i in range(shape.num_layers):
+    for i in range(config.num_layers):
         ours, theirs = f"blocks.{i}", f"{family.layers}{i}"
-        for norm, name in family.norms.items():
+        for norm in config.norm_sizes(config.layer(i)):
+            per_head = norm in ("attn.q_norm", "attn.k_norm") and config.layer(i).qk_norm == "head"
+            order = rotary_permutation(config, i) if per_head else None
             for kind in norm_kinds:
-                yield f"{ours}.{norm}.{kind}", TensorMapping(f"{theirs}.{name}.{kind}")
-        for role in shape.roles:
-            for kind in ("weight", "bias") if shape.has_bias(role) else ("weight",):
-                place = TensorMapping(f"{theirs}.{family.linears[role]}.{kind}", family.transposed, rows.get(role))
-                yield f"{ours}.{our_module_name(role)}.{kind}", place
+                yield f"{ours}.{norm}.{kind}", TensorMapping(f"{theirs}.{family.norms[norm]}.{kind}", rows=order)
+        for role in config.roles:
+            rows = stored_rows(config, role, i)
+            for kind in ("weight", "bias") if config.has_bias(role) else ("weight",):
+                mapping = TensorMapping(f"{theirs}.{family.linears[role]}.{kind}", family.transposed, rows)
+                yield f"{ours}.{our_module_name(role)}.{kind}", mapping
     for kind in norm_kinds:
         yield f"norm.{kind}", TensorMapping(f"{family.last_norm}.{kind}")
-    if not shape.tie_embeddings:
+    if not config.tie_embeddings:
         yield "head.weight", TensorMapping(f"{family.head}.weight")
 
 
 def stored_name(name: str, stored: Iterable[str]) -> str | None:
-    """The file's tensor called `name`, with or without transformers' outer prefix (GPT-2's on the hub lack it)."""
+    """The checkpoint's tensor `name`, with or without transformers' outer prefix (GPT-2's on the hub lack it)."""
     bare = name.partition(".")[2] if name.count(".") > 1 else name
     return next((n for n in (name, bare) if n in stored), None)
 
 
-def check_names(shape: ModelConfig, stored: Iterable[str], where: str) -> None:
-    """Every tensor is there, and no other; else an error that names the first."""
-    present, family = set(stored), FAMILIES[shape.family]
-    expected = {stored_name(theirs, present) or theirs for theirs, _ in file_names(shape).values()}
+def check_names(config: ModelConfig, stored: Iterable[str], where: str) -> None:
+    """InputError unless every tensor is present and no other; the message names the first."""
+    present, family = set(stored), FAMILIES[config.family]
+    expected = {stored_name(theirs, present) or theirs for theirs, _ in file_names(config).values()}
     if missing := sorted(expected - present):
         raise InputError(f"{where}: the tensor {missing[0]} is missing ({len(missing)} of {len(expected)} are)")
-    known = {f"{family.head}.weight"} if shape.tie_embeddings else set()
-    spare = {n for n in present - expected - known if not re.search(family.ignored, n)}
-    if spare:
-        raise InputError(f"{where}: the tensor {min(spare)} belongs to no part of this {shape.family} model")
+    known = {f"{family.head}.weight"} if config.tie_embeddings else set()
+    unexpected = {n for n in present - expected - known if not re.search(family.ignored, n)}
+    if unexpected:
+        raise InputError(f"{where}: the tensor {min(unexpected)} belongs to no part of this {config.family} model")
 
 
-def to_file(shape: ModelConfig, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All our parameters -> the tensors of a Hugging Face folder, fused again what the family fuses."""
-    return {name: one_to_file(shape, parts, ours) for name, parts in file_parts(shape).items()}
+def to_file(config: ModelConfig, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All our parameters -> the tensors of a Hugging Face folder."""
+    return {name: one_to_file(parts, ours) for name, parts in file_parts(config).items()}
 
 
-def file_parts(shape: ModelConfig) -> dict[str, dict[str, TensorMapping]]:
-    """A file's tensor -> those of our parameters that it holds: one, or q, k and v where the family fuses them."""
+def file_parts(config: ModelConfig) -> dict[str, dict[str, TensorMapping]]:
+    """A checkpoint's tensor -> those of our parameters that it holds: one, or several where the family fuses them."""
     parts: dict[str, dict[str, TensorMapping]] = {}
-    for ours, place in _places(shape):
-        parts.setdefault(place.name, {})[ours] = place
+    for ours, mapping in _mappings(config):
+        parts.setdefault(mapping.name, {})[ours] = mapping
     return parts
 
 
-def one_to_file(shape: ModelConfig, parts: Mapping[str, TensorMapping], ours: Mapping[str, Tensor]) -> Tensor:
-    """The file's tensor that holds these parts."""
-    (first, place), *_ = parts.items()
+def one_to_file(parts: Mapping[str, TensorMapping], ours: Mapping[str, Tensor]) -> Tensor:
+    """The checkpoint's tensor that holds these parts: the inverse of `TensorMapping.read`."""
+    (first, mapping), *_ = parts.items()
     tensor = ours[first]
-    if place.rows is not None:
-        tensor = torch.empty(shape.qkv_rows, *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
+    if mapping.rows is not None:
+        size = sum(len(ours[name]) for name in parts)
+        tensor = torch.empty(size, *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
         with torch.no_grad():
             for name, part in parts.items():
                 assert part.rows is not None
                 tensor[part.rows] = ours[name]
-    return place.transpose_if_needed(tensor).contiguous()
+    return mapping.transpose_if_needed(tensor).contiguous()

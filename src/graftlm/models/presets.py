@@ -1,9 +1,9 @@
-"""The shapes of the models that have a short name, so that they can be accounted for without their files.
+"""Configurations of the models that have a short name, so that their costs can be computed without their files.
 
-The tests compare them with what is read from the models' own config.json.
+The tests compare them with the models' own config.json.
 """
 
-from graftlm.models.config import ModelConfig
+from graftlm.models.config import LayerConfig, ModelConfig, RopeConfig
 
 
 def _gpt2(layers: int, heads: int, d: int) -> ModelConfig:
@@ -24,7 +24,7 @@ def _gpt2(layers: int, heads: int, d: int) -> ModelConfig:
     )
 
 
-def _llama_2(layers: int, heads: int, kv_heads: int, d: int, d_ff: int) -> ModelConfig:
+def _llama_2(layers: int, heads: int, kv_heads: int, d: int, intermediate: int) -> ModelConfig:
     return ModelConfig(
         family="llama",
         num_layers=layers,
@@ -32,7 +32,7 @@ def _llama_2(layers: int, heads: int, kv_heads: int, d: int, d_ff: int) -> Model
         num_kv_heads=kv_heads,
         hidden_size=d,
         head_dim=d // heads,
-        intermediate_size=d_ff,
+        intermediate_size=intermediate,
         vocab_size=32000,
         max_positions=4096,
         norm_eps=1e-5,
@@ -52,7 +52,7 @@ SHAPES = {
         vocab_size=49152,
         max_positions=8192,
         norm_eps=1e-5,
-        rope_theta=100000.0,
+        layers=(LayerConfig(rope=RopeConfig(theta=100000.0)),),
     ),
     "gpt2": _gpt2(12, 12, 768),
     "gpt2-medium": _gpt2(24, 16, 1024),

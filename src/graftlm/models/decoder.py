@@ -1,0 +1,81 @@
+"""The decoder block: attention and MLP with residual connections, as `LayerConfig` says.
+
+    pre    x + attention(norm1(x)), then x + mlp(norm2(x))                (GPT-2, Llama)
+    post   x + post_norm1(attention(x)), then x + post_norm2(mlp(x))      (OLMo 2)
+    both   norms on either side of each                                   (Gemma 2 and 3)
+    parallel   x + attention(norm1(x)) + mlp(norm2(x))                    (GPT-NeoX)
+
+Letters: B rows, T tokens, N = B T, d hidden size.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graftlm.models.attention import Attention, AttentionInputs
+from graftlm.models.config import LayerConfig, ModelConfig
+from graftlm.models.fused_ops import SwiGLU
+from graftlm.models.layers import Dropout, HasFusedOps, Linear, apply_linears, make_norm
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
+class MLP(HasFusedOps):
+    """down(activation(up(x))), or gated: down(activation(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
+        super().__init__()
+        d, width, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate = Linear(d, width, bias=bias) if layer.gated else None
+        self.up = Linear(d, width, bias=bias)
+        self.down = Linear(width, d, bias=bias)
+        self.activation = layer.activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d] -> [..., d]."""
+        activation = ACTIVATIONS[self.activation]
+        if self.gate is None:
+            return self.down(activation(self.up(x)))
+        gate, up = apply_linears(x, self.gate, self.up)
+        if self.fused and self.activation == "silu":
+            return self.down(SwiGLU.apply(gate, up, self.active_kernels))
+        return self.down(activation(gate) * up)
+
+
+class DecoderBlock(nn.Module):
+    """One decoder layer."""
+
+    def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
+        super().__init__()
+
+        def norm(placement: str) -> nn.Module:
+            used = layer.norm_placement in (placement, "both")
+            return make_norm(config, layer, config.hidden_size) if used else nn.Identity()
+
+        self.norm1 = norm("pre")
+        self.attn = Attention(config, layer)
+        self.post_norm1 = norm("post")
+        self.norm2 = norm("pre")
+        self.mlp = MLP(config, layer)
+        self.post_norm2 = norm("post")
+        self.drop = Dropout()
+        self.parallel, self.residual_multiplier = layer.parallel, layer.residual_multiplier
+
+    def forward(self, x: Tensor, index: int, inputs: AttentionInputs) -> Tensor:
+        """[B, T, d] or flat [N, d] -> the same; [B, M, d] in the layer where `inputs.positions` are selected.
+
+        `index` is the layer's number in the key/value caches.
+        """
+        selected = inputs.select(x)
+        y = selected + self._branch(self.post_norm1(self.attn(self.norm1(x), index, inputs)))
+        return y + self._branch(self.post_norm2(self.mlp(self.norm2(selected if self.parallel else y))))
+
+    def _branch(self, x: Tensor) -> Tensor:
+        x = self.drop(x)
+        return x if self.residual_multiplier == 1 else x * self.residual_multiplier
