@@ -6,6 +6,7 @@ The families below are tables of this test, not of the package: each is what a f
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +15,11 @@ import transformers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from graftlm.files.formats import open_safetensors, save_safetensors
+from graftlm.methods.cost_model import parameters
 from graftlm.models import CausalLM, KVCache, ModelConfig, build
 from graftlm.models.attention import PairedRow
-from graftlm.models.checkpoint_mapping import check_names, file_names, to_file
+from graftlm.models.checkpoint_mapping import check_names, file_names, tensor_mapping, to_file
 from graftlm.models.config import FAMILIES, LayerConfig, ModelFamily, RopeConfig, Rows
 from graftlm.models.llama import FAMILY as LLAMA
 
@@ -215,11 +218,22 @@ def test_float32_logits_equal_transformers_as_it_is(case: Case) -> None:
         assert (ours(case, theirs.state_dict())(ids) - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
-def test_export_is_the_inverse_of_reading(case: Case) -> None:
+def test_export_is_the_inverse_of_reading_and_rows_are_read_alone(case: Case, tmp_path: Path) -> None:
     state = reference(case.name, torch.float32).state_dict()
-    stored = to_file(case.config(), dict(ours(case, state).named_parameters()))
-    assert stored.keys() == state.keys() - ({"lm_head.weight"} if case.config().tie_embeddings else set())
-    assert all(tensor.equal(state[name]) for name, tensor in stored.items())
+    model = ours(case, state)
+    exported = to_file(model.config, dict(model.named_parameters()))
+    assert exported.keys() == state.keys() - ({"lm_head.weight"} if model.config.tie_embeddings else set())
+    assert all(tensor.equal(state[name]) for name, tensor in exported.items())
+    save_safetensors(tmp_path / "model.safetensors", exported)
+    stored = open_safetensors(tmp_path / "model.safetensors")
+    for name, mapping in tensor_mapping(model.config).items():
+        whole = model.get_parameter(name)
+        for rows in (range(1), range(len(whole) // 3, len(whole))):
+            assert mapping.part(stored, mapping.name, rows).equal(whole[rows.start : rows.stop])
+
+
+def test_parameters_are_counted_in_closed_form(case: Case) -> None:
+    assert parameters(case.config()) == sum(p.numel() for p in build(case.config()).parameters())
 
 
 def test_caches_shared_prefixes_and_pairs_equal_one_pass(case: Case) -> None:
