@@ -13,8 +13,7 @@ from torch import Tensor
 
 from graftlm.errors import InputError
 from graftlm.methods.cost_model import linear_size
-from graftlm.models.checkpoint_mapping import our_module_name
-from graftlm.models.checkpoint_mapping import stored_rows
+from graftlm.models.checkpoint_mapping import our_module_name, stored_rows
 from graftlm.models.config import FAMILIES, ModelConfig, Rows
 
 MAX_REPEATS = 5
