@@ -114,7 +114,7 @@ def timeless(out: Path) -> Any:
     return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
 
 
-TIMES = ("seconds", "examples_per_s", "peak_rss_mb", "planned")
+TIMES = ("seconds", "examples_per_s", "peak_rss_mb", "predicted")
 
 
 @pytest.fixture(scope="module")

@@ -60,7 +60,7 @@ def timeless(out_dir: Path) -> Any:
     """The table without times, memory and what was planned of them."""
     table = json.loads((out_dir / "table.json").read_text())
     for row in table["rows"]:
-        for name in ("seconds", "examples_per_s", "peak_rss_mb", "planned"):
+        for name in ("seconds", "examples_per_s", "peak_rss_mb", "predicted"):
             row.pop(name, None)
     return table["rows"]
 

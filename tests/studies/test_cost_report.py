@@ -14,7 +14,7 @@ from graftlm.config import EstimateConfig
 from graftlm.files.assets import model_folder as asset_folder
 from graftlm.methods import Adapter, BitFit, DoRA, Full, LoRA, Method, PrefixTuning
 from graftlm.models import build
-from graftlm.studies.cost_report import estimate, kept_bytes
+from graftlm.studies.cost_report import activation_bytes, estimate
 from graftlm.training.memory import saved_activation_bytes
 from hub_mirror import serve
 from tiny import FAMILIES, config_json, shape_of
@@ -47,7 +47,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Account:
         out, err = capsys.readouterr()
         assert err == "" and out.count("\n") == 1
         result: dict[str, Any] = json.loads(out)
-        assert {"total", "trainable", "share", "by_module", "flops_per_token", "bytes"} <= result.keys()
+        assert {"total", "trainable", "trainable_fraction", "by_module", "flops_per_token", "bytes"} <= result.keys()
         for key in ("total", "trainable"):
             assert sum(module[key] for module in result["by_module"].values()) == result[key]
         assert result["trainable_fraction"] == result["trainable"] / result["total"]
@@ -153,14 +153,14 @@ def test_people_see_every_number_with_its_formula(capsys: pytest.CaptureFixture[
         "354,823,168",
         "L r (in + out) = 24 × 4 × (1,024 + 1,024)",
         "2 (L + B + G) W = 2 × (24 + 24 + 0) × 12,582,912",
-        "393,216 of 355,216,384 parameters (0.11%), 0.11% of the 354,823,168 before",
+        "393,216 of 355,216,384 parameters (0.11%), 0.11% of the base's 354,823,168",
         "LoRA paper, Table 3, LoRA: 0.35M; exact: 393,216, +12.35%",
-        "for a million of them, at 500 GFLOP/s",
+        "per million, at 500 GFLOP/s",
     ):
         assert part in out, part
     assert cli.run(["estimate", FFN]) == 0
     out = capsys.readouterr().out
-    assert "1,022 hidden, 1,023 hidden and output" in out and "700,073" in out and "operations an example" in out
+    assert "1,022 hidden, 1,023 hidden and output" in out and "700,073" in out and "FLOPs per example" in out
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_what_is_kept_for_the_backward_pass_is_what_autograd_keeps(
         targets, weights = ids.flatten(), torch.ones(2 * tokens)
         model.loss(h.flatten(0, 1), torch.arange(2 * tokens), targets, weights)
     head = 2 * tokens * shape.hidden_size * dtype.itemsize
-    assert kept_bytes(shape, method, 2, tokens, dtype, gathered=False) == before + head
+    assert activation_bytes(shape, method, (2, tokens), dtype) == before + head
     assert kept() >= before + head  # the head's own gradient besides, which is not kept for long
 
 
@@ -228,9 +228,9 @@ def test_several_processes(run: Account) -> None:
     ("words", "line"),
     [
         ("--world_size 0", "--world_size 0: must be greater than 0"),
-        ("--shard", "--shard: add --world_size N"),
-        ("--bandwidth_gbs 5", "--bandwidth_gbs: add --world_size N"),
-        ("--rank 0 --world_size 2 --shard", "--shard: is for frozen weights"),
+        ("--shard", "--shard needs --world_size N with N > 1"),
+        ("--bandwidth_gbs 5", "--bandwidth_gbs needs --world_size N with N > 1"),
+        ("--rank 0 --world_size 2 --shard", "--shard is for frozen weights"),
         ("--batch_size -1", "--batch_size -1: must be greater than 0"),
     ],
 )

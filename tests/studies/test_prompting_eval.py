@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from graftlm import cli
+from graftlm.config import PromptConfig
 from graftlm.inference.metrics import wilson
-from graftlm.inference.prompting import PromptingConfig, PromptingResult, QuestionResult
-from graftlm.inference.sampling import SamplingParams
-from graftlm.studies.prompting_eval import prediction_rows, runs_of, summary
+from graftlm.inference.prompting import PromptingResult, PromptingRun, QuestionResult
+from graftlm.studies.prompting_eval import distinct_runs, prediction_rows, summary
 from tiny import TEMPLATE, byte_tokenizer, data_folder, model_folder
 
 TASK = """
@@ -94,27 +94,30 @@ def test_every_order_is_run_and_reported(prompt: Callable[..., Any]) -> None:
 
 
 def test_what_cannot_differ_is_not_run_again() -> None:
-    assert runs_of("few-shot", PromptingConfig(), 5, seeds=3, orders=2) == [(5, 0), (5, 1)]
-    assert runs_of("few-shot", PromptingConfig(demo_selection="random"), 5, 2, 2) == [(5, 0), (5, 1), (6, 0), (6, 1)]
-    assert runs_of("zero-shot-cot", PromptingConfig(), 5, 3, 2) == [(5, 0)]
-    assert runs_of("zero-shot-cot", PromptingConfig(params=SamplingParams(temperature=0.7)), 5, 2, 2) == [
-        (5, 0),
-        (6, 0),
-    ]
+    def runs(style: Any, **flags: Any) -> list[tuple[int, int]]:
+        config = PromptConfig(seed=5, **flags)
+        return [(run.seed, run.permutation) for run in distinct_runs(style, config)]
+
+    assert runs("few-shot", seeds=3, num_permutations=2) == [(5, 0), (5, 1)]
+    both = [(5, 0), (5, 1), (6, 0), (6, 1)]
+    assert runs("few-shot", demo_selection="random", seeds=2, num_permutations=2) == both
+    assert runs("zero-shot-cot", seeds=3, num_permutations=2) == [(5, 0)]
+    assert runs("zero-shot-cot", temperature=0.7, seeds=2, num_permutations=2) == [(5, 0), (6, 0)]
 
 
 def test_the_summary_counts_by_hand() -> None:
-    def run(*said: str | None) -> PromptingResult:
+    def run(order: int, *said: str | None) -> tuple[PromptingRun, PromptingResult]:
         answers = [QuestionResult("q", "4", each, each == "4", "p", ["t"], [each]) for each in said]
-        return PromptingResult(answers, prompt_tokens=40, shared_tokens=7, new_tokens=8, seconds=2.0)
+        result = PromptingResult(answers, prompt_tokens=40, shared_tokens=7, new_tokens=8, seconds=2.0)
+        return PromptingRun("few-shot", 0, order), result
 
-    runs = [(0, 0, run("4", None, "4", "5")), (0, 1, run("4", "4", "4", "4")), (1, 0, run(None, None, "4", "3"))]
+    runs = [run(0, "4", None, "4", "5"), run(1, "4", "4", "4", "4"), run(2, None, None, "4", "3")]
     found = summary(runs)
     assert (found["accuracy"], found["unparsed_rate"]) == (0.5, 0.25)
     assert (found["ci_low"], found["ci_high"]) == wilson(2, 4)
     assert (found["prompt_tokens"], found["new_tokens"], found["seconds_per_answer"]) == (10, 2, 0.5)
     assert (found["mean"], found["min"], found["max"]) == (pytest.approx(1.75 / 3), 0.25, 1.0)
-    assert len(prediction_rows("few-shot", runs)) == 12
+    assert len(prediction_rows(runs)) == 12
 
 
 def test_show_prints_the_exact_prompts_and_asks_nothing(
@@ -124,7 +127,7 @@ def test_show_prints_the_exact_prompts_and_asks_nothing(
     shown = prompt("--show_prompts")["prompts"]
     assert shown["zero-shot-cot"] == [
         "Add.\n\nQ: 2 + 2\nA: Let's think step by step.",
-        "Add.\n\nQ: 2 + 2\nA: Let's think step by step. [what the first call gives]\nTherefore, the answer is",
+        "Add.\n\nQ: 2 + 2\nA: Let's think step by step. [output of the first call]\nTherefore, the answer is",
     ]
     text = prompt("--show_prompts", json_=False)
     for style in shown.values():

@@ -1,15 +1,13 @@
-"""`graft estimate`: what a method trains, what that costs and what memory it holds, from formulas alone.
+"""`graft estimate`: trainable parameters, FLOPs, memory and communication of a method, from formulas alone.
 
-What is unusual here: the method is installed too, on a model whose tensors have no memory (PyTorch's meta device). So
-whatever a run would refuse is refused here, in the same words; the numbers are the closed forms', and the tests hold
-the two together.
+The method is installed on a model without memory (PyTorch's meta device), so whatever a run would reject is rejected
+here with the same message. The numbers come from `methods/cost_model.py`; the tests compare both.
 
-With --batch_size what autograd keeps from the forward to the backward pass is counted too, on tensors that hold nothing
-(PyTorch's FakeTensor) and go through the very code that trains. Left out of the operations are norms, and whatever else
-is no matrix product; of the memory what lives for a moment only, and the runtime itself.
+With --batch_size the saved activations are counted too, by running the training code on PyTorch's FakeTensor. Not
+counted: FLOPs other than matrix products, temporary buffers, and the memory of the runtime itself.
 """
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,131 +39,146 @@ from graftlm.models.checkpoint_mapping import read_model_config
 from graftlm.models.presets import SHAPES
 from graftlm.training.memory import saved_activation_bytes
 
-ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
-WITH_MLP = {"mlp_widths", "method", "rank", "dtype", "device_gflops"}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+MLP_FLAGS = {"mlp_widths", "method", "rank", "dtype", "device_gflops"}
 
-Flops = Mapping[str, Mapping[str, CostItem]]
+CostItems = Mapping[str, CostItem]
 
 
-def estimate(config: EstimateConfig, given: Set[str]) -> dict[str, Any]:
-    """The accounts that the flags ask for, with all formulas; `given` are the flags typed."""
-    if "mlp_widths" in given:
-        return _account_ffn(config, given)
-    shape = known_shape(config.init_from)
-    method = method_from_flags(config, given)
-    method = replace(method, layers=parse_layer_range(config.train_layers, shape.num_layers))
+def estimate(config: EstimateConfig, explicit: Set[str]) -> dict[str, Any]:
+    """The JSON object of `graft estimate`, with all formulas; `explicit` are the flags on the command line."""
+    if "mlp_widths" in explicit:
+        return _estimate_mlp(config, explicit)
+    model = load_config(config.init_from)
+    method = method_from_flags(config, explicit)
+    method = replace(method, layers=parse_layer_range(config.train_layers, model.num_layers))
     if config.shard and method.is_full_finetune:
-        raise InputError(f"--shard: is for frozen weights; what --method {method.name} trains is cut in any case")
+        raise InputError(f"--shard is for frozen weights; the weights of --method {method.name} are sharded anyway")
     with torch.device("meta"):
-        method.install(build(shape), torch.Generator())
-    room = shape.max_positions - method.positions
-    if config.max_length is not None and config.max_length > room:
-        raise InputError(f"--max_length {config.max_length}: the model reads at most {room} tokens of a text")
-    parts = method.param_breakdown(shape)
-    weights, text = sum(part.weights for part in parts), (config.max_length or room, method.positions)
+        method.install(build(model), torch.Generator())
+    max_length = model.max_positions - method.positions
+    if config.max_length is not None and config.max_length > max_length:
+        raise InputError(f"--max_length {config.max_length}: the model reads at most {max_length} tokens of a text")
+    trained = method.param_breakdown(model)
+    text = sum(group.weights for group in trained), config.max_length or max_length, method.positions
     flops = {
-        "forward": forward_flops(shape, weights, *text),
-        "training": training_flops(shape, weights, *text, method.passes(shape)),
+        "forward": forward_flops(model, *text),
+        "training": training_flops(model, *text, method.passes(model)),
     }
-    about = {"model": config.init_from, "method": method.to_json(), "tokens": text[0]}
-    result = _result(config, about, model_parts(shape), model_parts(method.adapted_config(shape)), parts, flops)
-    result |= _several(config, shape, method, result)
-    return {**result, "paper": paper(config.init_from, shape, method)}
+    header = {"model": config.init_from, "method": method.to_json(), "tokens": text[1]}
+    result = _result(config, header, model_parts(model), model_parts(method.adapted_config(model)), trained, flops)
+    sharding = "none"
+    if config.world_size > 1:
+        sharding = "full" if method.is_full_finetune else "frozen" if config.shard else "none"
+        result["distributed"] = _distributed(config, model, sharding, result)
+    if config.batch_size:
+        result["step"] = _step(config, model, method, sharding, result)
+    return {**result, "paper": lora_paper(config.init_from, model, method)}
 
 
-def _several(config: EstimateConfig, shape: ModelConfig, method: Method, result: dict[str, Any]) -> dict[str, Any]:
-    """What a step comes to, and each process of several: what it holds, what it sends, how long that takes."""
-    n, tokens = config.world_size, result["tokens"] * (config.batch_size or 0)
-    sharding = "none" if n == 1 else "full" if method.is_full_finetune else "frozen" if config.shard else "none"
-    found: dict[str, Any] = {}
-    sizes = result["trainable"], result["total"], ITEM[config.dtype]
-    if n > 1:
-        held, sent = memory_of_each(shape, *sizes, n, sharding), sent_by_each(shape, sizes[0], sizes[2], n, sharding)
-        found["distributed"] = {
-            "world_size": n,
-            "sharding": sharding,
-            "bytes": _counts(held),
-            "comm_bytes_per_step": _counts(sent),
-        }
-        result["formulas"] |= {"each": _shown(held.values()), "sent": _shown(sent.values())}
-    if not config.batch_size:
-        return found
-    rows = -(-config.batch_size // n)
-    kept = kept_bytes(shape, method, rows, result["tokens"], getattr(torch, config.dtype), sharding == "full")
-    flops = result["flops_per_token"]["training"]["total"] * tokens
-    step = found["step"] = {"tokens": tokens, "flops": flops, "per_device_batch_size": rows, "activation_bytes": kept}
+def _distributed(config: EstimateConfig, model: ModelConfig, sharding: str, result: dict[str, Any]) -> dict[str, Any]:
+    """Memory and communication of one rank; adds their formulas to the result."""
+    n, trainable, item = config.world_size, result["trainable"], ITEM_BYTES[config.dtype]
+    held = memory_of_each(model, trainable, result["total"], item, n, sharding)
+    sent = sent_by_each(model, trainable, item, n, sharding)
+    result["formulas"] |= {"each": _formulas(held.values()), "sent": _formulas(sent.values())}
+    return {"world_size": n, "sharding": sharding, "bytes": _counts(held), "comm_bytes_per_step": _counts(sent)}
+
+
+def _step(
+    config: EstimateConfig, model: ModelConfig, method: Method, sharding: str, result: dict[str, Any]
+) -> dict[str, Any]:
+    """FLOPs, saved activations and predicted times of one step."""
+    tokens, rows = result["tokens"], -(-(config.batch_size or 0) // config.world_size)
+    dtype = getattr(torch, config.dtype)
+    flops = result["flops_per_token"]["training"]["total"] * tokens * (config.batch_size or 0)
+    step = {
+        "tokens": tokens * (config.batch_size or 0),
+        "flops": flops,
+        "per_device_batch_size": rows,
+        "activation_bytes": activation_bytes(
+            model, method, (rows, tokens), dtype, dtype if sharding == "full" else torch.float32
+        ),
+    }
     if config.device_gflops is not None:
-        step["compute_seconds"] = flops / n / (config.device_gflops * 1e9)
+        step["compute_seconds"] = flops / config.world_size / (config.device_gflops * 1e9)
     if config.bandwidth_gbs is not None:
-        step["comm_seconds"] = found["distributed"]["comm_bytes_per_step"]["total"] / (config.bandwidth_gbs * 1e9)
-    return found
+        step["comm_seconds"] = result["distributed"]["comm_bytes_per_step"]["total"] / (config.bandwidth_gbs * 1e9)
+    return step
 
 
-def kept_bytes(shape: ModelConfig, method: Method, rows: int, tokens: int, dtype: torch.dtype, gathered: bool) -> int:
-    """Bytes that autograd keeps of `rows` texts of so many tokens, with a target at each.
+def activation_bytes(
+    config: ModelConfig,
+    method: Method,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    trained_dtype: torch.dtype = torch.float32,
+) -> int:
+    """Bytes that autograd saves for the backward pass.
 
-    gathered: whether blocks' trained weights come in `dtype` and go again, as cut ones do; else they are float32, and
-    what is kept holds their copies in `dtype`.
+    Args:
+        config: the model.
+        method: the method to install.
+        shape: rows and tokens of a batch, with a target at each token.
+        dtype: of the computation and of frozen weights.
+        trained_dtype: of trained weights in blocks. Sharded ones are gathered in `dtype` and freed again; of others,
+            in float32, copies in `dtype` are saved.
     """
-    if (
-        method.layers is None and shape.num_layers > 3
-    ):  # blocks behind the first are alike: what the third adds, all add
+    if method.layers is None and config.num_layers > 3:  # every block after the second adds the same
         two, three = (
-            kept_bytes(replace(shape, num_layers=layers), method, rows, tokens, dtype, gathered) for layers in (2, 3)
+            activation_bytes(replace(config, num_layers=n), method, shape, dtype, trained_dtype) for n in (2, 3)
         )
-        return two + (shape.num_layers - 2) * (three - two)
-    from torch._subclasses.fake_tensor import FakeTensorMode  # half a second; there is no public name for it
+        return two + (config.num_layers - 2) * (three - two)
+    from torch._subclasses.fake_tensor import FakeTensorMode  # takes half a second; has no public name
 
     if isinstance(method, LoRA):
-        method = replace(method, dropout=0.0)  # a mask has a random seed, which only a real tensor can hold
+        method = replace(method, dropout=0.0)  # a dropout mask needs a random seed, which a fake tensor does not have
     with FakeTensorMode():
-        model = build(shape)
+        model = build(config)
         method.install(model, torch.Generator())
-        in_blocks = set(model.blocks.parameters()) if gathered else set()
+        in_blocks = set(model.blocks.parameters())
         for p in model.parameters():
-            if p in in_blocks or not p.requires_grad:
+            if not p.requires_grad:
                 p.data = p.data.to(dtype)
+            elif p in in_blocks:
+                p.data = p.data.to(trained_dtype)
         model.compute_dtype = dtype
-        ids = torch.zeros(rows, tokens, dtype=torch.long)
-        with saved_activation_bytes(model) as kept:
+        ids = torch.zeros(*shape, dtype=torch.long)
+        with saved_activation_bytes(model) as saved:
             model.train().forward_shared_prefix(ids[:1, :0], ids)
-            # The head's loss makes its gradients on the way forth, and keeps that of what it reads.
-            return kept() + rows * tokens * shape.hidden_size * dtype.itemsize
+            # The fused loss computes its gradients in the forward pass, and saves the one of its input.
+            return saved() + ids.numel() * config.hidden_size * dtype.itemsize
 
 
-def known_shape(name: str) -> ModelConfig:
-    """The shape of a model by name: of those with a short name out of a table, else out of its config.json."""
+def load_config(name: str) -> ModelConfig:
+    """The configuration of a model by name: a preset, or the model's config.json."""
     if name in SHAPES and (name in BUILTIN_MODELS or not Path(name).exists()):
         return SHAPES[name]
     return read_model_config(*model_config(name))
 
 
-def _account_ffn(config: EstimateConfig, given: Set[str]) -> dict[str, Any]:
-    if spare := sorted(given - WITH_MLP):
-        raise InputError(
-            f"--{spare[0]}: says something of a language model, --mlp_widths is a net of its own; leave one out"
-        )
-    widths = layer_widths(config.mlp_widths)
-    if "method" not in given:
+def _estimate_mlp(config: EstimateConfig, explicit: Set[str]) -> dict[str, Any]:
+    if unexpected := sorted(explicit - MLP_FLAGS):
+        raise InputError(f"--{unexpected[0]} is for a language model, --mlp_widths for a plain net; leave one out")
+    widths = parse_widths(config.mlp_widths)
+    if "method" not in explicit:
         config = replace(config, method="full")
-    method = method_from_flags(config, given)
+    method = method_from_flags(config, explicit)
     if method.name not in ("full", "bitfit", "adapter"):
         raise InputError(f"--method {method.name}: with --mlp_widths choose full, bitfit or adapter")
     base = ffn_parts(widths)
-    parts = {
-        "full": base,
-        "bitfit": ffn_biases(widths),
-        "adapter": ffn_adapters(widths, method.rank if isinstance(method, Adapter) else 0),
-    }[method.name]
-    flops = ffn_flops(widths, sum(part.weights for part in parts), 3 if method.is_full_finetune else 2)
-    chosen: dict[str, Any] = {"method": method.name, **({"rank": method.rank} if isinstance(method, Adapter) else {})}
+    settings: dict[str, Any] = {"method": method.name}
+    trained = ffn_biases(widths) if method.name == "bitfit" else base
+    if isinstance(method, Adapter):
+        trained, settings = ffn_adapters(widths, method.rank), {**settings, "rank": method.rank}
+    flops = ffn_flops(widths, sum(group.weights for group in trained), 3 if method.is_full_finetune else 2)
     units = {"hidden": sum(widths[1:-1]), "hidden_and_output": sum(widths[1:])}
-    about = {"model": f"feed-forward net {config.mlp_widths}", "method": chosen, "units": units}
-    return _result(config, about, base, base, parts, flops)
+    header = {"model": f"feed-forward net {config.mlp_widths}", "method": settings, "units": units}
+    return _result(config, header, base, base, trained, flops)
 
 
-def layer_widths(text: str) -> list[int]:
-    """The widths that --mlp_widths lists: two or more whole numbers above 0."""
+def parse_widths(text: str) -> list[int]:
+    """The layer widths of --mlp_widths. Raises InputError."""
     try:
         widths = [int(width) for width in text.split(",")]
     except ValueError:
@@ -177,26 +190,25 @@ def layer_widths(text: str) -> list[int]:
 
 def _result(
     config: EstimateConfig,
-    about: dict[str, Any],
+    header: dict[str, Any],
     base: Sequence[ParameterGroup],
-    own: Sequence[ParameterGroup],
+    adapted: Sequence[ParameterGroup],
     trained: Sequence[ParameterGroup],
-    flops: Flops,
+    flops: Mapping[str, CostItems],
 ) -> dict[str, Any]:
-    """The JSON object: `base` is the model as it came, `own` the same after installing, `trained` what is trained."""
-    whole = [*own, *(part for part in trained if part.added)]
-    everything, trainable = total(whole), total(trained)
+    """The JSON object: `base` are the parameters before the method is installed, `adapted` after it."""
+    everything = [*adapted, *(group for group in trained if group.added)]
+    trainable, held = total(trained), memory(total(trained), total(everything), ITEM_BYTES[config.dtype])
     by_module: dict[str, dict[str, int]] = {}
-    for key, parts in (("total", whole), ("trainable", trained)):
-        for part in parts:
-            by_module.setdefault(part.module, {"total": 0, "trainable": 0})[key] += part.count
-    held = memory(trainable, everything, ITEM[config.dtype])
-    per_token = {way: _counts(lines) for way, lines in flops.items()}
+    for key, groups in (("total", everything), ("trainable", trained)):
+        for group in groups:
+            by_module.setdefault(group.module, {"total": 0, "trainable": 0})[key] += group.count
+    per_token = {direction: _counts(items) for direction, items in flops.items()}
     result = {
-        **about,
-        "total": everything,
+        **header,
+        "total": total(everything),
         "trainable": trainable,
-        "trainable_fraction": trainable / everything,
+        "trainable_fraction": trainable / total(everything),
         "base": total(base),
         "trainable_vs_base": trainable / total(base),
         "by_module": by_module,
@@ -204,28 +216,27 @@ def _result(
         "bytes": _counts(held),
         "dtype": config.dtype,
         "formulas": {
-            "model": _shown(own),
-            "trained": _shown(trained),
-            **{way: _shown(lines.values()) for way, lines in flops.items()},
-            "bytes": _shown(held.values()),
+            "model": _formulas(adapted),
+            "trained": _formulas(trained),
+            **{direction: _formulas(items.values()) for direction, items in flops.items()},
+            "bytes": _formulas(held.values()),
         },
     }
     if config.device_gflops is not None:
-        speed = config.device_gflops * 1e9
-        result["device_gflops"] = config.device_gflops
-        result["seconds_per_million_tokens"] = {way: n["total"] * 1e6 / speed for way, n in per_token.items()}
+        seconds = {way: counts["total"] * 1e6 / (config.device_gflops * 1e9) for way, counts in per_token.items()}
+        result |= {"device_gflops": config.device_gflops, "seconds_per_million_tokens": seconds}
     return result
 
 
-def _counts(lines: Mapping[str, CostItem]) -> dict[str, int]:
-    return {**{name: line.count for name, line in lines.items()}, "total": total(list(lines.values()))}
+def _counts(items: CostItems) -> dict[str, int]:
+    return {**{name: item.count for name, item in items.items()}, "total": total(list(items.values()))}
 
 
-def _shown(lines: Any) -> list[dict[str, Any]]:
-    return [{"what": line.description, "count": line.count, "formula": line.formula} for line in lines if line.count]
+def _formulas(items: Iterable[CostItem]) -> list[dict[str, Any]]:
+    return [{"what": item.description, "count": item.count, "formula": item.formula} for item in items if item.count]
 
 
-# Beside the LoRA paper ------------------------------------------------------------------------------------------------
+# Comparison with the LoRA paper ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -239,10 +250,10 @@ class PaperResult:
     remark: str = ""
 
 
-_PRELAYER = "; it trains what leaves each layer, keys and values are our nearest"
+_PRELAYER = "; the paper trains the output of each layer, here keys and values"
 TABLE_3 = (
     PaperResult("gpt2-medium", Full(), "354.92", "FT"),
-    PaperResult("gpt2-medium", Adapter(rank=112), "11.09", "Adapter (Houlsby)", "; no rank is given, 112 is nearest"),
+    PaperResult("gpt2-medium", Adapter(rank=112), "11.09", "Adapter (Houlsby)", "; rank not given, 112 is the closest"),
     PaperResult("gpt2-medium", PrefixTuning(length=7), "0.35", "PreLayer", _PRELAYER),
     PaperResult("gpt2-medium", LoRA(rank=4, targets=("q", "v")), "0.35", "LoRA"),
     PaperResult("gpt2-large", Full(), "774.03", "FT"),
@@ -250,14 +261,14 @@ TABLE_3 = (
 )
 
 
-def paper(name: str, shape: ModelConfig, method: Method) -> dict[str, Any] | None:
-    """What the paper's table says of just this model and method, beside the exact count; None where it says nothing."""
+def lora_paper(name: str, config: ModelConfig, method: Method) -> dict[str, Any] | None:
+    """The LoRA paper's count for the same model and method next to the exact one; None if the paper has none."""
     for row in TABLE_3:
-        if row.model == name and row.method.param_breakdown(shape) == method.param_breakdown(shape):
-            exact = method.count(shape)
+        if row.model == name and row.method.param_breakdown(config) == method.param_breakdown(config):
+            exact = method.count(config)
             agrees = f"{exact / 1e6:.2f}" == row.millions
-            off = exact / (float(row.millions) * 1e6) - 1
-            verdict = "the same when rounded" if agrees else f"exact: {exact:,}, {off:+.2%}"
+            difference = exact / (float(row.millions) * 1e6) - 1
+            verdict = "the same when rounded" if agrees else f"exact: {exact:,}, {difference:+.2%}"
             note = f"LoRA paper, Table 3, {row.name}: {row.millions}M; {verdict}{row.remark}"
             return {"millions": float(row.millions), "exact": exact, "agrees": agrees, "note": note}
     return None

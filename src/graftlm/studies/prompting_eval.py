@@ -1,7 +1,7 @@
-"""One task in several styles of prompting beside each other, each in every order and seed asked for: `graft prompt`.
+"""`graft prompt`: accuracy of prompting styles on a task, over orders of the demonstrations and seeds.
 
-What is unusual here: a style's accuracy is its first run's, with the interval over questions; the mean, the least and
-the largest over all orders and seeds stand beside it, so that no lucky order of demonstrations passes for the method.
+A style's accuracy, with its interval over questions, is that of its first run. The mean, the minimum and the maximum
+over all runs are reported with it, since a single order of demonstrations can be lucky.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 
 from graftlm.config import PromptConfig, Style
 from graftlm.errors import InputError
-from graftlm.exchange.load import load
+from graftlm.exchange.load import Loaded, load
 from graftlm.files.atomic import write_text
 from graftlm.inference.generate import ProgressCallback
 from graftlm.inference.metrics import wilson
@@ -26,16 +26,14 @@ from graftlm.inference.prompting import (
     extraction_prompt,
 )
 from graftlm.inference.sampling import SamplingParams
-from graftlm.text.tasks import Task, load_task
-from graftlm.text.tokenizer import Tokenizer
+from graftlm.text.tasks import Problem, load_task
 
 STYLES: tuple[Style, ...] = ("few-shot", "few-shot-cot", "zero-shot-cot")
-"""What `--style all` means."""
-SHOWN = 3
-"""So many questions are answered in full on the screen; of more there is only the table."""
+"""The styles of `--style all`."""
+MAX_SHOWN = 3
+"""Up to this many questions are shown with their answers."""
 
-Run = tuple[int, int, PromptingResult]
-"""(seed, order, what came of it)."""
+Runs = Sequence[tuple[PromptingRun, PromptingResult]]
 
 
 def prompt(
@@ -43,94 +41,99 @@ def prompt(
     note: Callable[[str], object],
     progress: Callable[[str, int], AbstractContextManager[ProgressCallback]],
 ) -> dict[str, Any]:
-    """Ask a task's questions in each style; the JSON object of `graft prompt`.
+    """Ask a task's questions in each style; returns the JSON object of `graft prompt`.
 
-    note is called with lines for people; progress(what, total) gives what to call with the number just finished.
-    Raises InputError for wrong flags, tasks and files; see `prompting.ask` for the rest.
+    Args:
+        config: the flags.
+        note: prints a line for the user.
+        progress: a progress bar, given its title and total; yields a function to call with the number just finished.
+
+    Raises InputError for wrong flags, tasks and files, and see `Prompter.ask`.
     """
-    task, about = load_task(config.task, config.task_seed)
-    _check(config, task)
-    for line in about:
-        note(line)
-    problems = task.questions[: config.limit or len(task.questions)]
-    loaded = load(config.init_from, config.out_dir, config.checkpoint, config.device, config.dtype)
-    writer = PromptBuilder(task, loaded.tokenizer, _in_chat(config, loaded.tokenizer, loaded.run is not None))
-    how = PromptingConfig(
-        shots=config.shots,
-        demo_selection=config.demo_selection,
-        num_samples=config.num_samples,
-        params=SamplingParams.from_flags(config),
-        calibrate=config.calibrate,
-        batch_size=config.batch_size,
-    )
-    prompter = Prompter(loaded.model, writer, how)
-    styles = STYLES if config.style == "all" else (config.style,)
-    result: dict[str, Any] = {
-        "task": task.name,
-        "model": loaded.name,
-        "chat": writer.chat is not None,
-        "shots": config.shots,
-        "choose": config.demo_selection,
-        "samples": config.num_samples,
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-    }
-    if config.show_prompts:
-        shown = {}
-        for style in styles:
-            found = prompter.prompts(problems, PromptingRun(style, config.seed))
-            if style == "zero-shot-cot":
-                found += [extraction_prompt(task, each, "[what the first call gives]") for each in found]
-            shown[style] = [writer.text(each) for each in found]
-        return {**result, "prompts": shown}
-    result["styles"], rows = {}, []
-    for style in styles:
-        runs: list[Run] = []
-        for seed, order in runs_of(style, how, config.seed, config.seeds, config.num_permutations):
-            with progress(style, how.num_samples * len(problems)) as done:
-                outcome = prompter.ask(problems, PromptingRun(style, seed, order), done)
-            runs.append((seed, order, outcome))
-        result["styles"][style] = summary(runs)
-        rows += prediction_rows(style, runs)
-    if config.predictions:
-        write_text(Path(config.predictions), "".join(json.dumps(row) + "\n" for row in rows))
-    if len(problems) <= SHOWN:
-        result["answers"] = [row for row in rows if (row["seed"], row["order"]) == (config.seed, 0)]
-    return result
-
-
-def _check(config: PromptConfig, task: Task) -> None:
+    task, notes = load_task(config.task, config.task_seed)
     if config.calibrate and not task.labels:
         raise InputError(f"--calibrate: task {task.name} names no labels whose scores could be calibrated")
     if config.limit > len(task.questions):
         raise InputError(f"--limit {config.limit}: task {task.name} has {len(task.questions)} questions")
-
-
-def _in_chat(config: PromptConfig, tokenizer: Tokenizer, run: bool) -> bool:
-    """auto: where the model has a chat template, and was not since adapted to prompts of plain text."""
-    if config.chat == "on" and tokenizer.chat_template is None:
-        raise InputError(f"--chat on: {config.init_from} has no chat template; use --chat off")
-    return config.chat == "on" or (config.chat == "auto" and tokenizer.chat_template is not None and not run)
-
-
-def runs_of(style: Style, how: PromptingConfig, seed: int, seeds: int, orders: int) -> list[tuple[int, int]]:
-    """(seed, order) of each run that can differ from the others: a seed changes nothing where nothing is drawn."""
-    drawn = how.params.temperature > 0 or (
-        style.startswith("few-shot") and how.demo_selection in ("random", "balanced")
+    for line in notes:
+        note(line)
+    problems = task.questions[: config.limit or len(task.questions)]
+    loaded = load(config.init_from, config.out_dir, config.checkpoint, config.device, config.dtype)
+    builder = PromptBuilder(task, loaded.tokenizer, _use_chat(config, loaded))
+    prompter = Prompter(
+        loaded.model,
+        builder,
+        PromptingConfig(
+            shots=config.shots,
+            demo_selection=config.demo_selection,
+            num_samples=config.num_samples,
+            params=SamplingParams.from_flags(config),
+            calibrate=config.calibrate,
+            batch_size=config.batch_size,
+        ),
     )
-    ordered = style.startswith("few-shot") and how.shots > 1
-    return [(seed + s, o) for s in range(seeds if drawn else 1) for o in range(orders if ordered else 1)]
+    styles = STYLES if config.style == "all" else (config.style,)
+    result: dict[str, Any] = {
+        "task": task.name,
+        "model": loaded.name,
+        "chat": builder.chat is not None,
+        "shots": config.shots,
+        "demo_selection": config.demo_selection,
+        "num_samples": config.num_samples,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+    }
+    if config.show_prompts:
+        return {**result, "prompts": {style: _prompts(prompter, builder, problems, style) for style in styles}}
+    result["styles"], rows = {}, []
+    for style in styles:
+        runs = []
+        for run in distinct_runs(style, config):
+            with progress(style, config.num_samples * len(problems)) as done:
+                runs.append((run, prompter.ask(problems, run, done)))
+        result["styles"][style] = summary(runs)
+        rows += prediction_rows(runs)
+    if config.predictions:
+        write_text(Path(config.predictions), "".join(json.dumps(row) + "\n" for row in rows))
+    if len(problems) <= MAX_SHOWN:
+        result["answers"] = [row for row in rows if (row["seed"], row["order"]) == (config.seed, 0)]
+    return result
 
 
-def summary(runs: Sequence[Run]) -> dict[str, Any]:
-    """The JSON object of a style: the first run's accuracy with its 95% Wilson interval, and every run's beside it."""
-    first = runs[0][2]
+def _use_chat(config: PromptConfig, loaded: Loaded) -> bool:
+    """auto: if the model has a chat template and was not fine-tuned on plain text since."""
+    has_template = loaded.tokenizer.chat_template is not None
+    if config.chat == "on" and not has_template:
+        raise InputError(f"--chat on: {config.init_from} has no chat template; use --chat off")
+    return config.chat == "on" or (config.chat == "auto" and has_template and loaded.run is None)
+
+
+def _prompts(prompter: Prompter, builder: PromptBuilder, problems: Sequence[Problem], style: Style) -> list[str]:
+    """The texts of a style's prompts; of zero-shot-cot those of the second call too."""
+    prompts = prompter.prompts(problems, PromptingRun(style, 0))
+    if style == "zero-shot-cot":
+        prompts += [extraction_prompt(builder.task, first, "[output of the first call]") for first in prompts]
+    return [builder.text(each) for each in prompts]
+
+
+def distinct_runs(style: Style, config: PromptConfig) -> list[PromptingRun]:
+    """The runs of --seeds and --num_permutations, without those that would repeat another exactly."""
+    few_shot = style.startswith("few-shot")
+    random = config.temperature > 0 or (few_shot and config.demo_selection in ("random", "balanced"))
+    seeds = range(config.seed, config.seed + (config.seeds if random else 1))
+    permutations = range(config.num_permutations if few_shot and config.shots > 1 else 1)
+    return [PromptingRun(style, seed, permutation) for seed in seeds for permutation in permutations]
+
+
+def summary(runs: Runs) -> dict[str, Any]:
+    """The JSON object of a style: the first run's accuracy with its 95% Wilson interval, and those of all runs."""
+    first = runs[0][1]
     n = len(first.answers)
-    right = sum(answer.correct for answer in first.answers)
-    low, high = wilson(right, n)
-    every = [sum(answer.correct for answer in outcome.answers) / n for _, _, outcome in runs]
+    correct = [sum(answer.correct for answer in result.answers) for _, result in runs]
+    accuracies = [count / n for count in correct]
+    low, high = wilson(correct[0], n)
     return {
         "n": n,
-        "accuracy": right / n,
+        "accuracy": accuracies[0],
         "ci_low": low,
         "ci_high": high,
         "unparsed_rate": sum(answer.prediction is None for answer in first.answers) / n,
@@ -138,13 +141,17 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
         "shared_prompt_tokens": first.shared_tokens,
         "new_tokens": first.new_tokens / n,
         "seconds_per_answer": first.seconds / n,
-        "mean": sum(every) / len(every),
-        "min": min(every),
-        "max": max(every),
-        "runs": [{"seed": s, "order": o, "accuracy": a} for (s, o, _), a in zip(runs, every, strict=True)],
+        "mean": sum(accuracies) / len(accuracies),
+        "min": min(accuracies),
+        "max": max(accuracies),
+        "runs": [{**_ids(run), "accuracy": a} for (run, _), a in zip(runs, accuracies, strict=True)],
     }
 
 
-def prediction_rows(style: Style, runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """What `--predictions` writes: a row for each answer of each run."""
-    return [{"style": style, "seed": s, "order": o, **asdict(a)} for s, o, outcome in runs for a in outcome.answers]
+def _ids(run: PromptingRun) -> dict[str, int]:
+    return {"seed": run.seed, "order": run.permutation}
+
+
+def prediction_rows(runs: Runs) -> list[dict[str, Any]]:
+    """The rows of `--predictions`: one per answer of each run."""
+    return [{"style": run.style, **_ids(run), **asdict(a)} for run, result in runs for a in result.answers]

@@ -81,14 +81,14 @@ def make_rows(results: Sequence[TrialResult]) -> list[dict[str, Any]]:
 def _accuracy(done: Sequence[TrialResult]) -> dict[str, Any]:
     metrics = [result.metrics for result in done]
     accuracies = [each["accuracy"] for each in metrics]
-    over_seeds = len(done) > 1
-    low, high = t_interval(accuracies) if over_seeds else (metrics[0]["ci_low"], metrics[0]["ci_high"])
+    multiple_seeds = len(done) > 1
+    low, high = t_interval(accuracies) if multiple_seeds else (metrics[0]["ci_low"], metrics[0]["ci_high"])
     return {
         "n": metrics[0]["n"],
         "accuracy": mean(accuracies),
         "ci_low": low,
         "ci_high": high,
-        "interval": "t over seeds" if over_seeds else "Wilson over examples",
+        "interval": "t over seeds" if multiple_seeds else "Wilson over examples",
         "accuracy_per_seed": accuracies,
         "macro_f1": mean(each["macro_f1"] for each in metrics),
         "garbage_rate": mean(each["garbage_rate"] for each in metrics),
