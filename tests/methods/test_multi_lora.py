@@ -105,7 +105,7 @@ def test_outside_of_a_call_it_is_the_base_and_shares_its_tensors() -> None:
         assert together.model.get_parameter(name).data_ptr() == p.data_ptr()
     kinds = {name: type(module) is MultiLoRALinear for name, module in together.model.blocks[0].named_modules()}
     assert kinds["attn.q"] and kinds["mlp.down"] and not kinds["mlp.gate"]  # nobody targets gate
-    with together.adapters_for(["wide", "root"]), pytest.raises(AssertionError, match="3 rows, and 2 adapters"):
+    with together.adapters_for(["wide", "root"]), pytest.raises(AssertionError, match="adapters were set for 2"):
         together.model(torch.ones(3, 2, dtype=torch.long))
 
 

@@ -10,7 +10,7 @@ Letters: r rank, d hidden size.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from graftlm.errors import InputError, unknown_name_error
 from graftlm.methods.base import Method, freeze, kaiming_parameter, master_options, replace_linears
-from graftlm.methods.cost_model import ParameterGroup, counted
+from graftlm.methods.cost_model import ParameterGroup, linear_group
 from graftlm.models import CausalLM, Linear, ModelConfig
 
 PLACEMENTS = {"houlsby": ("o", "down"), "pfeiffer": ("down",)}
@@ -76,9 +76,7 @@ class Adapter(Method):
 
     def param_breakdown(self, config: ModelConfig) -> list[ParameterGroup]:
         """2 d r + r + d for each adapter."""
-        letters = {"L": len(self.layer_range(config)), "d": config.hidden_size, "r": self.rank}
-        _, weights, _ = counted("", "L 2 d r", **letters)
-        return [
-            ParameterGroup(*counted(f"{role}, adapter", "L (2 d r + r + d)", **letters), role, True, weights)
-            for role in PLACEMENTS[self.placement]
-        ]
+        layers, d, r = self.layer_range(config), config.hidden_size, self.rank
+        formula, roles = "L (2 d r + r + d)", PLACEMENTS[self.placement]
+        parts = [linear_group(config, role, layers, "adapter", formula, d=d, r=r) for role in roles]
+        return [replace(part, added=True, weights=len(layers) * 2 * d * r) for part in parts]

@@ -15,7 +15,7 @@ from torch import nn
 
 from graftlm.errors import InputError
 from graftlm.methods.base import Method, block_modules, freeze, master_dtype, target_device
-from graftlm.methods.cost_model import ParameterGroup, counted, linear_letters, norms_formula
+from graftlm.methods.cost_model import ParameterGroup, counted, linear_group, norms_formula
 from graftlm.models import CausalLM, Linear, ModelConfig
 from graftlm.models.checkpoint_mapping import our_module_name
 
@@ -58,10 +58,8 @@ class BitFit(Method):
     def param_breakdown(self, config: ModelConfig) -> list[ParameterGroup]:
         """The widths of all linears that have a bias, and in GPT-2 of the norms."""
         config, layers = self.adapted_config(config), self.layer_range(config)
-        parts = []
-        for role in filter(config.has_bias, config.roles):
-            letters = linear_letters(config, role, len(layers))
-            parts.append(ParameterGroup(*counted(f"{role}, biases", "L out", **letters), role))
+        roles = filter(config.has_bias, config.roles)
+        parts = [linear_group(config, role, layers, "biases", "L out") for role in roles]
         if config.norm_biases:
             norms = counted("norms, biases", norms_formula(config, layers), L=len(layers), d=config.hidden_size)
             parts.append(ParameterGroup(*norms, "norms"))

@@ -67,10 +67,13 @@ def linear_size(config: ModelConfig, role: str) -> tuple[int, int]:
     return sizes[role]
 
 
-def linear_letters(config: ModelConfig, role: str, layers: int) -> dict[str, int]:
-    """Letters of formulas about the role's linear: L, in, out."""
+def linear_group(
+    config: ModelConfig, role: str, layers: range, description: str, formula: str, **letters: int
+) -> ParameterGroup:
+    """Parameters of the role's linear in these layers; the formula's letters are L, in and out, and those given."""
     n_in, n_out = linear_size(config, role)
-    return {"L": layers, "in": n_in, "out": n_out}
+    sizes = {"L": len(layers), "in": n_in, "out": n_out, **letters}
+    return ParameterGroup(*counted(f"{role}, {description}", formula, **sizes), role)
 
 
 def norms_formula(config: ModelConfig, layers: range) -> str:
@@ -85,9 +88,10 @@ def block_parts(config: ModelConfig, layers: range) -> list[ParameterGroup]:
     """All parameters of these layers, and of the final norm if they include the last one."""
     parts = []
     for role in config.roles:
-        bias = config.has_bias(role)
-        formula, letters = "L (in out + out)" if bias else "L in out", linear_letters(config, role, len(layers))
-        parts.append(ParameterGroup(*counted(f"{role}, weights{' and biases' * bias}", formula, **letters), role))
+        if config.has_bias(role):
+            parts.append(linear_group(config, role, layers, "weights and biases", "L (in out + out)"))
+        else:
+            parts.append(linear_group(config, role, layers, "weights", "L in out"))
     formula = ("2 " if config.norm_biases else "") + norms_formula(config, layers)
     norms = counted("norms", formula, L=len(layers), d=config.hidden_size)
     return [*parts, ParameterGroup(*norms, "norms")]

@@ -11,14 +11,14 @@ Letters: r rank, N tokens.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from graftlm.files.sharded import full_tensor
-from graftlm.methods.cost_model import ParameterGroup, counted, linear_letters
+from graftlm.methods.cost_model import ParameterGroup, linear_group
 from graftlm.methods.lora import LoRA, LoRALinear
 from graftlm.models import CausalLM, Linear, ModelConfig
 
@@ -84,8 +84,6 @@ class DoRA(LoRA):
 
     def param_breakdown(self, config: ModelConfig) -> list[ParameterGroup]:
         """r (in + out) + out for each targeted linear, times the adapted layers."""
-        parts, layers = super().param_breakdown(config), len(self.layer_range(config))
-        for role in self.targets:
-            magnitudes = counted(f"{role}, magnitudes of rows", "L out", **linear_letters(config, role, layers))
-            parts.append(ParameterGroup(*magnitudes, role, added=True))
-        return parts
+        layers = self.layer_range(config)
+        magnitudes = [linear_group(config, role, layers, "magnitudes of rows", "L out") for role in self.targets]
+        return [*super().param_breakdown(config), *(replace(part, added=True) for part in magnitudes)]

@@ -11,7 +11,7 @@ input of any linear, we that of down only.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from graftlm.errors import InputError
 from graftlm.methods import peft_format as peft
 from graftlm.methods.base import Method, PeftFolder, freeze, master_options, replace_linears, trainable_state_dict
-from graftlm.methods.cost_model import ParameterGroup, counted, linear_letters
+from graftlm.methods.cost_model import ParameterGroup, linear_group
 from graftlm.methods.mergeable import MergeableLinear
 from graftlm.models import CausalLM, Linear, ModelConfig
 from graftlm.models.config import FAMILIES, Rows
@@ -53,7 +53,7 @@ class IA3Linear(MergeableLinear):
 
 @dataclass(frozen=True)
 class IA3(Method):
-    """A vector for each peft.targeted linear in every block: of down for its input, of the others for their output."""
+    """A vector for each targeted linear in every block: of down for its input, of the others for their output."""
 
     targets: tuple[str, ...] = ("k", "v", "down")
 
@@ -68,18 +68,15 @@ class IA3(Method):
     }
 
     def install(self, model: CausalLM, rng: torch.Generator) -> None:
-        """Replace the peft.targeted linears; an InputError names an unknown target."""
+        """Replace the targeted linears; an InputError names an unknown target."""
         freeze(model)
         replace_linears(model, self.targets, IA3Linear, self.layer_range(model.config))
 
     def param_breakdown(self, config: ModelConfig) -> list[ParameterGroup]:
-        """The width of each peft.targeted linear's output (of down: of its input), times the adapted layers."""
-        parts, layers = [], len(self.layer_range(config))
-        for role in self.targets:
-            formula = "L in" if role == "down" else "L out"
-            item = counted(f"{role}, scaled", formula, **linear_letters(config, role, layers))
-            parts.append(ParameterGroup(*item, role, added=True))
-        return parts
+        """The width of each targeted linear's output (of down: of its input), times the adapted layers."""
+        layers, formulas = self.layer_range(config), dict.fromkeys(self.targets, "L out") | {"down": "L in"}
+        parts = [linear_group(config, role, layers, "scaled", formulas[role]) for role in self.targets]
+        return [replace(part, added=True) for part in parts]
 
     # PEFT's format ------------------------------------------------------------------------------------------------
 

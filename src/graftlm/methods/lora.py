@@ -10,7 +10,7 @@ Letters: r rank, N tokens.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from graftlm.errors import InputError
 from graftlm.methods.base import Method, PeftFolder, freeze, kaiming_parameter, master_options, replace_linears
-from graftlm.methods.cost_model import ParameterGroup, counted, linear_letters
+from graftlm.methods.cost_model import ParameterGroup, linear_group
 from graftlm.methods.lora_peft_format import from_foreign_peft, from_peft, to_peft
 from graftlm.methods.mergeable import MergeableLinear
 from graftlm.models import CausalLM, Linear, ModelConfig
@@ -265,12 +265,9 @@ class LoRA(Method):
 
     def param_breakdown(self, config: ModelConfig) -> list[ParameterGroup]:
         """r (in + out) for each targeted linear, times the adapted layers."""
-        parts = []
-        for role in self.targets:
-            letters = {**linear_letters(config, role, len(self.layer_range(config))), "r": self.rank}
-            item = counted(f"{role}, A and B", "L r (in + out)", **letters)
-            parts.append(ParameterGroup(*item, role, added=True, weights=item[1]))
-        return parts
+        layers, formula = self.layer_range(config), "L r (in + out)"
+        parts = [linear_group(config, role, layers, "A and B", formula, r=self.rank) for role in self.targets]
+        return [replace(part, added=True, weights=part.count) for part in parts]
 
     def lr_multiplier(self, name: str) -> float:
         """LoRA+: B learns faster than A."""

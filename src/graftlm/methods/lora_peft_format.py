@@ -148,7 +148,7 @@ def from_peft(method: "LoRA", config: ModelConfig, folder: PeftFolder, where: st
 
 
 def _read(method: "LoRA", config: ModelConfig, layout: _Layout, file: peft.StrictTensorReader) -> dict[str, Tensor]:
-    """The trained tensors by our names; a peft.targeted role that is no part of a fused module's update has B = 0."""
+    """The trained tensors by our names; a targeted role that is no part of a fused module's update has B = 0."""
     state: dict[str, Tensor] = {}
     for i, module in product(method.layer_range(config), peft.hf_modules(config, method.targets).values()):
         key, of_module = f"{peft.layer_prefix(config, i)}{module.name}", layout.of(module)
@@ -190,14 +190,13 @@ def from_foreign_peft(
     b = [tensors.get(f"base_model.model.{name}.lora_B.weight") for name in names if name in fused]
     layout = _fused_layout(config, [t for t in b if t is not None and t.dim() == 2 and len(t) == config.qkv_rows])
     rank, alpha = _rank_and_alpha(peft_config, {n: layout.blocks if n in fused else 1 for n in names}, where)
-    adapted = [role for _, module in names.values() for role in modules[module].rows]
-    targets = [
-        r for r in config.roles if r in adapted and (cls.use_dora or not fused or r not in "qkv" or r in layout.parts)
-    ]
+    roles = {role for _, module in names.values() for role in modules[module].rows}
+    if fused and not cls.use_dora:  # DoRA has magnitudes of all parts
+        roles -= set("qkv") - set(layout.parts)
     method = cls(
         rank=rank,
         alpha=alpha,
-        targets=tuple(targets),
+        targets=tuple(role for role in config.roles if role in roles),
         dropout=float(dropout),
         rslora=bool(peft_config.get("use_rslora", False)),
         layers=layers,
@@ -220,7 +219,7 @@ def _rank_and_alpha(peft_config: Mapping[str, Any], blocks: Mapping[str, int], w
 
 
 def _of_module(field: str, peft_config: Mapping[str, Any], name: str, where: str) -> float:
-    """A module's r or lora_alpha: of the pattern that peft.matches it, else the config's; PEFT's default is 8."""
+    """A module's r or lora_alpha: of the pattern that matches it, else the config's; PEFT's default is 8."""
     key = "rank_pattern" if field == "r" else "alpha_pattern"
     patterns = peft_config.get(key) or {}
     if not isinstance(patterns, dict):
