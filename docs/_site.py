@@ -1,7 +1,7 @@
-"""What mkdocs does to the pages: links out of docs/ become the repository's, where it has an address, else plain text.
+"""mkdocs hook: rewrite links out of docs/ to the repository's URL, or to plain text if it has none.
 
-On a code host a page links to the source beside it; the site has no source. Everything else is left as it is, so that
-mkdocs still finds links that lead nowhere.
+On a code host, pages link to the source next to them; the site has no source. Other links stay, so mkdocs still reports
+broken ones.
 """
 
 import re
