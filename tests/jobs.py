@@ -32,7 +32,7 @@ from graftlm.exchange import huggingface
 from graftlm.files import sharded
 from graftlm.files.atomic import disk_errors
 from graftlm.files.sharded import is_sharded, to_local
-from graftlm.training import mfu, setup, train, trainer
+from graftlm.training import reporting, setup, train
 from graftlm.training.distributed import DistContext
 from graftlm.training.estimate import Estimate
 from graftlm.training.trainer import Trainer
@@ -108,19 +108,20 @@ def no_whole_model(*_: Any) -> None:
 def patch(world: DistContext) -> None:
     """One process group for all commands; a look at what they hold; signals."""
     places: Any = (DistContext, Trainer, huggingface, setup)
-    modules: Any = (train, trainer)
-    peaks: Any = mfu
+    module: Any = train
+    peaks: Any = reporting
     peaks.measure_matmul_flops = lambda device, dtype: 1e9  # in bfloat16 a CPU may take half a minute to measure it
-    plan, step, begin, load = train.make_plan, Trainer._step, Trainer.__post_init__, setup.load_model
+    plan, step, begin, load = train.make_plan, Trainer.train_step, train.make_trainer, setup.load_model
 
     def stopped(self: Trainer, number: int, batches: list[list[int]]) -> Any:
         if number == stop_at[0] and world.rank == 1:
             signal.raise_signal(signal.SIGTERM)
         return step(self, number, batches)
 
-    def begun(self: Trainer) -> None:
-        begin(self)
-        self.loss = watching(self.loss)
+    def begun(*args: Any) -> Trainer:
+        trainer: Any = begin(*args)
+        trainer.objective.loss = watching(trainer.objective.loss)
+        return trainer
 
     def written(path: Path, *args: Any) -> None:
         with disk_errors(path):
@@ -131,10 +132,9 @@ def patch(world: DistContext) -> None:
     files: Any = sharded
     write, files.write_safetensors = sharded.write_safetensors, written
     places[0].start, places[0].close = classmethod(lambda cls, device: world), lambda self: None
-    places[1]._step, places[1].__post_init__ = stopped, begun
+    places[1].train_step, module.make_trainer = stopped, begun
     places[2].iter_local_shards = watched(huggingface.iter_local_shards)
-    for module in modules:
-        module.make_plan = lambda *args, **options: (plan if seen["plan"] else unplanned)(*args, **options)
+    module.make_plan = lambda *args, **options: (plan if seen["plan"] else unplanned)(*args, **options)
     places[3].load_model = lambda *args: no_whole_model() if seen["cut"] else load(*args)
 
 

@@ -24,10 +24,8 @@ import torch
 
 from conftest import UNCOUNTED, Graft, child_environment
 from graftlm import cli
-from graftlm.config import TrainConfig
 from graftlm.files.assets import model_folder as asset_folder
 from graftlm.training import trainer as trainer_module
-from graftlm.training.preferences import make_loss
 from hub_mirror import serve
 from tiny import TEMPLATE, data_folder, model_folder
 
@@ -263,9 +261,12 @@ def test_ctrl_c_while_a_model_is_loaded(assets: Path, listener: socket.socket, p
         ("--gamma=-1", "--gamma -1.0: must be 0 or more"),
         ("--kl_samples=-1", "--kl_samples -1: must be 0 or more"),
         ("--loss_type=dpo", "--loss_type dpo: not one of sigmoid, hinge, ipo, sigmoid_norm, simpo, orpo"),
-        ("--objective=rlhf", "--objective rlhf: not one of sft, dpo"),
+        ("--objective=rlhf", "--objective rlhf: not one of dpo, kto, sft"),
         ("--shard", "--shard: cuts the base over several processes: start with torchrun, or leave it out"),
-        ("--reference=runs/other", "--reference runs/other: --objective sft needs no reference; leave it out"),
+        (
+            "--reference=runs/other",
+            "--reference runs/other: --objective sft takes no --reference: leave it out, or use dpo or kto",
+        ),
     ],
 )
 def test_sizes_of_a_run_that_cannot_be(flag: str, line: str, assets: Path, refuse: Refuse) -> None:
@@ -294,8 +295,12 @@ PAIR = {"prompt": "Film 1 was", "chosen": " fine.", "rejected": " bad."}
             "FILE:1: prompt and completion longer than the context: the prompt takes 10 tokens, and 5 fit before its "
             "completion: shorten the row",
         ),
-        ({}, ["--objective=sft"], "--objective sft: FILE holds pairs; train on them with --objective dpo"),
-        ({}, ["--loss_on=all"], "--loss_on all: --objective dpo learns from the answers only; leave it out"),
+        (
+            {},
+            ["--objective=sft"],
+            "--objective sft: FILE holds records for --objective dpo; sft needs texts with labels, ",
+        ),
+        ({}, ["--loss_on=all"], "--loss_on all: --objective dpo takes no --loss_on: leave it out, or use sft"),
         ({}, ["--loss_type=ipo", "--label_smoothing=0.1"], "--label_smoothing 0.1: --loss_type ipo takes none"),
         ({}, ["--loss_type=orpo", "--reference=x"], "--reference x: --loss_type orpo needs no reference; leave it out"),
         (
@@ -328,7 +333,10 @@ def test_pairs_and_how_they_are_trained_on(
 
 def test_preferences_need_pairs(assets: Path, refuse: Refuse) -> None:
     said = refuse(*train(assets, "--objective=dpo"))
-    assert said.startswith("--objective dpo: ") and "holds no pairs; give files with the fields prompt, chosen" in said
+    assert (
+        said.startswith("--objective dpo: ")
+        and "; dpo needs preference pairs: files with the fields prompt, chosen" in said
+    )
 
 
 @pytest.mark.parametrize(
@@ -895,11 +903,13 @@ def break_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the loss of the `step`-th batch of a run be NaN; what a plan tries before does not count."""
     numbers = count(1)
 
-    def broken(config: TrainConfig) -> Any:
-        real = make_loss(config)
-        return lambda model, batch: (real(model, batch)[0] * (math.nan if next(numbers) == step else 1.0), {})
+    real = trainer_module.Trainer.accumulate
 
-    monkeypatch.setattr(trainer_module, "make_loss", broken)
+    def broken(self: Any, batch: Any, scale: float) -> Any:
+        losses, sums = real(self, batch, scale)
+        return [loss * (math.nan if next(numbers) == step else 1.0) for loss in losses], sums
+
+    monkeypatch.setattr(trainer_module.Trainer, "accumulate", broken)
 
 
 def test_a_loss_that_is_nan_names_the_step_and_the_last_good_checkpoint(

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from _equation import Row, descend, drawn, equation, worst
 from torch import Tensor
 
-from graftlm.training.preferences import PreferenceLoss, SequenceLogProbs
+from graftlm.training.objectives.dpo import DPO, SequenceLogProbs
 
 BETA = 0.5
 REWARD = torch.tensor([-0.6, 0.3, 0.9, 0.0, 1.2], dtype=torch.float64)
@@ -162,7 +162,7 @@ def trained_loss(theta: Tensor, won: int, lost: int) -> Tensor:
     """The same of what `graft train --objective dpo` minimises."""
     both = torch.tensor([[won, lost]])
     sums = SequenceLogProbs(policy(theta)[both], REF.log()[both], torch.ones(1, 2))
-    return PreferenceLoss("sigmoid", beta=BETA).losses(sums).sum()
+    return DPO("sigmoid", beta=BETA).losses(sums).sum()
 
 
 def gradient_of(value: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ from graftlm.methods.cost_model import parameters
 from graftlm.methods.ia3 import IA3
 from graftlm.models import CausalLM
 from graftlm.text.collate import Example
-from graftlm.training.objectives import collate, completion
+from graftlm.training.batches import CollateOptions
+from graftlm.training.objectives.sft import SFT
 from tiny import FAMILIES, model_of
 
 EXAMPLES: dict[str, Method] = {
@@ -64,7 +65,7 @@ def steps(model: CausalLM, count: int = 2) -> None:
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-2, weight_decay=0.0)
     for _ in range(count):
         model.train()
-        completion(model, collate(examples(), "completion")).backward()
+        SFT().loss(model, SFT().collate(examples(), CollateOptions()))[0].backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -125,7 +126,7 @@ def test_2_frozen_tensors_stay_and_all_trained_ones_move(
 def test_2_the_gradient_of_a_key_bias_is_zero(name: str) -> None:
     model, _ = installed(name, "gpt2")
     model.train()
-    completion(model, collate(examples(), "completion")).backward()
+    SFT().loss(model, SFT().collate(examples(), CollateOptions()))[0].backward()
     grads = {n: p.grad for n, p in trainable(model).items() if p.grad is not None}
     norm = sum(g.norm().item() ** 2 for g in grads.values()) ** 0.5
     for n, g in grads.items():
@@ -235,16 +236,16 @@ def test_7_batching_padding_and_sharing_change_rounding_only(name: str, kind: st
     model.zero_grad()
     losses = []
     for e in examples():
-        loss = completion(model, collate([e], "completion", share=False, targets_only=False))
+        loss, _ = SFT().loss(model, SFT().collate([e], CollateOptions(False, False)))
         loss.backward()
         losses.append(loss.item())
     expected = {n: p.grad.clone() for n, p in trainable(model).items() if p.grad is not None}
     norm = sum(g.norm().item() ** 2 for g in expected.values()) ** 0.5
     for share in (False, True):
         model.zero_grad()
-        batch = collate(examples(), "completion", share=share)
+        batch = SFT().collate(examples(), CollateOptions(share))
         assert (batch.shared.shape[1] > 0) == share
-        loss = completion(model, batch)
+        loss, _ = SFT().loss(model, batch)
         loss.backward()
         assert abs(loss.item() - sum(losses)) < ROUNDING[dtype] * sum(losses)
         got = {n: p.grad for n, p in trainable(model).items() if p.grad is not None}

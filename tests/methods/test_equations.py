@@ -16,7 +16,8 @@ from graftlm.methods.base import trainable
 from graftlm.methods.ia3 import IA3
 from graftlm.models import CausalLM, Linear
 from graftlm.text.collate import Example
-from graftlm.training.objectives import collate, completion
+from graftlm.training.batches import CollateOptions
+from graftlm.training.objectives.sft import SFT
 from tiny import FAMILIES, model_of
 
 Leaves = dict[str, Tensor]
@@ -127,8 +128,8 @@ def test_training_steps_equal_the_papers_equation(name: str, kind: str) -> None:
 
     mine, theirs = adam(dict(trainable(ours))), adam(leaves)
     for _ in range(3):
-        batch = collate(examples(), "completion")
-        loss = completion(ours, batch) / batch.weight
+        batch = SFT().collate(examples(), CollateOptions())
+        loss = SFT().loss(ours, batch)[0] / batch.weight
         expected = reference_loss(plain)
         assert abs(loss.item() - expected.item()) < 1e-9
         loss.backward()

@@ -25,7 +25,9 @@ from graftlm.methods.prefix import PrefixTuning
 from graftlm.models import CausalLM, attention, base, layers
 from graftlm.models.attention import KVCache
 from graftlm.text.collate import Example
-from graftlm.training import objectives, preferences
+from graftlm.training import batches
+from graftlm.training.objectives import Objective, dpo
+from graftlm.training.objectives.sft import SFT
 from tiny import FAMILIES, model_of
 
 
@@ -116,17 +118,24 @@ def merged_weight(self: Any) -> Float[Tensor, "{self.out_features} {self.in_feat
 
 
 def forward_batch(
-    model: CausalLM, batch: objectives.TrainingBatch
+    model: CausalLM, batch: batches.TrainingBatch
 ) -> tuple[Float[Tensor, "p d"] | None, Float[Tensor, "r d"], Int[Tensor, " n"]]: ...
 
 
-def objective(model: CausalLM, batch: objectives.TrainingBatch) -> Float[Tensor, ""]: ...
+def objective(
+    self: Any, model: CausalLM, batch: batches.TrainingBatch
+) -> tuple[Float[Tensor, ""], dict[str, Tensor]]: ...
 
 
-def of_pairs(self: Any, sums: preferences.SequenceLogProbs) -> Float[Tensor, " b"]: ...
+def sequence_logps(
+    model: CausalLM, hidden: batches.HiddenStates, batch: batches.TrainingBatch
+) -> tuple[Float[Tensor, " s"], Float[Tensor, " s"]]: ...
 
 
-def rewards(self: Any, sums: preferences.SequenceLogProbs) -> Float[Tensor, "b 2"]: ...
+def of_pairs(self: Any, sums: dpo.SequenceLogProbs) -> Float[Tensor, " b"]: ...
+
+
+def rewards(self: Any, sums: dpo.SequenceLogProbs) -> Float[Tensor, "b 2"]: ...
 
 
 SIGNATURES: dict[tuple[Any, str], Callable[..., Any]] = {
@@ -151,12 +160,12 @@ SIGNATURES: dict[tuple[Any, str], Callable[..., Any]] = {
     (CausalLM, "logits"): logits,
     (CausalLM, "loss"): loss,
     (CausalLM, "log_probs"): log_probs,
-    (objectives, "forward_batch"): forward_batch,
-    (objectives, "completion"): objective,
-    (objectives, "all_tokens"): objective,
-    (preferences.PreferenceLoss, "losses"): of_pairs,
-    (preferences.PreferenceLoss, "logits"): of_pairs,
-    (preferences.PreferenceLoss, "rewards"): rewards,
+    (batches, "forward_batch"): forward_batch,
+    (batches, "sequence_logps"): sequence_logps,
+    (Objective, "loss"): objective,
+    (dpo.DPO, "losses"): of_pairs,
+    (dpo.DPO, "logits"): of_pairs,
+    (dpo.DPO, "rewards"): rewards,
 }
 met: Counter[str] = Counter()
 
@@ -184,8 +193,6 @@ def looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
         for module in ours:
             if vars(module).get(name) is really:
                 monkeypatch.setattr(module, name, looks)
-    for kind, way in objectives.OBJECTIVES.items():
-        monkeypatch.setitem(objectives.OBJECTIVES, kind, vars(objectives)[way.__name__])
 
 
 METHODS: dict[str, Callable[[], Method]] = {
@@ -218,12 +225,12 @@ def test_training_scoring_and_decoding_keep_the_shapes_they_tell() -> None:
 
 def train(model: CausalLM) -> None:
     model.train()
-    for loss_on, share, targets_only in (("completion", True, True), ("completion", False, False), ("all", True, True)):
-        batch = objectives.collate([example(n, False) for n in range(4)], loss_on, share, targets_only)
-        objectives.OBJECTIVES[loss_on](model, batch).backward()
-    pairs = objectives.collate([example(n, True) for n in range(4)], "pairs")
-    for how in (preferences.PreferenceLoss(), preferences.PreferenceLoss("simpo")):
-        how(model, pairs)[0].backward()
+    for sft, share, targets_only in ((SFT(), True, True), (SFT(), False, False), (SFT("all"), True, True)):
+        options = batches.CollateOptions(share, targets_only)
+        sft.loss(model, sft.collate([example(n, False) for n in range(4)], options))[0].backward()
+    for how in (dpo.DPO(), dpo.DPO("simpo")):
+        pairs = how.collate([example(n, True) for n in range(4)], batches.CollateOptions())
+        how.loss(model, pairs)[0].backward()
 
 
 @torch.inference_mode()

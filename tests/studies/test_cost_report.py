@@ -15,7 +15,7 @@ from graftlm.files.assets import model_folder as asset_folder
 from graftlm.methods import Adapter, BitFit, DoRA, Full, LoRA, Method, PrefixTuning
 from graftlm.models import build
 from graftlm.studies.cost_report import activation_bytes, estimate
-from graftlm.training.memory import saved_activation_bytes
+from graftlm.training.reporting import saved_activation_bytes
 from hub_mirror import serve
 from tiny import FAMILIES, config_json, shape_of
 

@@ -20,8 +20,9 @@ from graftlm.text.collate import Example, encode_rows, load_dataset
 from graftlm.text.template import load_template
 from graftlm.text.tokenizer import Tokenizer
 from graftlm.training import trainer as trainer_module
-from graftlm.training.activation_cache import GROUP, ActivationCache, open_frozen
-from graftlm.training.objectives import OBJECTIVES, make_microbatches
+from graftlm.training.activation_cache import GROUP, ActivationCache, CacheSpec, open_activation_cache
+from graftlm.training.batches import CollateOptions, make_microbatches
+from graftlm.training.objectives.sft import SFT
 from graftlm.training.train import train
 from tiny import TEMPLATE, data_folder, model_folder, model_of
 
@@ -51,7 +52,7 @@ def examples(count: int = 70, shared: int = 5, seed: int = 7) -> list[Example]:
 
 
 def store(home: Path, model: CausalLM, some: list[Example], layers: int = 1, share: bool = True) -> ActivationCache:
-    frozen, note = open_frozen(home, model, some, layers, "ab" * 32, share=share, most_bytes=1e9)
+    frozen, note = open_activation_cache(home, model, some, CacheSpec(layers, "ab" * 32, share, 1e9))
     assert frozen is not None and "computed once" in note
     return frozen
 
@@ -60,7 +61,8 @@ def losses_and_gradients(
     model: CausalLM, some: list[Example], frozen: ActivationCache | None, loss_on: Any, most: int
 ) -> Any:
     rows = [3, 40, 8, 66, 20]
-    batches = make_microbatches([some[i] for i in rows], loss_on, True, most, prefix=frozen.prefix if frozen else None)
+    options = CollateOptions(max_tokens=most, prefix=frozen.prefix if frozen else None)
+    batches = make_microbatches([some[i] for i in rows], SFT(loss_on).collate, options)
     assert (len(batches) == 1) is (most == 0)
     at, total = 0, torch.zeros((), dtype=torch.float64)
     for batch in batches:
@@ -68,7 +70,7 @@ def losses_and_gradients(
         if frozen is not None:
             batch = replace(batch, cached_hidden=(frozen.layers, frozen.read(rows[at : at + b], t)))
         at += b
-        loss = OBJECTIVES[loss_on](model.train(), batch)
+        loss, _ = SFT(loss_on).loss(model.train(), batch)
         total = total + loss.detach()
         loss.backward()
     got = [total, *(p.grad.clone() for p in trainable(model).values() if p.grad is not None)]
@@ -162,7 +164,7 @@ def test_another_base_other_data_or_another_layer_have_a_place_of_their_own(home
     store(home, model, examples(seed=8))
     store(home, model, some, share=False)
     store(home, model_of("llama", layers=3, dtype=torch.float32), some)
-    open_frozen(home, model, some, 1, "cd" * 32, share=True, most_bytes=1e9)
+    open_activation_cache(home, model, some, CacheSpec(1, "cd" * 32, True, 1e9))
     assert len(list((home / "frozen").iterdir())) == 6
 
 
@@ -170,10 +172,10 @@ def test_it_stays_within_its_bound(home: Path) -> None:
     model, some = model_of("llama"), examples()
     frozen = store(home, model, some)
     size = frozen.hidden.numel() * 8
-    none, note = open_frozen(home, model, examples(seed=8), 1, "ab" * 32, share=True, most_bytes=size - 1)
+    none, note = open_activation_cache(home, model, examples(seed=8), CacheSpec(1, "ab" * 32, True, size - 1))
     assert none is None and "--activation_cache_gb allows" in note and "computed anew" in note
     assert len(list((home / "frozen").iterdir())) == 1
-    newer, _ = open_frozen(home, model, examples(seed=8), 1, "ab" * 32, share=True, most_bytes=1.5 * size)
+    newer, _ = open_activation_cache(home, model, examples(seed=8), CacheSpec(1, "ab" * 32, True, 1.5 * size))
     assert newer is not None
     (left,) = (home / "frozen").iterdir()  # the older one had to go
     assert torch.equal(newer.read([1], 11), store(home, model, examples(seed=8)).read([1], 11)) and left.is_dir()
@@ -224,7 +226,7 @@ def test_a_run_gives_the_same_bytes_with_a_cold_and_a_warm_store_and_after_a_sto
     for folder in (home / "frozen").iterdir():
         (folder / "groups").write_bytes(bytes((folder / "groups").stat().st_size))
 
-    real = trainer_module.Trainer._step
+    real = trainer_module.Trainer.train_step
 
     def stop(self: Any, step: int, batches: Any) -> Any:
         if step == 6:
@@ -232,7 +234,7 @@ def test_a_run_gives_the_same_bytes_with_a_cold_and_a_warm_store_and_after_a_sto
         return real(self, step, batches)
 
     with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, Interrupted)):
-        patch.setattr(trainer_module.Trainer, "_step", stop)
+        patch.setattr(trainer_module.Trainer, "train_step", stop)
         train(config(assets, tmp_path / "stopped", rank=rank))
     train(replace(config(assets, tmp_path / "stopped", rank=rank), resume=True))
     assert adapter(tmp_path / "stopped") == adapter(tmp_path / "cold")

@@ -63,7 +63,7 @@ def trained(base: Path, method: Method, steps: int = 1) -> tuple[CausalLM, torch
 
 def store(base: Path, out: Path, method: Method, world: DistContext | None = None) -> CheckpointManager:
     return CheckpointManager(
-        out, method, str(base), None, base, Tokenizer.from_folder(base), world=world or DistContext()
+        out, method, str(base), None, base, Tokenizer.from_folder(base), dist=world or DistContext()
     )
 
 

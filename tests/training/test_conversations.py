@@ -22,7 +22,8 @@ from graftlm.text.collate import Example, encode_rows, load_dataset, preflight, 
 from graftlm.text.template import load_template
 from graftlm.text.tokenizer import Tokenizer
 from graftlm.training import trainer as trainer_module
-from graftlm.training.objectives import OBJECTIVES, collate, make_microbatches
+from graftlm.training.batches import CollateOptions, make_microbatches
+from graftlm.training.objectives.sft import SFT
 from graftlm.training.train import train
 from tiny import model_folder, model_of
 
@@ -86,9 +87,9 @@ def test_loss_and_gradient_equal_the_plain_masked_ones(
     expected = plain_loss(model, base)
     want = torch.autograd.grad(expected, list(trainable(model).values()))
     some = examples(base, tmp_path)
-    made = make_microbatches(some, "completion", share, most, targets_only)
+    made = make_microbatches(some, SFT().collate, CollateOptions(share, targets_only, most))
     assert len(made) > (most > 0)
-    losses = [OBJECTIVES["completion"](model, batch) for batch in made]
+    losses = [SFT().loss(model, batch)[0] for batch in made]
     got = torch.autograd.grad(torch.stack(losses).sum(), list(trainable(model).values()))
     assert abs(sum(loss.item() for loss in losses) - expected.item()) <= 1e-9 * expected.item()
     norm = sum(g.norm().item() ** 2 for g in want) ** 0.5
@@ -105,7 +106,7 @@ def test_loss_and_gradient_equal_the_plain_masked_ones(
 
 def test_conversations_that_begin_alike_share_what_stands_before_their_first_answer(base: Path, tmp_path: Path) -> None:
     alike = [e for e in examples(base, tmp_path) if e.text.startswith("user: one")]
-    batch = collate(alike, "completion")
+    batch = SFT().collate(alike, CollateOptions())
     assert batch.shared.shape[1] == len("<user>one") + 1 + len("<assistant>") - 1
 
 
@@ -136,7 +137,7 @@ def test_a_long_conversation_loses_its_end_behind_a_whole_answer(base: Path, tmp
 
 def config(base: Path, data: Path, out: Path, **more: Any) -> TrainConfig:
     values: dict[str, Any] = {"rank": 4, "lr": 0.02, "max_iters": 6, "batch_size": 4, "dtype": "float32", **more}
-    return TrainConfig(init_from=str(base), data=str(data), out_dir=str(out), device="cpu", kernels="off", **values)
+    return TrainConfig(init_from=str(base), data=str(data), out_dir=str(out), device="cpu", kernels="torch", **values)
 
 
 def test_a_run_learns_to_answer_and_answers_in_its_template(base: Path, tmp_path: Path, capsys: Any) -> None:
@@ -162,14 +163,14 @@ def test_a_run_of_conversations_that_is_stopped_goes_on_to_the_same_end(
     """With the frozen layers' store, and with a prefix, too."""
     data = write(tmp_path / "chat.jsonl", TALKS * 3 + [[("user", str(n)), ("assistant", "yes")] for n in range(20)])
     train(config(base, data, tmp_path / "whole", eval_every=2, **more))
-    real = trainer_module.Trainer._step
+    real = trainer_module.Trainer.train_step
 
     def interrupted(self: Any, step: int, batches: Any) -> Any:
         if step == 3:
             signal.raise_signal(signal.SIGINT)
         return real(self, step, batches)
 
-    monkeypatch.setattr(trainer_module.Trainer, "_step", interrupted)
+    monkeypatch.setattr(trainer_module.Trainer, "train_step", interrupted)
     with pytest.raises(Interrupted):
         train(config(base, data, tmp_path / "parts", eval_every=2, **more))
     monkeypatch.undo()
@@ -240,7 +241,7 @@ def test_conversations_are_no_pairs_and_have_no_accuracy(base: Path, tmp_path: P
     from graftlm import cli
 
     data = write(tmp_path / "chat.jsonl", TALKS * 4)
-    with pytest.raises(InputError, match=r"--objective dpo: .* holds no pairs"):
+    with pytest.raises(InputError, match=r"--objective dpo: .* dpo needs preference pairs"):
         train(config(base, data, tmp_path / "run", val_data=str(data), objective="dpo"))
     words = ["evaluate", "--init_from", str(base), "--data", str(tmp_path), "--split", "train"]
     (tmp_path / "train.jsonl").write_bytes(data.read_bytes())

@@ -21,7 +21,6 @@ from graftlm.config import TrainConfig
 from graftlm.errors import InputError, Interrupted
 from graftlm.files.formats import load_safetensors, read_weights
 from graftlm.training import train as train_module
-from graftlm.training import trainer as trainer_module
 from graftlm.training.distributed import DistContext, buckets, from_environment
 from graftlm.training.setup import prepare
 from graftlm.training.train import train
@@ -69,8 +68,7 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (train_module, trainer_module):
-        monkeypatch.setattr(module, "make_plan", unplanned)
+    monkeypatch.setattr(train_module, "make_plan", unplanned)
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +103,7 @@ def one_process(assets: Path, out_dir: Path, **changes: Any) -> Path:
 
 def stopped(step: int, config: TrainConfig) -> None:
     """Train in this process until SIGTERM comes in that step."""
-    plain = Trainer._step
+    plain = Trainer.train_step
 
     def signalled(self: Trainer, number: int, batches: list[list[int]]) -> Any:
         if number == step:
@@ -113,7 +111,7 @@ def stopped(step: int, config: TrainConfig) -> None:
         return plain(self, number, batches)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(Trainer, "_step", signalled)
+        patch.setattr(Trainer, "train_step", signalled)
         train(config)
 
 
@@ -228,7 +226,7 @@ def test_cut_weights_go_on_in_another_number_of_processes(
     assert said[0][0].startswith(f"graft: interrupted; step 14 is saved in {run / 'last'}") and not said[1]
     train(TrainConfig(resume=True, out_dir=str(run)), given={"resume", "out_dir"})
     check_same(one, run)
-    alone, two = {"size": 1, "backend": None}, {"size": 2, "backend": "gloo"}
+    alone, two = {"world_size": 1, "backend": None}, {"world_size": 2, "backend": "gloo"}
     changes = json.loads((run / "run.json").read_text())["resume_history"]
     assert [change["distributed"] for change in changes] == [[alone, two], [two, alone]]
 
@@ -279,7 +277,7 @@ def test_what_is_wrong_for_all_processes_is_told_once(place: Path, several: list
     first, second = (answers["wrong"] for answers in several)
     said = [line for line in first["err"].splitlines() if line.startswith("graft:")]
     assert first["status"] == second["status"] == 2 and second["err"] == ""
-    assert len(said) == 1 and "--train_layers 1:" in said[0] and "torchrun" in said[0]
+    assert len(said) == 1 and "--train_layers 1:" in said[0] and "sharded full fine-tuning" in said[0]
     assert not (place / "wrong").exists()
 
 
@@ -331,10 +329,10 @@ def test_alone_nothing_is_sent() -> None:
     [
         ({"RANK": "0"}, "WORLD_SIZE is not set"),
         ({"WORLD_SIZE": "2"}, "RANK is not set"),
-        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK=x: is no number"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK=x: not a number"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "ranks are 0 to 1"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR is not set"),
-        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "-"}, "LOCAL_RANK=-: is no number"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "-"}, "LOCAL_RANK=-: not a number"),
     ],
 )
 def test_an_environment_that_torchrun_does_not_make(environment: dict[str, str], said: str) -> None:
@@ -357,7 +355,7 @@ def test_what_cut_weights_do_not_allow(assets: Path, tmp_path: Path) -> None:
     ):
         config = TrainConfig(**settings(assets, tmp_path / "run", rank=0, **changes))
         with pytest.raises(InputError, match=said):
-            prepare(config, world=DistContext(0, 2, backend="gloo"))
+            prepare(config, dist=DistContext(0, 2, backend="gloo"))
 
 
 def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,8 @@ import torch
 
 from conftest import Graft
 from graftlm.config import TrainConfig
-from graftlm.training import estimate as plan_module
-from graftlm.training import trainer as trainer_module
-from graftlm.training.estimate import Estimate, make_plan
-from graftlm.training.objectives import OBJECTIVES
+from graftlm.training import train as train_module
+from graftlm.training.estimate import Estimate, Probe, make_plan
 from graftlm.training.setup import prepare
 from graftlm.training.train import train
 from tiny import TEMPLATE, data_folder, model_folder
@@ -56,9 +54,9 @@ VARIANTS: list[dict[str, Any]] = [
 def test_what_is_kept_for_the_backward_pass_is_foreseen(changes: dict[str, Any], assets: Path, tmp_path: Path) -> None:
     prepared = prepare(config(assets, tmp_path / "run", **changes))
     model = prepared.loaded.model.train()
-    batch = plan_module._batches(prepared, 1)[0][0]
+    (batch, *_) = prepared.loader.microbatches(next(prepared.loader.stream(0)))
     first = prepared.method.layer_range(model.config).start
-    foreseen = plan_module._saved_mb(model, batch, prepared.config, 6 - first)
+    foreseen = Probe(model, prepared.objective, first, 1).saved_mb(batch)
     known, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
     def keep(t: torch.Tensor) -> torch.Tensor:
@@ -67,7 +65,7 @@ def test_what_is_kept_for_the_backward_pass_is_foreseen(changes: dict[str, Any],
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        loss = OBJECTIVES[prepared.config.loss_on](model, batch)
+        loss, _ = prepared.objective.loss(model, batch)
     assert loss.requires_grad
     assert foreseen == pytest.approx(sum(kept.values()) / 1e6, rel=0.02)
 
@@ -95,7 +93,7 @@ def test_a_run_has_the_same_bits_without(assets: Path, tmp_path: Path, monkeypat
             results["plan"][key]["measured"] / run["plan"][name], rel=0.01, abs=0.001
         )
     nothing = Estimate(6, 48, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
-    monkeypatch.setattr(trainer_module, "make_plan", lambda *a, **k: nothing)
+    monkeypatch.setattr(train_module, "make_plan", lambda *a, **k: nothing)
     train(config(assets, tmp_path / "without"))
     for name in ("adapter_model.safetensors", "optimizer.safetensors"):
         assert (tmp_path / "with/last" / name).read_bytes() == (tmp_path / "without/last" / name).read_bytes()

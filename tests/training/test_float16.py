@@ -10,6 +10,7 @@ import torch
 from graftlm.config import TrainConfig
 from graftlm.errors import GraftError
 from graftlm.training import checkpoint
+from graftlm.training import train as train_module
 from graftlm.training import trainer as trainer_module
 from graftlm.training.checkpoint import FIRST_SCALE, TrainState
 from graftlm.training.train import train
@@ -58,7 +59,7 @@ def test_the_scale_changes_no_gradient_that_float16_can_hold(
     ours, exact = losses(tmp_path / "float16"), losses(tmp_path / "float32")
     assert ours == pytest.approx(exact, rel=2e-2) and ours != exact
     # Without a scale, in float16 too.
-    monkeypatch.setattr(trainer_module, "FIRST_SCALE", 1.0)
+    monkeypatch.setattr(train_module, "FIRST_SCALE", 1.0)
     train(config(assets, tmp_path / "unscaled"))
     assert losses(tmp_path / "unscaled") == pytest.approx(exact, rel=2e-2)
 
@@ -66,20 +67,20 @@ def test_the_scale_changes_no_gradient_that_float16_can_hold(
 def test_an_overflow_is_skipped_and_halves_the_scale_and_a_resumed_run_agrees(
     assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer_module, "FIRST_SCALE", 2.0**30)
+    monkeypatch.setattr(train_module, "FIRST_SCALE", 2.0**30)
     monkeypatch.setattr(checkpoint, "GROWTH_STEPS", 3)
     whole = train(config(assets, tmp_path / "whole", max_iters=30, eval_every=10))
     assert 0 < whole["skipped_steps"] < 25 and losses(tmp_path / "whole")[-1] < losses(tmp_path / "whole")[0]
     first = losses(tmp_path / "whole")[: whole["skipped_steps"]]
     assert len(set(first)) > 1  # other batches, the same weights
-    step = trainer_module.Trainer._step
+    step = trainer_module.Trainer.train_step
 
     def interrupted(self: Any, number: int, batches: Any) -> Any:
         if number == 2:  # before the first update
             raise KeyboardInterrupt
         return step(self, number, batches)
 
-    monkeypatch.setattr(trainer_module.Trainer, "_step", interrupted)
+    monkeypatch.setattr(trainer_module.Trainer, "train_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(config(assets, tmp_path / "parts", max_iters=30, eval_every=1))
     monkeypatch.undo()
@@ -92,7 +93,7 @@ def test_an_overflow_is_skipped_and_halves_the_scale_and_a_resumed_run_agrees(
 def test_a_gradient_that_overflows_at_any_scale_ends_the_run(
     assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer_module, "FIRST_SCALE", 4.0)
+    monkeypatch.setattr(train_module, "FIRST_SCALE", 4.0)
     infinite = torch.tensor(float("inf"))
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda params, most: infinite)
     with pytest.raises(GraftError, match=r"^step 3: the gradient's norm is inf; "):

@@ -15,7 +15,7 @@ from graftlm.errors import InputError
 from graftlm.files.formats import load_safetensors
 from graftlm.models.kernels import CppKernels
 from graftlm.training import trainer as trainer_module
-from graftlm.training.kernel_schedule import FIRST_STEPS, KernelSwitch
+from graftlm.training.schedule import FIRST_STEPS, KernelSwitch
 from graftlm.training.train import train
 from tiny import TEMPLATE, data_folder, model_folder
 
@@ -61,41 +61,41 @@ def test_what_each_mode_comes_to(monkeypatch: pytest.MonkeyPatch) -> None:
     assert decide("auto") == KernelSwitch(FIRST_STEPS + 1, "the same gradients in less time")
     assert decide("auto", max_iters=FIRST_STEPS) == KernelSwitch(None, "not for 10 steps or fewer")
     assert decide("auto", max_iters=FIRST_STEPS + 1).start_step == FIRST_STEPS + 1
-    assert decide("on", max_iters=1) == KernelSwitch(1, "--kernels cpp")
-    assert decide("off") == KernelSwitch(None, "--kernels torch")
+    assert decide("cpp", max_iters=1) == KernelSwitch(1, "--kernels cpp")
+    assert decide("torch") == KernelSwitch(None, "--kernels torch")
     cuda = torch.device("cuda")
     why = "kernels are compiled for the CPU, and this run is on cuda"
     assert decide("auto", cuda) == KernelSwitch(None, why)
     with pytest.raises(InputError, match=f"^--kernels cpp: {why}: leave it out, or use --kernels torch$"):
-        decide("on", cuda)
+        decide("cpp", cuda)
     assert decide("auto", fused=False).start_step is None
     with pytest.raises(InputError, match=r"^--kernels cpp: --fused is off"):
-        decide("on", fused=False)
+        decide("cpp", fused=False)
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert decide("auto") == KernelSwitch(None, "no C++ compiler is found (no-such-compiler)")
     with pytest.raises(InputError, match=r"^--kernels cpp: no C\+\+ compiler is found \(no-such-compiler\): leave it"):
-        decide("on")
+        decide("cpp")
 
 
 def test_a_run_switches_at_the_step_it_recorded(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[bool] = []
-    step = trainer_module.Trainer._step
+    step = trainer_module.Trainer.train_step
 
     def watched(self: Any, number: int, batches: Any) -> Any:
         used.append(isinstance(self.model.kernels, CppKernels))
         return step(self, number, batches)
 
-    monkeypatch.setattr(trainer_module.Trainer, "_step", watched)
+    monkeypatch.setattr(trainer_module.Trainer, "train_step", watched)
     tensors = {}
-    for mode, expected in (("auto", [False] * 10 + [True] * 4), ("on", [True] * 14), ("off", [False] * 14)):
+    for mode, expected in (("auto", [False] * 10 + [True] * 4), ("cpp", [True] * 14), ("torch", [False] * 14)):
         used.clear()
         train(config(assets, tmp_path / mode, kernels=mode))
         assert used == expected
         tensors[mode] = load_safetensors(tmp_path / mode / "last" / "adapter_model.safetensors")
-    assert recorded(tmp_path / "auto")["start_step"] == 11 and recorded(tmp_path / "off")["start_step"] is None
+    assert recorded(tmp_path / "auto")["start_step"] == 11 and recorded(tmp_path / "torch")["start_step"] is None
     # Dropout is on: the masks, too, are the same, and only the rounding differs.
-    for mode in ("auto", "on"):
-        for key, tensor in tensors["off"].items():
+    for mode in ("auto", "cpp"):
+        for key, tensor in tensors["torch"].items():
             torch.testing.assert_close(tensors[mode][key], tensor, rtol=0, atol=2e-5)
 
 
@@ -122,11 +122,11 @@ def test_a_compiler_that_fails_beside_the_first_steps(
     assert "not compiled: no C++ compiler is found (no-such-compiler)\n" in said.file.getvalue()  # type: ignore[attr-defined]
     monkeypatch.setenv("CXX", "false")  # is found, and compiles nothing
     with pytest.raises(InputError, match=r"computes with compiled kernels from step 1 on, and the C\+\+ compiler"):
-        train(config(assets, tmp_path / "on", kernels="cpp"))
-    assert not (tmp_path / "on").exists()
+        train(config(assets, tmp_path / "cpp", kernels="cpp"))
+    assert not (tmp_path / "cpp").exists()
     train(config(assets, tmp_path / "auto"))
     assert recorded(tmp_path / "auto")["start_step"] is None
     assert "the C++ compiler" in recorded(tmp_path / "auto")["reason"]
-    train(config(assets, tmp_path / "off", kernels="torch"))
-    ends = [load_safetensors(tmp_path / mode / "last" / "adapter_model.safetensors") for mode in ("auto", "off")]
+    train(config(assets, tmp_path / "torch", kernels="torch"))
+    ends = [load_safetensors(tmp_path / mode / "last" / "adapter_model.safetensors") for mode in ("auto", "torch")]
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[1])

@@ -12,7 +12,7 @@ import pytest
 from graftlm.config import TrainConfig
 from graftlm.errors import InputError
 from graftlm.training import loggers
-from graftlm.training import trainer as trainer_module
+from graftlm.training import train as train_module
 from graftlm.training.train import train
 from tiny import TEMPLATE, data_folder, model_folder
 
@@ -140,12 +140,12 @@ def test_a_logger_that_raises_at_every_call_leaves_the_run_as_it_was(
 ) -> None:
     train(config(assets, tmp_path / "alone"))
     loggers = [("Broken", Broken()), ("Closing", BrokenAtTheEnd())]
-    monkeypatch.setattr(trainer_module, "start_loggers", lambda *args: loggers)
+    monkeypatch.setattr(train_module, "start_loggers", lambda *args: loggers)
     train(config(assets, tmp_path / "logged"), console=notes)
     assert everything(tmp_path / "logged") == everything(tmp_path / "alone")
     assert Broken.calls == 1
     said = notes.file.getvalue()
-    assert said.count("Broken failed and is left out from here on") == 1
+    assert said.count("Broken failed and is disabled") == 1
     assert "ConnectionError: the network is gone" in said and "Closing failed" in said
 
 
@@ -158,7 +158,7 @@ def test_a_logger_that_cannot_start_is_left_out(
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr(loggers, "Wandb", gone)
     train(config(assets, tmp_path / "run", wandb_project="tests", tensorboard=True), console=notes)
-    assert "Weights & Biases failed and is left out from here on" in notes.file.getvalue()
+    assert "Weights & Biases failed and is disabled" in notes.file.getvalue()
     assert len(rows(tmp_path / "run")) == 6 and list((tmp_path / "run" / "tensorboard").iterdir())
 
 

@@ -14,7 +14,7 @@ from graftlm.config import TrainConfig
 from graftlm.errors import GraftError
 from graftlm.files.formats import load_safetensors
 from graftlm.training import trainer as trainer_module
-from graftlm.training.preferences import make_loss
+from graftlm.training.objectives.sft import SFT
 from graftlm.training.train import train
 from tiny import TEMPLATE, data_folder, model_folder
 
@@ -66,18 +66,22 @@ def test_whatever_is_no_number_ends_the_run_with_its_step_and_the_last_good_chec
 ) -> None:
     calls = iter(range(1, 100))
 
-    def broken(config: TrainConfig) -> Any:
-        real = make_loss(config)
+    real = SFT.loss
 
-        def loss(model: Any, batch: Any) -> Any:
-            found, about = real(model, batch)
-            if next(calls) == 6:
-                found = found + value if where == "loss" else Spoiled.apply(found, value)
-            return found, about
+    def broken(self: Any, model: Any, batch: Any) -> Any:
+        found, sums = real(self, model, batch)
+        if next(calls) == 6:
+            found = found + value if where == "loss" else Spoiled.apply(found, value)
+        return found, sums
 
-        return loss
+    accumulate = trainer_module.Trainer.accumulate
 
-    monkeypatch.setattr(trainer_module, "make_loss", broken)
+    def watched(self: Any, *words: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(SFT, "loss", broken)
+            return accumulate(self, *words)
+
+    monkeypatch.setattr(trainer_module.Trainer, "accumulate", watched)
     with pytest.raises(GraftError) as caught:
         train(config(assets, tmp_path / "run", eval_every=2))
     good = (tmp_path / "run" / "last").resolve()

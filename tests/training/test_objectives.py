@@ -8,7 +8,9 @@ import torch
 
 from graftlm.models import CausalLM
 from graftlm.text.collate import Example
-from graftlm.training.objectives import OBJECTIVES, TrainingBatch, collate, make_microbatches
+from graftlm.training.batches import CollateOptions, TrainingBatch, make_microbatches
+from graftlm.training.objectives.dpo import DPO
+from graftlm.training.objectives.sft import SFT
 from tiny import model_of
 
 HEAD = (7, 3, 9, 11, 30)
@@ -41,9 +43,10 @@ def test_loss_and_gradient_equal_the_plain_way(
     expected = plain(model, loss_on)
     want = torch.autograd.grad(expected, list(model.parameters()), allow_unused=True)
     model.use_fused_ops(fused)
-    batch = collate(EXAMPLES, "completion" if loss_on == "completion" else "all", share, targets_only)
+    sft = SFT("completion" if loss_on == "completion" else "all")
+    batch = sft.collate(EXAMPLES, CollateOptions(share, targets_only))
     assert batch.shared.shape == (1, 5 if share else 0)
-    loss = OBJECTIVES[loss_on](model, batch)
+    loss, _ = sft.loss(model, batch)
     assert abs(loss.item() - expected.item()) <= 1e-9 * expected.item()
     got = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
     zero = torch.zeros(())
@@ -58,25 +61,26 @@ def test_loss_and_gradient_equal_the_plain_way(
 def test_a_large_batch_runs_in_parts_that_add_up(loss_on: Any, most: int, parts: int) -> None:
     model = model_of("llama")
     expected = torch.autograd.grad(plain(model, loss_on), list(model.parameters()), allow_unused=True)
-    made = make_microbatches(EXAMPLES, loss_on, most_tokens=most)
+    sft = SFT(loss_on)
+    made = make_microbatches(EXAMPLES, sft.collate, CollateOptions(max_tokens=most))
     assert len(made) == parts and sum(b.ids.shape[0] for b in made) == 3
-    assert sum(b.weight for b in made) == collate(EXAMPLES, loss_on).weight
+    assert sum(b.weight for b in made) == sft.collate(EXAMPLES, CollateOptions()).weight
     for batch in made:
-        OBJECTIVES[loss_on](model, batch).backward()
+        sft.loss(model, batch)[0].backward()
     norm = sum(g.norm().item() ** 2 for g in expected if g is not None) ** 0.5
     for p, g in zip(model.parameters(), expected, strict=True):
         assert g is not None and p.grad is not None and (p.grad - g).norm() <= 1e-9 * norm
 
 
 def test_a_batch_without_a_bound_is_one() -> None:
-    assert len(make_microbatches(EXAMPLES, "completion")) == 1
+    assert len(make_microbatches(EXAMPLES, SFT().collate)) == 1
 
 
 @pytest.mark.parametrize("share", [False, True])
 def test_the_weight_counts_the_targets_of_all_rows(share: bool) -> None:
-    completion = collate(EXAMPLES, "completion", share)
+    completion = SFT().collate(EXAMPLES, CollateOptions(share))
     assert completion.weight == 2 + 3 + 2
-    every = collate(EXAMPLES, "all", share)
+    every = SFT("all").collate(EXAMPLES, CollateOptions(share))
     assert every.weight == sum(len(p) + len(c) - 1 for p, c in ROWS)
     assert completion.tokens == every.tokens == sum(len(p) + len(c) for p, c in ROWS)
     assert completion.non_shared_tokens == sum(len(p) + len(c) - (len(HEAD) if share else 0) for p, c in ROWS)
@@ -84,49 +88,52 @@ def test_the_weight_counts_the_targets_of_all_rows(share: bool) -> None:
 
 def test_the_end_of_text_is_a_target() -> None:
     for share in (False, True):
-        batch = collate(EXAMPLES, "completion", share)
+        batch = SFT().collate(EXAMPLES, CollateOptions(share))
         assert batch.targets.tolist() == [4, 0, 6, 6, 0, 5, 0]
 
 
 def test_a_prompt_keeps_the_token_that_predicts_its_first_target() -> None:
     same = [Example((*HEAD, 1), (c, 0), None, "", "", "") for c in (2, 3)]
-    batch = collate(same, "completion")
+    batch = SFT().collate(same, CollateOptions())
     assert batch.shared.tolist() == [list(HEAD)] and batch.ids[:, 0].tolist() == [1, 1]
 
 
 def test_a_single_row_shares_nothing() -> None:
-    assert collate(EXAMPLES[:1], "completion").shared.shape == (1, 0)
+    assert SFT().collate(EXAMPLES[:1], CollateOptions()).shared.shape == (1, 0)
 
 
 @pytest.mark.parametrize("loss_on", ["completion", "all", "pairs"])
 def test_a_batch_moves_as_a_whole(loss_on: Any) -> None:
     """All its tensors go, and none comes or is lost; what the reference thinks of pairs stays where it is."""
-    examples = [replace(each, rejected_ids=(3, 0), reference=(-1.0, -2.0)) for each in EXAMPLES]
-    here = replace(collate(examples, loss_on), cached_hidden=(1, torch.zeros(3, 4)))
+    pair: Any = {"rejected_ids": (3, 0), "reference": (-1.0, -2.0)} if loss_on == "pairs" else {}
+    examples = [replace(each, **pair) for each in EXAMPLES]
+    objective = DPO() if loss_on == "pairs" else SFT(loss_on)
+    here = replace(objective.collate(examples, CollateOptions()), cached_hidden=(1, torch.zeros(3, 4)))
     there = here.to(torch.device("meta"))
 
     def tensors(batch: TrainingBatch) -> dict[str, torch.Tensor]:
         found = {field.name: getattr(batch, field.name) for field in fields(batch)}
         found["cached_hidden"] = batch.cached_hidden and batch.cached_hidden[1]
+        found |= batch.extra
         found |= {} if batch.fork is None else {f"fork {n}": t for n, t in enumerate(vars(batch.fork).values())}
         return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
 
     names = {"shared", "ids", "target_index", "targets", "cached_hidden"}
     assert tensors(there).keys() == tensors(here).keys() >= names
-    assert ("answer" in tensors(here), "positions" in tensors(here)) == (loss_on == "pairs", loss_on != "all")
+    assert ("reference" in tensors(here), "positions" in tensors(here)) == (loss_on == "pairs", loss_on != "all")
     kept = {name for name, value in tensors(there).items() if value.device.type != "meta"}
     assert kept == ({"reference"} if loss_on == "pairs" else set())
     assert all(value.shape == tensors(here)[name].shape for name, value in tensors(there).items())
 
 
 def test_a_batch_on_another_device_is_the_same_batch() -> None:
-    batch = replace(collate(EXAMPLES, "completion"), cached_hidden=(1, torch.ones(2, 3)))
+    batch = replace(SFT().collate(EXAMPLES, CollateOptions()), cached_hidden=(1, torch.ones(2, 3)))
     moved = batch.to(torch.device("cpu"))
     assert (
         moved.cached_hidden is not None
         and moved.cached_hidden[0] == 1
         and torch.equal(moved.cached_hidden[1], torch.ones(2, 3))
     )
-    assert moved.fork is None and moved.answer is None and torch.equal(moved.ids, batch.ids)
+    assert moved.fork is None and torch.equal(moved.ids, batch.ids)
     far = batch.to(torch.device("meta")).cached_hidden
     assert far is not None and far[1].device.type == "meta"

@@ -17,10 +17,10 @@ from graftlm.files.formats import load_safetensors
 from graftlm.methods.base import trainable
 from graftlm.models import CausalLM
 from graftlm.text.collate import Example
+from graftlm.training.batches import CollateOptions, TrainingData, forward_batch, make_microbatches
 from graftlm.training.estimate import make_plan
-from graftlm.training.objectives import collate, make_microbatches
-from graftlm.training.preferences import PreferenceLoss, SequenceLogProbs, sequence_logps
-from graftlm.training.reference_logps import InitialWeights, reference_logps, sampled_kl, with_reference
+from graftlm.training.objectives.dpo import DPO, SequenceLogProbs
+from graftlm.training.reference import InitialWeights, sampled_kl, with_reference
 from graftlm.training.setup import prepare
 from graftlm.training.train import train
 from tiny import model_folder, model_of
@@ -69,15 +69,15 @@ def close(got: list[Tensor | None], want: list[Tensor | None]) -> bool:
 def test_a_fork_equals_two_rows(kind: str, share: bool, targets_only: bool, fused: bool) -> None:
     model = model_of(kind)
     model.use_fused_ops(False)
-    loss = PreferenceLoss(beta=0.3).losses(SequenceLogProbs(plain_sums(model), REFERENCE, LENGTHS)).sum()
+    loss = DPO(beta=0.3).losses(SequenceLogProbs(plain_sums(model), REFERENCE, LENGTHS)).sum()
     want = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
     model.use_fused_ops(fused)
-    batch = collate(pairs(), "pairs", share, targets_only)
+    batch = DPO().collate(pairs(), CollateOptions(share, targets_only))
     assert batch.shared.shape[1] == (5 if share else 0) and batch.weight == 4
     assert batch.tokens == sum(len(p) + len(w) + len(other) for p, w, other in PAIRS)
-    sums = sequence_logps(model, batch)
+    sums = DPO().pair_logps(model, forward_batch(model, batch), batch)
     assert torch.allclose(sums.policy, plain_sums(model), rtol=1e-10) and torch.equal(sums.lengths, LENGTHS)
-    got, told = PreferenceLoss(beta=0.3)(model, batch)
+    got, told = DPO(beta=0.3).loss(model, batch)
     assert abs(got.item() - loss.item()) <= 1e-9 * loss.item()
     assert close(list(torch.autograd.grad(got, list(model.parameters()), allow_unused=True)), list(want))
     rewards = 0.3 * (plain_sums(model) - REFERENCE)
@@ -92,7 +92,8 @@ def test_a_long_row_forks_too() -> None:
     """From FUSED_FROM tokens on attention takes another way, which knows of no fork."""
     model = model_of("llama", context=700)
     long = Example(tuple(range(1, 61)) * 9, (4, 9), None, "", "", "", rejected_ids=(6, 7, 8))
-    (got,) = sequence_logps(model, collate([long], "pairs", targets_only=False)).policy
+    batch = DPO().collate([long], CollateOptions(targets_only=False))
+    (got,) = DPO().pair_logps(model, forward_batch(model, batch), batch).policy
     for answer, value in zip((long.completion_ids, long.rejected_ids), got, strict=True):
         log_p = model(torch.tensor([[*long.prompt_ids, *answer]])).log_softmax(-1)[0]
         first = len(long.prompt_ids) - 1
@@ -102,11 +103,11 @@ def test_a_long_row_forks_too() -> None:
 @pytest.mark.parametrize(("most", "parts"), [(0, 1), (20, 2), (1, 4)])
 def test_a_large_batch_of_pairs_runs_in_parts_that_add_up(most: int, parts: int) -> None:
     model = model_of("llama")
-    how = PreferenceLoss()
-    want = torch.autograd.grad(how(model, collate(pairs(), "pairs"))[0], list(model.parameters()))
-    made = make_microbatches(pairs(), "pairs", most_tokens=most)
+    how = DPO()
+    want = torch.autograd.grad(how.loss(model, how.collate(pairs(), CollateOptions()))[0], list(model.parameters()))
+    made = make_microbatches(pairs(), how.collate, CollateOptions(max_tokens=most))
     assert len(made) == parts and sum(batch.weight for batch in made) == 4
-    total = sum((how(model, batch)[0] for batch in made), torch.zeros((), dtype=torch.float64))
+    total = sum((how.loss(model, batch)[0] for batch in made), torch.zeros((), dtype=torch.float64))
     assert close(list(torch.autograd.grad(total, list(model.parameters()))), list(want))
 
 
@@ -141,7 +142,7 @@ def test_each_loss_equals_its_paper(name: str) -> None:
     fields, value = BY_HAND[name]
     policy = torch.tensor([[L_W, L_L]], dtype=torch.float64, requires_grad=True)
     reference = torch.tensor([[R_W, R_L]], dtype=torch.float64)
-    how = PreferenceLoss(beta=0.3, **fields)
+    how = DPO(beta=0.3, **fields)
     sums = SequenceLogProbs(
         policy, reference if how.needs_reference else None, torch.tensor([[N_W, N_L]], dtype=torch.float64)
     )
@@ -157,7 +158,7 @@ def test_each_loss_equals_its_paper(name: str) -> None:
 def test_a_hinge_is_flat_behind_its_margin() -> None:
     policy = torch.tensor([[0.0, -9.0]], dtype=torch.float64, requires_grad=True)
     sums = SequenceLogProbs(policy, torch.zeros(1, 2, dtype=torch.float64), torch.ones(1, 2, dtype=torch.float64))
-    loss = PreferenceLoss("hinge", beta=0.2).losses(sums).sum()
+    loss = DPO("hinge", beta=0.2).losses(sums).sum()
     assert loss.item() == 0 and torch.autograd.grad(loss, policy)[0].abs().sum() == 0
 
 
@@ -259,28 +260,32 @@ def test_a_stop_and_a_resume_leave_no_trace(assets: Path, tmp_path: Path, monkey
     train(config(assets, tmp_path / "whole", **changes))
     import graftlm.training.trainer as module
 
-    real = module.Trainer._step
+    real = module.Trainer.train_step
 
     def stops(self: Any, step: int, batches: Any) -> Any:
         if step == 6:
             raise KeyboardInterrupt
         return real(self, step, batches)
 
-    monkeypatch.setattr(module.Trainer, "_step", stops)
+    monkeypatch.setattr(module.Trainer, "train_step", stops)
     with pytest.raises(KeyboardInterrupt):
         train(config(assets, tmp_path / "halves", **changes))
-    monkeypatch.setattr(module.Trainer, "_step", real)
+    monkeypatch.setattr(module.Trainer, "train_step", real)
     train(TrainConfig(out_dir=str(tmp_path / "halves"), resume=True))
     assert rows_without_times(tmp_path / "whole") == rows_without_times(tmp_path / "halves")
     whole, halves = (tmp_path / name / "last" / "adapter_model.safetensors" for name in ("whole", "halves"))
     assert whole.read_bytes() == halves.read_bytes()
 
 
+def logps(model: CausalLM, examples: list[Example]) -> Tensor:
+    return DPO().answer_logps(model, examples)
+
+
 def sft_config(assets: Path, out: Path, **changes: Any) -> TrainConfig:
     data = assets / "chosen.jsonl"
     lines = [json.dumps({"prompt": r["prompt"], "completion": r["chosen"]}) + "\n" for r in pair_rows()]
     data.write_text("".join(lines))
-    return config(assets, out, **{"objective": "sft", "data": str(data), "max_iters": 4, **changes})
+    return config(assets, out, **{"objective": "sft", "data": str(data), "max_iters": 4, "kl_samples": 32, **changes})
 
 
 def test_an_adapted_start_is_the_reference(assets: Path, tmp_path: Path) -> None:
@@ -289,11 +294,14 @@ def test_an_adapted_start_is_the_reference(assets: Path, tmp_path: Path) -> None
     adapted = prepare(config(assets, tmp_path / "dpo", init_from=str(tmp_path / "sft"), rank=None, alpha=None))
     started = load("resume", tmp_path / "sft", device="cpu", dtype="float32")
     base = prepare(config(assets, tmp_path / "other"))
-    of_start = reference_logps(adapted.loaded.model, adapted.train)
-    assert torch.allclose(of_start, reference_logps(started.model, adapted.train), atol=2e-4)
-    assert (of_start - reference_logps(base.loaded.model, adapted.train)).abs().max() > 0.5
+    of_start = logps(adapted.loaded.model, adapted.data.train)
+    assert torch.allclose(of_start, logps(started.model, adapted.data.train), atol=2e-4)
+    assert (of_start - logps(base.loaded.model, adapted.data.train)).abs().max() > 0.5
     method: Any = adapted.method
-    assert method == replace(method, rank=4, alpha=16.0) and adapted.run["base"] == base.run["base"]
+    assert (
+        method == replace(method, rank=4, alpha=16.0)
+        and adapted.manifest.values["base"] == base.manifest.values["base"]
+    )
     train(adapted.config)
     assert metrics(tmp_path / "dpo")[0]["train_loss"] == pytest.approx(math.log(2), abs=1e-5)
     again = load("resume", tmp_path / "dpo", device="cpu", dtype="float32")
@@ -368,21 +376,21 @@ def test_kl_is_that_of_the_distributions(assets: Path) -> None:
     with torch.no_grad():
         for p in trainable(model).values():
             p.add_(torch.randn_like(p) * 0.1)
-    example = replace(prepared.train[0], completion_ids=(5,), rejected_ids=(6,))
+    example = replace(prepared.data.train[0], completion_ids=(5,), rejected_ids=(6,))
     prompts = [replace(example, prompt_ids=(*example.prompt_ids, 40 + i % 2, i // 2 % 50 + 1)) for i in range(100)]
-    got = [sampled_kl(model, start, prompts, 100, eot=0, seed=seed) for seed in range(40)]
+    got = [sampled_kl(model, start, TrainingData([], prompts, [], 0), 100, seed) for seed in range(40)]
     exact = []
     for example in prompts:
         ids = torch.tensor([example.prompt_ids])
         with torch.no_grad():
             now = model(ids)[0, -1].double().log_softmax(-1)
-            with start.restored(model):
+            with start.restored():
                 before = model(ids)[0, -1].double().log_softmax(-1)
         exact.append((now.exp() * (now - before)).sum().item())
     mean, truth = sum(got) / len(got), sum(exact) / len(exact)
     assert truth > 0.02 and abs(mean - truth) < 0.1 * truth
-    with start.restored(model):
-        assert sampled_kl(model, InitialWeights.of(model), prompts, 10, eot=0, seed=0) == 0
+    with start.restored():
+        assert sampled_kl(model, InitialWeights.of(model), TrainingData([], prompts, [], 0), 10, 0) == 0
 
 
 def test_a_plan_knows_of_the_reference_and_the_samples(assets: Path, tmp_path: Path) -> None:
@@ -415,8 +423,8 @@ def test_losses_gradients_and_rewards_equal_trl(
     if start == "adapted":
         changes |= {"init_from": str(adapted), "rank": None, "alpha": None}
     ours = prepare(config(assets, tmp_path / "ours", **changes))
-    model, examples = ours.loaded.model, ours.train[:8]
-    examples = with_reference(examples, reference_logps(model, examples))
+    model, examples = ours.loaded.model, ours.data.train[:8]
+    examples = with_reference(examples, logps(model, examples))
     theirs = trl_trainer(assets, adapted if start == "adapted" else None, loss_type, tmp_path)
     pairs = parameters_in_common(model, theirs.model)
     torch.manual_seed(1)
@@ -426,7 +434,7 @@ def test_losses_gradients_and_rewards_equal_trl(
             mine.add_(torch.randn_like(mine) * 0.02)
             other.copy_(mine)
     model.train()
-    loss, told = PreferenceLoss(loss_type, beta=0.2)(model, collate(examples, "pairs"))
+    loss, told = DPO(loss_type, beta=0.2).loss(model, DPO().collate(examples, CollateOptions()))
     (loss / 8).backward()
     theirs.model.train()
     inputs = theirs.data_collator([theirs.train_dataset[i] for i in range(8)])

@@ -12,16 +12,19 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from rich.console import Console
 
 from graftlm.config import TrainConfig
 from graftlm.errors import GraftError, InputError, Interrupted
 from graftlm.exchange.load import load
 from graftlm.files.formats import load_safetensors
 from graftlm.inference.scoring import score
-from graftlm.text.collate import encode_rows, label_ids, load_dataset
+from graftlm.text.collate import Example, encode_rows, label_ids, load_dataset
 from graftlm.training import trainer as trainer_module
-from graftlm.training.preferences import make_loss
-from graftlm.training.schedule import batch_stream, learning_rate
+from graftlm.training.batches import BatchLoader
+from graftlm.training.distributed import DistContext
+from graftlm.training.objectives.sft import SFT
+from graftlm.training.schedule import learning_rate
 from graftlm.training.train import train
 from tiny import TEMPLATE, data_folder, model_folder
 
@@ -130,15 +133,16 @@ def test_full_fine_tuning_leaves_a_folder_that_transformers_loads(assets: Path, 
 def test_accumulated_batches_are_one_large_batch(assets: Path, tmp_path: Path) -> None:
     """Different token counts in the two halves: dividing by each half's own count would differ."""
     from graftlm.training.setup import prepare
-    from graftlm.training.trainer import Trainer
+    from graftlm.training.train import make_trainer
 
     trained = {}
     for name, accumulate in (("one", False), ("two", True)):
         prepared = prepare(config(assets, tmp_path / name, loss_on="all", lora_dropout=0.0))
-        trainer = Trainer(prepared, trainer_module.Console(quiet=True), 0.0)
+        trainer = make_trainer(prepared, Console(quiet=True), 0.0)
         trainer.model.train()
         batch = list(range(16))
-        loss = trainer._step(1, [batch[:5], batch[5:]] if accumulate else [batch]).loss
+        loss = trainer.train_step(1, [batch[:5], batch[5:]] if accumulate else [batch]).loss
+        trainer.metrics.close()
         trained[name] = (loss, {n: p.detach().clone() for n, p in trainer.model.named_parameters()})
     assert abs(trained["one"][0] - trained["two"][0]) < 1e-5
     for n, p in trained["one"][1].items():
@@ -173,9 +177,11 @@ def test_warm_up_never_starts_at_zero_and_the_cosine_ends_above_it() -> None:
 
 def test_the_stream_continues_where_it_is_entered() -> None:
     plan, lengths = TrainConfig(batch_size=3, seed=4), [5, 9, 2, 7, 7, 3, 8]
-    whole = batch_stream(lengths, plan, 0)
+    examples = [Example((1,) * (n - 1), (0,), None, "", "", "") for n in lengths]
+    loader = BatchLoader(examples, SFT().collate, plan, DistContext())
+    whole = loader.stream(0)
     first = [next(whole) for _ in range(8)]
-    entered = batch_stream(lengths, plan, 4)
+    entered = loader.stream(4)
     assert [next(entered) for _ in range(4)] == first[4:]
     assert sorted(i for batch in first[:3] for i in batch) == list(range(7))
 
@@ -192,11 +198,13 @@ def test_a_loss_that_is_not_a_number_names_the_step_and_the_last_good_checkpoint
 ) -> None:
     calls = iter(range(1, 100))
 
-    def broken(config: TrainConfig) -> Any:
-        real = make_loss(config)
-        return lambda model, batch: (real(model, batch)[0] * (math.nan if next(calls) == 7 else 1.0), {})
+    real = trainer_module.Trainer.accumulate
 
-    monkeypatch.setattr(trainer_module, "make_loss", broken)
+    def broken(self: Any, batch: Any, scale: float) -> Any:
+        losses, sums = real(self, batch, scale)
+        return [loss * (math.nan if next(calls) == 7 else 1.0) for loss in losses], sums
+
+    monkeypatch.setattr(trainer_module.Trainer, "accumulate", broken)
     with pytest.raises(GraftError) as caught:
         train(config(assets, tmp_path / "run", eval_every=2))
     good = (tmp_path / "run" / "last").resolve()
@@ -237,15 +245,15 @@ def test_an_interrupted_run_saves_its_step_and_goes_on_to_the_same_end(
 ) -> None:
     changes = of_method(method)
     train(config(assets, tmp_path / "whole", **changes))
-    real = trainer_module.Trainer._step
+    real = trainer_module.Trainer.train_step
 
     def interrupted(self: Any, step: int, batches: Any) -> Any:
         if step == 6:
             signal.raise_signal(signal.SIGINT)
         return real(self, step, batches)
 
-    monkeypatch.setattr(trainer_module.Trainer, "_step", interrupted)
-    with pytest.raises(Interrupted, match=r"step 6 is saved in .*: go on with graft train --resume") as caught:
+    monkeypatch.setattr(trainer_module.Trainer, "train_step", interrupted)
+    with pytest.raises(Interrupted, match=r"step 6 is saved in .*: resume with graft train --resume") as caught:
         train(config(assets, tmp_path / "parts", **changes))
     assert caught.value.exit_status == 130
     assert (tmp_path / "parts" / "last").resolve().name == "step-6"
@@ -302,13 +310,13 @@ def test_a_signal_that_the_caller_ignores_stays_ignored(
     assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As `nohup` and a script's background jobs have it."""
-    real = trainer_module.Trainer._step
+    real = trainer_module.Trainer.train_step
 
     def interrupted(self: Any, step: int, batches: Any) -> Any:
         signal.raise_signal(signal.SIGINT)
         return real(self, step, batches)
 
-    monkeypatch.setattr(trainer_module.Trainer, "_step", interrupted)
+    monkeypatch.setattr(trainer_module.Trainer, "train_step", interrupted)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         assert train(config(assets, tmp_path / "run"))["steps"] == 12

@@ -6,6 +6,7 @@ import torch, so that `graft --help` answers at once.
 """
 
 from graftlm.config.common import (
+    OBJECTIVES,
     Checkpoint,
     DemoSelection,
     Device,
@@ -25,6 +26,7 @@ from graftlm.config.studies import CompareConfig, EstimateConfig, ReportConfig
 from graftlm.config.training import TrainConfig
 
 __all__ = [
+    "OBJECTIVES",
     "Checkpoint",
     "CompareConfig",
     "DemoSelection",

@@ -7,13 +7,22 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from math import isfinite
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from graftlm.errors import InputError
 
 Device = str
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Checkpoint = Literal["best", "last"]
+OBJECTIVES = tuple(
+    sorted(file.stem for file in (Path(__file__).parents[1] / "training" / "objectives").glob("[!_]*.py"))
+)
+"""The training objectives: one file each."""
+if TYPE_CHECKING:
+    ObjectiveName = str
+else:
+    ObjectiveName = Literal[OBJECTIVES]
 LossType = Literal["sigmoid", "hinge", "ipo", "sigmoid_norm", "simpo", "orpo"]
 Style = Literal["zero-shot", "few-shot", "few-shot-cot", "zero-shot-cot"]
 DemoSelection = Literal["fixed", "random", "balanced", "bm25", "embedding"]

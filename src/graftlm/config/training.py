@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from graftlm.config.common import DataFlags, Device, Dtype, Flags, LossType, MethodFlags, require
-from graftlm.errors import InputError
+from graftlm.config.common import DataFlags, Device, Dtype, Flags, LossType, MethodFlags, ObjectiveName, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,7 +11,7 @@ class OptimizerFlags(Flags):
     """Optimizer and schedule."""
 
     lr: float | None = None
-    """Peak learning rate of AdamW. Default: the method's (LoRA: 2.5e-4); a fifth of it with --objective dpo."""
+    """Peak learning rate of AdamW. Default: the method's (LoRA: 2.5e-4); a fifth of it with --objective dpo or kto."""
     batch_size: int = 16
     """Examples per forward and backward pass."""
     grad_accum: int = 1
@@ -47,16 +46,21 @@ class OptimizerFlags(Flags):
 class ObjectiveFlags(Flags):
     """Objective and preferences."""
 
-    objective: Literal["sft", "dpo"] = "sft"
-    """Train on completions (sft), or on preference pairs (dpo: fields prompt, chosen, rejected; see --loss_type)."""
+    objective: ObjectiveName = "sft"
+    """Train on completions (sft), on preference pairs (dpo: fields prompt, chosen, rejected; see --loss_type), or on
+    answers marked as desirable or not (kto: fields prompt, completion, label)."""
     loss_on: Literal["completion", "all"] = "completion"
     """Tokens in the loss: those of the completion, including end-of-text, or all."""
     loss_type: LossType = "sigmoid"
     """Preference loss: sigmoid (DPO), hinge, ipo, sigmoid_norm (DPO averaged over tokens), or simpo and orpo, which
     need no reference model."""
     beta: float | None = None
-    """DPO's beta: strength of the KL penalty to the reference model; also SimPO's scale and ORPO's lambda. Default: 0.1
-    (simpo: 2)."""
+    """Beta of DPO and KTO: strength of the KL penalty to the reference model; also SimPO's scale and ORPO's lambda.
+    Default: 0.1 (simpo: 2)."""
+    desirable_weight: float = 1.0
+    """KTO's weight of a desirable answer's loss; with undesirable_weight it balances unequal numbers of both."""
+    undesirable_weight: float = 1.0
+    """KTO's weight of an undesirable answer's loss."""
     label_smoothing: float = 0.0
     """Assumed fraction of pairs labelled the wrong way round (cDPO); for sigmoid and sigmoid_norm."""
     gamma: float = 1.0
@@ -71,14 +75,7 @@ class ObjectiveFlags(Flags):
         super().__post_init__()
         self.require_positive("beta")
         require(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "at least 0 and below 0.5")
-        self.require_at_least(0, "gamma", "kl_samples")
-        if self.label_smoothing and self.loss_type not in ("sigmoid", "sigmoid_norm"):
-            raise InputError(f"--label_smoothing {self.label_smoothing}: --loss_type {self.loss_type} takes none")
-        if self.reference and (self.objective != "dpo" or self.loss_type in ("simpo", "orpo")):
-            what = "--objective sft" if self.objective != "dpo" else f"--loss_type {self.loss_type}"
-            raise InputError(f"--reference {self.reference}: {what} needs no reference; leave it out")
-        if self.objective == "dpo" and self.loss_on == "all":
-            raise InputError("--loss_on all: --objective dpo learns from the answers only; leave it out")
+        self.require_at_least(0, "gamma", "kl_samples", "desirable_weight", "undesirable_weight")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,7 @@ from graftlm.methods.cost_model import (
 from graftlm.models import ModelConfig, build
 from graftlm.models.checkpoint_mapping import read_model_config
 from graftlm.models.presets import SHAPES
-from graftlm.training.memory import saved_activation_bytes
+from graftlm.training.reporting import saved_activation_bytes
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MLP_FLAGS = {"mlp_widths", "method", "rank", "dtype", "device_gflops"}

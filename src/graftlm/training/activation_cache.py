@@ -1,17 +1,15 @@
-"""What frozen lower layers make of the data, computed once and kept on disk for every later epoch.
+"""Hidden states of frozen lower layers, computed once and cached on disk for later epochs and runs.
 
-With --train_layers 20: the hidden state that enters block 20 is a function of the base and of the example alone. So it
-is computed the first time an example is needed, written to a memory-mapped file, and read from there ever after, by
-later runs too.
+With --train_layers 20: the input of block 20 depends only on the base and the example. So it is computed the first
+time an example is needed, written to a memory-mapped file, and read from there afterwards, by later runs too.
 
-What is unusual here: *the values do not depend on the run*. A matrix product's rounding depends on which rows stand
-beside each other, so examples are computed in groups that the data alone decides (of similar length, GROUP at a time,
-behind what all prompts of the data begin with), never as the run's batches happen to be made. So a run gives the same
-bytes with an empty file and with a full one, and after a kill.
+A matrix product's rounding depends on the rows of its batch. So examples are computed in groups that depend on the data
+alone (of similar length, GROUP at a time, after the shared prefix of all prompts), never in the run's batches. A run
+gives the same bits with an empty cache, with a full one, and after a kill.
 
     GRAFT_HOME/frozen/<sha256 of base, tokens, layer, dtype, versions>/
-        hidden    [R, d]: P rows of the shared beginning, then each example's own tokens, group by group
-        groups    for each group 8 bytes: 0, or 1 << 32 and the crc32 of its rows; rows count only if that fits
+        hidden    [R, d]: P rows of the shared prefix, then each example's own tokens, group by group
+        groups    for each group 8 bytes: 0, or 1 << 32 and the crc32 of its rows, which are valid only if it matches
 
 Letters: P shared tokens, T tokens of the longest row, B rows, d model width, L the first trained block.
 """
@@ -22,23 +20,24 @@ import os
 import shutil
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from graftlm.inference.decoder import shared_prefix_length
 from graftlm.inference.generate import eval_mode
 from graftlm.models.base import CausalLM
-from graftlm.text.collate import Example, common_prefix_length
+from graftlm.text.collate import Example
 
 GROUP = 32
 FORMAT_VERSION = 1  # raised when the same name would hold other values
-MIN_SHARED_PREFIX = 4  # as in objectives.make_batch
 
 
 class ActivationCache:
-    """The kept hidden states of one data set, for one model and one L; use `open_frozen`."""
+    """The hidden states of one data set, for one model and one L; use `open_activation_cache`."""
 
     def __init__(self, folder: Path, model: CausalLM, examples: Sequence[Example], layers: int, prefix: int) -> None:
         self.model, self.examples, self.layers, self.prefix = model, examples, layers, prefix
@@ -58,8 +57,8 @@ class ActivationCache:
         self._ready: set[int] = set()  # groups whose bytes this process has checked or written
 
     def read(self, rows: Sequence[int], t: int) -> Tensor:
-        """What enters block L for these examples behind the shared beginning: [P + B t, d], padded with zeros."""
-        for group in sorted({0, *(self.group_of[i] for i in rows)} - self._ready):  # group 0 brings the shared rows
+        """The input of block L for these examples, shared prefix first: [P + B t, d], padded with zeros."""
+        for group in sorted({0, *(self.group_of[i] for i in rows)} - self._ready):  # group 0 has the shared prefix
             self._ensure(group)
         p = self.prefix
         x = torch.zeros(p + len(rows) * t, self.hidden.shape[1], dtype=self.hidden.dtype)
@@ -69,7 +68,7 @@ class ActivationCache:
         return x
 
     def _ensure(self, group: int) -> None:
-        """Check a group's bytes, or compute them; killed at any moment, it leaves a group that does not check out."""
+        """Verify a group's bytes, or compute them. A process killed meanwhile leaves a group whose checksum fails."""
         if int(self._index[group]) != self._checksum(group):
             self._index[group] = 0
             self._compute(group)
@@ -100,47 +99,52 @@ class ActivationCache:
 
 
 def suffix_length(example: Example, prefix: int) -> int:
-    """Tokens of an example's row behind the shared beginning, without its last, which nothing follows."""
+    """Tokens of an example's row after the shared prefix, without its last, which is only predicted."""
     return len(example.prompt_ids) - prefix + len(example.completion_ids) - 1
 
 
-def open_frozen(
-    home: Path,
-    model: CausalLM,
-    examples: Sequence[Example],
-    layers: int,
-    base_sha256: str,
-    *,
-    share: bool,
-    most_bytes: float,
-) -> tuple[ActivationCache | None, str]:
-    """The store for these examples under `home`, and a line that says what became of it.
+@dataclass(frozen=True)
+class CacheSpec:
+    """What a cache is of, and how large it may get."""
 
-    None where it would take more than `most_bytes`, or than the disk has left: then the lower layers are computed in
-    each step. What other runs left there is deleted, the longest unused first, until all fits into `most_bytes`.
+    layers: int
+    """L, the number of frozen lower layers."""
+    base_sha256: str
+    share_prefix: bool
+    max_bytes: float
+
+
+def open_activation_cache(
+    home: Path, model: CausalLM, examples: Sequence[Example], spec: CacheSpec
+) -> tuple[ActivationCache | None, str]:
+    """The cache of these examples under `home`, and a note about it.
+
+    None if it would take more than `max_bytes`, or more than the disk has left: then the lower layers are recomputed in
+    each step. Caches of other runs are deleted, least recently used first, until all fit into `max_bytes`.
     """
-    prefix = common_prefix_length([e.prompt_ids for e in examples]) if share and len(examples) > 1 else 0
-    prefix = prefix if prefix >= MIN_SHARED_PREFIX else 0
+    prefix = shared_prefix_length([e.prompt_ids for e in examples]) if spec.share_prefix else 0
     rows = prefix + sum(suffix_length(e, prefix) for e in examples)
     size = rows * model.config.hidden_size * torch.empty(0, dtype=model.dtype).element_size()
-    what = f"the output of the {layers} frozen lower layers takes {size / 1e9:.2f} GB"
-    if size > most_bytes:
-        return None, f"{what}, --activation_cache_gb allows {most_bytes / 1e9:g}: it is computed anew in each step"
-    folder = home / "frozen" / _name(model, examples, layers, prefix, base_sha256)
+    what = f"the output of the {spec.layers} frozen lower layers takes {size / 1e9:.2f} GB"
+    if size > spec.max_bytes:
+        allowed = f"--activation_cache_gb allows {spec.max_bytes / 1e9:g}"
+        return None, f"{what}, {allowed}: it is computed anew in each step"
+    folder = home / "frozen" / _name(model, examples, prefix, spec)
     if not folder.is_dir():
-        _evict_lru(home / "frozen", most_bytes - size)
+        _evict_lru(home / "frozen", spec.max_bytes - size)
         home.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(home).free) < size:
             return None, f"{what}, the disk of {home} has {free / 1e9:.2f} left: it is computed anew in each step"
-    frozen = ActivationCache(folder, model, examples, layers, prefix)
-    os.utime(folder)  # used last, deleted last
-    return frozen, f"{what}: computed once, kept in {folder}"
+    cache = ActivationCache(folder, model, examples, spec.layers, prefix)
+    os.utime(folder)  # marks it as most recently used
+    return cache, f"{what}: computed once, kept in {folder}"
 
 
-def _name(model: CausalLM, examples: Sequence[Example], layers: int, prefix: int, base_sha256: str) -> str:
-    """A hash of all that decides the values: base, data and template (through the tokens they make), layer, dtype."""
-    about = (FORMAT_VERSION, base_sha256, layers, prefix, str(model.dtype), model.device.type, torch.__version__)
-    digest = hashlib.sha256(repr(about).encode())
+def _name(model: CausalLM, examples: Sequence[Example], prefix: int, spec: CacheSpec) -> str:
+    """A hash of all that decides the values: base, tokens, layer, prefix, dtype, device, version of torch."""
+    base, layers = spec.base_sha256, spec.layers
+    decisive = (FORMAT_VERSION, base, layers, prefix, str(model.dtype), model.device.type, torch.__version__)
+    digest = hashlib.sha256(repr(decisive).encode())
     for e in examples:
         digest.update(repr((e.prompt_ids, e.completion_ids)).encode())
     return digest.hexdigest()[:32]
@@ -155,12 +159,12 @@ def _evict_lru(folder: Path, most_bytes: float) -> None:
 
 
 def _map(path: Path, size: int) -> mmap.mmap:
-    """A file of this size, shared with whoever else maps it; new bytes are 0 and have their place on the disk."""
+    """A shared memory map of a file of this size; new bytes are 0 and allocated on disk."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         if os.fstat(descriptor).st_size != size:
             os.ftruncate(descriptor, size)
-            if hasattr(os, "posix_fallocate"):  # a disk that fills up later would kill the process at a write
+            if hasattr(os, "posix_fallocate"):  # otherwise a full disk would kill the process at a later write
                 os.posix_fallocate(descriptor, 0, size)
         return mmap.mmap(descriptor, size)
     finally:

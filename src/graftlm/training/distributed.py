@@ -1,23 +1,22 @@
-"""One run in several processes: `torchrun --nproc_per_node 2 -m graftlm train …`; what a process knows of the others.
+"""Distributed training: `torchrun --nproc_per_node 2 -m graftlm train …`.
 
-    adapters            data parallel: every process holds the model, takes its rows of every batch, and the gradients
-                        of what is trained are added up (Li et al. 2020)
-    full fine-tuning    weights, gradients and moments are cut over the processes, and a block's weights are whole only
-                        while it computes (FSDP2; Zhao et al. 2023, after ZeRO, Rajbhandari et al. 2020)
-    --shard             the same for an adapter's frozen base; the adapter is trained as in the first way
+    adapters            data parallel: every rank holds the model and takes its rows of every batch; the gradients of
+                        the trained weights are summed (Li et al. 2020)
+    full fine-tuning    weights, gradients and optimizer state are sharded across ranks, and a block's weights are
+                        gathered while it computes (FSDP2; Zhao et al. 2023, after ZeRO, Rajbhandari et al. 2020)
+    --shard             the same for an adapter's frozen base; the adapter is trained as in data parallel
 
-What is unusual here: *the batch belongs to the run, not to the process*. `--batch_size` is that of all processes
-together and gradients are added, never averaged, so a run in N processes is the run in one, but for rounding and for
-dropout's masks. Gradients of adapters are added by a plain all-reduce of flat buckets and not by torch's
-DistributedDataParallel: that averages, wants the same number of passes in every process, and hooks into one `forward`,
-while here a process may have no row at all and the model is called through several methods. Adapters' gradients are
-small, so little is lost by sending them behind the backward pass. And *processes need not make equally many passes*
-without gradient, though cut weights are gathered by all at once: they tell each other who goes on (`uneven_forward`).
-Nothing is sent through pickle: text travels as JSON.
+`--batch_size` is that of all ranks together and gradients are summed, never averaged, so a run on N ranks equals a run
+in a single process, except for rounding and dropout masks. Gradients of adapters are summed by an all-reduce of flat
+buckets after the backward pass and not by torch's DistributedDataParallel: that averages, needs the same number of
+passes on every rank, and hooks into one `forward`, while here a rank may have no row at all and the model is called
+through several methods. Adapters' gradients are small, so overlapping them with the backward pass would gain little.
 
-In one process nothing here is ever called into torch.distributed, nor is it imported.
+Forward passes without gradient may differ in number between ranks, although sharded weights are gathered by all ranks
+at once (`uneven_forward`). Nothing is sent through pickle: text travels as JSON. A single process never imports
+torch.distributed.
 
-Letters: N processes.
+Letters: N ranks.
 """
 
 import json
@@ -36,27 +35,27 @@ from graftlm.methods.base import master_dtype
 from graftlm.models.base import CausalLM
 
 BUCKET = 6_553_600
-"""Elements that are sent together: 25 MiB of float32, what DistributedDataParallel sends."""
+"""Maximum elements of an all-reduce: 25 MiB of float32, as in DistributedDataParallel."""
 
 _ERRORS: dict[int, type[GraftError]] = {1: GraftError, 2: InputError, 130: Interrupted}
 
 
 @dataclass
 class DistContext:
-    """This process among the processes of the run."""
+    """This process as one rank of the run."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    """Its number among the processes of its machine: which GPU it takes."""
+    """Its rank on its machine: the number of its GPU."""
     backend: str = ""
-    """gloo or nccl; empty in one process."""
+    """gloo or nccl; empty in a single process."""
     bytes_communicated: int = field(default=0, repr=False)
-    """Bytes that it gave to collectives of its own, those of sharded weights apart."""
+    """Bytes that this rank sent in collectives, without those of sharded weights."""
 
     @classmethod
     def start(cls, device: str) -> "DistContext":
-        """Join the processes that torchrun started; alone, without torchrun. `device` is --device."""
+        """Initialise the process group if torchrun started this process. `device` is --device."""
         world = from_environment(os.environ)
         if world.size == 1:
             return world
@@ -85,7 +84,7 @@ class DistContext:
         return world
 
     def close(self) -> None:
-        """Leave the others, behind the last collective."""
+        """Destroy the process group, after the last collective."""
         if self.size > 1:
             import torch.distributed as dist
 
@@ -93,25 +92,24 @@ class DistContext:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes and speaks."""
+        """Whether this is rank 0, which writes and prints."""
         return self.rank == 0
 
     @property
     def device_flag(self) -> str:
-        """What --device means for this process where it said auto or cuda."""
+        """--device auto or cuda for this rank."""
         return f"cuda:{self.local_rank}" if self.backend == "nccl" else "cpu"
 
     def to_json(self) -> dict[str, Any]:
         """What run.json records."""
         return {"world_size": self.size, "backend": self.backend or None}
 
-    # Shares ----------------------------------------------------------------------------------------------------------
+    # Batches ---------------------------------------------------------------------------------------------------------
 
-    def partition(self, rows: Sequence[int], lengths: Sequence[int]) -> list[int]:
-        """Which of a batch's rows are this process's; `lengths` [tokens] belong to the row numbers.
+    def partition(self, rows: Sequence[int], lengths: Sequence[int] | Mapping[int, int]) -> list[int]:
+        """This rank's rows of a batch, in the batch's order; may be empty. `lengths` [tokens] are indexed by row.
 
-        Sorted by length they go round back and forth (0, 1, 1, 0, 0, …), so that all have about the same work. Kept
-        in the batch's order; may be empty.
+        Rows are dealt out by length, back and forth (0, 1, 1, 0, 0, …), so that all ranks have about the same work.
         """
         if self.size == 1:
             return list(rows)
@@ -123,26 +121,26 @@ class DistContext:
     # Collectives -----------------------------------------------------------------------------------------------------
 
     def all_gather(self, numbers: Sequence[float]) -> list[list[float]]:
-        """Every process's numbers, by rank; float64."""
+        """Every rank's numbers, by rank; float64."""
         if self.size == 1:
             return [list(numbers)]
         own = torch.tensor(numbers, dtype=torch.float64, device=self._device)
         return self._all_gather(own).tolist()
 
     def all_reduce_numbers(self, numbers: Sequence[float]) -> list[float]:
-        """The sums of all processes' numbers, added in the order of the ranks: the same bits in every process."""
+        """The sums of all ranks' numbers, added in the order of ranks: the same bits on every rank."""
         return [sum(column) for column in zip(*self.all_gather(numbers), strict=True)]
 
     def all_reduce_sum(self, t: Tensor) -> Tensor:
-        """The sum of all processes' tensors of this shape."""
+        """The sum of all ranks' tensors of this shape."""
         return t if self.size == 1 else self._all_reduce(t.to(self._device).clone()).to(t.device)
 
-    def broadcast_object(self, said: Any) -> Any:
-        """What the first process says (anything JSON holds), to all."""
-        return said if self.size == 1 else json.loads(self._broadcast_text(json.dumps(said), 0))
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's value (anything JSON can hold), on all ranks."""
+        return value if self.size == 1 else json.loads(self._broadcast_text(json.dumps(value), 0))
 
     def raise_on_any_rank(self, error: GraftError | None) -> None:
-        """Raise in all processes if one has an error: the first one's, so that it is told once and none waits."""
+        """Raise on all ranks if any has an error: that of the lowest rank, which is printed once."""
         if self.size == 1:
             if error is not None:
                 raise error
@@ -158,7 +156,7 @@ class DistContext:
 
     @contextmanager
     def same_error_on_all_ranks(self) -> Iterator[None]:
-        """What all processes do at the same time and without collectives; an error of one is an error of all."""
+        """Run a local block, without collectives, on every rank; if any rank raises, all ranks raise."""
         found = None
         try:
             yield
@@ -167,12 +165,12 @@ class DistContext:
         self.raise_on_any_rank(found)
 
     def on_all_ranks(self, error: GraftError) -> GraftError:
-        """An error that every process raises by itself, for the first to print."""
+        """An error that every rank raises by itself and only rank 0 prints."""
         error.told = not self.is_main
         return error
 
     def all_reduce_gradients(self, params: Sequence[nn.Parameter]) -> None:
-        """Make every parameter's gradient the sum over all processes; none counts as zero."""
+        """Sum every parameter's gradient over all ranks; a missing gradient counts as zero."""
         if self.size == 1:
             return
         for bucket in buckets(params):
@@ -215,12 +213,12 @@ class DistContext:
 
 
 class PeerExited(GraftError):
-    """Another process of the run has ended; its own line says why."""
+    """Another rank has ended; its own error line says why."""
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """A collective whose failure means that another process is gone."""
+    """A collective: its failure means that another rank is gone."""
     try:
         yield
     except RuntimeError as error:
@@ -228,29 +226,29 @@ def together() -> Iterator[None]:
 
 
 def from_environment(environ: Mapping[str, str]) -> DistContext:
-    """Rank and size as torchrun sets them; one process where it did not. InputError where they make no sense."""
+    """Rank and world size as torchrun sets them; a single process without torchrun. InputError if they are wrong."""
     if "RANK" not in environ and "WORLD_SIZE" not in environ:
         return DistContext()
-    for name in ("RANK", "WORLD_SIZE"):
+    for name, other in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
         if name not in environ:
-            raise InputError(f"{name} is not set, but its companion is: start with torchrun, or unset both")
+            raise InputError(f"{name} is not set, but {other} is; launch with torchrun, or unset both")
         if not environ[name].isdigit():
-            raise InputError(f"{name}={environ[name]}: is no number: start with torchrun, which sets it")
+            raise InputError(f"{name}={environ[name]}: not a number: launch with torchrun, which sets it")
     rank, size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
     if rank >= size:
-        raise InputError(f"RANK={rank} of WORLD_SIZE={size}: ranks are 0 to {size - 1}: start with torchrun")
+        raise InputError(f"RANK={rank} of WORLD_SIZE={size}: ranks are 0 to {size - 1}: launch with torchrun")
     if size > 1:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if name not in environ:
-                raise InputError(f"{name} is not set: where {size} processes meet; start with torchrun, which sets it")
+                raise InputError(f"{name} is not set, but WORLD_SIZE is {size}: launch with torchrun, which sets it")
     local = environ.get("LOCAL_RANK", str(rank))
     if not local.isdigit():
-        raise InputError(f"LOCAL_RANK={local}: is no number: start with torchrun, which sets it")
+        raise InputError(f"LOCAL_RANK={local}: not a number: launch with torchrun, which sets it")
     return DistContext(rank, size, int(local))
 
 
 def buckets(params: Sequence[nn.Parameter], most: int = BUCKET) -> list[list[nn.Parameter]]:
-    """Parameters of one dtype beside each other, at most `most` elements in a bucket, or one parameter."""
+    """Consecutive parameters of one dtype, at most `most` elements in a bucket, or a single parameter."""
     made: list[list[nn.Parameter]] = []
     for p in params:
         last = made[-1] if made else []
@@ -261,38 +259,38 @@ def buckets(params: Sequence[nn.Parameter], most: int = BUCKET) -> list[list[nn.
     return made
 
 
-# Weights cut over the processes ---------------------------------------------------------------------------------------
+# Sharded weights ------------------------------------------------------------------------------------------------------
 
 
 def shard(model: CausalLM, world: DistContext, own: Set[nn.Parameter]) -> None:
-    """Cut every weight but a process's `own` over the processes: block by block, the rest as one more unit.
+    """Shard all weights but each rank's `own` (FSDP2): every block is a unit, the rest is one more.
 
-    The weights may be on the meta device still. Gradients of cut weights are added, not averaged. Every process must
-    then make the same number of passes, or be `uneven_forward`.
+    The weights may still be on the meta device. Gradients of sharded weights are summed, not averaged. From then on all
+    ranks must make the same number of passes, except within `uneven_forward`.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh("cuda" if world.backend == "nccl" else "cpu", (world.size,))
-    # A block's weights are sent in the dtype that they compute in. Cast behind that instead, each cast copy would be
-    # kept for the backward pass, and with them the whole model. What is outside of blocks is whole until then anyway.
+    # A block's weights are gathered in the dtype that they compute in. If they were cast after gathering, autograd
+    # would save each cast copy, and with them the whole model. The root stays gathered until the backward pass anyway.
     policy = MixedPrecisionPolicy(model.dtype, master_dtype(model.dtype), cast_forward_inputs=False)
     for module in (*model.blocks, model):
-        how = MixedPrecisionPolicy(cast_forward_inputs=False) if module is model else policy
-        fully_shard(module, mesh=mesh, mp_policy=how, ignored_params=set(own))
+        own_policy = MixedPrecisionPolicy(cast_forward_inputs=False) if module is model else policy
+        fully_shard(module, mesh=mesh, mp_policy=own_policy, ignored_params=set(own))
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    # The head is the root's, and is read behind these calls: a root's weights are whole until its backward pass ends.
-    for name in ("hidden", "hidden_behind"):
+    # The head belongs to the root and is used after these calls; the root stays gathered until its backward pass ends.
+    for name in ("hidden_states", "forward_shared_prefix"):
         register_fsdp_forward_method(model, name)
 
 
 def warmup_fsdp(model: CausalLM) -> None:
-    """Read a token with cut weights, once they are there.
+    """Run one token through the sharded model.
 
-    At its first pass torch finds out which units belong together. What it does not see then (the plan runs the model
-    with fewer blocks) would stay whole behind its own passes ever after.
+    In the first pass FSDP determines the order of its units. Units that it does not see then (the estimate runs
+    truncated models) would stay gathered after their own passes.
     """
     with unsharded_root(model), eval_mode(model):
         _dummy_forward(model)
@@ -303,16 +301,16 @@ def _dummy_forward(model: CausalLM) -> None:
 
 
 def model_is_sharded(model: CausalLM) -> bool:
-    """Whether its weights are cut over several processes."""
+    """Whether its weights are sharded across ranks."""
     return hasattr(model, "unshard")
 
 
 @contextmanager
 def uneven_forward(model: CausalLM, world: DistContext) -> Iterator[None]:
-    """Within it each process makes as many passes without gradient as it likes.
+    """Within it each rank may make any number of forward passes without gradient.
 
-    Where the weights are cut, a block is gathered by all processes at once. So before each pass they tell each other
-    who goes on, and who is done makes idle passes until all are. No other collectives within.
+    A sharded block is gathered by all ranks at once. So before each pass the ranks exchange which of them continue, and
+    a rank that has finished makes dummy passes until all have. No other collectives within.
     """
     if not model_is_sharded(model):
         yield
@@ -334,9 +332,9 @@ def uneven_forward(model: CausalLM, world: DistContext) -> Iterator[None]:
 
 @contextmanager
 def unsharded_root(model: CausalLM) -> Iterator[None]:
-    """Within it what is outside of the blocks (embedding, last norm, head) is whole in every process.
+    """Within it the root's weights (embedding, last norm, head) are gathered on every rank.
 
-    Its gradients are dropped behind it.
+    Its gradients are dropped afterwards.
     """
     root: Any = model
     if model_is_sharded(model):

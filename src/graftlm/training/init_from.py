@@ -1,11 +1,11 @@
-"""What a run starts from: a base model, or the model that another run made of one.
+"""What --init_from names: a base model, or another run's adapted model.
 
     --init_from smollm2-135m     a base: a method is installed on it
-    --init_from runs/sft         a run: its adapter goes on being trained, on the base it was trained on
-                                 (of full fine-tuning: its weights are the base)
+    --init_from runs/sft         a run: training continues its adapter, on the base it was trained on
+                                 (full fine-tuning: its weights are the base)
 
-What is unusual here: an adapted start is not merged. The new run's checkpoints are adapters of the same published base,
-and the start, adapter included, is the reference of preference training.
+The initial adapter is not merged. The new run's checkpoints are adapters of the same published base, and the initial
+model, adapter included, is the reference of preference training.
 """
 
 from collections.abc import Set
@@ -27,30 +27,30 @@ from graftlm.models.base import CausalLM
 from graftlm.models.config import ModelConfig
 
 OVERRIDABLE_FLAGS = {"lora_dropout", "lora_plus_ratio"}
-"""Flags of a method that decide how it is trained, not what it is."""
+"""Flags that change how a method is trained, not its parameters."""
 
 
 @dataclass(frozen=True)
 class InitSource:
-    """Where a run begins."""
+    """The model that a run starts from."""
 
     base: str
-    """The base model's name, as run.json keeps it."""
+    """The base model's name, as in run.json."""
     folder: Path
     """Its files."""
     method: Method
     adapter: Path | None = None
-    """The checkpoint folder whose adapter goes on being trained."""
+    """The checkpoint folder of the initial adapter."""
     saved: Method | None = None
-    """The method as that checkpoint was written."""
+    """The method with which that checkpoint was saved."""
 
     def load_initial_adapter(self, model: CausalLM) -> None:
-        """Set what the installed method trains to what the start made of it, where it starts from an adapter."""
+        """Load the initial adapter, if there is one, into a model with the method installed."""
         if (state := self._state(model.config)) is not None:
             load_trainable_state_dict(model, state, str(self.adapter))
 
     def sha256(self, shape: ModelConfig) -> str | None:
-        """Of the adapter it starts from; None where it starts from a base."""
+        """The initial adapter's hash; None without one."""
         state = self._state(shape)
         return None if state is None else tensors_sha256(state)
 
@@ -61,35 +61,35 @@ class InitSource:
 
 
 def resolve_init(config: TrainConfig, typed: Set[str], resumed: bool) -> InitSource:
-    """What `--init_from` and the method's flags mean; `typed` are those that were given.
+    """Resolve --init_from and the method's flags; `typed` are the explicit flags.
 
-    Raises InputError for a model that cannot be found, a run whose base is not the one it was trained on, and flags
-    that say something else of the method than the run it starts from.
+    Raises InputError for a model that cannot be found, a run whose base has changed, and flags that contradict the
+    method of the run it starts from.
     """
-    found = _adapted(config.init_from)
-    if found is None:
+    adapted = _adapted(config.init_from)
+    if adapted is None:
         return InitSource(
             resolve_path(config.init_from), model_folder(config.init_from), method_from_flags(config, typed)
         )
-    run_dir, at = found
+    run_dir, checkpoint = adapted
     run = read_run(run_dir)
-    if not at.is_dir():
-        raise InputError(f"--init_from {run_dir}: the run has saved no checkpoint yet; go on with graft train --resume")
+    if not checkpoint.is_dir():
+        raise InputError(f"--init_from {run_dir}: the run has no checkpoint yet; resume it with graft train --resume")
     saved = method_from_json(run["method"])
     if saved.is_full_finetune:
-        return InitSource(resolve_path(str(at)), at, method_from_flags(config, typed))
-    _agree(config, typed, saved, run_dir)
+        return InitSource(resolve_path(str(checkpoint)), checkpoint, method_from_flags(config, typed))
+    _check_flags(config, typed, saved, run_dir)
     free = {
         flag: field for flag, field in saved.flags.items() if flag in OVERRIDABLE_FLAGS and (resumed or flag in typed)
     }
     method = replace(saved.for_inference, **{field: getattr(config, flag) for flag, field in free.items()})
     folder = model_folder(run["base"]["name"])
     check_base(folder, run, run_dir)
-    return InitSource(run["base"]["name"], folder, method, at, saved)
+    return InitSource(run["base"]["name"], folder, method, checkpoint, saved)
 
 
 def _adapted(name: str) -> tuple[Path, Path] | None:
-    """The run folder and the checkpoint that a name means; None: it is no run's."""
+    """The run folder and the checkpoint of a name; None if it is not a run."""
     path = Path(name)
     if (path / "run.json").is_file():
         return path, path / "best"
@@ -98,8 +98,8 @@ def _adapted(name: str) -> tuple[Path, Path] | None:
     return None
 
 
-def _agree(config: MethodFlags, typed: Set[str], saved: Method, run_dir: Path) -> None:
-    """An InputError if a flag of the method was typed that the start contradicts."""
+def _check_flags(config: MethodFlags, typed: Set[str], saved: Method, run_dir: Path) -> None:
+    """An InputError if an explicit flag contradicts the method of the initial adapter."""
     for name in (
         f.name for f in fields(MethodFlags) if f.name in typed and f.name not in {"init_from", *OVERRIDABLE_FLAGS}
     ):
@@ -113,13 +113,13 @@ def _agree(config: MethodFlags, typed: Set[str], saved: Method, run_dir: Path) -
             same = value == was
         if not same:
             raise InputError(
-                f"--{name} {value}: {run_dir} is of {saved.name}, with {name} {was}, and goes on as it is; to put "
-                f"another method on it, merge it first (graft export --merged --out_dir {run_dir} --to FOLDER)"
+                f"--{name} {value}: {run_dir} is of {saved.name}, with {name} {was}, which training continues; for "
+                f"another method, merge it first (graft export --merged --out_dir {run_dir} --to FOLDER)"
             )
 
 
 def with_layer_range(config: TrainConfig, origin: InitSource, layers: int) -> Method:
-    """The method with the layers that it adapts decided."""
+    """The method with its layer range resolved."""
     if origin.adapter is not None:
         return origin.method
     return replace(origin.method, layers=parse_layer_range(config.train_layers, layers))

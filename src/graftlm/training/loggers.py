@@ -1,10 +1,9 @@
-"""Where a run's rows go: metrics.jsonl always; Weights & Biases and TensorBoard if asked.
+"""Metrics loggers: metrics.jsonl always; Weights & Biases and TensorBoard if their flags are set.
 
-What is unusual here: metrics.jsonl is the record, the others are copies. One that fails, at whatever call, is told
-of once and left out from then on; it never stops a run. What is missing before the start (a package, a key) is wrong
-input instead, and nothing starts.
+metrics.jsonl is the record, the others are copies. A copy that fails is disabled with one warning and never stops a
+run. A package or key that is missing before the start is an InputError.
 
-A key for Weights & Biases comes from WANDB_API_KEY or a git-ignored wandb_api.json; it is handed to wandb and never
+A key for Weights & Biases comes from WANDB_API_KEY or a git-ignored wandb_api.json; it is passed to wandb and never
 printed or saved.
 """
 
@@ -25,17 +24,17 @@ MetricsRow = dict[str, Any]
 
 
 class Logger(Protocol):
-    """What takes a copy of every row."""
+    """A destination for copies of the rows."""
 
     def log(self, row: MetricsRow) -> None:
         """One row of metrics.jsonl; a value of None was not measured at this step."""
 
     def close(self) -> None:
-        """There are no more rows."""
+        """Called after the last row."""
 
 
 class MetricsLogger:
-    """Appends rows to metrics.jsonl, one line each, on disk as soon as they are written, and copies them to loggers."""
+    """Appends rows to metrics.jsonl, flushing each, and copies them to loggers."""
 
     def __init__(self, path: Path, loggers: Iterable[tuple[str, Logger]], warn: Callable[[str], None]) -> None:
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
@@ -48,29 +47,29 @@ class MetricsLogger:
         with disk_errors(self._path):
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
-        self._each(lambda logger: logger.log(row))
+        self._call_all(lambda logger: logger.log(row))
 
     def close(self) -> None:
         """Close the file, and the loggers."""
         try:
             with disk_errors(self._path):
-                self._file.close()  # what a full disk refused is written once more
+                self._file.close()  # retries what a full disk refused
         finally:
-            self._each(lambda logger: logger.close())
+            self._call_all(lambda logger: logger.close())
 
-    def _each(self, call: Callable[[Logger], None]) -> None:
+    def _call_all(self, call: Callable[[Logger], None]) -> None:
         for name, logger in list(self._loggers.items()):
             try:
                 call(logger)
-            except Exception as error:  # whatever it is: another's library, network or disk must not stop a run
+            except Exception as error:  # of any kind: another library, network or disk must not stop a run
                 del self._loggers[name]
                 self._warn(disabled_message(name, error))
 
 
 def disabled_message(name: str, error: Exception) -> str:
-    """The line that tells of a logger that failed."""
+    """The warning about a logger that failed."""
     what = " ".join(f"{type(error).__name__}: {error}".split())
-    return f"{name} failed and is left out from here on, metrics.jsonl goes on: {what[:200]}"
+    return f"{name} failed and is disabled; metrics.jsonl continues: {what[:200]}"
 
 
 def check_loggers(config: TrainConfig) -> None:
@@ -85,27 +84,27 @@ def check_loggers(config: TrainConfig) -> None:
 def start_loggers(
     config: TrainConfig, run: dict[str, Any], step: int, warn: Callable[[str], None]
 ) -> list[tuple[str, Logger]]:
-    """The loggers asked for, by name, for a run that goes on behind `step`; one that cannot start is left out."""
+    """The loggers that the flags select, by name, for a run that continues after `step`; without those that fail."""
     out_dir = Path(config.out_dir)
-    asked: dict[str, Callable[[], Logger]] = {}
+    selected: dict[str, Callable[[], Logger]] = {}
     if config.wandb_project:
-        asked["Weights & Biases"] = lambda: Wandb(config.wandb_project, run["wandb_id"], out_dir, run["config"])
+        selected["Weights & Biases"] = lambda: Wandb(config.wandb_project, run["wandb_id"], out_dir, run["config"])
     if config.tensorboard:
-        asked["TensorBoard"] = lambda: TensorBoard(out_dir / "tensorboard", step)
+        selected["TensorBoard"] = lambda: TensorBoard(out_dir / "tensorboard", step)
     started: list[tuple[str, Logger]] = []
-    for name, start in asked.items():
+    for name, start in selected.items():
         try:
             started.append((name, start()))
-        except Exception as error:  # as in Metrics
+        except Exception as error:  # as in MetricsLogger
             warn(disabled_message(name, error))
     return started
 
 
 class TensorBoard:
-    """Event files for TensorBoard, one scalar a number of the row."""
+    """TensorBoard event files with one scalar per number of a row."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        # What was written behind the checkpoint that a run goes on from is purged from what TensorBoard shows.
+        # Events after the checkpoint that a run resumes from are purged from what TensorBoard shows.
         self._writer = _summary_writer()(str(folder), purge_step=step + 1)
 
     def log(self, row: MetricsRow) -> None:
@@ -116,7 +115,7 @@ class TensorBoard:
         self._writer.flush()
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush and close the files."""
         self._writer.close()
 
 
@@ -140,11 +139,11 @@ class Wandb:
         )
 
     def log(self, row: MetricsRow) -> None:
-        """What was measured at this step."""
+        """The values measured at this step."""
         self._run.log({k: v for k, v in row.items() if v is not None}, step=row["step"])
 
     def close(self) -> None:
-        """Let it send the rest."""
+        """Send the remaining rows."""
         self._run.finish()
 
 
@@ -159,7 +158,7 @@ def _wandb() -> ModuleType:
 
 
 def _key() -> str | None:
-    """The key, or None where none is needed; an InputError where one is and there is none."""
+    """The API key, or None if none is needed; an InputError if it is missing."""
     if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
         return None
     if key := os.environ.get("WANDB_API_KEY"):
@@ -169,7 +168,7 @@ def _key() -> str | None:
         key = data.get("key") or data.get("api_key") or data.get("wandb_api_key") if isinstance(data, dict) else None
         if isinstance(key, str) and key:
             return key
-        raise InputError(f'{KEY_FILE}: holds no key; write {{"key": "..."}}')
+        raise InputError(f'{KEY_FILE}: contains no key; write {{"key": "..."}}')
     raise InputError(
         f'--wandb_project: no key; set WANDB_API_KEY, write {{"key": "..."}} to {KEY_FILE}, or set WANDB_MODE=offline'
     )

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as something a loop can look at between two steps; and a process that ends with its parent."""
+"""Ctrl-C and SIGTERM as an event that a loop checks between steps; a process that ends with its parent."""
 
 import os
 import signal
@@ -12,8 +12,8 @@ from types import FrameType
 def stop_on_signal(patient: bool = False) -> Iterator[threading.Event]:
     """An event that the first Ctrl-C or SIGTERM sets; a second one interrupts at once.
 
-    Not where it is `patient`: torchrun passes a Ctrl-C on that each of its processes has had already, and ends them
-    itself when they take too long.
+    With `patient` a second one is ignored: torchrun forwards a Ctrl-C that each of its processes has received already,
+    and kills them itself when they take too long.
     """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -25,7 +25,7 @@ def stop_on_signal(patient: bool = False) -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         stop.set()
 
-    # What the caller has told us to ignore (nohup, a script's background job) stays ignored.
+    # Signals that the caller ignores (nohup, a background job) stay ignored.
     numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
     before = {number: signal.signal(number, on_signal) for number in numbers}
     try:
@@ -40,9 +40,9 @@ PARENT_PIPE_ENV = "GRAFT_PARENT_PIPE"
 
 
 def exit_with_parent() -> None:
-    """If LEASH is set, end this process, at once and as it stands, when its standard input ends.
+    """If PARENT_PIPE_ENV is set, kill this process when its standard input ends.
 
-    What started it holds the other end of that pipe, and the system lets go of it even behind a SIGKILL.
+    The parent holds the other end of that pipe, which the system closes even after a SIGKILL.
     """
 
     def wait() -> None:

@@ -1,0 +1,168 @@
+"""What a run minimises: one file per objective, found by its name and listed nowhere.
+
+`--objective NAME` imports `objectives/NAME.py` and takes the `Objective` subclass defined there. The fields of that
+dataclass are the flags of `graft train` that it reads. All differences between objectives are methods of `Objective`:
+records, batches, loss, logged metrics, validation, and what has to be computed before the first step.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from graftlm.config import OBJECTIVES, TrainConfig
+from graftlm.errors import InputError, unknown_name_error
+from graftlm.inference.generate import eval_mode
+from graftlm.models.base import CausalLM
+from graftlm.text.collate import Example
+from graftlm.text.layouts import Record
+from graftlm.training.batches import CollateOptions, HiddenStates, TrainingBatch, TrainingData, forward_batch
+from graftlm.training.distributed import DistContext
+
+Sums = dict[str, Tensor]
+"""Scalars, each the sum of a metric over a batch's examples, without gradient."""
+Statistics = Mapping[str, Tensor]
+Notify = Callable[[str], None]
+
+
+@dataclass
+class Objective(ABC):
+    """A training objective. Subclasses are dataclasses whose fields are flags of `graft train`."""
+
+    records: ClassVar[tuple[type[Record], ...]]
+    """The kinds of record it trains on."""
+    needs: ClassVar[str]
+    """The data it trains on, for errors: "preference pairs (fields prompt, chosen, rejected)"."""
+    lr_multiplier: ClassVar[float] = 1.0
+    """Factor on the method's default learning rate."""
+    caches_activations: ClassVar[bool] = False
+    """Whether its batches can use cached hidden states of frozen lower layers."""
+
+    @classmethod
+    def name(cls) -> str:
+        """The value of --objective: its file's name."""
+        return cls.__module__.rpartition(".")[2]
+
+    # Data -------------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def collate(self, examples: Sequence[Example], options: CollateOptions) -> TrainingBatch:
+        """Examples -> one micro-batch."""
+
+    # Loss -------------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def loss_from_hidden(self, model: CausalLM, hidden: HiddenStates, batch: TrainingBatch) -> tuple[Tensor, Sums]:
+        """The sum of the examples' losses, and what is logged. A step divides it by the weight of all its batches."""
+
+    def loss(self, model: CausalLM, batch: TrainingBatch) -> tuple[Tensor, Sums]:
+        """Forward pass and loss of a micro-batch."""
+        return self.loss_from_hidden(model, forward_batch(model, batch), batch)
+
+    def batch_statistics(self, model: CausalLM, examples: Sequence[Example], dist: DistContext) -> Statistics:
+        """What the loss of each micro-batch needs of the whole batch, over all ranks; it is added to `extra`."""
+        return {}
+
+    def metrics(self, sums: Mapping[str, float], weight: float) -> dict[str, float | None]:
+        """Columns of metrics.jsonl from the sums over a step, all ranks included."""
+        return {name: value / weight for name, value in sums.items()}
+
+    # Validation -------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def evaluate(
+        self, model: CausalLM, data: TrainingData, statistics: Statistics
+    ) -> tuple[float, float, float | None]:
+        """(sum of losses, weight, correct examples) over `data.validation`, which is this rank's part.
+
+        statistics: `batch_statistics` of the whole validation split. The number of correct examples is None where the
+        data does not define it.
+        """
+
+    def sum_losses(
+        self, model: CausalLM, examples: Sequence[Example], batch_size: int, statistics: Statistics
+    ) -> tuple[float, int, dict[str, float]]:
+        """Loss, weight and metrics, summed over the examples in this order, in evaluation mode."""
+        total, weight, totals = 0.0, 0, dict[str, float]()
+        with eval_mode(model):
+            for start in range(0, len(examples), batch_size):
+                batch = self.collate(examples[start : start + batch_size], CollateOptions()).with_extra(statistics)
+                loss, sums = self.loss(model, batch.to(model.device))
+                total, weight = total + loss.item(), weight + batch.weight
+                totals = {name: totals.get(name, 0.0) + value.item() for name, value in sums.items()}
+        return total, weight, totals
+
+    @property
+    def validation_metrics(self) -> tuple[str, ...]:
+        """The columns of metrics.jsonl that `monitor` measures."""
+        return ()
+
+    def monitor(self, model: CausalLM, data: TrainingData, seed: int) -> dict[str, float]:
+        """Values of `validation_metrics`, measured at each validation."""
+        return {}
+
+    # Before the first step --------------------------------------------------------------------------------------------
+
+    def check_sharded(self) -> None:  # noqa: B027 - optional, as the next ones
+        """Raise InputError if it cannot train a model whose trained weights are sharded across ranks."""
+
+    def load(self, data: TrainingData, source: Mapping[str, Any], resumed: Path | None) -> None:  # noqa: B027
+        """Read what an earlier run has stored, and check that it belongs to this data and this `source`.
+
+        source: {"base": sha256, "start": sha256 of the initial adapter or None, "dtype"}. resumed: the run folder.
+        """
+
+    def setup(self, model: CausalLM, data: TrainingData, dist: DistContext, notify: Notify) -> dict[str, Any] | None:
+        """Compute what training needs of the initial model. Returns what run.json records of it."""
+        return None
+
+    def save(self, folder: Path) -> None:  # noqa: B027
+        """Store in the run folder what a resumed run reads with `load`."""
+
+    def unknown(self, data: TrainingData) -> int:
+        """How many examples `setup` will run the model on."""
+        return 0
+
+    def with_placeholders(self, examples: Sequence[Example]) -> list[Example]:
+        """The examples with any value for what `setup` computes, for timing."""
+        return list(examples)
+
+
+def objective_class(name: str) -> type[Objective]:
+    """The objective of a file in this folder."""
+    module = import_module(f"{__name__}.{name}")
+    (found,) = (
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Objective) and value.__module__ == module.__name__
+    )
+    return found
+
+
+def flags_of(kind: type[Objective]) -> list[str]:
+    """The flags that an objective reads."""
+    return [f.name for f in fields(kind) if f.init]
+
+
+def make_objective(config: TrainConfig, explicit: Set[str] = frozenset()) -> Objective:
+    """The objective that the flags describe; a flag at None takes its default.
+
+    An explicit flag that only other objectives read is an InputError.
+    """
+    if config.objective not in OBJECTIVES:
+        raise unknown_name_error("--objective", config.objective, OBJECTIVES)
+    kinds = {name: objective_class(name) for name in OBJECTIVES}
+    kind = kinds[config.objective]
+    own, default = flags_of(kind), {f.name: f.default for f in fields(config)}
+    for flag in sorted({flag for other in kinds.values() for flag in flags_of(other)}.difference(own) & explicit):
+        value = getattr(config, flag)
+        if value != default[flag]:
+            users = " or ".join(name for name, other in kinds.items() if flag in flags_of(other))
+            raise InputError(
+                f"--{flag} {value}: --objective {config.objective} takes no --{flag}: leave it out, or use {users}"
+            )
+    return kind(**{flag: value for flag in own if (value := getattr(config, flag)) is not None})

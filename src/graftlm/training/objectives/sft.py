@@ -1,0 +1,71 @@
+"""Supervised fine-tuning: cross-entropy of the next token.
+
+completion   -sum of log p(token | all before it) over the completion and its end-of-text; of a conversation over
+             the assistant's answers
+all          the same over every token but the first
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from graftlm.inference.scoring import score
+from graftlm.models.base import CausalLM
+from graftlm.text.collate import Example
+from graftlm.text.layouts import Completion, Conversation, Labelled
+from graftlm.training.batches import CollateOptions, HiddenStates, LossOn, TrainingBatch, TrainingData, collate
+from graftlm.training.objectives import Objective, Statistics, Sums
+
+VALIDATION_BATCH = 32
+
+
+@dataclass
+class SFT(Objective):
+    """Supervised fine-tuning on labels, completions or conversations."""
+
+    loss_on: LossOn = "completion"
+
+    records: ClassVar = (Labelled, Completion, Conversation)
+    needs: ClassVar[str] = "texts with labels, prompts with completions, or conversations"
+    caches_activations: ClassVar[bool] = True
+
+    def collate(self, examples: Sequence[Example], options: CollateOptions) -> TrainingBatch:
+        """Prompt and completion as one row."""
+        return collate(examples, options, self.loss_on)
+
+    def loss_from_hidden(self, model: CausalLM, hidden: HiddenStates, batch: TrainingBatch) -> tuple[Tensor, Sums]:
+        """Cross-entropy, summed over the target tokens."""
+        shared, h, index = hidden
+        ones = torch.ones(len(index), device=h.device)
+        if shared is None or self.loss_on == "completion":
+            return model.loss(h, index, batch.targets, ones), {}
+        # Each shared token is predicted by the one before it, once for every row; the last one predicts each row's
+        # first token.
+        rows, p, first = batch.ids.shape[0], len(shared), batch.ids[:, 0]
+        inside = torch.arange(p - 1, device=h.device)
+        loss = model.loss(
+            torch.cat([shared, h]),
+            torch.cat([inside, torch.full_like(first, p - 1), p + index]),
+            torch.cat([batch.shared[0, 1:], first, batch.targets]),
+            torch.cat([torch.full((p - 1,), float(rows), device=h.device), torch.ones(rows, device=h.device), ones]),
+        )
+        return loss, {}
+
+    def evaluate(
+        self, model: CausalLM, data: TrainingData, statistics: Statistics
+    ) -> tuple[float, float, float | None]:
+        """Correct are the examples whose own label scores highest."""
+        examples = data.validation
+        scores = score(model, examples, data.label_ids, batch_size=VALIDATION_BATCH)
+        correct = None
+        if data.label_ids:
+            own = torch.tensor([e.label for e in examples])
+            correct = float((scores.labels.argmax(-1) == own).sum())
+        if self.loss_on == "completion":
+            return -scores.completion.sum().item(), int(scores.completion_tokens.sum()), correct
+        ordered = sorted(examples, key=lambda e: len(e.prompt_ids))
+        loss, weight, _ = self.sum_losses(model, ordered, VALIDATION_BATCH, statistics)
+        return loss, weight, correct
