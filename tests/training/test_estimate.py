@@ -109,4 +109,4 @@ def test_the_flag_says_what_a_run_would_take_and_writes_nothing(assets: Path, tm
     assert plan["steps"] == 5 and plan["examples_per_s"] > 0 and not (tmp_path / "run").exists()
     assert plan["trainable_fraction"] == plan["trainable"] / plan["total"] > 0
     shown = graft(*words)
-    assert shown.returncode == 0 and "needed work" in shown.stdout and "peak memory" in shown.stdout
+    assert shown.returncode == 0 and "model FLOPs" in shown.stdout and "peak memory" in shown.stdout
