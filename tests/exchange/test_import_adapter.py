@@ -152,7 +152,7 @@ def test_an_import_cannot_be_resumed_but_trained_on_when_merged(
     )
     assert cli.run(["export", f"--out_dir={run}", "--merged", f"--to={merged}"]) == 0
     out = capsys.readouterr().out
-    assert f"folder       {merged}\nformat       a model that transformers loads\nproof        read back, " in out
+    assert f"folder       {merged}\nformat       a model that transformers loads\nverified     after reloading, " in out
     words = [f"--init_from={merged}", f"--data={place / 'data'}", f"--out_dir={tmp_path / 'next'}", "--max_iters=1"]
     assert cli.run(["train", *words, f"--template={TEMPLATE}", "--rank=2", "--device=cpu", "--dtype=float32"]) == 0
 
