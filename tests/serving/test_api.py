@@ -248,7 +248,7 @@ def test_classify_asks_base_and_adapters_the_same(http: httpx.Client, engine: Fa
     assert list(result["models"]) == ["base", "one", "two"]
     for name, reading in result["models"].items():
         apart = 1.0 if name == "base" else 2.0  # what the fake says of the two labels' log-probabilities
-        assert reading["label"] == "negative" and not reading["cut"]
+        assert reading["label"] == "negative" and not reading["truncated"]
         expected = 1 / (1 + 2.718281828459045**-apart)
         assert reading["probabilities"] == {
             "negative": pytest.approx(expected, rel=1e-12),
@@ -266,7 +266,7 @@ def test_classify_many_texts_of_some_models_and_says_what_was_cut(http: httpx.Cl
     found = http.post("/v1/classify", json={"texts": texts, "models": ["two", "base"]}).json()
     assert [result["index"] for result in found["results"]] == list(range(64))
     assert all(list(result["models"]) == ["two", "base"] for result in found["results"])
-    assert [result["models"]["two"]["cut"] for result in found["results"]] == [False] * 63 + [True]
+    assert [result["models"]["two"]["truncated"] for result in found["results"]] == [False] * 63 + [True]
     assert max(len(prompt) for prompt, _, _ in engine.scored) <= 200
     assert error(http.post("/v1/classify", json={"text": "a", "models": ["x"]}), 404)["code"] == "model_not_found"
 

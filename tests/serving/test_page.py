@@ -88,8 +88,8 @@ def live(page: Page) -> Any:
 
 
 def test_a_review_is_read_by_base_and_adapters_side_by_side(page: Page, engine: FakeEngine) -> None:
-    page.get_by_label("A review").fill("a joy from start to end")
-    page.get_by_role("button", name="Read it").click()
+    page.get_by_label("Review", exact=True).fill("a joy from start to end")
+    page.get_by_role("button", name="Classify").click()
     tiles = page.locator("#readings > li")
     expect(tiles).to_have_count(3)
     assert tiles.locator("h3").all_text_contents() == ["base", "lora", "prefix"]
@@ -109,39 +109,37 @@ def test_nothing_but_the_keyboard_is_needed(page: Page, engine: FakeEngine) -> N
         page.keyboard.press("Tab")
         reached.append(page.evaluate("document.activeElement.id || document.activeElement.textContent"))
         assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none", reached
-    assert reached == ["Skip to the review", "review", "Read it", "prompt", "tokens", "temperature", "Continue it"]
-    page.get_by_label("A review").focus()
+    assert reached == ["Skip to the form", "review", "Classify", "prompt", "tokens", "temperature", "Generate"]
+    page.get_by_label("Review", exact=True).focus()
     page.keyboard.type("good fun")
     page.keyboard.press("Control+Enter")
     expect(page.locator("#readings > li")).to_have_count(3)
     page.keyboard.press("Enter")  # in the text it only begins a line
-    assert page.get_by_label("A review").input_value() == "good fun\n" and len(engine.scored) == 3
+    assert page.get_by_label("Review", exact=True).input_value() == "good fun\n" and len(engine.scored) == 3
 
 
 def test_a_long_review_says_that_only_its_beginning_was_read(page: Page) -> None:
-    page.get_by_label("A review").fill("long " * 200)
+    page.get_by_label("Review", exact=True).fill("long " * 200)
     page.keyboard.press("Control+Enter")
-    page.get_by_role("button", name="Read it").click()
-    expect(page.locator("#readings .note").first).to_have_text(
-        "It is too long for this model: only its beginning was read."
-    )
+    page.get_by_role("button", name="Classify").click()
+    expect(page.locator("#readings .note").first).to_have_text("Truncated: the text is too long for this model.")
 
 
 def test_an_empty_review_is_not_sent(page: Page, engine: FakeEngine) -> None:
-    page.get_by_role("button", name="Read it").click()
-    live(page).to_have_text("type a review first")
+    page.get_by_role("button", name="Classify").click()
+    live(page).to_have_text("enter a review first")
     assert engine.scored == []
 
 
 def test_what_the_server_refuses_is_told(browser: Browser, url: str, engine: FakeEngine) -> None:
     visit = Visit(browser, url)
     engine.refuse = Overloaded("too many requests are waiting: try again later")
-    visit.page.get_by_label("A review").fill("a")
-    visit.page.get_by_role("button", name="Read it").click()
+    visit.page.get_by_label("Review", exact=True).fill("a")
+    visit.page.get_by_role("button", name="Classify").click()
     live(visit.page).to_have_text("too many requests are waiting: try again later")
     expect(visit.page.locator("#readings .wrong")).to_have_text("too many requests are waiting: try again later")
-    visit.page.get_by_label("The beginning of a text").fill("a")
-    visit.page.get_by_role("button", name="Continue it").click()
+    visit.page.get_by_label("Prompt", exact=True).fill("a")
+    visit.page.get_by_role("button", name="Generate").click()
     expect(visit.page.locator("#continuations .wrong")).to_have_count(3)
     visit.context.close()
 
@@ -151,13 +149,13 @@ def test_what_the_server_refuses_is_told(browser: Browser, url: str, engine: Fak
 
 def test_continuations_are_streamed_for_all_models_at_once(page: Page, engine: FakeEngine) -> None:
     engine.hold = 2
-    page.get_by_label("The beginning of a text").fill("The film was ")
-    page.get_by_label("New tokens, at most").fill("8")
+    page.get_by_label("Prompt", exact=True).fill("The film was ")
+    page.get_by_label("Maximum new tokens").fill("8")
     page.keyboard.press("Control+Enter")
-    page.get_by_label("The beginning of a text").press("Control+Enter")  # begun anew: the first ones end
+    page.get_by_label("Prompt", exact=True).press("Control+Enter")  # begun anew: the first ones end
     texts = page.locator("#continuations .text")
     expect(texts).to_have_text(["The film was fi"] * 3)
-    live(page).to_have_text("writing")
+    live(page).to_have_text("generating")
     engine.hold = 100
     expect(texts).to_have_text(["The film was fine fil"] * 3)
     live(page).to_contain_text("base: 8 tokens in")
@@ -172,8 +170,8 @@ def test_stopping_ends_all_of_them_on_the_server_too(page: Page, engine: FakeEng
     engine.hold = 1
     stop = page.get_by_role("button", name="Stop")
     assert stop.is_disabled()
-    page.get_by_label("The beginning of a text").fill("x")
-    page.get_by_role("button", name="Continue it").click()
+    page.get_by_label("Prompt", exact=True).fill("x")
+    page.get_by_role("button", name="Generate").click()
     expect(page.locator("#continuations .text").first).to_have_text("xf")
     if how == "button":
         stop.click()
@@ -187,8 +185,8 @@ def test_stopping_ends_all_of_them_on_the_server_too(page: Page, engine: FakeEng
 
 def test_an_answer_that_fails_midway_is_told(page: Page, engine: FakeEngine) -> None:
     engine.fails = GraftError("the logits are NaN")
-    page.get_by_label("The beginning of a text").fill("x")
-    page.get_by_role("button", name="Continue it").click()
+    page.get_by_label("Prompt", exact=True).fill("x")
+    page.get_by_role("button", name="Generate").click()
     expect(page.locator("#continuations .wrong")).to_have_text(["the logits are NaN"] * 3)
     assert page.locator("#continuations .text").all_inner_texts() == ["xf"] * 3
 
@@ -199,7 +197,7 @@ def test_an_answer_that_fails_midway_is_told(page: Page, engine: FakeEngine) -> 
 def test_a_key_is_asked_for_once_and_kept_nowhere(browser: Browser, made: Any, engine: FakeEngine) -> None:
     with serving(made[0], key="s3cret") as url:
         visit = Visit(browser, url)
-        field = visit.page.get_by_label("Key", exact=True)
+        field = visit.page.get_by_label("API key", exact=True)
         field.fill("wrong")
         field.press("Enter")
         expect(visit.page.locator("#intro")).to_contain_text("the key is wrong")
@@ -214,7 +212,7 @@ def test_a_key_is_asked_for_once_and_kept_nowhere(browser: Browser, made: Any, e
         assert visit.page.evaluate("localStorage.length + sessionStorage.length") == 0
         assert visit.context.cookies() == []
         visit.page.reload()
-        expect(visit.page.get_by_label("Key", exact=True)).to_be_visible()
+        expect(visit.page.get_by_label("API key", exact=True)).to_be_visible()
         visit.context.close()
 
 
@@ -224,12 +222,12 @@ def test_a_key_is_asked_for_once_and_kept_nowhere(browser: Browser, made: Any, e
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing(browser: Browser, url: str, engine: FakeEngine, scheme: Any) -> None:
     visit = Visit(browser, url, color_scheme=scheme, bypass_csp=True)  # or axe itself could not run
-    visit.page.get_by_label("A review").fill("a")
+    visit.page.get_by_label("Review", exact=True).fill("a")
     visit.page.keyboard.press("Tab")
     visit.page.keyboard.press("Enter")
     expect(visit.page.locator("#readings > li")).to_have_count(3)
-    visit.page.get_by_label("The beginning of a text").fill("x")
-    visit.page.get_by_role("button", name="Continue it").click()
+    visit.page.get_by_label("Prompt", exact=True).fill("x")
+    visit.page.get_by_role("button", name="Generate").click()
     live(visit.page).to_contain_text("prefix: 9 tokens")
     visit.page.evaluate("document.getElementById('key-form').hidden = false")
     visit.page.add_script_tag(path=AXE)
@@ -256,11 +254,11 @@ def test_it_is_as_dark_as_the_reader_wishes(browser: Browser, url: str, scheme: 
 def test_a_phone_need_not_scroll_sideways(browser: Browser, url: str, engine: FakeEngine, width: int) -> None:
     engine.answer = "w" * 60
     visit = Visit(browser, url, viewport={"width": width, "height": 740}, has_touch=True, is_mobile=True)
-    visit.page.get_by_label("A review").fill("a")
-    visit.page.get_by_role("button", name="Read it").tap()
+    visit.page.get_by_label("Review", exact=True).fill("a")
+    visit.page.get_by_role("button", name="Classify").tap()
     expect(visit.page.locator("#readings > li")).to_have_count(3)
-    visit.page.get_by_label("The beginning of a text").fill("x" * 100)
-    visit.page.get_by_role("button", name="Continue it").tap()
+    visit.page.get_by_label("Prompt", exact=True).fill("x" * 100)
+    visit.page.get_by_role("button", name="Generate").tap()
     live(visit.page).to_contain_text("prefix: 48 tokens")
     assert visit.page.evaluate("document.documentElement.scrollWidth") == width and visit.said == []
     visit.context.close()
@@ -275,13 +273,13 @@ def test_markup_in_names_reviews_and_answers_does_nothing(browser: Browser, tmp_
     with serving(made) as url:
         visit = Visit(browser, url)
         expect(visit.page.locator("#intro")).to_have_text(f"base and its adapters {NASTY}, side by side.")
-        visit.page.get_by_label("A review").fill(NASTY)
-        visit.page.get_by_role("button", name="Read it").click()
+        visit.page.get_by_label("Review", exact=True).fill(NASTY)
+        visit.page.get_by_role("button", name="Classify").click()
         expect(visit.page.locator("#readings h3")).to_have_text(["base", NASTY])
         live(visit.page).to_contain_text(f"{NASTY}: negative")
-        visit.page.get_by_label("The beginning of a text").fill(NASTY)
-        visit.page.get_by_label("New tokens, at most").fill("150")
-        visit.page.get_by_role("button", name="Continue it").click()
+        visit.page.get_by_label("Prompt", exact=True).fill(NASTY)
+        visit.page.get_by_label("Maximum new tokens").fill("150")
+        visit.page.get_by_role("button", name="Generate").click()
         expect(visit.page.locator("#continuations .text")).to_have_text([NASTY + NASTY] * 2)
         assert visit.page.evaluate("window.hacked") is None
         assert visit.page.locator("img, b").count() == 0 and visit.page.locator("script").count() == 1

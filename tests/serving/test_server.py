@@ -142,7 +142,7 @@ def test_classify_gives_the_probabilities_that_python_gives(running: Process, ho
         expected = label_probabilities(loaded.model, loaded.tokenizer, loaded.template, texts)
         for result, wanted in zip(found["results"], expected, strict=True):
             assert list(result["models"][name]["probabilities"].values()) == pytest.approx(wanted, abs=1e-5)
-    assert [result["models"]["base"]["cut"] for result in found["results"]] == [False, False, True]
+    assert [result["models"]["base"]["truncated"] for result in found["results"]] == [False, False, True]
 
 
 def test_an_adapters_folder_that_is_no_run_is_served_too(home: Path, tmp_path: Path) -> None:

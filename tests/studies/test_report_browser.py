@@ -166,9 +166,9 @@ def test_the_keyboard_reads_and_zooms_and_is_heard(page: Page) -> None:
 def test_costs_and_reliability_are_read_by_keyboard_too(page: Page) -> None:
     chart(page, "parameters").focus()
     page.keyboard.press("Home")
-    assert live(page).startswith("trained parameters 0: as it is 7")
+    assert live(page).startswith("trainable parameters 0: as it is 7")
     page.keyboard.press("ArrowRight")
-    assert live(page).startswith("trained parameters 161,280: LoRA r=2 ") and " to " in live(page)
+    assert live(page).startswith("trainable parameters 161,280: LoRA r=2 ") and " to " in live(page)
     chart(page, "calibration").focus()
     page.keyboard.press("End")
     assert live(page).startswith("probability 9")
@@ -196,11 +196,11 @@ def test_the_table_is_sorted_by_pointer_and_keyboard_and_what_is_missing_stays_l
 def test_reviews_are_filtered_by_their_words(page: Page) -> None:
     rows = page.locator("table.reviews tbody tr")
     every = rows.count()
-    page.get_by_label("Reviews with the words").fill("TIRED genre")
+    page.get_by_label("Filter reviews by words").fill("TIRED genre")
     left = page.locator("table.reviews tbody tr:visible").all_inner_texts()
     assert 0 < len(left) < every and all("a tired" in text for text in left)
     assert live(page) == f"{len(left)} of {every} shown"
-    page.get_by_label("Reviews with the words").fill("")
+    page.get_by_label("Filter reviews by words").fill("")
     assert page.locator("table.reviews tbody tr:visible").count() == every
 
 

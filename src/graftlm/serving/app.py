@@ -313,7 +313,10 @@ async def _classify(service: Service, body: ClassifyBody) -> dict[str, Any]:
         batch = jobs[start : start + CLASSIFY_CONCURRENCY]
         scores = await asyncio.gather(*(_score(service, job.model, job.prompt) for job in batch))
         for job, labels in zip(batch, scores, strict=True):
-            results[job.text]["models"][job.model.name] = {**_softmax(job.model.template, labels), "cut": job.truncated}
+            results[job.text]["models"][job.model.name] = {
+                **_softmax(job.model.template, labels),
+                "truncated": job.truncated,
+            }
     return {"object": "classification", "results": results}
 
 

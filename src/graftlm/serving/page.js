@@ -1,14 +1,14 @@
-// The page of `graft serve`, behind report_parts.js: a review's label probabilities, and texts continued, by the base
-// and all its adapters side by side. All of it comes from the API that anyone may use; nothing here is privileged.
+// The page of `graft serve`, after report_parts.js: label probabilities of a review, and generated texts, from the base
+// and all adapters side by side. It uses only the public API.
 
 const element = (id) => document.getElementById(id);
 let models = []; // as GET /v1/models lists them
 let key = "";
-let running = null; // what stops the continuations that are being written
+let running = null; // AbortController of the generation in progress
 
-// Asking --------------------------------------------------------------------------------------------------------------
+// Requests ------------------------------------------------------------------------------------------------------------
 
-async function ask(path, body, signal) {
+async function request(path, body, signal) {
   const headers = key ? { Authorization: `Bearer ${key}` } : {};
   const options = { headers, signal };
   if (body) Object.assign(options, { method: "POST", body: JSON.stringify(body) });
@@ -21,17 +21,17 @@ async function ask(path, body, signal) {
   throw error;
 }
 
-function words(error) {
+function errorText(error) {
   return error instanceof TypeError ? "the server cannot be reached" : error.message;
 }
 
-// Server-sent events, as the objects they hold.
+// The JSON objects of server-sent events.
 async function* events(answer) {
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
     const { done, value } = await reader.read();
-    if (done) throw new Error("the server ended the answer early");
+    if (done) throw new Error("the server closed the connection early");
     const lines = (rest + value).split("\n\n");
     rest = lines.pop();
     for (const line of lines) {
@@ -46,11 +46,11 @@ async function* events(answer) {
 
 async function readModels() {
   try {
-    models = (await (await ask("v1/models")).json()).data;
+    models = (await (await request("v1/models")).json()).data;
   } catch (error) {
     element("key-form").hidden = error.status !== 401;
-    element("intro").textContent = words(error);
-    say(words(error));
+    element("intro").textContent = errorText(error);
+    announce(errorText(error));
     return;
   }
   element("key-form").hidden = true;
@@ -73,24 +73,24 @@ function tiles(list) {
 async function classify(event) {
   event.preventDefault();
   const text = element("review").value;
-  if (!text.trim()) return say("type a review first");
+  if (!text.trim()) return announce("enter a review first");
   const list = element("readings");
   list.setAttribute("aria-busy", "true");
-  say("reading");
+  announce("classifying");
   try {
-    const { results } = await (await ask("v1/classify", { text })).json();
+    const { results } = await (await request("v1/classify", { text })).json();
     const bodies = tiles(list);
-    models.forEach((model, number) => showReading(bodies[number], results[0].models[model.id]));
-    const said = models.map(({ id }) => [id, results[0].models[id]]);
-    say(said.map(([id, { label, probabilities: p }]) => `${id}: ${label} ${percent(p[label])}`).join(", "));
+    models.forEach((model, number) => showProbabilities(bodies[number], results[0].models[model.id]));
+    const summary = models.map(({ id }) => [id, results[0].models[id]]);
+    announce(summary.map(([id, { label, probabilities: p }]) => `${id}: ${label} ${percent(p[label])}`).join(", "));
   } catch (error) {
-    list.replaceChildren(node("li", { class: "tile" }, node("p", { class: "wrong" }, words(error))));
-    say(words(error));
+    list.replaceChildren(node("li", { class: "tile" }, node("p", { class: "wrong" }, errorText(error))));
+    announce(errorText(error));
   }
   list.removeAttribute("aria-busy");
 }
 
-function showReading(body, { label, probabilities, cut }) {
+function showProbabilities(body, { label, probabilities, truncated }) {
   const bars = Object.entries(probabilities).map(([name, probability]) => {
     const filled = node("span");
     filled.style.width = `${100 * probability}%`;
@@ -99,41 +99,41 @@ function showReading(body, { label, probabilities, cut }) {
     return node("li", attributes, node("span", {}, name), " ", node("span", {}, percent(probability)), bar);
   });
   body.append(node("ul", { class: "bars" }, ...bars));
-  if (cut) body.append(node("p", { class: "note" }, "It is too long for this model: only its beginning was read."));
+  if (truncated) body.append(node("p", { class: "note" }, "Truncated: the text is too long for this model."));
 }
 
-// Free text -----------------------------------------------------------------------------------------------------------
+// Text generation -----------------------------------------------------------------------------------------------------
 
-async function write(event) {
+async function generate(event) {
   event.preventDefault();
   const prompt = element("prompt").value;
-  if (!prompt) return say("type a text first");
+  if (!prompt) return announce("enter a prompt first");
   running?.abort();
   const mine = (running = new AbortController());
   const bodies = tiles(element("continuations"));
   element("stop").disabled = false;
-  say("writing");
-  const said = await Promise.all(models.map((model, n) => continued(model.id, prompt, bodies[n], mine.signal)));
-  if (running !== mine) return; // it was begun anew
+  announce("generating");
+  const summaries = await Promise.all(models.map((model, n) => stream(model.id, prompt, bodies[n], mine.signal)));
+  if (running !== mine) return; // started again
   running = null;
   if (document.activeElement === element("stop")) element("prompt").focus();
   element("stop").disabled = true;
-  say(said.join(", "));
+  announce(summaries.join(", "));
 }
 
-// One model's continuation, token by token; resolves to how it went.
-async function continued(model, prompt, body, signal) {
-  const shown = node("p", { class: "text", tabindex: 0, role: "group", "aria-label": `The text of ${model}` });
+// Streams one model's text; resolves to a summary.
+async function stream(model, prompt, body, signal) {
+  const shown = node("p", { class: "text", tabindex: 0, role: "group", "aria-label": `Text of ${model}` });
   const note = node("p", { class: "note" }, "…");
   const text = node("span");
   shown.append(node("span", { class: "given" }, prompt), text);
   body.append(shown, note);
   const began = performance.now();
-  const settings = { max_tokens: +element("tokens").value, temperature: +element("temperature").value };
-  const asked = { model, prompt, ...settings, stream: true, stream_options: { include_usage: true } };
+  const limits = { max_tokens: +element("tokens").value, temperature: +element("temperature").value };
+  const parameters = { model, prompt, ...limits, stream: true, stream_options: { include_usage: true } };
   let finish = "";
   try {
-    for await (const part of events(await ask("v1/completions", asked, signal))) {
+    for await (const part of events(await request("v1/completions", parameters, signal))) {
       if (part.error) throw new Error(part.error.message);
       for (const choice of part.choices) {
         text.append(choice.text);
@@ -142,21 +142,21 @@ async function continued(model, prompt, body, signal) {
       shown.scrollTop = shown.scrollHeight;
       if (part.usage) {
         const seconds = (performance.now() - began) / 1000;
-        const end = finish === "length" ? "cut there" : "ended";
+        const end = finish === "length" ? "stopped at the limit" : "ended";
         note.textContent = `${part.usage.completion_tokens} tokens in ${seconds.toFixed(1)} s, ${end}`;
       }
     }
   } catch (error) {
     const stopped = signal.aborted;
-    note.textContent = stopped ? "stopped" : words(error);
+    note.textContent = stopped ? "stopped" : errorText(error);
     if (!stopped) note.className = "wrong";
   }
   return `${model}: ${note.textContent}`;
 }
 
-// What is typed and pressed -------------------------------------------------------------------------------------------
+// Events --------------------------------------------------------------------------------------------------------------
 
-for (const [form, handler] of [["review-form", classify], ["prompt-form", write]]) {
+for (const [form, handler] of [["review-form", classify], ["prompt-form", generate]]) {
   element(form).addEventListener("submit", handler);
   element(form).addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;

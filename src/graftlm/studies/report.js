@@ -1,11 +1,11 @@
-// What moves in a report: its charts (report_chart.js, which stands before this in the page), the legend that switches
-// runs on and off, sorting, the filter, and what is folded on paper. The tables are in the page; nothing is added here.
+// Interaction of a report: charts (report_chart.js, included before this), the legend that shows and hides runs, sorting,
+// the filter, and printing. The tables are in the HTML already.
 
 function drawCharts() {
   for (const figure of document.querySelectorAll("figure[data-chart]")) {
     const series = data.charts[figure.dataset.chart].filter((s) => s.points.length);
     if (series.length) charts.push(new Chart(figure, KINDS[figure.dataset.chart], series));
-    else if (!figure.querySelector("p, details")) figure.append(node("p", {}, "There is nothing to show."));
+    else if (!figure.querySelector("p, details")) figure.append(node("p", {}, "No data."));
   }
 }
 
@@ -15,10 +15,10 @@ function drawLegend() {
   const legend = document.getElementById("legend");
   const buttons = data.runs.map((name, run) => {
     const button = node("button", { type: "button", "aria-pressed": "true" }, swatch(run), name);
-    button.addEventListener("click", () => flip([run], off.has(run)));
+    button.addEventListener("click", () => toggle([run], off.has(run)));
     return button;
   });
-  const flip = (runs, on) => {
+  const toggle = (runs, on) => {
     for (const run of runs) {
       on ? off.delete(run) : off.add(run);
       buttons[run].setAttribute("aria-pressed", String(on));
@@ -29,7 +29,7 @@ function drawLegend() {
   if (buttons.length < 3) return;
   for (const [name, on] of [["Show all", true], ["Hide all", false]]) {
     const button = node("button", { type: "button", class: "all" }, name);
-    button.addEventListener("click", () => flip(buttons.keys(), on));
+    button.addEventListener("click", () => toggle(buttons.keys(), on));
     legend.append(button);
   }
 }
@@ -47,12 +47,12 @@ function makeSortable(table) {
       for (const other of heads) other.setAttribute("aria-sort", "none");
       head.setAttribute("aria-sort", up ? "ascending" : "descending");
       sort(table.tBodies[0], column, up);
-      say(`sorted by ${button.textContent}, ${up ? "ascending" : "descending"}`);
+      announce(`sorted by ${button.textContent}, ${up ? "ascending" : "descending"}`);
     });
   });
 }
 
-// Numbers by value, names by letter; what was not measured stays at the end either way.
+// Numbers by value, names alphabetically; missing values stay at the end in both directions.
 function sort(body, column, up) {
   const numbers = [...body.rows].some((row) => "value" in row.cells[column].dataset);
   const key = (row) => {
@@ -72,7 +72,7 @@ function makeFilter(table) {
   const input = node("input", { type: "search", id: "filter", autocomplete: "off" });
   const count = node("span", { class: "note" });
   const rows = [...table.tBodies[0].rows];
-  const label = node("label", { for: "filter" }, "Reviews with the words");
+  const label = node("label", { for: "filter" }, "Filter reviews by words");
   table.parentElement.before(node("div", { class: "filter" }, label, input, count));
   input.addEventListener("input", () => {
     const words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
@@ -81,12 +81,12 @@ function makeFilter(table) {
       row.hidden = !words.every((word) => text.includes(word));
     }
     count.textContent = `${rows.filter((row) => !row.hidden).length} of ${rows.length} shown`;
-    say(count.textContent);
+    announce(count.textContent);
   });
 }
 
-// Paper: what is folded is opened, and folded again.
-function onPaper() {
+// Open all <details> for printing, and close them afterwards.
+function openForPrint() {
   let opened = [];
   addEventListener("beforeprint", () => {
     opened = [...document.querySelectorAll("details:not([open])")];
@@ -101,4 +101,4 @@ drawCharts();
 drawLegend();
 document.querySelectorAll("table.results").forEach(makeSortable);
 document.querySelectorAll("table.reviews").forEach(makeFilter);
-onPaper();
+openForPrint();

@@ -1,5 +1,5 @@
-// Small parts of the pages of `graft report` and `graft serve`. Nothing is ever made from markup: elements come from
-// createElement, words go in as text, so that a name or a review can do nothing.
+// Helpers of the pages of `graft report` and `graft serve`. No HTML is ever parsed: elements come from createElement and
+// strings become text nodes, so markup in a name or a review has no effect.
 "use strict";
 
 const live = document.getElementById("live");
@@ -8,7 +8,7 @@ function node(tag, attributes = {}, ...children) {
   return fill(document.createElement(tag), attributes, children);
 }
 
-function shape(tag, attributes = {}, ...children) {
+function svgNode(tag, attributes = {}, ...children) {
   return fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
 }
 
@@ -18,8 +18,9 @@ function fill(element, attributes, children) {
   return element;
 }
 
-function say(words) {
-  live.textContent = words;
+// For screen readers.
+function announce(text) {
+  live.textContent = text;
 }
 
 function percent(value) {
