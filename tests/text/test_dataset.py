@@ -12,7 +12,7 @@ import pytest
 
 from graftlm.errors import InputError
 from graftlm.text.dataset import load_dataset
-from graftlm.text.layouts import LAYOUTS, Completion, Preference, Record, Unpaired
+from graftlm.text.layouts import LAYOUTS, Completion, Labelled, Preference, Record, Unpaired
 
 WORDS = ("negative", "positive")
 NEL = "a\x85b\u2028c\x0bd\x1ce\ff"  # characters at which str.splitlines breaks a line
@@ -645,3 +645,32 @@ def test_files_of_a_split_have_one_layout(tmp_path: Path):
         "test-00000-of-00002.jsonl is labelled (text, label): write the files of a split in one layout"
     ):
         load_dataset(str(tmp_path))
+
+
+def test_columns_name_the_layout_where_several_fit(tmp_path: Path):
+    record = {"text": "a", "label": 1, "prompt": "p", "completion": "c"}
+    path = jsonl(tmp_path / "a.jsonl", record)
+    (labelled,) = read(path, columns={"text": "text", "label": "label"})
+    assert labelled == Labelled("a", 1, labelled.source)
+    (completion,) = read(path, columns={"prompt": "text", "completion": "completion"})
+    assert completion == Completion("a", "c", completion.source)
+    (first,) = read(jsonl(tmp_path / "b.jsonl", {"prompt": "p", "completion": "c", "label": True}))
+    assert isinstance(first, Unpaired)
+    (second,) = read(tmp_path / "b.jsonl", columns={"prompt": "prompt", "completion": "completion"})
+    assert isinstance(second, Completion)
+
+
+def test_columns_of_any_layout_can_be_mapped(tmp_path: Path):
+    path = jsonl(tmp_path / "a.jsonl", {"task": "Join.", "context": "a b", "result": "ab"})
+    (row,) = read(path, columns={"instruction": "task", "input": "context", "output": "result"})
+    assert isinstance(row, Completion) and row.completion == "ab" and "### Input:\na b\n" in row.prompt
+
+
+def test_columns_that_no_layout_reads(tmp_path: Path):
+    path = jsonl(tmp_path / "a.jsonl", *many(20))
+    fields = list(dict.fromkeys(key for layout in LAYOUTS for key in (*layout.keys, *layout.optional)))
+    with refused(f"--columns texts=a: no field 'texts': did you mean 'text'? fields are {', '.join(fields)}"):
+        load_dataset(str(path), columns={"texts": "a"})
+    layouts = ", ".join(map(str, LAYOUTS))
+    with refused(f"--columns: no layout reads label and chosen together: leave one out; the layouts are {layouts}"):
+        load_dataset(str(path), columns={"label": "a", "chosen": "b"})

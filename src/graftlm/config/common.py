@@ -27,8 +27,6 @@ LossType = Literal["sigmoid", "hinge", "ipo", "sigmoid_norm", "simpo", "orpo"]
 Style = Literal["zero-shot", "few-shot", "few-shot-cot", "zero-shot-cot"]
 DemoSelection = Literal["fixed", "random", "balanced", "bm25", "embedding"]
 Mode = Literal["both", "score", "generate"]
-COLUMNS = ("text", "label", "prompt", "completion", "chosen", "rejected", "messages")
-"""The fields of a record that --columns can map."""
 
 
 def require(ok: bool, flag: str, value: object, allowed: str) -> None:
@@ -113,8 +111,8 @@ class DataFlags(Flags):
     test_data: str = ""
     """A file with the test split, given together with --data FILE."""
     columns: str = ""
-    """Which columns of the data to read, as text=sentence,label=stars. Default: columns are named as the fields are
-    (text, label, prompt, completion, chosen, rejected, messages)."""
+    """Which columns of the data to read, as text=sentence,label=stars. Default: the record layout is recognised by
+    its columns: text, label; prompt, completion; prompt, chosen, rejected; messages; instruction, input, output."""
     template: str = "sentiment"
     """The prompt template: a built-in name (sentiment, question, plain), a file, or a string with {text} in it."""
     labels: str = "negative,positive"
@@ -130,14 +128,13 @@ class DataFlags(Flags):
 
 
 def parse_columns(text: str) -> dict[str, str]:
-    """Column by field, from "field=column,field=column". Raises InputError."""
+    """Column by field, from "field=column,field=column"; a layout reads the fields (`text/layouts.py`)."""
     columns: dict[str, str] = {}
     for part in filter(None, map(str.strip, text.split(","))):
         name, _, column = map(str.strip, part.partition("="))
-        if name not in COLUMNS or not column or name in columns:
+        if not name or not column or name in columns:
             raise InputError(
-                f"--columns {part}: must be FIELD=COLUMN, each field once, as in text=sentence,label=stars; "
-                f"fields are {', '.join(COLUMNS)}"
+                f"--columns {part}: must be FIELD=COLUMN, each field once, as in text=sentence,label=stars"
             )
         columns[name] = column
     return columns

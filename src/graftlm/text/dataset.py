@@ -9,23 +9,19 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from graftlm.errors import InputError
 from graftlm.files.assets import data_folder
 from graftlm.files.formats import read_json
 from graftlm.files.readers import DATA_READERS, read_records
 from graftlm.text.layouts import (
-    Completion,
-    Conversation,
     Document,
-    Labelled,
     LabelWords,
     Layout,
-    Preference,
     Record,
     Row,
-    Unpaired,
+    check_columns,
+    hashed_values,
     missing_column,
     recognise,
 )
@@ -68,6 +64,7 @@ def load_dataset(
     A data set with a train split always gets a validation split: if it is missing, a tenth of train is held out by
     hash, and so is a test split if neither is named. Raises InputError with file, line and value.
     """
+    check_columns(columns or {})
     path = data_folder(data)
     files = _split_files(path) if path.is_dir() else {"train": [path]}
     for split, flag, file in (("validation", "val_data", val), ("test", "test_data", test)):
@@ -108,6 +105,7 @@ def load_prompts(
 
     Raises InputError with file, line and value.
     """
+    check_columns(columns or {})
     path = data_folder(data)
     files = _split_files(path) if path.is_dir() else {split: [path]}
     if split not in files:
@@ -135,23 +133,8 @@ def fingerprint(splits: Mapping[str, Iterable[Record]]) -> str:
     digest = hashlib.sha256()
     for split, records in splits.items():
         for record in records:
-            digest.update(json.dumps([split, *_values(record)]).encode() + b"\n")
+            digest.update(json.dumps([split, *hashed_values(record)]).encode() + b"\n")
     return digest.hexdigest()
-
-
-def _values(record: Record) -> list[Any]:
-    """What `fingerprint` hashes of a record. Runs record the hash, so the values of existing data must not change."""
-    match record:
-        case Labelled(text, label):
-            return [text, label, None]
-        case Completion(prompt, completion, finished=finished):
-            return [prompt, None, completion, *([] if finished else [(False, True)])]
-        case Preference(prompt, chosen, rejected, finished=finished):
-            return [prompt, None, chosen, rejected, *([] if all(finished) else [finished])]
-        case Unpaired(prompt, completion, label, finished=finished):
-            return [prompt, None, completion, label, *([] if finished else [False])]
-        case Conversation(messages):
-            return [record.text, None, None, messages]
 
 
 def text_hash(text: str) -> str:

@@ -7,13 +7,13 @@ decides which layout it has (`recognise`). Every value is checked; errors name f
 To add a layout, write its function and its entry here.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
 from typing import Any
 
-from graftlm.errors import InputError
+from graftlm.errors import InputError, did_you_mean
 from graftlm.files.readers import short_repr
 from graftlm.text.chat import ROLES, Message
 
@@ -101,6 +101,22 @@ class Document:
 
 
 Record = Labelled | Completion | Preference | Unpaired | Conversation
+
+
+def hashed_values(record: Record) -> list[Any]:
+    """What a data set's fingerprint hashes. Runs record the hash, so the values of existing data must not change."""
+    match record:
+        case Labelled(text, label):
+            return [text, label, None]
+        case Completion(prompt, completion, finished=finished):
+            return [prompt, None, completion, *([] if finished else [(False, True)])]
+        case Preference(prompt, chosen, rejected, finished=finished):
+            return [prompt, None, chosen, rejected, *([] if all(finished) else [finished])]
+        case Unpaired(prompt, completion, label, finished=finished):
+            return [prompt, None, completion, label, *([] if finished else [False])]
+        case Conversation(messages):
+            return [record.text, None, None, messages]
+
 
 # Reading a row --------------------------------------------------------------------------------------------------------
 
@@ -303,6 +319,19 @@ LAYOUTS = (
 )
 
 
+def check_columns(columns: Mapping[str, str]) -> None:
+    """Raise InputError for fields of --columns that no layout reads, or none reads together."""
+    fields = list(dict.fromkeys(key for layout in LAYOUTS for key in (*layout.keys, *layout.optional)))
+    for key, column in columns.items():
+        if key not in fields:
+            hint = did_you_mean(key, fields)
+            raise InputError(f"--columns {key}={column}: no field {key!r}: {hint}fields are {', '.join(fields)}")
+    if not _readable(columns):
+        raise InputError(
+            f"--columns: no layout reads {' and '.join(columns)} together: leave one out; the layouts are {_names()}"
+        )
+
+
 def recognise(path: object, columns: Mapping[str, Any], mapped: Sequence[str] = ()) -> Layout:
     """The layout of a file, from the columns of its first row.
 
@@ -310,12 +339,12 @@ def recognise(path: object, columns: Mapping[str, Any], mapped: Sequence[str] = 
     another's gives way to it, unless --columns names exactly its keys. Raises InputError for an unknown layout, and
     where several remain.
     """
-    readable = [layout for layout in LAYOUTS if {*mapped} <= {*layout.keys, *layout.optional}]
+    readable = _readable(mapped)
     found = [layout for layout in readable if columns.keys() >= {*layout.keys} and layout.matches(columns)]
     found = [layout for layout in found if {*layout.keys} <= {*mapped}] or found
     found = [layout for layout in found if not any({*layout.keys} < {*other.keys} for other in found)]
     if not found:
-        raise _unknown(path, columns, readable or LAYOUTS)
+        raise _unknown(path, columns, readable)
     if len(found) > 1:
         choices = " or ".join(f"--columns {','.join(f'{key}={key}' for key in layout.keys)}" for layout in found)
         raise InputError(f"{path}: the columns fit several layouts, {' and '.join(map(str, found))}: choose {choices}")
@@ -327,8 +356,16 @@ def _unknown(path: object, columns: Mapping[str, Any], layouts: Sequence[Layout]
     lacking = [layout for layout in layouts if not columns.keys() >= {*layout.keys}] or layouts
     closest = max(lacking, key=lambda layout: len(columns.keys() & {*layout.keys}))
     missing = next((key for key in closest.keys if key not in columns), closest.keys[0])
-    known = ", ".join(map(str, LAYOUTS))
-    return InputError(f"{path}: {missing_column(missing, columns, missing)}; the layouts are {known}")
+    return InputError(f"{path}: {missing_column(missing, columns, missing)}; the layouts are {_names()}")
+
+
+def _readable(fields: Iterable[str]) -> list[Layout]:
+    """The layouts that read all these fields."""
+    return [layout for layout in LAYOUTS if {*fields} <= {*layout.keys, *layout.optional}]
+
+
+def _names() -> str:
+    return ", ".join(map(str, LAYOUTS))
 
 
 def missing_column(column: str, columns: Mapping[str, Any], key: str) -> str:
