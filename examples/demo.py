@@ -51,7 +51,7 @@ def report(before: dict[str, Any], after: dict[str, Any], trained: dict[str, Any
     facts = {
         "zero-shot accuracy": accuracy(before),
         "fine-tuned accuracy": accuracy(after),
-        "steps": f"{trained['steps']} of {trained['examples'] // trained['steps']} reviews",
+        "steps": f"{trained['steps']} of {trained['batch_size']} reviews",
         "trained": f"{trained['trainable']:,} of {trained['total']:,} parameters ({trained['trainable_fraction']:.2%})",
         "speed": f"{trained['examples_per_s']:.1f} examples/s, {trained['seconds']:.0f} s of training",
         "peak memory": f"{trained['peak_rss_mb']:,.0f} MB",
@@ -89,7 +89,7 @@ def main() -> None:
     del base
 
     console.rule("2. fine-tuning with LoRA")
-    trained = graftlm.train(config, console=console)
+    trained = graftlm.train(config, console=console) | {"batch_size": config.batch_size}
 
     console.rule("3. after")
     tuned = graftlm.load("resume", config.out_dir)

@@ -89,9 +89,23 @@ def defined(*paths: Path) -> set[str]:
     return {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
 
 
-def test_the_walk_through_the_code_names_what_is_there() -> None:
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    walk = text.partition("## The walk of one review")[2].partition("\n## ")[0]
+def tour(heading: str) -> str:
+    """A section of the code tour."""
+    text = (ROOT / "docs" / "code_tour.md").read_text(encoding="utf-8")
+    return text.partition(heading)[2].partition("\n## ")[0]
+
+
+def test_the_code_tour_is_twelve_files_of_at_most_3000_lines() -> None:
+    rows = re.findall(r"^\| (\d+) \| `([^`]+)` \| (.*) \|$", tour("# Code tour"), re.MULTILINE)
+    assert [int(number) for number, _, _ in rows] == list(range(1, 13))
+    assert sum(len((SRC / file).read_text(encoding="utf-8").splitlines()) for _, file, _ in rows) <= 3000
+    for _, file, reading in rows:
+        names = [part for name in re.findall(r"`(\w[\w.]*)`", reading) if ".py" not in name for part in name.split(".")]
+        assert names and set(names) <= defined(SRC / file), file
+
+
+def test_the_path_of_one_review_names_what_is_there() -> None:
+    walk = tour("## The path of one review")
     rows = [row.split("|")[2] for row in re.findall(r"^\| \w+ \|.*$", walk, re.MULTILINE)]
     assert len(rows) >= 12
     for row in rows:
