@@ -283,7 +283,8 @@ def summarise(turns: Mapping[str, Sequence[Run]], long: Run, same: bool | None) 
 
 def prompts(args: argparse.Namespace) -> list[str]:
     """The classification prompts of test reviews, a fixed, label-blind sample."""
-    from graftlm.text.collate import load_dataset, subset
+    from graftlm.text.collate import subset
+    from graftlm.text.dataset import load_dataset
     from graftlm.text.template import DEFAULT, load_template
 
     template = load_template(DEFAULT)

@@ -27,7 +27,8 @@ from graftlm.studies import ray_cluster as module
 from graftlm.studies import ray_evaluator
 from graftlm.studies.ray_cluster import TOKEN, connected
 from graftlm.studies.ray_evaluator import chunk_batches, ray_predictor
-from graftlm.text.collate import encode_rows, load_dataset
+from graftlm.text.collate import encode_rows
+from graftlm.text.dataset import load_dataset
 from graftlm.text.template import load_template
 from soak.forks import Forks, ask_script
 from tiny import TEMPLATE, data_folder, model_folder

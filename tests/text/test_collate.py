@@ -18,11 +18,11 @@ from graftlm.text.collate import (
     encode_rows,
     epoch_batches,
     label_ids,
-    load_dataset,
     preflight,
     show_targets,
     subset,
 )
+from graftlm.text.dataset import load_dataset
 from graftlm.text.layouts import Completion, Labelled, Preference, Unpaired
 from graftlm.text.template import Template, load_template
 from graftlm.text.tokenizer import Tokenizer

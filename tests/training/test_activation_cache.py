@@ -16,7 +16,8 @@ from graftlm.files.assets import model_folder as asset_model
 from graftlm.methods import Full, LoRA, Method
 from graftlm.methods.base import trainable
 from graftlm.models import CausalLM
-from graftlm.text.collate import Example, encode_rows, load_dataset
+from graftlm.text.collate import Example, encode_rows
+from graftlm.text.dataset import load_dataset
 from graftlm.text.template import load_template
 from graftlm.text.tokenizer import Tokenizer
 from graftlm.training import trainer as trainer_module

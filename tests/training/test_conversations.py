@@ -18,7 +18,8 @@ from graftlm.methods import LoRA
 from graftlm.methods.base import trainable
 from graftlm.models import CausalLM
 from graftlm.text.chat import Chat
-from graftlm.text.collate import Example, encode_rows, load_dataset, preflight, show_targets
+from graftlm.text.collate import Example, encode_rows, preflight, show_targets
+from graftlm.text.dataset import load_dataset
 from graftlm.text.template import load_template
 from graftlm.text.tokenizer import Tokenizer
 from graftlm.training import trainer as trainer_module

@@ -19,7 +19,8 @@ from graftlm.errors import GraftError, InputError, Interrupted
 from graftlm.exchange.load import load
 from graftlm.files.formats import load_safetensors
 from graftlm.inference.scoring import score
-from graftlm.text.collate import Example, encode_rows, label_ids, load_dataset
+from graftlm.text.collate import Example, encode_rows, label_ids
+from graftlm.text.dataset import load_dataset
 from graftlm.training import trainer as trainer_module
 from graftlm.training.batches import BatchLoader
 from graftlm.training.distributed import DistContext

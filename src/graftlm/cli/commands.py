@@ -158,7 +158,8 @@ def _examples(
     Template, examples, and the inputs without content that calibrate them (none unless asked for).
     """
     from graftlm.inference.fewshot import FewShotConfig, build_fewshot
-    from graftlm.text.collate import load_dataset, subset
+    from graftlm.text.collate import subset
+    from graftlm.text.dataset import load_dataset
     from graftlm.text.template import load_template
 
     run: Result = (loaded.run or {}).get("config", {})

@@ -18,8 +18,8 @@ from graftlm.errors import GraftError, InputError
 from graftlm.exchange.load import Loaded
 from graftlm.files.assets import is_local_data
 from graftlm.models import CausalLM
-from graftlm.text.collate import encode_rows, load_dataset, subset
-from graftlm.text.dataset import SPLITS
+from graftlm.text.collate import encode_rows, subset
+from graftlm.text.dataset import SPLITS, load_dataset
 
 PROMPTS, POSITIONS = 8, 32
 """Number of prompts, and of each one's last positions: at V = 50,000 their logits take 50 MB."""

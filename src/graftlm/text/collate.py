@@ -15,24 +15,10 @@ import numpy as np
 
 from graftlm.errors import InputError
 from graftlm.text.chat import Chat
-from graftlm.text.dataset import Dataset, load_dataset, text_hash
+from graftlm.text.dataset import text_hash
 from graftlm.text.layouts import Completion, Conversation, Labelled, Preference, Record, Unpaired
 from graftlm.text.template import Template
 from graftlm.text.tokenizer import Tokenizer
-
-__all__ = [
-    "Dataset",
-    "Example",
-    "common_prefix_length",
-    "encode_rows",
-    "epoch_batches",
-    "label_ids",
-    "load_dataset",
-    "preflight",
-    "show_targets",
-    "sort_by_hash",
-    "subset",
-]
 
 SORT_WINDOW = 64  # batches that are sorted by length together: little padding, and still well mixed
 CHARS_PER_TOKEN = 5  # an upper estimate for English

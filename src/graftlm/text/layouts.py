@@ -340,15 +340,17 @@ def recognise(path: object, columns: Mapping[str, Any], mapped: Sequence[str] = 
     where several remain.
     """
     readable = _readable(mapped)
-    found = [layout for layout in readable if columns.keys() >= {*layout.keys} and layout.matches(columns)]
-    found = [layout for layout in found if {*layout.keys} <= {*mapped}] or found
-    found = [layout for layout in found if not any({*layout.keys} < {*other.keys} for other in found)]
-    if not found:
+    fitting = [layout for layout in readable if columns.keys() >= {*layout.keys} and layout.matches(columns)]
+    fitting = [layout for layout in fitting if {*layout.keys} <= {*mapped}] or fitting
+    fitting = [layout for layout in fitting if not any({*layout.keys} < {*other.keys} for other in fitting)]
+    if not fitting:
         raise _unknown(path, columns, readable)
-    if len(found) > 1:
-        choices = " or ".join(f"--columns {','.join(f'{key}={key}' for key in layout.keys)}" for layout in found)
-        raise InputError(f"{path}: the columns fit several layouts, {' and '.join(map(str, found))}: choose {choices}")
-    return found[0]
+    if len(fitting) > 1:
+        choices = " or ".join(f"--columns {','.join(f'{key}={key}' for key in layout.keys)}" for layout in fitting)
+        raise InputError(
+            f"{path}: the columns fit several layouts, {' and '.join(map(str, fitting))}: choose {choices}"
+        )
+    return fitting[0]
 
 
 def _unknown(path: object, columns: Mapping[str, Any], layouts: Sequence[Layout]) -> InputError:

@@ -31,8 +31,8 @@ from typing import Any
 
 from graftlm.errors import InputError, did_you_mean, unknown_name_error
 from graftlm.files.readers import Record, read_records
-from graftlm.text.collate import load_dataset, sort_by_hash
-from graftlm.text.dataset import text_hash
+from graftlm.text.collate import sort_by_hash
+from graftlm.text.dataset import load_dataset, text_hash
 from graftlm.text.layouts import Labelled
 
 QUESTION, ANSWER = "{question}", "{answer}"

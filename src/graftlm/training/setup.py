@@ -21,7 +21,8 @@ from graftlm.exchange.load import Loaded, check_base, read_tokenizer, resolve_pa
 from graftlm.methods import Method
 from graftlm.methods.mergeable import mergeable_linears
 from graftlm.models.base import CausalLM
-from graftlm.text.collate import Dataset, Example, encode_rows, label_ids, load_dataset, preflight, subset
+from graftlm.text.collate import Example, encode_rows, label_ids, preflight, subset
+from graftlm.text.dataset import Dataset, load_dataset
 from graftlm.text.template import Template, load_template
 from graftlm.text.tokenizer import Tokenizer
 from graftlm.training.batches import BatchLoader, TrainingData
