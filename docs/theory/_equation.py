@@ -1,11 +1,10 @@
-"""What the checks of these pages are made of: rows with two sides, and a register of checks by the page's numbers.
+"""Rows with two sides, and a registry of checks by equation number.
 
     @equation("3.4", "reward", "from the policy")
     def reward(ratio: float = 1.0, partition: float = 1.0) -> list[Row]: ...
 
-The number is the one that the page gives the equation. Every parameter of a check is a sign of that equation: it is 1,
-and stands where the page has a plus or a minus. The tests set each to -1 in turn and want the check to fail, so that a
-check which cannot fail is found out.
+The number is the equation's number on the page. Every parameter of a check is a sign of that equation, 1 by
+default. The tests set each to -1 in turn and require the check to fail.
 
 All cases are small and exact: answers that can be enumerated, float64, and numbers from Python's own generator, whose
 sequence is the same on every machine.
@@ -20,12 +19,12 @@ import torch
 from torch import Tensor
 
 TOLERANCE = 1e-9
-"""How far two sides may lie apart, relative to the larger one where that is above 1."""
+"""Largest difference of two sides, relative to the larger one if that is above 1."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One case: both sides, and how they should stand to each other."""
+    """One case: both sides and their expected relation."""
 
     what: str
     left: float
@@ -35,7 +34,7 @@ class Row:
 
     @property
     def holds(self) -> bool:
-        """Whether they do."""
+        """Whether the relation holds."""
         if self.relation == "<":
             return self.left < self.right
         if self.relation == ">":
@@ -45,7 +44,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Equation:
-    """A numbered equation's check, and what its two columns are called."""
+    """A numbered equation's check and the names of its two columns."""
 
     check: Callable[..., list[Row]]
     left: str
@@ -67,7 +66,7 @@ class Equation:
 EQUATIONS: dict[str, Equation] = {}
 """Number -> its check."""
 BLOCKS: dict[str, Callable[[], str]] = {}
-"""Name -> what else is filled into a page: figures that were measured, read from their dated file."""
+"""Name -> other generated text: measured figures from a dated result."""
 
 Check = Callable[..., list[Row]]
 Text = Callable[[], str]
@@ -85,7 +84,7 @@ def equation(number: str, left: str, right: str) -> Callable[[Check], Check]:
 
 
 def block(name: str) -> Callable[[Text], Text]:
-    """Register what belongs between `<!-- name -->` and `<!-- end -->`."""
+    """Register the text between `<!-- name -->` and `<!-- end -->`."""
 
     def register(text: Text) -> Text:
         assert name not in BLOCKS, f"{name} is there already"
@@ -96,7 +95,7 @@ def block(name: str) -> Callable[[Text], Text]:
 
 
 def shown(value: float) -> str:
-    """A number for a reader: whole ones whole, the rest with six digits, rounding errors as the 0 they stand for."""
+    """A number for a reader: whole ones whole, the rest with six digits, rounding errors as 0."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if value == round(value):
@@ -116,7 +115,7 @@ def worst(left: Tensor, right: Tensor) -> float:
 
 
 def descend(loss: Callable[[Tensor], Tensor], start: Sequence[float], rate: float, steps: int) -> Tensor:
-    """Where plain gradient descent ends: an optimum found without any formula for it."""
+    """The end point of plain gradient descent."""
     theta = torch.tensor(start, dtype=torch.float64, requires_grad=True)
     for _ in range(steps):
         (gradient,) = torch.autograd.grad(loss(theta), theta)

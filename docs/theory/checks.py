@@ -2,9 +2,9 @@
 
     python docs/theory/checks.py
 
-What stands between `<!-- 3.4 -->` and `<!-- end -->` is replaced, the words around it are written by hand. The tests
-(tests/test_theory.py) compute the same, flip every sign, and want the pages to be what this command would write.
-A page and its checks have one name: preferences.md and preferences.py.
+Text between `<!-- 3.4 -->` and `<!-- end -->` is replaced; the rest is written by hand. tests/test_theory.py computes
+the same, flips every sign, and checks that the pages equal this command's output. The checks of preferences.md are in
+preferences.py.
 """
 
 import argparse
@@ -28,18 +28,18 @@ PAGES = ("low_rank.md", "prefix.md", "preferences.md", "counting.md", "in_contex
 
 
 def computed() -> dict[str, str]:
-    """Mark -> what belongs there."""
+    """Mark -> its generated text."""
     tables = {number: equation.table() for number, equation in EQUATIONS.items()}
     return tables | {name: text() for name, text in BLOCKS.items()}
 
 
 def fill(text: str, found: Mapping[str, str]) -> str:
-    """A page with each marked part replaced; KeyError for a mark that nothing computes."""
+    """A page with each marked part replaced; KeyError for an unknown mark."""
     return MARK.sub(lambda match: f"<!-- {match[1]} -->\n{found[match[1]]}\n<!-- end -->", text)
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Check everything, write the pages; status 1 and no page written where an equation does not hold."""
+    """Check everything and write the pages; status 1, and nothing written, if an equation does not hold."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(words)
     wrong = [f"({n}) {row.what}" for n, e in EQUATIONS.items() for row in e.check() if not row.holds]
     if wrong:

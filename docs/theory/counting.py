@@ -18,12 +18,12 @@ WIDTHS = [2 ** (L - layer) for layer in range(L + 1)]
 
 
 def net() -> list[nn.Linear]:
-    """The fully connected layers, biases and all, without memory."""
+    """The fully connected layers with biases, on the meta device."""
     return [nn.Linear(a, b, device="meta") for a, b in pairwise(WIDTHS)]
 
 
 def adapters() -> list[nn.Module]:
-    """V_up gelu(V_down a + v_down) + v_up behind each layer, the output too."""
+    """V_up gelu(V_down a + v_down) + v_up after each layer, including the output."""
     with torch.device("meta"):
         return [nn.Sequential(nn.Linear(d, M), nn.GELU(), nn.Linear(M, d)) for d in WIDTHS[1:]]
 
@@ -34,9 +34,9 @@ def count(modules: list[Any]) -> int:
 
 
 def accounted(**flags: Any) -> dict[str, Any]:
-    """What `graft estimate --mlp_widths=1024,512,…` says."""
+    """The result of `graft estimate --mlp_widths=1024,512,…`."""
     config = EstimateConfig(mlp_widths=",".join(map(str, WIDTHS)), **flags)
-    return estimate(config, {"ffn", *flags})
+    return estimate(config, {"mlp_widths", *flags})
 
 
 @equation("4.1", "counted", "closed form")
@@ -84,7 +84,7 @@ def biases_only(sign: float = 1.0) -> list[Row]:
 
 @equation("4.4", "counted", "closed form")
 def bottleneck_adapters(down: float = 1.0, up: float = 1.0) -> list[Row]:
-    """Adapters of width m behind every layer are (2 m + 1)(2^L - 1) + m L numbers; the signs are the biases' own."""
+    """Adapters of width m after every layer are (2 m + 1)(2^L - 1) + m L numbers; the signs are the biases' own."""
     built, found = count(adapters()), accounted(method="adapter", rank=M)
     closed = (2 * M + int(up)) * (2**L - 1) + int(down) * M * L
     return [

@@ -21,7 +21,7 @@ from graftlm.methods.lora import LoRALinear, mark_only_lora_as_trainable
 IN, OUT, R, ALPHA = 4, 3, 2, 6.0
 S = ALPHA / R
 NO_EPSILON = 1e-30
-"""Adam's epsilon where its formula is checked: nothing beside a gradient, but 0 / epsilon is 0."""
+"""Adam's epsilon where its formula is checked: negligible next to a gradient, but 0 / epsilon is 0."""
 
 _rng = random.Random(1)
 W0, A0, B1 = drawn(_rng, OUT, IN), drawn(_rng, R, IN), drawn(_rng, OUT, R)
@@ -52,12 +52,12 @@ def gradient_of_whole(weight: Tensor) -> Tensor:
 
 
 def update(made: LoRALinear) -> Tensor:
-    """(alpha / r) B A, as it stands now."""
+    """(alpha / r) B A, currently."""
     return (made.scale * made.lora_B @ made.lora_A).detach()
 
 
 def trained(optimizer: str, steps: int, alpha: float, lr_a: float, lr_b: float) -> LoRALinear:
-    """The layer after so many steps of "Adam" or "SGD", A and B each at its own rate."""
+    """The layer after `steps` steps of "Adam" or "SGD", A and B each at its own learning rate."""
     made = layer(alpha)
     groups = [{"params": [made.lora_A], "lr": lr_a}, {"params": [made.lora_B], "lr": lr_b}]
     how = torch.optim.SGD(groups) if optimizer == "SGD" else torch.optim.Adam(groups, eps=NO_EPSILON)
@@ -98,7 +98,7 @@ def gradients(b: float = 1.0, a: float = 1.0) -> list[Row]:
 
 @equation("1.3", "one step of SGD", "formula")
 def first_step_of_sgd(sign: float = 1.0) -> list[Row]:
-    """The weight's first step is -lr s^2 G A^T A: three times alpha is nine times the rate."""
+    """The weight's first step is -lr s^2 G A^T A: three times alpha is nine times the learning rate."""
     lr, c = 0.01, 3.0
     step = sign * -lr * S**2 * gradient_of_whole(W0) @ A0.T @ A0
     own = update(trained("SGD", 1, ALPHA, lr, lr))
@@ -114,7 +114,7 @@ def first_step_of_sgd(sign: float = 1.0) -> list[Row]:
 
 @equation("1.4", "one step of Adam", "formula")
 def first_step_of_adam(sign: float = 1.0) -> list[Row]:
-    """The weight's first step is -lr s sign(G A^T) A: three times alpha is three times the rate."""
+    """The weight's first step is -lr s sign(G A^T) A: three times alpha is three times the learning rate."""
     lr, c = 0.01, 3.0
     step = sign * -lr * S * torch.sign(gradient_of_whole(W0) @ A0.T) @ A0
     own = update(trained("Adam", 1, ALPHA, lr, lr))
@@ -128,9 +128,9 @@ def first_step_of_adam(sign: float = 1.0) -> list[Row]:
     ]
 
 
-@equation("1.5", "$c \\alpha$", "$\\alpha$, and $B$ at its own rate")
+@equation("1.5", "$c \\alpha$", "$\\alpha$, and $B$ at its own learning rate")
 def alpha_is_the_rate_of_b(power: float = 1.0) -> list[Row]:
-    """For whole runs: c alpha is the same as c times B's rate under Adam, c^2 times under SGD, A's rate as it was."""
+    """For whole runs: c alpha is the same as c times B's rate under Adam, c^2 times under SGD, A's unchanged."""
     rows, gaps, c = [], [], 3.0
     for optimizer, lr, exponent in (("Adam", 0.01, 1.0), ("SGD", 0.001, 2.0)):
         for steps in (1, 50):
@@ -144,7 +144,7 @@ def alpha_is_the_rate_of_b(power: float = 1.0) -> list[Row]:
 
 @equation("1.6", "measured", "expected")
 def where_it_ends(motion: float = 1.0) -> list[Row]:
-    """The update is s B A_0 + s B (A - A_0); with one rate for both, only the second part tells c alpha from c lr."""
+    """The update is s B A_0 + s B (A - A_0); only the second part differs between c alpha and c lr."""
     rows, sums, c, lr = [], [], 3.0, 0.01
     for steps in (1, 10, 100):
         scaled, faster = trained("Adam", steps, c * ALPHA, lr, lr), trained("Adam", steps, ALPHA, c * lr, c * lr)
@@ -175,12 +175,13 @@ def handout() -> dict[str, Any]:
 
 @block("runs")
 def runs() -> str:
-    """The measured runs: which figures of docs/handout.md speak of alpha and the rate."""
+    """The measured runs of docs/handout.md that vary alpha and the learning rate."""
     result = handout()
     lines = ["| | loss after 10 steps | lowest loss | test accuracy | 95% interval |", "| --- |" + " ---: |" * 4]
     for row in result["tables"]["alpha_or_lr"]:
         curve = {point["step"]: point["val_loss"] for point in result["curves"]["alpha_or_lr"][row["name"]]}
-        interval = f"{100 * row['ci_low']:.1f} to {100 * row['ci_high']:.1f}"
+        low, high = (100 * row.get(f"ci_{end}", row.get(end)) for end in ("low", "high"))  # old results: low, high
+        interval = f"{low:.1f} to {high:.1f}"
         cells = [row["name"], f"{curve[10]:.3f}", f"{row['val_loss']:.3f}", f"{100 * row['accuracy']:.1f}%", interval]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

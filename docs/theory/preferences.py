@@ -53,7 +53,7 @@ def objective(pi: Tensor, penalty: float = 1.0) -> Tensor:
 
 
 def others(count: int) -> list[Tensor]:
-    """So many other policies, drawn."""
+    """Other policies, drawn at random."""
     rng = random.Random(4)
     return [torch.softmax(4 * drawn(rng, Y), dim=0) for _ in range(count)]
 
@@ -89,10 +89,10 @@ def objective_is_a_divergence(penalty: float = 1.0, divergence: float = 1.0) -> 
 
     uniform = torch.full_like(REF, 1 / Y)
     gaps = [abs(objective(pi, penalty).item() - right(pi)) for pi in others(1000)]
-    named = (("$\\pi_\\text{ref}$", REF), ("all answers alike", uniform), ("$\\pi^{\\ast}$", best))
+    named = (("$\\pi_\\text{ref}$", REF), ("all answers equally likely", uniform), ("$\\pi^{\\ast}$", best))
     rows = [Row(name, objective(pi, penalty).item(), right(pi)) for name, pi in named]
     one_sum = -BETA * (uniform * (uniform / (REF * (REWARD / BETA).exp())).log()).sum()
-    rows.append(Row("the sum in between, all answers alike", one_sum.item(), right(uniform)))
+    rows.append(Row("the sum in between, all answers equally likely", one_sum.item(), right(uniform)))
     return [*rows, Row("1,000 drawn policies: largest difference", max(gaps), 0.0)]
 
 
@@ -192,7 +192,7 @@ def gradient(weight: float = 1.0, winner: float = 1.0, loser: float = 1.0) -> li
         *rows,
         Row(f"all {len(PAIRS)} ordered pairs: largest difference", max(gaps), 0.0),
         Row("the same with $\\nabla \\pi / \\pi$", max(gaps_pi), 0.0),
-        Row("the same, `graft train --objective dpo` beside the formula", max(gaps_ours), 0.0),
+        Row("the same, `graft train --objective dpo` compared with the formula", max(gaps_ours), 0.0),
     ]
 
 

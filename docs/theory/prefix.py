@@ -50,7 +50,7 @@ def scores(i: int, keys: Tensor) -> Tensor:
 
 
 def share(i: int) -> Tensor:
-    """lambda_i, what the prefix takes of query i's weight; the query sees the content up to itself."""
+    """lambda_i, the prefix's share of query i's weight; the query sees the content up to itself."""
     prefix, content = scores(i, P_K).exp().sum(), scores(i, K[: i + 1]).exp().sum()
     return prefix / (prefix + content)
 
@@ -90,7 +90,7 @@ def ratio(sign: float = 1.0) -> list[Row]:
 
 @equation("2.4", "our attention", "the mixture")
 def mixture(sign: float = 1.0) -> list[Row]:
-    """The head's output is a mixture of what it was and of attention over the prefix alone."""
+    """The head's output is a mixture of its output without the prefix and attention over the prefix alone."""
     with_prefix, without = head(True, V, P_V)[LAST], head(False, V, P_V)[LAST]
     over_prefix = torch.softmax(scores(LAST, P_K), dim=0) @ P_V
     mixed = (1 - share(LAST)) * without + sign * share(LAST) * over_prefix
