@@ -262,7 +262,7 @@ def test_ctrl_c_while_a_model_is_loaded(assets: Path, listener: socket.socket, p
         ("--kl_samples=-1", "--kl_samples -1: must be 0 or more"),
         ("--loss_type=dpo", "--loss_type dpo: not one of sigmoid, hinge, ipo, sigmoid_norm, simpo, orpo"),
         ("--objective=rlhf", "--objective rlhf: not one of dpo, kto, sft"),
-        ("--shard", "--shard: cuts the base over several processes: start with torchrun, or leave it out"),
+        ("--shard", "--shard: shards the base across processes: launch with torchrun, or leave it out"),
         (
             "--reference=runs/other",
             "--reference runs/other: --objective sft takes no --reference: leave it out, or use dpo or kto",
@@ -697,7 +697,7 @@ def test_a_model_folder_without_weights_that_we_read(assets: Path, refuse: Refus
 def test_an_out_dir_that_holds_another_run_or_other_files(assets: Path, finished: Path, refuse: Refuse) -> None:
     shutil.copytree(finished, "run", symlinks=True)
     line = refuse(*train(assets))
-    assert line == "--out_dir run: holds a run already; add --resume to go on with it, or name another"
+    assert line == "--out_dir run: holds a run already; add --resume to continue it, or name another"
     Path("thesis").mkdir()
     Path("thesis", "thesis.txt").write_text("years of work")
     line = refuse(*train(assets, "--out_dir=thesis"))
@@ -866,7 +866,7 @@ def test_a_disk_too_full_for_a_first_checkpoint_leaves_no_run_folder(
     assert done.returncode == 2
     has(line, f"disk full: cannot write run/{file} (File too large): free some space or choose another folder")
     assert [str(p) for p in Path().rglob("*")] == ["run"] * existed
-    has(done.stderr, "nothing was saved: run is cleared again\n")
+    has(done.stderr, "nothing was saved: run was cleared\n")
 
 
 def test_a_disk_that_fills_up_later_leaves_a_run_that_can_be_resumed(assets: Path, place: Path) -> None:

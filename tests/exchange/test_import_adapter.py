@@ -147,7 +147,7 @@ def test_an_import_cannot_be_resumed_but_trained_on_when_merged(
     import_adapter(config(adapter, run))
     assert cli.run(["train", f"--out_dir={run}", "--resume"]) == 2
     assert capsys.readouterr().err == (
-        f"graft: {run}: was imported, without the state of an optimiser, so there is no training to go on with; merge "
+        f"graft: {run}: was imported without optimizer state, so there is no training to resume; merge "
         f"it (graft export --out_dir {run} --merged --to FOLDER) and train that (--init_from FOLDER)\n"
     )
     assert cli.run(["export", f"--out_dir={run}", "--merged", f"--to={merged}"]) == 0

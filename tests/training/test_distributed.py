@@ -204,7 +204,7 @@ def test_a_base_that_is_cut_trains_an_adapter_as_a_whole_one(
     assets: Path, place: Path, several: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     check_same(one_process(assets, tmp_path / "one", rank=4, base="gpt2"), place / "shard")
-    assert "weights cut over them" in several[0]["shard"]["err"]
+    assert "weights sharded across ranks" in several[0]["shard"]["err"]
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -128,13 +128,13 @@ def open_activation_cache(
     what = f"the output of the {spec.layers} frozen lower layers takes {size / 1e9:.2f} GB"
     if size > spec.max_bytes:
         allowed = f"--activation_cache_gb allows {spec.max_bytes / 1e9:g}"
-        return None, f"{what}, {allowed}: it is computed anew in each step"
+        return None, f"{what}, {allowed}: it is recomputed in each step"
     folder = home / "frozen" / _name(model, examples, prefix, spec)
     if not folder.is_dir():
         _evict_lru(home / "frozen", spec.max_bytes - size)
         home.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(home).free) < size:
-            return None, f"{what}, the disk of {home} has {free / 1e9:.2f} left: it is computed anew in each step"
+            return None, f"{what}, the disk of {home} has {free / 1e9:.2f} left: it is recomputed in each step"
     cache = ActivationCache(folder, model, examples, spec.layers, prefix)
     os.utime(folder)  # marks it as most recently used
     return cache, f"{what}: computed once, kept in {folder}"

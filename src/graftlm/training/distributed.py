@@ -145,24 +145,24 @@ class DistContext:
             if error is not None:
                 raise error
             return
-        found = [int(status) for (status,) in self.all_gather([0 if error is None else error.exit_status])]
-        rank = next((rank for rank, status in enumerate(found) if status), None)
+        statuses = [int(status) for (status,) in self.all_gather([0 if error is None else error.exit_status])]
+        rank = next((rank for rank, status in enumerate(statuses) if status), None)
         if rank is None:
             return
         line = self._broadcast_text(str(error) if self.rank == rank else "", rank)
-        common = _ERRORS[found[rank]](line if rank == 0 else f"process {rank}: {line}")
+        common = _ERRORS[statuses[rank]](line if rank == 0 else f"process {rank}: {line}")
         common.told = not self.is_main
         raise common from error
 
     @contextmanager
     def same_error_on_all_ranks(self) -> Iterator[None]:
         """Run a local block, without collectives, on every rank; if any rank raises, all ranks raise."""
-        found = None
+        caught = None
         try:
             yield
         except GraftError as error:
-            found = error
-        self.raise_on_any_rank(found)
+            caught = error
+        self.raise_on_any_rank(caught)
 
     def on_all_ranks(self, error: GraftError) -> GraftError:
         """An error that every rank raises by itself and only rank 0 prints."""
@@ -204,12 +204,12 @@ class DistContext:
 
         data = text.encode() if self.rank == rank else b""
         length = int(max(size for (size,) in self.all_gather([len(data)])))
-        held = torch.zeros(length, dtype=torch.uint8, device=self._device)
+        buffer = torch.zeros(length, dtype=torch.uint8, device=self._device)
         if self.rank == rank:
-            held = torch.tensor(list(data), dtype=torch.uint8, device=self._device)
+            buffer = torch.tensor(list(data), dtype=torch.uint8, device=self._device)
         with together():
-            dist.broadcast(held, rank)
-        return bytes(held.tolist()).decode()
+            dist.broadcast(buffer, rank)
+        return bytes(buffer.tolist()).decode()
 
 
 class PeerExited(GraftError):
@@ -249,14 +249,14 @@ def from_environment(environ: Mapping[str, str]) -> DistContext:
 
 def buckets(params: Sequence[nn.Parameter], most: int = BUCKET) -> list[list[nn.Parameter]]:
     """Consecutive parameters of one dtype, at most `most` elements in a bucket, or a single parameter."""
-    made: list[list[nn.Parameter]] = []
+    result: list[list[nn.Parameter]] = []
     for p in params:
-        last = made[-1] if made else []
+        last = result[-1] if result else []
         if last and last[0].dtype == p.dtype and sum(q.numel() for q in last) + p.numel() <= most:
             last.append(p)
         else:
-            made.append([p])
-    return made
+            result.append([p])
+    return result
 
 
 # Sharded weights ------------------------------------------------------------------------------------------------------

@@ -197,7 +197,7 @@ class Probe:
         return self._full_depth(lambda: self.objective.batch_statistics(self.model, examples, dist))
 
     def validation_seconds(self, data: TrainingData, seed: int) -> float:
-        """One validation, from examples of median length, and what is measured besides."""
+        """One validation, from examples of median length, and the objective's other measurements."""
         return self._evaluation_seconds(data.validation, data) + self._full_depth(
             lambda: self.objective.monitor(self.model, data, seed)
         )

@@ -120,7 +120,7 @@ def read_previous(config: TrainConfig) -> dict[str, Any] | None:
     previous = read_run(out_dir)
     if "imported" in previous:
         raise InputError(
-            f"{out_dir}: was imported, without the state of an optimiser, so there is no training to go on with; "
+            f"{out_dir}: was imported without optimizer state, so there is no training to resume; "
             f"merge it (graft export --out_dir {out_dir} --merged --to FOLDER) and train that (--init_from FOLDER)"
         )
     return previous

@@ -182,7 +182,7 @@ def _dtype(config: TrainConfig, previous: dict[str, Any] | None, device: torch.d
 def _check_ranks(config: TrainConfig, objective: Objective, source: InitSource, dist: DistContext) -> None:
     """An InputError for what works only in a single process, or only in several."""
     if dist.size == 1 and config.shard and not config.resume:
-        raise InputError("--shard: cuts the base over several processes: start with torchrun, or leave it out")
+        raise InputError("--shard: shards the base across processes: launch with torchrun, or leave it out")
     if dist.size == 1 or not source.method.is_full_finetune:
         return
     if config.train_layers:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,7 @@ def _check_same_on_all_ranks(run: RunContext) -> None:
     with run.dist.same_error_on_all_ranks():
         for what, value in mine.items():
             if first[what] != value:
-                raise InputError(f"the {what} here is not that of process 0 ({value[:12]}, {first[what][:12]})")
+                raise InputError(f"the {what} on this rank differs from process 0's ({value[:12]}, {first[what][:12]})")
 
 
 @contextmanager
@@ -187,7 +188,7 @@ def _cleanup_on_failure(run: RunContext, console: Console) -> Iterator[None]:
                     shutil.rmtree(path)
                 elif path.name != LOCK_NAME:
                     path.unlink()
-            console.print(f"nothing was saved: {out_dir} is cleared again", markup=False, highlight=False)
+            console.print(f"nothing was saved: {out_dir} was cleared", markup=False, highlight=False)
 
 
 def _checkpoints(run: RunContext) -> CheckpointManager:
@@ -213,17 +214,14 @@ def _check_folder(run: RunContext, checkpoints: CheckpointManager) -> None:
     with run.dist.same_error_on_all_ranks():
         if checkpoints.writes_sharded and not (out_dir / LOCK_NAME).exists():
             raise InputError(
-                f"--out_dir {out_dir}: is not the folder that process 0 sees; on several machines name one that they "
-                "share: each process writes its part of a checkpoint"
+                f"--out_dir {out_dir}: is not the folder that process 0 sees; with several machines name a shared "
+                "one: each process writes its part of a checkpoint"
             )
 
 
 def _setup_objective(run: RunContext, console: Console) -> None:
     """Compute what the objective needs of the initial model, and store it for a resumed run."""
-
-    def notify(line: str) -> None:
-        console.print(line, markup=False, highlight=False)
-
+    notify = partial(console.print, markup=False, highlight=False)
     if (record := run.objective.setup(run.loaded.model, run.data, run.dist, notify)) is not None:
         run.manifest.values["reference"] = record
     if run.dist.is_main and not run.config.resume:
@@ -241,7 +239,7 @@ def _restore(
             state = checkpoints.load_checkpoint(run.loaded.model, optimizer)
         if run.dist.is_main:
             truncate_metrics(run.manifest.folder / "metrics.jsonl", state.step)
-        console.print(f"resumed behind step {state.step}", highlight=False)
+        console.print(f"resumed after step {state.step}", highlight=False)
     if state.step == 0 and run.loaded.model.dtype == torch.float16:
         state.loss_scale = FIRST_SCALE
     return state
@@ -264,11 +262,11 @@ def _open_cache(run: RunContext, console: Console) -> ActivationCache | None:
         return None
     cache, note = None, ""
     if model_is_sharded(model):
-        note = "--shard: what the frozen lower layers give is computed anew in each step"
+        note = "--shard: hidden states of the frozen lower layers are recomputed in each step"
     elif not run.objective.caches_activations:
-        note = f"--objective {config.objective}: what the frozen lower layers give is computed anew in each step"
+        note = f"--objective {config.objective}: hidden states of the frozen lower layers are recomputed in each step"
     elif config.dropout:
-        note = "--dropout acts in the frozen lower layers too: they are computed anew in each step"
+        note = "--dropout acts in the frozen lower layers too: they are recomputed in each step"
     else:
         base = run.manifest.values["base"]["sha256"]
         spec = CacheSpec(layers, base, config.shared_prefix, config.activation_cache_gb * 1e9)
@@ -279,10 +277,7 @@ def _open_cache(run: RunContext, console: Console) -> ActivationCache | None:
 
 def _open_metrics(run: RunContext, state: TrainState, console: Console) -> MetricsLogger:
     """metrics.jsonl and the other loggers; on other ranks than 0 rows go nowhere."""
-
-    def warn(line: str) -> None:
-        console.print(line, markup=False, highlight=False)
-
+    warn = partial(console.print, markup=False, highlight=False)
     if not run.dist.is_main:
         return MetricsLogger(Path(os.devnull), [], warn)
     loggers = start_loggers(run.config, run.manifest.values, state.step, warn)
@@ -304,7 +299,7 @@ def print_header(run: RunContext, console: Console) -> None:
     if line := run.method.describe_scale(model, run.config.lr or 0.0):
         console.print(line, highlight=False)
     if run.dist.size > 1:
-        how = "weights cut over them" if model_is_sharded(model) else "each holds the model"
+        how = "weights sharded across ranks" if model_is_sharded(model) else "every rank holds the model"
         console.print(f"{run.dist.size} processes ({run.dist.backend}): {how}", highlight=False)
     for note in run.notes:
         console.print(note, markup=False, highlight=False)

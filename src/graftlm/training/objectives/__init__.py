@@ -135,12 +135,12 @@ class Objective(ABC):
 def objective_class(name: str) -> type[Objective]:
     """The objective of a file in this folder."""
     module = import_module(f"{__name__}.{name}")
-    (found,) = (
+    (kind,) = (
         value
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, Objective) and value.__module__ == module.__name__
     )
-    return found
+    return kind
 
 
 def flags_of(kind: type[Objective]) -> list[str]:
