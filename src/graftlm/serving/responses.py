@@ -168,7 +168,7 @@ def stream_response(engine: Engine, tokenizer: Tokenizer, parsed: ParsedRequest)
 
 
 async def _events(handles: Sequence[RequestHandle], outputs: Outputs, formatter: "Formatter") -> AsyncIterator[str]:
-    head = formatter.head(chunk=True)
+    head = formatter.head(".chunk")
     running, offsets = len(handles), [0] * len(handles)
     try:
         if formatter.parsed.chat:
@@ -211,9 +211,9 @@ class Formatter:
     def __init__(self, tokenizer: Tokenizer, parsed: ParsedRequest) -> None:
         self.tokenizer, self.parsed = tokenizer, parsed
 
-    def head(self, chunk: bool = False) -> Event:
-        """What every response and every event of a stream begins with."""
-        kind = ("chat.completion.chunk" if chunk else "chat.completion") if self.parsed.chat else "text_completion"
+    def head(self, chunk: str = "") -> Event:
+        """The common fields of a response; `chunk`: ".chunk" for an event of a stream."""
+        kind = f"chat.completion{chunk}" if self.parsed.chat else "text_completion"
         name = f"{'chatcmpl' if self.parsed.chat else 'cmpl'}-{uuid.uuid4().hex}"
         return {"id": name, "object": kind, "created": int(time.time()), "model": self.parsed.model}
 

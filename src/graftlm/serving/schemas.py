@@ -209,7 +209,7 @@ def parse_body(body: type[BaseModel], content: bytes) -> Any:
     if kind in ("unsupported", "one_of_two"):
         inner = first.get("ctx", {}).get("name")
         raise APIError(400, message, param=inner, code="unsupported_parameter" if inner else None)
-    path = _path(first["loc"], kind == "extra_forbidden")
+    path = _path(first["loc"], first["loc"][-1] if kind == "extra_forbidden" else None)
     if kind == "extra_forbidden":
         known = did_you_mean(str(first["loc"][-1]), body.model_fields, "")
         raise APIError(400, f"unknown field {path!r}: {known}leave it out", param=path, code="unknown_parameter")
@@ -221,13 +221,13 @@ def parse_body(body: type[BaseModel], content: bytes) -> Any:
     raise APIError(400, f"{where}: must be {allowed}", param=path)
 
 
-def _path(location: tuple[int | str, ...], unknown: bool) -> str:
+def _path(location: tuple[int | str, ...], unknown: int | str | None) -> str:
     """("messages", 3, "role") -> "messages[3].role", without pydantic's names for the members of a union."""
     path = ""
     for part in location:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif part in FIELD_NAMES or (unknown and part is location[-1]):
+        elif part in FIELD_NAMES or part is unknown:
             path += ("." if path else "") + part[:100]
     return path
 

@@ -19,7 +19,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -203,11 +203,9 @@ class _Sweep:
 
     # Progress -----------------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def _progress(self) -> Iterator[Progress]:
+    def _progress(self) -> Progress:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
-            yield bar
+        return Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
 
     def _update_progress(self, bar: Progress, tasks: dict[str, TaskID]) -> None:
         """A bar for each run that has started."""

@@ -17,23 +17,9 @@ import torch
 from graftlm.config import EstimateConfig
 from graftlm.errors import InputError
 from graftlm.files.assets import BUILTIN_MODELS, model_config
-from graftlm.methods import Adapter, Full, LoRA, Method, PrefixTuning, method_from_flags
+from graftlm.methods import Adapter, Full, LoRA, Method, PrefixTuning, cost_model, method_from_flags
 from graftlm.methods.base import parse_layer_range
-from graftlm.methods.cost_model import (
-    CostItem,
-    ParameterGroup,
-    ffn_adapters,
-    ffn_biases,
-    ffn_flops,
-    ffn_parts,
-    forward_flops,
-    memory,
-    memory_of_each,
-    model_parts,
-    sent_by_each,
-    total,
-    training_flops,
-)
+from graftlm.methods.cost_model import CostItem, ParameterGroup, total
 from graftlm.models import ModelConfig, build
 from graftlm.models.checkpoint_mapping import read_model_config
 from graftlm.models.presets import SHAPES
@@ -62,11 +48,18 @@ def estimate(config: EstimateConfig, explicit: Set[str]) -> dict[str, Any]:
     trained = method.param_breakdown(model)
     text = sum(group.weights for group in trained), config.max_length or max_length, method.positions
     flops = {
-        "forward": forward_flops(model, *text),
-        "training": training_flops(model, *text, method.passes(model)),
+        "forward": cost_model.forward_flops(model, *text),
+        "training": cost_model.training_flops(model, *text, method.passes(model)),
     }
     header = {"model": config.init_from, "method": method.to_json(), "tokens": text[1]}
-    result = _result(config, header, model_parts(model), model_parts(method.adapted_config(model)), trained, flops)
+    result = _result(
+        config,
+        header,
+        cost_model.model_parts(model),
+        cost_model.model_parts(method.adapted_config(model)),
+        trained,
+        flops,
+    )
     sharding = "none"
     if config.world_size > 1:
         sharding = "full" if method.is_full_finetune else "frozen" if config.shard else "none"
@@ -79,8 +72,8 @@ def estimate(config: EstimateConfig, explicit: Set[str]) -> dict[str, Any]:
 def _distributed(config: EstimateConfig, model: ModelConfig, sharding: str, result: dict[str, Any]) -> dict[str, Any]:
     """Memory and communication of one rank; adds their formulas to the result."""
     n, trainable, item = config.world_size, result["trainable"], ITEM_BYTES[config.dtype]
-    held = memory_of_each(model, trainable, result["total"], item, n, sharding)
-    sent = sent_by_each(model, trainable, item, n, sharding)
+    held = cost_model.memory_of_each(model, trainable, result["total"], item, n, sharding)
+    sent = cost_model.sent_by_each(model, trainable, item, n, sharding)
     result["formulas"] |= {"each": _formulas(held.values()), "sent": _formulas(sent.values())}
     return {"world_size": n, "sharding": sharding, "bytes": _counts(held), "comm_bytes_per_step": _counts(sent)}
 
@@ -166,12 +159,12 @@ def _estimate_mlp(config: EstimateConfig, explicit: Set[str]) -> dict[str, Any]:
     method = method_from_flags(config, explicit)
     if method.name not in ("full", "bitfit", "adapter"):
         raise InputError(f"--method {method.name}: with --mlp_widths choose full, bitfit or adapter")
-    base = ffn_parts(widths)
+    base = cost_model.ffn_parts(widths)
     settings: dict[str, Any] = {"method": method.name}
-    trained = ffn_biases(widths) if method.name == "bitfit" else base
+    trained = cost_model.ffn_biases(widths) if method.name == "bitfit" else base
     if isinstance(method, Adapter):
-        trained, settings = ffn_adapters(widths, method.rank), {**settings, "rank": method.rank}
-    flops = ffn_flops(widths, sum(group.weights for group in trained), 3 if method.is_full_finetune else 2)
+        trained, settings = cost_model.ffn_adapters(widths, method.rank), {**settings, "rank": method.rank}
+    flops = cost_model.ffn_flops(widths, sum(group.weights for group in trained), 3 if method.is_full_finetune else 2)
     units = {"hidden": sum(widths[1:-1]), "hidden_and_output": sum(widths[1:])}
     header = {"model": f"feed-forward net {config.mlp_widths}", "method": settings, "units": units}
     return _result(config, header, base, base, trained, flops)
@@ -198,7 +191,7 @@ def _result(
 ) -> dict[str, Any]:
     """The JSON object: `base` are the parameters before the method is installed, `adapted` after it."""
     everything = [*adapted, *(group for group in trained if group.added)]
-    trainable, held = total(trained), memory(total(trained), total(everything), ITEM_BYTES[config.dtype])
+    trainable, held = total(trained), cost_model.memory(total(trained), total(everything), ITEM_BYTES[config.dtype])
     by_module: dict[str, dict[str, int]] = {}
     for key, groups in (("total", everything), ("trainable", trained)):
         for group in groups:

@@ -213,15 +213,10 @@ class RayRunner(JobRunner):
 
 def _node_problem(env: WorkerEnv) -> str:
     """Why this node cannot run commands; empty if it can."""
-    if problem := _folder_problem(env):
-        return problem
-    command = [sys.executable, "-m", "graftlm", "--version"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=env.cwd, check=False)
-    installed = done.stdout.strip().removeprefix("graft ")
-    if installed != env.version:
-        found = f"has graftlm {installed}" if installed else "has no graftlm"
-        return f"{found} for {sys.executable}; install {env.version}, the version here, on every node"
-    return ""
+    problem = _folder_problem(env)
+    if not problem and (installed := version("graftlm")) != env.version:
+        problem = f"has graftlm {installed} ({sys.executable}); install {env.version}, the version here, on every node"
+    return problem
 
 
 def _folder_problem(env: WorkerEnv) -> str:
