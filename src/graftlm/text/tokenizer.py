@@ -12,8 +12,7 @@ decodes tokens that arrive one at a time.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -201,18 +200,20 @@ class TextStream:
 # Reading a folder -----------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _translate_errors(path: Path) -> Iterator[None]:
-    """Turn the bare `Exception` that `tokenizers` raises, exactly this type, into an InputError."""
-    try:
-        yield
-    except Exception as error:
-        if type(error) is not Exception:
-            raise
-        reason = " ".join(str(error).split())[:100]
-        raise InputError(
-            f"{path}: not a tokenizer that the tokenizers package reads ({reason}): fetch it again"
-        ) from error
+class _TranslateErrors:
+    """Turns the bare `Exception` that `tokenizers` raises, exactly this type, into an InputError."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if kind is Exception:
+            reason = " ".join(str(error).split())[:100]
+            message = f"{self._path}: not a tokenizer that the tokenizers package reads ({reason}): fetch it again"
+            raise InputError(message) from error
 
 
 def _prompt_prefix(backend: tokenizers.Tokenizer) -> list[int]:
@@ -232,7 +233,7 @@ def _backend(folder: Path, files: dict[str, bytes]) -> tokenizers.Tokenizer:
         from tokenizers import Tokenizer as Backend
 
         read_json(folder / "tokenizer.json")  # for an error with the line
-        with _translate_errors(folder / "tokenizer.json"):
+        with _TranslateErrors(folder / "tokenizer.json"):
             return Backend.from_str(files["tokenizer.json"].decode("utf-8"))
     for vocabulary, merges in GPT2_PAIRS:
         if vocabulary in files and merges in files:
