@@ -1,1 +1,1 @@
-"""`graft serve`: one base and adapters of it behind a page and an OpenAI-compatible API (needs the extra `serve`)."""
+"""`graft serve`: a web page and an OpenAI-compatible API for one base and its adapters (needs the extra `serve`)."""

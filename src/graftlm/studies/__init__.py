@@ -1,1 +1,1 @@
-"""Many runs beside each other: a sweep, its table, its page."""
+"""Optional commands on top of the core: compare, report, prompt, estimate, and evaluation on a Ray cluster."""

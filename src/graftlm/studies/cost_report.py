@@ -1,6 +1,6 @@
 """`graft estimate`: trainable parameters, FLOPs, memory and communication of a method, from formulas alone.
 
-The method is installed on a model without memory (PyTorch's meta device), so whatever a run would reject is rejected
+The method is installed on a model without memory (PyTorch's meta device), so what a run would reject is rejected
 here with the same message. The numbers come from `methods/cost_model.py`; the tests compare both.
 
 With --batch_size the saved activations are counted too, by running the training code on PyTorch's FakeTensor. Not
