@@ -37,7 +37,7 @@ from harness import ROOT, BenchmarkError, graft, graft_words, main, note, read_r
 from render import DOCS, WORDS, chart, fill, machine, markdown, newest
 
 if TYPE_CHECKING:
-    from graftlm.exchange.load import Loaded
+    from graftlm.exchange.load import ModelBundle
 
 STAGES = ("texts", "classifier", "sft", "pairs", "dpo", "preferred", "evaluation")
 TEXTS, CLASSIFIER, SFT, PAIRS = ("texts",), ("classifier",), ("texts", "sft"), ("texts", "classifier", "sft", "pairs")
@@ -227,7 +227,7 @@ class Experiment:
         return [row["prompt"] for row in read_rows(self.work / "held_out.jsonl")]
 
     @cached_property
-    def reference(self) -> "Loaded":
+    def reference(self) -> "ModelBundle":
         """The model that all others are compared with."""
         from graftlm.exchange.load import load
 
@@ -282,7 +282,7 @@ class Experiment:
             "texts": [prompt + answer for prompt, answer in zip(prompts[::n], answers[::n], strict=True)][:4],
         }
 
-    def sample(self, loaded: "Loaded", prompts: Sequence[str]) -> tuple[list[str], list[bool], list[list[int]]]:
+    def sample(self, loaded: "ModelBundle", prompts: Sequence[str]) -> tuple[list[str], list[bool], list[list[int]]]:
         """An answer to each prompt at temperature 1: texts, whether they are finished, tokens."""
         from graftlm.inference.generate import generate_ids
         from graftlm.inference.sampling import SamplingParams
@@ -298,7 +298,7 @@ class Experiment:
         texts = [loaded.tokenizer.decode(ids) for ids in tokens]
         return texts, [len(ids) < values["max_new_tokens"] for ids in tokens], tokens
 
-    def measure(self, policy: "Loaded") -> dict[str, Any]:
+    def measure(self, policy: "ModelBundle") -> dict[str, Any]:
         """Reward and KL of one answer to each held-out prompt, [P] each."""
         answers, ended, tokens = self.sample(policy, self.prompts)
         prompts = policy.tokenizer.encode_prompts(self.prompts)
@@ -313,7 +313,7 @@ class Experiment:
 
 
 def kl_of_answers(
-    policy: "Loaded", reference: "Loaded", prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+    policy: "ModelBundle", reference: "ModelBundle", prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
 ) -> list[float]:
     """For each answer the sum over its positions of KL(policy || reference), in nats."""
     import torch

@@ -199,9 +199,9 @@ def run_peer(script: str, settings: Mapping[str, Any], folder: Path) -> Run:
 
 def keep_memory_or_fail() -> None:
     """Make glibc keep freed memory, before torch is imported; otherwise the peer would be a weaker one."""
-    from graftlm.process import keep_memory
+    from graftlm.process import tune_malloc_retain
 
-    if not keep_memory():
+    if not tune_malloc_retain():
         raise RuntimeError("the C library refused to keep freed memory, so this peer would be slower than promised")
 
 

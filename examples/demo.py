@@ -7,9 +7,9 @@ answers, and writes all of it to OUT_DIR/report.md. The same by hand: `graft eva
 `graft train --config recipes/demo.toml --out_dir runs/demo`, `graft evaluate --out_dir runs/demo`.
 """
 
-from graftlm.process import keep_memory
+from graftlm.process import tune_malloc_retain
 
-keep_memory()  # before torch is loaded, as the graft command does
+tune_malloc_retain()  # before torch is loaded, as the graft command does
 
 import argparse  # noqa: E402
 import tomllib  # noqa: E402
@@ -20,7 +20,7 @@ from rich.console import Console  # noqa: E402
 
 import graftlm  # noqa: E402
 from graftlm.cli.display import progress  # noqa: E402
-from graftlm.exchange.load import Loaded  # noqa: E402
+from graftlm.exchange.load import ModelBundle  # noqa: E402
 from graftlm.files.atomic import write_text  # noqa: E402
 from graftlm.text.collate import Example, encode_rows, load_dataset, subset  # noqa: E402
 from graftlm.text.template import Template, load_template  # noqa: E402
@@ -28,14 +28,14 @@ from graftlm.text.template import Template, load_template  # noqa: E402
 RECIPE = Path(__file__).parent.parent / "recipes" / "demo.toml"
 
 
-def measure(loaded: Loaded, template: Template, examples: list[Example], console: Console) -> dict[str, Any]:
+def measure(loaded: ModelBundle, template: Template, examples: list[Example], console: Console) -> dict[str, Any]:
     """Accuracy by label scores."""
     with progress(console, "evaluate", len(examples)) as bar:
         parts = (loaded.model, loaded.tokenizer, template, examples)
         return graftlm.evaluate(*parts, mode="score", progress=bar).to_json()
 
 
-def answers(loaded: Loaded, examples: list[Example], template: Template) -> list[str]:
+def answers(loaded: ModelBundle, examples: list[Example], template: Template) -> list[str]:
     """What the model writes behind each prompt, in one line."""
     prompts = [template.prompt(e.text) for e in examples]
     texts = graftlm.generate(loaded.model, loaded.tokenizer, prompts, max_new_tokens=5)

@@ -60,7 +60,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(
         harness, "graft", lambda *words: json.loads(in_process(["", "graftlm", *words, "--json"], tmp_path, {}).stdout)
     )
-    monkeypatch.setattr("graftlm.process.keep_memory", lambda: True)
+    monkeypatch.setattr("graftlm.process.tune_malloc_retain", lambda: True)
     model, data = model_folder(tmp_path / "model"), data_folder(tmp_path / "data", train=256)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 2048}))  # long prompts

@@ -216,7 +216,7 @@ def test_the_project_is_found_and_installed(
     monkeypatch.chdir(tmp_path / here)
     folder_alone = SimpleNamespace(origin=None, submodule_search_locations=None)  # no package
     monkeypatch.setattr("importlib.util.find_spec", lambda name: folder_alone)
-    monkeypatch.setattr(process, "keep_memory", lambda: None)
+    monkeypatch.setattr(process, "tune_malloc_retain", lambda: None)
     installed: list[tuple[str, str]] = []
     shell = SimpleNamespace(run_line_magic=lambda *words: installed.append(words))
     names: dict[str, Any] = {"get_ipython": lambda: shell}

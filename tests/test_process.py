@@ -22,16 +22,16 @@ graftlm.load, graftlm.train, graftlm.LoRALinear
 assert "mallopt" not in asked, asked
 changed = {name for name, value in os.environ.items() if before.get(name) != value}
 assert "THP_MEM_ALLOC_ENABLE" not in changed and not any(name.startswith("MALLOC") for name in changed), changed
-assert graftlm.process.keep_memory()
+assert graftlm.process.tune_malloc_retain()
 assert "mallopt" in asked
 assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
 """
 
 FREED = """
 import sys
-from graftlm.process import keep_memory
+from graftlm.process import tune_malloc_retain
 if sys.argv[1] == "keep":
-    assert keep_memory()
+    assert tune_malloc_retain()
 import torch
 def resident_mb():
     with open("/proc/self/statm") as file:
@@ -85,7 +85,7 @@ def test_freed_memory_is_kept_for_the_next_tensor() -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's")
 def test_what_was_gathered_for_a_block_leaves_nothing_behind() -> None:
-    kept, given_back = (float(child(HOLES, how)) for how in ("keep_memory", "give_back_large"))
+    kept, given_back = (float(child(HOLES, how)) for how in ("tune_malloc_retain", "tune_malloc_release"))
     assert given_back < 10 < 15 < kept, (given_back, kept)  # a block's weights are 16 MB
 
 

@@ -15,18 +15,18 @@ M_MMAP_THRESHOLD = -3
 M_MMAP_MAX = -4
 
 
-def processes() -> int:
+def world_size() -> int:
     """How many processes torchrun started this command in; 1 without it."""
     size = os.environ.get("WORLD_SIZE", "1")
     return int(size) if size.isdigit() else 1
 
 
-def speaks() -> bool:
+def is_rank0() -> bool:
     """Whether this one of them prints what all have come to."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def keep_memory() -> bool:
+def tune_malloc_retain() -> bool:
     """Tell the C library to keep freed memory instead of giving it back; True where it agreed.
 
     glibc maps every large block afresh from the kernel and unmaps it when it is freed, so each large tensor is paid
@@ -39,7 +39,7 @@ def keep_memory() -> bool:
     return _agrees((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1))
 
 
-def give_back_large() -> bool:
+def tune_malloc_release() -> bool:
     """Tell the C library to give freed blocks of a megabyte and more back at once; True where it agreed.
 
     For weights that are cut over several processes: each block's are gathered, and freed again. What was kept of them

@@ -19,7 +19,7 @@ from graftlm.exchange import import_adapter as import_module
 from graftlm.exchange.export import export
 from graftlm.exchange.huggingface import base_hash
 from graftlm.exchange.import_adapter import import_adapter
-from graftlm.exchange.load import Loaded, load
+from graftlm.exchange.load import ModelBundle, load
 from graftlm.files.formats import load_safetensors, read_json
 from tiny import TEMPLATE, data_folder, model_folder
 
@@ -162,7 +162,7 @@ def test_a_run_that_does_not_give_the_folders_logits_is_not_kept(
 ) -> None:
     _, adapter = exported(place, "gpt2", "lora")
 
-    def worse(*given: Any, **more: Any) -> Loaded:
+    def worse(*given: Any, **more: Any) -> ModelBundle:
         loaded = load(*given, **more)
         with torch.no_grad():
             loaded.model.norm.weight[0] += 0.01

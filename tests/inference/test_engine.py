@@ -14,7 +14,7 @@ from exchange.runs import run_of
 from graftlm.errors import GraftError, InputError, Overloaded, ShuttingDown
 from graftlm.exchange.adapters import save_adapter
 from graftlm.exchange.huggingface import load_model
-from graftlm.exchange.load import Loaded, load, read_tokenizer
+from graftlm.exchange.load import ModelBundle, load, read_tokenizer
 from graftlm.inference import engine as module
 from graftlm.inference.engine import Engine
 from graftlm.inference.evaluate import evaluate
@@ -36,15 +36,15 @@ METHODS: dict[str, Method] = {
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> ModelBundle:
     """A tiny model in float64, whose tokens are bytes."""
     folder = model_folder(tmp_path_factory.mktemp("engine") / "model")
     model = load_model(folder, torch.device("cpu"), torch.float64)
-    return Loaded(model, read_tokenizer(folder), str(folder), folder, "")
+    return ModelBundle(model, read_tokenizer(folder), str(folder), folder, "")
 
 
 @pytest.fixture(scope="module")
-def alone(loaded: Loaded) -> dict[str | None, CausalLM]:
+def alone(loaded: ModelBundle) -> dict[str | None, CausalLM]:
     """The base, and it with each adapter of random A and B."""
     models: dict[str | None, CausalLM] = {None: loaded.model}
     for seed, (name, method) in enumerate(METHODS.items()):
@@ -62,7 +62,7 @@ def alone(loaded: Loaded) -> dict[str | None, CausalLM]:
 
 @pytest.fixture(scope="module")
 def folders(
-    loaded: Loaded, alone: dict[str | None, CausalLM], tmp_path_factory: pytest.TempPathFactory
+    loaded: ModelBundle, alone: dict[str | None, CausalLM], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
     """The adapters as PEFT's folders."""
     found = {}
@@ -73,13 +73,13 @@ def folders(
 
 
 @pytest.fixture(scope="module")
-def engine(loaded: Loaded, folders: dict[str, Path]) -> Iterator[Engine]:
+def engine(loaded: ModelBundle, folders: dict[str, Path]) -> Iterator[Engine]:
     engine = Engine(loaded, folders, max_rows=8)
     yield engine
     engine.close()
 
 
-def ids(text: str, loaded: Loaded) -> tuple[int, ...]:
+def ids(text: str, loaded: ModelBundle) -> tuple[int, ...]:
     return tuple(loaded.tokenizer.encode(text))
 
 
@@ -96,7 +96,7 @@ def changed(asked: Request, **settings: Any) -> Request:
 class Gate:
     """Lets the engine's thread go on step by step: it waits in `on_piece` of a request made for the purpose."""
 
-    def __init__(self, engine: Engine, loaded: Loaded, tokens: int = 50) -> None:
+    def __init__(self, engine: Engine, loaded: ModelBundle, tokens: int = 50) -> None:
         self.reached, self.go = threading.Semaphore(0), threading.Semaphore(0)
         prompt = endless(loaded)
         self.ticket = engine.submit(ask(prompt, max_new_tokens=tokens, temperature=0), self._held)
@@ -110,7 +110,7 @@ class Gate:
         self.go.release(10_000)
 
 
-def endless(loaded: Loaded, tokens: int = 60) -> list[int]:
+def endless(loaded: ModelBundle, tokens: int = 60) -> list[int]:
     """A prompt behind which the base goes on, greedily, for so many tokens."""
     for first in range(1, 200):
         new = generate_ids(
@@ -123,7 +123,7 @@ def endless(loaded: Loaded, tokens: int = 60) -> list[int]:
     raise AssertionError("there is none")
 
 
-def requests(loaded: Loaded, count: int, **settings: Any) -> list[Request]:
+def requests(loaded: ModelBundle, count: int, **settings: Any) -> list[Request]:
     """Prompts of different lengths, for the base and the adapters in turn."""
     names = (None, "narrow", "wide", "wide")
     texts = ["a film", "it was so", "x", "the plot of this one is", "no"]
@@ -142,7 +142,7 @@ def results(tickets: Sequence[RequestHandle]) -> list[Completion]:
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_a_mixed_batch_gives_each_what_generate_gives_it_alone(
-    engine: Engine, loaded: Loaded, alone: dict[str | None, CausalLM], temperature: float
+    engine: Engine, loaded: ModelBundle, alone: dict[str | None, CausalLM], temperature: float
 ) -> None:
     asked = requests(loaded, 20, temperature=temperature)
     asked = [changed(request, seed=n, top_k=n % 3 * 20) for n, request in enumerate(asked)]
@@ -164,14 +164,14 @@ def test_a_mixed_batch_gives_each_what_generate_gives_it_alone(
     assert engine.stats()["max_batch_size_seen"] > 1
 
 
-def test_greedy_text_is_that_of_generate(engine: Engine, loaded: Loaded) -> None:
+def test_greedy_text_is_that_of_generate(engine: Engine, loaded: ModelBundle) -> None:
     prompt = "The film was"
     [expected] = generate(loaded.model, loaded.tokenizer, [prompt], max_new_tokens=30)
     asked = ask(ids(prompt, loaded), max_new_tokens=30, temperature=0)
     assert engine.submit(asked).done.result(60).text == expected
 
 
-def test_a_sample_depends_on_its_seed_and_not_on_the_batch(engine: Engine, loaded: Loaded) -> None:
+def test_a_sample_depends_on_its_seed_and_not_on_the_batch(engine: Engine, loaded: ModelBundle) -> None:
     asked = ask(ids("a film", loaded), "wide", max_new_tokens=20, top_p=0.9, seed=11)
     [first] = results([engine.submit(asked)])
     others = [engine.submit(request) for request in requests(loaded, 7)]
@@ -181,7 +181,7 @@ def test_a_sample_depends_on_its_seed_and_not_on_the_batch(engine: Engine, loade
     assert again[0].logprobs == pytest.approx(first.logprobs, rel=1e-9)
 
 
-def test_pieces_come_in_order_and_make_up_the_answer(engine: Engine, loaded: Loaded) -> None:
+def test_pieces_come_in_order_and_make_up_the_answer(engine: Engine, loaded: ModelBundle) -> None:
     for asked in requests(loaded, 6):
         pieces: list[TokenOutput] = []
         done = engine.submit(changed(asked, seed=3), pieces.append).done.result(60)
@@ -191,7 +191,9 @@ def test_pieces_come_in_order_and_make_up_the_answer(engine: Engine, loaded: Loa
         assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + [done.finish_reason]
 
 
-def test_rows_join_while_others_are_decoded(engine: Engine, loaded: Loaded, alone: dict[str | None, CausalLM]) -> None:
+def test_rows_join_while_others_are_decoded(
+    engine: Engine, loaded: ModelBundle, alone: dict[str | None, CausalLM]
+) -> None:
     expected = {}
     for request in requests(loaded, 5, temperature=0):
         new = generate_ids(
@@ -217,7 +219,7 @@ def test_rows_join_while_others_are_decoded(engine: Engine, loaded: Loaded, alon
     assert list(gate.ticket.done.result(60).tokens) == new[0]
 
 
-def test_a_stop_text_ends_the_answer(engine: Engine, loaded: Loaded) -> None:
+def test_a_stop_text_ends_the_answer(engine: Engine, loaded: ModelBundle) -> None:
     asked = ask(endless(loaded), max_new_tokens=60, temperature=0)
     text = engine.submit(asked).done.result(60).text
     pairs = [(n, text[n : n + 2]) for n in range(5, len(text) - 4)]
@@ -229,7 +231,7 @@ def test_a_stop_text_ends_the_answer(engine: Engine, loaded: Loaded) -> None:
     assert loaded.tokenizer.decode(done.tokens) == text[: at + 2]
 
 
-def test_a_token_of_its_own_ends_a_request_and_not_those_beside_it(engine: Engine, loaded: Loaded) -> None:
+def test_a_token_of_its_own_ends_a_request_and_not_those_beside_it(engine: Engine, loaded: ModelBundle) -> None:
     asked = ask(endless(loaded), max_new_tokens=30, temperature=0)
     whole = engine.submit(asked).done.result(60).tokens
     end = next(token for token in reversed(whole) if token != whole[0])
@@ -246,7 +248,7 @@ def test_a_token_of_its_own_ends_a_request_and_not_those_beside_it(engine: Engin
     assert found[1].tokens == whole and found[1].finish_reason == "length"
 
 
-def test_an_answer_ends_where_it_fills_the_context(loaded: Loaded) -> None:
+def test_an_answer_ends_where_it_fills_the_context(loaded: ModelBundle) -> None:
     context, prompt = loaded.model.max_seq_len, endless(loaded)
     engine = Engine(loaded, {}, max_tokens=20)
     try:
@@ -262,7 +264,7 @@ def test_an_answer_ends_where_it_fills_the_context(loaded: Loaded) -> None:
 # Scores ---------------------------------------------------------------------------------------------------------------
 
 
-def test_scores_are_those_of_evaluate(loaded: Loaded, tmp_path: Path) -> None:
+def test_scores_are_those_of_evaluate(loaded: ModelBundle, tmp_path: Path) -> None:
     data_folder(tmp_path / "data")
     run = run_of(tmp_path / "run", loaded.folder, tmp_path / "data", "lora")
     adapted = load("resume", run, device="cpu", dtype="float32")
@@ -323,7 +325,9 @@ def test_wrong_questions_are_refused_in_one_line(engine: Engine, prompt: Any, op
         engine.score(prompt, options)
 
 
-def test_an_adapter_that_cannot_be_served_is_refused(loaded: Loaded, tmp_path: Path, alone: Any, folders: Any) -> None:
+def test_an_adapter_that_cannot_be_served_is_refused(
+    loaded: ModelBundle, tmp_path: Path, alone: Any, folders: Any
+) -> None:
     model = clone_with_shared_weights(loaded.model)
     dora = DoRA(rank=2, alpha=4.0, targets=("q",))
     dora.install(model, torch.Generator().manual_seed(0))
@@ -348,7 +352,7 @@ def test_an_adapter_that_cannot_be_served_is_refused(loaded: Loaded, tmp_path: P
         Engine(load(str(other), device="cpu", dtype="float32"), {"one": run})
 
 
-def test_any_run_is_served_as_the_base(loaded: Loaded, tmp_path: Path) -> None:
+def test_any_run_is_served_as_the_base(loaded: ModelBundle, tmp_path: Path) -> None:
     data_folder(tmp_path / "data")
     run = load("resume", run_of(tmp_path / "run", loaded.folder, tmp_path / "data", "prefix"), dtype="float32")
     engine = Engine(run, {})
@@ -362,7 +366,7 @@ def test_any_run_is_served_as_the_base(loaded: Loaded, tmp_path: Path) -> None:
         engine.close()
 
 
-def test_cancel_ends_a_row_and_one_that_waits(loaded: Loaded) -> None:
+def test_cancel_ends_a_row_and_one_that_waits(loaded: ModelBundle) -> None:
     engine = Engine(loaded, {}, max_rows=2)
     try:
         gate = Gate(engine, loaded)
@@ -387,7 +391,7 @@ def test_cancel_ends_a_row_and_one_that_waits(loaded: Loaded) -> None:
         engine.close()
 
 
-def test_the_engine_outlives_what_is_raised_in_it(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engine_outlives_what_is_raised_in_it(loaded: ModelBundle, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(loaded, {})
     try:
         asked = ask(endless(loaded), max_new_tokens=20, temperature=0)
@@ -415,7 +419,7 @@ def test_the_engine_outlives_what_is_raised_in_it(loaded: Loaded, monkeypatch: p
         engine.close()
 
 
-def test_who_listens_badly_fails_alone(engine: Engine, loaded: Loaded) -> None:
+def test_who_listens_badly_fails_alone(engine: Engine, loaded: ModelBundle) -> None:
     def bad(piece: TokenOutput) -> None:
         raise KeyError("mine")
 
@@ -427,7 +431,7 @@ def test_who_listens_badly_fails_alone(engine: Engine, loaded: Loaded) -> None:
     assert len(fine.done.result(60).tokens) == 10
 
 
-def test_rows_without_numbers_fail_alone(loaded: Loaded, folders: dict[str, Path]) -> None:
+def test_rows_without_numbers_fail_alone(loaded: ModelBundle, folders: dict[str, Path]) -> None:
     engine = Engine(loaded, folders)
     try:
         assert engine._stack is not None
@@ -449,7 +453,7 @@ def test_rows_without_numbers_fail_alone(loaded: Loaded, folders: dict[str, Path
 # Bounds and the end ---------------------------------------------------------------------------------------------------
 
 
-def test_the_line_has_an_end(loaded: Loaded) -> None:
+def test_the_line_has_an_end(loaded: ModelBundle) -> None:
     engine = Engine(loaded, {}, max_rows=1, max_waiting=2)
     try:
         gate = Gate(engine, loaded)
@@ -466,7 +470,7 @@ def test_the_line_has_an_end(loaded: Loaded) -> None:
         engine.close()
 
 
-def test_memory_is_bounded_by_waiting(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_bounded_by_waiting(loaded: ModelBundle, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(loaded, {}, max_rows=8, max_tokens=100)
     sizes: list[tuple[int, int]] = []
     real = module.DecodingBatch.step
@@ -492,7 +496,7 @@ def test_memory_is_bounded_by_waiting(loaded: Loaded, monkeypatch: pytest.Monkey
         engine.close()
 
 
-def test_nothing_is_kept_of_requests_that_have_ended(engine: Engine, loaded: Loaded) -> None:
+def test_nothing_is_kept_of_requests_that_have_ended(engine: Engine, loaded: ModelBundle) -> None:
     def tensors() -> int:
         gc.collect()
         return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
@@ -509,7 +513,7 @@ def test_nothing_is_kept_of_requests_that_have_ended(engine: Engine, loaded: Loa
     assert sum(type(thing) is RequestHandle for thing in gc.get_objects()) <= tickets
 
 
-def test_close_finishes_what_was_taken_and_refuses_what_is_new(loaded: Loaded) -> None:
+def test_close_finishes_what_was_taken_and_refuses_what_is_new(loaded: ModelBundle) -> None:
     engine = Engine(loaded, {}, max_rows=2)
     asked = [replace(request, adapter=None) for request in requests(loaded, 6, temperature=0)]
     tickets = [engine.submit(request) for request in asked]
@@ -522,7 +526,7 @@ def test_close_finishes_what_was_taken_and_refuses_what_is_new(loaded: Loaded) -
     engine.close()
 
 
-def test_close_at_once_cancels(loaded: Loaded) -> None:
+def test_close_at_once_cancels(loaded: ModelBundle) -> None:
     engine = Engine(loaded, {}, max_rows=1)
     gate = Gate(engine, loaded)
     waiting = engine.submit(ask((1,)))
@@ -537,7 +541,7 @@ def test_close_at_once_cancels(loaded: Loaded) -> None:
     assert not engine._thread.is_alive()
 
 
-def test_many_threads_at_once(engine: Engine, loaded: Loaded) -> None:
+def test_many_threads_at_once(engine: Engine, loaded: ModelBundle) -> None:
     asked = requests(loaded, 24, seed=5)
     expected = [completion.tokens for completion in results([engine.submit(request) for request in asked])]
     found: dict[int, tuple[int, ...]] = {}

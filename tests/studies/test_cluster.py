@@ -60,7 +60,7 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """This process's memory stays as it is, and one thread computes here as on the nodes."""
-    monkeypatch.setattr("graftlm.process.keep_memory", lambda: False)
+    monkeypatch.setattr("graftlm.process.tune_malloc_retain", lambda: False)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

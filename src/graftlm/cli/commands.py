@@ -36,7 +36,7 @@ from graftlm.errors import InputError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from graftlm.exchange.load import Loaded
+    from graftlm.exchange.load import ModelBundle
     from graftlm.inference.evaluate import Predictor
     from graftlm.text.collate import Example
     from graftlm.text.template import Template
@@ -66,7 +66,7 @@ def _ray_log_level(parsed: ParsedArgs) -> str:
 
 
 def _evaluate_by(
-    reader_of: Callable[["Loaded"], "Predictor"] | None, config: EvaluateConfig, notes: "Console"
+    reader_of: Callable[["ModelBundle"], "Predictor"] | None, config: EvaluateConfig, notes: "Console"
 ) -> Result:
     """The evaluation by what is loaded here, or by a reader made of it, such as its copies on a cluster."""
     from graftlm.exchange.load import load
@@ -108,7 +108,7 @@ def _generate(parsed: ParsedArgs, notes: "Console") -> Result:
     return _classify(loaded, config, notes) if prompt is None else _continue(loaded, config, prompt)
 
 
-def _continue(loaded: "Loaded", config: GenerateConfig, prompt: str) -> Result:
+def _continue(loaded: "ModelBundle", config: GenerateConfig, prompt: str) -> Result:
     from graftlm.inference.generate import generate
     from graftlm.inference.sampling import SamplingParams
     from graftlm.text.chat import Chat
@@ -128,7 +128,7 @@ def _continue(loaded: "Loaded", config: GenerateConfig, prompt: str) -> Result:
     return {"prompt": prompt, "texts": texts}
 
 
-def _classify(loaded: "Loaded", config: GenerateConfig, notes: "Console") -> Result:
+def _classify(loaded: "ModelBundle", config: GenerateConfig, notes: "Console") -> Result:
     """What the course handout's generate.py does: the test split by generation, with the given sampling."""
     from graftlm.inference.evaluate import evaluate
     from graftlm.inference.sampling import SamplingParams
@@ -151,7 +151,7 @@ def _classify(loaded: "Loaded", config: GenerateConfig, notes: "Console") -> Res
 
 
 def _examples(
-    loaded: "Loaded", config: EvaluateConfig, notes: "Console"
+    loaded: "ModelBundle", config: EvaluateConfig, notes: "Console"
 ) -> tuple["Template", list["Example"], list[list["Example"]]]:
     """What to read, as the flags say, else as the run says that is being read, else the defaults.
 

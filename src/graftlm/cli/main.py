@@ -71,17 +71,17 @@ def _parse(name: str, words: list[str]) -> ParsedArgs:
         for old, new in renamed.ENVIRONMENT.items():
             if old in os.environ:
                 raise InputError(f"the environment variable {old} is now {new}: rename it, or unset it")
-        if name != "train" and process.processes() > 1:
+        if name != "train" and process.world_size() > 1:
             raise InputError(f"graft {name}: only graft train runs in several processes: start it without torchrun")
         return parse(name, COMMANDS[name].config, words, COMMANDS[name].positional)
     except InputError as error:
-        error.told = not process.speaks()
+        error.told = not process.is_rank0()
         raise
 
 
 def _uses_sharding(config: Any) -> bool:
     """Whether the model's weights will be sharded across ranks."""
-    if process.processes() == 1:
+    if process.world_size() == 1:
         return False
     flags = {"shard": config.shard, "rank": config.rank, "method": config.method}
     if config.resume:
@@ -97,13 +97,13 @@ def _uses_sharding(config: Any) -> bool:
 
 def _run_command(command: Command, parsed: ParsedArgs) -> None:
     if command.uses_tensors and _uses_sharding(parsed.config):
-        process.give_back_large()
+        process.tune_malloc_release()
     elif command.uses_tensors:
-        process.keep_memory()
+        process.tune_malloc_retain()
     with _redirect_stdout(parsed):
         returned = command.run(parsed, display.stderr_console())
         result = next(returned) if isinstance(returned, Iterator) else returned
-    if not process.speaks():
+    if not process.is_rank0():
         return
     if parsed.common.json:
         print(json.dumps(result, ensure_ascii=False, allow_nan=False))

@@ -22,7 +22,7 @@ from graftlm.errors import InputError
 from graftlm.exchange.adapters import EXPORT_JSON, save_adapter
 from graftlm.exchange.device import DTYPES
 from graftlm.exchange.huggingface import load_model, save_model
-from graftlm.exchange.load import Loaded, hub_revision, load, load_foreign_adapter, read_run
+from graftlm.exchange.load import ModelBundle, hub_revision, load, load_foreign_adapter, read_run
 from graftlm.exchange.model_card import card
 from graftlm.exchange.verify import ReferenceLogits
 from graftlm.files.atomic import atomic_directory, check_new_folder, write_json, write_text
@@ -93,7 +93,7 @@ def _origin(config: ExportConfig, run: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write_model(folder: Path, loaded: Loaded, dtype: str) -> None:
+def _write_model(folder: Path, loaded: ModelBundle, dtype: str) -> None:
     model, file = loaded.model, loaded.folder / "config.json"
     for linear in mergeable_linears(model):
         linear.merge()

@@ -19,7 +19,7 @@ from graftlm.config import ImportConfig
 from graftlm.errors import InputError
 from graftlm.exchange.adapters import OWN_WEIGHTS, WEIGHTS, base_of, check_exported_base, check_source, save_adapter
 from graftlm.exchange.huggingface import base_hash
-from graftlm.exchange.load import Loaded, hub_revision, load, load_foreign_adapter, read_tokenizer, resolve_path
+from graftlm.exchange.load import ModelBundle, hub_revision, load, load_foreign_adapter, read_tokenizer, resolve_path
 from graftlm.exchange.verify import ReferenceLogits
 from graftlm.files.assets import model_folder
 from graftlm.files.atomic import atomic_directory, atomic_symlink, check_new_folder, write_json
@@ -46,7 +46,7 @@ def import_adapter(config: ImportConfig, say: Callable[[str], object] = lambda l
     if not config.init_from:
         say(f"base model, as the adapter says: {name}")
     name = resolve_path(name)
-    reference = ReferenceLogits(Loaded(model, read_tokenizer(base), name, base, "", template), {})
+    reference = ReferenceLogits(ModelBundle(model, read_tokenizer(base), name, base, "", template), {})
     with atomic_directory(out_dir) as folder:
         step = folder / "checkpoints" / "step-0"
         step.mkdir(parents=True)

@@ -31,7 +31,7 @@ from graftlm.text.tokenizer import Tokenizer
 
 
 @dataclass
-class Loaded:
+class ModelBundle:
     """A model ready for inference, with its tokenizer and origin."""
 
     model: CausalLM
@@ -54,8 +54,8 @@ def load(
     checkpoint: str = "best",
     device: str = "auto",
     dtype: str = "auto",
-    base: Loaded | None = None,
-) -> Loaded:
+    base: ModelBundle | None = None,
+) -> ModelBundle:
     """Load a model by name, or with init_from "resume" the model adapted by the run in `out_dir`.
 
     With `base`, a loaded model, the new model shares its tensors, so many adapters of one base take hardly more memory
@@ -71,7 +71,7 @@ def load(
     if init_from != "resume":
         folder = model_folder(init_from)
         model = load_model(folder, target, compute_dtype)
-        return Loaded(model, read_tokenizer(folder), init_from, folder, reason)
+        return ModelBundle(model, read_tokenizer(folder), init_from, folder, reason)
     run_dir = Path(out_dir or "graft-run")
     run = read_run(run_dir)
     path, name = checkpoint_folder(run_dir, checkpoint), run["base"]["name"]
@@ -85,7 +85,7 @@ def load(
     else:
         raise InputError(f"{run_dir}: is an adapter of {name}; load that model and pass it as base")
     template = Template(run["template"]["name"], run["template"]["text"], tuple(run["template"]["labels"]))
-    return Loaded(model, read_tokenizer(folder), name, folder, reason, template, run)
+    return ModelBundle(model, read_tokenizer(folder), name, folder, reason, template, run)
 
 
 def read_run(run_dir: Path) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def load_foreign_adapter(base: Path, adapter: Path, dtype: torch.dtype) -> tuple
     return apply_adapter(model, method, state, str(adapter)), method
 
 
-def read_adapters(loaded: Loaded, folders: Mapping[str, Path]) -> dict[str, tuple[Method, dict[str, Tensor]]]:
+def read_adapters(loaded: ModelBundle, folders: Mapping[str, Path]) -> dict[str, tuple[Method, dict[str, Tensor]]]:
     """Adapters to serve together on a loaded base: name -> the method and its trained tensors by our names.
 
     A folder is a run, whose best checkpoint is read, or an adapter of any origin. The base's weights are hashed once

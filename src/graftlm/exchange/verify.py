@@ -15,7 +15,7 @@ from torch import Tensor
 
 from graftlm.config import parse_columns
 from graftlm.errors import GraftError, InputError
-from graftlm.exchange.load import Loaded
+from graftlm.exchange.load import ModelBundle
 from graftlm.files.assets import is_local_data
 from graftlm.models import CausalLM
 from graftlm.text.collate import encode_rows, subset
@@ -61,7 +61,7 @@ class ReferenceLogits:
     texts if there is no such data, or it is not on this disk or no longer readable.
     """
 
-    def __init__(self, loaded: Loaded, data: dict[str, Any]) -> None:
+    def __init__(self, loaded: ModelBundle, data: dict[str, Any]) -> None:
         self._prompts, self.source = verification_prompts(loaded, data)
         self._logits = self._of(loaded.model)
 
@@ -85,7 +85,7 @@ class ReferenceLogits:
         return Verification(difference, largest, tolerance, self.source)
 
 
-def verification_prompts(loaded: Loaded, data: dict[str, Any]) -> tuple[list[tuple[int, ...]], str]:
+def verification_prompts(loaded: ModelBundle, data: dict[str, Any]) -> tuple[list[tuple[int, ...]], str]:
     """Token ids of the prompts of `ReferenceLogits`, and a description of their source."""
     template, tokenizer, longest = loaded.template, loaded.tokenizer, loaded.model.max_seq_len
     assert template is not None, "a run has a template"

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from graftlm.errors import GraftError, InputError, Overloaded, ShuttingDown, unknown_name_error
-from graftlm.exchange.load import Loaded, read_adapters
+from graftlm.exchange.load import ModelBundle, read_adapters
 from graftlm.inference.decoder import DecodingBatch, choose_tokens
 from graftlm.inference.requests import (
     CANCELLED,
@@ -62,7 +62,7 @@ class Engine:
 
     def __init__(
         self,
-        loaded: Loaded,
+        loaded: ModelBundle,
         adapters: Mapping[str, Path],
         *,
         max_rows: int = 32,

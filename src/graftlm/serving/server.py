@@ -32,7 +32,7 @@ except ModuleNotFoundError as error:
     raise InputError(f"graft serve needs the {error.name} package: pip install 'graftlm[serve]'") from None
 
 from graftlm.exchange.adapters import CONFIG, OWN_CONFIG
-from graftlm.exchange.load import Loaded, load, read_run, resolve_path
+from graftlm.exchange.load import ModelBundle, load, read_run, resolve_path
 from graftlm.inference.engine import Engine
 from graftlm.text.template import Template, load_template
 
@@ -119,7 +119,7 @@ def base_of(config: ServeConfig, folders: Mapping[str, Path], runs: Mapping[str,
     return known[first]["name"] if known else TrainConfig.init_from
 
 
-def templates_of(config: ServeConfig, loaded: Loaded, runs: Mapping[str, Run | None]) -> dict[str, Template]:
+def templates_of(config: ServeConfig, loaded: ModelBundle, runs: Mapping[str, Run | None]) -> dict[str, Template]:
     """The prompt template of each model, by name; the base is the first. Models without one use the base's.
 
     Raises InputError for an adapter that has the base's name.

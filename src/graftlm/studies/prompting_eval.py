@@ -13,7 +13,7 @@ from typing import Any
 
 from graftlm.config import PromptConfig, Style
 from graftlm.errors import InputError
-from graftlm.exchange.load import Loaded, load
+from graftlm.exchange.load import ModelBundle, load
 from graftlm.files.atomic import write_text
 from graftlm.inference.generate import ProgressCallback
 from graftlm.inference.metrics import wilson
@@ -99,7 +99,7 @@ def prompt(
     return result
 
 
-def _use_chat(config: PromptConfig, loaded: Loaded) -> bool:
+def _use_chat(config: PromptConfig, loaded: ModelBundle) -> bool:
     """auto: if the model has a chat template and was not fine-tuned on plain text since."""
     has_template = loaded.tokenizer.chat_template is not None
     if config.chat == "on" and not has_template:

@@ -20,7 +20,7 @@ from typing import Any
 from graftlm.config import EvaluateConfig
 from graftlm.errors import GraftError, InputError
 from graftlm.exchange.huggingface import base_hash
-from graftlm.exchange.load import Loaded, load
+from graftlm.exchange.load import ModelBundle, load
 from graftlm.files.formats import sha256_file
 from graftlm.inference.evaluate import Generation, LabelScoring
 from graftlm.inference.generate import ProgressCallback
@@ -47,7 +47,7 @@ class ModelSpec:
     """Of the weights (`_fingerprint`)."""
 
 
-def ray_predictor(cluster: Cluster, config: EvaluateConfig, loaded: Loaded) -> "RayPredictor":
+def ray_predictor(cluster: Cluster, config: EvaluateConfig, loaded: ModelBundle) -> "RayPredictor":
     """A predictor for `evaluate` with replicas of `loaded`, which `config` names."""
     is_path = config.init_from != "resume" and Path(config.init_from).exists()
     spec = ModelSpec(
@@ -111,7 +111,7 @@ def _run_chunk(spec: ModelSpec, work: LabelScoring | Generation, shared: int) ->
 
 
 @lru_cache(maxsize=1)
-def _load(spec: ModelSpec) -> Loaded:
+def _load(spec: ModelSpec) -> ModelBundle:
     """The model, loaded once per worker. Raises InputError if the version or the weights differ."""
     if (installed := version("graftlm")) != spec.version:
         raise InputError(f"graftlm is {installed} there and {spec.version} here: install the same on every node")
@@ -121,7 +121,7 @@ def _load(spec: ModelSpec) -> Loaded:
     return loaded
 
 
-def _fingerprint(spec: ModelSpec, loaded: Loaded) -> str:
+def _fingerprint(spec: ModelSpec, loaded: ModelBundle) -> str:
     """A hash of the base's weights and of all files of the run's checkpoint."""
     hashes = [base_hash(loaded.folder)]
     if loaded.run is not None:

@@ -17,7 +17,7 @@ from graftlm.config import OBJECTIVES, TrainConfig, parse_columns
 from graftlm.errors import InputError
 from graftlm.exchange.device import pick_device, pick_dtype
 from graftlm.exchange.huggingface import base_hash, load_model, load_weights_into, meta_model
-from graftlm.exchange.load import Loaded, check_base, read_tokenizer, resolve_path
+from graftlm.exchange.load import ModelBundle, check_base, read_tokenizer, resolve_path
 from graftlm.methods import Method
 from graftlm.methods.mergeable import mergeable_linears
 from graftlm.models.base import CausalLM
@@ -53,7 +53,7 @@ class RunContext:
     """Resolved: no flag that the run uses is None."""
     method: Method
     objective: Objective
-    loaded: Loaded
+    loaded: ModelBundle
     data: TrainingData
     device: torch.device
     notes: list[str]
@@ -115,7 +115,7 @@ def prepare(
         config,
         source.method,
         objective,
-        Loaded(model, tokenizer, source.base, source.folder, reason, template),
+        ModelBundle(model, tokenizer, source.base, source.folder, reason, template),
         data,
         device,
         notes,
