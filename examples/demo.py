@@ -1,4 +1,4 @@
-"""The whole story through the Python API: a real model before and after fine-tuning on real movie reviews.
+"""Fine-tune a real model on movie reviews through the Python API, and evaluate it before and after.
 
     python examples/demo.py --out_dir runs/demo
 
@@ -22,7 +22,8 @@ import graftlm  # noqa: E402
 from graftlm.cli.display import progress  # noqa: E402
 from graftlm.exchange.load import ModelBundle  # noqa: E402
 from graftlm.files.atomic import write_text  # noqa: E402
-from graftlm.text.collate import Example, encode_rows, load_dataset, subset  # noqa: E402
+from graftlm.text.collate import Example, encode_rows, subset  # noqa: E402
+from graftlm.text.dataset import load_dataset  # noqa: E402
 from graftlm.text.template import Template, load_template  # noqa: E402
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "demo.toml"
@@ -36,14 +37,14 @@ def measure(loaded: ModelBundle, template: Template, examples: list[Example], co
 
 
 def answers(loaded: ModelBundle, examples: list[Example], template: Template) -> list[str]:
-    """What the model writes behind each prompt, in one line."""
+    """The generated text after each prompt, on one line."""
     prompts = [template.prompt(e.text) for e in examples]
     texts = graftlm.generate(loaded.model, loaded.tokenizer, prompts, max_new_tokens=5)
     return [" ".join(text.split()) for text in texts]
 
 
 def report(before: dict[str, Any], after: dict[str, Any], trained: dict[str, Any], rows: list[tuple[str, ...]]) -> str:
-    """The story as a page of Markdown."""
+    """The results as a page of Markdown."""
 
     def accuracy(r: dict[str, Any]) -> str:
         return f"{r['accuracy']:.3f} (95% interval {r['ci_low']:.3f} to {r['ci_high']:.3f}, {r['n']:,} reviews)"
@@ -55,12 +56,12 @@ def report(before: dict[str, Any], after: dict[str, Any], trained: dict[str, Any
         "trained": f"{trained['trainable']:,} of {trained['total']:,} parameters ({trained['trainable_fraction']:.2%})",
         "speed": f"{trained['examples_per_s']:.1f} examples/s, {trained['seconds']:.0f} s of training",
         "peak memory": f"{trained['peak_rss_mb']:,.0f} MB",
-        "the adapter": f"{trained['out_dir']}/best (PEFT loads it as it is)",
+        "the adapter": f"{trained['out_dir']}/best (a PEFT adapter)",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     reviews = "\n\n".join(f"> {text}\n\nis {true}. Before: “{old}”. After: “{new}”." for text, true, old, new in rows)
     return (
-        "# SmolLM2-135M reads movie reviews, before and after LoRA\n\n"
+        "# SmolLM2-135M on movie reviews, before and after LoRA\n\n"
         f"|  |  |\n|---|---|\n{table}\n\n## Five reviews of the test split\n\n{reviews}\n"
     )
 
@@ -69,8 +70,8 @@ def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description="Fine-tune a real model on real reviews; show before and after.")
     parser.add_argument("--out_dir", default="runs/demo", help="the run folder to create")
-    parser.add_argument("--max_iters", type=int, help="optimiser steps (default: the recipe's)")
-    parser.add_argument("--limit", type=int, default=0, help="test reviews read; 0 means all")
+    parser.add_argument("--max_iters", type=int, help="optimizer steps (default: the recipe's)")
+    parser.add_argument("--limit", type=int, default=0, help="number of test reviews; 0 means all")
     args = parser.parse_args()
     recipe = tomllib.loads(RECIPE.read_text(encoding="utf-8")) | {"out_dir": args.out_dir}
     if args.max_iters:
