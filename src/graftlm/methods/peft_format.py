@@ -13,7 +13,7 @@ from torch import Tensor
 
 from graftlm.errors import InputError
 from graftlm.methods.cost_model import linear_size
-from graftlm.models.checkpoint_mapping import our_module_name, stored_rows
+from graftlm.models.checkpoint_mapping import our_module_name, file_rows
 from graftlm.models.config import FAMILIES, ModelConfig, Rows
 
 MAX_REPEATS = 5
@@ -63,7 +63,7 @@ def fused_slices(config: ModelConfig) -> dict[str, Rows]:
     """Rows of q, k and v in the linear that holds all three; empty if the checkpoint format does not fuse them."""
     if not FAMILIES[config.family].fused:
         return {}
-    rows = {part: stored_rows(config, part) for part in "qkv"}
+    rows = {part: file_rows(config, part) for part in "qkv"}
     return {part: r for part, r in rows.items() if r is not None}
 
 

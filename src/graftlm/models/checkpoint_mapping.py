@@ -122,7 +122,7 @@ def rotary_permutation(config: ModelConfig, i: int = 0) -> Tensor | None:
     return torch.cat([a, c, b, d])
 
 
-def stored_rows(config: ModelConfig, role: str, i: int = 0) -> Rows | None:
+def file_rows(config: ModelConfig, role: str, i: int = 0) -> Rows | None:
     """The rows of the checkpoint's linear that are the role's in layer i, in our order; None: all in the same order."""
     slices = FAMILIES[config.family].fused_slices
     rows = slices(config, role) if slices else None
@@ -158,7 +158,7 @@ def _mappings(config: ModelConfig) -> Iterator[tuple[str, TensorMapping]]:
             for kind in norm_kinds:
                 yield f"{ours}.{norm}.{kind}", TensorMapping(f"{theirs}.{family.norms[norm]}.{kind}", rows=order)
         for role in config.roles:
-            rows = stored_rows(config, role, i)
+            rows = file_rows(config, role, i)
             for kind in ("weight", "bias") if config.has_bias(role) else ("weight",):
                 mapping = TensorMapping(f"{theirs}.{family.linears[role]}.{kind}", family.transposed, rows)
                 yield f"{ours}.{our_module_name(role)}.{kind}", mapping
