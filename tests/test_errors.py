@@ -398,11 +398,11 @@ def test_sizes_of_reading_and_writing_that_cannot_be(
         ("--mlp_widths=8,0,1", "--mlp_widths '8,0,1': must be two or more whole numbers above 0, as in 1024,512,1"),
         (
             "--mlp_widths=8,1 --init_from=gpt2",
-            "--init_from: says something of a language model, --mlp_widths is a net of its own; leave one out",
+            "--init_from is for a language model, --mlp_widths for a plain net; leave one out",
         ),
         (
             "--mlp_widths=8,1 --targets=q",
-            "--targets: says something of a language model, --mlp_widths is a net of its own; leave ",
+            "--targets is for a language model, --mlp_widths for a plain net; leave one out",
         ),
         ("--mlp_widths=8,1 --method=lora", "--method lora: with --mlp_widths choose full, bitfit or adapter"),
         ("--mlp_widths=8,1 --rank=4", "--method full takes no --rank 4: leave it out, or use adapter or dora or lora"),
@@ -532,7 +532,7 @@ def test_a_completion_longer_than_the_context(assets: Path, refuse: Refuse) -> N
         ),
         (
             ["--reward_model=", "--reward_command=cat '"],
-            "--reward_command cat ': no closing quotation; quote it as a shell would ",
+            "--reward_command cat ': no closing quotation; quote it as for a shell",
         ),
         (["--reward_model=", "--reward_command=false"], "--reward_command false: ended with status 1"),
         (
@@ -541,7 +541,7 @@ def test_a_completion_longer_than_the_context(assets: Path, refuse: Refuse) -> N
         ),
         (
             ["--reward_model=", "--reward_command=true"],
-            "--reward_command true: printed 0 lines for 4 answers: one number a line ",
+            "--reward_command true: printed 0 lines for 4 answers: print one number per line",
         ),
         (["--reward_model=", "--reward_command=cat"], '--reward_command cat: line 1 is \'{"prompt": "a", "answer": '),
         (
@@ -579,7 +579,7 @@ def test_no_pairs_leave_no_file(assets: Path, finished: Path, place: Path, capsy
     assert cli.run(["pairs", *given, f"--reward_model={finished}", "--min_margin=1"]) == 1
     line = last_line(*capsys.readouterr())
     assert line == (
-        "no pairs came of 2 answers to 1 prompts (0 empty, 0 equal to another, 1 ties): raise --num_samples or "
+        "2 answers to 1 prompts gave no pairs (0 empty, 0 equal to another, 1 ties): raise --num_samples or "
         "--temperature, or lower --min_margin"
     )
     assert [path.name for path in place.iterdir()] == ["prompts.jsonl"]
@@ -634,7 +634,7 @@ def test_corrupted_and_truncated_gguf(command: str, assets: Path, refuse: Refuse
     ("file", "change", "line"),
     [
         ("config.json", "{", "broken/config.json, line 1: broken JSON: "),
-        ("config.json", "[]", "broken/config.json: is no JSON object: fetch it again"),
+        ("config.json", "[]", "broken/config.json: not a JSON object: fetch it again"),
         (
             "config.json",
             {"model_type": "bert"},
@@ -782,7 +782,7 @@ def test_an_export_or_import_of_broken_files(assets: Path, finished: Path, refus
         file.write_bytes(file.read_bytes()[:-7])
         assert refuse(*words).startswith(f"{file}: corrupted or truncated safetensors file (")
         Path(folder, "adapter_config.json").write_text("[]")
-        assert refuse(*words).endswith("is no JSON object; use the folder as it was written")
+        assert refuse(*words).endswith("not a JSON object; use the folder as it was written")
     with changed(assets / "model" / "model.safetensors", (assets / "other" / "model.safetensors").read_bytes()):
         has(refuse("export", "--out_dir=run", "--to=a/b"), "run: was trained on ", "use the base it was trained on")
     Path("run/best").unlink()
@@ -958,13 +958,13 @@ def test_classifying_by_generation_leaves_room_for_the_longest_label(
     finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """ " negative" has nine tokens here: five could never name it."""
-    asked = []
+    limits = []
 
-    def spy(model: Any, prompts: Any, *, max_new_tokens: int, **_: Any) -> list[list[int]]:
-        asked.append(max_new_tokens)
+    def spy(model: Any, prompts: Any, params: Any, **_: Any) -> list[list[int]]:
+        limits.append(params.limit)
         return [[] for _ in prompts]
 
-    monkeypatch.setattr("graftlm.inference.generate.generate_ids", spy)
+    monkeypatch.setattr("graftlm.inference.evaluate.generate_ids", spy)
     for more in ([], ["--max_new_tokens=3"]):
         assert cli.run(["generate", f"--out_dir={finished}", "--limit=2", *more]) == 0
-    assert asked == [9, 3]
+    assert limits == [9, 3]

@@ -100,12 +100,12 @@ for found in pkgutil.walk_packages(graftlm.__path__, "graftlm."):
         importlib.import_module(found.name)
 from graftlm.errors import GraftError
 from graftlm.files.locks import lock_dir
-from graftlm.training import memory
-memory._status_mb = lambda field: None
+from graftlm.training import reporting
+reporting._status_mb = lambda field: None
 def lock():
     with lock_dir(Path(sys.argv[1])):
         pass
-for needs in (lock, memory.peak_rss_mb):
+for needs in (lock, reporting.peak_rss_mb):
     try:
         needs()
     except GraftError as error:

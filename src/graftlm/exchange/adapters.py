@@ -134,5 +134,5 @@ def _read_peft(folder: Path) -> PeftFolder:
 def _read_object(path: Path) -> dict[str, Any]:
     config = read_json(path)
     if not isinstance(config, dict):
-        raise InputError(f"{path}: is no JSON object; use the folder as it was written")
+        raise InputError(f"{path}: not a JSON object; use the folder as it was written")
     return config

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from graftlm.errors import InputError
 from graftlm.methods.cost_model import linear_size
-from graftlm.models.checkpoint_mapping import our_module_name, file_rows
+from graftlm.models.checkpoint_mapping import file_rows, our_module_name
 from graftlm.models.config import FAMILIES, ModelConfig, Rows
 
 MAX_REPEATS = 5

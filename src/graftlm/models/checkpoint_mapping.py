@@ -37,7 +37,7 @@ def our_module_name(role: str) -> str:
 def read_model_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     """The model that a config.json describes; `where` names the file in errors."""
     if not isinstance(config, dict):
-        raise InputError(f"{where}: is no JSON object: fetch it again")
+        raise InputError(f"{where}: not a JSON object: fetch it again")
     model_type = config.get("model_type")
     _check_sizes(config, where)
     try:
