@@ -1,12 +1,12 @@
-"""Operations whose gradient is written out, because autograd's own would make more passes over memory and keep more.
+"""Autograd functions with explicit gradients: fewer passes over memory and fewer saved activations than autograd's own.
 
-    RMSNorm   w x / sqrt(mean(x^2) + eps)
-    Rotate    rotary positions
-    Gated     silu(g) u
-    HeadLoss  sum of cross entropies behind the head
-    LogProbs  the log-probabilities themselves, for losses that are no sum of them
+    RMSNorm                  w x / sqrt(mean(x^2) + eps)
+    ApplyRoPE                rotary position embedding
+    SwiGLU                   silu(g) u
+    FusedLinearCrossEntropy  head and sum of cross entropies
+    FusedLinearLogProbs      head and log-probabilities, for losses that are not a sum of them
 
-Each is tested against what autograd makes of the plain formula (tests/models/test_fused_ops.py).
+Each is tested against autograd on the plain formula (tests/models/test_fused_ops.py).
 
 Letters: N tokens, d width, H heads, D width of a head, V vocabulary, K targets.
 """
@@ -21,17 +21,17 @@ from torch import Tensor
 
 @dataclass
 class DropoutMask:
-    """Which elements dropout keeps: a function of a seed and an element's place, so it need not be stored.
+    """A dropout mask as a function of a seed and an element's index, so that it need not be stored.
 
-    PyTorch's CPU kernel draws a 64-bit number for each element, one after the other, which takes long; here the place
-    is mixed with the seed (SplitMix64, Steele et al. 2014), and each 64 bits serve four elements. The probability is
-    rounded to a multiple of 2^-16.
+    PyTorch's CPU kernel draws a 64-bit number for each element in sequence, which is slow; here the index is mixed with
+    the seed (SplitMix64, Steele et al. 2014), and each 64 bits serve four elements. The probability is rounded to a
+    multiple of 2^-16.
     """
 
     seed: int
     """Any 64 bits."""
     threshold: int
-    """Of the 65,536 values of 16 bits, those below this one drop an element."""
+    """An element is dropped if its 16 random bits are below this."""
     _kept: Tensor | None = field(default=None, repr=False)
 
     @property
@@ -45,7 +45,7 @@ class DropoutMask:
             places = torch.arange(1, (x.numel() + 3) // 4 + 1, device=x.device)
             z = places.mul_(_signed(0x9E3779B97F4A7C15)).add_(self.seed)
             for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
-                # torch shifts in copies of the sign; they are taken away again
+                # torch's shift is arithmetic; the mask makes it logical
                 z.bitwise_xor_((z >> shift).bitwise_and_((1 << (64 - shift)) - 1)).mul_(_signed(factor))
             self._kept = z.view(torch.int16)[: x.numel()].view(x.shape) >= self.threshold - 32768
         return self._kept
@@ -56,7 +56,7 @@ def _signed(bits: int) -> int:
 
 
 class ReferenceKernels:
-    """What stands between the matrix products, in torch's own operations; `kernels.CppKernels` does it faster."""
+    """The element-wise parts of the fused operations, in PyTorch; `kernels.CppKernels` are faster."""
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """[..., d], [d] -> w x s and s = 1 / sqrt(mean(x^2) + eps), [..., 1] in float32 or wider."""
@@ -72,7 +72,7 @@ class ReferenceKernels:
         return torch.addcmul(gw, x, share.to(x.dtype), value=-1).mul_(s.to(x.dtype))
 
     def apply_rotary_emb(self, x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
-        """Pairs (x_i, x_{i + D/2}) of [..., H, D] turned by the angles of [..., 1, D/2], or turned back."""
+        """Rotate pairs (x_i, x_{i + D/2}) of [..., H, D] by the angles of [..., 1, D/2]; `back`: by their negatives."""
         half, sign = x.shape[-1] // 2, -1 if back else 1
         x1, x2 = x[..., :half], x[..., half:]
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -97,7 +97,7 @@ TORCH = ReferenceKernels()
 
 
 class RMSNorm(torch.autograd.Function):
-    """RMSNorm with its gradient written out: a third of the passes over memory that autograd's own would make.
+    """RMSNorm with an explicit gradient: a third of autograd's passes over memory.
 
     With s = 1 / sqrt(mean(x^2) + eps):   dw = sum(g x s),   dx = s (g w - x s^2 mean(g w x)).
     """
@@ -112,7 +112,7 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        """The gradients of x and of the weight, where they are asked for."""
+        """The gradients of x and of the weight, if needed."""
         (g,) = grads
         x, weight, s = ctx.saved_tensors
         dx = ctx.kernels.rms_norm_backward(g, x, weight, s) if ctx.needs_input_grad[0] else None
@@ -121,7 +121,7 @@ class RMSNorm(torch.autograd.Function):
 
 
 class ApplyRoPE(torch.autograd.Function):
-    """A rotation; its gradient is the rotation back."""
+    """A rotation; its gradient is the inverse rotation."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, kernels: ReferenceKernels = TORCH) -> Tensor:
@@ -137,7 +137,7 @@ class ApplyRoPE(torch.autograd.Function):
 
 
 class SwiGLU(torch.autograd.Function):
-    """silu(g) u (Shazeer 2020), which keeps g and u only."""
+    """silu(g) u (Shazeer 2020); saves only g and u."""
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, u: Tensor, kernels: ReferenceKernels = TORCH) -> Tensor:
@@ -155,7 +155,7 @@ class SwiGLU(torch.autograd.Function):
 class FusedLinearCrossEntropy(torch.autograd.Function):
     """sum_k w_k (logsumexp(W h_r) - (W h_r)_t) over K targets: row r = rows[k], token t = targets[k], w = weights[k].
 
-    Some rows at a time, and the gradient at once: no [N, V] of logits, nor of anything else, is ever kept.
+    In chunks of rows, with the gradient computed in the forward pass: no [N, V] tensor is ever stored.
 
         dlogits_r = v_r softmax(W h_r) - sum over the row's k of w_k e_t,   v_r = the sum of the row's w_k
     """
@@ -191,7 +191,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of h and of the head, where they are asked for."""
+        """The gradients of h and of the head, if needed."""
         (g,) = grads
         d_h, d_head = ctx.saved_tensors
         scaled = (None if d is None else d * g.to(d.dtype) for d in (d_h, d_head))
@@ -199,16 +199,15 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
 
 
 class FusedLinearLogProbs(torch.autograd.Function):
-    """(W h_r)_t - logsumexp(W h_r) for K targets: row r = rows[k], token t = targets[k]; losses on pairs begin with it.
+    """(W h_r)_t - logsumexp(W h_r) for K targets: row r = rows[k], token t = targets[k]; for preference losses.
 
-    Their gradient is known only behind the whole loss, when the logits are long gone. But how it depends on a row's
-    logits is known at once, and is one vector of width d:
+    The gradient g_k of each is known only in the backward pass, when the logits are gone. But the part that needs the
+    logits is known in the forward pass, one vector of width d per row:
 
         dh_r = sum over the row's k of g_k (W_t - m_r),   m_r = W^T softmax(W h_r)
 
-    So as in `FusedLinearCrossEntropy` no [N, V] is kept, and none is computed twice
-        (but for the head's gradient, where it is
-    trained: that takes `FusedLinearCrossEntropy` with the weights -g).
+    As in `FusedLinearCrossEntropy`, no [N, V] tensor is stored and none is computed twice. Only if the head is trained
+    are the logits computed again, by `FusedLinearCrossEntropy` with the weights -g.
     """
 
     @staticmethod
@@ -231,7 +230,7 @@ class FusedLinearLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of h and of the head, where they are asked for."""
+        """The gradients of h and of the head, if needed."""
         (g,) = grads
         h, head, rows, targets, means = ctx.saved_tensors
         if means is not None:

@@ -1,13 +1,13 @@
-"""kernels.cpp, compiled by this machine's own C++ compiler, once for each processor, and called through ctypes.
+"""Compile kernels.cpp with this machine's C++ compiler, once per processor, and call it through ctypes.
 
-What is unusual here: *plain C++ with a plain C interface*. Without torch's headers it compiles in about a second, where
-torch.compile takes minutes for the same blocks, and one object serves every shape: nothing is compiled anew when a
-batch is longer, and a resumed run computes the bits of the one it goes on with.
+It is plain C++ with a C interface: without torch's headers it compiles in about a second, where torch.compile takes
+minutes for the same blocks. One object serves every shape, so longer batches do not recompile, and a resumed run
+computes the same bits.
 
     GRAFT_HOME/compiled/kernels-KEY.so      KEY: hash of the source, the compiler, its flags and the processor
 
-The objects are loaded as code, so their folder is the user's alone (mode 0700), and one that is somebody else's is
-refused. Left out: GPUs, whose tensors go torch's own way, and silu(g) u forward, which torch does as fast.
+The objects are loaded as code, so their folder must belong to the user (mode 0700). Tensors on GPUs, and silu(g) u
+forward, which PyTorch computes as fast, use `ReferenceKernels`.
 """
 
 import ctypes
@@ -46,11 +46,11 @@ DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "b
 
 
 class KernelsUnavailable(GraftError):
-    """They cannot be had on this machine; the text says why."""
+    """The kernels cannot be compiled or loaded on this machine; the message says why."""
 
 
 def compiler() -> str:
-    """The C++ compiler's path: $CXX, else g++; raises NoKernels."""
+    """The C++ compiler's path: $CXX, else g++; raises KernelsUnavailable."""
     asked = os.environ.get("CXX") or "g++"
     found = shutil.which(asked)
     if not platform.system() == "Linux":
@@ -61,7 +61,7 @@ def compiler() -> str:
 
 
 def load_kernels() -> "CppKernels":
-    """Compile what has not been compiled yet, and load it. Raises NoKernels; takes about a second the first time."""
+    """Load the kernels, compiled first if needed (about a second). Raises KernelsUnavailable."""
     cxx = compiler()
     version = _run([cxx, "--version"]).splitlines()[0]
     openmp = _openmp()
@@ -74,7 +74,7 @@ def load_kernels() -> "CppKernels":
 
 
 def _own_folder(folder: Path) -> Path:
-    """The folder, made if need be; code is loaded from it, so it must be ours and closed to others."""
+    """The folder, created if needed; code is loaded from it, so it must be ours and closed to others."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if folder.stat().st_uid != os.getuid():
@@ -90,8 +90,8 @@ def _compile(cxx: str, openmp: Path, path: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="graft-") as scratch:
         part, whole = Path(scratch) / "kernels.o", Path(scratch) / "kernels.so"
         _run([cxx, *FLAGS, "-c", str(SOURCE), "-o", str(part)])
-        # Linked against the OpenMP that torch has loaded: a second one would bring threads of its own, and the two
-        # sets would keep each other from the cores.
+        # Linked against the OpenMP that torch has loaded: a second one would start threads of its own, which compete
+        # with torch's for the cores.
         _run([cxx, "-shared", str(part), str(openmp), "-o", str(whole)])
         try:
             with atomic_write(path) as file:
@@ -132,7 +132,7 @@ def _openmp() -> Path:
 
 
 class CppKernels(ReferenceKernels):
-    """The same results as torch's to rounding, each in one pass; what they do not take goes torch's way."""
+    """Each operation in one pass, equal to `ReferenceKernels` up to rounding, which handles unsupported tensors."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -149,7 +149,7 @@ class CppKernels(ReferenceKernels):
         function(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """As in TorchKernels."""
+        """As in ReferenceKernels."""
         if not _takes(x, weight):
             return super().norm(x, weight, eps)
         x, weight, y = x.contiguous(), weight.contiguous(), torch.empty(x.shape, dtype=x.dtype)
@@ -158,7 +158,7 @@ class CppKernels(ReferenceKernels):
         return y, s
 
     def rms_norm_backward(self, g: Tensor, x: Tensor, weight: Tensor, s: Tensor) -> Tensor:
-        """As in TorchKernels."""
+        """As in ReferenceKernels."""
         if not _takes(g, x, weight):
             return super().rms_norm_backward(g, x, weight, s)
         g, x, weight, dx = g.contiguous(), x.contiguous(), weight.contiguous(), torch.empty(x.shape, dtype=x.dtype)
@@ -166,7 +166,7 @@ class CppKernels(ReferenceKernels):
         return dx
 
     def silu_mul_backward(self, y: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """As in TorchKernels."""
+        """As in ReferenceKernels."""
         if not _takes(y, g, u):
             return super().silu_mul_backward(y, g, u)
         y, g, u = y.contiguous(), g.contiguous(), u.contiguous()
@@ -175,7 +175,7 @@ class CppKernels(ReferenceKernels):
         return dg, du
 
     def apply_rotary_emb(self, x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
-        """As in TorchKernels."""
+        """As in ReferenceKernels."""
         heads, half, places = x.shape[-2], x.shape[-1] // 2, cos.numel() // max(1, cos.shape[-1])
         # The table is [..., 1, D/2] for the last axes of x's [..., H, D]: of all rows, or repeated for each sequence.
         if not _takes(x, cos, sin) or cos.shape[:-2] != x.shape[x.dim() - cos.dim() : -2]:
@@ -186,7 +186,7 @@ class CppKernels(ReferenceKernels):
         return y
 
     def apply_dropout_mask(self, x: Tensor, mask: DropoutMask) -> Tensor:
-        """As in TorchKernels; which elements are kept is worked out again each time instead of being stored."""
+        """As in ReferenceKernels; the mask is computed again each time instead of being stored."""
         if not _takes(x):
             return super().apply_dropout_mask(x, mask)
         x, y = x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
