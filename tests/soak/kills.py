@@ -199,7 +199,7 @@ class Compare(Case):
         out = folder / "out"
         table = whole_json(out / "table.json")
         for row in table["rows"]:
-            for name in ("seconds", "examples_per_s", "peak_rss_mb", "planned"):
+            for name in ("seconds", "examples_per_s", "peak_rss_mb", "predicted"):
                 row.pop(name, None)
         kept = {str(p.relative_to(out)): digest(p) for p in sorted(out.glob("*/*.jsonl"))}
         runs = {run.parent.name: run_result(run) for run in out.glob("*/run")}
@@ -269,7 +269,7 @@ CASES: dict[str, Case] = {
     for case in (
         Training("train", 300, LORA),
         Training("train-full", 120, ("--rank", "0")),
-        Training("train-pairs", 100, (*LORA, "--objective", "dpo"), data="pairs"),
+        Training("train-pairs", 100, (*LORA, "--objective", "dpo"), data="preferences"),
         Store("train-layers", 130, ("--rank", "2", "--alpha", "8", "--train_layers", "1:"), model="two"),
         Compare("compare", 70),
         Fetch("download", 80, "download tiny-pypi", "home/data/tiny-pypi"),
@@ -297,10 +297,10 @@ def make_assets(forks: Forks, assets: Path) -> None:
     model_folder(assets / "gpt2", "gpt2", layers=1)
     model_folder(assets / "two", "llama", layers=2)
     data_folder(assets / "data")
-    (assets / "pairs").mkdir()
+    (assets / "preferences").mkdir()
     for split, count in (("train", 16), ("validation", 6)):
         pairs = [{"prompt": f"{split} {i}:", "chosen": " good fun", "rejected": f" dull {i}"} for i in range(count)]
-        (assets / "pairs" / f"{split}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        (assets / "preferences" / f"{split}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     prompts = "".join(json.dumps({"prompt": f"The film {i} was"}) + "\n" for i in range(3))
     (assets / "prompts.jsonl").write_text(prompts)
     info = "tiny_reviews-1.0.dist-info"
