@@ -25,7 +25,6 @@ import torch
 from conftest import UNCOUNTED, Graft, child_environment
 from graftlm import cli
 from graftlm.files.assets import model_folder as asset_folder
-from graftlm.inference.sampling import SamplingParams
 from graftlm.training import trainer as trainer_module
 from hub_mirror import serve
 from tiny import TEMPLATE, data_folder, model_folder
