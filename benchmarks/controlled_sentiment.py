@@ -94,7 +94,7 @@ def make_texts(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
     def texts(split: str) -> Iterator[tuple[str, str]]:
         rows = sorted(splits[split], key=lambda row: text_hash("controlled\n" + row.text))
-        return (found for row in rows if (found := beginning(row.text, values["opening"], values["words"])))
+        return (found for row in rows if (found := beginning(row.text, values["prompt_words"], values["words"])))
 
     train = texts("train")
     found = {
@@ -375,9 +375,9 @@ def summarise(recipe: Mapping[str, Any], results: Mapping[str, Any], seconds: Ma
     claims: dict[str, bool | None] = {
         "DPO reaches a mean reward of 0.9": points[top]["reward"] >= 0.9,
         "DPO lies above SFT on the preferred at every KL that both have": all(
-            row["difference"] > 0 for row in against["rows"]
+            row["delta_vs_baseline"] > 0 for row in against["rows"]
         ),
-        "and the interval of the mean difference lies above 0": against["low"] > 0,
+        "and the interval of the mean difference lies above 0": against["ci_low"] > 0,
         "all within 60 minutes": None if any(stage["again"] for stage in seconds.values()) else total <= 3600,
     }
     return {
@@ -405,7 +405,7 @@ def _row(point: Point, chosen: Any) -> dict[str, float]:
     kl, reward = point.at()
     low, high = interval(point.reward[chosen].mean(axis=1))
     kl_low, kl_high = interval(point.kl[chosen].mean(axis=1))
-    return {"kl": kl, "kl_low": kl_low, "kl_high": kl_high, "reward": reward, "low": low, "high": high}
+    return {"kl": kl, "kl_low": kl_low, "kl_high": kl_high, "reward": reward, "ci_low": low, "ci_high": high}
 
 
 def collect(experiment: Experiment) -> dict[str, Any]:
@@ -445,19 +445,21 @@ def blocks(result: Mapping[str, Any]) -> tuple[dict[str, str], str]:
             f"{row['kl']:.2f}",
             spread(row["kl_low"], row["kl_high"], ".2f"),
             f"{row['reward']:.3f}",
-            spread(row["low"], row["high"], ".3f"),
+            spread(row["ci_low"], row["ci_high"], ".3f"),
             f"{row['ended']:.0%}" if "ended" in row else "",
         ]
         for name, row in {**points, **best}.items()
     ]
     differences = [
         [
-            *(f"{row['kl']:.2f}", f"{row['one']:.3f}", f"{row['other']:.3f}", f"{row['difference']:+.3f}"),
-            spread(row["low"], row["high"], "+.3f"),
+            *(f"{row['kl']:.2f}", f"{row['one']:.3f}", f"{row['other']:.3f}", f"{row['delta_vs_baseline']:+.3f}"),
+            spread(row["ci_low"], row["ci_high"], "+.3f"),
         ]
         for row in against["rows"]
     ]
-    differences.append(["mean", "", "", f"{against['mean']:+.3f}", spread(against["low"], against["high"], "+.3f")])
+    differences.append(
+        ["mean", "", "", f"{against['mean']:+.3f}", spread(against["ci_low"], against["ci_high"], "+.3f")]
+    )
     title = "mean reward against the KL to the reference"
     picture = chart(lines, title, "KL to the reference, nats", (0, 0.1, 0.5, 1, 2, 5, 10, 20, 50, 100), root=True)
     claims = "\n".join(f"- *{claim}*: {WORDS[holds]}" for claim, holds in result["claims"].items())

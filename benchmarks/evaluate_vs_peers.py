@@ -113,7 +113,7 @@ def measure(contender: str, task: Mapping[str, Any], folder: Path) -> Run:
         run = harness.run_peer(__file__, {**task, "contender": contender}, folder)
     else:
         flags = {"init_from": task["model"], "data": task["data"], "limit": task["limit"]}
-        flags |= {"batch_size": task["batch_size"], "read": contender.removeprefix("graft-")}
+        flags |= {"batch_size": task["batch_size"], "mode": contender.removeprefix("graft-")}
         run = harness.run_graft("evaluate", flags, folder)
     kept = ("n", "accuracy", "examples_per_s", "process_seconds", "other_cpu_share")
     return {**{key: run[key] for key in kept}, "peak_rss_mb": run["process_peak_mb"]}

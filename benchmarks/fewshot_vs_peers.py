@@ -76,7 +76,7 @@ def measure(contender: str, task: Mapping[str, Any], folder: Path) -> Run:
         run = harness.run_peer(__file__, task, folder)
     else:
         flags = {"init_from": task["model"], "data": task["data"], "limit": task["limit"], "shots": task["shots"]}
-        flags |= {"dtype": task["dtype"], "read": "score", "predictions": folder / "rows.jsonl"}
+        flags |= {"dtype": task["dtype"], "mode": "score", "predictions": folder / "rows.jsonl"}
         run = harness.run_graft("evaluate", flags, folder)
         run["scores"] = [list(row["scores"].values()) for row in harness.read_rows(folder / "rows.jsonl")]
     kept = ("n", "accuracy", "examples_per_s", "scores", "process_seconds", "other_cpu_share")

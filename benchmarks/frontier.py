@@ -69,8 +69,9 @@ def compare(
 ) -> dict[str, Any]:
     """The line of `one` minus that of `other`, from their common start to the smaller of their largest KLs.
 
-    At `steps` equal steps of KL: kl, one, other, difference and its interval; then the mean difference with its
-    interval. The KLs are fixed while prompts are resampled; a resampled line that ends earlier keeps its last reward.
+    At `steps` equal steps of KL: kl, one, other, delta_vs_baseline (one - other) and its interval; then the mean
+    difference with its interval. The KLs are fixed while prompts are resampled; a resampled line that ends earlier
+    keeps its last reward.
     """
     reach = min(max(point.at()[0] for point in points) for points in (one, other))
     at = reach * np.arange(1, steps + 1) / steps
@@ -82,10 +83,10 @@ def compare(
             "kl": float(at[i]),
             "one": float(first[i]),
             "other": float(second[i]),
-            "difference": float(first[i] - second[i]),
-            **dict(zip(("low", "high"), interval(resampled[:, i]), strict=True)),
+            "delta_vs_baseline": float(first[i] - second[i]),
+            **dict(zip(("ci_low", "ci_high"), interval(resampled[:, i]), strict=True)),
         }
         for i in range(steps)
     ]
     low, high = interval(resampled.mean(axis=1))
-    return {"rows": rows, "mean": float((first - second).mean()), "low": low, "high": high}
+    return {"rows": rows, "mean": float((first - second).mean()), "ci_low": low, "ci_high": high}

@@ -32,7 +32,9 @@ def measure(flags: Mapping[str, Any], folder: Path) -> Run:
     plan = harness.run_graft("train", {**flags, "plan": True}, folder / "plan")
     run = harness.run_graft("train", flags, folder / "train")
     planned = {"seconds": plan["train_seconds"] + plan["validation_seconds"], "peak_rss_mb": plan["peak_rss_mb"]}
-    pairs = {key: {"planned": value, "measured": run[key], "ratio": run[key] / value} for key, value in planned.items()}
+    pairs = {
+        key: {"predicted": value, "measured": run[key], "ratio": run[key] / value} for key, value in planned.items()
+    }
     return {**pairs, "other_cpu_share": run["other_cpu_share"]}
 
 

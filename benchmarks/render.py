@@ -17,7 +17,23 @@ RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#a5548b", "#56b4e9", "#7f7f7f")  # Okabe and Ito's, a little darker
 DASHES = ("none", "7 3", "2 3", "9 3 2 3", "none", "7 3")
 WORDS = {True: "holds", False: "does **not** hold", None: "was not measured"}
-RENAMED_KEYS: dict[str, str] = {}
+RENAMED_KEYS = {
+    "low": "ci_low",
+    "high": "ci_high",
+    "share_trained": "trainable_fraction",
+    "planned": "predicted",
+    "cut": "truncated",
+    "read": "mode",
+    "difference": "delta_vs_baseline",
+    "accuracies": "accuracy_per_seed",
+    "needed_tflop": "model_tflop",
+    "needed_gflops": "model_gflops_per_s",
+    "matrix_peak_gflops": "peak_gflops",
+    "share_of_peak": "mfu",
+    "no_answer_rate": "unparsed_rate",
+    "right": "correct",
+    "said": "prediction",
+}
 """Key of a result written by an earlier version -> its name today."""
 
 

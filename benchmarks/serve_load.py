@@ -129,7 +129,7 @@ def plain_command(model: str, dtype: str, work: Path) -> list[str]:
 
 def graft_command(model: str, dtype: str, runs: Mapping[str, Path], new_tokens: int, clients: int) -> list[str]:
     """`graft serve` with batches of as many rows as there are clients."""
-    flags = {"init_from": model, "dtype": dtype, "port": 0, "max_tokens": new_tokens, "max_rows": clients}
+    flags = {"init_from": model, "dtype": dtype, "port": 0, "max_tokens": new_tokens, "max_batch_size": clients}
     verb, *words = harness.graft_words("serve", flags)
     return [sys.executable, "-m", "graftlm", verb, *(f"{name}={run}" for name, run in runs.items()), *words]
 

@@ -437,20 +437,20 @@ def test_two_lines_are_compared_where_both_have_kls() -> None:
     assert [row["one"] for row in found["rows"]] == pytest.approx([0.6, 0.7, 0.7 + 0.2 / 6, 0.7 + 0.4 / 6])
     assert [row["other"] for row in found["rows"]] == pytest.approx([0.525, 0.55, 0.575, 0.6])
     # Both prompts differ by the same up to a KL of 2, so resampling changes nothing there.
-    assert (found["rows"][1]["low"], found["rows"][1]["high"]) == pytest.approx((0.15, 0.15))
-    assert found["rows"][3]["low"] < found["rows"][3]["difference"] < found["rows"][3]["high"]
+    assert (found["rows"][1]["ci_low"], found["rows"][1]["ci_high"]) == pytest.approx((0.15, 0.15))
+    assert found["rows"][3]["ci_low"] < found["rows"][3]["delta_vs_baseline"] < found["rows"][3]["ci_high"]
 
 
 TINY = """
 classifier = {{ init_from = "{0}/model", data = "{0}/data", template = {1}, rank = 4, max_iters = 4, batch_size = 4 }}
 sft = {{ init_from = "{0}/model", rank = 4, max_iters = 4, batch_size = 4 }}
-pairs = {{ n = 3, max_new_tokens = 16 }}
+pairs = {{ num_samples = 3, max_new_tokens = 16 }}
 dpo = {{ betas = [0.1, 1.0], max_iters = 4, batch_size = 4, eval_every = 2, kl_samples = 0 }}
 preferred = {{ max_iters = 4, batch_size = 4, eval_every = 2 }}
 evaluation = {{ max_new_tokens = 16, best_of = 4, seed = 1, resamples = 50 }}
 [texts]
 data = "{0}/reviews"
-opening = 2
+prompt_words = 2
 words = 12
 train = 16
 validation = 4
@@ -483,7 +483,7 @@ def test_the_whole_experiment_on_a_tiny_model(
     before = {path: path.stat().st_mtime_ns for path in work.rglob("*")}  # run again, nothing is done
     assert report("controlled_sentiment", words, capsys)["points"] == result["points"]
     assert {path: path.stat().st_mtime_ns for path in work.rglob("*")} == before
-    changed = (tmp_path / "tiny.toml").read_text().replace("n = 3", "n = 4")
+    changed = (tmp_path / "tiny.toml").read_text().replace("num_samples = 3", "num_samples = 4")
     (tmp_path / "tiny.toml").write_text(changed)
     with pytest.raises(bench.BenchmarkError, match=r"pairs was begun with another \[pairs\]: choose another --work"):
         bench.run(SimpleNamespace(recipe=tmp_path / "tiny.toml", work=work, until="pairs"), tmp_path)
