@@ -1,6 +1,6 @@
-"""Settings of the whole process, made by the `graft` command before torch is loaded and never by importing graftlm.
+"""Process-wide settings: torchrun's environment and glibc's allocator.
 
-A library must leave its caller's process alone; a command owns its process and may arrange it for the work at hand.
+Only the `graft` command applies them, before torch is loaded; importing graftlm changes nothing in its caller's process.
 """
 
 import ctypes
@@ -16,35 +16,35 @@ M_MMAP_MAX = -4
 
 
 def world_size() -> int:
-    """How many processes torchrun started this command in; 1 without it."""
+    """torchrun's world size; 1 without torchrun."""
     size = os.environ.get("WORLD_SIZE", "1")
     return int(size) if size.isdigit() else 1
 
 
 def is_rank0() -> bool:
-    """Whether this one of them prints what all have come to."""
+    """Whether this is the rank that prints results."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def tune_malloc_retain() -> bool:
-    """Tell the C library to keep freed memory instead of giving it back; True where it agreed.
+    """Make glibc keep freed memory for reuse; True if it accepted.
 
-    glibc maps every large block afresh from the kernel and unmaps it when it is freed, so each large tensor is paid
-    for in page faults, again in every step: half the time of a training step that makes logits for a whole batch.
-    Without mapped blocks (M_MMAP_MAX 0) and without trimming (M_TRIM_THRESHOLD -1, the largest size there is) memory
-    once touched is used again. THP_MEM_ALLOC_ENABLE lets PyTorch ask for huge pages. All of it must come before the
-    first large allocation. glibc ignores settings it dislikes, so what it answers is looked at: 1 is yes.
+    By default glibc maps every large block anew and unmaps it when it is freed, so each large tensor costs page faults
+    in every step: half the time of a training step that computes logits for a whole batch. Without mapped blocks
+    (M_MMAP_MAX 0) and without trimming (M_TRIM_THRESHOLD -1, the maximum) touched memory is reused.
+    THP_MEM_ALLOC_ENABLE lets PyTorch ask for huge pages. All of this must precede the first large allocation. mallopt
+    returns 1 for a setting that it accepts.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     return _agrees((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1))
 
 
 def tune_malloc_release() -> bool:
-    """Tell the C library to give freed blocks of a megabyte and more back at once; True where it agreed.
+    """Make glibc return freed blocks of at least 1 MiB to the kernel at once; True if it accepted.
 
-    For weights that are cut over several processes: each block's are gathered, and freed again. What was kept of them
-    would soon hold a few activations, too small a hole for the next block's; in the end the holes are as large as
-    the model. Left to itself, glibc maps fewer blocks the larger those are that were freed, and comes to the same.
+    For sharded weights: the weights of each block are gathered and freed again. If glibc retained them, activations
+    would fragment that memory, and the next block's weights would not fit: in the end the fragments are as large as
+    the model. glibc's default threshold grows with the blocks that are freed and has the same effect.
     """
     return _agrees((M_MMAP_THRESHOLD, 1 << 20))
 
