@@ -1,6 +1,7 @@
 """Process-wide settings: torchrun's environment and glibc's allocator.
 
-Only the `graft` command applies them, before torch is loaded; importing graftlm changes nothing in its caller's process.
+Only the `graft` command applies them, before torch is loaded; importing graftlm changes nothing in its caller's
+process.
 """
 
 import ctypes
