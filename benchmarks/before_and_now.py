@@ -23,19 +23,12 @@ import harness
 from dpo_vs_trl import write_pairs
 from harness import ROOT, BenchmarkError, Round, Run
 
+from graftlm.config import renamed
+
 SIDES = ("before", "now", "again")
 NOISE = 0.05
 """The least that two medians of few runs may differ by."""
-RENAMED = {
-    "mode": "read",
-    "kernels": "compile",
-    "grad_clip": "clip",
-    "warmup_steps": "warmup",
-    "microbatch_tokens": "micro_tokens",
-    "group_by_length": "buckets",
-    "num_samples": "samples",
-    "demo_selection": "choose",
-}
+RENAMED = {new: old for old, new in renamed.FLAGS.items()}
 """Flag -> its name in 0.1.0."""
 LORA = {"rank": 16, "alpha": 64}
 TRAIN = {"batch_size": 16, "val_limit": 8}
