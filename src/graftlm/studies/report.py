@@ -96,20 +96,12 @@ def all_predictions(runs: Sequence[Run]) -> list[tuple[int, str, Predictions]]:
 
 def _intro(runs: Sequence[Run], today: date) -> str:
     """Models, data, device and versions, each stated once where all runs agree."""
-    manifests = [run.manifest for run in runs if run.manifest]
-    versions = [manifest.get("versions") or {} for manifest in manifests]
-    facts = (
-        ("", [manifest["base"].get("name") for manifest in manifests]),
-        ("on ", [manifest["data"].get("name") for manifest in manifests]),
-        ("computed in ", [f"{manifest.get('dtype')} on {manifest.get('device')}" for manifest in manifests]),
-        ("graft ", [known.get("graftlm") for known in versions]),
-        ("torch ", [known.get("torch") for known in versions]),
-        ("Python ", [known.get("python") for known in versions]),
-        ("", [known.get("platform") for known in versions]),
-    )
-    parts = [prefix + " and ".join(dict.fromkeys(map(str, filter(None, v)))) for prefix, v in facts if any(v)]
+    known = []
+    for each in zip(*(run.facts for run in runs if run.manifest), strict=True):
+        values = " and ".join(dict.fromkeys(value for _, value in each if value))
+        known += [each[0][0] + values] if values else []
     count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
-    return f"{count}{': ' if parts else ''}{', '.join(parts)}. Written on {today} by graft {version('graftlm')}."
+    return f"{count}{': ' if known else ''}{', '.join(known)}. Written on {today} by graft {version('graftlm')}."
 
 
 def _curve_table(name: str, runs: Sequence[Run]) -> dict[str, Any]:
