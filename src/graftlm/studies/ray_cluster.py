@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -104,24 +104,16 @@ class Cluster:
         self.ray = ray
         self.cpus, self.gpus = flags.cpus_per_task, flags.gpus_per_task
         self.nodes = [node for node in ray.nodes() if node["Alive"]]
-        self.slots = sum(map(self._slots_of, self.nodes))
+        sizes = [(node["Resources"].get("CPU", 0), node["Resources"].get("GPU", 0)) for node in self.nodes]
+        self.slots = sum(int(min(c // self.cpus, g // self.gpus if self.gpus else c)) for c, g in sizes)
         """The number of tasks that can run at the same time."""
-        if not self.slots:
-            most = {kind: max(node["Resources"].get(kind, 0) for node in self.nodes) for kind in ("CPU", "GPU")}
-            raise InputError(
-                f"--cpus_per_task {self.cpus} --gpus_per_task {self.gpus:g}: no node of the cluster has both; "
-                f"the largest has {most['CPU']:g} CPUs and {most['GPU']:g} GPUs"
-            )
-
-    def _slots_of(self, node: dict[str, Any]) -> int:
-        resources = node["Resources"]
-        by_cpu = resources.get("CPU", 0) // self.cpus
-        return int(min(by_cpu, resources.get("GPU", 0) // self.gpus) if self.gpus else by_cpu)
-
-    @property
-    def task_env(self) -> dict[str, str]:
+        self.task_env = {} if self.gpus else {"CUDA_VISIBLE_DEVICES": ""}
         """Environment variables of a task's process, which hide GPUs from tasks without one."""
-        return {} if self.gpus else {"CUDA_VISIBLE_DEVICES": ""}
+        if not self.slots:
+            raise InputError(
+                f"--cpus_per_task {self.cpus} --gpus_per_task {self.gpus:g}: no node of the cluster has both; the "
+                f"largest has {max(c for c, _ in sizes):g} CPUs and {max(g for _, g in sizes):g} GPUs"
+            )
 
     def task(self, function: Any, retries: int) -> Any:
         """The function as a Ray task with the resources of --cpus_per_task and --gpus_per_task."""
@@ -178,16 +170,11 @@ def ray_runner(cluster: Cluster, out_dir: Path, max_parallel: int) -> Iterator["
 def _check_nodes(cluster: Cluster, env: WorkerEnv) -> None:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    check = cluster.ray.remote(num_cpus=0, max_retries=MAX_RETRIES)(_node_problem)
+    task = cluster.ray.remote(num_cpus=0, max_retries=MAX_RETRIES)(_check_node)
     strategies = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in cluster.nodes]
-    refs = [check.options(scheduling_strategy=strategy).remote(env) for strategy in strategies]
-    for node, ref in zip(cluster.nodes, refs, strict=True):
-        try:
-            problem = cluster.get(ref)
-        except WorkerLost:
-            continue  # a node that is gone runs no commands
-        if problem:
-            raise InputError(f"node {node['NodeManagerAddress']}: {problem}")
+    for ref in [task.options(scheduling_strategy=strategy).remote(env) for strategy in strategies]:
+        with suppress(WorkerLost):  # a node that is gone runs no commands
+            cluster.get(ref)
 
 
 class RayRunner(JobRunner):
@@ -211,30 +198,25 @@ class RayRunner(JobRunner):
         self._cluster.ray.cancel(job)  # a KeyboardInterrupt in `_run_command`
 
 
-def _node_problem(env: WorkerEnv) -> str:
-    """Why this node cannot run commands; empty if it can."""
-    problem = _folder_problem(env)
-    if not problem and (installed := version("graftlm")) != env.version:
-        problem = f"has graftlm {installed} ({sys.executable}); install {env.version}, the version here, on every node"
-    return problem
-
-
-def _folder_problem(env: WorkerEnv) -> str:
-    token = Path(env.out_dir, TOKEN)
+def _check_node(env: WorkerEnv) -> None:
+    """Raises InputError if this node cannot run commands."""
+    token, problem, installed = Path(env.out_dir, TOKEN), "", version("graftlm")
     if not token.is_file() or token.read_text(encoding="utf-8") != env.token:
-        return f"does not see --out_dir {env.out_dir}; name a folder on a file system that all nodes share"
-    if not os.path.isdir(env.cwd):
-        return f"does not see {env.cwd}; run the command in a folder on a file system that all nodes share"
-    return ""
+        problem = f"does not see --out_dir {env.out_dir}; name a folder on a file system that all nodes share"
+    elif not os.path.isdir(env.cwd):
+        problem = f"does not see {env.cwd}; run the command in a folder on a file system that all nodes share"
+    elif installed != env.version:
+        problem = f"has graftlm {installed} ({sys.executable}); install {env.version}, the version here, on every node"
+    if problem:
+        raise InputError(f"node {socket.gethostname()}: {problem}")
 
 
 def _run_command(env: WorkerEnv, trial: str, argv: list[str], environment: Mapping[str, str]) -> str:
     """Run `graft ARGV` for the trial's folder in a child of this Ray worker; returns its stdout."""
-    if problem := _folder_problem(env):
-        raise CommandFailed(f"a node {problem}")
-    os.chdir(env.cwd)
     folder = Path(env.out_dir, trial)
     try:
+        _check_node(env)
+        os.chdir(env.cwd)
         with lock_dir(folder, NODE_TIMEOUT, keep=True) as lock:  # the command of a lost worker ends soon
             return run_graft(argv, folder, environment, lock, _wait)
     except InputError as error:

@@ -35,11 +35,8 @@ CHUNKS_PER_SLOT = 4
 class ModelSpec:
     """A model that each worker loads, and what the worker verifies."""
 
-    init_from: str
-    out_dir: str
-    checkpoint: str
-    device: str
-    dtype: str
+    args: tuple[str, str, str, str, str]
+    """Of `load`: init_from, out_dir, checkpoint, device, dtype."""
     version: str
     environment: tuple[tuple[str, str], ...]
     """Environment variables to set before torch looks for devices."""
@@ -50,15 +47,10 @@ class ModelSpec:
 def ray_predictor(cluster: Cluster, config: EvaluateConfig, loaded: ModelBundle) -> "RayPredictor":
     """A predictor for `evaluate` with replicas of `loaded`, which `config` names."""
     is_path = config.init_from != "resume" and Path(config.init_from).exists()
-    spec = ModelSpec(
-        init_from=str(Path(config.init_from).absolute()) if is_path else config.init_from,
-        out_dir=str(Path(config.out_dir).absolute()),
-        checkpoint=config.checkpoint,
-        device=config.device,
-        dtype=str(loaded.model.dtype).removeprefix("torch."),
-        version=version("graftlm"),
-        environment=tuple(cluster.task_env.items()),
-    )
+    init_from = str(Path(config.init_from).absolute()) if is_path else config.init_from
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    args = (init_from, str(Path(config.out_dir).absolute()), config.checkpoint, config.device, dtype)
+    spec = ModelSpec(args, version("graftlm"), tuple(cluster.task_env.items()))
     return RayPredictor(cluster, replace(spec, sha256=_fingerprint(spec, loaded)))
 
 
@@ -115,9 +107,9 @@ def _load(spec: ModelSpec) -> ModelBundle:
     """The model, loaded once per worker. Raises InputError if the version or the weights differ."""
     if (installed := version("graftlm")) != spec.version:
         raise InputError(f"graftlm is {installed} there and {spec.version} here: install the same on every node")
-    loaded = load(spec.init_from, spec.out_dir, spec.checkpoint, spec.device, spec.dtype)
+    loaded = load(*spec.args)
     if _fingerprint(spec, loaded) != spec.sha256:
-        raise InputError(f"{spec.init_from if loaded.run is None else spec.out_dir}: has other weights there")
+        raise InputError(f"{spec.args[0 if loaded.run is None else 1]}: has other weights there")
     return loaded
 
 
@@ -125,7 +117,7 @@ def _fingerprint(spec: ModelSpec, loaded: ModelBundle) -> str:
     """A hash of the base's weights and of all files of the run's checkpoint."""
     hashes = [base_hash(loaded.folder)]
     if loaded.run is not None:
-        folder = Path(spec.out_dir, spec.checkpoint)
+        folder = Path(*spec.args[1:3])
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         hashes += [f"{path.relative_to(folder)} {sha256_file(path)}" for path in files]
     return hashlib.sha256(json.dumps(hashes).encode("utf-8")).hexdigest()
