@@ -7,8 +7,9 @@ With --batch_size the saved activations are counted too, by running the training
 counted: FLOPs other than matrix products, temporary buffers, and the memory of the runtime itself.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,22 +48,13 @@ def estimate(config: EstimateConfig, explicit: Set[str]) -> dict[str, Any]:
         raise InputError(f"--max_length {config.max_length}: the model reads at most {max_length} tokens of a text")
     trained = method.param_breakdown(model)
     text = sum(group.weights for group in trained), config.max_length or max_length, method.positions
-    flops = {
-        "forward": cost_model.forward_flops(model, *text),
-        "training": cost_model.training_flops(model, *text, method.passes(model)),
-    }
+    forward = cost_model.forward_flops(model, *text)
+    training = cost_model.training_flops(model, *text, method.passes(model))
     header = {"model": config.init_from, "method": method.to_json(), "tokens": text[1]}
-    result = _result(
-        config,
-        header,
-        cost_model.model_parts(model),
-        cost_model.model_parts(method.adapted_config(model)),
-        trained,
-        flops,
-    )
-    sharding = "none"
+    base, adapted = (cost_model.model_parts(each) for each in (model, method.adapted_config(model)))
+    result = _result(config, header, base, adapted, trained, {"forward": forward, "training": training})
+    sharding = "frozen" if config.shard else "full" if method.is_full_finetune and config.world_size > 1 else "none"
     if config.world_size > 1:
-        sharding = "full" if method.is_full_finetune else "frozen" if config.shard else "none"
         result["distributed"] = _distributed(config, model, sharding, result)
     if config.batch_size:
         result["step"] = _step(config, model, method, sharding, result)
@@ -82,16 +74,15 @@ def _step(
     config: EstimateConfig, model: ModelConfig, method: Method, sharding: str, result: dict[str, Any]
 ) -> dict[str, Any]:
     """FLOPs, saved activations and predicted times of one step."""
-    tokens, rows = result["tokens"], -(-(config.batch_size or 0) // config.world_size)
+    rows, tokens = -(-(config.batch_size or 0) // config.world_size), result["tokens"] * (config.batch_size or 0)
     dtype = getattr(torch, config.dtype)
-    flops = result["flops_per_token"]["training"]["total"] * tokens * (config.batch_size or 0)
+    trained_dtype = dtype if sharding == "full" else torch.float32
+    flops = result["flops_per_token"]["training"]["total"] * tokens
     step = {
-        "tokens": tokens * (config.batch_size or 0),
+        "tokens": tokens,
         "flops": flops,
         "per_device_batch_size": rows,
-        "activation_bytes": activation_bytes(
-            model, method, (rows, tokens), dtype, dtype if sharding == "full" else torch.float32
-        ),
+        "activation_bytes": activation_bytes(model, method, (rows, result["tokens"]), dtype, trained_dtype),
     }
     if config.device_gflops is not None:
         step["compute_seconds"] = flops / config.world_size / (config.device_gflops * 1e9)
@@ -118,9 +109,8 @@ def activation_bytes(
             in float32, copies in `dtype` are saved.
     """
     if method.layers is None and config.num_layers > 3:  # every block after the second adds the same
-        two, three = (
-            activation_bytes(replace(config, num_layers=n), method, shape, dtype, trained_dtype) for n in (2, 3)
-        )
+        small = (replace(config, num_layers=n) for n in (2, 3))
+        two, three = (activation_bytes(each, method, shape, dtype, trained_dtype) for each in small)
         return two + (config.num_layers - 2) * (three - two)
     from torch._subclasses.fake_tensor import FakeTensorMode  # takes half a second; has no public name
 
@@ -172,13 +162,9 @@ def _estimate_mlp(config: EstimateConfig, explicit: Set[str]) -> dict[str, Any]:
 
 def parse_widths(text: str) -> list[int]:
     """The layer widths of --mlp_widths. Raises InputError."""
-    try:
-        widths = [int(width) for width in text.split(",")]
-    except ValueError:
-        widths = []
-    if len(widths) < 2 or min(widths) < 1:
+    if not re.fullmatch(r"0*[1-9]\d*(,0*[1-9]\d*)+", text.replace(" ", ""), re.ASCII):
         raise InputError(f"--mlp_widths {text!r}: must be two or more whole numbers above 0, as in 1024,512,1")
-    return widths
+    return [int(width) for width in text.split(",")]
 
 
 def _result(
@@ -232,36 +218,30 @@ def _formulas(items: Iterable[CostItem]) -> list[dict[str, Any]]:
 # Comparison with the LoRA paper ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class PaperResult:
-    """A count in Table 3 of the LoRA paper (Hu et al. 2021, arXiv:2106.09685)."""
-
-    model: str
-    method: Method
-    millions: str
-    name: str
-    remark: str = ""
-
-
-_PRELAYER = "; the paper trains the output of each layer, here keys and values"
-TABLE_3 = (
-    PaperResult("gpt2-medium", Full(), "354.92", "FT"),
-    PaperResult("gpt2-medium", Adapter(rank=112), "11.09", "Adapter (Houlsby)", "; rank not given, 112 is the closest"),
-    PaperResult("gpt2-medium", PrefixTuning(length=7), "0.35", "PreLayer", _PRELAYER),
-    PaperResult("gpt2-medium", LoRA(rank=4, targets=("q", "v")), "0.35", "LoRA"),
-    PaperResult("gpt2-large", Full(), "774.03", "FT"),
-    PaperResult("gpt2-large", LoRA(rank=4, targets=("q", "v")), "0.77", "LoRA"),
+TABLE_3: tuple[tuple[str, Method, str, str], ...] = (  # model, method, parameters in millions, the paper's name of it
+    ("gpt2-medium", Full(), "354.92", "FT"),
+    ("gpt2-medium", Adapter(rank=112), "11.09", "Adapter (Houlsby)"),  # the rank is not given, 112 is the closest
+    (
+        "gpt2-medium",
+        PrefixTuning(length=7),
+        "0.35",
+        "PreLayer",
+    ),  # that trains each layer's output, ours keys and values
+    ("gpt2-medium", LoRA(rank=4, targets=("q", "v")), "0.35", "LoRA"),
+    ("gpt2-large", Full(), "774.03", "FT"),
+    ("gpt2-large", LoRA(rank=4, targets=("q", "v")), "0.77", "LoRA"),
 )
+"""Counts in Table 3 of the LoRA paper (Hu et al. 2021, arXiv:2106.09685)."""
 
 
-def lora_paper(name: str, config: ModelConfig, method: Method) -> dict[str, Any] | None:
+def lora_paper(model: str, config: ModelConfig, method: Method) -> dict[str, Any] | None:
     """The LoRA paper's count for the same model and method next to the exact one; None if the paper has none."""
-    for row in TABLE_3:
-        if row.model == name and row.method.param_breakdown(config) == method.param_breakdown(config):
+    for name, published, millions, title in TABLE_3:
+        if name == model and published.param_breakdown(config) == method.param_breakdown(config):
             exact = method.count(config)
-            agrees = f"{exact / 1e6:.2f}" == row.millions
-            difference = exact / (float(row.millions) * 1e6) - 1
+            agrees = f"{exact / 1e6:.2f}" == millions
+            difference = exact / (float(millions) * 1e6) - 1
             verdict = "the same when rounded" if agrees else f"exact: {exact:,}, {difference:+.2%}"
-            note = f"LoRA paper, Table 3, {row.name}: {row.millions}M; {verdict}{row.remark}"
-            return {"millions": float(row.millions), "exact": exact, "agrees": agrees, "note": note}
+            note = f"LoRA paper, Table 3, {title}: {millions}M; {verdict}"
+            return {"millions": float(millions), "exact": exact, "agrees": agrees, "note": note}
     return None
