@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from graftlm.config import PromptConfig
 from graftlm.errors import InputError
 from graftlm.inference import prompting
 from graftlm.inference.generate import Batching, generate_ids
@@ -15,7 +16,6 @@ from graftlm.inference.prompting import (
     Prompt,
     PromptBuilder,
     Prompter,
-    PromptingConfig,
     PromptingRun,
     extraction_prompt,
     majority,
@@ -82,7 +82,7 @@ def byte_level(folder: Path, template: str = CHAT) -> Tokenizer:
 
 
 def prompts(task: Task, style: Any, **settings: Any) -> list[Prompt]:
-    builder, config = PromptBuilder(task, words(), chat=False), PromptingConfig(**settings)
+    builder, config = PromptBuilder(task, words(), chat=False), PromptConfig(**settings)
     return Prompter(tiny("llama"), builder, config).prompts(task.questions, PromptingRun(style))
 
 
@@ -141,7 +141,7 @@ def test_nearest_demonstrations_differ_from_question_to_question() -> None:
 
 
 def ran(
-    model: CausalLM, tokenizer: Tokenizer, task: Task, style: Any, config: PromptingConfig, seed: int = 0
+    model: CausalLM, tokenizer: Tokenizer, task: Task, style: Any, config: PromptConfig, seed: int = 0
 ) -> prompting.PromptingResult:
     prompter = Prompter(model, PromptBuilder(task, tokenizer, chat=False), config)
     return prompter.ask(task.questions, PromptingRun(style, seed))
@@ -151,7 +151,7 @@ def ran(
 @pytest.mark.parametrize("calibrate", [False, True])
 def test_labels_are_scored_as_by_whole_prompts(choose: Any, calibrate: bool) -> None:
     model, tokenizer = tiny("llama"), words(*KNOWN)
-    how = PromptingConfig(shots=2, demo_selection=choose, calibrate=calibrate, batch_size=2)
+    how = PromptConfig(shots=2, demo_selection=choose, calibrate=calibrate, batch_size=2)
     outcome = ran(model, tokenizer, MOODS, "few-shot", how)
     writer = PromptBuilder(MOODS, tokenizer, chat=False)
     ids = [tokenizer.encode(" bad")[0], tokenizer.encode(" good")[0]]
@@ -202,7 +202,7 @@ def test_zero_shot_chain_of_thought_takes_two_calls(
         return [" We add 9 and 9.\nQ: 9 + 9"]
 
     calls = scripted(monkeypatch, plain[1], say)
-    outcome = ran(*plain, SUMS, "zero-shot-cot", PromptingConfig())
+    outcome = ran(*plain, SUMS, "zero-shot-cot", PromptConfig())
     assert calls[1][0] == "Add.\n\nQ: 2 + 2\nA: Let's think step by step. We add 9 and 9.\nTherefore, the sum is"
     assert [answer.prediction for answer in outcome.answers] == ["4", None]
     assert [answer.correct for answer in outcome.answers] == [True, False]
@@ -216,10 +216,10 @@ def test_few_shot_answers_end_where_the_next_question_would_begin(
     scripted(
         monkeypatch, plain[1], lambda prompt: [" Two and 9. The answer is 4.\n\nQ: 7 + 7\nA: 14. The answer is 14."]
     )
-    outcome = ran(*plain, SUMS, "few-shot-cot", PromptingConfig(shots=2))
+    outcome = ran(*plain, SUMS, "few-shot-cot", PromptConfig(shots=2))
     assert [answer.prediction for answer in outcome.answers] == ["4", "4"]
     scripted(monkeypatch, plain[1], lambda prompt: [" 5\n\nQ: 7 + 7\nA: 14"])
-    outcome = ran(*plain, SUMS, "few-shot", PromptingConfig(shots=2))
+    outcome = ran(*plain, SUMS, "few-shot", PromptConfig(shots=2))
     assert [(answer.prediction, answer.correct) for answer in outcome.answers] == [("5", False), ("5", True)]
     assert outcome.shared_tokens == len("Add.\n\nQ: 1 + 1\nA: 2\n\nQ: 1 + 2\nA: 3\n\nQ: 2 + ")
 
@@ -241,7 +241,7 @@ def test_an_answer_in_chat_ends_with_its_turn(style: Any, tmp_path: Path, monkey
     monkeypatch.setattr(prompting, "generate_ids", fake)
     for chat, expected in ((True, {0, 257}), (False, {0})):
         writer = PromptBuilder(SUMS, tokenizer, chat=chat)
-        Prompter(model, writer, PromptingConfig(shots=1)).ask(SUMS.questions, PromptingRun(style))
+        Prompter(model, writer, PromptConfig(shots=1)).ask(SUMS.questions, PromptingRun(style))
         assert ends == [expected] * (2 if style == "zero-shot-cot" else 1)
         ends.clear()
 
@@ -260,17 +260,14 @@ def test_each_questions_samples_vote_for_it_alone(
         return [" 4", " 9", " 4"] if prompt.rstrip().endswith("2 + 2\nA:") else [" 6", " 5", " no"]
 
     calls = scripted(monkeypatch, plain[1], say)
-    outcome = ran(
-        *plain, SUMS, "few-shot", PromptingConfig(shots=1, num_samples=3, params=SamplingParams(temperature=1.0))
-    )
+    outcome = ran(*plain, SUMS, "few-shot", PromptConfig(shots=1, num_samples=3, temperature=1.0))
     assert [answer.samples for answer in outcome.answers] == [["4", "9", "4"], ["6", "5", None]]
     assert [answer.prediction for answer in outcome.answers] == ["4", "6"]
     assert len(calls[0]) == 6
 
 
 def test_samples_differ_and_are_decided_by_the_seed(plain: tuple[CausalLM, Tokenizer]) -> None:
-    params = SamplingParams(temperature=1.0, max_new_tokens=6)
-    how = PromptingConfig(shots=1, num_samples=4, params=params)
+    how = PromptConfig(shots=1, num_samples=4, temperature=1.0, max_new_tokens=6)
     first, again, other = (ran(*plain, SUMS, "few-shot", how, seed=seed) for seed in (1, 1, 2))
     assert [a.texts for a in first.answers] == [a.texts for a in again.answers]
     assert [a.texts for a in first.answers] != [a.texts for a in other.answers]
@@ -300,12 +297,12 @@ def test_prompts_that_leave_no_room_are_refused() -> None:
             tokenizer,
             Task(**{**vars_of(MOODS), "instruction": "so " * 30}),
             "few-shot",
-            PromptingConfig(shots=3),
+            PromptConfig(shots=3),
         )
     with pytest.raises(
         InputError, match=r"the longest zero-shot-cot prompt takes \d+ tokens and its answer may take 2\d\d"
     ):
-        ran(model, tokenizer, SUMS, "zero-shot-cot", PromptingConfig())
+        ran(model, tokenizer, SUMS, "zero-shot-cot", PromptConfig())
 
 
 def vars_of(task: Task) -> dict[str, Any]:

@@ -44,7 +44,7 @@ MAX_EMBEDDED_TOKENS = 64
 """A text is represented by this many first tokens."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class FewShotConfig:
     """How demonstrations are selected, and how the prompts with them are built."""
 
@@ -224,7 +224,7 @@ def build_fewshot(
     demos = [row for row in others if isinstance(row, Labelled)]
     if config.shots and len(demos) < len(others):
         raise InputError("--shots: the data are pairs of prompt and completion; demonstrations need text and label")
-    embed = embedder(model, tokenizer, config.batch_size) if config.selection == "embedding" else None
+    embed = embedder(model, tokenizer, config.batch_size)
     texts, labels = [row.text for row in demos], [row.label for row in demos]
     selected = select_demonstrations(texts, labels, [row.text for row in rows], config, embed)
     max_length = config.max_length or model.max_seq_len

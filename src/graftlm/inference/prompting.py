@@ -18,9 +18,9 @@ Letters: N questions, L labels, S samples per question.
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
-from graftlm.config import DemoSelection, Style
+from graftlm.config import PromptConfig, Style
 from graftlm.errors import InputError
 from graftlm.inference.fewshot import CONTENT_FREE, FewShotConfig, embedder, select_demonstrations
 from graftlm.inference.generate import Batching, ProgressCallback, generate_ids, truncate_at_stop
@@ -103,19 +103,6 @@ class PromptBuilder:
         return messages[:-1]
 
 
-@dataclass(frozen=True, kw_only=True)
-class PromptingConfig:
-    """How questions are asked; `PromptConfig` explains the fields."""
-
-    shots: int = 8
-    demo_selection: DemoSelection = "fixed"
-    num_samples: int = 1
-    params: SamplingParams = field(default_factory=SamplingParams)
-    """Its seed is replaced by the run's. Default of max_new_tokens: REASONING_TOKENS or ANSWER_TOKENS."""
-    calibrate: bool = False
-    batch_size: int = 32
-
-
 @dataclass(frozen=True)
 class PromptingRun:
     """One run over all questions: a style, the seed of demonstrations and samples, the order of demonstrations."""
@@ -178,9 +165,9 @@ def majority(samples: Sequence[str | None]) -> str | None:
 
 
 class Prompter:
-    """A model, a prompt builder and a configuration that answer a task's questions."""
+    """A model, a prompt builder and the flags of `graft prompt`: answers a task's questions."""
 
-    def __init__(self, model: CausalLM, builder: PromptBuilder, config: PromptingConfig) -> None:
+    def __init__(self, model: CausalLM, builder: PromptBuilder, config: PromptConfig) -> None:
         self._model, self._builder, self._config = model, builder, config
         self._task, self._tokenizer = builder.task, builder.tokenizer
 
@@ -243,22 +230,14 @@ class Prompter:
             raise InputError(
                 f"--shots {config.shots}: task {task.name} has {len(pool)} {what}: ask for fewer, or add some"
             )
-        embed = None
-        if config.demo_selection == "embedding":
-            embed = embedder(self._model, self._tokenizer, config.batch_size)
-        selected = select_demonstrations(
-            [demo.question for demo in pool],
-            [normalize_answer(demo.answer) for demo in pool],
-            [problem.question for problem in problems],
-            FewShotConfig(
-                shots=config.shots, selection=config.demo_selection, seed=run.seed, permutation=run.permutation
-            ),
-            embed,
-        )
+        embed = embedder(self._model, self._tokenizer, config.batch_size)
+        selection = FewShotConfig(config.shots, config.demo_selection, run.seed, run.permutation)
+        texts, labels = [demo.question for demo in pool], [normalize_answer(demo.answer) for demo in pool]
+        selected = select_demonstrations(texts, labels, [each.question for each in problems], selection, embed)
         return [[pool[index] for index in indices] for indices in selected]
 
     def _max_new_tokens(self, run: PromptingRun) -> int:
-        return self._config.params.max_new_tokens or (REASONING_TOKENS if run.reasoning else ANSWER_TOKENS)
+        return self._config.max_new_tokens or (REASONING_TOKENS if run.reasoning else ANSWER_TOKENS)
 
     def _answer_tokens(self, run: PromptingRun) -> int:
         """The most tokens that may follow a prompt, in both calls."""
@@ -300,8 +279,8 @@ class Prompter:
         """Texts [N·S], the answers parsed from them [N·S], and the numbers of prompt tokens and of new tokens."""
         task, builder, samples = self._task, self._builder, range(self._config.num_samples)
         rows = [row for row in ids for _ in samples]
-        params = replace(
-            self._config.params,
+        params = SamplingParams.from_flags(
+            self._config,
             max_new_tokens=self._max_new_tokens(run),
             seed=run.seed,
             stop=builder.stop(prompts[0]),

@@ -20,12 +20,10 @@ from graftlm.inference.metrics import wilson
 from graftlm.inference.prompting import (
     PromptBuilder,
     Prompter,
-    PromptingConfig,
     PromptingResult,
     PromptingRun,
     extraction_prompt,
 )
-from graftlm.inference.sampling import SamplingParams
 from graftlm.text.tasks import Problem, load_task
 
 STYLES: tuple[Style, ...] = ("few-shot", "few-shot-cot", "zero-shot-cot")
@@ -60,18 +58,7 @@ def prompt(
     problems = task.questions[: config.limit or len(task.questions)]
     loaded = load(config.init_from, config.out_dir, config.checkpoint, config.device, config.dtype)
     builder = PromptBuilder(task, loaded.tokenizer, _use_chat(config, loaded))
-    prompter = Prompter(
-        loaded.model,
-        builder,
-        PromptingConfig(
-            shots=config.shots,
-            demo_selection=config.demo_selection,
-            num_samples=config.num_samples,
-            params=SamplingParams.from_flags(config),
-            calibrate=config.calibrate,
-            batch_size=config.batch_size,
-        ),
-    )
+    prompter = Prompter(loaded.model, builder, config)
     styles = STYLES if config.style == "all" else (config.style,)
     result: dict[str, Any] = {
         "task": task.name,
