@@ -190,7 +190,7 @@ class House:
         models = {
             name: ServedModel(name, adapter, template, self.engine.max_seq_len) for name, adapter in names.items()
         }
-        service = Service(self.engine, loaded.tokenizer, models, loaded.model.config.vocab_size, 4)
+        service = Service(self.engine, loaded.tokenizer, models, 4)
         app = make_app(service, host="127.0.0.1", allowed_hosts=("my.name",), api_key=KEY, rate_limit=10**9)
         self.answers: list[Answer] = []
         self.server = Server(kept(app, self.answers), 1.0, lambda: None)

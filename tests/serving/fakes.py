@@ -101,14 +101,14 @@ def service(
 ) -> tuple[Service, FakeEngine]:
     """A service on a fake engine and a byte-level tokenizer, with these control tokens, in `folder`."""
     folder.mkdir(exist_ok=True)
-    vocab = byte_tokenizer(folder, *control)
+    byte_tokenizer(folder, *control)
     tokenizer = Tokenizer.from_folder(folder)
     engine = FakeEngine(tokenizer)
     template = load_template("Review: {text}\nIs it:")
     models = {"base": ServedModel("base", None, template, room)}
     models |= {name: ServedModel(name, name, template, room) for name in adapters}
     engine_: Any = engine
-    return Service(engine_, tokenizer, models, vocab, max_tokens), engine
+    return Service(engine_, tokenizer, models, max_tokens), engine
 
 
 @contextmanager

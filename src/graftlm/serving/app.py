@@ -16,7 +16,8 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.resources import files
 from typing import Annotated, Any
 
@@ -31,9 +32,8 @@ from graftlm.inference.engine import Engine
 from graftlm.inference.requests import Request
 from graftlm.serving.middleware import SecurityMiddleware, error_response, read_body
 from graftlm.serving.responses import (
-    ParsedRequest,
+    Formatter,
     cancel_on_disconnect,
-    choices,
     complete_response,
     future_result,
     stream_response,
@@ -79,7 +79,6 @@ class Service:
     tokenizer: Tokenizer
     models: Mapping[str, ServedModel]
     """By name; the base is the first."""
-    vocab: int
     max_tokens: int
 
     @property
@@ -96,14 +95,10 @@ class Service:
         return self.models[name]
 
 
-def make_app(
-    service: Service, *, host: str, allowed_hosts: tuple[str, ...] = (), api_key: str = "", rate_limit: int = 0
-) -> FastAPI:
+def make_app(service: Service, **security: Any) -> FastAPI:
     """The application. See `middleware.SecurityMiddleware` for the keyword arguments."""
     app = FastAPI(title="graft serve", openapi_url=None, docs_url=None, redoc_url=None)
-    app.add_middleware(
-        SecurityMiddleware, host=host, allowed_hosts=allowed_hosts, api_key=api_key, rate_limit=rate_limit
-    )
+    app.add_middleware(SecurityMiddleware, **security)
     app.add_exception_handler(GraftError, _on_graft_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(500, _on_internal_error)
@@ -135,11 +130,9 @@ async def _on_internal_error(http: HTTPRequest, error: Exception) -> Response:
 
 
 def _add_page(app: FastAPI) -> None:
-    def add(path: str, content: str, media_type: str) -> None:
-        app.add_api_route(path, lambda: Response(content, media_type=media_type), methods=["GET"])
-
     for path, (names, media_type) in PAGE.items():
-        add(path, "".join(_page_file(name) for name in names), media_type)
+        page = Response("".join(map(_page_file, names)), media_type=media_type)
+        app.add_route(path, partial(lambda page, _: page, page))
 
 
 def _page_file(name: str) -> str:
@@ -194,11 +187,11 @@ def _add_inference(app: FastAPI, service: Service) -> None:
     engine, tokenizer = service.engine, service.tokenizer
     chat = Chat(tokenizer, "send text to /v1/completions") if tokenizer.chat_template is not None else None
 
-    async def respond(http: HTTPRequest, body: Sampling, parse: Callable[[], ParsedRequest]) -> Response:
-        parsed = await asyncio.to_thread(parse)
+    async def respond(http: HTTPRequest, body: Sampling, parse: Callable[[], list[Request]]) -> Response:
+        requests, formatter = await asyncio.to_thread(parse), Formatter(tokenizer, body)
         if body.stream:
-            return stream_response(engine, tokenizer, parsed)
-        return JSONResponse(await complete_response(engine, tokenizer, parsed, http))
+            return stream_response(engine, requests, formatter)
+        return JSONResponse(await complete_response(engine, requests, formatter, http))
 
     @app.post("/v1/completions")
     async def completions(http: HTTPRequest, body: Annotated[Any, Depends(_body(CompletionBody))]) -> Response:
@@ -213,91 +206,55 @@ def _add_inference(app: FastAPI, service: Service) -> None:
         return JSONResponse(await cancel_on_disconnect(http, _classify(service, body)))
 
 
-@dataclass(frozen=True)
-class _Prompts:
-    """The prompts of a body, and what differs between completions and chats."""
-
-    model: ServedModel
-    field: str
-    """The field they came from, for errors."""
-    tokens: Sequence[Sequence[int]]
-    max_tokens: int | None
-    """What the body sets."""
-    default_max_tokens: int | None
-    """Where it sets nothing; None for as many as fit."""
-    logprobs: bool
-    stop_tokens: Collection[int] | None = None
-    """Tokens that end the model's turn in a chat; None for a completion."""
+def _parse_completion(service: Service, body: CompletionBody) -> list[Request]:
+    prompt: Any = body.prompt
+    prompts = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+    tokens = service.tokenizer.encode_prompts(prompts) if isinstance(prompts[0], str) else prompts
+    return _requests(service, body, tokens, body.max_tokens, DEFAULT_MAX_TOKENS)
 
 
-def _parse_completion(service: Service, body: CompletionBody) -> ParsedRequest:
-    model, logprobs = service.model(body.model), body.logprobs is not None
-    tokens = _prompt_tokens(service, body.prompt)
-    return _parse(service, body, _Prompts(model, "prompt", tokens, body.max_tokens, DEFAULT_MAX_TOKENS, logprobs))
-
-
-def _prompt_tokens(service: Service, prompt: Any) -> list[list[int]]:
-    """The tokens of each prompt: of a text, of texts, of token ids, or of lists of them."""
-    multiple = isinstance(prompt, list) and not (prompt and isinstance(prompt[0], int))
-    prompts: list[Any] = prompt if multiple else [prompt]
-    texts = [each for each in prompts if isinstance(each, str)]
-    tokens = service.tokenizer.encode_prompts(texts) if texts else prompts
-    if not tokens or not all(tokens):
-        raise APIError(400, "prompt: is empty: give at least one token to continue", param="prompt")
-    if not texts and (largest := max(map(max, tokens))) >= service.vocab:
-        raise APIError(400, f"prompt: {largest} is not a token: the model has {service.vocab}", param="prompt")
-    return tokens
-
-
-def _parse_chat(service: Service, chat: Chat | None, body: ChatBody) -> ParsedRequest:
-    model = service.model(body.model)
+def _parse_chat(service: Service, chat: Chat | None, body: ChatBody) -> list[Request]:
     if chat is None:
         message = f"{service.base.name} has no chat template: send text to /v1/completions"
         raise APIError(400, message, param="messages", code="no_chat_template")
     roles = {"developer": "system"}  # OpenAI's name for it in newer models
-    messages = [(roles.get(message.role, message.role), message.text_content) for message in body.messages]
     try:
-        prompt, stop_tokens = chat.encode(messages), chat.stop_tokens
+        prompt = chat.encode([(roles.get(each.role, each.role), each.text_content) for each in body.messages])
     except InputError as error:
         raise APIError(400, f"messages: {error}", param="messages") from None
-    max_tokens = min(filter(None, (body.max_tokens, body.max_completion_tokens)), default=None)
-    logprobs = bool(body.logprobs)
-    return _parse(service, body, _Prompts(model, "messages", [prompt], max_tokens, None, logprobs, stop_tokens))
+    limit = min(filter(None, (body.max_tokens, body.max_completion_tokens)), default=None)
+    return _requests(service, body, [prompt], limit, service.max_tokens, chat.stop_tokens)
 
 
-def _parse(service: Service, body: Sampling, prompts: _Prompts) -> ParsedRequest:
-    model, n, limit = prompts.model, body.n or 1, prompts.max_tokens
-    if len(prompts.tokens) * n > MAX_CHOICES:
-        message = f"n: {len(prompts.tokens)} prompts times {n}: at most {MAX_CHOICES} answers a request"
+def _requests(
+    service: Service,
+    body: Sampling,
+    prompts: Sequence[Sequence[int]],
+    limit: int | None,
+    default_limit: int,
+    stop_tokens: Collection[int] = (),
+) -> list[Request]:
+    """The requests to the engine, n for each prompt: the first with the body's seed, each with one of its own.
+
+    limit: what the body sets as the maximum of new tokens.
+    """
+    model = service.model(body.model)
+    if len(prompts) * body.n > MAX_CHOICES:
+        message = f"n: {len(prompts)} prompts times {body.n}: at most {MAX_CHOICES} answers a request"
         raise APIError(400, message, param="n")
     if limit is not None and limit > service.max_tokens:
         message = f"max_tokens: at most {service.max_tokens} here (graft serve --max_tokens)"
         raise APIError(400, message, param="max_tokens")
-    requests: list[Request] = []
-    for prompt in prompts.tokens:
-        space = model.max_seq_len - len(prompt)
-        if space < (limit or 1):
-            raise _too_long(prompts, len(prompt))
-        request = Request(
-            tuple(prompt),
-            body.sampling_params(
-                limit or min(prompts.default_max_tokens or service.max_tokens, service.max_tokens, space),
-                prompts.stop_tokens,
-            ),
-            model.adapter,
+    longest = max(map(len, prompts))
+    if longest + (limit or 1) > model.max_seq_len:
+        message = (
+            f"{longest} tokens and {limit or 1} new ones, and {model.name} reads at most {model.max_seq_len}: "
+            f"shorten the text{' or lower max_tokens' if limit else ''}"
         )
-        requests += choices(request, n)
-    chat = prompts.stop_tokens is not None
-    return ParsedRequest(tuple(requests), model.name, n, chat, prompts.logprobs, body.wants_usage)
-
-
-def _too_long(prompts: _Prompts, length: int) -> APIError:
-    text = "prompt" if prompts.stop_tokens is None else "conversation"
-    message = (
-        f"{prompts.field}: {length} tokens and {prompts.max_tokens or 1} new ones, and {prompts.model.name} reads at "
-        f"most {prompts.model.max_seq_len}: shorten the {text}{' or lower max_tokens' if prompts.max_tokens else ''}"
-    )
-    return APIError(400, message, param=prompts.field, code="context_length_exceeded")
+        raise APIError(400, message, code="context_length_exceeded")
+    params = body.sampling_params(limit or min(default_limit, service.max_tokens), stop_tokens)
+    each = [replace(params, seed=(params.seed + number) % 2**63) for number in range(body.n)]
+    return [Request(tuple(prompt), own, model.adapter) for prompt in prompts for own in each]
 
 
 # Label probabilities --------------------------------------------------------------------------------------------------
@@ -307,51 +264,32 @@ async def _classify(service: Service, body: ClassifyBody) -> dict[str, Any]:
     """For each text and model the probability of each label: a softmax over the labels' scores."""
     models = [service.model(name) for name in dict.fromkeys(body.models or service.models)]
     texts = [body.text] if body.text is not None else list(body.texts or ())
-    jobs = await asyncio.to_thread(_classification_prompts, service, models, texts)
-    results: list[dict[str, Any]] = [{"index": number, "models": {}} for number in range(len(texts))]
-    for start in range(0, len(jobs), CLASSIFY_CONCURRENCY):
-        batch = jobs[start : start + CLASSIFY_CONCURRENCY]
-        scores = await asyncio.gather(*(_score(service, job.model, job.prompt) for job in batch))
-        for job, labels in zip(batch, scores, strict=True):
-            results[job.text]["models"][job.model.name] = {
-                **_softmax(job.model.template, labels),
-                "truncated": job.truncated,
-            }
+
+    def encode(text: str, model: ServedModel) -> tuple[Sequence[int], bool]:
+        records = [Labelled(text, 0, source="text")]
+        examples, truncated = encode_rows(records, model.template, service.tokenizer, model.max_seq_len)
+        return examples[0].prompt_ids, bool(truncated)
+
+    prompts = await asyncio.to_thread(lambda: [(model, *encode(text, model)) for text in texts for model in models])
+    found: list[dict[str, Any]] = []
+    for start in range(0, len(prompts), CLASSIFY_CONCURRENCY):
+        batch = prompts[start : start + CLASSIFY_CONCURRENCY]
+        found += await asyncio.gather(*(_probabilities(service, *each) for each in batch))
+    by_text = [found[start : start + len(models)] for start in range(0, len(found), len(models))]
+    names = [model.name for model in models]
+    results = [{"index": n, "models": dict(zip(names, each, strict=True))} for n, each in enumerate(by_text)]
     return {"object": "classification", "results": results}
 
 
-@dataclass(frozen=True)
-class _Classification:
-    """One text for one model."""
-
-    text: int
-    model: ServedModel
-    prompt: Sequence[int]
-    truncated: bool
-    """Whether the text lost its end to fit."""
-
-
-def _classification_prompts(
-    service: Service, models: Sequence[ServedModel], texts: Sequence[str]
-) -> list[_Classification]:
-    jobs = []
-    for number, text in enumerate(texts):
-        for model in models:
-            records = [Labelled(text, 0, source="text")]
-            examples, truncated = encode_rows(records, model.template, service.tokenizer, model.max_seq_len)
-            jobs.append(_Classification(number, model, examples[0].prompt_ids, bool(truncated)))
-    return jobs
-
-
-async def _score(service: Service, model: ServedModel, prompt: Sequence[int]) -> list[float]:
-    labels = label_ids(model.template, service.tokenizer)
-    return await future_result(service.engine.score(prompt, labels, model.adapter))
-
-
-def _softmax(template: Template, scores: Sequence[float]) -> dict[str, Any]:
+async def _probabilities(
+    service: Service, model: ServedModel, prompt: Sequence[int], truncated: bool
+) -> dict[str, Any]:
     """The most likely label and all probabilities. Raises GraftError if a score is NaN or infinite."""
+    labels = label_ids(model.template, service.tokenizer)
+    scores = await future_result(service.engine.score(prompt, labels, model.adapter))
     if not all(map(math.isfinite, scores)):
         raise GraftError("the labels' scores are NaN: the weights are broken, or overflow in this --dtype; try float32")
     weights = [math.exp(score - max(scores)) for score in scores]
-    probabilities = dict(zip(template.labels, (weight / sum(weights) for weight in weights), strict=True))
-    return {"label": max(probabilities, key=probabilities.__getitem__), "probabilities": probabilities}
+    probabilities = dict(zip(model.template.labels, (weight / sum(weights) for weight in weights), strict=True))
+    label = max(probabilities, key=probabilities.__getitem__)
+    return {"label": label, "probabilities": probabilities, "truncated": truncated}

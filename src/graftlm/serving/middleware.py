@@ -17,7 +17,7 @@ import hashlib
 import math
 import secrets
 import time
-from ipaddress import ip_address, ip_network
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from urllib.parse import urlsplit
 
 from fastapi import Request
@@ -102,13 +102,9 @@ class SecurityMiddleware:
         if self._rate is not None and (wait := self._rate.hit((scope.get("client") or ("",))[0])):
             message = f"too many requests from this address: wait {wait} s"
             raise APIError(429, message, code="rate_limit_exceeded", retry_after=wait)
-        if self._key is not None:
-            self._check_key(headers.get("authorization", ""))
-
-    def _check_key(self, authorization: str) -> None:
+        authorization = headers.get("authorization", "")
         scheme, _, key = authorization.partition(" ")
-        equal = secrets.compare_digest(_digest(key.strip()), self._key or b"")
-        if scheme.lower() != "bearer" or not equal:
+        if self._key and not (secrets.compare_digest(_digest(key.strip()), self._key) and scheme.lower() == "bearer"):
             problem = "the key is wrong" if authorization else "this server needs a key"
             raise APIError(401, f"{problem}: send the header Authorization: Bearer KEY", code="invalid_api_key")
 
@@ -131,7 +127,7 @@ class TrustedHosts:
     def check(self, host: str, origin: str | None) -> None:
         """Raises APIError for the Host header of another name, and for the Origin of another site's page."""
         name = _netloc(f"//{host}", "hostname").rstrip(".")
-        if not (is_loopback(name) or name in self._names or (self._any_address and _is_address(name))):
+        if not (is_loopback(name) or name in self._names or (self._any_address and _address(name))):
             message = f"this server is not called {name[:100]!r}: add it with graft serve --allowed_hosts"
             raise APIError(403, message, code="host_not_allowed")
         if origin is not None and _netloc(origin, "netloc") != host.lower():
@@ -148,17 +144,15 @@ def _netloc(url: str, part: str) -> str:
 
 def is_loopback(name: str) -> bool:
     """Whether a host name or address always means this machine."""
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
-    return _is_address(name) and ip_address(name).is_loopback
+    address = _address(name)
+    return name == "localhost" or name.endswith(".localhost") if address is None else address.is_loopback
 
 
-def _is_address(name: str) -> bool:
+def _address(name: str) -> IPv4Address | IPv6Address | None:
     try:
-        ip_address(name)
+        return ip_address(name)
     except ValueError:
-        return False
-    return True
+        return None
 
 
 class RateLimiter:

@@ -11,7 +11,6 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -22,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 from graftlm.errors import GraftError, InputError, Overloaded, ShuttingDown
 from graftlm.inference.engine import Engine
 from graftlm.inference.requests import Completion, Request, RequestHandle, TokenOutput
-from graftlm.serving.schemas import APIError
+from graftlm.serving.schemas import APIError, ChatBody, Sampling
 from graftlm.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -30,27 +29,6 @@ Event = dict[str, Any]
 Outputs = asyncio.Queue[tuple[int, TokenOutput | None]]
 """(choice, its next output); None after its last."""
 RETRY_AFTER = 1
-
-
-@dataclass(frozen=True)
-class ParsedRequest:
-    """One HTTP request, as requests to the engine and the settings of its response."""
-
-    requests: tuple[Request, ...]
-    """One for each choice, prompt after prompt."""
-    model: str
-    n: int
-    """Choices for each prompt."""
-    chat: bool
-    logprobs: bool
-    usage: bool
-    """End a stream with the number of tokens."""
-
-
-def choices(request: Request, n: int) -> list[Request]:
-    """The same request n times, each with a seed of its own, the first with the given one."""
-    seeds = [(request.params.seed + number) % 2**63 for number in range(n)]
-    return [replace(request, params=replace(request.params, seed=seed)) for seed in seeds]
 
 
 def to_http_error(error: GraftError) -> APIError:
@@ -68,10 +46,10 @@ def to_http_error(error: GraftError) -> APIError:
 
 
 async def complete_response(
-    engine: Engine, tokenizer: Tokenizer, parsed: ParsedRequest, http: HTTPRequest
+    engine: Engine, requests: Sequence[Request], formatter: "Formatter", http: HTTPRequest
 ) -> dict[str, Any]:
     """All choices at once. Raises APIError."""
-    handles = _submit(engine, parsed.requests)
+    handles = _submit(engine, requests)
     try:
         found = await cancel_on_disconnect(http, asyncio.gather(*(future_result(handle.done) for handle in handles)))
     except GraftError as error:
@@ -80,7 +58,6 @@ async def complete_response(
         _cancel(handles)
     for completion in found:
         _raise_if_unfinished(completion.finish_reason)
-    formatter = Formatter(tokenizer, parsed)
     body = [formatter.choice(number, completion) for number, completion in enumerate(found)]
     return {**formatter.head(), "choices": body, "usage": formatter.usage(found)}
 
@@ -149,7 +126,7 @@ class EventStream(StreamingResponse):
             _cancel(self._handles)
 
 
-def stream_response(engine: Engine, tokenizer: Tokenizer, parsed: ParsedRequest) -> EventStream:
+def stream_response(engine: Engine, requests: Sequence[Request], formatter: "Formatter") -> EventStream:
     """All choices, token by token. Raises APIError: the requests are submitted before the stream begins."""
     loop = asyncio.get_running_loop()
     outputs: Outputs = asyncio.Queue()
@@ -158,22 +135,19 @@ def stream_response(engine: Engine, tokenizer: Tokenizer, parsed: ParsedRequest)
         with suppress(RuntimeError):  # the loop is closed: the server was stopped at once
             loop.call_soon_threadsafe(outputs.put_nowait, (number, output))
 
-    def put_end(number: int, _: object) -> None:
-        put(number, None)
-
-    handles = _submit(engine, parsed.requests, put)
+    handles = _submit(engine, requests, put)
     for number, handle in enumerate(handles):
-        handle.done.add_done_callback(partial(put_end, number))
-    return EventStream(_events(handles, outputs, Formatter(tokenizer, parsed)), handles)
+        handle.done.add_done_callback(partial(lambda number, _: put(number, None), number))
+    return EventStream(_events(handles, outputs, formatter), handles)
 
 
 async def _events(handles: Sequence[RequestHandle], outputs: Outputs, formatter: "Formatter") -> AsyncIterator[str]:
     head = formatter.head(".chunk")
     running, offsets = len(handles), [0] * len(handles)
     try:
-        if formatter.parsed.chat:
+        if formatter.chat:
             for number in range(len(handles)):
-                yield _event({**head, "choices": [_delta(number, {"role": "assistant", "content": ""})]})
+                yield _event({**head, "choices": [_choice(number, {"delta": {"role": "assistant", "content": ""}})]})
         while running:
             number, output = await outputs.get()
             if output is None:  # this choice has ended: its future holds the result or raises the error
@@ -183,7 +157,7 @@ async def _events(handles: Sequence[RequestHandle], outputs: Outputs, formatter:
                 if (choice := formatter.chunk(number, output, offsets[number])) is not None:
                     yield _event({**head, "choices": [choice]})
                 offsets[number] += len(output.text)
-        if formatter.parsed.usage:
+        if formatter.body.stream_options.include_usage:
             usage = formatter.usage([handle.done.result() for handle in handles])
             yield _event({**head, "choices": [], "usage": usage})
         yield "data: [DONE]\n\n"
@@ -208,21 +182,21 @@ def _raise_if_unfinished(finish_reason: str) -> None:
 class Formatter:
     """OpenAI's JSON of one request's choices, of completions and of chats."""
 
-    def __init__(self, tokenizer: Tokenizer, parsed: ParsedRequest) -> None:
-        self.tokenizer, self.parsed = tokenizer, parsed
+    def __init__(self, tokenizer: Tokenizer, body: Sampling) -> None:
+        self.tokenizer, self.body, self.chat = tokenizer, body, isinstance(body, ChatBody)
 
     def head(self, chunk: str = "") -> Event:
         """The common fields of a response; `chunk`: ".chunk" for an event of a stream."""
-        kind = f"chat.completion{chunk}" if self.parsed.chat else "text_completion"
-        name = f"{'chatcmpl' if self.parsed.chat else 'cmpl'}-{uuid.uuid4().hex}"
-        return {"id": name, "object": kind, "created": int(time.time()), "model": self.parsed.model}
+        kind = f"chat.completion{chunk}" if self.chat else "text_completion"
+        name = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
+        return {"id": name, "object": kind, "created": int(time.time()), "model": self.body.model}
 
     def choice(self, index: int, completion: Completion) -> Event:
         """A complete choice."""
         message = {"role": "assistant", "content": completion.text, "refusal": None}
-        text = {"message": message} if self.parsed.chat else {"text": completion.text}
+        content = {"message": message} if self.chat else {"text": completion.text}
         logprobs = self._logprobs(completion.tokens, completion.logprobs)
-        return {"index": index, **text, "logprobs": logprobs, "finish_reason": completion.finish_reason}
+        return _choice(index, content, logprobs, completion.finish_reason)
 
     def chunk(self, index: int, output: TokenOutput, offset: int) -> Event | None:
         """One output as a choice of an event; None if it is empty. `offset`: characters of the choice so far."""
@@ -231,21 +205,20 @@ class Formatter:
             logprobs = self._logprobs([output.token], [output.logprob], offset)
         if not output.text and output.finish_reason is None and logprobs is None:
             return None
-        if self.parsed.chat:
-            return _delta(index, {"content": output.text} if output.text else {}, logprobs, output.finish_reason)
-        return {"index": index, "text": output.text, "logprobs": logprobs, "finish_reason": output.finish_reason}
+        content: Event = {"delta": {"content": output.text} if output.text else {}}
+        return _choice(index, content if self.chat else {"text": output.text}, logprobs, output.finish_reason)
 
     def usage(self, completions: Sequence[Completion]) -> Event:
         """The numbers of tokens; a prompt with n choices counts once."""
-        prompt = sum(completion.prompt_tokens for completion in completions[:: self.parsed.n])
+        prompt = sum(completion.prompt_tokens for completion in completions[:: self.body.n])
         completion = sum(len(completion.tokens) for completion in completions)
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     def _logprobs(self, tokens: Sequence[int], logprobs: Sequence[float], offset: int = 0) -> Event | None:
-        if not self.parsed.logprobs:
+        if self.body.logprobs is (False if self.chat else None):
             return None
         texts = [self.tokenizer.token(token) for token in tokens]
-        if self.parsed.chat:
+        if self.chat:
             rows = zip(texts, logprobs, strict=True)
             empty: Event = {"bytes": None, "top_logprobs": []}
             return {"content": [{"token": text, "logprob": value, **empty} for text, value in rows], "refusal": None}
@@ -253,5 +226,5 @@ class Formatter:
         return {"tokens": texts, "token_logprobs": list(logprobs), "top_logprobs": None, "text_offset": offsets}
 
 
-def _delta(index: int, delta: Event, logprobs: Event | None = None, finish_reason: str | None = None) -> Event:
-    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+def _choice(index: int, content: Event, logprobs: Event | None = None, finish_reason: str | None = None) -> Event:
+    return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}

@@ -1,7 +1,7 @@
 """The bodies of requests: JSON -> validated fields, or an error of one line that names the field and its values.
 
 - Nothing is ignored silently. A field of OpenAI's API that this server does not support is accepted only with a value
-  that changes nothing (`IGNORED`); any other value, and an unknown field, is an error.
+  that changes nothing (`IGNORED`); any other value, and an unknown field, is an error. null means a field's default.
 - Types are strict: "16" is not a number, and 1 is not true. The parser limits depth and rejects lone surrogates.
 - A field's `description` is the text of its error.
 """
@@ -68,13 +68,18 @@ class _Strict(BaseModel):
     def _drop_ignored(cls, fields: Any) -> Any:
         if not isinstance(fields, dict):
             return fields
-        unsupported = {name: value for name, value in fields.items() if name in cls.ignored.keys() - cls.model_fields}
-        for name, value in unsupported.items():
-            if value and not any(allowed is ANY or value == allowed for allowed in cls.ignored[name]):
+        kept: dict[str, Any] = {}
+        for name, value in fields.items():
+            if name in cls.model_fields:
+                kept |= {} if value is None else {name: value}
+            elif name not in cls.ignored:
+                kept[name] = value
+            elif value and not any(allowed is ANY or value == allowed for allowed in cls.ignored[name]):
                 raise PydanticCustomError("unsupported", "{name} is not supported: leave it out", {"name": name})
-        return {name: value for name, value in fields.items() if name not in unsupported}
+        return kept
 
 
+Text = Annotated[str, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -82,20 +87,23 @@ class StreamOptions(_Strict):
     """Additional content of a stream."""
 
     ignored = {"include_obfuscation": (False,)}
-    include_usage: bool | None = None
+    include_usage: bool = False
 
 
-DEFAULTS: dict[str, Any] = {"temperature": 1.0, "seed": None}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "temperature": {"default": 1.0},
+    "seed": {"default_factory": lambda: secrets.randbits(62)},
+}
 """OpenAI's defaults where they are not ours; without a seed every request draws one."""
 API_BOUNDS: dict[str, dict[str, float]] = {"temperature": {"le": 2}, "seed": {"lt": 2**63}}
 
 
 def _sampling_field(f: "dataclasses.Field[Any]") -> Any:
-    """A sampling setting as a field of a request: type, bounds and description; null means the default."""
+    """A sampling setting as a field of a request: type, default, bounds and description."""
     kind = get_type_hints(SamplingFlags)[f.name]
     bounds: dict[str, Any] = {**f.metadata, **API_BOUNDS.get(f.name, {})}
     description = f"{'a whole number,' if kind is int else 'a number'} {describe_bounds(bounds)}"
-    return Annotated[kind, Field(**bounds)] | None, Field(DEFAULTS.get(f.name, f.default), description=description)
+    return kind, Field(**DEFAULTS.get(f.name, {"default": f.default}), **bounds, description=description)
 
 
 _SamplingSettings: Any = create_model(
@@ -108,42 +116,29 @@ class Sampling(_SamplingSettings):
 
     ignored = IGNORED
     model: str = Field(description="the name of a model, as GET /v1/models lists them")
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(1, description=f"1 to {MAX_CHOICES}")
-    stop: str | list[str] | None = Field(None, description=f"a text, or a list of at most {MAX_STOPS} texts")
-    stream: bool | None = Field(False, description="true or false")
-    stream_options: StreamOptions | None = Field(None, description='{"include_usage": true or false}')
-    max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="a whole number, 1 or more")
+    n: int = Field(1, ge=1, le=MAX_CHOICES, description=f"1 to {MAX_CHOICES}")
+    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] = Field(
+        [], description=f"at most {MAX_STOPS} texts, none of them empty"
+    )
+    stream: bool = Field(False, description="true or false")
+    stream_options: StreamOptions = Field(StreamOptions(), description='{"include_usage": true or false}')
+    max_tokens: int | None = Field(None, ge=1, description="a whole number, 1 or more")
 
-    @property
-    def stops(self) -> tuple[str, ...]:
-        """The texts that end an answer. Raises APIError if there are too many or one is empty."""
-        found = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        if len(found) > MAX_STOPS or not all(found):
-            raise APIError(400, f"stop: must be at most {MAX_STOPS} texts, none of them empty", param="stop")
-        return found
-
-    def sampling_params(self, max_new_tokens: int, stop_token_ids: Collection[int] | None) -> SamplingParams:
-        """How to sample. Raises APIError for wrong stop texts."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(SamplingFlags)}
-        given = {name: value for name, value in values.items() if value is not None}
+    def sampling_params(self, max_new_tokens: int, stop_token_ids: Collection[int]) -> SamplingParams:
+        """How to sample."""
         return SamplingParams(
-            **{"temperature": 1.0, "seed": secrets.randbits(62), **given},
+            **{f.name: getattr(self, f.name) for f in dataclasses.fields(SamplingFlags)},
             max_new_tokens=max_new_tokens,
-            stop=self.stops,
-            stop_token_ids=frozenset(stop_token_ids or ()),
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
+            stop_token_ids=frozenset(stop_token_ids),
         )
-
-    @property
-    def wants_usage(self) -> bool:
-        """Whether a stream ends with its number of tokens."""
-        return bool(self.stream_options and self.stream_options.include_usage)
 
 
 class CompletionBody(Sampling):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]] = Field(
-        description="a text, a list of texts, a list of token ids or a list of such lists"
+    prompt: Text | list[Text] | list[TokenId] | list[Annotated[list[TokenId], Field(min_length=1)]] = Field(
+        min_length=1, description="a text, a list of texts, a list of token ids or a list of such lists, none empty"
     )
     logprobs: Literal[0] | None = Field(None, description="0: of the chosen tokens only; no others are known")
 
@@ -171,22 +166,24 @@ class MessageBody(_Strict):
 class ChatBody(Sampling):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[MessageBody], Field(min_length=1, max_length=MAX_MESSAGES)] = Field(
+    messages: list[MessageBody] = Field(
+        min_length=1,
+        max_length=MAX_MESSAGES,
         description="a list of messages, each with a role (system, developer, user or assistant) and a content: "
-        'a text, or parts {"type": "text", "text": …}'
+        'a text, or parts {"type": "text", "text": …}',
     )
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="a whole number, 1 or more")
-    logprobs: bool | None = Field(False, description="true or false")
+    max_completion_tokens: int | None = Field(None, ge=1, description="a whole number, 1 or more")
+    logprobs: bool = Field(False, description="true or false")
 
 
 class ClassifyBody(_Strict):
     """POST /v1/classify."""
 
     text: str | None = Field(None, description="a text")
-    texts: Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)] | None = Field(
-        None, description=f"a list of 1 to {MAX_CHOICES} texts"
+    texts: list[str] | None = Field(
+        None, min_length=1, max_length=MAX_CHOICES, description=f"a list of 1 to {MAX_CHOICES} texts"
     )
-    models: Annotated[list[str], Field(min_length=1)] | None = Field(None, description="a list of models' names")
+    models: list[str] | None = Field(None, min_length=1, description="a list of models' names")
 
     @model_validator(mode="after")
     def _one_of_two(self) -> "ClassifyBody":
@@ -206,34 +203,17 @@ def parse_body(body: type[BaseModel], content: bytes) -> Any:
         raise APIError(400, f"the body is not JSON: {message.removeprefix('Invalid JSON: ')}")
     if kind == "model_type" and not first["loc"]:
         raise APIError(400, "the body is not a JSON object")
-    if kind in ("unsupported", "one_of_two"):
-        inner = first.get("ctx", {}).get("name")
-        raise APIError(400, message, param=inner, code="unsupported_parameter" if inner else None)
-    path = _path(first["loc"], first["loc"][-1] if kind == "extra_forbidden" else None)
+    if kind == "unsupported":
+        raise APIError(400, message, param=first["ctx"]["name"], code="unsupported_parameter")
+    if kind == "one_of_two":
+        raise APIError(400, message)
+    field, inner = str(first["loc"][0]), first["loc"][1:]
     if kind == "extra_forbidden":
+        path = ".".join(map(str, first["loc"]))[:200]
         known = did_you_mean(str(first["loc"][-1]), body.model_fields, "")
         raise APIError(400, f"unknown field {path!r}: {known}leave it out", param=path, code="unknown_parameter")
-    field = str(first["loc"][0])
     allowed = body.model_fields[field].description
-    if kind == "missing":
-        raise APIError(400, f"{path} is missing: {allowed}", param=path, code="missing_required_parameter")
-    where = path if path == field else f"{path} is wrong: {field}"
-    raise APIError(400, f"{where}: must be {allowed}", param=path)
-
-
-def _path(location: tuple[int | str, ...], unknown: int | str | None) -> str:
-    """("messages", 3, "role") -> "messages[3].role", without pydantic's names for the members of a union."""
-    path = ""
-    for part in location:
-        if isinstance(part, int):
-            path += f"[{part}]"
-        elif part in FIELD_NAMES or part is unknown:
-            path += ("." if path else "") + part[:100]
-    return path
-
-
-FIELD_NAMES = {
-    name
-    for body in (CompletionBody, ChatBody, ClassifyBody, MessageBody, TextPart, StreamOptions)
-    for name in body.model_fields
-}
+    if kind == "missing" and not inner:
+        raise APIError(400, f"{field} is missing: {allowed}", param=field, code="missing_required_parameter")
+    where = f" (number {inner[0] + 1} is wrong)" if inner and isinstance(inner[0], int) else ""
+    raise APIError(400, f"{field}: must be {allowed}{where}", param=field)

@@ -54,7 +54,7 @@ def serve(config: ServeConfig, warn: Callable[[str], None]) -> Iterator[dict[str
     check_api_key(key, KEY_VARIABLE)
     folders = parse_adapter_args(config.adapters)
     runs = {name: run_of(folder) for name, folder in folders.items()}
-    base = base_of(config, folders, runs)
+    base = base_of(config, runs)
     is_run = (Path(base) / "run.json").is_file()
     with listening(config.host, config.port) as listener:
         loaded = load("resume" if is_run else base, base, device=config.device, dtype=config.dtype)
@@ -62,9 +62,9 @@ def serve(config: ServeConfig, warn: Callable[[str], None]) -> Iterator[dict[str
         engine = Engine(loaded, folders, max_rows=config.max_batch_size)
         try:
             base, *names = templates
-            models = {base: ServedModel(base, None, templates[base], engine.max_seq_len)}
-            models |= {name: ServedModel(name, name, templates[name], engine.max_seq_len) for name in names}
-            service = Service(engine, loaded.tokenizer, models, loaded.model.config.vocab_size, config.max_tokens)
+            adapters = {base: None, **{name: name for name in names}}
+            models = {n: ServedModel(n, a, templates[n], engine.max_seq_len) for n, a in adapters.items()}
+            service = Service(engine, loaded.tokenizer, models, config.max_tokens)
             app = make_app(
                 service, host=config.host, allowed_hosts=config.allowed_hosts, api_key=key, rate_limit=config.rate_limit
             )
@@ -102,21 +102,14 @@ def run_of(folder: Path) -> Run | None:
     return None if any((folder / name).is_file() for name in (CONFIG, OWN_CONFIG)) else read_run(folder)
 
 
-def base_of(config: ServeConfig, folders: Mapping[str, Path], runs: Mapping[str, Run | None]) -> str:
-    """The base model's name. Raises InputError for runs on different bases, and if no run or flag names one."""
-    known = {name: run["base"] for name, run in runs.items() if run is not None}
-    first = next(iter(known), "")
-    for name, base in known.items():
-        if base["sha256"] != known[first]["sha256"]:
-            raise InputError(
-                f"{folders[name]}: was trained on {base['name']}, and {folders[first]} on {known[first]['name']}: "
-                "one server has one base; start another"
-            )
+def base_of(config: ServeConfig, runs: Mapping[str, Run | None]) -> str:
+    """The base model's name; the engine refuses adapters of another. Raises InputError if no run or flag names one."""
+    known = [run["base"]["name"] for run in runs.values() if run is not None]
     if config.init_from:
         return resolve_path(config.init_from)
-    if folders and not known:
-        raise InputError(f"{next(iter(folders.values()))}: does not name its base; give --init_from")
-    return known[first]["name"] if known else TrainConfig.init_from
+    if runs and not known:
+        raise InputError(f"{config.adapters[0]}: does not name its base; give --init_from")
+    return str(known[0]) if known else TrainConfig.init_from
 
 
 def templates_of(config: ServeConfig, loaded: ModelBundle, runs: Mapping[str, Run | None]) -> dict[str, Template]:
@@ -147,22 +140,14 @@ def _template(run: Run) -> Template:
 @contextmanager
 def listening(host: str, port: int) -> Iterator[socket.socket]:
     """A listening socket. Raises InputError if the address cannot be used."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    dualstack = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except (OSError, UnicodeError):
-        raise InputError(f"--host {host}: no address of this machine; use 127.0.0.1, or 0.0.0.0 for all") from None
-    with socket.socket(family, kind, protocol) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(address)
-            listener.listen(MAX_CONNECTIONS)
-        except OSError as error:
-            why = (error.strerror or str(error)).lower()
-            raise InputError(
-                f"--host {host} --port {port}: {why}; choose another, or --port 0 for a free one"
-            ) from None
+        listener = socket.create_server((host, port), family=family, backlog=MAX_CONNECTIONS, dualstack_ipv6=dualstack)
+    except (OSError, UnicodeError) as error:
+        why = (getattr(error, "strerror", None) or str(error)).lower()
+        raise InputError(f"--host {host} --port {port}: {why}; choose another, or --port 0 for a free one") from None
+    with listener:
         yield listener
 
 
