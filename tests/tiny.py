@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from graftlm.models import CausalLM, ModelConfig, random_model
-from graftlm.models.checkpoint_mapping import to_file
+from graftlm.models import CausalLM, ModelConfig
 from graftlm.models.config import FAMILIES as FAMILY_TABLE
-from graftlm.models.config import RopeConfig
+from graftlm.models.config import RopeConfig, to_file
+from random_models import random_model
 
 FAMILIES = ("gpt2", "llama", "llama-biased", "neox")
 

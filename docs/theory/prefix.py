@@ -1,6 +1,6 @@
 """Checks of prefix.md on one head: two prefix positions, three content tokens, five numbers a head.
 
-The left side is our own attention (models/attention.py), which reads the prefix as a segment of the past. Its weights
+The left side is our own attention (models/layers.py), which reads the prefix as a segment of the past. Its weights
 are seen by giving it the rows of an identity as values: what it returns is then the weights themselves.
 
 Letters: n prefix positions, T content tokens, d width of the head; q, k, v [T, d], P_k, P_v [n, d].
@@ -13,9 +13,8 @@ import torch
 from _equation import Row, drawn, equation, worst
 from torch import Tensor
 
-from graftlm.models.attention import KVCache, attention_masks, scaled_dot_product
 from graftlm.models.config import LayerConfig
-from graftlm.models.layers import Dropout
+from graftlm.models.layers import Dropout, KVCache, attention_masks, scaled_dot_product
 
 N, T, D = 2, 3, 5
 _rng = random.Random(2)

@@ -18,7 +18,7 @@ from graftlm.errors import InputError
 from graftlm.exchange.adapters import from_foreign_peft
 from graftlm.files.formats import read_json, save_safetensors
 from graftlm.methods import method_from_json
-from graftlm.models.checkpoint_mapping import read_model_config
+from graftlm.models.config import read_model_config
 from graftlm.text.dataset import load_dataset
 from tiny import config_json, shape_of
 

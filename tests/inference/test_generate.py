@@ -15,7 +15,7 @@ from graftlm.inference import sampling
 from graftlm.inference.decoder import compact, prefill_shared_prefix
 from graftlm.inference.generate import Batching, eval_mode, generate, generate_ids
 from graftlm.inference.sampling import SamplingParams, candidates, counter_based_uniform, sample_tokens
-from graftlm.models import CausalLM, KVCache
+from graftlm.models import CausalLM
 from graftlm.serving.schemas import CompletionBody
 from inference.tiny import CONTEXT, full_logits, ragged, stopping, tiny, words
 
@@ -130,7 +130,7 @@ def test_a_small_cache_grows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_compact_moves_the_last_rows_into_the_holes() -> None:
-    cache = KVCache.cache(tiny("llama").config, rows=5, capacity=3)
+    cache = tiny("llama").empty_cache(rows=5, capacity=3)
     for row in range(5):
         cache.keys[1][row], cache.values[0][row] = row, 10 + row
     cache.lengths = torch.tensor([0, 1, 2, 3, 4])

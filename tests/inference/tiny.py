@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from graftlm.inference.sampling import SamplingParams
-from graftlm.models import CausalLM, ModelConfig, random_model
+from graftlm.models import CausalLM, ModelConfig
 from graftlm.text.tokenizer import Tokenizer
+from random_models import random_model
 
 VOCAB, CONTEXT = 48, 40
 

@@ -34,8 +34,8 @@ from graftlm.methods.cost_model import (
     training_flops,
 )
 from graftlm.methods.ia3 import IA3
-from graftlm.models import ModelConfig, build
-from graftlm.models.checkpoint_mapping import read_model_config
+from graftlm.models import CausalLM, ModelConfig
+from graftlm.models.config import read_model_config
 from graftlm.models.presets import SHAPES
 from tiny import FAMILIES, model_of, shape_of
 
@@ -153,7 +153,7 @@ def test_closed_forms_count_what_is_installed(name: str, family: str) -> None:
         shape = random_shape(family, rng)
         method = MAKERS[name](shape, rng)
         with torch.device("meta"):
-            model = build(shape)
+            model = CausalLM(shape)
             assert Counter({p.module: p.count for p in model_parts(shape)}) == counted(dict(model.named_parameters()))
             method.install(model, torch.Generator())
         parts = method.param_breakdown(shape)
@@ -272,4 +272,4 @@ def test_a_method_that_cannot_be_installed_is_refused_without_memory_too() -> No
     shape = replace(SHAPES["smollm2-135m"], num_layers=2)
     for method in (LoRA(rank=577), LoRA(targets=("w",)), BitFit(), PrefixTuning(length=8192)):
         with torch.device("meta"), pytest.raises(InputError):
-            method.install(build(shape), torch.Generator())
+            method.install(CausalLM(shape), torch.Generator())

@@ -205,7 +205,7 @@ def test_adapting_twice_is_an_error() -> None:
 def test_the_handouts_numbers() -> None:
     """LoRA r on q, k, v of GPT-2 medium (facts of the handout and of the paper's closed form)."""
     from graftlm.methods.cost_model import parameters
-    from graftlm.models.checkpoint_mapping import read_model_config
+    from graftlm.models.config import read_model_config
 
     medium = {"model_type": "gpt2", "n_layer": 24, "n_head": 16, "n_embd": 1024, "n_positions": 1024}
     shape = read_model_config({**medium, "vocab_size": 50257}, "config.json")

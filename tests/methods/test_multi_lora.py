@@ -13,7 +13,7 @@ from graftlm.methods import BitFit, DoRA, Full, LoRA, Method, PrefixTuning
 from graftlm.methods.base import trainable_state_dict
 from graftlm.methods.lora import LoRALinear
 from graftlm.methods.multi_lora import MultiLoRALinear, stack
-from graftlm.models import CausalLM, KVCache, clone_with_shared_weights
+from graftlm.models import CausalLM, clone_with_shared_weights
 from tiny import FAMILIES, model_of
 
 METHODS: dict[str, LoRA] = {
@@ -79,7 +79,7 @@ def test_a_cache_is_continued_row_by_row_and_one_adapter_may_be_said_for_all() -
     prompts = [[5, 9, 2], [7, 1, 8, 2, 8], [1], [4, 4]]
     rows = ["other", None, "wide", "other"]
     ids, lengths = right_pad(prompts, "cpu")
-    cache = KVCache.cache(base.config, 4, 8, dtype=torch.float64)
+    cache = base.empty_cache(4, 8)
     with together.adapters_for(rows):
         together.model(ids, cache=cache)
         cache.lengths = lengths

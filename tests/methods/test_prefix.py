@@ -15,7 +15,7 @@ from graftlm.methods import PrefixTuning
 from graftlm.methods.base import trainable
 from graftlm.methods.prefix import Prefix
 from graftlm.models import CausalLM
-from graftlm.models.attention import AttentionInputs, attention_masks
+from graftlm.models.layers import AttentionInputs, attention_masks
 from graftlm.text.tokenizer import Tokenizer
 from inference.tiny import stopping
 from tiny import model_of

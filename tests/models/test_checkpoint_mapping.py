@@ -9,8 +9,8 @@ from torch import Tensor
 from graftlm.errors import InputError
 from graftlm.files.formats import LazyTensors, open_safetensors, save_safetensors
 from graftlm.methods.cost_model import parameters
-from graftlm.models import build
-from graftlm.models.checkpoint_mapping import check_names, file_names, read_model_config, tensor_mapping, to_file
+from graftlm.models import CausalLM
+from graftlm.models.config import check_names, read_model_config, tensor_mapping, to_file
 from tiny import FAMILIES, config_json, model_of, shape_of
 
 
@@ -26,10 +26,10 @@ def test_to_file_and_back_is_the_same_to_the_bit(kind: str) -> None:
     state = dict(model.named_parameters())
     stored = to_file(model.config, state)
     check_names(model.config, stored, "here")
-    names = file_names(model.config)
-    assert names.keys() == state.keys()
-    for name, (theirs, read) in names.items():
-        assert read(stored[theirs]).equal(state[name])
+    mappings = tensor_mapping(model.config)
+    assert mappings.keys() == state.keys()
+    for name, mapping in mappings.items():
+        assert mapping.read(stored[mapping.name]).equal(state[name])
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -100,7 +100,7 @@ def test_tensors_missing_or_too_many_are_named() -> None:
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_parameters_in_closed_form(kind: str) -> None:
     shape = shape_of(kind)
-    assert parameters(shape) == sum(p.numel() for p in build(shape).parameters())
+    assert parameters(shape) == sum(p.numel() for p in CausalLM(shape).parameters())
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,18 @@ from torch.overrides import TorchFunctionMode
 
 from graftlm.files.formats import open_safetensors, save_safetensors
 from graftlm.methods.cost_model import parameters
-from graftlm.models import CausalLM, KVCache, ModelConfig, build
-from graftlm.models.attention import PairedRow
-from graftlm.models.checkpoint_mapping import check_names, file_names, tensor_mapping, to_file
-from graftlm.models.config import FAMILIES, LayerConfig, ModelFamily, RopeConfig, Rows
+from graftlm.models import CausalLM, KVCache, ModelConfig
+from graftlm.models.config import (
+    FAMILIES,
+    LayerConfig,
+    ModelFamily,
+    RopeConfig,
+    Rows,
+    check_names,
+    tensor_mapping,
+    to_file,
+)
+from graftlm.models.layers import PairedRow
 from graftlm.models.llama import FAMILY as LLAMA
 
 WINDOW, T = 5, 20
@@ -165,13 +173,12 @@ def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cas
 def ours(case: Case, state: Mapping[str, Tensor]) -> CausalLM:
     config = case.config()
     check_names(config, state, case.name)
-    model = build(config).to(next(iter(state.values())).dtype)
-    mapping = file_names(config)
+    model = CausalLM(config).to(next(iter(state.values())).dtype)
+    mapping = tensor_mapping(config)
     assert mapping.keys() == dict(model.named_parameters()).keys()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            theirs, read = mapping[name]
-            p.copy_(read(state[theirs]))
+            p.copy_(mapping[name].read(state[mapping[name].name]))
     return model.eval()
 
 
@@ -205,10 +212,10 @@ def test_logits_and_gradients_equal_transformers(case: Case) -> None:
         logits = model(ids)
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
         (logits * weights).sum().backward()
-        for name, (key, read) in file_names(model.config).items():
-            grad, want = model.get_parameter(name).grad, stored[key].grad
+        for name, mapping in tensor_mapping(model.config).items():
+            grad, want = model.get_parameter(name).grad, stored[mapping.name].grad
             assert grad is not None and want is not None
-            torch.testing.assert_close(grad, read(want), rtol=1e-9, atol=1e-9 * want.abs().max().item())
+            torch.testing.assert_close(grad, mapping.read(want), rtol=1e-9, atol=1e-9 * want.abs().max().item())
 
 
 def test_float32_logits_equal_transformers_as_it_is(case: Case) -> None:
@@ -233,7 +240,7 @@ def test_export_is_the_inverse_of_reading_and_rows_are_read_alone(case: Case, tm
 
 
 def test_parameters_are_counted_in_closed_form(case: Case) -> None:
-    assert parameters(case.config()) == sum(p.numel() for p in build(case.config()).parameters())
+    assert parameters(case.config()) == sum(p.numel() for p in CausalLM(case.config()).parameters())
 
 
 def test_caches_shared_prefixes_and_pairs_equal_one_pass(case: Case) -> None:
@@ -248,7 +255,7 @@ def test_caches_shared_prefixes_and_pairs_equal_one_pass(case: Case) -> None:
     alone = model.forward_shared_prefix(ids[:1, :0], ids)[1]
     equal = [(lead, whole[0, :7]), (behind, whole[:, 7:]), (some, whole[:, 7:][rows, at]), (alone, whole)]
     with torch.no_grad():
-        shared, cache, lengths = KVCache(), KVCache.cache(model.config, 3, 12, dtype=torch.float64), (6, 8, 2)
+        shared, cache, lengths = KVCache(), model.empty_cache(3, 12), (6, 8, 2)
         model.hidden_states(ids[:1, :7], cache=shared)
         equal.append((model.hidden_states(ids[:1, 7:8], past=(shared,)), whole[:1, 7:8]))
         equal.append((model.hidden_states(ids[:, 7:], past=(shared,), positions=at), whole[:, 7:][rows, at]))

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graftlm.models import fused_ops
 from graftlm.models.fused_ops import ApplyRoPE, FusedLinearCrossEntropy, FusedLinearLogProbs, RMSNorm, SwiGLU
 from graftlm.models.layers import HasFusedOps, apply_rotary_emb
 from tiny import FAMILIES, model_of
@@ -54,7 +55,8 @@ def test_a_rotation() -> None:
 
 @pytest.mark.parametrize("chunk", [1, 3, 4, 100])
 @pytest.mark.parametrize("trained", ["h", "head", "both"])
-def test_head_and_loss_in_pieces(chunk: int, trained: str) -> None:
+def test_head_and_loss_in_pieces(chunk: int, trained: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_ops, "CHUNK", chunk)
     h, head = random(7, 5), random(11, 5, seed=1)
     h.requires_grad_(trained != "head")
     head.requires_grad_(trained != "h")
@@ -63,7 +65,7 @@ def test_head_and_loss_in_pieces(chunk: int, trained: str) -> None:
     weights = torch.tensor([1.0, 2.0, 0.5, 1.0, 1.0, 3.0], dtype=torch.float64)
     inputs = [t for t in (h, head) if t.requires_grad]
     plain = -((h @ head.T).log_softmax(-1)[rows, targets] * weights).sum()
-    ours = FusedLinearCrossEntropy.apply(h, head, rows, targets, weights, chunk)
+    ours = FusedLinearCrossEntropy.apply(h, head, rows, targets, weights)
     torch.testing.assert_close(ours, plain, rtol=1e-12, atol=0)
     for a, b in zip(torch.autograd.grad(2 * ours, inputs), torch.autograd.grad(2 * plain, inputs), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
@@ -71,8 +73,11 @@ def test_head_and_loss_in_pieces(chunk: int, trained: str) -> None:
 
 @pytest.mark.parametrize("chunk", [2, 128])
 @pytest.mark.parametrize("trained", ["h", "head", "both"])
-def test_log_probabilities_in_chunks_equal_the_plain_ones(chunk: int, trained: str) -> None:
+def test_log_probabilities_in_chunks_equal_the_plain_ones(
+    chunk: int, trained: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A row may have several targets, or none; a loss of the sums of two groups asks each for another gradient."""
+    monkeypatch.setattr(fused_ops, "CHUNK", chunk)
     h, head = random(5, 8), random(11, 8, seed=1)
     h.requires_grad_(trained != "head")
     head.requires_grad_(trained != "h")
@@ -84,7 +89,7 @@ def test_log_probabilities_in_chunks_equal_the_plain_ones(chunk: int, trained: s
         return F.softplus(second - first) + first.square()
 
     inputs = [t for t in (h, head) if t.requires_grad]
-    plain, ours = (h @ head.T).log_softmax(-1)[rows, targets], FusedLinearLogProbs.apply(h, head, rows, targets, chunk)
+    plain, ours = (h @ head.T).log_softmax(-1)[rows, targets], FusedLinearLogProbs.apply(h, head, rows, targets)
     torch.testing.assert_close(ours, plain, rtol=1e-12, atol=0)
     both = (torch.autograd.grad(loss(log_p), inputs) for log_p in (ours, plain))
     for a, b in zip(*both, strict=True):

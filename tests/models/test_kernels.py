@@ -11,9 +11,8 @@ from torch import Tensor
 
 from graftlm.methods import LoRA
 from graftlm.methods.base import trainable
-from graftlm.models import kernels
-from graftlm.models.fused_ops import TORCH, DropoutMask
-from graftlm.models.kernels import CppKernels, KernelsUnavailable, load_kernels
+from graftlm.models import fused_ops as kernels
+from graftlm.models.fused_ops import TORCH, CppKernels, DropoutMask, KernelsUnavailable, load_kernels
 from tiny import FAMILIES, model_of
 
 # How far apart two results may be, for values of about one.

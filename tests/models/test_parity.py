@@ -10,8 +10,8 @@ from torch import nn
 
 from graftlm.exchange.huggingface import load_model, save_model
 from graftlm.files.assets import model_folder
-from graftlm.models import CausalLM, build
-from graftlm.models.checkpoint_mapping import check_names, file_names, read_model_config, stored_name
+from graftlm.models import CausalLM
+from graftlm.models.config import check_names, read_model_config, stored_name, tensor_mapping
 
 GPT2_SIZES = {  # name: layers, heads, width, and the layers tested here (large and XL at reduced depth)
     "gpt2": (12, 12, 768, 12),
@@ -44,12 +44,12 @@ def ours(reference: nn.Module) -> CausalLM:
     state = reference.state_dict()
     check_names(shape, state, "state_dict")
     with torch.device("meta"):
-        model = build(shape)
-    for name, (theirs, read) in file_names(shape).items():
-        key = stored_name(theirs, state)
+        model = CausalLM(shape)
+    for name, mapping in tensor_mapping(shape).items():
+        key = stored_name(mapping.name, state)
         assert key is not None
         module, attribute = name.rsplit(".", 1)
-        setattr(model.get_submodule(module), attribute, nn.Parameter(read(state[key]), requires_grad=False))
+        setattr(model.get_submodule(module), attribute, nn.Parameter(mapping.read(state[key]), requires_grad=False))
     return model.eval()
 
 
@@ -123,13 +123,14 @@ def test_smollm2_real_weights(dtype: torch.dtype) -> None:
 
 
 def test_the_fused_kernel_of_long_rows_equals_the_plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    from graftlm.models import attention, random_model
+    from graftlm.models import layers
+    from random_models import random_model
     from tiny import shape_of
 
     model = random_model(shape_of("llama", context=96), std=0.2, dtype=torch.float64)
     ids = torch.randint(0, 61, (2, 90), generator=torch.Generator().manual_seed(0))
     plain = model(ids)
-    monkeypatch.setattr(attention, "FUSED_FROM", 1)
+    monkeypatch.setattr(layers, "FUSED_FROM", 1)
     torch.testing.assert_close(model(ids), plain, rtol=0, atol=1e-9)
 
 

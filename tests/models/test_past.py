@@ -70,7 +70,7 @@ def test_only_the_positions_that_are_wanted_behind_a_lead(kind: str, p: int) -> 
 def test_only_the_positions_that_are_wanted_behind_a_past(kind: str) -> None:
     model, ids = model_of(kind), ids_of(3, 20, shared=7)
     at = torch.tensor([[12, 0], [3, 3], [0, 11]])
-    shared, cache = KVCache(), KVCache.cache(model.config, 3, 9, dtype=torch.float64)
+    shared, cache = KVCache(), model.empty_cache(3, 9)
     assert cache.lengths is not None
     with torch.no_grad():
         model.hidden_states(ids[:1, :7], cache=shared)
@@ -105,7 +105,7 @@ def test_segments_of_every_kind_together(kind: str, gradient: bool) -> None:
     with torch.set_grad_enabled(gradient):
         shared = KVCache()
         model.hidden_states(ids[:1, :5], cache=shared)
-        cache = KVCache.cache(model.config, 3, 12, dtype=torch.float64)
+        cache = model.empty_cache(3, 12)
         assert cache.lengths is not None
         model.hidden_states(ids[:, 5:14], past=(shared,), cache=cache)  # padded on the right: not all nine are real
         cache.lengths += torch.tensor(lengths)
@@ -141,7 +141,7 @@ def test_logits_only_where_asked_for(kind: str) -> None:
 
 def test_a_caches_rows_can_be_chosen() -> None:
     model, ids = model_of("llama"), ids_of(3, 6)
-    cache = KVCache.cache(model.config, 3, 8, dtype=torch.float64)
+    cache = model.empty_cache(3, 8)
     assert cache.lengths is not None
     with torch.no_grad():
         model.hidden_states(ids, cache=cache)

@@ -22,8 +22,8 @@ from graftlm.methods.adapter import Adapter, BottleneckLinear
 from graftlm.methods.ia3 import IA3, IA3Linear
 from graftlm.methods.lora import LoRALinear
 from graftlm.methods.prefix import PrefixTuning
-from graftlm.models import CausalLM, attention, base, layers
-from graftlm.models.attention import KVCache
+from graftlm.models import CausalLM, base, layers
+from graftlm.models.layers import KVCache
 from graftlm.text.collate import Example
 from graftlm.training import batches
 from graftlm.training.objectives import Objective, dpo
@@ -93,7 +93,7 @@ def forward_shared_prefix(
 
 
 def forward_lower_layers(
-    self: Any, prefix: Int[Tensor, "1 p"], ids: Int[Tensor, "b t"], layers: int, paired: Any = None
+    self: Any, prefix: Int[Tensor, "1 p"], ids: Int[Tensor, "b t"], end: int, paired: Any = None
 ) -> Float[Tensor, "{prefix.numel()+ids.numel()} {self.config.hidden_size}"]: ...
 
 
@@ -149,10 +149,10 @@ SIGNATURES: dict[tuple[Any, str], Callable[..., Any]] = {
     (layers.Embedding, "embed_in_dtype"): embed_in_dtype,
     (layers, "rope_cos_sin"): rope_cos_sin,
     (layers, "apply_rotary_emb"): apply_rotary_emb,
-    (attention, "scaled_dot_product"): scaled_dot_product,
-    (attention, "_scores"): _scores,
-    (attention, "_weighted"): _weighted,
-    (attention.Attention, "forward"): attention_forward,
+    (layers, "scaled_dot_product"): scaled_dot_product,
+    (layers, "_scores"): _scores,
+    (layers, "_weighted"): _weighted,
+    (layers.Attention, "forward"): attention_forward,
     (base, "flat_to_padded"): flat_to_padded,
     (CausalLM, "hidden_states"): hidden_states,
     (CausalLM, "forward_shared_prefix"): forward_shared_prefix,
@@ -235,7 +235,7 @@ def train(model: CausalLM) -> None:
 
 @torch.inference_mode()
 def decode(model: CausalLM) -> None:
-    shared, cache, rows = KVCache(), KVCache.cache(model.config, 2, 6), torch.tensor([[4, 5], [6, 7]])
+    shared, cache, rows = KVCache(), model.empty_cache(2, 6), torch.tensor([[4, 5], [6, 7]])
     model(torch.tensor([[1, 2, 3]]), cache=shared)
     assert model(rows, past=(shared, cache), cache=cache).shape == (2, 2, model.config.vocab_size)
     assert model(rows, past=(shared,), positions=torch.tensor([1, 2, 3])).shape == (3, model.config.vocab_size)

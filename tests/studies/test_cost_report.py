@@ -13,7 +13,7 @@ from graftlm import cli
 from graftlm.config import EstimateConfig
 from graftlm.files.assets import model_folder as asset_folder
 from graftlm.methods import Adapter, BitFit, DoRA, Full, LoRA, Method, PrefixTuning
-from graftlm.models import build
+from graftlm.models import CausalLM
 from graftlm.studies.cost_report import activation_bytes, estimate
 from graftlm.training.reporting import saved_activation_bytes
 from hub_mirror import serve
@@ -174,7 +174,7 @@ def test_what_is_kept_for_the_backward_pass_is_what_autograd_keeps(
 ) -> None:
     """Against real tensors, where real attention takes one way for few tokens and another for many."""
     shape = replace(shape_of(kind), max_positions=700, num_layers=5)
-    model = build(shape)
+    model = CausalLM(shape)
     method.install(model, torch.Generator())
     for p in model.parameters():
         if not p.requires_grad:

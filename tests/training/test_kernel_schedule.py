@@ -13,7 +13,7 @@ from rich.console import Console
 from graftlm.config import TrainConfig
 from graftlm.errors import InputError
 from graftlm.files.formats import load_safetensors
-from graftlm.models.kernels import CppKernels
+from graftlm.models.fused_ops import CppKernels
 from graftlm.training import trainer as trainer_module
 from graftlm.training.schedule import FIRST_STEPS, KernelSwitch
 from graftlm.training.train import train

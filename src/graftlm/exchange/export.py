@@ -30,7 +30,7 @@ from graftlm.files.formats import read_json
 from graftlm.methods import Method, method_from_json
 from graftlm.methods.mergeable import mergeable_linears
 from graftlm.models import CausalLM
-from graftlm.models.checkpoint_mapping import tensor_mapping, with_biases
+from graftlm.models.config import tensor_mapping, with_biases
 
 GENERATION = "generation_config.json"
 

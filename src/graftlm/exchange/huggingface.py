@@ -15,8 +15,8 @@ from graftlm.errors import InputError
 from graftlm.files.atomic import write_json
 from graftlm.files.formats import read_json, read_weights, save_safetensors, tensors_sha256
 from graftlm.files.sharded import LazyTensor, full_tensor, local_rows, to_local, wrap_like
-from graftlm.models import CausalLM, build
-from graftlm.models.checkpoint_mapping import (
+from graftlm.models import CausalLM
+from graftlm.models.config import (
     TensorMapping,
     check_names,
     file_parts,
@@ -42,7 +42,7 @@ def meta_model(folder: Path, dtype: torch.dtype) -> CausalLM:
     config = read_model_config(read_json(folder / CONFIG), str(folder / CONFIG))
     check_names(config, read_weights(folder), str(folder))
     with torch.device("meta"):
-        model = build(config).to(dtype)
+        model = CausalLM(config).to(dtype)
     return model.requires_grad_(False).eval()
 
 

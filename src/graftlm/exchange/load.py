@@ -25,7 +25,7 @@ from graftlm.methods import Method, method_from_json
 from graftlm.methods.mergeable import mergeable_linears
 from graftlm.methods.multi_lora import check_servable
 from graftlm.models import CausalLM, clone_with_shared_weights
-from graftlm.models.checkpoint_mapping import read_model_config
+from graftlm.models.config import read_model_config
 from graftlm.text.template import Template
 from graftlm.text.tokenizer import Tokenizer
 

@@ -67,7 +67,7 @@ class DecodingBatch:
 
     def __init__(self, model: CausalLM, prefix: Sequence[KVCache] = ()) -> None:
         self._model, self._prefix = model, prefix
-        self._cache = KVCache.cache(model.config, 0, 0, model.device, model.dtype)
+        self._cache = model.empty_cache(0, 0)
         self.rows: list[Row] = []
         self._lengths: list[int] = []  # tokens in the cache, by row
 

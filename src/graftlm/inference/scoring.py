@@ -181,7 +181,7 @@ def _score_batch(
     sums = [[0.0] * len(plan.tails) for plan in plans]
     cache = None
     if passes > 1:
-        cache = KVCache.cache(model.config, len(plans), max(map(len, fed)), model.device, model.dtype)
+        cache = model.empty_cache(len(plans), max(map(len, fed)))
     for number in range(passes):
         if number == 1:
             assert cache is not None

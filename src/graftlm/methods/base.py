@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from graftlm.errors import InputError, unknown_name_error
 from graftlm.methods.cost_model import ParameterGroup, Passes, total
 from graftlm.models import CausalLM, Linear, ModelConfig
-from graftlm.models.checkpoint_mapping import our_module_name
+from graftlm.models.config import our_linear
 
 PeftFolder = tuple[dict[str, Any], dict[str, Tensor]]
 """The contents of PEFT's two files: adapter_config.json (without the base's name) and adapter_model.safetensors."""
@@ -225,7 +225,7 @@ def replace_linears(
             raise unknown_name_error("target", role, model.config.roles)
     for i in layers:
         for role in targets:
-            name = f"blocks.{i}.{our_module_name(role)}"
+            name = our_linear(i, role)
             old = model.get_submodule(name)
             if type(old) is not Linear:
                 raise InputError(f"{name} is a {type(old).__name__} already; adapt a fresh base")

@@ -17,7 +17,6 @@ from graftlm.errors import InputError
 from graftlm.methods.base import Method, block_modules, freeze, master_dtype, target_device
 from graftlm.methods.cost_model import ParameterGroup, counted, linear_group, norms_formula
 from graftlm.models import CausalLM, Linear, ModelConfig
-from graftlm.models.checkpoint_mapping import our_module_name
 
 
 @dataclass(frozen=True)
@@ -74,10 +73,7 @@ def biased(config: ModelConfig) -> ModelConfig:
 def _add_biases(model: CausalLM) -> None:
     """Give every linear without a bias a zero one, in the base's dtype."""
     model.config = biased(model.config)
-    for block in model.blocks:
-        for role in model.config.roles:
-            linear = block.get_submodule(our_module_name(role))
-            assert isinstance(linear, Linear)
-            if linear.bias is None:
-                zeros = torch.zeros(linear.out_features, dtype=linear.weight.dtype, device=target_device(linear.weight))
-                linear.bias = nn.Parameter(zeros, requires_grad=False)
+    for linear in model.blocks.modules():
+        if isinstance(linear, Linear) and linear.bias is None:
+            zeros = torch.zeros(linear.out_features, dtype=linear.weight.dtype, device=target_device(linear.weight))
+            linear.bias = nn.Parameter(zeros, requires_grad=False)

@@ -23,7 +23,7 @@ from graftlm.methods.base import Method, PeftFolder, freeze, master_options, rep
 from graftlm.methods.cost_model import ParameterGroup, linear_group
 from graftlm.methods.mergeable import MergeableLinear
 from graftlm.models import CausalLM, Linear, ModelConfig
-from graftlm.models.config import FAMILIES, Rows
+from graftlm.models.config import FAMILIES, Rows, our_linear
 
 
 class IA3Linear(MergeableLinear):
@@ -142,7 +142,7 @@ class IA3(Method):
         for i in self.layer_range(config):
             for module in peft.hf_modules(config, self.targets).values():
                 size = (1, module.in_features) if module.targets == ("down",) else (module.out_features, 1)
-                rows = {f"{peft.our_linear(i, role)}.stretch": module.rows[role] for role in module.targets}
+                rows = {f"{our_linear(i, role)}.stretch": module.rows[role] for role in module.targets}
                 yield f"{peft.layer_prefix(config, i)}{module.name}.ia3_l", size, rows
 
     def _config(self, config: ModelConfig) -> dict[str, Any]:

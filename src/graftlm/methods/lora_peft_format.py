@@ -25,7 +25,7 @@ from graftlm.errors import InputError
 from graftlm.methods import peft_format as peft
 from graftlm.methods.base import PeftFolder, master_dtype, trainable_state_dict
 from graftlm.models.base import CausalLM
-from graftlm.models.config import FAMILIES, ModelConfig, Rows
+from graftlm.models.config import FAMILIES, ModelConfig, Rows, our_linear
 
 if TYPE_CHECKING:
     from graftlm.methods.lora import LoRA
@@ -74,22 +74,22 @@ def to_peft(method: "LoRA", model: CausalLM) -> PeftFolder:
     modules, layers = peft.hf_modules(config, method.targets).values(), method.layer_range(config)
     parts = next((module.targets for module in modules if module.fused), ())
     shared = bool(parts) and all(
-        torch.equal(state[f"{peft.our_linear(i, parts[0])}.lora_A"], state[f"{peft.our_linear(i, part)}.lora_A"])
+        torch.equal(state[f"{our_linear(i, parts[0])}.lora_A"], state[f"{our_linear(i, part)}.lora_A"])
         for i in layers
         for part in parts
     )
     layout, tensors = _Layout(parts, 1 if shared else max(1, len(parts))), dict[str, Tensor]()
     for i, module in product(layers, modules):
         key, of_module = f"{peft.layer_prefix(config, i)}{module.name}", layout.of(module)
-        a = [state[f"{peft.our_linear(i, role)}.lora_A"] for role in module.targets]
+        a = [state[f"{our_linear(i, role)}.lora_A"] for role in module.targets]
         b = a[0].new_zeros(module.out_features, method.rank * of_module.blocks)
         for role in module.targets:
-            b[module.rows[role], of_module.columns(role, method.rank)] = state[f"{peft.our_linear(i, role)}.lora_B"]
+            b[module.rows[role], of_module.columns(role, method.rank)] = state[f"{our_linear(i, role)}.lora_B"]
         tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = torch.cat(a[: of_module.blocks]), b
         if method.use_dora:
             magnitudes = tensors[f"{key}.lora_magnitude_vector"] = a[0].new_zeros(module.out_features)
             for role, rows in module.rows.items():
-                magnitudes[rows] = _magnitude(model, state, peft.our_linear(i, role))
+                magnitudes[rows] = _magnitude(model, state, our_linear(i, role))
     return _config(config, method, layout), tensors
 
 
@@ -157,7 +157,7 @@ def _read(method: "LoRA", config: ModelConfig, layout: _Layout, file: peft.Stric
         b = file.take(f"{key}.lora_B.weight", out, rank)
         magnitudes = file.take(f"{key}.lora_magnitude_vector", out) if method.use_dora else None
         for role in module.targets:
-            name, rows, columns = peft.our_linear(i, role), module.rows[role], of_module.columns(role, method.rank)
+            name, rows, columns = our_linear(i, role), module.rows[role], of_module.columns(role, method.rank)
             own = b[rows][:, columns]
             state[f"{name}.lora_A"] = a[columns]
             state[f"{name}.lora_B"] = own if role in of_module.parts else torch.zeros_like(own)

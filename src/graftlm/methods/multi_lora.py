@@ -25,8 +25,8 @@ from torch import Tensor
 from graftlm.errors import InputError
 from graftlm.methods.base import Method, replace_linears
 from graftlm.methods.lora import LoRA, scale_of
-from graftlm.methods.peft_format import our_linear
 from graftlm.models import CausalLM, Linear, clone_with_shared_weights
+from graftlm.models.config import our_linear
 
 Adapters = Mapping[str, tuple[Method, Mapping[str, Tensor]]]
 """Name -> the method, and its trained tensors by our names (`exchange.adapters`)."""

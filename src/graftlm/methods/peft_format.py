@@ -13,8 +13,7 @@ from torch import Tensor
 
 from graftlm.errors import InputError
 from graftlm.methods.cost_model import linear_size
-from graftlm.models.checkpoint_mapping import file_rows, our_module_name
-from graftlm.models.config import FAMILIES, ModelConfig, Rows
+from graftlm.models.config import FAMILIES, ModelConfig, Rows, file_rows
 
 MAX_REPEATS = 5
 """The most *, + and { in a pattern that names modules."""
@@ -75,11 +74,6 @@ def hf_module_name(config: ModelConfig, role: str) -> str:
 def layer_prefix(config: ModelConfig, i: int) -> str:
     """The prefix of tensor names of layer i."""
     return f"base_model.model.{FAMILIES[config.family].layers}{i}."
-
-
-def our_linear(i: int, role: str) -> str:
-    """The name of our linear in block i."""
-    return f"blocks.{i}.{our_module_name(role)}"
 
 
 def named_targets(config: ModelConfig, modules: Collection[str]) -> list[str]:

@@ -26,7 +26,7 @@ from graftlm.methods.cost_model import ParameterGroup, counted
 from graftlm.methods.peft_format import PEFT_VERSION, WITHOUT_EFFECT, check_fields
 from graftlm.models import CausalLM, KVCache, ModelConfig
 from graftlm.models.base import PrefixModule
-from graftlm.models.checkpoint_mapping import rotary_permutation
+from graftlm.models.config import rotary_permutation
 from graftlm.text.collate import common_prefix_length
 
 

@@ -14,28 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graftlm.models.attention import (
-    AttentionInputs,
-    KVCache,
-    Masks,
-    PairedRow,
-    SharedPrefix,
-    additive_masks,
-    attention_masks,
-    causal_hidden,
-)
+from graftlm.models import layers
 from graftlm.models.config import ModelConfig, RopeConfig
 from graftlm.models.decoder import DecoderBlock
 from graftlm.models.fused_ops import FusedLinearCrossEntropy, FusedLinearLogProbs, ReferenceKernels
-from graftlm.models.layers import (
-    Dropout,
-    Embedding,
-    HasFusedOps,
-    Linear,
-    inverse_frequencies,
-    make_norm,
-    rope_cos_sin,
-)
+from graftlm.models.layers import AttentionInputs, Dropout, Embedding, HasFusedOps, KVCache, Linear, PairedRow
 
 
 class PrefixModule(nn.Module):
@@ -55,16 +38,16 @@ class CausalLM(HasFusedOps):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        d, layers = config.hidden_size, [config.layer(i) for i in range(config.num_layers)]
+        d, settings = config.hidden_size, [config.layer(i) for i in range(config.num_layers)]
         self.embed = Embedding(config.vocab_size, d)
         self.drop = Dropout()
-        self.blocks = nn.ModuleList([DecoderBlock(config, layer) for layer in layers])
-        self.norm = make_norm(config, layers[-1], d)
+        self.blocks = nn.ModuleList([DecoderBlock(config, layer) for layer in settings])
+        self.norm = layers.make_norm(config, settings[-1], d)
         self.head = None if config.tie_embeddings else Linear(d, config.vocab_size, bias=False)
         self.positions = Embedding(config.max_positions, d) if config.learned_positions else None
         self.compute_dtype: torch.dtype | None = None
-        self._windows = tuple(dict.fromkeys(layer.window for layer in layers))
-        self._ropes = tuple(dict.fromkeys(layer.rope for layer in layers if layer.rope is not None))
+        self._windows = tuple(dict.fromkeys(layer.window for layer in settings))
+        self._ropes = tuple(dict.fromkeys(layer.rope for layer in settings if layer.rope is not None))
 
     @property
     def prefix(self) -> PrefixModule | None:
@@ -110,12 +93,14 @@ class CausalLM(HasFusedOps):
             if isinstance(module, HasFusedOps):
                 vars(module)["kernels"] = kernels
 
+    def empty_cache(self, rows: int, capacity: int) -> KVCache:
+        """A key/value cache of `rows` rows, for `capacity` tokens each."""
+        size = (rows, self.config.num_kv_heads, capacity, self.config.head_dim)
+        keys, values = ([torch.zeros(size, device=self.device, dtype=self.dtype) for _ in self.blocks] for _ in "kv")
+        return KVCache(keys, values, torch.zeros(rows, dtype=torch.long, device=self.device))
+
     def hidden_states(
-        self,
-        ids: Tensor,
-        past: Sequence[KVCache] = (),
-        cache: KVCache | None = None,
-        positions: Tensor | None = None,
+        self, ids: Tensor, past: Sequence[KVCache] = (), cache: KVCache | None = None, positions: Tensor | None = None
     ) -> Tensor:
         """[B, T] ids after `past` -> [B, T, d] after the last norm; new keys and values are added to `cache`.
 
@@ -125,9 +110,8 @@ class CausalLM(HasFusedOps):
         past = (*self._prefix_kv(), *past)
         at = torch.arange(ids.shape[1], device=ids.device)
         for segment in past:
-            offset = segment.offset
-            at = at + (offset if isinstance(offset, int) else offset[:, None])
-        masks = attention_masks(self._windows, past, at, self.dtype)
+            at = at + segment.offset
+        masks = layers.attention_masks(self._windows, past, at, self.dtype)
         inputs = AttentionInputs(past, cache, self.rotary_cos_sin(at), masks)
         return self.norm(self._run_blocks(self._embed(ids, at), inputs, positions))
 
@@ -159,14 +143,14 @@ class CausalLM(HasFusedOps):
         own, rows = x.split([p, b * t])
         return own, rows.unflatten(0, (b, t))
 
-    def forward_lower_layers(self, prefix: Tensor, ids: Tensor, layers: int, paired: PairedRow | None = None) -> Tensor:
-        """[1, P] and [B, T] ids -> the input of block `layers`: [P + B T, d], the prefix first; P may be 0."""
+    def forward_lower_layers(self, prefix: Tensor, ids: Tensor, end: int, paired: PairedRow | None = None) -> Tensor:
+        """[1, P] and [B, T] ids -> the input of block `end`: [P + B T, d], the prefix first; P may be 0."""
         p, (b, t) = prefix.shape[1], ids.shape
         positions = _positions(p, b, t, ids.device, paired) + self._num_prefix_tokens
         x = self._embed(torch.cat([prefix.flatten(), ids.flatten()]), positions)
-        if layers:
+        if end:
             inputs = self._shared_prefix_inputs(prefix, ids, paired)
-            x = self._run_blocks(x if p else x.unflatten(0, (b, t)), inputs, None, 0, layers)
+            x = self._run_blocks(x if p else x.unflatten(0, (b, t)), inputs, None, 0, end)
         return x if x.dim() == 2 else x.flatten(0, 1)
 
     def _shared_prefix_inputs(self, prefix: Tensor, ids: Tensor, paired: PairedRow | None) -> AttentionInputs:
@@ -174,11 +158,11 @@ class CausalLM(HasFusedOps):
         (p, (b, t)), device = (prefix.shape[1], ids.shape), ids.device
         n = self._num_prefix_tokens
         at = torch.arange(t, device=device) if paired is None else paired.positions(t)
-        hidden = causal_hidden(t, device) if paired is None else paired.hidden(t)
+        hidden = layers.causal_hidden(t, device) if paired is None else paired.hidden(t)
         positions, shared = at + n, None
         if p:
             first = torch.arange(p, device=device) + n
-            shared = SharedPrefix(p, b, t, self._masks(causal_hidden(p, device), n, first))
+            shared = layers.SharedPrefix(p, b, t, self._masks(layers.causal_hidden(p, device), n, first))
             positions = _positions(p, b, t, device, paired) + n
         return AttentionInputs(
             self._prefix_kv(),
@@ -188,19 +172,16 @@ class CausalLM(HasFusedOps):
             shared_prefix=shared,
         )
 
-    def _masks(self, hidden: Tensor, before: int, positions: Tensor) -> Masks:
+    def _masks(self, hidden: Tensor, before: int, positions: Tensor) -> layers.Masks:
         """Masks of tokens at these positions, over `before` tokens that all see and themselves ([1|B, T, T] bool)."""
-        distance = None
-        if self._windows != (None,):
-            own = positions if positions.dim() == 2 else positions[None]
-            keys = torch.cat([torch.arange(before, device=own.device).expand(len(own), -1), own], dim=-1)
-            distance = own[:, :, None] - keys[:, None]
-        return additive_masks(self._windows, F.pad(hidden, (before, 0)), distance, self.dtype)
+        own = positions.view(-1, positions.shape[-1])
+        keys = torch.cat([torch.arange(before, device=own.device).expand(len(own), -1), own], dim=-1)
+        return layers.additive_masks(self._windows, F.pad(hidden, (before, 0)), (own, keys), self.dtype)
 
     def rotary_cos_sin(self, positions: Tensor) -> dict[RopeConfig, tuple[Tensor, Tensor]]:
         """Cosine and sine of positions, of each kind of rotation that layers use."""
-        frequencies = {rope: inverse_frequencies(self.config.head_dim, rope) for rope in self._ropes}
-        return {r: rope_cos_sin(positions, f.to(positions.device), self.dtype) for r, f in frequencies.items()}
+        frequencies = {rope: layers.inverse_frequencies(self.config.head_dim, rope) for rope in self._ropes}
+        return {r: layers.rope_cos_sin(positions, f.to(positions.device), self.dtype) for r, f in frequencies.items()}
 
     def _prefix_kv(self) -> tuple[KVCache, ...]:
         return () if self.prefix is None else (self.prefix.segment(self.dtype),)
@@ -253,17 +234,23 @@ class CausalLM(HasFusedOps):
         return self.logits(h).log_softmax(-1)[rows, targets]
 
     def forward(
-        self,
-        ids: Tensor,
-        past: Sequence[KVCache] = (),
-        cache: KVCache | None = None,
-        positions: Tensor | None = None,
+        self, ids: Tensor, past: Sequence[KVCache] = (), cache: KVCache | None = None, positions: Tensor | None = None
     ) -> Tensor:
         """Logits [B, T, V], or [N, V] at flat positions [N] (row * T + token)."""
         if positions is None:
             return self.logits(self.hidden_states(ids, past, cache))
         padded, index = flat_to_padded(positions, *ids.shape)
         return self.logits(self.hidden_states(ids, past, cache, padded).flatten(0, 1)[index])
+
+
+def clone_with_shared_weights(base: CausalLM) -> CausalLM:
+    """New modules around the same tensors as `base`, frozen, in evaluation mode."""
+    with torch.device("meta"):
+        model = CausalLM(base.config)
+    for name, p in base.named_parameters():
+        module, attribute = name.rsplit(".", 1)
+        setattr(model.get_submodule(module), attribute, nn.Parameter(p.data, requires_grad=False))
+    return model.eval()
 
 
 def flat_to_padded(flat: Tensor, b: int, t: int) -> tuple[Tensor, Tensor]:

@@ -1,17 +1,23 @@
-"""Model configuration: sizes, settings of each layer, and how a family's checkpoints are laid out.
+"""Model configuration, and checkpoint names <-> ours: config.json to `ModelConfig`, tensors to parameters and back.
 
 A family is one file (`gpt2.py`, `llama.py`, `neox.py`) with two things: a reader from config.json to `ModelConfig`, and
 a `ModelFamily`, the table of its tensor names. One decoder block (`decoder.py`) computes all of them. Other code reads
 the configuration and the table; it never asks for a family by name.
+
+A linear may be stored transposed, fused with others, or with the dimensions of its heads in another order. A setting
+that changes the arithmetic and is not supported is an error, never ignored.
 """
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from graftlm.errors import InputError
+from graftlm.files.formats import LazyTensors
 
 ROLES = ("q", "k", "v", "o", "up", "gate", "down")
 Rows = slice | Tensor
@@ -59,7 +65,7 @@ class LayerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Everything that decides a model's tensors and its arithmetic; `checkpoint_mapping.read_model_config` reads it."""
+    """Everything that decides a model's tensors and its arithmetic; `read_model_config` reads it."""
 
     family: str
     num_layers: int
@@ -116,8 +122,8 @@ class ModelConfig:
         names = {"pre": pre, "post": post, "both": (*pre, *post)}[layer.norm_placement]
         sizes = dict.fromkeys(names, self.hidden_size)
         if layer.qk_norm != "none":
-            heads = (self.num_heads, self.num_kv_heads) if layer.qk_norm == "all" else (1, 1)
-            sizes |= {"attn.q_norm": heads[0] * self.head_dim, "attn.k_norm": heads[1] * self.head_dim}
+            q, k = (self.num_heads, self.num_kv_heads) if layer.qk_norm == "all" else (1, 1)
+            sizes |= {"attn.q_norm": q * self.head_dim, "attn.k_norm": k * self.head_dim}
         return sizes
 
     @property
@@ -168,10 +174,204 @@ FAMILIES: dict[str, ModelFamily] = {}
 """Name -> family; filled by `models/__init__.py`."""
 
 
+# config.json -> ModelConfig -------------------------------------------------------------------------------------------
+
+_SIZES = (
+    *("n_embd", "n_head", "n_layer", "n_inner", "n_positions", "vocab_size", "hidden_size", "num_attention_heads"),
+    *("num_key_value_heads", "num_hidden_layers", "intermediate_size", "max_position_embeddings", "head_dim"),
+)
+MAX_LAYERS, MAX_DIM = 10_000, 2**24
+"""Larger sizes are refused: a config.json of a few bytes must not allocate all memory."""
+_MAYBE_NULL = ("n_inner", "num_key_value_heads", "head_dim")
+
+
 def require_values(config: Mapping[str, Any], where: str, **allowed: tuple[Any, ...]) -> None:
     """InputError for a setting of a config.json that has another value than the supported ones."""
     for key, values in allowed.items():
         if key in config and config[key] not in values:
-            raise InputError(
-                f"{where}: {key} = {config[key]!r} is not understood; understood: {', '.join(map(repr, values))}"
-            )
+            understood = ", ".join(map(repr, values))
+            raise InputError(f"{where}: {key} = {config[key]!r} is not understood; understood: {understood}")
+
+
+def common_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `ModelConfig` whose settings have the same names in most families; KeyError for a missing one."""
+    return {
+        "num_layers": config["num_hidden_layers"],
+        "num_heads": config["num_attention_heads"],
+        "hidden_size": config["hidden_size"],
+        "intermediate_size": config["intermediate_size"],
+        "vocab_size": config["vocab_size"],
+        "max_positions": config["max_position_embeddings"],
+        "tie_embeddings": config.get("tie_word_embeddings", False),
+    }
+
+
+def read_model_config(config: Mapping[str, Any], where: str) -> ModelConfig:
+    """The model that a config.json describes; `where` names the file in errors."""
+    if not isinstance(config, dict):
+        raise InputError(f"{where}: not a JSON object: fetch it again")
+    model_type = config.get("model_type")
+    for key in _SIZES:
+        value = config.get(key)
+        if not (value is None and (key not in config or key in _MAYBE_NULL)) and (type(value) is not int or value < 1):
+            raise InputError(f"{where}: {key} = {value!r} is no size; it must be a whole number above 0")
+        if value is not None and value > (MAX_LAYERS if key in ("n_layer", "num_hidden_layers") else MAX_DIM):
+            raise InputError(f"{where}: {key} = {value} is more than any model has: fetch the file again")
+    try:
+        for family in FAMILIES.values():
+            if model_type in family.model_types:
+                return family.read(config, where)
+    except KeyError as e:
+        raise InputError(f"{where}: the setting {e.args[0]!r} is missing") from None
+    except (TypeError, ValueError, AttributeError, OverflowError) as e:
+        raise InputError(f"{where}: a setting has a value that it cannot have ({e}): fetch the file again") from None
+    supported = ", ".join(name for family in FAMILIES.values() for name in family.model_types)
+    raise InputError(f"{where}: model_type {model_type!r} is not supported; supported are {supported}")
+
+
+def with_biases(config: Mapping[str, Any], model: ModelConfig, where: str) -> dict[str, Any]:
+    """The base's config.json, changed to have the biases of `model`: the inverse of `read_model_config`."""
+    base = read_model_config(config, where)
+    if base == model:
+        return dict(config)
+    change = FAMILIES[model.family].with_biases
+    assert change is not None, f"no config.json of a {model.family} model describes {model}"
+    return change(config, base, model)
+
+
+# Tensors --------------------------------------------------------------------------------------------------------------
+
+
+def our_linear(i: int, role: str) -> str:
+    """The name of the role's linear in block i: `blocks.0.attn.q`, `blocks.0.mlp.up`."""
+    return f"blocks.{i}.{'attn' if role in 'qkvo' else 'mlp'}.{role}"
+
+
+@dataclass(frozen=True)
+class TensorMapping:
+    """Where a checkpoint stores one of our parameters: ours = (transpose of the tensor)[rows]."""
+
+    name: str
+    transposed: bool = False
+    rows: Rows | None = None
+    """Slice of a fused tensor, or a permutation; None: all rows in their order."""
+
+    def read(self, t: Tensor) -> Tensor:
+        """Our parameter from the checkpoint's tensor."""
+        t = self.transpose_if_needed(t)
+        return t if self.rows is None else t[self.rows]
+
+    def transpose_if_needed(self, t: Tensor) -> Tensor:
+        """The checkpoint's [in, out] -> [out, in], or the inverse; a bias is unchanged."""
+        return t.t() if self.transposed and t.dim() == 2 else t
+
+    def part(self, stored: LazyTensors, key: str, wanted: range) -> Tensor:
+        """The wanted rows of ours (at least one) from the checkpoint's tensor `key`, of which little more is read."""
+        within: Rows = slice(None)
+        among = slice(wanted.start, wanted.stop)
+        if isinstance(self.rows, slice):
+            among = slice(self.rows.start + wanted.start, self.rows.start + wanted.stop)
+        elif self.rows is not None:
+            picked = self.rows[among]
+            among = slice(int(picked.min()), int(picked.max()) + 1)
+            within = picked - among.start
+        transposed = self.transposed and len(stored.shape(key)) == 2
+        t = stored.part(key, slice(None), among) if transposed else stored.part(key, among)
+        return self.transpose_if_needed(t)[within]
+
+
+def rotary_permutation(config: ModelConfig, i: int = 0) -> Tensor | None:
+    """Which of a stored head's dimensions of q and k is at each of ours in layer i, [D]; None: the same order.
+
+    Rotary pairs are (j, j + D/2) here, and (j, j + R/2) of the first R dimensions in checkpoints. q k^T is unchanged
+    if both are permuted in the same way; the pairs that do not rotate get angles of zero.
+    """
+    rope = config.layer(i).rope
+    if rope is None or rope.dim in (None, config.head_dim):
+        return None
+    at = torch.arange(config.head_dim)
+    (a, b), (c, d) = at[: rope.dim].chunk(2), at[rope.dim :].chunk(2)
+    return torch.cat([a, c, b, d])
+
+
+def file_rows(config: ModelConfig, role: str, i: int = 0) -> Rows | None:
+    """The rows of the checkpoint's linear that are the role's in layer i, in our order; None: all in the same order."""
+    slices = FAMILIES[config.family].fused_slices
+    rows = slices(config, role) if slices else None
+    order = rotary_permutation(config, i) if role in "qk" else None
+    if order is None:
+        return rows
+    heads = torch.arange(config.num_heads if role == "q" else config.num_kv_heads)[:, None]
+    permuted = (heads * config.head_dim + order).flatten()
+    return permuted if rows is None else permuted + rows.start if isinstance(rows, slice) else rows[permuted]
+
+
+def tensor_mapping(config: ModelConfig) -> dict[str, TensorMapping]:
+    """Our parameter name -> where a checkpoint stores it, for every parameter."""
+    family, kinds = FAMILIES[config.family], {True: ("weight", "bias"), False: ("weight",)}
+    mapping = {"embed.weight": TensorMapping(f"{family.embed}.weight")}
+    if family.positions:
+        mapping["positions.weight"] = TensorMapping(f"{family.positions}.weight")
+    for i in range(config.num_layers):
+        theirs = f"{family.layers}{i}"
+        for norm in config.norm_sizes(config.layer(i)):
+            per_head = norm in ("attn.q_norm", "attn.k_norm") and config.layer(i).qk_norm == "head"
+            order = rotary_permutation(config, i) if per_head else None
+            for kind in kinds[config.norm_biases]:
+                name = f"{theirs}.{family.norms[norm]}.{kind}"
+                mapping[f"blocks.{i}.{norm}.{kind}"] = TensorMapping(name, rows=order)
+        for role in config.roles:
+            rows = file_rows(config, role, i)
+            for kind in kinds[config.has_bias(role)]:
+                name = f"{theirs}.{family.linears[role]}.{kind}"
+                mapping[f"{our_linear(i, role)}.{kind}"] = TensorMapping(name, family.transposed, rows)
+    for kind in kinds[config.norm_biases]:
+        mapping[f"norm.{kind}"] = TensorMapping(f"{family.last_norm}.{kind}")
+    if not config.tie_embeddings:
+        mapping["head.weight"] = TensorMapping(f"{family.head}.weight")
+    return mapping
+
+
+def stored_name(name: str, stored: Iterable[str]) -> str | None:
+    """The checkpoint's tensor `name`, with or without transformers' outer prefix (GPT-2's on the hub lack it)."""
+    bare = name.partition(".")[2] if name.count(".") > 1 else name
+    return next((n for n in (name, bare) if n in stored), None)
+
+
+def check_names(config: ModelConfig, stored: Iterable[str], where: str) -> None:
+    """InputError unless every tensor is present and no other; the message names the first."""
+    present, family = set(stored), FAMILIES[config.family]
+    expected = {stored_name(m.name, present) or m.name for m in tensor_mapping(config).values()}
+    if missing := sorted(expected - present):
+        raise InputError(f"{where}: the tensor {missing[0]} is missing ({len(missing)} of {len(expected)} are)")
+    known = {f"{family.head}.weight"} if config.tie_embeddings else set()
+    unexpected = {n for n in present - expected - known if not re.search(family.ignored, n)}
+    if unexpected:
+        raise InputError(f"{where}: the tensor {min(unexpected)} belongs to no part of this {config.family} model")
+
+
+def to_file(config: ModelConfig, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All our parameters -> the tensors of a Hugging Face folder."""
+    return {name: one_to_file(parts, ours) for name, parts in file_parts(config).items()}
+
+
+def file_parts(config: ModelConfig) -> dict[str, dict[str, TensorMapping]]:
+    """A checkpoint's tensor -> those of our parameters that it holds: one, or several where the family fuses them."""
+    parts: dict[str, dict[str, TensorMapping]] = {}
+    for ours, mapping in tensor_mapping(config).items():
+        parts.setdefault(mapping.name, {})[ours] = mapping
+    return parts
+
+
+def one_to_file(parts: Mapping[str, TensorMapping], ours: Mapping[str, Tensor]) -> Tensor:
+    """The checkpoint's tensor that holds these parts: the inverse of `TensorMapping.read`."""
+    (first, mapping), *_ = parts.items()
+    tensor = ours[first]
+    if mapping.rows is not None:
+        size = sum(len(ours[name]) for name in parts)
+        tensor = torch.empty(size, *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
+        with torch.no_grad():
+            for name, part in parts.items():
+                assert part.rows is not None
+                tensor[part.rows] = ours[name]
+    return mapping.transpose_if_needed(tensor).contiguous()

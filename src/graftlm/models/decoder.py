@@ -14,10 +14,9 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graftlm.models.attention import Attention, AttentionInputs
 from graftlm.models.config import LayerConfig, ModelConfig
 from graftlm.models.fused_ops import SwiGLU
-from graftlm.models.layers import Dropout, HasFusedOps, Linear, apply_linears, make_norm
+from graftlm.models.layers import Attention, AttentionInputs, Dropout, HasFusedOps, Linear, apply_linears, make_norm
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,

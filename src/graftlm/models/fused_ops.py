@@ -6,17 +6,44 @@
     FusedLinearCrossEntropy  head and sum of cross entropies
     FusedLinearLogProbs      head and log-probabilities, for losses that are not a sum of them
 
-Each is tested against autograd on the plain formula (tests/models/test_fused_ops.py).
+Each is tested against autograd on the plain formula (tests/models/test_fused_ops.py). Their element-wise parts are
+`ReferenceKernels` in PyTorch, or in training `CppKernels`: kernels.cpp, compiled by this machine's C++ compiler once
+per processor, and called through ctypes.
+
+It is plain C++ with a C interface: without torch's headers it compiles in about a second, where torch.compile takes
+minutes for the same blocks. One object serves every shape, so longer batches do not recompile, and a resumed run
+computes the same bits.
+
+    GRAFT_HOME/compiled/kernels-KEY.so      KEY: hash of the source, the compiler, its flags and the processor
+
+The objects are loaded as code, so their folder must belong to the user (mode 0700). Tensors on GPUs, and silu(g) u
+forward, which PyTorch computes as fast, use `ReferenceKernels`.
 
 Letters: N tokens, d width, H heads, D width of a head, V vocabulary, K targets.
 """
 
+import ctypes
+import hashlib
+import os
+import platform
+import re
+import shutil
+import stat
+import subprocess
+import tempfile
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from graftlm.errors import GraftError
+from graftlm.files.assets import cache_home
+from graftlm.files.atomic import atomic_write
 
 
 @dataclass
@@ -56,7 +83,7 @@ def _signed(bits: int) -> int:
 
 
 class ReferenceKernels:
-    """The element-wise parts of the fused operations, in PyTorch; `kernels.CppKernels` are faster."""
+    """The element-wise parts of the fused operations, in PyTorch; `CppKernels` are faster."""
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """[..., d], [d] -> w x s and s = 1 / sqrt(mean(x^2) + eps), [..., 1] in float32 or wider."""
@@ -94,6 +121,8 @@ class ReferenceKernels:
 
 
 TORCH = ReferenceKernels()
+CHUNK = 128
+"""Rows whose logits are held at a time."""
 
 
 class RMSNorm(torch.autograd.Function):
@@ -113,8 +142,7 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         """The gradients of x and of the weight, if needed."""
-        (g,) = grads
-        x, weight, s = ctx.saved_tensors
+        g, (x, weight, s) = grads[0], ctx.saved_tensors
         dx = ctx.kernels.rms_norm_backward(g, x, weight, s) if ctx.needs_input_grad[0] else None
         dw = (g * (x * s).to(x.dtype)).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         return dx, dw, None, None
@@ -155,15 +183,13 @@ class SwiGLU(torch.autograd.Function):
 class FusedLinearCrossEntropy(torch.autograd.Function):
     """sum_k w_k (logsumexp(W h_r) - (W h_r)_t) over K targets: row r = rows[k], token t = targets[k], w = weights[k].
 
-    In chunks of rows, with the gradient computed in the forward pass: no [N, V] tensor is ever stored.
+    In chunks of `CHUNK` rows, with the gradient computed in the forward pass: no [N, V] tensor is ever stored.
 
         dlogits_r = v_r softmax(W h_r) - sum over the row's k of w_k e_t,   v_r = the sum of the row's w_k
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, h: Tensor, head: Tensor, rows: Tensor, targets: Tensor, weights: Tensor, chunk: int = 128
-    ) -> Tensor:
+    def forward(ctx: Any, h: Tensor, head: Tensor, rows: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """h [N, d], head [V, d], rows, targets [K] int64, weights [K] float -> the sum, in float32 or wider."""
         need_h, need_head = ctx.needs_input_grad[:2]
         exact = torch.promote_types(h.dtype, torch.float32)
@@ -172,16 +198,16 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
         d_h = torch.empty_like(h) if need_h else None
         d_head = torch.zeros_like(head) if need_head else None
         row_weights = torch.zeros(len(h), dtype=exact, device=h.device).index_add_(0, rows, weights.to(exact))
-        for start in range(0, len(h), chunk):
-            here = slice(start, start + chunk)
-            mine = (rows >= start) & (rows < start + chunk)
+        for start in range(0, len(h), CHUNK):
+            here, mine = slice(start, start + CHUNK), (rows >= start) & (rows < start + CHUNK)
             r, t, weight = rows[mine] - start, targets[mine], weights[mine].to(exact)
             log_p = F.linear(h[here], w).to(exact).log_softmax(-1)
             total -= (log_p[r, t] * weight).sum()
             if d_h is None and d_head is None:
                 continue
-            d_logits = log_p.exp_().mul_(row_weights[here, None]).index_put_((r, t), -weight, accumulate=True)
-            d_logits = d_logits.to(h.dtype)
+            d_logits = (
+                log_p.exp_().mul_(row_weights[here, None]).index_put_((r, t), -weight, accumulate=True).to(h.dtype)
+            )
             if d_h is not None:
                 torch.mm(d_logits, w, out=d_h[here])
             if d_head is not None:
@@ -192,10 +218,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of h and of the head, if needed."""
-        (g,) = grads
-        d_h, d_head = ctx.saved_tensors
-        scaled = (None if d is None else d * g.to(d.dtype) for d in (d_h, d_head))
-        return *scaled, None, None, None, None
+        return *(None if d is None else d * grads[0].to(d.dtype) for d in ctx.saved_tensors), None, None, None
 
 
 class FusedLinearLogProbs(torch.autograd.Function):
@@ -211,36 +234,202 @@ class FusedLinearLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, head: Tensor, rows: Tensor, targets: Tensor, chunk: int = 128) -> Tensor:
+    def forward(ctx: Any, h: Tensor, head: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
         """h [N, d], head [V, d], rows, targets [K] int64 -> [K], in float32 or wider."""
         exact = torch.promote_types(h.dtype, torch.float32)
         w = head.to(h.dtype)
         found = torch.empty(len(rows), dtype=exact, device=h.device)
         means = torch.empty_like(h) if ctx.needs_input_grad[0] and not ctx.needs_input_grad[1] else None
-        for start in range(0, len(h), chunk):
-            here = slice(start, start + chunk)
-            mine = (rows >= start) & (rows < start + chunk)
+        for start in range(0, len(h), CHUNK):
+            here, mine = slice(start, start + CHUNK), (rows >= start) & (rows < start + CHUNK)
             log_p = F.linear(h[here], w).to(exact).log_softmax(-1)
             found[mine] = log_p[rows[mine] - start, targets[mine]]
             if means is not None:
                 torch.mm(log_p.exp_().to(h.dtype), w, out=means[here])
-        ctx.chunk = chunk
         ctx.save_for_backward(h if means is None else None, head, rows, targets, means)
         return found
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of h and of the head, if needed."""
-        (g,) = grads
-        h, head, rows, targets, means = ctx.saved_tensors
+        g, (h, head, rows, targets, means) = grads[0], ctx.saved_tensors
         if means is not None:
             of_rows = torch.zeros(len(means), dtype=g.dtype, device=g.device).index_add_(0, rows, g)
             d_h = means.to(g.dtype) * -of_rows[:, None]
             d_h.index_add_(0, rows, head[targets].to(g.dtype) * g[:, None])
-            return d_h.to(means.dtype), None, None, None, None
+            return d_h.to(means.dtype), None, None, None
         h, head = h.detach().requires_grad_(ctx.needs_input_grad[0]), head.detach().requires_grad_()
         with torch.enable_grad():
-            surrogate = FusedLinearCrossEntropy.apply(h, head, rows, targets, -g, ctx.chunk)
-        wanted = [t for t in (h, head) if t.requires_grad]
-        d = iter(torch.autograd.grad(surrogate, wanted))
-        return *(next(d) if t.requires_grad else None for t in (h, head)), None, None, None
+            surrogate = FusedLinearCrossEntropy.apply(h, head, rows, targets, -g)
+        d = iter(torch.autograd.grad(surrogate, [t for t in (h, head) if t.requires_grad]))
+        return *(next(d) if t.requires_grad else None for t in (h, head)), None, None
+
+
+# The C++ kernels ------------------------------------------------------------------------------------------------------
+
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+TIMEOUT_S = 120
+_P, _I, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+SIGNATURES = {
+    "norm": (_P, _P, _I, _I, _D, _P, _P),
+    "norm_back": (_P, _P, _P, _P, _I, _I, _P),
+    "gated_back": (_P, _P, _P, _I, _P, _P),
+    "rotate": (_P, _P, _P, _I, _I, _I, _I, _D, _P),
+    "masked": (_P, _I, _I, _I, _P),
+}
+DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
+
+
+class KernelsUnavailable(GraftError):
+    """The kernels cannot be compiled or loaded on this machine; the message says why."""
+
+
+def compiler() -> str:
+    """The C++ compiler's path: $CXX, else g++; raises KernelsUnavailable."""
+    asked = os.environ.get("CXX") or "g++"
+    found = shutil.which(asked)
+    if platform.system() != "Linux":
+        raise KernelsUnavailable("kernels are compiled on Linux only")
+    if found is None:
+        raise KernelsUnavailable(f"no C++ compiler is found ({asked})")
+    return found
+
+
+def load_kernels() -> "CppKernels":
+    """Load the kernels, compiled first if needed (about a second). Raises KernelsUnavailable."""
+    cxx = compiler()
+    version, openmp = _run([cxx, "--version"]).splitlines()[0], _openmp()
+    parts = (SOURCE.read_text(encoding="utf-8"), version, *FLAGS, str(openmp), _processor())
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+    path = _own_folder(cache_home() / "compiled") / f"kernels-{key}.so"
+    if not path.is_file():
+        _compile(cxx, openmp, path)
+    return CppKernels(path)
+
+
+def _own_folder(folder: Path) -> Path:
+    """The folder, created if needed; code is loaded from it, so it must be ours and closed to others."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.stat().st_uid != os.getuid():
+            raise KernelsUnavailable(f"{folder} belongs to another user, and code would be loaded from it")
+        if stat.S_IMODE(folder.stat().st_mode) != 0o700:
+            folder.chmod(0o700)
+    except OSError as error:
+        raise KernelsUnavailable(f"cannot use {folder}: {error.strerror}") from error
+    return folder
+
+
+def _compile(cxx: str, openmp: Path, path: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="graft-") as scratch:
+        part, whole = Path(scratch) / "kernels.o", Path(scratch) / "kernels.so"
+        _run([cxx, *FLAGS, "-c", str(SOURCE), "-o", str(part)])
+        # Linked against the OpenMP that torch has loaded: a second one would start threads of its own, which compete
+        # with torch's for the cores.
+        _run([cxx, "-shared", str(part), str(openmp), "-o", str(whole)])
+        try:
+            with atomic_write(path) as file:
+                file.write(whole.read_bytes())
+        except GraftError as error:
+            raise KernelsUnavailable(str(error)) from error
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S, stdin=subprocess.DEVNULL
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise KernelsUnavailable(f"the C++ compiler {command[0]} cannot be run: {error}") from error
+    if done.returncode:
+        said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
+        raise KernelsUnavailable(f"the C++ compiler {command[0]} failed: {said.strip()}")
+    return done.stdout
+
+
+@cache
+def _processor() -> str:
+    """What -march=native depends on."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    told = {line.split(":")[0].strip(): line for line in lines if ":" in line}
+    return "\n".join(told.get(name, "") for name in ("vendor_id", "cpu family", "model", "flags", "Features"))
+
+
+def _openmp() -> Path:
+    """The OpenMP library that this process has loaded with torch."""
+    torch.get_num_threads()
+    lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+    paths = sorted({line.split(maxsplit=5)[5] for line in lines if re.search(r"/lib(gomp|iomp5)[^/]*\.so", line)})
+    if len(paths) != 1:
+        raise KernelsUnavailable(f"torch has loaded {len(paths)} GNU-compatible OpenMP libraries, not one")
+    return Path(paths[0])
+
+
+class CppKernels(ReferenceKernels):
+    """Each operation in one pass, equal to `ReferenceKernels` up to rounding, which handles unsupported tensors."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            library = ctypes.CDLL(str(path))
+            for name, dtype in product(SIGNATURES, DTYPES.values()):
+                function = getattr(library, f"{name}_{dtype}")
+                function.argtypes, function.restype = SIGNATURES[name], None
+        except (OSError, AttributeError) as error:
+            raise KernelsUnavailable(f"{path} cannot be loaded: {error}") from error
+        self._library = library
+
+    def _call(self, name: str, x: Tensor, *arguments: Tensor | float) -> None:
+        function = getattr(self._library, f"{name}_{DTYPES[x.dtype]}")
+        function(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """As in ReferenceKernels."""
+        if not _takes(x, weight):
+            return super().norm(x, weight, eps)
+        x, weight, y = x.contiguous(), weight.contiguous(), torch.empty(x.shape, dtype=x.dtype)
+        s = torch.empty((*x.shape[:-1], 1), dtype=torch.promote_types(x.dtype, torch.float32))
+        self._call("norm", x, x, weight, s.numel(), x.shape[-1], eps, y, s)
+        return y, s
+
+    def rms_norm_backward(self, g: Tensor, x: Tensor, weight: Tensor, s: Tensor) -> Tensor:
+        """As in ReferenceKernels."""
+        if not _takes(g, x, weight):
+            return super().rms_norm_backward(g, x, weight, s)
+        g, x, weight, dx = g.contiguous(), x.contiguous(), weight.contiguous(), torch.empty(x.shape, dtype=x.dtype)
+        self._call("norm_back", x, g, x, weight, s, s.numel(), x.shape[-1], dx)
+        return dx
+
+    def silu_mul_backward(self, y: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """As in ReferenceKernels."""
+        if not _takes(y, g, u):
+            return super().silu_mul_backward(y, g, u)
+        y, g, u = y.contiguous(), g.contiguous(), u.contiguous()
+        dg, du = torch.empty(g.shape, dtype=g.dtype), torch.empty(g.shape, dtype=g.dtype)
+        self._call("gated_back", g, y, g, u, g.numel(), dg, du)
+        return dg, du
+
+    def apply_rotary_emb(self, x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
+        """As in ReferenceKernels."""
+        heads, half, places = x.shape[-2], x.shape[-1] // 2, cos.numel() // max(1, cos.shape[-1])
+        # The table is [..., 1, D/2] for the last axes of x's [..., H, D]: of all rows, or repeated for each sequence.
+        if not _takes(x, cos, sin) or cos.shape[:-2] != x.shape[x.dim() - cos.dim() : -2]:
+            return super().apply_rotary_emb(x, cos, sin, back)
+        x, cos, sin, y = x.contiguous(), cos.contiguous(), sin.contiguous(), torch.empty(x.shape, dtype=x.dtype)
+        rows = x.numel() // (heads * 2 * half)
+        self._call("rotate", x, x, cos, sin, rows, heads, half, places, -1.0 if back else 1.0, y)
+        return y
+
+    def apply_dropout_mask(self, x: Tensor, mask: DropoutMask) -> Tensor:
+        """As in ReferenceKernels; the mask is computed again each time instead of being stored."""
+        if not _takes(x):
+            return super().apply_dropout_mask(x, mask)
+        x, y = x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
+        self._call("masked", x, x, mask.seed, mask.threshold - 32768, x.numel(), y)
+        return y
+
+
+def _takes(*tensors: Tensor) -> bool:
+    first = tensors[0].dtype
+    return first in DTYPES and all(t.device.type == "cpu" and t.dtype == first for t in tensors)

@@ -1,6 +1,6 @@
-// The steps between a training step's matrix products, each in one pass over memory; kernels.py compiles and calls them.
+// The steps between a training step's matrix products, each in one pass over memory; fused_ops.py compiles and calls them.
 //
-// The formulas are those of gradients.py, where their letters are explained. Rows and elements are shared out among
+// The formulas are those of fused_ops.py, where their letters are explained. Rows and elements are shared out among
 // the threads without any sum across them, so the results do not depend on how many threads there are.
 // Arithmetic is float for float and bfloat16, double for double.
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from graftlm.errors import InputError
-from graftlm.models.config import LayerConfig, ModelConfig, ModelFamily, RopeConfig, require_values
+from graftlm.models.config import ROLES, LayerConfig, ModelConfig, ModelFamily, RopeConfig, common_sizes, require_values
 
 ROPE_SETTINGS = {
     "default": (),
@@ -20,21 +20,15 @@ def read(config: Mapping[str, Any], where: str) -> ModelConfig:
     context, window = config["max_position_embeddings"], config.get("sliding_window")
     if window is not None and window < context and config.get("use_sliding_window") is not False:
         raise InputError(f"{where}: sliding_window = {window} below the context of {context} is not supported")
-    heads, d = config["num_attention_heads"], config["hidden_size"]
+    sizes = common_sizes(config)
     biased = config["model_type"] == "qwen2" or bool(config.get("attention_bias", False))
     return ModelConfig(
         family="llama",
-        num_layers=config["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads") or heads,
-        hidden_size=d,
-        head_dim=config.get("head_dim") or d // heads,
-        intermediate_size=config["intermediate_size"],
-        vocab_size=config["vocab_size"],
-        max_positions=context,
+        **sizes,
+        num_kv_heads=config.get("num_key_value_heads") or sizes["num_heads"],
+        head_dim=config.get("head_dim") or sizes["hidden_size"] // sizes["num_heads"],
         norm_eps=config.get("rms_norm_eps", 1e-6),
         layers=(LayerConfig(rope=read_rope(config, where)),),
-        tie_embeddings=config.get("tie_word_embeddings", False),
         qkv_bias=biased,
         out_bias=biased and config["model_type"] != "qwen2",
         mlp_bias=bool(config.get("mlp_bias", False)),
@@ -87,10 +81,7 @@ FAMILY = ModelFamily(
     last_norm="model.norm",
     head="lm_head",
     layers="model.layers.",
-    linears={
-        **{role: f"self_attn.{role}_proj" for role in "qkvo"},
-        **{role: f"mlp.{role}_proj" for role in ("gate", "up", "down")},
-    },
+    linears={role: f"{'self_attn' if role in 'qkvo' else 'mlp'}.{role}_proj" for role in ROLES},
     norms={"norm1": "input_layernorm", "norm2": "post_attention_layernorm"},
     ignored=r"rotary_emb\.inv_freq$",
     with_biases=_with_biases,

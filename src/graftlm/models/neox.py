@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from graftlm.errors import InputError
-from graftlm.models.config import LayerConfig, ModelConfig, ModelFamily, RopeConfig, require_values
+from graftlm.models.config import LayerConfig, ModelConfig, ModelFamily, RopeConfig, common_sizes, require_values
 
 
 def read(config: Mapping[str, Any], where: str) -> ModelConfig:
@@ -30,17 +30,11 @@ def read(config: Mapping[str, Any], where: str) -> ModelConfig:
     parallel = config.get("use_parallel_residual", True)
     return ModelConfig(
         family="neox",
-        num_layers=config["num_hidden_layers"],
-        num_heads=heads,
+        **common_sizes(config),
         num_kv_heads=heads,
-        hidden_size=d,
         head_dim=d // heads,
-        intermediate_size=config["intermediate_size"],
-        vocab_size=config["vocab_size"],
-        max_positions=config["max_position_embeddings"],
         norm_eps=config.get("layer_norm_eps", 1e-5),
         layers=(replace(FAMILY.layer, rope=RopeConfig(theta=theta, dim=dim), parallel=parallel),),
-        tie_embeddings=config.get("tie_word_embeddings", False),
         qkv_bias=True,
         out_bias=True,
         mlp_bias=True,

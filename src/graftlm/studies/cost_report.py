@@ -21,8 +21,8 @@ from graftlm.files.assets import BUILTIN_MODELS, model_config
 from graftlm.methods import Adapter, Full, LoRA, Method, PrefixTuning, cost_model, method_from_flags
 from graftlm.methods.base import parse_layer_range
 from graftlm.methods.cost_model import CostItem, ParameterGroup, total
-from graftlm.models import ModelConfig, build
-from graftlm.models.checkpoint_mapping import read_model_config
+from graftlm.models import CausalLM, ModelConfig
+from graftlm.models.config import read_model_config
 from graftlm.models.presets import SHAPES
 from graftlm.training.reporting import saved_activation_bytes
 
@@ -42,7 +42,7 @@ def estimate(config: EstimateConfig, explicit: Set[str]) -> dict[str, Any]:
     if config.shard and method.is_full_finetune:
         raise InputError(f"--shard is for frozen weights; the weights of --method {method.name} are sharded anyway")
     with torch.device("meta"):
-        method.install(build(model), torch.Generator())
+        method.install(CausalLM(model), torch.Generator())
     max_length = model.max_positions - method.positions
     if config.max_length is not None and config.max_length > max_length:
         raise InputError(f"--max_length {config.max_length}: the model reads at most {max_length} tokens of a text")
@@ -117,7 +117,7 @@ def activation_bytes(
     if isinstance(method, LoRA):
         method = replace(method, dropout=0.0)  # a dropout mask needs a random seed, which a fake tensor does not have
     with FakeTensorMode():
-        model = build(config)
+        model = CausalLM(config)
         method.install(model, torch.Generator())
         in_blocks = set(model.blocks.parameters())
         for p in model.parameters():

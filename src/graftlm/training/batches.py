@@ -4,7 +4,7 @@ The tokens that all prompts of a batch share run once, with gradient, and every 
 (`CausalLM.forward_shared_prefix`). The head runs only at target positions. Neither changes the gradient
 (tests/training/test_objectives.py); with dropout, the rows share the masks of the shared tokens.
 
-A preference pair is one row, prompt, chosen, rejected, so that its prompt runs once (`attention.PairedRow`).
+A preference pair is one row, prompt, chosen, rejected, so that its prompt runs once (`layers.PairedRow`).
 
 Letters: B rows, T tokens of the longest row without the shared prefix, P shared tokens, N targets, S scored sequences.
 """
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from graftlm.config import TrainConfig
 from graftlm.inference.decoder import shared_prefix_length
-from graftlm.models.attention import PairedRow
 from graftlm.models.base import CausalLM, flat_to_padded
+from graftlm.models.layers import PairedRow
 from graftlm.text.collate import SORT_WINDOW, Example, epoch_batches
 from graftlm.training.activation_cache import ActivationCache
 from graftlm.training.distributed import DistContext

@@ -14,7 +14,7 @@ import torch
 from graftlm.config import TrainConfig
 from graftlm.errors import InputError
 from graftlm.models.base import CausalLM
-from graftlm.models.kernels import CppKernels, KernelsUnavailable, compiler, load_kernels
+from graftlm.models.fused_ops import CppKernels, KernelsUnavailable, compiler, load_kernels
 
 FIRST_STEPS = 10
 """With --kernels auto, steps with torch's kernels, while the compiler works in the background (about a second)."""

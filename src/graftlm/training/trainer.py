@@ -22,7 +22,7 @@ from graftlm.files.sharded import full_tensor, is_sharded
 from graftlm.methods import Method
 from graftlm.methods.base import trainable
 from graftlm.models.base import CausalLM
-from graftlm.models.kernels import KernelsUnavailable
+from graftlm.models.fused_ops import KernelsUnavailable
 from graftlm.training.batches import BatchLoader, TrainingBatch, TrainingData
 from graftlm.training.checkpoint import CheckpointManager, TrainState
 from graftlm.training.distributed import DistContext, model_is_sharded, uneven_forward
