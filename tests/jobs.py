@@ -29,9 +29,9 @@ from torch import Tensor
 
 from graftlm import cli
 from graftlm.exchange import huggingface
-from graftlm.files import sharded
+from graftlm.files import formats
 from graftlm.files.atomic import disk_errors
-from graftlm.files.sharded import is_sharded, to_local
+from graftlm.files.formats import is_sharded, to_local
 from graftlm.training import reporting, setup, train
 from graftlm.training.distributed import DistContext
 from graftlm.training.estimate import Estimate
@@ -129,8 +129,8 @@ def patch(world: DistContext) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(path, *args)
 
-    files: Any = sharded
-    write, files.write_safetensors = sharded.write_safetensors, written
+    files: Any = formats
+    write, files.write_safetensors = formats.write_safetensors, written
     places[0].start, places[0].close = classmethod(lambda cls, device: world), lambda self: None
     places[1].train_step, module.make_trainer = stopped, begun
     places[2].iter_local_shards = watched(huggingface.iter_local_shards)

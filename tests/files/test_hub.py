@@ -12,8 +12,8 @@ import torch
 from graftlm.errors import InputError
 from graftlm.files.assets import data_folder, download, model_folder
 from graftlm.files.atomic import write_json
+from graftlm.files.fetch import NotOnHub
 from graftlm.files.formats import save_safetensors
-from graftlm.files.hub import NotOnHub
 from hub_mirror import serve
 
 

@@ -14,12 +14,12 @@ import pytest
 
 from conftest import child_environment
 from graftlm.errors import InputError
-from graftlm.files.locks import LOCK_NAME, lock_dir, lock_file, lock_owner
+from graftlm.files.atomic import LOCK_NAME, lock_dir, lock_file, lock_owner
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from graftlm.files.locks import lock_dir
+from graftlm.files.atomic import lock_dir
 with lock_dir(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

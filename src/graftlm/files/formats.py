@@ -1,10 +1,20 @@
-"""JSON, safetensors and hashes. Readers validate files; writers are atomic (`atomic.py`).
+"""JSON, hashes and safetensors. Readers validate files; writers are atomic (`atomic.py`).
 
 - safetensors files are *read* by the safetensors package (memory-mapped) but *written* here, tensor by tensor: the
   package needs all tensors in memory and hides a full disk in an error of its own. The bytes are identical.
 - Nothing is read by pickle: a folder with only .bin, .pt or .pth weights is an error.
+- Checkpoints that ranks write in parallel are in Hugging Face's sharded format, one file for each rank:
 
-torch is imported only by the functions that need it.
+      model-00001-of-00002.safetensors   full tensors, of about the same total size in each file
+      model-00002-of-00002.safetensors
+      model.safetensors.index.json       {"metadata": {"total_size": bytes}, "weight_map": {tensor: file}}
+
+  Tensors are gathered in rounds, one for each writer: no rank holds more than one full tensor in addition to its
+  shards. The files do not depend on the number of ranks that read them, and `consolidate` turns them into the file that
+  a single process writes, byte for byte.
+
+A sharded tensor is torch's DTensor, sharded along its first dimension. torch is imported only by the functions that
+need it.
 """
 
 from __future__ import annotations
@@ -12,16 +22,21 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice, zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from graftlm.errors import InputError
-from graftlm.files.atomic import atomic_write
+from graftlm.files.atomic import atomic_write, write_json
 from graftlm.files.readers import GGUF, PICKLE_SUFFIXES, SAFETENSORS, has_suffix
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
+    from torch.distributed.tensor import DTensor
 
 MAX_FILE_NAME = 255  # bytes
 
@@ -44,14 +59,14 @@ DTYPES = {
     "I64": ("int64", 8),
     "U64": ("uint64", 8),
 }
+STORED = {torch_name: name for name, (torch_name, _) in DTYPES.items()}  # the reverse
 
 
 # ----------------------------------------------------------------------------------------------- json and hashes
 
 
-def read_json(path: Path | str) -> Any:
+def read_json(path: Path) -> Any:
     """Read one JSON value. Raises InputError with the file and the line of the error."""
-    path = Path(path)
     try:
         return json.loads(path.read_bytes().decode("utf-8"))
     except json.JSONDecodeError as error:
@@ -64,13 +79,13 @@ def read_json(path: Path | str) -> Any:
         raise InputError(f"{path}: broken JSON: {str(error).partition(';')[0]}") from error
 
 
-def sha256_file(path: Path | str) -> str:
+def sha256_file(path: Path) -> str:
     """sha256 of a file's bytes, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     """sha256 over sorted names, shapes, dtypes and bytes: a hash of weights that does not depend on their files."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -81,7 +96,7 @@ def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+def tensor_bytes(tensor: Tensor) -> memoryview:
     """The values as bytes, in row-major order; not copied if the tensor is contiguous and on the CPU."""
     import torch
 
@@ -91,7 +106,7 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 # ------------------------------------------------------------------------------------------------- safetensors
 
 
-def write_safetensors(path: Path | str, entries: Sequence[tuple[str, str, Sequence[int], Iterable[Any]]]) -> None:
+def write_safetensors(path: Path, entries: Sequence[tuple[str, str, Sequence[int], Iterable[Any]]]) -> None:
     """Write a safetensors file atomically from entries (name, dtype such as "F32", shape, chunks of bytes).
 
     Chunks are iterated lazily, so only one is in memory. Their lengths must add up to the shape.
@@ -108,7 +123,7 @@ def write_safetensors(path: Path | str, entries: Sequence[tuple[str, str, Sequen
         offset += size
     head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     head += b" " * (-len(head) % 8)
-    with atomic_write(Path(path)) as file:
+    with atomic_write(path) as file:
         file.write(len(head).to_bytes(8, "little") + head)
         for name, _, _, chunks in ordered:
             for chunk in chunks:
@@ -123,12 +138,11 @@ def file_order(dtypes: Mapping[str, str]) -> list[str]:
     return sorted(dtypes, key=lambda name: (-ranks[dtypes[name]], name))
 
 
-def save_safetensors(path: Path | str, tensors: Mapping[str, torch.Tensor]) -> None:
+def save_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write `tensors` as one safetensors file with metadata {"format": "pt"}, atomically."""
-    names = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
     entries = []
     for name, tensor in tensors.items():
-        dtype = names.get(str(tensor.dtype).removeprefix("torch."))
+        dtype = STORED.get(str(tensor.dtype).removeprefix("torch."))
         assert dtype is not None, f"{name}: safetensors has no dtype for {tensor.dtype}"
         entries.append((name, dtype, tuple(tensor.shape), (tensor_bytes(t) for t in [tensor])))
     write_safetensors(path, entries)
@@ -137,7 +151,7 @@ def save_safetensors(path: Path | str, tensors: Mapping[str, torch.Tensor]) -> N
 REMAP_AFTER = 64_000_000
 
 
-class LazyTensors(Mapping[str, "torch.Tensor"]):
+class LazyTensors(Mapping[str, "Tensor"]):
     """Name -> tensor over one or more safetensors files, memory-mapped: a tensor is read on access.
 
     A file is mapped again after every REMAP_AFTER bytes, which frees the pages read before: with one mapping they would
@@ -149,13 +163,9 @@ class LazyTensors(Mapping[str, "torch.Tensor"]):
         self._states = {path: _state(path) for path in set(self._paths.values())}
         self._open: tuple[Path, Any, int] | None = None  # mapped file, its handle, bytes read from it
 
-    def __getitem__(self, name: str) -> torch.Tensor:
-        path = self._paths[name]
-        with _reading(path):
-            handle, read = self._handle(path)
-            tensor = handle.get_tensor(name)
-        self._open = (path, handle, read + tensor.nbytes)
-        return tensor
+    def __getitem__(self, name: str) -> Tensor:
+        found: Tensor = self._read(name, lambda file: file.get_tensor(name))
+        return found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._paths)
@@ -163,36 +173,34 @@ class LazyTensors(Mapping[str, "torch.Tensor"]):
     def __len__(self) -> int:
         return len(self._paths)
 
-    def part(self, name: str, *index: slice) -> torch.Tensor:
+    def part(self, name: str, *index: slice) -> Tensor:
         """`tensor[index]`, reading nothing else of the tensor. No slice may be empty."""
-        path = self._paths[name]
-        with _reading(path):
-            handle, read = self._handle(path)
-            tensor: torch.Tensor = handle.get_slice(name)[index]
-        self._open = (path, handle, read + tensor.nbytes)
-        return tensor
+        found: Tensor = self._read(name, lambda file: file.get_slice(name)[index])
+        return found
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The tensor's shape, from the header."""
-        path = self._paths[name]
-        with _reading(path):
-            return tuple(self._handle(path)[0].get_slice(name).get_shape())
+        return tuple(self._read(name, lambda file: file.get_slice(name).get_shape()))
 
     def dtype(self, name: str) -> str:
         """safetensors' name of the tensor's dtype, such as "F32", from the header."""
-        path = self._paths[name]
-        with _reading(path):
-            return str(self._handle(path)[0].get_slice(name).get_dtype())
+        return str(self._read(name, lambda file: file.get_slice(name).get_dtype()))
 
-    def _handle(self, path: Path) -> tuple[Any, int]:
+    def _read(self, name: str, read: Callable[[Any], Any]) -> Any:
+        """What `read` returns, given the mapped file that holds the tensor."""
         from safetensors import safe_open
 
-        if self._open is None or self._open[0] != path or self._open[2] > REMAP_AFTER:
-            self._open = None  # unmap before mapping again
-            if _state(path) != self._states[path]:
-                raise InputError(f"{path}: was changed while it was being read: try again")
-            self._open = (path, safe_open(path, framework="pt"), 0)
-        return self._open[1], self._open[2]
+        path = self._paths[name]
+        with _reading(path):
+            if self._open is None or self._open[0] != path or self._open[2] > REMAP_AFTER:
+                self._open = None  # unmap before mapping again
+                if _state(path) != self._states[path]:
+                    raise InputError(f"{path}: was changed while it was being read: try again")
+                self._open = (path, safe_open(path, framework="pt"), 0)
+            _, file, size = self._open
+            found = read(file)
+        self._open = (path, file, size + getattr(found, "nbytes", 0))
+        return found
 
 
 def _state(path: Path) -> tuple[int, int, int]:
@@ -216,29 +224,27 @@ def _reading(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: cannot read it: {error.strerror or error}") from error
 
 
-def open_safetensors(path: Path | str) -> LazyTensors:
+def open_safetensors(path: Path) -> LazyTensors:
     """Open a safetensors file, memory-mapped. Raises InputError if it is missing, corrupted or truncated."""
     from safetensors import safe_open
 
-    path = Path(path)
     with _reading(path), safe_open(path, framework="pt") as handle:
         names = list(handle.keys())
     return LazyTensors(dict.fromkeys(names, path))
 
 
-def load_safetensors(path: Path | str) -> dict[str, torch.Tensor]:
+def load_safetensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, copied into memory."""
     return {name: tensor.clone() for name, tensor in open_safetensors(path).items()}
 
 
-def weight_files(folder: Path | str) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder's weights. Raises InputError if there are none."""
-    return sorted(set(_weight_map(Path(folder)).values()))
+    return sorted(set(_weight_map(folder).values()))
 
 
-def read_weights(folder: Path | str, stem: str = "model") -> LazyTensors:
+def read_weights(folder: Path, stem: str = "model") -> LazyTensors:
     """The weights of a model folder by name, from model.safetensors or the shards of its index."""
-    folder = Path(folder)
     if (folder / f"{stem}.safetensors").exists():
         return open_safetensors(folder / f"{stem}.safetensors")
     paths = _weight_map(folder, stem)
@@ -279,3 +285,141 @@ def _no_weights(folder: Path) -> InputError:
     if gguf := [name for name in names if has_suffix(name, GGUF)]:
         return InputError(f"{folder}: holds no model.safetensors: name the file itself, {folder / gguf[0]}")
     return InputError(f"{folder}: holds no model.safetensors (only safetensors and gguf weights are read)")
+
+
+# ---------------------------------------------------------------------------------------------- sharded tensors
+
+
+def is_sharded(t: Tensor) -> TypeGuard[DTensor]:
+    """Whether this rank holds only some rows of it."""
+    return hasattr(t, "device_mesh")
+
+
+def full_tensor(t: Tensor) -> Tensor:
+    """All rows of a sharded tensor, a collective; any other tensor as it is."""
+    return t.full_tensor() if is_sharded(t) else t
+
+
+def to_local(t: Tensor) -> Tensor:
+    """This rank's rows of a sharded tensor, not copied; any other tensor as it is."""
+    return t.to_local() if is_sharded(t) else t
+
+
+def local_rows(t: Tensor) -> range:
+    """The indices of this rank's rows; all rows of a tensor that is not sharded."""
+    count = t.shape[0] if t.dim() else 1
+    if not is_sharded(t):
+        return range(count)
+    per_rank = -(-count // t.device_mesh.size())  # as torch.chunk splits
+    first = min(count, per_rank * t.device_mesh.get_local_rank())
+    return range(first, min(count, first + per_rank))
+
+
+def wrap_like(t: Tensor, rows: Tensor) -> Tensor:
+    """`rows` as this rank's rows of a tensor sharded like `t`; `rows` themselves if `t` is not sharded."""
+    if not is_sharded(t):
+        return rows
+    return type(t).from_local(rows, t.device_mesh, t.placements, run_check=False, shape=t.shape, stride=t.stride())
+
+
+# ------------------------------------------------------------------------------------------------ sharded files
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is computed when it is written."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+    """A collective: all ranks call it, in the same order."""
+
+    @classmethod
+    def of(cls, t: Tensor) -> LazyTensor:
+        """An existing tensor, which may be sharded."""
+        return cls(t.dtype, tuple(t.shape), lambda: full_tensor(t))
+
+    @property
+    def stored(self) -> str:
+        """safetensors' name of the dtype."""
+        return STORED[str(self.dtype).removeprefix("torch.")]
+
+    @property
+    def bytes(self) -> int:
+        """The size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def partition_by_size(tensors: Mapping[str, LazyTensor], size: int) -> list[list[str]]:
+    """The tensors of each of `size` files, in file order, with about the same number of bytes in each.
+
+    Greedy: the largest tensor first, to the smallest file. Empty files are left out.
+    """
+    files: list[list[str]] = [[] for _ in range(size)]
+    sizes = [0] * size
+    for name in sorted(tensors, key=lambda n: (-tensors[n].bytes, n)):
+        smallest = sizes.index(min(sizes))
+        files[smallest].append(name)
+        sizes[smallest] += tensors[name].bytes
+    return [file_order({name: tensors[name].stored for name in names}) for names in files if names]
+
+
+def save_sharded(folder: Path, stem: str, tensors: Mapping[str, LazyTensor], rank: int, size: int) -> None:
+    """Write this rank's file {stem}-0000I-of-0000N.safetensors into a shared folder, and on rank 0 the index.
+
+    A collective: all ranks call it with the same names. A rank that cannot write still takes part in gathering the
+    tensors of the others, and raises its error afterwards.
+    """
+    parts = partition_by_size(tensors, size)
+    files = [f"{stem}-{number + 1:05}-of-{len(parts):05}.safetensors" for number in range(len(parts))]
+
+    def gathered() -> Iterator[memoryview]:
+        """The bytes of this rank's tensors. All ranks gather all tensors, in rounds of one for each file."""
+        for names in zip_longest(*parts):
+            own = None
+            for number, name in enumerate(names):
+                full = tensors[name].make() if name is not None else None
+                own = full if number == rank else own
+                del full
+            if own is not None:
+                yield tensor_bytes(own)
+
+    stream = gathered()
+    try:
+        if rank < len(parts):
+            own = ((name, tensors[name]) for name in parts[rank])
+            write_safetensors(folder / files[rank], [(n, t.stored, t.shape, islice(stream, 1)) for n, t in own])
+        if rank == 0:
+            weight_map = {name: file for names, file in zip(parts, files, strict=True) for name in names}
+            total = sum(t.bytes for t in tensors.values())
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            write_json(folder / f"{stem}.safetensors.index.json", index)
+    finally:
+        for _ in stream:
+            pass
+
+
+def consolidate(folder: Path, stem: str) -> None:
+    """Merge the files of `save_sharded` into {stem}.safetensors, one tensor at a time; a single file is left alone.
+
+    The folder stays readable if the process is killed, and the next call completes the work.
+    """
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if not index.is_file():
+        return
+    if not single.is_file():
+        stored = read_weights(folder, stem)
+        write_safetensors(single, [(n, stored.dtype(n), stored.shape(n), _bytes(stored, n)) for n in stored])
+    for part in folder.glob(f"{stem}-*-of-*.safetensors"):
+        part.unlink()
+    index.unlink()
+
+
+def _bytes(stored: LazyTensors, name: str) -> Iterator[memoryview]:
+    yield tensor_bytes(stored[name])
+
+
+def remove_weights(folder: Path, stem: str) -> None:
+    """Delete {stem}.safetensors, or its shards."""
+    for file in (*folder.glob(f"{stem}-*-of-*.safetensors"), *folder.glob(f"{stem}.safetensors*")):
+        file.unlink(missing_ok=True)

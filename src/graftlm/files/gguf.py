@@ -16,13 +16,14 @@ Letters: d width, H heads, K key/value heads, h head width, f feed-forward width
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftlm.errors import InputError
-from graftlm.files.atomic import disk_errors, write_json, write_text
+from graftlm.files.atomic import write_json, write_text
 from graftlm.files.formats import write_safetensors
 
 if TYPE_CHECKING:
@@ -48,39 +49,35 @@ BLOCK = {
 }
 
 
-def gguf_to_folder(gguf_path: Path | str, folder: Path | str) -> None:
+def gguf_to_folder(path: Path, folder: Path) -> None:
     """Convert a Llama .gguf file into `folder`: config.json, model.safetensors (float32) and the tokenizer's files.
 
     Raises InputError for a corrupted or truncated file and for anything but a plain Llama.
     """
-    path, folder = Path(gguf_path), Path(folder)
-    reader = _open(path)
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    try:
+    with _one_line(path):
+        reader = _open(path)
         config = _config(path, reader)
         _write_weights(path, reader, config, folder / "model.safetensors")
         _write_tokenizer(path, reader, folder)
-    except BROKEN as error:
-        raise _corrupted(path, error) from error
     write_json(folder / "config.json", config)
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
     write_json(folder / "generation_config.json", ids)
 
 
-def gguf_config(path: Path | str) -> dict[str, Any]:
+def gguf_config(path: Path) -> dict[str, Any]:
     """The config.json of a .gguf file, from its header. The weights are not read."""
-    path = Path(path)
-    reader = _open(path)
+    with _one_line(path):
+        return _config(path, _open(path))
+
+
+@contextlib.contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    """Turn any error of reading a damaged file into one line."""
     try:
-        return _config(path, reader)
+        yield
     except BROKEN as error:
-        raise _corrupted(path, error) from error
-
-
-def _corrupted(path: Path, error: Exception) -> InputError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return InputError(f"{path}: corrupted or truncated gguf file ({reason[:120]}): fetch it again")
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path}: corrupted or truncated gguf file ({reason[:120]}): fetch it again") from error
 
 
 def _open(path: Path) -> gguf.GGUFReader:
@@ -95,11 +92,9 @@ def _open(path: Path) -> gguf.GGUFReader:
             return part
 
     try:
-        reader = GGUFReader(path)
+        reader = BoundedReader(path)
     except OSError as error:
         raise InputError(f"{path}: cannot read it: {error.strerror or error}") from error
-    except BROKEN as error:
-        raise _corrupted(path, error) from error
     if reader.byte_order != "I":
         raise InputError(f"{path}: is a big-endian gguf file: convert it to little-endian")
     return reader

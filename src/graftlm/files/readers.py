@@ -64,13 +64,16 @@ def _text(path: Path) -> str:
     return text
 
 
-def _json(source: str, text: str) -> Any:
+def _json(path: Path, text: str, line: int | None = None) -> Any:
+    """The value of a whole file, or of its line of this number."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise InputError(f"{source}: broken JSON: {error.msg} at column {error.colno}") from None
+        where = f"{path}:{line or error.lineno}"
+        raise InputError(f"{where}: broken JSON: {error.msg} at column {error.colno}") from None
     except (ValueError, RecursionError) as error:  # a number with thousands of digits, or endless brackets
-        raise InputError(f"{source}: broken JSON: {str(error).partition(';')[0]}") from None
+        where = f"{path}:{line}" if line else str(path)
+        raise InputError(f"{where}: broken JSON: {str(error).partition(';')[0]}") from None
 
 
 def _object(source: str, value: object) -> Record:
@@ -82,8 +85,7 @@ def _object(source: str, value: object) -> Record:
 def _read_jsonl(path: Path) -> Iterator[Record]:
     for number, line in enumerate(_text(path).split("\n"), start=1):
         if line.strip():
-            source = f"{path}:{number}"
-            yield _object(source, _json(source, line))
+            yield _object(f"{path}:{number}", _json(path, line, number))
 
 
 def _read_json(path: Path) -> Iterator[Record]:
@@ -92,13 +94,7 @@ def _read_json(path: Path) -> Iterator[Record]:
     if not text.lstrip().startswith("["):
         yield from _read_jsonl(path)
         return
-    try:
-        items = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: broken JSON: {error.msg} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: broken JSON: {str(error).partition(';')[0]}") from None
-    for number, item in enumerate(items, start=1):
+    for number, item in enumerate(_json(path, text), start=1):
         yield _object(f"{path}: item {number}", item)
 
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from graftlm.files.sharded import full_tensor
+from graftlm.files.formats import full_tensor
 from graftlm.methods.cost_model import ParameterGroup, linear_group
 from graftlm.methods.lora import LoRA, LoRALinear
 from graftlm.models import CausalLM, Linear, ModelConfig

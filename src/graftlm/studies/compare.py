@@ -30,9 +30,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from graftlm.config import CompareConfig, TrainConfig
 from graftlm.errors import GraftError, InputError, Interrupted
-from graftlm.files.atomic import cleanup_tmp, disk_errors, write_json, write_text
+from graftlm.files.atomic import LOCK_NAME, cleanup_tmp, disk_errors, lock_dir, write_json, write_text
 from graftlm.files.formats import read_json
-from graftlm.files.locks import LOCK_NAME, lock_dir
 from graftlm.studies.results_table import FAILED, TrialResult, failures, make_rows, markdown, read_test
 from graftlm.studies.subprocess_runner import MAX_RETRIES, CommandFailed, JobRunner, LocalRunner, WorkerLost
 from graftlm.studies.sweep import Trial, read_sweep

@@ -21,8 +21,7 @@ from typing import Any
 
 from graftlm.config import RayFlags
 from graftlm.errors import GraftError, InputError
-from graftlm.files.atomic import write_text
-from graftlm.files.locks import lock_dir
+from graftlm.files.atomic import lock_dir, write_text
 from graftlm.studies.subprocess_runner import (
     MAX_RETRIES,
     Child,

@@ -31,8 +31,20 @@ from graftlm.errors import InputError
 from graftlm.exchange.adapters import read_adapter, save_adapter
 from graftlm.exchange.huggingface import iter_local_shards, lazy_state_dict, save_config, save_model
 from graftlm.files.atomic import atomic_directory, atomic_symlink, write_json, write_text
-from graftlm.files.formats import LazyTensors, load_safetensors, read_json, read_weights, save_safetensors
-from graftlm.files.sharded import LazyTensor, consolidate, local_rows, remove_weights, save_sharded, to_local, wrap_like
+from graftlm.files.formats import (
+    LazyTensor,
+    LazyTensors,
+    consolidate,
+    load_safetensors,
+    local_rows,
+    read_json,
+    read_weights,
+    remove_weights,
+    save_safetensors,
+    save_sharded,
+    to_local,
+    wrap_like,
+)
 from graftlm.methods import Method
 from graftlm.methods.base import load_trainable_state_dict, trainable, trainable_state_dict
 from graftlm.models.base import CausalLM

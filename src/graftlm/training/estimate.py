@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftlm.files.sharded import to_local
+from graftlm.files.formats import to_local
 from graftlm.methods.base import trainable
 from graftlm.methods.cost_model import model_flops
 from graftlm.models.base import CausalLM

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from graftlm.errors import require_posix
 from graftlm.exchange.device import measure_matmul_flops
-from graftlm.files.sharded import to_local
+from graftlm.files.formats import to_local
 from graftlm.methods import Method
 from graftlm.methods.cost_model import model_flops
 from graftlm.models.base import CausalLM

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 from graftlm.config import TrainConfig
 from graftlm.errors import InputError
 from graftlm.exchange.load import read_run
-from graftlm.files.atomic import write_json
-from graftlm.files.locks import LOCK_NAME
+from graftlm.files.atomic import LOCK_NAME, write_json
 from graftlm.methods.base import count_parameters
 from graftlm.text.dataset import Dataset
 from graftlm.text.layouts import Conversation

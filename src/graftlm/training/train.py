@@ -17,8 +17,7 @@ from graftlm.config import TrainConfig
 from graftlm.errors import InputError
 from graftlm.exchange.device import pick_device, pick_dtype
 from graftlm.files.assets import cache_home
-from graftlm.files.atomic import cleanup_tmp
-from graftlm.files.locks import LOCK_NAME, lock_dir, lock_owner
+from graftlm.files.atomic import LOCK_NAME, cleanup_tmp, lock_dir, lock_owner
 from graftlm.training.activation_cache import ActivationCache, CacheSpec, open_activation_cache
 from graftlm.training.checkpoint import FIRST_SCALE, CheckpointManager, TrainState, truncate_metrics
 from graftlm.training.distributed import DistContext, model_is_sharded

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from graftlm.config import TrainConfig
 from graftlm.errors import GraftError, InputError, Interrupted
-from graftlm.files.sharded import full_tensor, is_sharded
+from graftlm.files.formats import full_tensor, is_sharded
 from graftlm.methods import Method
 from graftlm.methods.base import trainable
 from graftlm.models.base import CausalLM

