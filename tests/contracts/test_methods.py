@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from graftlm.errors import InputError
-from graftlm.exchange.adapters import read_adapter, save_adapter
+from graftlm.exchange.huggingface import read_adapter, save_adapter
 from graftlm.exchange.load import adapter_on_shared_base
 from graftlm.methods import METHODS, Adapter, BitFit, LoRA, Method, PrefixTuning, method_from_json
 from graftlm.methods.base import count_parameters, load_trainable_state_dict, trainable, trainable_state_dict

@@ -18,8 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from graftlm.errors import InputError
-from graftlm.exchange.adapters import apply_adapter, from_foreign_peft, read_adapter, save_adapter
-from graftlm.exchange.huggingface import load_model
+from graftlm.exchange.huggingface import apply_adapter, from_foreign_peft, load_model, read_adapter, save_adapter
 from graftlm.files import assets
 from graftlm.files.formats import load_safetensors, save_safetensors
 from graftlm.methods import DoRA, LoRA, Method, PrefixTuning

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from fuzz.base import Reader, Target, changed_files
-from graftlm.exchange.adapters import (
-    CONFIG,
+from graftlm.exchange.huggingface import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     OWN_CONFIG,
     OWN_WEIGHTS,
-    WEIGHTS,
     apply_adapter,
     from_foreign_peft,
     save_adapter,
@@ -37,7 +37,7 @@ def adapters(kinds: dict[str, str], config: str, weights: str) -> Callable[[Path
             (folder / kind).mkdir()
             save_adapter(folder / kind, model, method, "base")
             found.append((folder / kind / config).read_bytes())
-        if config == CONFIG:
+        if config == ADAPTER_CONFIG:
             said = json.loads(found[-1])
             found += [json.dumps({**said, "target_modules": names}).encode() for names in (".*c_attn", "all-linear?")][
                 :1
@@ -61,6 +61,11 @@ def reader(kinds: dict[str, str], config: str) -> Reader:
 
 
 TARGETS = [
-    Target("adapter_config.json", adapters(PEFTS, CONFIG, WEIGHTS), reader(PEFTS, CONFIG), changed_files),
+    Target(
+        "adapter_config.json",
+        adapters(PEFTS, ADAPTER_CONFIG, ADAPTER_WEIGHTS),
+        reader(PEFTS, ADAPTER_CONFIG),
+        changed_files,
+    ),
     Target("graft_adapter.json", adapters(OURS, OWN_CONFIG, OWN_WEIGHTS), reader(OURS, OWN_CONFIG), changed_files),
 ]

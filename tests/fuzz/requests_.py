@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from fuzz.base import ANY, Target, changed_json
 from graftlm.errors import GraftError
-from graftlm.exchange.adapters import save_adapter
+from graftlm.exchange.huggingface import save_adapter
 from graftlm.exchange.load import load
 from graftlm.inference.engine import Engine
 from graftlm.methods import LoRA

@@ -15,7 +15,7 @@ from fuzz import run
 from graftlm.cli.parser import parse
 from graftlm.config import TrainConfig
 from graftlm.errors import InputError
-from graftlm.exchange.adapters import from_foreign_peft
+from graftlm.exchange.huggingface import from_foreign_peft
 from graftlm.files.formats import read_json, save_safetensors
 from graftlm.methods import method_from_json
 from graftlm.models.config import read_model_config

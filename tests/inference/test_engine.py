@@ -12,8 +12,7 @@ import torch
 
 from exchange.runs import run_of
 from graftlm.errors import GraftError, InputError, Overloaded, ShuttingDown
-from graftlm.exchange.adapters import save_adapter
-from graftlm.exchange.huggingface import load_model
+from graftlm.exchange.huggingface import load_model, save_adapter
 from graftlm.exchange.load import ModelBundle, load, read_tokenizer
 from graftlm.inference import engine as module
 from graftlm.inference.engine import Engine

@@ -11,6 +11,7 @@ difference of the logits.
 import shutil
 from collections.abc import Callable
 from datetime import date
+from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,11 @@ import torch
 
 from graftlm.config import ExportConfig
 from graftlm.errors import InputError
-from graftlm.exchange.adapters import EXPORT_JSON, save_adapter
-from graftlm.exchange.device import DTYPES
-from graftlm.exchange.huggingface import load_model, save_model
-from graftlm.exchange.load import ModelBundle, hub_revision, load, load_foreign_adapter, read_run
-from graftlm.exchange.model_card import card
+from graftlm.exchange.huggingface import EXPORT_JSON, load_model, save_adapter, save_model
+from graftlm.exchange.load import DTYPES, ModelBundle, hub_revision, load, load_foreign_adapter, read_run
 from graftlm.exchange.verify import ReferenceLogits
 from graftlm.files.atomic import atomic_directory, check_new_folder, write_json, write_text
+from graftlm.files.fetch import HUB_NAME
 from graftlm.files.formats import read_json
 from graftlm.methods import Method, method_from_json
 from graftlm.methods.mergeable import mergeable_linears
@@ -63,7 +62,7 @@ def export(config: ExportConfig, say: Callable[[str], object] = lambda line: Non
         record = {"format": format_, **_origin(config, run), "verification": verification.to_json()}
         write_json(folder / EXPORT_JSON, record)
         if merged:
-            write_text(folder / "README.md", card(target.resolve().name, record))
+            write_text(folder / "README.md", _card(target.resolve().name, record))
     return {"path": str(target), "max_abs_logit_diff": verification.max_abs_logit_diff, "format": format_}
 
 
@@ -112,3 +111,42 @@ def _read_back(folder: Path, base: Path) -> CausalLM:
     if folder == base:
         return load_model(folder, torch.device("cpu"), torch.float32)
     return load_foreign_adapter(base, folder, torch.float32)[0]
+
+
+def _card(title: str, record: dict[str, Any]) -> str:
+    """README.md of an exported model, from `model_card.md`; `record` is the contents of export.json.
+
+    The Hugging Face hub reads the YAML block at its top.
+    """
+    base, data, verification = record["base"], record["data"], record["verification"]
+    on_hub = HUB_NAME.fullmatch(base["name"]) is not None and "/" in base["name"]
+    base_name = base["name"] if on_hub else Path(base["name"]).name  # a local path is private
+    method, *settings = (value for value in record["method"].items() if value[1] is not None)
+    fields = ", ".join(f"{key} {'+'.join(map(str, v)) if isinstance(v, list | tuple) else v}" for key, v in settings)
+    checkpoint, metrics = record["checkpoint"], record["val_metrics"]
+    if metrics:
+        checkpoint += f": validation loss {metrics['val_loss']:.4f}"
+        checkpoint += "" if metrics.get("val_accuracy") is None else f", accuracy {metrics['val_accuracy']:.4f}"
+    rows = {
+        "base": base_name,
+        "base weights": f"sha256 {base['sha256']}",
+        "method": f"{method[1]} ({fields})" if fields else method[1],
+        "data": f"{Path(data['name']).name}, fingerprint {data['fingerprint']}" if data.get("name") else "not known",
+        "checkpoint": checkpoint,
+        "dtype": record["dtype"],
+        "made with": f"graftlm {record['graftlm']}, {record['date']}",
+        "verification": f"loaded back from these files, the largest difference of a logit from the adapted base is "
+        f"{verification['max_abs_logit_diff']:.1e} ({verification['tolerance']:.1e} is accepted; the largest logit is "
+        f"{verification['max_abs_logit']:.0f}), on {verification['prompts']}",
+    }
+    cells = {key: " ".join(text.replace("|", "\\|").split()) for key, text in rows.items()}
+    template = (resources.files("graftlm.exchange") / "model_card.md").read_text(encoding="utf-8")
+    return template.format(
+        base_model=f"base_model: {base['name'].partition('@')[0]}\n" if on_hub else "",
+        method=method[1],
+        title=title,
+        base=base_name,
+        rows="\n".join(f"| {key} | {cell} |" for key, cell in cells.items()),
+        labels=" or ".join(f"`{label}`" for label in record["template"]["labels"]),
+        template=record["template"]["text"],
+    )

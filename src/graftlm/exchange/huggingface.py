@@ -1,7 +1,16 @@
-"""Read and write Hugging Face model folders.
+"""Read and write Hugging Face model folders, and adapter folders.
 
 A base is loaded tensor by tensor from a memory-mapped file into its compute dtype, so there is never a second copy. Of
 a sharded model each rank reads only the rows that it holds: `meta_model`, then shard, then `load_weights_into`.
+
+An adapter folder holds PEFT's two files if PEFT has the method, else our own two:
+
+    adapter_config.json   adapter_model.safetensors      PEFT's (LoRA, DoRA, prefix tuning, IA3)
+    graft_adapter.json    graft_adapter.safetensors      ours (BitFit, bottleneck adapters): {"format": 1, "method":
+                                                         {"method": name, its fields}, "base_model_name_or_path",
+                                                         "revision"}, and the trained tensors by our names
+
+Reading an adapter is strict: exactly the tensors and settings of the method, or an error that names the difference.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +25,7 @@ from graftlm.files.atomic import write_json
 from graftlm.files.formats import (
     LazyTensor,
     full_tensor,
+    load_safetensors,
     local_rows,
     read_json,
     read_weights,
@@ -24,8 +34,12 @@ from graftlm.files.formats import (
     to_local,
     wrap_like,
 )
-from graftlm.models import CausalLM
+from graftlm.methods import METHODS, Method, method_from_json
+from graftlm.methods.base import PeftFolder, load_trainable_state_dict, trainable_state_dict
+from graftlm.methods.mergeable import mergeable_linears
+from graftlm.models.base import CausalLM
 from graftlm.models.config import (
+    ModelConfig,
     TensorMapping,
     check_names,
     file_parts,
@@ -37,6 +51,15 @@ from graftlm.models.config import (
 )
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+OWN_CONFIG, OWN_WEIGHTS = "graft_adapter.json", "graft_adapter.safetensors"
+EXPORT_JSON = "export.json"
+"""The record of `graft export`, next to the files that it wrote."""
+FORMAT_VERSION = 1
+"""Of our own adapter folders."""
+
+
+# ------------------------------------------------------------------------------------------------ model folders
 
 
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> CausalLM:
@@ -129,3 +152,113 @@ def lazy_state_dict(model: CausalLM, state: Mapping[str, Tensor]) -> dict[str, L
         return LazyTensor(state[next(iter(parts))].dtype, tuple(empty.shape), gather)
 
     return {name: lazy(parts) for name, parts in file_parts(model.config).items()}
+
+
+# ---------------------------------------------------------------------------------------------- adapter folders
+
+
+def save_adapter(folder: Path, model: CausalLM, method: Method, base: str, revision: str | None = None) -> str:
+    """Write what `method` trained in `model` into an existing folder; returns the format, "peft" or "graft".
+
+    `base` is a hub id or a folder.
+    """
+    base_model = {"base_model_name_or_path": base, "revision": revision}
+    if (as_peft := method.to_peft(model)) is not None:
+        config, tensors = as_peft
+        save_safetensors(folder / ADAPTER_WEIGHTS, {name: t.contiguous() for name, t in tensors.items()})
+        write_json(folder / ADAPTER_CONFIG, {**config, **base_model})
+        return "peft"
+    save_safetensors(folder / OWN_WEIGHTS, trainable_state_dict(model))
+    write_json(folder / OWN_CONFIG, {"format": FORMAT_VERSION, "method": method.to_json(), **base_model})
+    return "graft"
+
+
+def read_adapter(folder: Path, config: ModelConfig, method: Method) -> dict[str, Tensor]:
+    """The trained tensors, by our names, of a folder that `save_adapter` wrote with this method."""
+    path = folder / OWN_CONFIG
+    if not path.is_file():
+        return method.from_peft(config, _read_peft(folder), str(folder / ADAPTER_CONFIG))
+    adapter, expected = _read_object(path), method.to_json()
+    fields = adapter.get("method")
+    if adapter.get("format") != FORMAT_VERSION or not isinstance(fields, dict):
+        raise InputError(f"{path}: is no adapter of format {FORMAT_VERSION}; use the folder as it was written")
+    for key in sorted(expected.keys() | fields.keys()):
+        value = expected.get(key)
+        if fields.get(key) != (list(value) if isinstance(value, tuple) else value):
+            raise InputError(f"{path}: {key} is {fields.get(key)!r}, the run says {value!r}")
+    return load_safetensors(folder / OWN_WEIGHTS)
+
+
+def from_foreign_peft(folder: Path, config: ModelConfig) -> tuple[Method, dict[str, Tensor]]:
+    """The method and the trained tensors of any adapter folder; an InputError names what is not supported."""
+    if (path := folder / OWN_CONFIG).is_file():
+        method = method_from_json(_read_object(path).get("method"), str(path))
+        return method, read_adapter(folder, config, method)
+    as_peft, where = _read_peft(folder), str(folder / ADAPTER_CONFIG)
+    for cls in METHODS.values():
+        if (result := cls.from_foreign_peft(config, as_peft, where)) is not None:
+            return result
+    known = sorted({cls.peft_type for cls in METHODS.values() if cls.peft_type})
+    raise InputError(f"{where}: peft_type {as_peft[0].get('peft_type')!r} is not supported; {', '.join(known)} are")
+
+
+def apply_adapter(model: CausalLM, method: Method, state: Mapping[str, Tensor], where: str) -> CausalLM:
+    """The model adapted by a method with these trained tensors, in evaluation mode; its update is not merged."""
+    method.install(model, torch.Generator().manual_seed(0))
+    load_trainable_state_dict(model, state, where)
+    for linear in mergeable_linears(model):
+        linear.merge_on_eval = False
+    return model.eval()
+
+
+def check_source(folder: Path) -> None:
+    """An InputError unless it is a folder with an adapter that can be read."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; name the folder of an adapter")
+    files = {path.name for path in folder.iterdir()}
+    if "adapter_model.bin" in files and ADAPTER_WEIGHTS not in files:
+        raise InputError(
+            f"{folder}: holds only adapter_model.bin: a pickle can run code, so only safetensors are read; save the "
+            "adapter again with PEFT's safe_serialization=True"
+        )
+    if "config.json" in files and not files & {ADAPTER_CONFIG, OWN_CONFIG}:
+        raise InputError(f"{folder}: is a model, not an adapter; use it as it is with --init_from {folder}")
+    if "run.json" in files and not files & {ADAPTER_CONFIG, OWN_CONFIG}:
+        raise InputError(f"{folder}: is a run folder already; use it with --out_dir {folder}")
+
+
+def check_exported_base(folder: Path, sha256: str, name: str) -> None:
+    """An InputError if `graft export` wrote the folder, and for another base than `name` with this hash."""
+    if (folder / EXPORT_JSON).is_file():
+        record = read_json(folder / EXPORT_JSON)
+        base = record.get("base") if isinstance(record, dict) else None
+        if isinstance(base, dict) and base.get("sha256") != sha256:
+            raise InputError(
+                f"{folder}: was trained on {base.get('name')} with weights {str(base.get('sha256'))[:12]}, but {name} "
+                f"holds {sha256[:12]}; use the base it was trained on"
+            )
+
+
+def base_of(folder: Path) -> tuple[str, Path]:
+    """The base model that an adapter folder names, with its revision, and the file that names it. Raises InputError."""
+    path = next((folder / name for name in (OWN_CONFIG, ADAPTER_CONFIG) if (folder / name).is_file()), None)
+    if path is None:
+        raise InputError(f"{folder}: holds no adapter (neither {ADAPTER_CONFIG} nor {OWN_CONFIG})")
+    config = _read_object(path)
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(name, str) or not name:
+        raise InputError(f"{path}: names no base model; give it with --init_from")
+    return f"{name}@{revision}" if revision and not Path(name).exists() else name, path
+
+
+def _read_peft(folder: Path) -> PeftFolder:
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise InputError(f"{folder}: holds no adapter (no {ADAPTER_CONFIG})")
+    return _read_object(folder / ADAPTER_CONFIG), load_safetensors(folder / ADAPTER_WEIGHTS)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: not a JSON object; use the folder as it was written")
+    return config

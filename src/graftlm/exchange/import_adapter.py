@@ -17,8 +17,15 @@ import torch
 
 from graftlm.config import ImportConfig
 from graftlm.errors import InputError
-from graftlm.exchange.adapters import OWN_WEIGHTS, WEIGHTS, base_of, check_exported_base, check_source, save_adapter
-from graftlm.exchange.huggingface import base_hash
+from graftlm.exchange.huggingface import (
+    ADAPTER_WEIGHTS,
+    OWN_WEIGHTS,
+    base_hash,
+    base_of,
+    check_exported_base,
+    check_source,
+    save_adapter,
+)
 from graftlm.exchange.load import ModelBundle, hub_revision, load, load_foreign_adapter, read_tokenizer, resolve_path
 from graftlm.exchange.verify import ReferenceLogits
 from graftlm.files.assets import model_folder
@@ -58,7 +65,7 @@ def import_adapter(config: ImportConfig, say: Callable[[str], object] = lambda l
         del model  # there may be memory for one only
         imported = run["imported"] = {
             "from": str(source.resolve()),
-            "sha256": sha256_file(source / (OWN_WEIGHTS if format_ == "graft" else WEIGHTS)),
+            "sha256": sha256_file(source / (OWN_WEIGHTS if format_ == "graft" else ADAPTER_WEIGHTS)),
             "format": format_,
             "date": date.today().isoformat(),
         }

@@ -24,7 +24,7 @@ import torch
 
 from graftlm.config import DemoSelection
 from graftlm.errors import InputError
-from graftlm.exchange.device import to_float64
+from graftlm.exchange.load import to_float64
 from graftlm.inference.decoder import right_pad
 from graftlm.inference.generate import eval_mode
 from graftlm.models import CausalLM

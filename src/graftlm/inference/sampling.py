@@ -17,7 +17,7 @@ from torch import Tensor
 from graftlm.config import SamplingFlags
 from graftlm.config.common import require
 from graftlm.errors import GraftError
-from graftlm.exchange.device import to_float64
+from graftlm.exchange.load import to_float64
 
 TOPK_FIRST = 512
 """This many of the most likely tokens are usually enough for top_p."""

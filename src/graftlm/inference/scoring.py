@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from graftlm.errors import InputError
-from graftlm.exchange.device import to_float64
+from graftlm.exchange.load import to_float64
 from graftlm.inference.decoder import prefill_shared_prefix, right_pad
 from graftlm.inference.generate import Batching, ProgressCallback, eval_mode
 from graftlm.models import CausalLM, KVCache

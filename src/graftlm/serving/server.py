@@ -31,7 +31,7 @@ except ModuleNotFoundError as error:
         raise
     raise InputError(f"graft serve needs the {error.name} package: pip install 'graftlm[serve]'") from None
 
-from graftlm.exchange.adapters import CONFIG, OWN_CONFIG
+from graftlm.exchange.huggingface import ADAPTER_CONFIG, OWN_CONFIG
 from graftlm.exchange.load import ModelBundle, load, read_run, resolve_path
 from graftlm.inference.engine import Engine
 from graftlm.text.template import Template, load_template
@@ -99,7 +99,7 @@ def parse_adapter_args(adapters: tuple[str, ...]) -> dict[str, Path]:
 
 def run_of(folder: Path) -> Run | None:
     """The run.json of a run folder; None for another adapter folder, such as PEFT's. Raises InputError."""
-    return None if any((folder / name).is_file() for name in (CONFIG, OWN_CONFIG)) else read_run(folder)
+    return None if any((folder / name).is_file() for name in (ADAPTER_CONFIG, OWN_CONFIG)) else read_run(folder)
 
 
 def base_of(config: ServeConfig, runs: Mapping[str, Run | None]) -> str:

@@ -28,8 +28,14 @@ from torch import Tensor
 
 from graftlm.config.renamed import upgrade_state
 from graftlm.errors import InputError
-from graftlm.exchange.adapters import read_adapter, save_adapter
-from graftlm.exchange.huggingface import iter_local_shards, lazy_state_dict, save_config, save_model
+from graftlm.exchange.huggingface import (
+    iter_local_shards,
+    lazy_state_dict,
+    read_adapter,
+    save_adapter,
+    save_config,
+    save_model,
+)
 from graftlm.files.atomic import atomic_directory, atomic_symlink, write_json, write_text
 from graftlm.files.formats import (
     LazyTensor,

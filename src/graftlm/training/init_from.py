@@ -17,7 +17,7 @@ from torch import Tensor
 
 from graftlm.config import MethodFlags, TrainConfig
 from graftlm.errors import InputError
-from graftlm.exchange.adapters import read_adapter
+from graftlm.exchange.huggingface import read_adapter
 from graftlm.exchange.load import check_base, read_run, resolve_path
 from graftlm.files.assets import model_folder
 from graftlm.files.formats import tensors_sha256

@@ -18,7 +18,7 @@ from rich.progress import Progress as Bar
 from torch import Tensor, nn
 
 from graftlm.errors import require_posix
-from graftlm.exchange.device import measure_matmul_flops
+from graftlm.exchange.load import measure_matmul_flops
 from graftlm.files.formats import to_local
 from graftlm.methods import Method
 from graftlm.methods.cost_model import model_flops

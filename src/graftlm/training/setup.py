@@ -15,9 +15,8 @@ import torch
 
 from graftlm.config import OBJECTIVES, TrainConfig, parse_columns
 from graftlm.errors import InputError
-from graftlm.exchange.device import pick_device, pick_dtype
 from graftlm.exchange.huggingface import base_hash, load_model, load_weights_into, meta_model
-from graftlm.exchange.load import ModelBundle, check_base, read_tokenizer, resolve_path
+from graftlm.exchange.load import ModelBundle, check_base, pick_device, pick_dtype, read_tokenizer, resolve_path
 from graftlm.methods import Method
 from graftlm.methods.mergeable import mergeable_linears
 from graftlm.models.base import CausalLM

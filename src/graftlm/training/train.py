@@ -15,7 +15,7 @@ from rich.console import Console
 
 from graftlm.config import TrainConfig
 from graftlm.errors import InputError
-from graftlm.exchange.device import pick_device, pick_dtype
+from graftlm.exchange.load import pick_device, pick_dtype
 from graftlm.files.assets import cache_home
 from graftlm.files.atomic import LOCK_NAME, cleanup_tmp, lock_dir, lock_owner
 from graftlm.training.activation_cache import ActivationCache, CacheSpec, open_activation_cache
