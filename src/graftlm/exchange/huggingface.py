@@ -21,19 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.errors import InputError
+from graftlm.files import formats
 from graftlm.files.atomic import write_json
-from graftlm.files.formats import (
-    LazyTensor,
-    full_tensor,
-    load_safetensors,
-    local_rows,
-    read_json,
-    read_weights,
-    save_safetensors,
-    tensors_sha256,
-    to_local,
-    wrap_like,
-)
 from graftlm.methods import METHODS, Method, method_from_json
 from graftlm.methods.base import PeftFolder, load_trainable_state_dict, trainable_state_dict
 from graftlm.methods.mergeable import mergeable_linears
@@ -71,8 +60,8 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Causal
 
 def meta_model(folder: Path, dtype: torch.dtype) -> CausalLM:
     """The same without weights: all are on torch's meta device, and take no memory."""
-    config = read_model_config(read_json(folder / CONFIG), str(folder / CONFIG))
-    check_names(config, read_weights(folder), str(folder))
+    config = read_model_config(formats.read_json(folder / CONFIG), str(folder / CONFIG))
+    check_names(config, formats.read_weights(folder), str(folder))
     with torch.device("meta"):
         model = CausalLM(config).to(dtype)
     return model.requires_grad_(False).eval()
@@ -89,13 +78,13 @@ def load_weights_into(model: CausalLM, folder: Path, device: torch.device, dtype
         p = model.get_parameter(name)
         # A copy even if dtype and layout fit: a mapped file that is replaced on disk must not change the model.
         tensor = rows.to(device=device, dtype=dtype, copy=True).to(p.dtype).contiguous()
-        loaded = nn.Parameter(wrap_like(p, tensor), requires_grad=p.requires_grad)
+        loaded = nn.Parameter(formats.wrap_like(p, tensor), requires_grad=p.requires_grad)
         setattr(model.get_submodule(module), attribute, loaded)
 
 
 def iter_local_shards(model: CausalLM, folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     """(our name, the rows on this rank, as stored in the folder) of these parameters, if the folder has them."""
-    stored, mapping = read_weights(folder), tensor_mapping(model.config)
+    stored, mapping = formats.read_weights(folder), tensor_mapping(model.config)
     for name in (name for name in names if name in mapping):
         p, source = model.get_parameter(name), mapping[name]
         key = stored_name(source.name, stored)
@@ -104,16 +93,16 @@ def iter_local_shards(model: CausalLM, folder: Path, names: Iterable[str]) -> It
         shape = source.read(torch.empty(stored.shape(key), device="meta")).shape
         if shape != p.shape:
             raise InputError(f"{folder}: {key} gives shape {list(shape)}, the config wants {list(p.shape)}")
-        rows = local_rows(p)
+        rows = formats.local_rows(p)
         if len(rows) == (p.shape[0] if p.dim() else 1):
             yield name, source.read(stored[key])
         else:
-            yield name, source.part(stored, key, rows) if rows else torch.empty(to_local(p).shape)
+            yield name, source.part(stored, key, rows) if rows else torch.empty(formats.to_local(p).shape)
 
 
 def base_hash(folder: Path) -> str:
     """sha256 of the sorted names, shapes, dtypes and bytes of the folder's weights, as stored."""
-    return tensors_sha256(read_weights(folder))
+    return formats.tensors_sha256(formats.read_weights(folder))
 
 
 def save_model(
@@ -130,7 +119,7 @@ def save_model(
     tensors = to_file(model.config, state)
     if dtype is not None:
         tensors = {name: t.to(dtype) for name, t in tensors.items()}
-    save_safetensors(folder / WEIGHTS, tensors)
+    formats.save_safetensors(folder / WEIGHTS, tensors)
     save_config(folder, config, next(iter(tensors.values())).dtype)
 
 
@@ -140,16 +129,16 @@ def save_config(folder: Path, config: Mapping[str, Any], stored: torch.dtype) ->
     write_json(folder / CONFIG, {**fields, "dtype": str(stored).removeprefix("torch.")})
 
 
-def lazy_state_dict(model: CausalLM, state: Mapping[str, Tensor]) -> dict[str, LazyTensor]:
+def lazy_state_dict(model: CausalLM, state: Mapping[str, Tensor]) -> dict[str, formats.LazyTensor]:
     """The tensors of the folder that `save_model` would write, each gathered from all ranks when it is read."""
 
-    def lazy(parts: Mapping[str, TensorMapping]) -> LazyTensor:
+    def lazy(parts: Mapping[str, TensorMapping]) -> formats.LazyTensor:
         empty = one_to_file(parts, {n: torch.empty(state[n].shape, device="meta") for n in parts})
 
         def gather() -> Tensor:
-            return one_to_file(parts, {n: full_tensor(state[n].detach()) for n in parts})
+            return one_to_file(parts, {n: formats.full_tensor(state[n].detach()) for n in parts})
 
-        return LazyTensor(state[next(iter(parts))].dtype, tuple(empty.shape), gather)
+        return formats.LazyTensor(state[next(iter(parts))].dtype, tuple(empty.shape), gather)
 
     return {name: lazy(parts) for name, parts in file_parts(model.config).items()}
 
@@ -165,10 +154,10 @@ def save_adapter(folder: Path, model: CausalLM, method: Method, base: str, revis
     base_model = {"base_model_name_or_path": base, "revision": revision}
     if (as_peft := method.to_peft(model)) is not None:
         config, tensors = as_peft
-        save_safetensors(folder / ADAPTER_WEIGHTS, {name: t.contiguous() for name, t in tensors.items()})
+        formats.save_safetensors(folder / ADAPTER_WEIGHTS, {name: t.contiguous() for name, t in tensors.items()})
         write_json(folder / ADAPTER_CONFIG, {**config, **base_model})
         return "peft"
-    save_safetensors(folder / OWN_WEIGHTS, trainable_state_dict(model))
+    formats.save_safetensors(folder / OWN_WEIGHTS, trainable_state_dict(model))
     write_json(folder / OWN_CONFIG, {"format": FORMAT_VERSION, "method": method.to_json(), **base_model})
     return "graft"
 
@@ -186,7 +175,7 @@ def read_adapter(folder: Path, config: ModelConfig, method: Method) -> dict[str,
         value = expected.get(key)
         if fields.get(key) != (list(value) if isinstance(value, tuple) else value):
             raise InputError(f"{path}: {key} is {fields.get(key)!r}, the run says {value!r}")
-    return load_safetensors(folder / OWN_WEIGHTS)
+    return formats.load_safetensors(folder / OWN_WEIGHTS)
 
 
 def from_foreign_peft(folder: Path, config: ModelConfig) -> tuple[Method, dict[str, Tensor]]:
@@ -230,7 +219,7 @@ def check_source(folder: Path) -> None:
 def check_exported_base(folder: Path, sha256: str, name: str) -> None:
     """An InputError if `graft export` wrote the folder, and for another base than `name` with this hash."""
     if (folder / EXPORT_JSON).is_file():
-        record = read_json(folder / EXPORT_JSON)
+        record = formats.read_json(folder / EXPORT_JSON)
         base = record.get("base") if isinstance(record, dict) else None
         if isinstance(base, dict) and base.get("sha256") != sha256:
             raise InputError(
@@ -254,11 +243,11 @@ def base_of(folder: Path) -> tuple[str, Path]:
 def _read_peft(folder: Path) -> PeftFolder:
     if not (folder / ADAPTER_CONFIG).is_file():
         raise InputError(f"{folder}: holds no adapter (no {ADAPTER_CONFIG})")
-    return _read_object(folder / ADAPTER_CONFIG), load_safetensors(folder / ADAPTER_WEIGHTS)
+    return _read_object(folder / ADAPTER_CONFIG), formats.load_safetensors(folder / ADAPTER_WEIGHTS)
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    config = read_json(path)
+    config = formats.read_json(path)
     if not isinstance(config, dict):
         raise InputError(f"{path}: not a JSON object; use the folder as it was written")
     return config

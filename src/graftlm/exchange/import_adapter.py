@@ -31,9 +31,8 @@ from graftlm.exchange.verify import ReferenceLogits
 from graftlm.files.assets import model_folder
 from graftlm.files.atomic import atomic_directory, atomic_symlink, check_new_folder, write_json
 from graftlm.files.formats import sha256_file
-from graftlm.methods import Method
 from graftlm.methods.base import count_parameters
-from graftlm.text.template import Template, load_template
+from graftlm.text.template import load_template
 
 
 def import_adapter(config: ImportConfig, say: Callable[[str], object] = lambda line: None) -> dict[str, Any]:
@@ -60,14 +59,25 @@ def import_adapter(config: ImportConfig, say: Callable[[str], object] = lambda l
         format_ = save_adapter(step, model, method, *hub_revision(name))
         for link in ("best", "last"):
             atomic_symlink(folder / link, f"checkpoints/{step.name}")
-        run = _manifest(config, method, {"name": name, "sha256": sha256}, template)
-        run["trainable"], run["total"] = count_parameters(model)
+        trainable, total = count_parameters(model)
         del model  # there may be memory for one only
-        imported = run["imported"] = {
+        imported: dict[str, Any] = {
             "from": str(source.resolve()),
             "sha256": sha256_file(source / (OWN_WEIGHTS if format_ == "graft" else ADAPTER_WEIGHTS)),
             "format": format_,
             "date": date.today().isoformat(),
+        }
+        run: dict[str, Any] = {
+            "config": {"init_from": name, "template": config.template, "labels": config.labels},
+            "method": method.to_json(),
+            "base": {"name": name, "sha256": sha256},
+            "data": {"name": None, "fingerprint": None, "examples": {}},
+            "template": {"name": template.name, "text": template.text, "labels": list(template.labels)},
+            "versions": {"graftlm": version("graftlm")},
+            "results": None,
+            "trainable": trainable,
+            "total": total,
+            "imported": imported,
         }
         write_json(folder / "run.json", run)
         say(f"comparing logits on {reference.source}")
@@ -76,19 +86,6 @@ def import_adapter(config: ImportConfig, say: Callable[[str], object] = lambda l
         imported["verification"] = verification.to_json()
         write_json(folder / "run.json", run)
     return {"path": str(out_dir), "max_abs_logit_diff": verification.max_abs_logit_diff, "format": format_}
-
-
-def _manifest(config: ImportConfig, method: Method, base: dict[str, str], template: Template) -> dict[str, Any]:
-    """run.json of a run that was not trained here."""
-    return {
-        "config": {"init_from": base["name"], "template": config.template, "labels": config.labels},
-        "method": method.to_json(),
-        "base": base,
-        "data": {"name": None, "fingerprint": None, "examples": {}},
-        "template": {"name": template.name, "text": template.text, "labels": list(template.labels)},
-        "versions": {"graftlm": version("graftlm")},
-        "results": None,
-    }
 
 
 def _base(config: ImportConfig, source: Path) -> tuple[str, Path]:
