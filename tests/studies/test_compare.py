@@ -147,7 +147,7 @@ def test_wrong_words_are_refused(
         (["--config", "good.toml", "--jobs", "0"], "--jobs 0: must be 1 or more"),
         (["--config", "good.toml", "--budget_steps=3", "--budget_tflop=3"], "--budget_steps and --budget_tflop: all"),
         (["--config", "good.toml", "--out_dir", "full"], "--out_dir full: has other files"),
-        (["--config", "none.toml"], "--config none.toml: no such file"),
+        (["--config", "none.toml"], "--config none.toml: cannot read it: No such file"),
     ):
         assert cli.run(["compare", *words]) == 2
         assert capsys.readouterr().err.startswith(f"graft: {line}")

@@ -12,10 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from graftlm.config.parsing import SECRETS, is_variadic, parse_value, read_toml_flags, without_none
+from graftlm.config.parsing import SECRETS, is_variadic, parse_value, read_toml, read_toml_flags, without_none
 from graftlm.config.renamed import new_flag
 from graftlm.errors import InputError, did_you_mean
 
@@ -205,17 +204,6 @@ def _read_recipe(file: str, command: str, config: type) -> dict[str, Any]:
 
     Tables that the config lists in TABLES are read by the subcommand itself.
     """
-    import tomllib
-
-    try:
-        table = tomllib.loads(Path(file).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"--config {file}: no such file") from None
-    except IsADirectoryError:
-        raise InputError(f"--config {file}: a folder, not a TOML file") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{file}: not a TOML file (it is not UTF-8 text)") from None
-    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, unclosed brackets
-        raise InputError(f"{file}: not a TOML file: {error}") from None
+    table = read_toml(file, "--config ")
     flags = {key: value for key, value in table.items() if key not in getattr(config, "TABLES", ())}
     return read_toml_flags(file, flags, get_type_hints(config), command)

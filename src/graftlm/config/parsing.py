@@ -6,6 +6,7 @@ and sweeps use these checks.
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -27,6 +28,18 @@ def without_none(kind: Any) -> tuple[Any, bool]:
 def is_variadic(kind: Any) -> bool:
     """Whether a field's type is tuple[str, ...]: any number of texts."""
     return get_origin(kind) is tuple
+
+
+def read_toml(path: Path | str, flag: str = "") -> dict[str, Any]:
+    """The content of a TOML file. Raises InputError; `flag` names the file, as in "--config "."""
+    import tomllib
+
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{flag}{path}: cannot read it: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, brackets without end
+        raise InputError(f"{path}: not a TOML file: {error}") from None
 
 
 def read_toml_flags(where: str, table: Mapping[str, Any], kinds: Mapping[str, Any], command: str) -> dict[str, Any]:

@@ -18,7 +18,6 @@ A row with method = "zero-shot" is the base model with the same template. Keys o
 
 import hashlib
 import json
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from graftlm.config import EvaluateConfig, TrainConfig
-from graftlm.config.parsing import read_toml_flags
+from graftlm.config.parsing import read_toml, read_toml_flags
 from graftlm.errors import InputError
 from graftlm.files.formats import sha256_file
 
@@ -75,12 +74,7 @@ def read_sweep(file: str, overrides: Mapping[str, Any], budget: Mapping[str, flo
         overrides: flags of all trials, which take precedence over the file.
         budget: a budget in seconds or TFLOP, if any; it is part of a trial's id.
     """
-    try:
-        tables = tomllib.loads(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"--config {file}: cannot read it: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, unbalanced brackets
-        raise InputError(f"{file}: not a TOML file: {error}") from None
+    tables = read_toml(file, "--config ")
     common = _flags(f"{file}: [train]", _table(file, tables, "train"))
     grid = _grid(file, _table(file, tables, "grid"))
     rows = tables.get("rows", [{}])

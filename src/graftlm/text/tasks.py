@@ -21,7 +21,6 @@ and demonstrations in the rows with `"demonstration": true`.
 """
 
 import re
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from decimal import Decimal, InvalidOperation
@@ -29,6 +28,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from graftlm.config.parsing import read_toml
 from graftlm.errors import InputError, did_you_mean, unknown_name_error
 from graftlm.files.readers import Record, read_records
 from graftlm.text.collate import sort_by_hash
@@ -198,10 +198,7 @@ def _from_jsonl(path: Path) -> Task:
 
 
 def _from_toml(path: Path) -> Task:
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, brackets without end
-        raise InputError(f"{path}: not a TOML file: {error}") from None
+    table = read_toml(path)
     texts = {f.name for f in fields(Task)} - {"name", "questions", "demonstrations", "labels"}
     known = [*texts, "questions", "demonstrations", "labels"]
     for key, value in table.items():
