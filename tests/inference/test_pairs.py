@@ -171,9 +171,9 @@ def answers(*given: str) -> list[SampledCompletion]:
 
 
 def pairs_of(given: list[SampledCompletion], rewards: list[float], **more: Any) -> tuple[Any, list[int]]:
-    made = make_pairs(["p"], [given], [rewards], **more)
-    counts = [made.ties, made.duplicates, made.empty, made.truncated, made.retokenized]
-    return [(row["chosen"], row["rejected"]) for row in made.rows], counts
+    rows, counts = make_pairs(["p"], [given], [rewards], **more)
+    assert list(counts) == ["ties", "duplicates", "empty", "truncated", "retokenized"]
+    return [(row["chosen"], row["rejected"]) for row in rows], list(counts.values())
 
 
 def test_the_best_against_the_worst_and_each_against_each() -> None:
@@ -185,10 +185,10 @@ def test_the_best_against_the_worst_and_each_against_each() -> None:
 
 
 def test_a_row_says_all_there_is_to_say() -> None:
-    made = make_pairs(["p", "q"], [answers(" a", " b…"), answers(" c", " d")], [[2, 5], [1, 0]])
+    made, _ = make_pairs(["p", "q"], [answers(" a", " b…"), answers(" c", " d")], [[2, 5], [1, 0]])
     keys = ("prompt", "chosen", "rejected", "reward_chosen", "reward_rejected", "finished")
     rows = [("p", " b", " a", 5, 2, [False, True]), ("q", " c", " d", 1, 0, [True, True])]
-    assert made.rows == [dict(zip(keys, row, strict=True)) for row in rows]
+    assert made == [dict(zip(keys, row, strict=True)) for row in rows]
 
 
 def test_ties_and_margins() -> None:

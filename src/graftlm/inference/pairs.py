@@ -22,6 +22,7 @@ import shlex
 import shutil
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -58,11 +59,6 @@ class SampledCompletion:
     """Whether the model ended it; else it was truncated at `max_new_tokens` or the end of the context."""
     roundtrips: bool
     """Whether training tokenises the text into exactly the tokens that were sampled."""
-
-    @property
-    def empty(self) -> bool:
-        """Whether it has no text."""
-        return not self.text.strip()
 
 
 # Sampling -------------------------------------------------------------------------------------------------------------
@@ -184,22 +180,10 @@ def _parse_numbers(command: str, printed: str, expected: int) -> list[float]:
 # Pairs ----------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Pairs:
-    """The pairs of all completions, and the number of completions that were rejected, by reason."""
-
-    rows: list[dict[str, Any]]
-    """prompt, chosen, rejected, reward_chosen, reward_rejected, finished [of chosen, of rejected]."""
-    ties: int = 0
-    """Pairs with equal rewards, or rewards closer than the margin."""
-    duplicates: int = 0
-    """Completions equal to an earlier one of the same prompt."""
-    empty: int = 0
-    """Completions without text."""
-    truncated: int = 0
-    """Completions in the rows that did not finish by themselves."""
-    retokenized: int = 0
-    """Completions in the rows whose text training tokenises differently than it was sampled."""
+COUNTS = ("ties", "duplicates", "empty", "truncated", "retokenized")
+"""What is counted: pairs with equal rewards, or closer than the margin; completions equal to an earlier one of the same
+prompt; those without text; and of the completions in the rows those that did not finish by themselves, and those that
+training tokenises differently than they were sampled."""
 
 
 def make_pairs(
@@ -209,41 +193,33 @@ def make_pairs(
     *,
     min_margin: float = 0.0,
     pairing: Literal["best", "all"] = "best",
-) -> Pairs:
-    """Pairs of a better and a worse completion of the same prompt.
+) -> tuple[list[dict[str, Any]], Counter[str]]:
+    """Pairs of a better and a worse completion of the same prompt, as rows of the file, and the COUNTS.
 
     min_margin: the minimum difference of rewards; equal rewards never make a pair.
     pairing: "best": the best completion with the worst (of ties the one sampled first); "all": all with each other.
     """
-    pairs = Pairs([])
+    rows: list[dict[str, Any]] = []
+    counts = Counter(dict.fromkeys(COUNTS, 0))
     for prompt, own, values in zip(prompts, completions, rewards, strict=True):
-        ranked = sorted(_usable(own, values, pairs), key=lambda scored: -scored[1])
+        usable: dict[str, tuple[SampledCompletion, float]] = {}
+        for completion, reward in zip(own, values, strict=True):
+            if not completion.text.strip():
+                counts["empty"] += 1
+            elif usable.setdefault(completion.text, (completion, reward))[0] is not completion:
+                counts["duplicates"] += 1
+        ranked = sorted(usable.values(), key=lambda scored: -scored[1])
         best = pairing == "best" and len(ranked) > 1
         for (chosen, high), (rejected, low) in [(ranked[0], ranked[-1])] if best else itertools.combinations(ranked, 2):
             if high == low or high - low < min_margin:
-                pairs.ties += 1
+                counts["ties"] += 1
                 continue
-            pairs.truncated += (not chosen.finished) + (not rejected.finished)
-            pairs.retokenized += (not chosen.roundtrips) + (not rejected.roundtrips)
+            counts["truncated"] += (not chosen.finished) + (not rejected.finished)
+            counts["retokenized"] += (not chosen.roundtrips) + (not rejected.roundtrips)
             row: dict[str, Any] = {"prompt": prompt, "chosen": chosen.text, "rejected": rejected.text}
             row |= {"reward_chosen": high, "reward_rejected": low, "finished": [chosen.finished, rejected.finished]}
-            pairs.rows.append(row)
-    return pairs
-
-
-def _usable(
-    completions: Sequence[SampledCompletion], rewards: Sequence[float], pairs: Pairs
-) -> Iterator[tuple[SampledCompletion, float]]:
-    """A prompt's completions that can be in a pair, with their rewards; the others are counted in `pairs`."""
-    seen: set[str] = set()
-    for completion, reward in zip(completions, rewards, strict=True):
-        if completion.empty:
-            pairs.empty += 1
-        elif completion.text in seen:
-            pairs.duplicates += 1
-        else:
-            seen.add(completion.text)
-            yield completion, reward
+            rows.append(row)
+    return rows, counts
 
 
 # The subcommand -------------------------------------------------------------------------------------------------------
@@ -268,29 +244,29 @@ def make_preferences(
     out = Path(config.out)
     if out.exists():
         raise InputError(f"--out {out}: exists already; name a new file")
-    rows = _prompts(config, note)
+    documents = _prompts(config, note)
     loaded = load(config.init_from, config.out_dir, config.checkpoint, config.device, config.dtype)
     reward = _reward(config)
-    prompts, total = [row.text for row in rows], len(rows) * config.num_samples
-    _check_length(rows, loaded.tokenizer, loaded.model.max_seq_len)
+    prompts, total = [row.text for row in documents], len(documents) * config.num_samples
+    _check_length(documents, loaded.tokenizer, loaded.model.max_seq_len)
     params = SamplingParams.from_flags(config)
     with progress("sample", total) as done:
         batching = Batching(config.batch_size, progress=done)
         completions = sample_completions(loaded.model, loaded.tokenizer, prompts, config.num_samples, params, batching)
     rewards = _score(reward, prompts, completions, progress)
-    pairs = make_pairs(prompts, completions, rewards, min_margin=config.min_margin, pairing=config.pairing)
-    if not pairs.rows:
+    rows, counts = make_pairs(prompts, completions, rewards, min_margin=config.min_margin, pairing=config.pairing)
+    if not rows:
         raise GraftError(
-            f"{total} answers to {len(prompts)} prompts gave no pairs ({pairs.empty} empty, {pairs.duplicates} equal "
-            f"to another, {pairs.ties} ties): raise --num_samples or --temperature, or lower --min_margin"
+            f"{total} answers to {len(prompts)} prompts gave no pairs ({counts['empty']} empty, {counts['duplicates']} "
+            f"equal to another, {counts['ties']} ties): raise --num_samples or --temperature, or lower --min_margin"
         )
-    write_text(out, "".join(json.dumps(row) + "\n" for row in pairs.rows))
+    write_text(out, "".join(json.dumps(row) + "\n" for row in rows))
     scored = [value for values in rewards for value in values if not math.isnan(value)]
     return {
-        "pairs": len(pairs.rows),
+        "pairs": len(rows),
         "prompts": len(prompts),
         "answers": total,
-        **{name: getattr(pairs, name) for name in ("ties", "duplicates", "empty", "truncated", "retokenized")},
+        **counts,
         "mean_reward": sum(scored) / len(scored),
         "seconds": time.perf_counter() - start,
         "out": str(out),
