@@ -24,9 +24,7 @@ from graftlm.inference.generate import decode_groups
 from graftlm.inference.sampling import SamplingParams
 from graftlm.inference.scoring import score_batches
 from graftlm.studies import ray_cluster as module
-from graftlm.studies import ray_evaluator
-from graftlm.studies.ray_cluster import TOKEN, connected
-from graftlm.studies.ray_evaluator import chunk_batches, ray_predictor
+from graftlm.studies.ray_cluster import TOKEN, chunk_batches, connected, ray_predictor
 from graftlm.text.collate import encode_rows
 from graftlm.text.dataset import load_dataset
 from graftlm.text.template import load_template
@@ -349,11 +347,10 @@ def test_a_node_without_this_version_or_with_other_weights(
     cluster: Any, assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["evaluate", f"--init_from={assets / 'model'}", f"--data={assets / 'data'}", "--template", TEMPLATE]
-    monkeypatch.setattr(ray_evaluator, "_fingerprint", lambda asked, loaded: "others")
+    monkeypatch.setattr(module, "_fingerprint", lambda asked, loaded: "others")
     line = refused(capsys, *words, "--limit=4", "--ray", cluster.address)
     assert line.endswith(f"{assets / 'model'}: has other weights there") and line.startswith("on node ")
-    for place in (module, ray_evaluator):
-        monkeypatch.setattr(place, "version", lambda name: "9.9")
+    monkeypatch.setattr(module, "version", lambda name: "9.9")
     line = refused(capsys, *words, "--limit=4", "--ray", cluster.address)
     assert line.endswith("there and 9.9 here: install the same on every node")
     line = refused(capsys, *compare(assets, tmp_path / "out", "--ray", cluster.address))

@@ -54,8 +54,7 @@ def _train(parsed: ParsedArgs, notes: "Console") -> Result:
 def _evaluate(parsed: ParsedArgs, notes: "Console") -> Result:
     if not parsed.config.ray:
         return _evaluate_by(None, parsed.config, notes)
-    from graftlm.studies.ray_cluster import connected
-    from graftlm.studies.ray_evaluator import ray_predictor
+    from graftlm.studies.ray_cluster import connected, ray_predictor
 
     with connected(parsed.config, _ray_log_level(parsed)) as cluster:
         return _evaluate_by(lambda loaded: ray_predictor(cluster, parsed.config, loaded), parsed.config, notes)
@@ -205,7 +204,7 @@ def _examples(
 
 
 def _prompt(parsed: ParsedArgs, notes: "Console") -> Result:
-    from graftlm.studies.prompting_eval import prompt
+    from graftlm.inference.prompting import prompt
 
     return prompt(
         parsed.config, lambda line: notes.print(line, markup=False), lambda what, n: display.progress(notes, what, n)

@@ -11,6 +11,7 @@ from statistics import NormalDist, mean, stdev
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 GARBAGE = -1
 """The prediction for a text that names no label (the course's word)."""
@@ -93,7 +94,7 @@ class Metrics:
         return {key: getattr(self, key) for key in keys}
 
 
-def calibrated(scores: Sequence[Sequence[float]], content_free: Sequence[Sequence[Sequence[float]]]) -> np.ndarray:
+def calibrated(scores: ArrayLike, content_free: ArrayLike) -> np.ndarray:
     """Contextual calibration of label scores [N, L]: the label bias of a prompt is divided out.
 
     content_free: the scores of M content-free inputs, [1, M, L] for all N examples or [N, M, L] for each its own.

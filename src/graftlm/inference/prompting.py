@@ -1,4 +1,4 @@
-"""Questions answered by prompting alone: zero-shot, few-shot, and chain of thought.
+"""`graft prompt`: questions answered by prompting alone: zero-shot, few-shot, and chain of thought.
 
     few-shot         demonstrations with their answers, then the question                      Brown et al. 2020
     few-shot-cot     the same with worked reasoning before each answer                         Wei et al. 2022
@@ -12,25 +12,36 @@ styles without reasoning take the most likely label, optionally calibrated; the 
 task's pattern. Text without an answer counts as wrong. Demonstrations that are the same for all questions are computed
 once (`decoder.prefill_shared_prefix`).
 
+A style's accuracy, with its interval over questions, is that of its first run. The mean, the minimum and the maximum
+over all runs are reported with it, since a single order of demonstrations can be lucky.
+
 Letters: N questions, L labels, S samples per question.
 """
 
+import json
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from graftlm.config import PromptConfig, Style
 from graftlm.errors import InputError
+from graftlm.exchange.load import ModelBundle, load
+from graftlm.files.atomic import write_text
 from graftlm.inference.fewshot import CONTENT_FREE, FewShotConfig, embedder, select_demonstrations
 from graftlm.inference.generate import Batching, ProgressCallback, generate_ids, truncate_at_stop
-from graftlm.inference.metrics import calibrated
+from graftlm.inference.metrics import calibrated, wilson
 from graftlm.inference.sampling import SamplingParams
 from graftlm.inference.scoring import score_labels
 from graftlm.models import CausalLM
 from graftlm.text.chat import Chat, Message
 from graftlm.text.collate import Example, common_prefix_length, label_ids
-from graftlm.text.tasks import ANSWER, QUESTION, Problem, Task, normalize_answer
+from graftlm.text.tasks import ANSWER, QUESTION, Problem, Task, load_task, normalize_answer
 from graftlm.text.template import FIELD, Template
 from graftlm.text.tokenizer import Tokenizer
 
@@ -38,6 +49,13 @@ STEP_BY_STEP = "Let's think step by step."
 """The best trigger of Kojima et al. (2022)."""
 REASONING_TOKENS, ANSWER_TOKENS = 256, 24
 """Default max_new_tokens of an answer with reasoning and of one without."""
+STYLES: tuple[Style, ...] = ("few-shot", "few-shot-cot", "zero-shot-cot")
+"""The styles of `--style all`."""
+MAX_SHOWN = 3
+"""Up to this many questions are shown with their answers."""
+
+
+# The text of prompts --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -103,6 +121,9 @@ class PromptBuilder:
         return messages[:-1]
 
 
+# Answers --------------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class PromptingRun:
     """One run over all questions: a style, the seed of demonstrations and samples, the order of demonstrations."""
@@ -110,6 +131,11 @@ class PromptingRun:
     style: Style
     seed: int = 0
     permutation: int = 0
+
+    @property
+    def ids(self) -> dict[str, int]:
+        """What tells it from the other runs of its style, in the JSON."""
+        return {"seed": self.seed, "order": self.permutation}
 
     @property
     def few_shot(self) -> bool:
@@ -143,6 +169,7 @@ class QuestionResult:
 class PromptingResult:
     """The result of one run."""
 
+    run: PromptingRun
     answers: list[QuestionResult]
     prompt_tokens: int
     """Of all prompts: of each sample and of the second calls."""
@@ -177,10 +204,7 @@ class Prompter:
         Raises InputError if the task has too few demonstrations, or for few-shot-cot too few with reasoning.
         """
         selected = self._demonstrations(problems, run) if run.few_shot else [[]]
-        demos = [
-            tuple((demo.question, self._worked(demo) if run.reasoning else demo.answer) for demo in own)
-            for own in selected
-        ]
+        demos = [tuple((demo.question, self._answer(demo, run)) for demo in own) for own in selected]
         prefix = ""
         if run.style == "zero-shot-cot":
             prefix = STEP_BY_STEP
@@ -198,7 +222,7 @@ class Prompter:
         prompts = self.prompts(problems, run)
         ids = [self._builder.ids(prompt) for prompt in prompts]
         by_score = bool(self._task.labels) and not run.reasoning
-        self._check(ids, run, 1 if by_score else self._answer_tokens(run))
+        self._check(ids, run, by_score)
         batching = Batching(self._config.batch_size, progress=progress)
         start = time.perf_counter()
         if by_score:
@@ -216,10 +240,11 @@ class Prompter:
             text = self._builder.text(prompt)
             answers.append(QuestionResult(problem.question, true, voted, voted == true, text, texts[own], samples[own]))
         shared = common_prefix_length(ids) if len(ids) > 1 else 0
-        return PromptingResult(answers, prompt_tokens, shared, new_tokens, seconds)
+        return PromptingResult(run, answers, prompt_tokens, shared, new_tokens, seconds)
 
-    def _worked(self, demo: Problem) -> str:
-        return f"{demo.reasoning} {self._task.conclusion.replace(ANSWER, demo.answer)}"
+    def _answer(self, demo: Problem, run: PromptingRun) -> str:
+        worked = f"{demo.reasoning} {self._task.conclusion.replace(ANSWER, demo.answer)}"
+        return worked if run.reasoning else demo.answer
 
     def _demonstrations(self, problems: Sequence[Problem], run: PromptingRun) -> list[list[Problem]]:
         """One list for all questions, or one for each."""
@@ -239,14 +264,11 @@ class Prompter:
     def _max_new_tokens(self, run: PromptingRun) -> int:
         return self._config.max_new_tokens or (REASONING_TOKENS if run.reasoning else ANSWER_TOKENS)
 
-    def _answer_tokens(self, run: PromptingRun) -> int:
-        """The most tokens that may follow a prompt, in both calls."""
-        first = self._max_new_tokens(run)
-        if run.style != "zero-shot-cot":
-            return first
-        return first + len(self._tokenizer.encode(f"\nTherefore, {self._task.trigger}")) + ANSWER_TOKENS
-
-    def _check(self, ids: Sequence[Sequence[int]], run: PromptingRun, new_tokens: int) -> None:
+    def _check(self, ids: Sequence[Sequence[int]], run: PromptingRun, by_score: bool) -> None:
+        """An InputError for a prompt that leaves too little space for what may follow it, in both calls."""
+        new_tokens = 1 if by_score else self._max_new_tokens(run)
+        if run.style == "zero-shot-cot":
+            new_tokens += len(self._tokenizer.encode(f"\nTherefore, {self._task.trigger}")) + ANSWER_TOKENS
         longest, context = max(map(len, ids)), self._model.max_seq_len
         if longest + new_tokens > context:
             flag = f"--shots {self._config.shots}: " if run.few_shot else ""
@@ -265,13 +287,12 @@ class Prompter:
             groups = prompts if len({prompt.demonstrations for prompt in prompts}) > 1 else prompts[:1]
             free = [self._builder.ids(replace(prompt, question=text)) for prompt in groups for text in CONTENT_FREE]
         examples = [Example(tuple(row), (), None, "", "", "a question") for row in (*ids, *free)]
-        scores = score_labels(self._model, examples, self._builder.label_ids(prompts[0]), batching).tolist()
+        labels = self._builder.label_ids(prompts[0])
+        scores = np.array(score_labels(self._model, examples, labels, batching).tolist())
         if free:
-            bias = scores[len(ids) :]
-            each = len(CONTENT_FREE)
-            grouped = [bias[n : n + each] for n in range(0, len(bias), each)]
-            scores = calibrated(scores[: len(ids)], grouped).tolist()
-        return [self._task.labels[row.index(max(row))] for row in scores]
+            bias = scores[len(ids) :].reshape(-1, len(CONTENT_FREE), len(labels))
+            scores = calibrated(scores[: len(ids)], bias)
+        return [self._task.labels[number] for number in scores.argmax(axis=1)]
 
     def _generated(
         self, prompts: Sequence[Prompt], ids: Sequence[list[int]], run: PromptingRun, batching: Batching
@@ -301,3 +322,112 @@ class Prompter:
         texts = [f"{text.rstrip()}\nTherefore, {task.trigger}{end}" for text, end in zip(texts, ends, strict=True)]
         prompt_tokens, new_tokens = prompt_tokens + sum(map(len, rows)), new_tokens + sum(map(len, new))
         return texts, [task.first(end) for end in ends], prompt_tokens, new_tokens
+
+
+# The subcommand -------------------------------------------------------------------------------------------------------
+
+
+def prompt(
+    config: PromptConfig,
+    note: Callable[[str], object],
+    progress: Callable[[str, int], AbstractContextManager[ProgressCallback]],
+) -> dict[str, Any]:
+    """Ask a task's questions in each style; returns the JSON object of `graft prompt`.
+
+    Args:
+        config: the flags.
+        note: prints a line for the user.
+        progress: a progress bar, given its title and total; yields a function to call with the number just finished.
+
+    Raises InputError for wrong flags, tasks and files, and see `Prompter.ask`.
+    """
+    task, notes = load_task(config.task, config.task_seed)
+    if config.calibrate and not task.labels:
+        raise InputError(f"--calibrate: task {task.name} names no labels whose scores could be calibrated")
+    if config.limit > len(task.questions):
+        raise InputError(f"--limit {config.limit}: task {task.name} has {len(task.questions)} questions")
+    for line in notes:
+        note(line)
+    problems = task.questions[: config.limit or len(task.questions)]
+    loaded = load(config.init_from, config.out_dir, config.checkpoint, config.device, config.dtype)
+    builder = PromptBuilder(task, loaded.tokenizer, _use_chat(config, loaded))
+    prompter = Prompter(loaded.model, builder, config)
+    styles = STYLES if config.style == "all" else (config.style,)
+    result: dict[str, Any] = {
+        "task": task.name,
+        "model": loaded.name,
+        "chat": builder.chat is not None,
+        "shots": config.shots,
+        "demo_selection": config.demo_selection,
+        "num_samples": config.num_samples,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+    }
+    if config.show_prompts:
+        return {**result, "prompts": {style: _prompts(prompter, builder, problems, style) for style in styles}}
+    result["styles"], rows = {}, []
+    for style in styles:
+        runs = []
+        for run in distinct_runs(style, config):
+            with progress(style, config.num_samples * len(problems)) as done:
+                runs.append(prompter.ask(problems, run, done))
+        result["styles"][style] = summary(runs)
+        rows += prediction_rows(runs)
+    if config.predictions:
+        write_text(Path(config.predictions), "".join(json.dumps(row) + "\n" for row in rows))
+    if len(problems) <= MAX_SHOWN:
+        result["answers"] = [row for row in rows if (row["seed"], row["order"]) == (config.seed, 0)]
+    return result
+
+
+def _use_chat(config: PromptConfig, loaded: ModelBundle) -> bool:
+    """auto: if the model has a chat template and was not fine-tuned on plain text since."""
+    has_template = loaded.tokenizer.chat_template is not None
+    if config.chat == "on" and not has_template:
+        raise InputError(f"--chat on: {config.init_from} has no chat template; use --chat off")
+    return config.chat == "on" or (config.chat == "auto" and has_template and loaded.run is None)
+
+
+def _prompts(prompter: Prompter, builder: PromptBuilder, problems: Sequence[Problem], style: Style) -> list[str]:
+    """The texts of a style's prompts; of zero-shot-cot those of the second call too."""
+    prompts = prompter.prompts(problems, PromptingRun(style, 0))
+    if style == "zero-shot-cot":
+        prompts += [extraction_prompt(builder.task, first, "[output of the first call]") for first in prompts]
+    return [builder.text(each) for each in prompts]
+
+
+def distinct_runs(style: Style, config: PromptConfig) -> list[PromptingRun]:
+    """The runs of --seeds and --num_permutations, without those that would repeat another exactly."""
+    few_shot = style.startswith("few-shot")
+    random = config.temperature > 0 or (few_shot and config.demo_selection in ("random", "balanced"))
+    seeds = range(config.seed, config.seed + (config.seeds if random else 1))
+    permutations = range(config.num_permutations if few_shot and config.shots > 1 else 1)
+    return [PromptingRun(style, seed, permutation) for seed in seeds for permutation in permutations]
+
+
+def summary(runs: Sequence[PromptingResult]) -> dict[str, Any]:
+    """The JSON object of a style: the first run's accuracy with its 95% Wilson interval, and those of all runs."""
+    first = runs[0]
+    n = len(first.answers)
+    correct = [sum(answer.correct for answer in result.answers) for result in runs]
+    accuracies = [count / n for count in correct]
+    low, high = wilson(correct[0], n)
+    return {
+        "n": n,
+        "accuracy": accuracies[0],
+        "ci_low": low,
+        "ci_high": high,
+        "unparsed_rate": sum(answer.prediction is None for answer in first.answers) / n,
+        "prompt_tokens": first.prompt_tokens / n,
+        "shared_prompt_tokens": first.shared_tokens,
+        "new_tokens": first.new_tokens / n,
+        "seconds_per_answer": first.seconds / n,
+        "mean": sum(accuracies) / len(accuracies),
+        "min": min(accuracies),
+        "max": max(accuracies),
+        "runs": [{**result.run.ids, "accuracy": a} for result, a in zip(runs, accuracies, strict=True)],
+    }
+
+
+def prediction_rows(runs: Sequence[PromptingResult]) -> list[dict[str, Any]]:
+    """The rows of `--predictions`: one per answer of each run."""
+    return [{"style": each.run.style, **each.run.ids, **asdict(a)} for each in runs for a in each.answers]

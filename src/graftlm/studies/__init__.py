@@ -1,1 +1,1 @@
-"""Optional commands on top of the core: compare, report, prompt, estimate, and evaluation on a Ray cluster."""
+"""Optional commands on top of the core: compare, report, estimate, and evaluation on a Ray cluster."""

@@ -1,10 +1,17 @@
-"""A Ray cluster, and the commands of a comparison on it; `ray_evaluator.py` runs an evaluation there.
+"""A Ray cluster, and what runs on it: the commands of a comparison, and evaluation by replicas of a model.
 
 Ray schedules tasks and reports lost workers. It is imported on first use, with its usage statistics off. A cluster
 started here listens on loopback only. Each command runs in a child process of a Ray worker. All nodes must share the
 comparison's folder, which is checked with a token file, and have the same version of graftlm.
+
+An evaluation is split only between batches, and every part computes the same shared prefix. So the results equal those
+of one process, bit for bit on the same CPU with the same number of threads. Each worker verifies a hash of the weights.
+
+torch is imported only by the functions that evaluate.
 """
 
+import hashlib
+import json
 import os
 import secrets
 import signal
@@ -14,14 +21,17 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from graftlm.config import RayFlags
+from graftlm.config import EvaluateConfig, RayFlags
 from graftlm.errors import GraftError, InputError
 from graftlm.files.atomic import lock_dir, write_text
+from graftlm.files.formats import sha256_file
 from graftlm.studies.subprocess_runner import (
     MAX_RETRIES,
     Child,
@@ -32,6 +42,13 @@ from graftlm.studies.subprocess_runner import (
     run_graft,
     thread_env,
 )
+
+if TYPE_CHECKING:
+    from graftlm.exchange.load import ModelBundle
+    from graftlm.inference.evaluate import Generation, LabelScoring, Predictor
+    from graftlm.inference.generate import ProgressCallback
+
+    Work = LabelScoring | Generation
 
 NODE_TIMEOUT = 10.0
 """Seconds to wait for an address to answer, and for the process of a lost worker to end."""
@@ -231,3 +248,94 @@ def _wait(child: "Child[str]") -> int:
             continue
         except KeyboardInterrupt:
             child.send_signal(signal.SIGTERM)  # not SIGINT, which Ray's own processes may block
+
+
+# Evaluation -----------------------------------------------------------------------------------------------------------
+
+CHUNKS_PER_SLOT = 4
+"""More chunks balance the load better, but each computes the shared prefix again."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model that each worker loads, and what the worker verifies."""
+
+    args: tuple[str, str, str, str, str]
+    """Of `load`: init_from, out_dir, checkpoint, device, dtype."""
+    version: str
+    environment: tuple[tuple[str, str], ...]
+    """Environment variables to set before torch looks for devices."""
+    sha256: str = ""
+    """Of the weights (`_fingerprint`)."""
+
+
+def ray_predictor(cluster: Cluster, config: EvaluateConfig, loaded: "ModelBundle") -> "Predictor":
+    """A predictor for `evaluate` with replicas of `loaded`, which `config` names."""
+    is_path = config.init_from != "resume" and Path(config.init_from).exists()
+    init_from = str(Path(config.init_from).absolute()) if is_path else config.init_from
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    args = (init_from, str(Path(config.out_dir).absolute()), config.checkpoint, config.device, dtype)
+    spec = ModelSpec(args, version("graftlm"), tuple(cluster.task_env.items()))
+    spec = replace(spec, sha256=_fingerprint(spec, loaded))
+    task = cluster.task(_run_chunk, retries=MAX_RETRIES)
+
+    def predict(work: "Work", progress: "ProgressCallback | None" = None) -> list[Any]:
+        batches, shared = work.batches(), work.shared()
+        results: list[Any] = [None] * sum(map(len, batches))
+        chunks = chunk_batches(batches, CHUNKS_PER_SLOT * cluster.slots)[::-1]  # longest first
+        refs = [task.remote(spec, work.select(rows), shared) for rows in chunks]
+        for rows, ref in zip(chunks, refs, strict=True):
+            try:
+                values = cluster.get(ref)
+            except WorkerLost as lost:
+                again = f"{MAX_RETRIES + 1} workers were lost on the same examples: out of memory?"
+                raise GraftError(f"{again} {lost}") from None
+            for row, value in zip(rows, values, strict=True):
+                results[row] = value
+            if progress is not None:
+                progress(len(rows))
+        return results
+
+    return predict
+
+
+def chunk_batches(batches: Sequence[Sequence[int]], max_chunks: int) -> list[list[int]]:
+    """Consecutive batches concatenated into at most `max_chunks` chunks, with nearly the same number of batches."""
+    count = min(max_chunks, len(batches))
+    bounds = [len(batches) * n // count for n in range(count + 1)] if count else []
+    return [[row for batch in batches[a:b] for row in batch] for a, b in pairwise(bounds)]
+
+
+def _run_chunk(spec: ModelSpec, work: "Work", shared: int) -> list[Any]:
+    """The results of one chunk, on a worker."""
+    os.environ.update(spec.environment)
+    try:
+        model = _load(spec).model
+    except GraftError as error:
+        raise type(error)(f"on node {socket.gethostname()}: {error}") from None
+    return list(work.run(model, shared, None))
+
+
+@lru_cache(maxsize=1)
+def _load(spec: ModelSpec) -> "ModelBundle":
+    """The model, loaded once per worker. Raises InputError if the version or the weights differ."""
+    from graftlm.exchange.load import load
+
+    if (installed := version("graftlm")) != spec.version:
+        raise InputError(f"graftlm is {installed} there and {spec.version} here: install the same on every node")
+    loaded = load(*spec.args)
+    if _fingerprint(spec, loaded) != spec.sha256:
+        raise InputError(f"{spec.args[0 if loaded.run is None else 1]}: has other weights there")
+    return loaded
+
+
+def _fingerprint(spec: ModelSpec, loaded: "ModelBundle") -> str:
+    """A hash of the base's weights and of all files of the run's checkpoint."""
+    from graftlm.exchange.huggingface import base_hash
+
+    hashes = [base_hash(loaded.folder)]
+    if loaded.run is not None:
+        folder = Path(*spec.args[1:3])
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        hashes += [f"{path.relative_to(folder)} {sha256_file(path)}" for path in files]
+    return hashlib.sha256(json.dumps(hashes).encode("utf-8")).hexdigest()

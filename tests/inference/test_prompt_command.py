@@ -14,8 +14,14 @@ import torch
 from graftlm import cli
 from graftlm.config import PromptConfig
 from graftlm.inference.metrics import wilson
-from graftlm.inference.prompting import PromptingResult, PromptingRun, QuestionResult
-from graftlm.studies.prompting_eval import distinct_runs, prediction_rows, summary
+from graftlm.inference.prompting import (
+    PromptingResult,
+    PromptingRun,
+    QuestionResult,
+    distinct_runs,
+    prediction_rows,
+    summary,
+)
 from tiny import TEMPLATE, byte_tokenizer, data_folder, model_folder
 
 TASK = """
@@ -106,10 +112,10 @@ def test_what_cannot_differ_is_not_run_again() -> None:
 
 
 def test_the_summary_counts_by_hand() -> None:
-    def run(order: int, *said: str | None) -> tuple[PromptingRun, PromptingResult]:
+    def run(order: int, *said: str | None) -> PromptingResult:
         answers = [QuestionResult("q", "4", each, each == "4", "p", ["t"], [each]) for each in said]
-        result = PromptingResult(answers, prompt_tokens=40, shared_tokens=7, new_tokens=8, seconds=2.0)
-        return PromptingRun("few-shot", 0, order), result
+        run = PromptingRun("few-shot", 0, order)
+        return PromptingResult(run, answers, prompt_tokens=40, shared_tokens=7, new_tokens=8, seconds=2.0)
 
     runs = [run(0, "4", None, "4", "5"), run(1, "4", "4", "4", "4"), run(2, None, None, "4", "3")]
     found = summary(runs)
