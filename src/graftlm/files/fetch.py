@@ -33,18 +33,15 @@ from graftlm.files.readers import DATA_READERS
 
 LOG = logging.getLogger("graftlm")  # the command prints it to stderr
 HUB_NAME = re.compile(r"(?P<id>[\w][\w.-]*(/[\w][\w.-]*)?)(@(?P<revision>[\w][\w./-]*))?")
-PATTERNS = {
-    "model": [
-        "*.json",
-        "model.safetensors",
-        "model-*.safetensors",
-        "adapter_model.safetensors",
-        "merges.txt",
-        "vocab.bpe",
-        "chat_template.jinja",
-    ],
-    "dataset": [f"*{suffix}" for suffix in DATA_READERS],
-}
+MODEL_FILES = [
+    "*.json",
+    "model.safetensors",
+    "model-*.safetensors",
+    "adapter_model.safetensors",
+    "merges.txt",
+    "vocab.bpe",
+    "chat_template.jinja",
+]
 TIMEOUTS = ("connect", "read", "write", "pool")  # of a request in httpx
 SECONDS = 10.0  # to wait for a response; HF_HUB_ETAG_TIMEOUT changes it
 
@@ -91,6 +88,7 @@ def hub_folder(name: str, kind: str, hint: str, only: str | None = None) -> Path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
+    files = MODEL_FILES if kind == "model" else [f"*{suffix}" for suffix in DATA_READERS]
     # The HTTP library differs between versions of huggingface_hub; its errors are what HfHubHTTPError derives from.
     http_error = cast("type[Exception]", HfHubHTTPError.__bases__[0])
     seconds = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or SECONDS)
@@ -104,7 +102,7 @@ def hub_folder(name: str, kind: str, hint: str, only: str | None = None) -> Path
                 endpoint=endpoint(),
                 etag_timeout=seconds,
                 local_files_only=_offline(),
-                allow_patterns=only or PATTERNS[kind],
+                allow_patterns=only or files,
                 ignore_patterns=["*/*"] if kind == "model" else None,  # other formats of a model are in subfolders
             )
     except InputError:
