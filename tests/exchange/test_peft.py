@@ -22,9 +22,8 @@ from graftlm.exchange.huggingface import apply_adapter, from_foreign_peft, load_
 from graftlm.files import assets
 from graftlm.files.formats import load_safetensors, save_safetensors
 from graftlm.methods import DoRA, LoRA, Method, PrefixTuning
-from graftlm.methods.base import trainable
+from graftlm.methods.base import mergeable_linears, trainable
 from graftlm.methods.ia3 import IA3
-from graftlm.methods.mergeable import mergeable_linears
 from graftlm.methods.peft_format import matches
 from graftlm.models import CausalLM
 from tiny import FAMILIES, model_folder

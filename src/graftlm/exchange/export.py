@@ -27,7 +27,7 @@ from graftlm.files.atomic import atomic_directory, check_new_folder, write_json,
 from graftlm.files.fetch import HUB_NAME
 from graftlm.files.formats import read_json
 from graftlm.methods import Method, method_from_json
-from graftlm.methods.mergeable import mergeable_linears
+from graftlm.methods.base import mergeable_linears
 from graftlm.models import CausalLM
 from graftlm.models.config import tensor_mapping, with_biases
 

@@ -24,8 +24,7 @@ from graftlm.errors import InputError
 from graftlm.files import formats
 from graftlm.files.atomic import write_json
 from graftlm.methods import METHODS, Method, method_from_json
-from graftlm.methods.base import PeftFolder, load_trainable_state_dict, trainable_state_dict
-from graftlm.methods.mergeable import mergeable_linears
+from graftlm.methods.base import PeftFolder, load_trainable_state_dict, mergeable_linears, trainable_state_dict
 from graftlm.models.base import CausalLM
 from graftlm.models.config import (
     ModelConfig,

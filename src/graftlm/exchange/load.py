@@ -30,7 +30,7 @@ from graftlm.exchange.huggingface import (
 from graftlm.files.assets import model_folder
 from graftlm.files.formats import read_json
 from graftlm.methods import Method, method_from_json
-from graftlm.methods.mergeable import mergeable_linears
+from graftlm.methods.base import mergeable_linears
 from graftlm.methods.multi_lora import check_servable
 from graftlm.models import CausalLM, clone_with_shared_weights
 from graftlm.models.config import read_model_config

@@ -18,20 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graftlm.errors import InputError, unknown_name_error
-from graftlm.methods.base import Method, freeze, kaiming_parameter, master_options, replace_linears
+from graftlm.methods.base import AdaptedLinear, Method, freeze, kaiming_parameter, master_options, replace_linears
 from graftlm.methods.cost_model import ParameterGroup, linear_group
 from graftlm.models import CausalLM, Linear, ModelConfig
 
 PLACEMENTS = {"houlsby": ("o", "down"), "pfeiffer": ("down",)}
 
 
-class BottleneckLinear(Linear):
+class BottleneckLinear(AdaptedLinear):
     """A frozen linear followed by an adapter."""
 
     def __init__(self, linear: Linear, rank: int, rng: torch.Generator) -> None:
-        with torch.device("meta"):  # no memory, no random numbers: every tensor is set below
-            super().__init__(linear.in_features, linear.out_features, linear.bias is not None)
-        self.weight, self.bias = linear.weight, linear.bias
+        super().__init__(linear)
         d, options = linear.out_features, master_options(linear.weight)
         self.adapter_down = kaiming_parameter(rank, d, linear.weight, rng)
         self.adapter_down_bias = nn.Parameter(torch.zeros(rank, **options))
@@ -72,7 +70,7 @@ class Adapter(Method):
         """Add an adapter to o and down, or to down only, in the layers' blocks."""
         freeze(model)
         targets, layers = PLACEMENTS[self.placement], self.layer_range(model.config)
-        replace_linears(model, targets, lambda linear, name: BottleneckLinear(linear, self.rank, rng), layers)
+        replace_linears(model, targets, lambda linear, _: BottleneckLinear(linear, self.rank, rng), layers)
 
     def param_breakdown(self, config: ModelConfig) -> list[ParameterGroup]:
         """2 d r + r + d for each adapter."""

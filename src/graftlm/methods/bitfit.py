@@ -38,7 +38,11 @@ class BitFit(Method):
         """Train the biases of the layers' blocks, and the final norm's after the last one; InputError without any."""
         freeze(model)
         if self.add_biases:
-            _add_biases(model)
+            model.config = self.adapted_config(model.config)
+            for linear in model.blocks.modules():
+                if isinstance(linear, Linear) and linear.bias is None:
+                    options = {"dtype": linear.weight.dtype, "device": target_device(linear.weight)}
+                    linear.bias = nn.Parameter(torch.zeros(linear.out_features, **options), requires_grad=False)
         modules = (m for root in block_modules(model, self.layer_range(model.config)) for m in root.modules())
         biases = [(m, b) for m in modules if isinstance(b := getattr(m, "bias", None), nn.Parameter)]
         for module, bias in biases:
@@ -52,7 +56,7 @@ class BitFit(Method):
 
     def adapted_config(self, config: ModelConfig) -> ModelConfig:
         """With add_biases, one with a bias on every linear, in all layers."""
-        return biased(config) if self.add_biases else config
+        return replace(config, qkv_bias=True, out_bias=True, mlp_bias=True) if self.add_biases else config
 
     def param_breakdown(self, config: ModelConfig) -> list[ParameterGroup]:
         """The widths of all linears that have a bias, and in GPT-2 of the norms."""
@@ -63,17 +67,3 @@ class BitFit(Method):
             norms = counted("norms, biases", norms_formula(config, layers), L=len(layers), d=config.hidden_size)
             parts.append(ParameterGroup(*norms, "norms"))
         return parts
-
-
-def biased(config: ModelConfig) -> ModelConfig:
-    """The configuration with a bias on every linear."""
-    return replace(config, qkv_bias=True, out_bias=True, mlp_bias=True)
-
-
-def _add_biases(model: CausalLM) -> None:
-    """Give every linear without a bias a zero one, in the base's dtype."""
-    model.config = biased(model.config)
-    for linear in model.blocks.modules():
-        if isinstance(linear, Linear) and linear.bias is None:
-            zeros = torch.zeros(linear.out_features, dtype=linear.weight.dtype, device=target_device(linear.weight))
-            linear.bias = nn.Parameter(zeros, requires_grad=False)

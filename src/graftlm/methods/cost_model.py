@@ -86,12 +86,8 @@ def norms_formula(config: ModelConfig, layers: range) -> str:
 
 def block_parts(config: ModelConfig, layers: range) -> list[ParameterGroup]:
     """All parameters of these layers, and of the final norm if they include the last one."""
-    parts = []
-    for role in config.roles:
-        if config.has_bias(role):
-            parts.append(linear_group(config, role, layers, "weights and biases", "L (in out + out)"))
-        else:
-            parts.append(linear_group(config, role, layers, "weights", "L in out"))
+    kinds = {True: ("weights and biases", "L (in out + out)"), False: ("weights", "L in out")}
+    parts = [linear_group(config, role, layers, *kinds[config.has_bias(role)]) for role in config.roles]
     formula = ("2 " if config.norm_biases else "") + norms_formula(config, layers)
     norms = counted("norms", formula, L=len(layers), d=config.hidden_size)
     return [*parts, ParameterGroup(*norms, "norms")]
@@ -154,8 +150,7 @@ _KEYS = "H D (T + 1 + 2 n)"  # a query sees (T + 1) / 2 keys of its text on aver
 
 def forward_flops(config: ModelConfig, method_weights: int, tokens: int, prefix: int) -> dict[str, CostItem]:
     """FLOPs per token of the forward pass over a text of `tokens`, after a learned prefix of `prefix` positions."""
-    letters = _letters(config, method_weights, tokens, prefix)
-    return _flops(("2 L W", "2 M", f"2 L {_KEYS}", "2 V d"), letters)
+    return _flops(("2 L W", "2 M", f"2 L {_KEYS}", "2 V d"), _letters(config, method_weights, tokens, prefix))
 
 
 def training_flops(
@@ -175,14 +170,10 @@ def _letters(config: ModelConfig, method_weights: int, tokens: int, prefix: int)
 
 def _flops(formulas: Sequence[str], letters: Mapping[str, int]) -> dict[str, CostItem]:
     """The items of these formulas: layers and method, and if there are two more, attention and head."""
-    named = {
-        "layers": "layers' matrices",
-        "method": "the method's matrices",
-        "attention": "attention's own products",
-        "head": "head",
-    }
-    pairs = zip(named.items(), formulas, strict=False)
-    return {name: CostItem(*counted(description, formula, **letters)) for (name, description), formula in pairs}
+    names = ("layers", "method", "attention", "head")
+    descriptions = ("layers' matrices", "the method's matrices", "attention's own products", "head")
+    items = zip(names, descriptions, formulas, strict=False)
+    return {name: CostItem(*counted(description, formula, **letters)) for name, description, formula in items}
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
@@ -273,11 +264,8 @@ def ffn_adapters(widths: Sequence[int], rank: int) -> list[ParameterGroup]:
 
 
 def _ffn_layers(widths: Sequence[int], description: str, formula: str, **letters: int) -> list[ParameterGroup]:
-    parts = []
-    for layer, (n_in, n_out) in enumerate(pairwise(widths), 1):
-        sizes = letters | {"in": n_in, "out": n_out, "d": n_out}
-        parts.append(ParameterGroup(*counted(f"layer {layer}, {description}", formula, **sizes), f"layer {layer}"))
-    return parts
+    sizes = ((f"layer {i}", letters | {"in": a, "out": b, "d": b}) for i, (a, b) in enumerate(pairwise(widths), 1))
+    return [ParameterGroup(*counted(f"{name}, {description}", formula, **size), name) for name, size in sizes]
 
 
 def ffn_flops(widths: Sequence[int], method_weights: int, passes: int) -> dict[str, dict[str, CostItem]]:

@@ -18,23 +18,23 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.errors import InputError
+from graftlm.methods import base
 from graftlm.methods import peft_format as peft
-from graftlm.methods.base import Method, PeftFolder, freeze, master_options, replace_linears, trainable_state_dict
+from graftlm.methods.base import AdaptedLinear, MergeableLinear, Method, PeftFolder
 from graftlm.methods.cost_model import ParameterGroup, linear_group
-from graftlm.methods.mergeable import MergeableLinear
 from graftlm.models import CausalLM, Linear, ModelConfig
 from graftlm.models.config import FAMILIES, Rows, our_linear
 
 
-class IA3Linear(MergeableLinear):
+class IA3Linear(AdaptedLinear, MergeableLinear):
     """A frozen linear whose output is scaled by a learned vector; that of the MLP's down projection: its input."""
 
     def __init__(self, linear: Linear, name: str) -> None:
-        with torch.device("meta"):  # no memory, no random numbers: every tensor is set below
-            super().__init__(linear.in_features, linear.out_features, linear.bias is not None)
-        self.weight, self.bias, self.feedforward = linear.weight, linear.bias, name.endswith(".down")
+        super().__init__(linear)
+        self.feedforward = name.endswith(".down")
         width = linear.in_features if self.feedforward else linear.out_features
-        self.stretch = nn.Parameter(torch.ones(width, **master_options(linear.weight)))  # l, by its name in checkpoints
+        # l, by its name in checkpoints
+        self.stretch = nn.Parameter(torch.ones(width, **base.master_options(linear.weight)))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
@@ -69,8 +69,8 @@ class IA3(Method):
 
     def install(self, model: CausalLM, rng: torch.Generator) -> None:
         """Replace the targeted linears; an InputError names an unknown target."""
-        freeze(model)
-        replace_linears(model, self.targets, IA3Linear, self.layer_range(model.config))
+        base.freeze(model)
+        base.replace_linears(model, self.targets, IA3Linear, self.layer_range(model.config))
 
     def param_breakdown(self, config: ModelConfig) -> list[ParameterGroup]:
         """The width of each targeted linear's output (of down: of its input), times the adapted layers."""
@@ -82,7 +82,7 @@ class IA3(Method):
 
     def to_peft(self, model: CausalLM) -> PeftFolder:
         """PEFT's IA3."""
-        config, state, tensors = model.config, trainable_state_dict(model), {}
+        config, state, tensors = model.config, base.trainable_state_dict(model), {}
         for key, size, rows in self._vectors(config):
             vector = next(iter(state.values())).new_ones(size)
             for name, part in rows.items():
@@ -115,11 +115,10 @@ class IA3(Method):
         targeted_modules = {module for _, module in names.values()}
         targets = [role for role in config.roles if peft.hf_module_name(config, role) in targeted_modules]
         if (fused := FAMILIES[config.family].fused) in targeted_modules:
+            slices = peft.fused_slices(config)
             vectors = [t.flatten() for key, t in tensors.items() if key.endswith(f".{fused}.ia3_l")]
             vectors = [vector for vector in vectors if len(vector) == config.qkv_rows]
-            moved = [
-                r for r, rows in peft.fused_slices(config).items() if any(bool((v[rows] != 1).any()) for v in vectors)
-            ]
+            moved = [r for r, rows in slices.items() if any(bool((v[rows] != 1).any()) for v in vectors)]
             targets = [role for role in targets if role not in "qkv" or role in (moved or ["k", "v"])]
         method = cls(targets=tuple(targets), layers=layers)
         return method, method._state(config, folder, where)

@@ -2,8 +2,8 @@
 
     h = W0 x + (alpha / r) B A dropout(x)        A [r, in] kaiming-uniform, B [out, r] zero: it starts as the base
 
-In evaluation the update is part of the weight (`mergeable.py`). In training, all linears of the same x (q, k and v) are
-one autograd function with a hand-written backward pass.
+In evaluation the update is part of the weight (`MergeableLinear`). In training, all linears of the same x (q, k and v)
+are one autograd function with a hand-written backward pass.
 
 Letters: r rank, N tokens.
 """
@@ -18,10 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graftlm.errors import InputError
-from graftlm.methods.base import Method, PeftFolder, freeze, kaiming_parameter, master_options, replace_linears
+from graftlm.methods import base, peft_format
+from graftlm.methods.base import MergeableLinear, Method, PeftFolder
 from graftlm.methods.cost_model import ParameterGroup, linear_group
-from graftlm.methods.lora_peft_format import from_foreign_peft, from_peft, to_peft
-from graftlm.methods.mergeable import MergeableLinear
 from graftlm.models import CausalLM, Linear, ModelConfig
 from graftlm.models.fused_ops import TORCH, DropoutMask, ReferenceKernels
 from graftlm.models.layers import Dropout, HasFusedOps, draw_mask
@@ -55,7 +54,7 @@ class LoRALinear(HasFusedOps, MergeableLinear):
         self.rank, self.alpha, self.rslora = rank, alpha, rslora
         self.lora_drop = Dropout(lora_dropout)
         if rank:
-            options = master_options(self.weight)
+            options = base.master_options(self.weight)
             self.lora_A = nn.Parameter(torch.empty(rank, in_features, **options))
             self.lora_B = nn.Parameter(torch.empty(out_features, rank, **options))
             self.reset_lora()
@@ -67,8 +66,8 @@ class LoRALinear(HasFusedOps, MergeableLinear):
         with torch.device("meta"):  # no memory, no random numbers: every tensor is set below
             new = cls(*sizes, method.rank, method.alpha, method.dropout, method.rslora)
         new.weight, new.bias = linear.weight, linear.bias
-        new.lora_A = kaiming_parameter(method.rank, linear.in_features, linear.weight, rng)
-        new.lora_B = nn.Parameter(torch.zeros(linear.out_features, method.rank, **master_options(linear.weight)))
+        new.lora_A = base.kaiming_parameter(method.rank, linear.in_features, linear.weight, rng)
+        new.lora_B = nn.Parameter(torch.zeros(linear.out_features, method.rank, **base.master_options(linear.weight)))
         return new
 
     def reset_parameters(self) -> None:
@@ -87,16 +86,6 @@ class LoRALinear(HasFusedOps, MergeableLinear):
         """alpha / r, or alpha / sqrt(r)."""
         return scale_of(self)
 
-    @property
-    def has_update(self) -> bool:
-        """Whether forward adds an update to the product with the weight."""
-        return self.rank > 0 and not self.merged
-
-    @property
-    def dropout_p(self) -> float:
-        """The current probability of dropout on A's input: 0 in evaluation."""
-        return self.lora_drop.p if self.lora_drop.training else 0.0
-
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
         return self.forward_many([self], x)[0]
@@ -104,8 +93,8 @@ class LoRALinear(HasFusedOps, MergeableLinear):
     @staticmethod
     def forward_many(linears: Sequence[Linear], x: Tensor) -> list[Tensor]:
         """Each linear of the same x: W_i x + (alpha_i / r_i) B_i A_i dropout(x); they share one dropout mask."""
-        adapted = [m for m in linears if isinstance(m, LoRALinear) and m.has_update]
-        probabilities = {m.dropout_p for m in adapted}
+        adapted = [m for m in linears if isinstance(m, LoRALinear) and m.rank and not m.merged]
+        probabilities = {m.lora_drop.p if m.lora_drop.training else 0.0 for m in adapted}
         if len(probabilities) > 1:
             return [LoRALinear.forward_many([m], x)[0] for m in linears]
         mask = draw_mask(probabilities.pop()) if adapted else None
@@ -118,9 +107,10 @@ class LoRALinear(HasFusedOps, MergeableLinear):
 
     def _forward_reference(self, x: Tensor, dropped: Tensor) -> Tensor:
         """The same by autograd."""
-        return self._post_process(
-            F.linear(x, self.weight.to(x.dtype), self.bias_before_norm(x)) + self._update(dropped)
-        )
+        low_rank = F.linear(dropped, self.lora_A.to(x.dtype))
+        # Scaling B costs out x r products, scaling the update would cost N x out.
+        update = F.linear(low_rank, (self.lora_B * self.scale).to(x.dtype))
+        return self._post_process(F.linear(x, self.weight.to(x.dtype), self.bias_before_norm(x)) + update)
 
     def bias_before_norm(self, x: Tensor) -> Tensor | None:
         """The bias that is added to the products, in the dtype of x."""
@@ -129,11 +119,6 @@ class LoRALinear(HasFusedOps, MergeableLinear):
     def _post_process(self, y: Tensor) -> Tensor:
         """The output, from the sum of products and `bias_before_norm`; DoRA scales it."""
         return y
-
-    def _update(self, x: Tensor) -> Tensor:
-        low_rank = F.linear(x, self.lora_A.to(x.dtype))
-        # Scaling B costs out x r products, scaling the update would cost N x out.
-        return F.linear(low_rank, (self.lora_B * self.scale).to(x.dtype))
 
     def merged_tensors(self) -> dict[str, Tensor]:
         """The weight with its update."""
@@ -209,7 +194,7 @@ class _FusedLoRAFunction(torch.autograd.Function):
 
 def mark_only_lora_as_trainable(model: nn.Module) -> None:
     """Freeze everything but the A and B of every LoRALinear."""
-    freeze(model)
+    base.freeze(model)
     for module in model.modules():
         if isinstance(module, LoRALinear) and module.rank:
             module.lora_A.requires_grad_(True)
@@ -260,8 +245,8 @@ class LoRA(Method):
                 raise InputError(f"--rank {self.rank}: above the width of {name}: choose at most {linear.in_features}")
             return self.linear.from_linear(linear, self, rng)
 
-        freeze(model)
-        replace_linears(model, self.targets, make, self.layer_range(model.config))
+        base.freeze(model)
+        base.replace_linears(model, self.targets, make, self.layer_range(model.config))
 
     def param_breakdown(self, config: ModelConfig) -> list[ParameterGroup]:
         """r (in + out) for each targeted linear, times the adapted layers."""
@@ -291,12 +276,12 @@ class LoRA(Method):
         )
 
     def to_peft(self, model: CausalLM) -> PeftFolder:
-        """PEFT's LORA; where the checkpoint format fuses q, k and v, one module (`lora_peft_format.py`)."""
-        return to_peft(self, model)
+        """PEFT's LORA; where the checkpoint format fuses q, k and v, one module (`peft_format.py`)."""
+        return peft_format.to_peft(self, model)
 
     def from_peft(self, config: ModelConfig, folder: PeftFolder, where: str) -> dict[str, Tensor]:
         """The inverse."""
-        return from_peft(self, config, folder, where)
+        return peft_format.from_peft(self, config, folder, where)
 
     @classmethod
     def from_foreign_peft(
@@ -305,4 +290,4 @@ class LoRA(Method):
         """Any LORA folder of PEFT; with use_dora it is DoRA's."""
         if folder[0].get("peft_type") != cls.peft_type or bool(folder[0].get("use_dora")) != cls.use_dora:
             return None
-        return from_foreign_peft(cls, config, folder, where)
+        return peft_format.from_foreign_peft(cls, config, folder, where)

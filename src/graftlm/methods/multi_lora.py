@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from graftlm.errors import InputError
-from graftlm.methods.base import Method, replace_linears
+from graftlm.methods.base import AdaptedLinear, Method, replace_linears
 from graftlm.methods.lora import LoRA, scale_of
 from graftlm.models import CausalLM, Linear, clone_with_shared_weights
 from graftlm.models.config import our_linear
@@ -51,16 +51,13 @@ class RowGroups:
     def of(self, t: int) -> tuple[Tensor, Tensor, Tensor]:
         """Indices into B t tokens: gathered [G M t], adapted [n], and of the adapted ones in the gathered [n]."""
         if t not in self._indices:
-            self._indices[t] = self._gather(t)
+            groups = [[b for b, n in enumerate(self._rows) if n == g] for g in range(self.lo, self.hi)]
+            m = max(map(len, groups))
+            gathered = [b for group in groups for b in (*group, *[0] * (m - len(group)))]
+            adapted = [b for group in groups for b in group]
+            positions = [g * m + i for g, group in enumerate(groups) for i in range(len(group))]
+            self._indices[t] = (self._tokens(gathered, t), self._tokens(adapted, t), self._tokens(positions, t))
         return self._indices[t]
-
-    def _gather(self, t: int) -> tuple[Tensor, Tensor, Tensor]:
-        groups = [[b for b, n in enumerate(self._rows) if n == g] for g in range(self.lo, self.hi)]
-        m = max(map(len, groups))
-        gathered = [b for group in groups for b in (*group, *[0] * (m - len(group)))]
-        adapted = [b for group in groups for b in group]
-        positions = [g * m + i for g, group in enumerate(groups) for i in range(len(group))]
-        return self._tokens(gathered, t), self._tokens(adapted, t), self._tokens(positions, t)
 
     def _tokens(self, rows: Sequence[int], t: int) -> Tensor:
         first = torch.tensor(rows, device=self._device)[:, None] * t
@@ -74,10 +71,9 @@ class AdapterSelection:
     groups: RowGroups | None = None
 
 
-class MultiLoRALinear(Linear):
-    """A frozen linear with the low-rank updates of N adapters."""
+class MultiLoRALinear(AdaptedLinear):
+    """A frozen linear with the low-rank updates of N adapters; `a`, `columns` and `b` are set by the caller."""
 
-    selection: AdapterSelection
     a: Tensor
     """[N, R, in]: A of this linear and of the others with the same input, concatenated."""
     columns: range
@@ -85,13 +81,9 @@ class MultiLoRALinear(Linear):
     b: Tensor
     """[N, out, r], times the scale."""
 
-    @classmethod
-    def from_linear(cls, linear: Linear, selection: AdapterSelection) -> "MultiLoRALinear":
-        """One with this linear's weight and bias (no copy); `a`, `columns` and `b` are set by the caller."""
-        with torch.device("meta"):  # no memory, no random numbers: every tensor is set
-            new = cls(linear.in_features, linear.out_features, linear.bias is not None)
-        new.weight, new.bias, new.selection = linear.weight, linear.bias, selection
-        return new
+    def __init__(self, linear: Linear, selection: AdapterSelection) -> None:
+        super().__init__(linear)
+        self.selection = selection
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, ..., in] -> [B, ..., out]."""
@@ -193,7 +185,7 @@ def _adapt(
         options: dict[str, Any] = {"device": linear.weight.device, "dtype": base.dtype}
         if not adapted:
             a = torch.zeros(len(adapters), sum(ranks.values()), linear.in_features, **options)
-        new = adapted[name] = MultiLoRALinear.from_linear(linear, selection)
+        new = adapted[name] = MultiLoRALinear(linear, selection)
         new.a, new.columns = a, range(start, start + ranks[name])
         new.b = torch.zeros(len(adapters), linear.out_features, ranks[name], **options)
         for n, (method, state) in enumerate(adapters.values()):

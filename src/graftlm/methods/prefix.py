@@ -43,8 +43,7 @@ class Prefix(PrefixModule):
 
     def __init__(self, config: ModelConfig, start: Tensor, hidden: int, std: float, rng: torch.Generator) -> None:
         super().__init__()
-        self.config, self.size = config, len(start)
-        self.start = start
+        self.config, self.size, self.start = config, len(start), start
         self._cached: Tensor | None = None
         self.past: nn.Parameter | None = None
         if not hidden:
@@ -85,8 +84,7 @@ class Prefix(PrefixModule):
         """Evaluation computes P once; training computes it in each forward pass."""
         super().train(mode)
         self._cached = None
-        if not mode:
-            self._cached = self.materialize().detach()
+        self._cached = None if mode else self.materialize().detach()
         return self
 
 

@@ -18,7 +18,7 @@ from graftlm.errors import InputError
 from graftlm.exchange.huggingface import base_hash, load_model, load_weights_into, meta_model
 from graftlm.exchange.load import ModelBundle, check_base, pick_device, pick_dtype, read_tokenizer, resolve_path
 from graftlm.methods import Method
-from graftlm.methods.mergeable import mergeable_linears
+from graftlm.methods.base import mergeable_linears
 from graftlm.models.base import CausalLM
 from graftlm.text.collate import Example, encode_rows, label_ids, preflight, subset
 from graftlm.text.dataset import Dataset, load_dataset
