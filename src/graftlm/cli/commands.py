@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from graftlm.text.template import Template
 
 Result = dict[str, Any]
+Source = tuple[str, str, str, dict[str, str]]
+"""data, val, test and columns of `load_dataset`."""
 DATA_FLAGS = ("data", "val_data", "test_data", "columns")
 
 
@@ -52,12 +54,23 @@ def _train(parsed: ParsedArgs, notes: "Console") -> Result:
 
 
 def _evaluate(parsed: ParsedArgs, notes: "Console") -> Result:
+    _check_run_flags(parsed, notes)
     if not parsed.config.ray:
         return _evaluate_by(None, parsed.config, notes)
     from graftlm.studies.ray_cluster import connected, ray_predictor
 
     with connected(parsed.config, _ray_log_level(parsed)) as cluster:
         return _evaluate_by(lambda loaded: ray_predictor(cluster, parsed.config, loaded), parsed.config, notes)
+
+
+def _check_run_flags(parsed: ParsedArgs, notes: "Console") -> None:
+    """A note for flags of a run that is not read, since --init_from names a model; an error if that is the default."""
+    init_from = parsed.config.init_from
+    for flag in sorted(parsed.explicit.intersection(("out_dir", "checkpoint")) if init_from != "resume" else ()):
+        line = f"--{flag} {getattr(parsed.config, flag)}: is not read, as --init_from is {init_from}"
+        if "init_from" not in parsed.explicit:
+            raise InputError(f"{line}: add --init_from resume to read a run")
+        notes.print(line, markup=False)
 
 
 def _ray_log_level(parsed: ParsedArgs) -> str:
@@ -102,6 +115,11 @@ def _generate(parsed: ParsedArgs, notes: "Console") -> Result:
     from graftlm.exchange.load import load
 
     config: GenerateConfig = parsed.config
+    _check_run_flags(parsed, notes)
+    unused = ("chat", "num_samples") if config.prompt is None else ("data", "limit")
+    for flag in parsed.explicit.intersection(unused):
+        problem = "needs --prompt" if config.prompt is None else "is not read with --prompt"
+        raise InputError(f"--{flag} {getattr(config, flag)}: {problem}; without it the test split is classified")
     prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
     loaded = load(config.init_from, config.out_dir, config.checkpoint, config.device, config.dtype)
     return _classify(loaded, config, notes) if prompt is None else _continue(loaded, config, prompt)
@@ -158,27 +176,28 @@ def _examples(
     """
     from graftlm.inference.fewshot import FewShotConfig, build_fewshot
     from graftlm.text.collate import subset
-    from graftlm.text.dataset import load_dataset
+    from graftlm.text.dataset import default_labels, load_dataset
     from graftlm.text.template import load_template
 
     run: Result = (loaded.run or {}).get("config", {})
+    source, train_source = _sources(config, run)
     template = loaded.template
     if template is None or config.template or config.labels:
+        named = next(filter(None, source[:3]))
         template = load_template(
             config.template or run.get("template", TrainConfig.template),
-            config.labels or run.get("labels", TrainConfig.labels),
+            config.labels or run.get("labels") or default_labels(named, source[3]),
         )
-    source = config if config.data else TrainConfig(**{f: run[f] for f in DATA_FLAGS if f in run})
-    dataset = load_dataset(
-        source.data, source.val_data, source.test_data, parse_columns(source.columns), template.labels
-    )
+    dataset = load_dataset(*source, template.labels)
+    train = load_dataset(*train_source, template.labels).splits if train_source else dataset.splits
     for note in dataset.notes:
         notes.print(note, soft_wrap=True)
-    rows = dataset.splits.get(config.split, [])
+    split = config.split or "test"
+    rows = dataset.splits.get(split, [])
     if not rows:
-        raise InputError(
-            f"--split {config.split}: {dataset.name} has no such split; it has {', '.join(dataset.splits)}"
-        )
+        raise InputError(f"--split {split}: {dataset.name} has no such split; it has {', '.join(dataset.splits)}")
+    if split != "train" and (both := {row.text for row in train.get("train", [])} & {row.text for row in rows}):
+        notes.print(f"{len(both)} of the evaluated texts are in the train split too", soft_wrap=True)
     # A run's own length holds for its prompts, which have no demonstrations before them.
     max_length = config.max_length or (0 if config.shots else run.get("max_length")) or loaded.model.max_seq_len
     asked = build_fewshot(
@@ -186,7 +205,7 @@ def _examples(
         loaded.tokenizer,
         template,
         subset(rows, config.limit),
-        dataset.splits.get("train", []) if config.shots else [],
+        train.get("train", []) if config.shots else [],
         FewShotConfig(
             shots=config.shots,
             selection=config.demo_selection,
@@ -203,9 +222,32 @@ def _examples(
     return template, asked.examples, asked.content_free
 
 
+def _sources(config: EvaluateConfig, run: Result) -> tuple["Source", "Source | None"]:
+    """What to evaluate on, and where the demonstrations are if they are elsewhere, as arguments of `load_dataset`."""
+    own = TrainConfig(**{flag: run[flag] for flag in DATA_FLAGS if flag in run})
+    split, columns = config.split or "test", parse_columns(config.columns)
+    if config.data:
+        several = config.split or config.val_data or config.test_data
+        if several or not Path(config.data).expanduser().is_file():
+            return (config.data, config.val_data, config.test_data, columns), None
+        if config.shots:
+            raise InputError(
+                f"--shots {config.shots}: {config.data} is read whole, so there is no train split for demonstrations: "
+                "add --split test, or name the texts to evaluate with --test_data"
+            )
+        return ("", "", config.data, columns), None
+    columns = columns or parse_columns(own.columns)
+    everything = (own.data, own.val_data, own.test_data, columns)
+    if file := config.test_data if split == "test" else config.val_data:
+        source = ("", "", file, columns) if split == "test" else ("", file, "", columns)
+        return source, everything if config.shots else None
+    return everything, None
+
+
 def _prompt(parsed: ParsedArgs, notes: "Console") -> Result:
     from graftlm.inference.prompting import prompt
 
+    _check_run_flags(parsed, notes)
     return prompt(
         parsed.config, lambda line: notes.print(line, markup=False), lambda what, n: display.progress(notes, what, n)
     )
@@ -214,6 +256,7 @@ def _prompt(parsed: ParsedArgs, notes: "Console") -> Result:
 def _pairs(parsed: ParsedArgs, notes: "Console") -> Result:
     from graftlm.inference.pairs import make_preferences
 
+    _check_run_flags(parsed, notes)
     return make_preferences(
         parsed.config,
         lambda line: notes.print(line, markup=False),

@@ -112,11 +112,13 @@ class DataFlags(Flags):
     """A file with the test split, given together with --data FILE."""
     columns: str = ""
     """Which columns of the data to read, as text=sentence,label=stars. Default: the record layout is recognised by
-    its columns: text, label; prompt, completion; prompt, chosen, rejected; messages; instruction, input, output."""
+    its columns: text, label; prompt, completion; prompt, chosen, rejected; messages or conversations; instruction,
+    input, output."""
     template: str = "sentiment"
     """The prompt template: a built-in name (sentiment, question, plain), a file, or a string with {text} in it."""
     labels: str = "negative,positive"
-    """The label words, comma-separated, in the order of the label numbers."""
+    """The label words, comma-separated, in the order of the label numbers. Default: those that a parquet file's schema
+    names, else negative,positive."""
     max_length: int | None = None
     """Maximum length of an example in tokens; longer texts are truncated inside the template. Default: the model's
     context length."""

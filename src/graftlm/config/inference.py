@@ -47,14 +47,19 @@ class EvaluateConfig(RunFlags, DataFlags, RayFlags):
     """Measure the accuracy of a model or a run on labelled text."""
 
     data: str = ""
-    """The data set: as in graft train. Default: the run's, else rotten-tomatoes-pypi."""
+    """The data set: as in graft train, but one file is read whole unless --split is given. Default: the run's, else
+    rotten-tomatoes-pypi."""
+    val_data: str = ""
+    """A file to evaluate on, with --split validation; with --data, its validation split."""
+    test_data: str = ""
+    """A file to evaluate on; with --data, its test split."""
     template: str = ""
     """The prompt template: as in graft train. Default: the run's, else sentiment."""
     labels: str = ""
     """The label words, comma-separated, in the order of the label numbers. Default: the run's, else
     negative,positive."""
-    split: Literal["train", "validation", "test"] = "test"
-    """The split to evaluate on."""
+    split: Literal["train", "validation", "test"] | None = None
+    """The split to evaluate on. Default: test, or all of a single --data FILE."""
     mode: Mode = "both"
     """How the model answers: score (the most likely label word), generate (the label word in its generated text), or
     both."""
@@ -77,6 +82,12 @@ class EvaluateConfig(RunFlags, DataFlags, RayFlags):
         self.require_at_least(0, "limit", "shots", "seed")
         if self.shots and self.split == "train":
             raise InputError("--shots: demonstrations come from the train split; choose another --split")
+        if self.demo_selection != "fixed" and not self.shots:
+            raise InputError(f"--demo_selection {self.demo_selection}: chooses demonstrations; add --shots, as in 4")
+        for flag, split in (("val_data", "validation"), ("test_data", "test")):
+            file = getattr(self, flag)
+            if file and not self.data and split != (self.split or "test"):
+                raise InputError(f"--{flag} {file}: is read with --split {split} or together with --data; add one")
         if self.calibrate and self.mode == "generate":
             raise InputError("--calibrate: changes label scores, which --mode generate does not use; use both or score")
 

@@ -195,7 +195,7 @@ class _Sweep:
             flags |= {name: trial.flags[name] for name in ("device", "dtype") if name in trial.flags}
             flags |= {"out_dir": folder / "run", "checkpoint": checkpoint}
         else:
-            flags |= {"init_from": TrainConfig.init_from, **trial.flags}
+            flags |= {"init_from": TrainConfig.init_from, **trial.flags, "split": "test"}
             del flags["method"]
         metrics = json.loads(self.runner.run(["evaluate", *_argv(flags), "--json"], folder))
         write_json(path, {"eval_config": self.eval_config, "reading": metrics})

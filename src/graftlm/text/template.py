@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 
 from graftlm.errors import InputError, unknown_name_error
+from graftlm.text.words import normalize
 
 FIELD = "{text}"
 
@@ -79,8 +80,8 @@ class Template:
 
     def label_number(self, word: str) -> int | None:
         """The number of a label word, ignoring case and surrounding spaces; None if it is not a label word."""
-        word = word.strip().casefold()
-        return next((number for number, label in enumerate(self.labels) if label.casefold() == word), None)
+        word = normalize(word.strip())
+        return next((number for number, label in enumerate(self.labels) if normalize(label) == word), None)
 
 
 def load_template(spec: str, labels: str = DEFAULT_LABELS) -> Template:
@@ -130,10 +131,10 @@ def _check_labels(labels: tuple[str, ...]) -> None:
         raise InputError(f"{flag}: an empty label word; name them as in {DEFAULT_LABELS}")
     seen: dict[str, str] = {}
     for label in labels:
-        if label.casefold() in seen:
-            other = seen[label.casefold()]
+        if normalize(label) in seen:
+            other = seen[normalize(label)]
             raise InputError(f"{flag}: {other!r} and {label!r} are the same word; label words must differ")
-        seen[label.casefold()] = label
+        seen[normalize(label)] = label
 
 
 def _is_file(path: Path) -> bool:

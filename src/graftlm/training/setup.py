@@ -21,7 +21,7 @@ from graftlm.methods import Method
 from graftlm.methods.base import mergeable_linears
 from graftlm.models.base import CausalLM
 from graftlm.text.collate import Example, encode_rows, label_ids, preflight, subset
-from graftlm.text.dataset import Dataset, load_dataset
+from graftlm.text.dataset import Dataset, default_labels, load_dataset
 from graftlm.text.template import Template, load_template
 from graftlm.text.tokenizer import Tokenizer
 from graftlm.training.batches import BatchLoader, TrainingData
@@ -87,6 +87,8 @@ def prepare(
     check_loggers(config)
     objective = make_objective(config, explicit)
     source = resolve_init(config, explicit, previous is not None)
+    if previous is None and "labels" not in explicit:
+        config = replace(config, labels=default_labels(config.data, parse_columns(config.columns)))
     template = _template(config, previous)
     device = pick_device(config.device if dist.size == 1 else dist.device_flag)
     _check_ranks(config, objective, source, dist)
@@ -230,13 +232,15 @@ def _read_data(config: TrainConfig, objective: Objective, template: Template) ->
     dataset = load_dataset(
         config.data, config.val_data, config.test_data, parse_columns(config.columns), template.labels
     )
-    record = dataset.splits["train"][0]
-    if not isinstance(record, objective.records):
-        users = [name for name in OBJECTIVES if isinstance(record, objective_class(name).records)]
-        raise InputError(
-            f"--objective {config.objective}: {dataset.name} holds records for --objective {' or '.join(users)}; "
-            f"{config.objective} needs {objective.needs}"
-        )
+    if "train" not in dataset.splits:
+        raise InputError(f"--data {dataset.name}: has no train split; it has {', '.join(dataset.splits)}")
+    for record in (dataset.splits["train"][0], dataset.splits["validation"][0]):
+        if not isinstance(record, objective.records):
+            users = [name for name in OBJECTIVES if isinstance(record, objective_class(name).records)]
+            raise InputError(
+                f"--objective {config.objective}: {dataset.name} holds records for --objective {' or '.join(users)}; "
+                f"{config.objective} needs {objective.needs}"
+            )
     return dataset
 
 
