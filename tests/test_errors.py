@@ -48,7 +48,7 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(assets: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("graftlm.process.tune_malloc_retain", lambda: False)
+        patch.setattr("graftlm.cli.main.tune_malloc_retain", lambda: False)
         assert cli.run(train(assets, "--out_dir", str(assets / "run"), "--json")) == 0
     return assets / "run"
 
@@ -63,7 +63,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "1")
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("graftlm.process.tune_malloc_retain", lambda: False)
+    monkeypatch.setattr("graftlm.cli.main.tune_malloc_retain", lambda: False)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield tmp_path / "work"

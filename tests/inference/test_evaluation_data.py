@@ -30,7 +30,7 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "all.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     flags = f"--init_from={folder / 'model'} --data={folder / 'all.jsonl'} --columns=text=review,label=stars --rank=4"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("graftlm.process.tune_malloc_retain", lambda: False)
+        patch.setattr("graftlm.cli.main.tune_malloc_retain", lambda: False)
         words = ["train", *flags.split(), f"--template={TEMPLATE}", f"--out_dir={folder / 'run'}"]
         assert cli.run([*words, "--max_iters=1", "--batch_size=4", "--device=cpu", "--dtype=float32", "--json"]) == 0
     return folder
@@ -42,7 +42,7 @@ def graft(
 ) -> Iterator[Command]:
     """Run a command on the model; returns its exit status, JSON object and notes."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("graftlm.process.tune_malloc_retain", lambda: False)
+    monkeypatch.setattr("graftlm.cli.main.tune_malloc_retain", lambda: False)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from graftlm.config import Mode
+from graftlm.config.inference import Mode
 from graftlm.errors import GraftError, InputError
 from graftlm.files.atomic import write_text
 from graftlm.inference.decoder import shared_prefix_length

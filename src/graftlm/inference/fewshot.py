@@ -22,7 +22,7 @@ from random import Random
 import numpy as np
 import torch
 
-from graftlm.config import DemoSelection
+from graftlm.config.inference import DemoSelection
 from graftlm.errors import InputError
 from graftlm.exchange.load import to_float64
 from graftlm.inference.decoder import right_pad

@@ -29,13 +29,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from graftlm.config import CompareConfig, TrainConfig
-from graftlm.errors import GraftError, InputError, Interrupted
+from graftlm.errors import GraftError, InputError, Interrupted, stop_on_signal
 from graftlm.files.atomic import LOCK_NAME, cleanup_tmp, disk_errors, lock_dir, write_json, write_text
 from graftlm.files.formats import read_json
 from graftlm.studies.results_table import FAILED, TrialResult, failures, make_rows, markdown, read_test
 from graftlm.studies.subprocess_runner import MAX_RETRIES, CommandFailed, JobRunner, LocalRunner, WorkerLost
 from graftlm.studies.sweep import Trial, read_sweep
-from graftlm.training.signals import stop_on_signal
 
 PLANNED_STEPS = 100  # of the `graft train --plan` that predicts the cost of a step
 MAX_PENDING = 256  # trials that wait for a cluster at the same time, each in a thread

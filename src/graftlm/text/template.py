@@ -10,9 +10,11 @@ ends in a space would end in a token that does not occur before a word. So a tra
 completion, and after a line break no space is added. Braces other than those of the one `{text}` are plain characters.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from graftlm.errors import InputError, unknown_name_error
 from graftlm.text.words import normalize
@@ -46,6 +48,12 @@ class Template:
     labels: tuple[str, ...]
     text_prefix: str = ""
     """Put before the template unchanged: few-shot demonstrations (`inference/fewshot.py`)."""
+
+    @classmethod
+    def of_run(cls, run: Mapping[str, Any]) -> "Template":
+        """The template that run.json records."""
+        recorded = run["template"]
+        return cls(recorded["name"], recorded["text"], tuple(recorded["labels"]))
 
     def __post_init__(self) -> None:
         count = self.text.count(FIELD)

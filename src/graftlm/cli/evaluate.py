@@ -1,41 +1,19 @@
-"""The subcommands of `graft`: each is a config (its flags), a handler and a printer for its result.
-
-A handler writes notes and progress to the given console (stderr) and returns its JSON object. A handler whose result is
-known before its work is done (`serve`) yields it. Heavy imports are inside the handlers, so that `graft --help` answers
-at once.
-"""
+"""The handlers of `graft evaluate` and `graft generate`: load what the flags name, read the data, run it."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from graftlm import process
 from graftlm.cli import display
-from graftlm.cli.parser import ParsedArgs, parse
-from graftlm.config import (
-    CompareConfig,
-    DownloadConfig,
-    EstimateConfig,
-    EvaluateConfig,
-    ExportConfig,
-    GenerateConfig,
-    ImportConfig,
-    PairsConfig,
-    PromptConfig,
-    ReportConfig,
-    ServeConfig,
-    TrainConfig,
-    parse_columns,
-)
+from graftlm.config import EvaluateConfig, GenerateConfig, TrainConfig
+from graftlm.config.flags import parse_columns
 from graftlm.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from graftlm.config.flags import ParsedArgs
     from graftlm.exchange.load import ModelBundle
     from graftlm.inference.evaluate import Predictor
     from graftlm.text.collate import Example
@@ -47,23 +25,18 @@ Source = tuple[str, str, str, dict[str, str]]
 DATA_FLAGS = ("data", "val_data", "test_data", "columns")
 
 
-def _train(parsed: ParsedArgs, notes: "Console") -> Result:
-    from graftlm.training.train import train
-
-    return train(parsed.config, given=parsed.explicit, console=notes, started=process.BEGAN)
-
-
-def _evaluate(parsed: ParsedArgs, notes: "Console") -> Result:
-    _check_run_flags(parsed, notes)
+def evaluate(parsed: "ParsedArgs", notes: "Console") -> Result:
+    """`graft evaluate`, with --ray by copies of the model on a cluster."""
+    check_run_flags(parsed, notes)
     if not parsed.config.ray:
         return _evaluate_by(None, parsed.config, notes)
     from graftlm.studies.ray_cluster import connected, ray_predictor
 
-    with connected(parsed.config, _ray_log_level(parsed)) as cluster:
+    with connected(parsed.config, ray_log_level(parsed)) as cluster:
         return _evaluate_by(lambda loaded: ray_predictor(cluster, parsed.config, loaded), parsed.config, notes)
 
 
-def _check_run_flags(parsed: ParsedArgs, notes: "Console") -> None:
+def check_run_flags(parsed: "ParsedArgs", notes: "Console") -> None:
     """A note for flags of a run that is not read, since --init_from names a model; an error if that is the default."""
     init_from = parsed.config.init_from
     for flag in sorted(parsed.explicit.intersection(("out_dir", "checkpoint")) if init_from != "resume" else ()):
@@ -73,7 +46,8 @@ def _check_run_flags(parsed: ParsedArgs, notes: "Console") -> None:
         notes.print(line, markup=False)
 
 
-def _ray_log_level(parsed: ParsedArgs) -> str:
+def ray_log_level(parsed: "ParsedArgs") -> str:
+    """How much a Ray cluster prints."""
     return "INFO" if parsed.common.debug else "ERROR"
 
 
@@ -111,11 +85,12 @@ def _evaluate_by(
     }
 
 
-def _generate(parsed: ParsedArgs, notes: "Console") -> Result:
+def generate(parsed: "ParsedArgs", notes: "Console") -> Result:
+    """`graft generate`: continue a prompt, or classify the test split."""
     from graftlm.exchange.load import load
 
     config: GenerateConfig = parsed.config
-    _check_run_flags(parsed, notes)
+    check_run_flags(parsed, notes)
     unused = ("chat", "num_samples") if config.prompt is None else ("data", "limit")
     for flag in parsed.explicit.intersection(unused):
         problem = "needs --prompt" if config.prompt is None else "is not read with --prompt"
@@ -242,121 +217,3 @@ def _sources(config: EvaluateConfig, run: Result) -> tuple["Source", "Source | N
         source = ("", "", file, columns) if split == "test" else ("", file, "", columns)
         return source, everything if config.shots else None
     return everything, None
-
-
-def _prompt(parsed: ParsedArgs, notes: "Console") -> Result:
-    from graftlm.inference.prompting import prompt
-
-    _check_run_flags(parsed, notes)
-    return prompt(
-        parsed.config, lambda line: notes.print(line, markup=False), lambda what, n: display.progress(notes, what, n)
-    )
-
-
-def _pairs(parsed: ParsedArgs, notes: "Console") -> Result:
-    from graftlm.inference.pairs import make_preferences
-
-    _check_run_flags(parsed, notes)
-    return make_preferences(
-        parsed.config,
-        lambda line: notes.print(line, markup=False),
-        lambda what, total: display.progress(notes, what, total),
-    )
-
-
-def _compare(parsed: ParsedArgs, notes: "Console") -> Result:
-    from graftlm.studies.compare import compare
-
-    return compare(parsed.config, parsed.common.config, notes, _ray_log_level(parsed))
-
-
-def _report(parsed: ParsedArgs, notes: "Console") -> Result:
-    from graftlm.studies.report import report
-
-    return report(parsed.config)
-
-
-def _estimate(parsed: ParsedArgs, notes: "Console") -> Result:
-    from graftlm.studies.cost_report import estimate
-
-    return estimate(parsed.config, parsed.explicit)
-
-
-def _export(parsed: ParsedArgs, notes: "Console") -> Result:
-    from graftlm.exchange.export import export
-
-    return export(parsed.config, lambda line: notes.print(line, markup=False))
-
-
-def _import(parsed: ParsedArgs, notes: "Console") -> Result:
-    from graftlm.exchange.import_adapter import import_adapter
-
-    return import_adapter(parsed.config, lambda line: notes.print(line, markup=False))
-
-
-def _serve(parsed: ParsedArgs, notes: "Console") -> Iterator[Result]:
-    from graftlm.serving.server import serve
-
-    return serve(parsed.config, lambda line: notes.print(line, markup=False))
-
-
-def _download(parsed: ParsedArgs, notes: "Console") -> Result:
-    from graftlm.files.assets import download
-
-    return {"name": parsed.config.name, "path": str(download(parsed.config.name))}
-
-
-# The table ------------------------------------------------------------------------------------------------------------
-
-
-def _methods_help(words: Sequence[str]) -> str:
-    """The methods for the help page: with --method its flags and defaults, else a line for each, without torch."""
-    with suppress(InputError):
-        parsed = parse("train", TrainConfig, [word for word in words if word not in ("-h", "--help")])
-        if "method" in parsed.explicit:
-            from graftlm.methods import describe
-
-            return describe(parsed.config.method)
-    lines = ["methods (graft train --method NAME --help shows one with its defaults):"]
-    for file in sorted(Path(__file__).parents[1].glob("methods/*.py")):
-        text = file.read_text(encoding="utf-8")
-        if "    name: ClassVar[str] = " in text:  # a method's file; its docstring begins with what the method is
-            title = text.removeprefix('"""').partition("\n")[0]
-            lines.append(fill(f"{file.stem:<8} {title}", 78, initial_indent="  ", subsequent_indent=" " * 11))
-    return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class Command:
-    """A subcommand: its flags, what runs it, and how its result is printed."""
-
-    config: type
-    run: Callable[[ParsedArgs, "Console"], Result | Iterator[Result]]
-    print_result: Callable[["Console", Result], None]
-    positional: str = ""
-    """The field that a word without dashes sets; several words where the field holds several."""
-    uses_tensors: bool = True
-    """Whether it works with large tensors, so that the allocator should be tuned for them."""
-    epilog: Callable[[Sequence[str]], str] = lambda words: ""
-    """The end of its help page, by the words of the command line."""
-
-    @property
-    def summary(self) -> str:
-        """The first line of the config's docstring."""
-        return (self.config.__doc__ or "").partition("\n")[0]
-
-
-COMMANDS = {
-    "train": Command(TrainConfig, _train, display.train, epilog=_methods_help),
-    "generate": Command(GenerateConfig, _generate, display.generate, positional="out_dir"),
-    "evaluate": Command(EvaluateConfig, _evaluate, display.evaluate, positional="out_dir"),
-    "prompt": Command(PromptConfig, _prompt, display.prompt),
-    "pairs": Command(PairsConfig, _pairs, display.pairs, positional="prompts"),
-    "compare": Command(CompareConfig, _compare, display.compare, uses_tensors=False),
-    "report": Command(ReportConfig, _report, display.path, positional="folders", uses_tensors=False),
-    "serve": Command(ServeConfig, _serve, display.serve, positional="adapters"),
-    "estimate": Command(EstimateConfig, _estimate, display.estimate, uses_tensors=False, epilog=_methods_help),
-    "export": Command(ExportConfig, _export, display.export, positional="out_dir"),
-    "import": Command(ImportConfig, _import, display.export, positional="folder"),
-    "download": Command(DownloadConfig, _download, display.path, positional="name", uses_tensors=False),
-}
