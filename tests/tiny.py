@@ -1,6 +1,7 @@
 """Tiny models and folders for the tests that train: random weights, a byte-level tokenizer, reviews one can learn."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,45 @@ def byte_tokenizer(folder: Path, *control: str) -> int:
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
     return len(vocab)
+
+
+WORD_MARK = "\u2581"
+PIECES = ("legacy", "first", "always", "never")
+"""How tokenizers of SentencePiece's kind write the space before a text: Llama 2's, Llama 2's with legacy off, T5's,
+Gemma's."""
+
+
+def piece_tokenizer(folder: Path, kind: str, texts: Sequence[str], *control: str, **settings: Any) -> int:
+    """Write a tokenizer of SentencePiece's kind: byte pairs of `texts` without pre-tokenisation, and byte fallback."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    special, fallback = ["<unk>", "<s>", "</s>", *control], [f"<0x{byte:02X}>" for byte in range(256)]
+    learned = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    learned.normalizer = normalizers.Replace(" ", WORD_MARK)
+    learned.pre_tokenizer = pre_tokenizers.Split(WORD_MARK, "merged_with_next")
+    alphabet = sorted({*"".join(texts)} - {" ", "\n"} | {WORD_MARK})
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, special_tokens=[*special, *fallback], initial_alphabet=alphabet, show_progress=False
+    )
+    learned.train_from_iterator(texts, trainer)
+    made = Tokenizer.from_str(
+        json.dumps(json.loads(learned.to_str()) | {"added_tokens": [], "pre_tokenizer": None, "normalizer": None})
+    )
+    made.add_special_tokens(special)
+    space, parts = normalizers.Replace(" ", WORD_MARK), [decoders.Replace(WORD_MARK, " "), decoders.ByteFallback()]
+    if kind == "legacy":
+        made.normalizer = normalizers.Sequence([normalizers.Prepend(WORD_MARK), space])
+    elif kind == "never":
+        made.normalizer = space
+    else:
+        made.pre_tokenizer = pre_tokenizers.Metaspace(WORD_MARK, prepend_scheme=kind, split=False)
+    strip = [] if kind == "never" else [decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence([*parts, decoders.Fuse(), *strip])
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    made.save(str(folder / "tokenizer.json"))
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**names, **settings}))
+    return made.get_vocab_size()
 
 
 def model_folder(folder: Path, kind: str = "llama", seed: int = 0, layers: int = 2) -> Path:

@@ -21,7 +21,8 @@ from graftlm.exchange.verify import SHARES
 from graftlm.files.formats import load_safetensors, read_json
 from graftlm.inference.evaluate import evaluate
 from graftlm.models import CausalLM
-from graftlm.text.collate import encode_rows, label_ids
+from graftlm.text.boundary import label_ids
+from graftlm.text.collate import encode_rows
 from graftlm.text.dataset import load_dataset
 from tiny import FAMILIES, data_folder, model_folder
 

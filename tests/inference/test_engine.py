@@ -23,7 +23,8 @@ from graftlm.inference.sampling import SamplingParams
 from graftlm.methods import DoRA, LoRA, Method
 from graftlm.methods.lora import LoRALinear
 from graftlm.models import CausalLM, clone_with_shared_weights
-from graftlm.text.collate import encode_rows, label_ids
+from graftlm.text.boundary import label_ids
+from graftlm.text.collate import encode_rows
 from graftlm.text.layouts import Labelled
 from inference.tiny import stopping
 from tiny import data_folder, model_folder

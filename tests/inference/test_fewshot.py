@@ -21,7 +21,7 @@ from graftlm.inference.fewshot import (
 from graftlm.inference.generate import Batching, generate_ids
 from graftlm.inference.metrics import calibrated
 from graftlm.inference.scoring import score_labels
-from graftlm.text.collate import label_ids
+from graftlm.text.boundary import label_ids
 from graftlm.text.layouts import Completion, Labelled
 from graftlm.text.template import Template
 from inference.tiny import full_logits, stopping, tiny, words
@@ -79,11 +79,6 @@ def test_bm25_is_the_formula_worked_out_by_hand() -> None:
     short, long = 1.2 * (0.25 + 0.75 * 2 / 3), 1.2 * (0.25 + 0.75 * 5 / 3)
     expected = [(dull + film) * 2.2 / (1 + short), 0.0, film * 3 * 2.2 / (3 + long)]
     np.testing.assert_allclose(index.scores("film, dull nowhere!"), expected, rtol=1e-12)
-
-
-def test_bm25_reads_scripts_without_spaces_letter_by_letter() -> None:
-    index = BM25(["音楽が美しい映画", "退屈な脚本", "caf\u00e9 noir"])
-    assert [index.scores(query).argmax() for query in ("美しい音楽だ", "脚本が退屈", "Cafe\u0301")] == [0, 1, 2]
 
 
 def test_the_nearest_stand_last_and_each_question_has_its_own() -> None:

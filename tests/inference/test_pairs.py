@@ -87,13 +87,13 @@ def test_the_contexts_end_cuts_an_answer_too() -> None:
 def test_a_character_that_was_cut_in_two_is_dropped_and_other_spellings_are_told(tmp_path: Path) -> None:
     byte_tokenizer(tmp_path)
     tokenizer = Tokenizer.from_folder(tmp_path)
-    ids = tokenizer.encode(" café")
-    assert _completion(tokenizer, ids, finished=False) == SampledCompletion(" café", False, True)
-    assert _completion(tokenizer, ids[:-1], finished=False) == SampledCompletion(" caf", False, True)
-    assert _completion(tokenizer, ids[:-1], finished=True) == SampledCompletion(
+    ids, prompt = tokenizer.encode(" café"), ("A", tokenizer.encode_prompt("A"))
+    assert _completion(tokenizer, prompt, ids, finished=False) == SampledCompletion(" café", False, True)
+    assert _completion(tokenizer, prompt, ids[:-1], finished=False) == SampledCompletion(" caf", False, True)
+    assert _completion(tokenizer, prompt, ids[:-1], finished=True) == SampledCompletion(
         " caf\ufffd", True, False
     )  # it did end in half of one
-    assert _completion(tokenizer, [*ids[-1:], *ids], finished=True).roundtrips is False
+    assert _completion(tokenizer, prompt, [*ids[-1:], *ids], finished=True).roundtrips is False
 
 
 # Judging --------------------------------------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def leave_the_memory_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graftlm.cli.main.tune_malloc_retain", lambda: False)
+    monkeypatch.setattr("graftlm.process.tune_malloc_retain", lambda: False)
 
 
 def config(place: Path, out: Path, **more: Any) -> PairsConfig:
@@ -317,7 +317,7 @@ def test_prompts_are_taken_as_they_are_or_from_the_texts_first_words(tmp_path: P
         '{"prompt": " Tell me: ", "text": "  One two\\tthree  four ", "n": 1}\n{"prompt": "b", "text": "c"}\n'
     )
     rows = load_prompts(str(file))
-    assert [row.text for row in rows] == [" Tell me:", "b"]
+    assert [row.text for row in rows] == [" Tell me: ", "b"]
     assert [row.source for row in rows] == [f"{file}:1", f"{file}:2"]
     for opening, first in ((1, "One"), (3, "One two\tthree"), (9, "One two\tthree  four")):
         assert [row.text for row in load_prompts(str(file), opening=opening)] == [first, "c"]

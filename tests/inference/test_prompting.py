@@ -121,9 +121,9 @@ def test_the_styles_in_chat_give_each_demonstration_a_turn(tmp_path: Path) -> No
 def test_labels_have_a_space_before_them_but_not_at_the_beginning_of_a_chats_answer(tmp_path: Path) -> None:
     tokenizer = byte_level(tmp_path)
     prompt = prompts(MOODS, "few-shot", shots=1)[0]
-    plain, chat = (PromptBuilder(MOODS, tokenizer, chat=chat).label_ids(prompt) for chat in (False, True))
-    assert [tokenizer.decode(ids) for ids in plain] == [" bad", " good"]
-    assert [tokenizer.decode(ids) for ids in chat] == ["bad", "good"]
+    plain, chat = (PromptBuilder(MOODS, tokenizer, chat=chat).example(prompt) for chat in (False, True))
+    assert [tokenizer.decode(ids) for ids in plain.label_ids] == [" bad", " good"]
+    assert [tokenizer.decode(ids) for ids in chat.label_ids] == ["bad", "good"]
 
 
 def test_chain_of_thought_shows_only_demonstrations_with_reasoning() -> None:
@@ -280,7 +280,7 @@ def test_a_stop_ends_a_row_and_changes_no_other() -> None:
     free = generate_ids(model, rows, stopping(12, -1), batching=Batching(2))
     end = free[0][4]
     params = stopping(12, -1, stop=("end",))
-    decode = lambda tokens: "the end" if tokens[-1] == end else ""  # noqa: E731
+    decode = lambda tokens, prompt: "the end" if tokens[-1] == end else ""  # noqa: E731
     stopped = generate_ids(model, rows, params, decode=decode, batching=Batching(2))
     for whole, cut in zip(free, stopped, strict=True):
         assert cut == (whole[: whole.index(end) + 1] if end in whole else whole)

@@ -79,7 +79,7 @@ class FakeEngine:
         ticket.done.set_result(Completion(text, tuple(told), (-0.5,) * len(told), finish, len(request.prompt)))
 
     def score(
-        self, prompt: Sequence[int], options: Sequence[Sequence[int]], adapter: str | None = None
+        self, prompt: Sequence[int], options: Sequence[Sequence[int]], adapter: str | None = None, skip: int = 0
     ) -> "Future[list[float]]":
         if self.refuse is not None:
             raise self.refuse

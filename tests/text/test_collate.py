@@ -12,12 +12,12 @@ import pytest
 
 from graftlm.errors import InputError
 from graftlm.files.assets import data_folder, model_folder
+from graftlm.text.boundary import label_ids
 from graftlm.text.collate import (
     Example,
     common_prefix_length,
     encode_rows,
     epoch_batches,
-    label_ids,
     preflight,
     show_targets,
     subset,
@@ -103,7 +103,7 @@ def encoded(tokenizer: Any, *texts: str, label: int = 1) -> list[Example]:
 # ------------------------------------------------------------------------------------------------ examples
 
 
-def test_prompt_and_completion_are_tokenised_apart_and_end_of_text_is_the_last_target():
+def test_prompt_and_completion_are_tokenised_as_one_text_and_end_of_text_is_the_last_target():
     tokenizer = words()
     (example,), cut = encode_rows(rows("so fine"), TEMPLATE, tokenizer, 99)
     assert [tokenizer.token(i) for i in example.prompt_ids] == [
@@ -391,7 +391,7 @@ def test_label_words_with_equal_tokens():
     tokenizer.encode_batch = lambda texts: lower([text.replace("é", "e") for text in texts])
     with refused("label words 'cafe' and 'café' have equal tokens for this model: choose other --labels"):
         label_ids(Template("t", "{text}", ("x", "cafe", "café")), tokenizer)
-    tokenizer.encode_batch = lambda texts: [[5], []]
+    tokenizer.encode_batch = lambda texts: [[5], [5, 6], [5]]
     with refused("label word 'good' has no tokens for this model: choose other --labels"):
         label_ids(Template("t", "{text}", ("bad", "good")), tokenizer)
 
@@ -502,7 +502,7 @@ def test_preflight_refuses_a_split_without_examples_and_equal_label_words():
     examples = encoded(tokenizer, "a")
     with refused("split test has no examples"):
         check({"train": examples, "test": []}, tokenizer)
-    tokenizer.encode_batch = lambda texts: [[5] for _ in texts]
+    tokenizer.encode_batch = lambda texts: [[5], *[[5, 6] for _ in texts[1:]]]
     with refused("label words 'bad' and 'good' have equal tokens for this model: choose other --labels"):
         check({"train": examples}, tokenizer)
     check({"train": [replace(examples[0], label=None)]}, tokenizer)  # no labels, no label words needed

@@ -129,3 +129,24 @@ def test_template_file_that_is_not_utf8(tmp_path: Path):
 def test_label_words_that_cannot_be_told_apart(spec: str, labels: str, problem: str):
     with refused(f"--labels {labels!r}: {problem}"):
         load_template(spec, labels)
+
+
+@pytest.mark.parametrize(
+    ("text", "labels", "prompt", "completion"),
+    [
+        ("影评:{text}\n情感:", "负面,正面", "影评:x\n情感:", "正面"),
+        ("{text}", "負面,正面", "x", "正面"),
+        ("{text} 答案\uff1a", "A,B", "x 答案\uff1a", "B"),
+        ("รีวิว: {text} คือ", "แย่,ดี", "รีวิว: x คือ", "ดี"),
+        ("리뷰: {text} 감정:", "부정,긍정", "리뷰: x 감정:", " 긍정"),
+        ("{text} Mood:", "👎,👍", "x Mood:", " 👍"),
+        ("{text} ({label}", "no,yes", "x (", "yes"),
+        ("{text}  {label}", "no,yes", "x", "  yes"),
+        ("{text}:{label}", "负面,正面", "x:", "正面"),
+        ("{text} {label} is", "no,yes", "x {label} is", " yes"),
+    ],
+)
+def test_the_template_decides_what_precedes_a_label(text: str, labels: str, prompt: str, completion: str) -> None:
+    template = load_template(text, labels)
+    assert (template.prompt("x"), template.completion(1)) == (prompt, completion)
+    assert template.prompt("x") == template.head + "x" + template.tail

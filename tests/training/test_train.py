@@ -19,14 +19,15 @@ from graftlm.errors import GraftError, InputError, Interrupted
 from graftlm.exchange.load import load
 from graftlm.files.formats import load_safetensors
 from graftlm.inference.scoring import score
-from graftlm.text.collate import Example, encode_rows, label_ids
+from graftlm.text.boundary import label_ids
+from graftlm.text.collate import Example, encode_rows
 from graftlm.text.dataset import load_dataset
 from graftlm.training import trainer as trainer_module
 from graftlm.training.batches import BatchLoader
 from graftlm.training.distributed import DistContext
 from graftlm.training.objectives.sft import SFT
+from graftlm.training.schedule import learning_rate
 from graftlm.training.train import train
-from graftlm.training.trainer import learning_rate
 from tiny import TEMPLATE, data_folder, model_folder
 
 

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from graftlm.config.flags import require
-from graftlm.config.training import Checkpoint
+from graftlm.config.common import Checkpoint, require
 from graftlm.errors import InputError
 
 

@@ -26,7 +26,8 @@ FIRST_CAPACITY = 32
 STOP_WINDOW = 8
 """A stop text is searched for in the text of this many last tokens."""
 
-Decode = Callable[[Sequence[int]], str]
+Decode = Callable[[Sequence[int], Sequence[int]], str]
+"""`Tokenizer.decode`: (ids, the ids before them) -> text."""
 
 
 class Row:
@@ -54,7 +55,7 @@ class Row:
         if not self.params.stop:
             return True
         assert decode is not None
-        text = decode(self.tokens[-STOP_WINDOW:])
+        text = decode(self.tokens[-STOP_WINDOW:], self.prompt)
         return not any(stop in text for stop in self.params.stop)
 
 

@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,15 +107,17 @@ class Engine:
                 f"the prompt has {len(request.prompt)} tokens and prompt and answer at most "
                 f"{self.max_seq_len}: shorten it"
             )
-        stream = TextStream(self._tokenizer.decode, request.params.stop)
+        stream = TextStream(partial(self._tokenizer.decode, prompt=request.prompt), request.params.stop, request.space)
         handle = RequestHandle(request, limit, stream, on_output)
         self._enqueue(self._waiting, handle)
         return handle
 
     def score(
-        self, prompt: Sequence[int], options: Sequence[Sequence[int]], adapter: str | None = None
+        self, prompt: Sequence[int], options: Sequence[Sequence[int]], adapter: str | None = None, skip: int = 0
     ) -> "Future[list[float]]":
         """For each option the sum of its tokens' log-probabilities after the prompt, as in `graft evaluate`.
+
+        skip: how many first tokens of each option are not scored.
 
         Raises as `submit`.
         """
@@ -130,7 +133,7 @@ class Engine:
             raise InputError(
                 f"prompt and option have {fed + 1} tokens, the model reads at most {self._model.max_seq_len}"
             )
-        request = ScoreRequest(tuple(prompt), tuple(map(tuple, options)), adapter, Future())
+        request = ScoreRequest(tuple(prompt), tuple(map(tuple, options)), adapter, skip, Future())
         request.done.set_running_or_notify_cancel()
         self._enqueue(self._score_requests, request)
         return request.done
@@ -257,7 +260,7 @@ class Engine:
             longest = max(len(request.prompt) for request in similar) + max(map(len, first.options))
             affected += similar[: max(1, MAX_PREFILL_TOKENS // longest)]
             self._score_requests = deque(request for request in self._score_requests if request not in affected)
-        examples = [Example(request.prompt, (), None, "", "", "the prompt") for request in affected]
+        examples = [Example(each.prompt, (), None, "", "", "the prompt", skip=each.skip) for each in affected]
         with self._using(first.adapter):
             rows = score_labels(self._model, examples, first.options).tolist()
         for request, scores in zip(affected, rows, strict=True):

@@ -16,20 +16,20 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from graftlm.config.inference import Mode
+from graftlm.config import Mode
 from graftlm.errors import GraftError, InputError
 from graftlm.files.atomic import write_text
 from graftlm.inference.decoder import shared_prefix_length
 from graftlm.inference.generate import Batching, ProgressCallback, decode_groups, generate_ids
 from graftlm.inference.metrics import GARBAGE, Metrics, calibrated
 from graftlm.inference.sampling import SamplingParams
-from graftlm.inference.scoring import LabelIds, Tokens, score_batches, score_labels
+from graftlm.inference.scoring import LabelIds, score_batches, score_labels
 from graftlm.models import CausalLM
-from graftlm.text.collate import Example, encode_rows, label_ids
+from graftlm.text.boundary import Tokens, label_ids
+from graftlm.text.collate import Example, encode_rows
 from graftlm.text.layouts import Labelled
 from graftlm.text.template import Template
 from graftlm.text.tokenizer import Tokenizer
-from graftlm.text.words import normalize, word_pattern
 
 WINDOW = 10
 """A label is searched for in this many more characters than the longest label has."""
@@ -134,13 +134,16 @@ def parse_label(generated: str, labels: Sequence[str]) -> int:
     """The number of the label that a generated text names, -1 for none (garbage).
 
     Leading white space and letter case are ignored. A label counts if all of it is within the first characters, as many
-    as the longest label has plus WINDOW, and if it begins where a word may begin in its script ("unpositive" names
-    nothing, "positively" does; a number must also end there: "10" is not 1). The label that begins first wins; of two
-    that begin at the same character, the longer one.
+    as the longest label has plus WINDOW, and if it begins at a word boundary ("unpositive" names nothing, "positively"
+    does; a number must also end there: "10" is not 1). The label that begins first wins; of two that begin at the same
+    character, the longer one.
     """
-    words = [normalize(label.strip()) for label in labels]
-    patterns = [word_pattern(word) + (r"(?!\d)" if word[-1].isdigit() else "") for word in words]
-    head = normalize(generated.lstrip())[: max(map(len, words)) + WINDOW]
+    words = [label.strip().casefold() for label in labels]
+    patterns = [
+        (r"(?<!\w)" if word[0].isalnum() else "") + re.escape(word) + (r"(?!\d)" if word[-1].isdigit() else "")
+        for word in words
+    ]
+    head = generated.lstrip().casefold()[: max(map(len, words)) + WINDOW]
     matches = []
     for number, pattern in enumerate(patterns):
         if match := re.search(pattern, head):
@@ -231,8 +234,9 @@ def _predict_by_generation(
         max_new_tokens=options.params.max_new_tokens or max_label_tokens(template, tokenizer),
         stop_token_ids=frozenset({tokenizer.eot}),
     )
-    work = Generation([example.prompt_ids for example in examples], params, options.batch_size)
-    texts = [tokenizer.decode(ids) for ids in predict(work, options.progress)]
+    work = Generation([example.full_prompt_ids for example in examples], params, options.batch_size)
+    new = predict(work, options.progress)
+    texts = [tokenizer.decode(ids, prompt) for ids, prompt in zip(new, work.prompts, strict=True)]
     return [parse_label(text, template.labels) for text in texts], texts
 
 

@@ -22,17 +22,17 @@ from random import Random
 import numpy as np
 import torch
 
-from graftlm.config.inference import DemoSelection
+from graftlm.config import DemoSelection
 from graftlm.errors import InputError
 from graftlm.exchange.load import to_float64
 from graftlm.inference.decoder import right_pad
 from graftlm.inference.generate import eval_mode
 from graftlm.models import CausalLM
+from graftlm.text.boundary import label_ids
 from graftlm.text.collate import Example, encode_rows, sort_by_hash
 from graftlm.text.layouts import Labelled, Record
 from graftlm.text.template import Template
 from graftlm.text.tokenizer import Tokenizer
-from graftlm.text.words import WORD, normalize
 
 Embed = Callable[[Sequence[str]], np.ndarray]
 """P texts -> [P, d] rows of length 1."""
@@ -136,8 +136,7 @@ class BM25:
         score = Σ_w idf(w) tf(w) (k1 + 1) / (tf(w) + k1 (1 - b + b length / mean length))
         idf(w) = ln(1 + (P - P_w + 1/2) / (P_w + 1/2)),    P_w texts contain the word w
 
-    Words are runs of letters, digits and underscores in any case, and the letters of scripts without spaces; a word
-    that occurs twice in the query counts twice.
+    Words are runs of letters, digits and underscores, in any case; a word that occurs twice in the query counts twice.
     Robertson and Zaragoza (2009), "The probabilistic relevance framework", eq. 3.3 and 3.15; the 1 in
     the logarithm, which keeps frequent words from a negative weight, is Lucene's.
     """
@@ -163,7 +162,7 @@ class BM25:
 
 
 def _words(text: str) -> list[str]:
-    return re.findall(WORD, normalize(text))
+    return re.findall(r"\w+", text.casefold())
 
 
 def embedder(model: CausalLM, tokenizer: Tokenizer, batch_size: int = 32) -> Embed:
@@ -255,7 +254,7 @@ def _check(templates: Sequence[Template], tokenizer: Tokenizer, max_length: int)
     """An error for demonstrations that leave no token for a text."""
     longest = max(templates, key=lambda template: len(template.text_prefix))
     prefix, prompt = (len(tokenizer.encode_prompt(text)) for text in (longest.text_prefix, longest.prompt("")))
-    answer = max(len(tokenizer.encode(longest.completion(n))) for n in range(len(longest.labels))) + 1
+    answer = max(map(len, label_ids(longest, tokenizer))) + 1
     if prompt + answer >= max_length:
         raise InputError(
             f"--shots: the demonstrations take {prefix:,} tokens, template and answer {prompt - prefix + answer}, and "

@@ -15,6 +15,7 @@ from graftlm.errors import InputError
 from graftlm.inference.decoder import FIRST_CAPACITY, Decode, DecodingBatch, Row, choose_tokens, prefill_shared_prefix
 from graftlm.inference.sampling import SamplingParams
 from graftlm.models import CausalLM
+from graftlm.text.boundary import split_prompt, without_space
 from graftlm.text.chat import Chat
 from graftlm.text.tokenizer import Tokenizer
 
@@ -47,6 +48,8 @@ def generate(
 ) -> list[str]:
     """The continuation of each prompt, without the prompt, end-of-text and stop texts.
 
+    White space at the end of a prompt belongs to what follows (`text/boundary.py`), and is not repeated in it.
+
     params: how to sample; greedy by default. settings: fields of SamplingParams by name, as in max_new_tokens=20.
     chat: each prompt is a user's message in that template, and its continuation is the answer.
 
@@ -55,9 +58,17 @@ def generate(
     params = replace(params or SamplingParams(), **settings)
     ends = chat.stop_tokens if chat else {tokenizer.eot}
     params = replace(params, stop_token_ids=params.stop_token_ids.union(ends))
-    ids = [chat.encode([("user", prompt)]) if chat else tokenizer.encode_prompt(prompt) for prompt in prompts]
+    spaces = [""] * len(prompts)
+    if chat:
+        ids = [chat.encode([("user", prompt)]) for prompt in prompts]
+    else:
+        split = [split_prompt(prompt, tokenizer) for prompt in prompts]
+        ids, spaces = [tokenizer.encode_prompt(prompt) for prompt, _ in split], [space for _, space in split]
     new = generate_ids(model, ids, params, decode=tokenizer.decode, batching=Batching(batch_size))
-    return [truncate_at_stop(tokenizer.decode(tokens), params.stop) for tokens in new]
+    texts = [
+        without_space(tokenizer.decode(own, prompt), space) for own, prompt, space in zip(new, ids, spaces, strict=True)
+    ]
+    return [truncate_at_stop(text, params.stop) for text in texts]
 
 
 def generate_ids(

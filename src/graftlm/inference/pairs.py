@@ -3,7 +3,7 @@
     prompt -> n sampled completions -> a reward for each, by a classifier or a command -> prompt, chosen, rejected
 
 - A pair is written as the model generated it: the prompt ends without a space, and the space after it belongs to the
-  completion, as `text.collate` has it; so training tokenises the prompt as sampling did. A completion's own tokens may
+  completion (`text/boundary.py`); so training tokenises the prompt as sampling did. A completion's own tokens may
   still differ (a model can spell a word in two ways); `retokenized` counts those.
 - A completion truncated at --max_new_tokens was not followed by end-of-text, and learning one there would teach the
   model to stop in the middle of a sentence. So every row records whether its two completions finished by themselves
@@ -29,8 +29,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from graftlm.config import PairsConfig
-from graftlm.config.flags import parse_columns
+from graftlm.config import PairsConfig, parse_columns
 from graftlm.errors import GraftError, InputError, unknown_name_error
 from graftlm.exchange.load import load
 from graftlm.files.atomic import write_text
@@ -38,6 +37,7 @@ from graftlm.inference.evaluate import label_probabilities
 from graftlm.inference.generate import Batching, ProgressCallback, generate_ids
 from graftlm.inference.sampling import SamplingParams
 from graftlm.models import CausalLM
+from graftlm.text.boundary import split_prompt
 from graftlm.text.collate import subset
 from graftlm.text.dataset import load_prompts
 from graftlm.text.layouts import Document
@@ -73,27 +73,30 @@ def sample_completions(
     params: SamplingParams,
     batching: Batching | None = None,
 ) -> list[list[SampledCompletion]]:
-    """`n` completions of each prompt, in order.
+    """`n` completions of each prompt, in order. prompts: as `split_prompt` leaves them.
 
     Completion k of prompt p is row n·p + k of `generate_ids`, so it depends on the seed, p and k only, not on the
     batch. Raises what `generate_ids` raises.
     """
-    ids = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(n)]
+    repeated = [prompt for prompt in prompts for _ in range(n)]
+    ids = tokenizer.encode_prompts(repeated)
     new = generate_ids(model, ids, replace(params, stop_token_ids=frozenset({tokenizer.eot})), batching=batching)
     completions = []
-    for prompt, tokens in zip(ids, new, strict=True):
+    for text, prompt, tokens in zip(repeated, ids, new, strict=True):
         # Only the end-of-text token ends a row before its limit.
         finished = len(tokens) < min(params.limit, model.max_seq_len - len(prompt))
-        completions.append(_completion(tokenizer, tokens, finished))
+        completions.append(_completion(tokenizer, (text, prompt), tokens, finished))
     return [completions[start : start + n] for start in range(0, len(completions), n)]
 
 
-def _completion(tokenizer: Tokenizer, tokens: Sequence[int], finished: bool) -> SampledCompletion:
-    text = tokenizer.decode(tokens)
+def _completion(
+    tokenizer: Tokenizer, prompt: tuple[str, Sequence[int]], tokens: Sequence[int], finished: bool
+) -> SampledCompletion:
+    text = tokenizer.decode(tokens, prompt[1])
     while not finished and tokens and text.endswith(BROKEN):  # truncated within a character: drop its bytes
         tokens = tokens[:-1]
-        text = tokenizer.decode(tokens)
-    return SampledCompletion(text, finished, tokenizer.encode(text) == list(tokens))
+        text = tokenizer.decode(tokens, prompt[1])
+    return SampledCompletion(text, finished, tokenizer.encode_prompt(prompt[0] + text) == [*prompt[1], *tokens])
 
 
 # Rewards --------------------------------------------------------------------------------------------------------------
@@ -248,7 +251,8 @@ def make_preferences(
     documents = _prompts(config, note)
     loaded = load(config.init_from, config.out_dir, config.checkpoint, config.device, config.dtype)
     reward = _reward(config)
-    prompts, total = [row.text for row in documents], len(documents) * config.num_samples
+    prompts = [split_prompt(document.text, loaded.tokenizer)[0] for document in documents]
+    total = len(prompts) * config.num_samples
     _check_length(documents, loaded.tokenizer, loaded.model.max_seq_len)
     params = SamplingParams.from_flags(config)
     with progress("sample", total) as done:
@@ -275,11 +279,11 @@ def make_preferences(
 
 
 def _prompts(config: PairsConfig, note: Callable[[str], object]) -> list[Document]:
-    """The distinct prompts, without white space at their ends; at most --limit."""
+    """The distinct prompts, without regard to spaces at their ends; at most --limit."""
     rows = load_prompts(config.prompts, config.split, config.prompt_words, parse_columns(config.columns))
     unique: dict[str, Document] = {}
     for row in rows:
-        unique.setdefault(row.text, row)
+        unique.setdefault(row.text.rstrip(" "), row)
     if len(unique) < len(rows):
         note(f"{len(rows) - len(unique)} of {len(rows)} prompts are equal to another and left out")
     return subset(list(unique.values()), config.limit)

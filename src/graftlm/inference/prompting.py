@@ -29,8 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from graftlm.config import PromptConfig
-from graftlm.config.inference import Style
+from graftlm.config import PromptConfig, Style
 from graftlm.errors import InputError
 from graftlm.exchange.load import ModelBundle, load
 from graftlm.files.atomic import write_text
@@ -40,10 +39,11 @@ from graftlm.inference.metrics import calibrated, wilson
 from graftlm.inference.sampling import SamplingParams
 from graftlm.inference.scoring import score_labels
 from graftlm.models import CausalLM
+from graftlm.text.boundary import scored_labels, split_tokens
 from graftlm.text.chat import Chat, Message
-from graftlm.text.collate import Example, common_prefix_length, label_ids
+from graftlm.text.collate import Example, common_prefix_length
 from graftlm.text.tasks import ANSWER, QUESTION, Problem, Task, load_task, normalize_answer
-from graftlm.text.template import FIELD, Template
+from graftlm.text.template import answer_space
 from graftlm.text.tokenizer import Tokenizer
 
 STEP_BY_STEP = "Let's think step by step."
@@ -85,16 +85,20 @@ class PromptBuilder:
         parts += [self._plain(question, answer) for question, answer in prompt.demonstrations]
         return "\n\n".join([*parts, self._plain(prompt.question, prompt.answer_prefix)])
 
-    def ids(self, prompt: Prompt) -> list[int]:
-        """The prompt's tokens."""
+    def ids(self, prompt: Prompt, answer: str = "") -> list[int]:
+        """The prompt's tokens, or those of the prompt and the beginning of its answer."""
         if self.chat is not None:
-            return self.chat.encode(self._messages(prompt), prompt.answer_prefix)
-        return self.tokenizer.encode_prompt(self.text(prompt))
+            return self.chat.encode(self._messages(prompt), prompt.answer_prefix + answer)
+        return self.tokenizer.encode_prompt(self.text(prompt) + answer)
 
-    def label_ids(self, prompt: Prompt) -> list[list[int]]:
-        """The tokens of each label after this prompt: with a space, except at the very beginning of a chat's answer."""
-        space = self.chat is None or bool(prompt.answer_prefix)
-        return label_ids(Template("task", FIELD if space else FIELD + "\n", self.task.labels), self.tokenizer)
+    def example(self, prompt: Prompt) -> Example:
+        """The prompt with the tokens of each label after it."""
+        before = prompt.answer_prefix or (self.task.answer if self.chat is None else "")
+        answers = [answer_space(before, label) + label for label in self.task.labels]
+        split = split_tokens(self.ids(prompt), [self.ids(prompt, answer) for answer in answers])
+        labels = scored_labels(split.answers, self.tokenizer.eot)
+        source = "a question"
+        return Example(split.prompt, (), None, "", "", source, label_ids=labels, rest=split.rest, skip=split.skip)
 
     def stop(self, prompt: Prompt) -> tuple[str, ...]:
         """Texts that end an answer in plain text: the beginning of another demonstration or question."""
@@ -112,7 +116,8 @@ class PromptBuilder:
         return self.task.question.replace(QUESTION, question)
 
     def _plain(self, question: str, answer: str) -> str:
-        return f"{self._question(question)}\n{self.task.answer} {answer}".strip(" ")
+        before = self.task.answer
+        return f"{self._question(question)}\n{before}{answer_space(before, answer)}{answer}"
 
     def _messages(self, prompt: Prompt) -> list[Message]:
         messages: list[Message] = []
@@ -227,7 +232,7 @@ class Prompter:
         batching = Batching(self._config.batch_size, progress=progress)
         start = time.perf_counter()
         if by_score:
-            texts = self._most_likely_labels(prompts, ids, batching)
+            texts = self._most_likely_labels(prompts, batching)
             samples: list[str | None] = [normalize_answer(text) for text in texts]
             prompt_tokens, new_tokens, count = sum(map(len, ids)), 0, 1
         else:
@@ -279,20 +284,18 @@ class Prompter:
                 f"{'demonstrations' if run.few_shot else 'questions'}, or less --max_new_tokens"
             )
 
-    def _most_likely_labels(
-        self, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]], batching: Batching
-    ) -> list[str]:
+    def _most_likely_labels(self, prompts: Sequence[Prompt], batching: Batching) -> list[str]:
         """The most likely label of each question, calibrated if the configuration says so."""
-        free: list[list[int]] = []
+        free: list[Prompt] = []
         if self._config.calibrate:
             groups = prompts if len({prompt.demonstrations for prompt in prompts}) > 1 else prompts[:1]
-            free = [self._builder.ids(replace(prompt, question=text)) for prompt in groups for text in CONTENT_FREE]
-        examples = [Example(tuple(row), (), None, "", "", "a question") for row in (*ids, *free)]
-        labels = self._builder.label_ids(prompts[0])
+            free = [replace(prompt, question=text) for prompt in groups for text in CONTENT_FREE]
+        examples = [self._builder.example(prompt) for prompt in (*prompts, *free)]
+        labels = examples[0].label_ids
         scores = np.array(score_labels(self._model, examples, labels, batching).tolist())
         if free:
-            bias = scores[len(ids) :].reshape(-1, len(CONTENT_FREE), len(labels))
-            scores = calibrated(scores[: len(ids)], bias)
+            bias = scores[len(prompts) :].reshape(-1, len(CONTENT_FREE), len(labels))
+            scores = calibrated(scores[: len(prompts)], bias)
         return [self._task.labels[number] for number in scores.argmax(axis=1)]
 
     def _generated(
@@ -310,7 +313,7 @@ class Prompter:
         )
         decode = self._tokenizer.decode
         new = generate_ids(self._model, rows, params, decode=decode, batching=batching)
-        texts = [truncate_at_stop(decode(tokens), params.stop) for tokens in new]
+        texts = [truncate_at_stop(decode(own, row), params.stop) for own, row in zip(new, rows, strict=True)]
         prompt_tokens, new_tokens = sum(map(len, rows)), sum(map(len, new))
         if run.style != "zero-shot-cot":
             parse = task.parse_final_answer if run.reasoning else task.first
@@ -319,7 +322,7 @@ class Prompter:
         rows = [builder.ids(extraction_prompt(task, prompt, text)) for prompt, text in zip(owners, texts, strict=True)]
         params = SamplingParams(max_new_tokens=ANSWER_TOKENS, stop_token_ids=builder.stop_tokens)
         new = generate_ids(self._model, rows, params, batching=replace(batching, progress=None))
-        ends = [truncate_at_stop(decode(tokens), ("\n",)) for tokens in new]
+        ends = [truncate_at_stop(decode(own, row), ("\n",)) for own, row in zip(new, rows, strict=True)]
         texts = [f"{text.rstrip()}\nTherefore, {task.trigger}{end}" for text, end in zip(texts, ends, strict=True)]
         prompt_tokens, new_tokens = prompt_tokens + sum(map(len, rows)), new_tokens + sum(map(len, new))
         return texts, [task.first(end) for end in ends], prompt_tokens, new_tokens

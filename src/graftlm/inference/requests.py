@@ -23,6 +23,8 @@ class Request:
     params: SamplingParams = field(default_factory=SamplingParams)
     adapter: str | None = None
     """None: the base model."""
+    space: str = ""
+    """White space that ends the prompt's text and is not among its tokens: the answer does not repeat it."""
 
     def __post_init__(self) -> None:
         if not len(self.prompt):
@@ -114,6 +116,7 @@ class ScoreRequest:
     prompt: tuple[int, ...]
     options: tuple[tuple[int, ...], ...]
     adapter: str | None
+    skip: int
     done: "Future[list[float]]"
 
 

@@ -18,9 +18,9 @@ from graftlm.exchange.load import to_float64
 from graftlm.inference.decoder import prefill_shared_prefix, right_pad
 from graftlm.inference.generate import Batching, ProgressCallback, eval_mode
 from graftlm.models import CausalLM, KVCache
+from graftlm.text.boundary import Tokens
 from graftlm.text.collate import Example
 
-Tokens = tuple[int, ...]
 LabelIds = Sequence[Sequence[int]]
 
 MAX_POSITIONS = 1024
@@ -56,16 +56,19 @@ class ScoringPlan:
     """The indices of the scored tokens of each tail."""
 
     @classmethod
-    def make(cls, prompt: Tokens, tails: tuple[Tokens, ...], scored: Sequence[int] | None = None) -> "ScoringPlan":
-        """`scored`: the indices of the last tail's scored tokens; None: all, as of the others."""
+    def make(cls, example: Example, label_ids: LabelIds, with_completion: bool = True) -> "ScoringPlan":
+        """label_ids: for an example that has none of its own; empty if labels are not scored."""
+        own = example.label_ids if example.label_ids and label_ids else label_ids
+        prompt, completion = tuple(example.prompt_ids), tuple(example.completion_ids) * with_completion
+        tails = (*map(tuple, own), completion)
         fed = [tail[:-1] for tail in tails]
         paths: list[Tokens] = []
         for tokens in sorted(fed, key=len, reverse=True):
             if not any(path[: len(tokens)] == tokens for path in paths):
                 paths.append(tokens)
         owner = tuple(next(i for i, path in enumerate(paths) if path[: len(tokens)] == tokens) for tokens in fed)
-        every = [range(len(tail)) for tail in tails]
-        return cls(prompt, tails, tuple(paths), owner, tuple(every if scored is None else [*every[:-1], scored]))
+        labels = [range(example.skip, len(tail)) for tail in tails[:-1]]
+        return cls(prompt, tails, tuple(paths), owner, (*labels, example.loss_positions if with_completion else ()))
 
     def reads(self, path: int, start: int) -> Iterator[tuple[int, int, int]]:
         """(position, token, tail) of each token to score in pass `path`; `start` is where the path's tokens begin.
@@ -89,15 +92,14 @@ def score(
 ) -> Scores:
     """The log-probability of each label, and of each example's own completion, after its prompt.
 
-    label_ids: the tokens of each label (`text.collate.label_ids`); None or empty where the data has no labels.
+    label_ids: the tokens of each label (`text.collate.label_ids`), for examples that have none of their own
+    (`Example.label_ids`); None or empty where no labels are scored.
     shared: see `prefill_shared_prefix`; it changes the scores by rounding only.
 
     Raises InputError for an example whose prompt and tail are longer than the context.
     """
-    labels = [tuple(ids) for ids in label_ids or ()]
-    plans = [
-        ScoringPlan.make(tuple(e.prompt_ids), (*labels, tuple(e.completion_ids)), e.loss_positions) for e in examples
-    ]
+    labels = label_ids or ()
+    plans = [ScoringPlan.make(example, labels) for example in examples]
     sums = _sums(model, plans, examples, len(labels) + 1, Batching(batch_size, shared, progress))
     counts = torch.tensor([len(plan.scored[-1]) for plan in plans], dtype=torch.int64)
     return Scores(sums[:, :-1], sums[:, -1], counts)
@@ -117,8 +119,7 @@ def score_batches(examples: Sequence[Example], label_ids: LabelIds, batch_size: 
 
 
 def _label_plans(examples: Sequence[Example], label_ids: LabelIds) -> list[ScoringPlan]:
-    tails = (*(tuple(ids) for ids in label_ids), ())
-    return [ScoringPlan.make(tuple(example.prompt_ids), tails) for example in examples]
+    return [ScoringPlan.make(example, label_ids, with_completion=False) for example in examples]
 
 
 def _sums(
@@ -139,7 +140,8 @@ def _sums(
 
 def _check(plans: Sequence[ScoringPlan], examples: Sequence[Example], context: int) -> None:
     for plan, example in zip(plans, examples, strict=True):
-        assert plan.prompt, f"an empty prompt at {example.source}"
+        if not plan.prompt:
+            raise InputError(f"{example.source or 'an example'}: no token precedes the answer: add text to the prompt")
         fed = len(plan.prompt) + len(plan.paths[0])  # the last token of a tail is predicted, never fed
         if fed > context:
             raise InputError(

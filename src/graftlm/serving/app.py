@@ -40,8 +40,9 @@ from graftlm.serving.responses import (
     to_http_error,
 )
 from graftlm.serving.schemas import MAX_CHOICES, APIError, ChatBody, ClassifyBody, CompletionBody, Sampling, parse_body
+from graftlm.text.boundary import split_prompt
 from graftlm.text.chat import Chat
-from graftlm.text.collate import encode_rows, label_ids
+from graftlm.text.collate import Example, encode_rows
 from graftlm.text.layouts import Labelled
 from graftlm.text.template import Template
 from graftlm.text.tokenizer import Tokenizer
@@ -209,8 +210,13 @@ def _add_inference(app: FastAPI, service: Service) -> None:
 def _parse_completion(service: Service, body: CompletionBody) -> list[Request]:
     prompt: Any = body.prompt
     prompts = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
-    tokens = service.tokenizer.encode_prompts(prompts) if isinstance(prompts[0], str) else prompts
-    return _requests(service, body, tokens, body.max_tokens, DEFAULT_MAX_TOKENS)
+    if not isinstance(prompts[0], str):
+        return _requests(service, body, prompts, body.max_tokens, DEFAULT_MAX_TOKENS)
+    split = [split_prompt(text, service.tokenizer) for text in prompts]
+    tokens = service.tokenizer.encode_prompts([text for text, _ in split])
+    spaces = [space for _, space in split for _ in range(body.n)]
+    requests = _requests(service, body, tokens, body.max_tokens, DEFAULT_MAX_TOKENS)
+    return [replace(request, space=space) for request, space in zip(requests, spaces, strict=True)]
 
 
 def _parse_chat(service: Service, chat: Chat | None, body: ChatBody) -> list[Request]:
@@ -265,10 +271,10 @@ async def _classify(service: Service, body: ClassifyBody) -> dict[str, Any]:
     models = [service.model(name) for name in dict.fromkeys(body.models or service.models)]
     texts = [body.text] if body.text is not None else list(body.texts or ())
 
-    def encode(text: str, model: ServedModel) -> tuple[Sequence[int], bool]:
+    def encode(text: str, model: ServedModel) -> tuple[Example, bool]:
         records = [Labelled(text, 0, source="text")]
         examples, truncated = encode_rows(records, model.template, service.tokenizer, model.max_seq_len)
-        return examples[0].prompt_ids, bool(truncated)
+        return examples[0], bool(truncated)
 
     prompts = await asyncio.to_thread(lambda: [(model, *encode(text, model)) for text in texts for model in models])
     found: list[dict[str, Any]] = []
@@ -281,12 +287,10 @@ async def _classify(service: Service, body: ClassifyBody) -> dict[str, Any]:
     return {"object": "classification", "results": results}
 
 
-async def _probabilities(
-    service: Service, model: ServedModel, prompt: Sequence[int], truncated: bool
-) -> dict[str, Any]:
+async def _probabilities(service: Service, model: ServedModel, example: Example, truncated: bool) -> dict[str, Any]:
     """The most likely label and all probabilities. Raises GraftError if a score is NaN or infinite."""
-    labels = label_ids(model.template, service.tokenizer)
-    scores = await future_result(service.engine.score(prompt, labels, model.adapter))
+    score = service.engine.score(example.prompt_ids, example.label_ids, model.adapter, example.skip)
+    scores = await future_result(score)
     if not all(map(math.isfinite, scores)):
         raise GraftError("the labels' scores are NaN: the weights are broken, or overflow in this --dtype; try float32")
     weights = [math.exp(score - max(scores)) for score in scores]

@@ -16,8 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from graftlm.config import ServeConfig, TrainConfig
-from graftlm.config.serving import check_api_key
+from graftlm.config import ServeConfig, TrainConfig, check_api_key
 from graftlm.errors import InputError, Interrupted
 
 try:
@@ -132,7 +131,7 @@ def templates_of(config: ServeConfig, loaded: ModelBundle, runs: Mapping[str, Ru
 
 
 def _template(run: Run) -> Template:
-    return Template.of_run(run)
+    return Template(run["template"]["name"], run["template"]["text"], tuple(run["template"]["labels"]))
 
 
 # The socket -----------------------------------------------------------------------------------------------------------

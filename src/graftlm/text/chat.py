@@ -1,13 +1,15 @@
 """A model's chat template: messages -> the text, and the tokens, of a conversation.
 
-What people write never becomes a special token: the template is rendered with a mark in place of each message (the
-skeleton), special tokens are looked up in that, and only then are the messages inserted, as plain text. For messages
-without special tokens the result equals transformers' `apply_chat_template`; a test compares them.
-
-A whole conversation (`conversation`) is split where each answer begins and ends, and the pieces are tokenised
-separately, so the tokens before an answer are exactly those that the model is given when it generates one.
+The template renders the messages as they were written; nothing is stripped that it does not strip. The text is
+tokenised as a whole, so the tokens equal those of transformers' `apply_chat_template`, with one exception: what people
+write never becomes a special token. A special token's name in a message is replaced while the template runs, and put
+back as plain text.
 
     <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n | Hello<|im_end|> | \n<|im_start|>user\n ...
+
+An answer begins where the prompt that asks for it ends, by the rule of `text/boundary.py`, and ends with the token
+that ends its turn. Some templates write earlier answers differently from the last one (Qwen3's leaves out their
+thinking): then each answer is learned in a conversation that ends with it.
 
 A template is a program from a downloaded file: it runs in jinja2's immutable sandbox.
 """
@@ -18,22 +20,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, NoReturn
 
 from graftlm.errors import InputError
+from graftlm.text.boundary import common_length
 from graftlm.text.tokenizer import Tokenizer
 
 Message = tuple[str, str]
 """(role, content): a role is one of ROLES."""
 
 ROLES = ("system", "user", "assistant")
-OPEN, CLOSE = "\ue000", "\ue001"  # a mark is a message's number between these two
 BEGIN, END = "\ue002", "\ue003"  # enclose the template's {% generation %} blocks
+PRIVATE = "[\ue000-\ue005]"  # what a message has of these is escaped, as special tokens are
+ESCAPED = re.compile("\ue004([0-9a-fA-F]+)\ue005")  # while the template runs
 
 
 @dataclass(frozen=True)
 class EncodedConversation:
-    """A conversation's tokens, and the spans of the assistant's answers in them."""
+    """A conversation's tokens, and the spans of the assistant's answers in them that are learned."""
 
     ids: list[int]
     answers: list[range]
@@ -48,109 +53,106 @@ class Chat:
 
     def __init__(self, tokenizer: Tokenizer, hint: str = "use --chat off") -> None:
         assert tokenizer.chat_template is not None, "the tokenizer has no chat template"
-        self._tokenizer, self._hint = tokenizer, hint
-        self._skeletons: dict[tuple[object, ...], str] = {}
+        self._tokenizer, self._marking, self._hint = tokenizer, tokenizer.marking, hint
 
     def render(self, messages: Sequence[Message], answer_prefix: str = "") -> str:
         """The text of a prompt: the conversation up to the next answer, and the beginning of that answer."""
-        return "".join(text for text, _ in self._parts(messages, answer_prefix))
+        return self._as_written(self._prompt(messages)) + answer_prefix
 
     def encode(self, messages: Sequence[Message], answer_prefix: str = "") -> list[int]:
         """The tokens of the same prompt."""
-        ids: list[int] = []
-        for text, special in self._parts(messages, answer_prefix):
-            ids += [special] if special is not None else self._tokenizer.encode(text)
-        return ids
+        return self._ids(self._prompt(messages) + self._escaped(answer_prefix))[0]
 
     def conversation(self, messages: Sequence[Message]) -> EncodedConversation:
-        """The tokens of a whole conversation, and its answers.
+        """The tokens of a whole conversation, and the answers in it that are as the model is to give them.
 
         Answers are what the template marks by {% generation %}. Without marks an answer begins after the generation
-        prompt, and ends with the first special token after its content or, if there is none, with its turn.
+        prompt, and ends with the token that ends turns or, if there is none, with its turn. Left out are answers that
+        the template writes differently once another turn follows; the last message is never left out.
         """
-        roles = tuple(role for role, _ in messages)
-        skeleton = self._skeleton(roles)
-        contents = self._contents(messages, skeleton)
-        spans = self._marked_answers(skeleton) if BEGIN in skeleton else self._answers(roles, skeleton)
-        expected = roles.count("assistant")
-        if len(spans) != expected:
-            raise InputError(
-                f"the model's chat template marks {len(spans)} answers by {{% generation %}}, and the conversation has "
-                f"{expected}: {self._hint}"
-            )
-        ids: list[int] = []
-        answers, end = [], 0
-        for start, stop in spans:
-            ids += self._ids(skeleton[end:start], contents)
-            first = len(ids)
-            ids += self._ids(skeleton[start:stop], contents)
-            answers.append(range(first, len(ids)))
-            end = stop
-        return EncodedConversation(ids + self._ids(skeleton[end:], contents), answers)
+        text = self._run(messages, add_generation_prompt=False)
+        numbers = [number for number, (role, _) in enumerate(messages) if role == "assistant"]
+        if BEGIN in text:
+            text, spans = _marked(text)
+            if len(spans) != len(numbers):
+                raise InputError(
+                    f"the model's chat template marks {len(spans)} answers by {{% generation %}}, and the conversation "
+                    f"has {len(numbers)}: {self._hint}"
+                )
+        else:
+            answers = [self._answer(messages[: number + 1]) for number in numbers]
+            spans = [(start, stop) for turn, start, stop in answers if text.startswith(turn[:stop])]
+        ids, ranges = self._ranges(text, spans)
+        return EncodedConversation(ids, [answer for answer in ranges if answer])
 
-    @cached_property
+    def conversations(self, messages: Sequence[Message]) -> list[EncodedConversation]:
+        """A whole conversation with all its answers or, if the template rewrites earlier ones, one for each answer."""
+        whole = self.conversation(messages)
+        ends = [number + 1 for number, (role, _) in enumerate(messages) if role == "assistant"]
+        if len(whole.answers) == len(ends):
+            return [whole]
+        parts = [self.conversation(messages[:end]) for end in ends]
+        return [EncodedConversation(part.ids, part.answers[-1:]) for part in parts]
+
+    @property
     def turn_end(self) -> int:
         """The token that ends the model's turn: the first special token after an answer, or else end-of-text."""
-        skeleton = self._skeleton(("user", "assistant"))
-        answer = skeleton.find(f"{OPEN}1{CLOSE}")
-        match = self._special_re.search(skeleton, answer) if answer >= 0 else None
-        return self._tokenizer.special_tokens[match[0]] if match else self._tokenizer.eot
+        return self._tokenizer.special_tokens.get(self._turn_end, self._tokenizer.eot)
+
+    @cached_property
+    def _turn_end(self) -> str:
+        turn = self._run([("user", "a"), ("assistant", "a")], add_generation_prompt=False, after_content=END)
+        match = self._special_re.search(turn, turn.rfind(END)) if END in turn else None
+        return match[0] if match else ""
 
     @property
     def stop_tokens(self) -> frozenset[int]:
         """The tokens that end an answer: `turn_end` and end-of-text."""
         return frozenset({self.turn_end, self._tokenizer.eot})
 
-    def _answers(self, roles: tuple[str, ...], skeleton: str) -> list[tuple[int, int]]:
-        """The spans of the answers in a skeleton without {% generation %} marks."""
-        spans: list[tuple[int, int]] = []
-        for number in (n for n, role in enumerate(roles) if role == "assistant"):
-            prompt, answered = self._prompt_skeleton(roles[:number]), self._skeleton(roles[: number + 1])
-            is_prefix = skeleton.startswith(prompt) and skeleton.startswith(answered)
-            is_later = not spans or spans[-1][1] <= len(prompt)
-            mark = f"{OPEN}{number}{CLOSE}"
-            if not (is_prefix and is_later and mark in answered[len(prompt) :]):
-                raise InputError(
-                    "the model's chat template formats an answer differently from its generation prompt, or changes it "
-                    f"in later turns: {self._hint}"
-                )
-            match = self._special_re.search(skeleton, skeleton.index(mark), len(answered))
-            spans.append((len(prompt), match.end() if match else len(answered)))
-        return spans
+    def _answer(self, messages: Sequence[Message]) -> tuple[str, int, int]:
+        """A conversation's text up to its last message, an answer, and where the answer begins and ends in it.
 
-    def _marked_answers(self, skeleton: str) -> list[tuple[int, int]]:
-        """The spans between BEGIN and END."""
-        return [(match.start() + 1, match.end() - 1) for match in re.finditer(f"{BEGIN}[^{END}]*{END}", skeleton)]
+        A template may end the generation prompt with what it does not write before an answer (DeepSeek-R1's does): then
+        the answer begins where the two differ.
+        """
+        turn, prompt = self._run(messages, add_generation_prompt=False), self._prompt(messages[:-1])
+        asked = self._run(messages[:-1], add_generation_prompt=False)
+        start = common_length(turn, prompt)
+        if start < common_length(prompt, asked):
+            raise InputError(
+                f"the model's chat template writes the conversation differently once it is answered: {self._hint}"
+            )
+        end = turn.rfind(self._turn_end, start) if self._turn_end else -1
+        return turn, start, end + len(self._turn_end) if end >= 0 else len(turn)
 
-    def _skeleton(self, roles: tuple[str, ...]) -> str:
-        """The rendered template, with marks in place of the messages."""
-        return self._cached_skeleton(roles, add_generation_prompt=False)
+    def _prompt(self, messages: Sequence[Message]) -> str:
+        """The text of a prompt, after which the model answers."""
+        return self._run(messages, add_generation_prompt=True).replace(BEGIN, "").replace(END, "")
 
-    def _prompt_skeleton(self, roles: tuple[str, ...]) -> str:
-        """The same with the generation prompt, after which the model answers."""
-        return self._cached_skeleton(roles, add_generation_prompt=True)
+    def _ids(self, text: str) -> tuple[list[int], list[int]]:
+        """The tokens of a text of the template's, and the places of its special tokens among them."""
+        marked = self._special_re.sub(lambda name: self._marking.marks[name[0]], text)
+        return self._marking.encode(self._as_written(marked))
 
-    def _cached_skeleton(self, roles: tuple[str, ...], **options: bool) -> str:
-        key = (roles, *options.items())
-        if key not in self._skeletons:
-            self._skeletons[key] = self._run([(role, f"{OPEN}{n}{CLOSE}") for n, role in enumerate(roles)], **options)
-        return self._skeletons[key]
+    def _ranges(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[range]]:
+        """The tokens of a text, and the tokens of some spans of it.
 
-    def _contents(self, messages: Sequence[Message], skeleton: str) -> list[str]:
-        """The contents as the template inserts them: unchanged, or stripped."""
-        whole = self._run(messages, add_generation_prompt=False)
-        for contents in ([c for _, c in messages], [c.strip() for _, c in messages]):
-            if _filled(skeleton, contents) == whole:
-                return contents
-        raise InputError(f"the model's chat template changes the messages' texts: {self._hint}")
+        A span begins after as many tokens as the text before it has on its own, without spaces at its end if a token
+        spans the boundary. What precedes a special token has no influence on what follows it, so only what follows the
+        last one is tokenised again.
+        """
+        ids, places = self._ids(text)
 
-    def _ids(self, skeleton: str, contents: Sequence[str]) -> list[int]:
-        """The tokens of a piece of a skeleton."""
-        ids: list[int] = []
-        for text in self._special_re.split(skeleton.replace(BEGIN, "").replace(END, "")):
-            special = self._tokenizer.special_tokens.get(text)
-            ids += self._tokenizer.encode(_filled(text, contents)) if special is None else [special]
-        return ids
+        def before(end: int) -> int:
+            special = [match.start() for match in self._special_re.finditer(text, 0, end)]
+            start, first = (special[-1], places[len(special) - 1]) if special else (0, 0)
+            own, _ = self._ids(text[start:end])
+            if own != ids[first : first + len(own)]:
+                own, _ = self._ids(text[start:end].rstrip(" "))
+            return first + len(own)
+
+        return ids, [range(before(start), before(stop)) for start, stop in spans]
 
     @cached_property
     def _special_re(self) -> re.Pattern[str]:
@@ -158,30 +160,26 @@ class Chat:
         names = sorted(self._tokenizer.special_tokens, key=len, reverse=True)
         return re.compile(f"({'|'.join(map(re.escape, names))})" if names else r"((?!))")
 
-    def _parts(self, messages: Sequence[Message], answer_prefix: str) -> list[tuple[str, int | None]]:
-        """A prompt as texts and special tokens in order; a special token comes with its id."""
-        contents = [content.strip() for _, content in messages]
-        skeleton = self._prompt_skeleton(tuple(role for role, _ in messages))
-        stripped = [(role, content) for (role, _), content in zip(messages, contents, strict=True)]
-        if _filled(skeleton, contents) != self._run(stripped, add_generation_prompt=True):
-            raise InputError(f"the model's chat template changes the messages' texts: {self._hint}")
-        special = self._tokenizer.special_tokens
-        parts: list[tuple[str, int | None]] = []
-        for text in filter(None, self._special_re.split(skeleton.replace(BEGIN, "").replace(END, ""))):
-            parts.append((text, special[text]) if text in special else (_filled(text, contents), None))
-        if answer_prefix:  # tokenised together with the end of the generation prompt
-            last = parts.pop()[0] if parts and parts[-1][1] is None else ""
-            parts.append((last + answer_prefix, None))
-        return parts
+    def _escaped(self, content: str) -> str:
+        """A message without names of special tokens."""
+        return re.sub(f"{self._special_re.pattern}|{PRIVATE}", lambda m: f"\ue004{m[0].encode().hex()}\ue005", content)
 
-    def _run(self, messages: Sequence[Message], **options: bool) -> str:
-        """Render the template; `options` are those of `apply_chat_template`."""
+    def _as_written(self, text: str) -> str:
+        """A text of the template's, with the messages as they were written."""
+        return ESCAPED.sub(lambda match: bytes.fromhex(match[1]).decode(), text)
+
+    def _run(self, messages: Sequence[Message], *, add_generation_prompt: bool, after_content: str = "") -> str:
+        """Render the template. after_content: ends every message."""
         from jinja2.exceptions import TemplateError
 
-        dicts = [{"role": role, "content": content} for role, content in messages]
+        dicts = [{"role": role, "content": self._escaped(content) + after_content} for role, content in messages]
         try:
             return self._template.render(
-                messages=dicts, tools=None, documents=None, **options, **self._tokenizer.named_tokens
+                messages=dicts,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self._tokenizer.named_tokens,
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise InputError(f"the model's chat template rejects these messages ({error}): {self._hint}") from None
@@ -226,7 +224,8 @@ class Chat:
             raise InputError(f"the model's chat template is broken ({error}): {self._hint}") from None
 
 
-def _filled(text: str, contents: Sequence[str]) -> str:
-    """A piece of a skeleton with the messages inserted."""
-    marks = {f"{OPEN}{number}{CLOSE}": content for number, content in enumerate(contents)}
-    return re.sub(f"{OPEN}\\d+{CLOSE}", lambda match: marks.get(match[0], match[0]), text)
+def _marked(text: str) -> tuple[str, list[tuple[int, int]]]:
+    """A text without BEGIN and END, and the spans between them."""
+    pieces = re.split(f"[{BEGIN}{END}]", text)
+    ends = [0, *accumulate(map(len, pieces))]
+    return "".join(pieces), list(zip(ends[1::2], ends[2::2], strict=False))

@@ -1,7 +1,7 @@
 """Records -> examples (token ids and what is learned of them) -> batches; and the checks before training.
 
-Prompt and completion are tokenised separately, so the first token of the completion is known. End-of-text is the
-completion's last token and is learned. Only the text inside a template is ever truncated. The order of batches is a
+Prompt and completion are tokenised as one text; `text/boundary.py` decides where the completion begins. End-of-text is
+the completion's last token and is learned. Only the text inside a template is ever truncated. The order of batches is a
 pure function of seed and epoch. There is no torch here, and no padding.
 """
 
@@ -9,11 +9,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from graftlm.errors import InputError
+from graftlm.text.boundary import Split, Tokens, label_ids, label_split, scored_labels, split_prompt, split_tokens
 from graftlm.text.chat import Chat
 from graftlm.text.dataset import text_hash
 from graftlm.text.layouts import Completion, Conversation, Labelled, Preference, Record, Unpaired
@@ -28,15 +29,16 @@ CHARS_PER_TOKEN = 5  # an upper estimate for English
 class Example:
     """One tokenised record. End-of-text is the last of `completion_ids`, unless the answer is truncated."""
 
-    prompt_ids: tuple[int, ...]
-    completion_ids: tuple[int, ...]
+    prompt_ids: Tokens
+    """What precedes every answer; all of the prompt, unless a token spans the boundary (`text/boundary.py`)."""
+    completion_ids: Tokens
     label: int | None
     text: str
     """The record's text, never truncated."""
     instr_tuned_text: str
     """Prompt and completion as one string, as the course handout names it."""
     source: str
-    rejected_ids: tuple[int, ...] = ()
+    rejected_ids: Tokens = ()
     """Of a preference, the rejected answer; `completion_ids` is the chosen one."""
     reference: tuple[float, ...] | None = None
     """Of a preference, the log-probability of each answer under the initial model, once it is computed."""
@@ -46,6 +48,17 @@ class Example:
     """Whether every answer ends with end-of-text."""
     masked_spans: tuple[range, ...] = ()
     """Of a conversation, the parts of `completion_ids` between the answers, which are not learned."""
+    label_ids: tuple[Tokens, ...] = ()
+    """Of a text with a label, the tokens of each label, to be scored; empty where nothing scores them."""
+    rest: Tokens = ()
+    """The prompt's other tokens, where a token spans the boundary."""
+    skip: int = 0
+    """How many first tokens of each answer and label belong to the prompt, and are neither learned nor scored."""
+
+    @property
+    def full_prompt_ids(self) -> Tokens:
+        """The whole prompt, as a model continues it."""
+        return self.prompt_ids + self.rest
 
     @property
     def length(self) -> int:
@@ -54,8 +67,8 @@ class Example:
 
     @property
     def loss_positions(self) -> list[int]:
-        """The positions in `completion_ids` that are learned: those outside `masked_spans`."""
-        hidden = set().union(*self.masked_spans)
+        """The positions in `completion_ids` that are learned: those outside `masked_spans`, from `skip` on."""
+        hidden = set(range(self.skip)).union(*self.masked_spans)
         return [position for position in range(len(self.completion_ids)) if position not in hidden]
 
 
@@ -71,46 +84,56 @@ T = TypeVar("T", bound=_HasText)
 
 
 def encode_rows(
-    rows: Sequence[Record], template: Template, tokenizer: Tokenizer, max_length: int
+    rows: Sequence[Record], template: Template, tokenizer: Tokenizer, max_length: int, *, score_labels: bool = True
 ) -> tuple[list[Example], int]:
-    """Tokenise records, prompt and completion separately, into at most `max_length` tokens each.
+    """Tokenise records, prompt and completion as one text, into at most `max_length` tokens each.
 
     A text that is too long is truncated inside the template; a prompt of the user's own never is. All texts leave room
     for the longest label's completion, so that any label can be scored and truncation does not depend on the label.
     A conversation that is too long ends with the last answer that fits.
 
-    Returns the examples in order, and how many texts were truncated. Raises InputError if the template and a
-    completion leave no room for the text, or if a prompt of the user's own is too long.
+    score_labels: also tokenise every label after every text.
+
+    Returns the examples in order, and how many texts were truncated; a conversation may become several examples. Raises
+    InputError if the template and a completion leave no room for the text, or if a prompt of the user's own is too
+    long.
     """
     if conversations := [row for row in rows if isinstance(row, Conversation)]:
         assert len(conversations) == len(rows), "conversations among other records"
         return _conversations(conversations, tokenizer, max_length)
-    labelled = any(isinstance(row, Labelled) for row in rows)
-    label_tokens = _max_example_tokens(template, tokenizer, max_length) if labelled else 0
-    strings = [_answers(row, template) for row in rows]
-    distinct = sorted({text for answers in strings for text, _ in answers})
-    ids_of = {text: tuple(ids) for text, ids in zip(distinct, tokenizer.encode_batch(distinct), strict=True)}
-    answers = [[ids_of[text] + (tokenizer.eot,) * finished for text, finished in row] for row in strings]
-    limits = [
-        max_length - (label_tokens if isinstance(row, Labelled) else max(map(len, ids)))
-        for row, ids in zip(rows, answers, strict=True)
-    ]
-    texts, prompts = _truncate_to_fit(rows, limits, template, tokenizer)
-    examples = [
-        Example(
-            prompt_ids=tuple(prompt_ids),
-            completion_ids=ids[0],
-            label=row.label if isinstance(row, Labelled) else None,
-            text=row.text,
-            instr_tuned_text=_prompt(row, text, template) + row_strings[0][0],
-            source=row.source,
-            rejected_ids=ids[1] if len(ids) > 1 else (),
-            desirable=row.label if isinstance(row, Unpaired) else None,
-            finished=all(finished for _, finished in row_strings),
-        )
-        for row, text, prompt_ids, row_strings, ids in zip(rows, texts, prompts, strings, answers, strict=True)
-    ]
-    return examples, sum(text != row.text for text, row in zip(texts, rows, strict=True))
+    prompts = _prompts(rows, template, tokenizer, max_length)
+    answers = [_answers(row, prompt.space, template, score_labels) for row, prompt in zip(rows, prompts, strict=True)]
+    texts = [prompt.text + answer for prompt, own in zip(prompts, answers, strict=True) for answer in own]
+    wholes = iter(tokenizer.encode_prompts(texts))
+    examples = []
+    for row, prompt, own in zip(rows, prompts, answers, strict=True):
+        split = split_tokens(prompt.ids, [next(wholes) for _ in own])
+        examples.append(_example(row, prompt.text + own[0], split, tokenizer.eot))
+        limit = max_length - max(map(len, _answer_ids(examples[-1])))
+        if not isinstance(row, Labelled) and len(split.prompt) > limit:
+            raise InputError(f"{row.source}: {too_long_message(len(split.prompt), limit)}")
+    return examples, sum(prompt.truncated for prompt in prompts)
+
+
+def _example(row: Record, text: str, split: Split, eot: int) -> Example:
+    """A record's example; of a labelled one the first answer is its own label, and the others are all labels."""
+    finished = row.finished if isinstance(row, Preference) else (getattr(row, "finished", True),)
+    ended = [ids + (eot,) * end for ids, end in zip(split.answers, finished, strict=False)]
+    labelled = isinstance(row, Labelled)
+    return Example(
+        prompt_ids=split.prompt,
+        completion_ids=ended[0],
+        label=row.label if isinstance(row, Labelled) else None,
+        text=row.text,
+        instr_tuned_text=text,
+        source=row.source,
+        rejected_ids=ended[1] if len(ended) > 1 else (),
+        desirable=row.label if isinstance(row, Unpaired) else None,
+        finished=all(finished),
+        label_ids=scored_labels(split.answers[1:], eot) if labelled else (),
+        rest=split.rest,
+        skip=split.skip,
+    )
 
 
 def _conversations(rows: Sequence[Conversation], tokenizer: Tokenizer, max_length: int) -> tuple[list[Example], int]:
@@ -120,52 +143,47 @@ def _conversations(rows: Sequence[Conversation], tokenizer: Tokenizer, max_lengt
             f"{rows[0].source}: the base model has no chat template to write messages in: choose one that is tuned for "
             "chat, or give records with prompt and completion"
         )
-    chat = Chat(tokenizer, "choose another base model, or give records with prompt and completion")
+    chat = Chat(tokenizer, "leave the row out, choose another base model, or give prompts with completions")
     examples, truncated = [], 0
     for row in rows:
         try:
-            encoded = chat.conversation(row.messages)
+            encoded = chat.conversations(row.messages)
         except InputError as error:
             raise InputError(f"{row.source}: {error}") from None
-        answers = [answer for answer in encoded.answers if answer.stop <= max_length]
-        if not answers:
+        fitting = [[answer for answer in some.answers if answer.stop <= max_length] for some in encoded]
+        if not any(fitting):
+            first = next((answer.stop for some in encoded for answer in some.answers), 0)
             raise InputError(
-                f"{row.source}: the assistant's first answer ends with token {encoded.answers[0].stop}, and "
+                f"{row.source}: the assistant's first answer ends with token {first}, and "
                 f"{max_length} fit: shorten the row, or raise --max_length"
             )
-        start, stop = answers[0].start, answers[-1].stop
-        example = Example(
-            prompt_ids=tuple(encoded.ids[:start]),
-            completion_ids=tuple(encoded.ids[start:stop]),
-            label=None,
-            text=row.text,
-            instr_tuned_text=tokenizer.decode_with_special(encoded.ids[:stop]),
-            source=row.source,
-            finished=False,
-            masked_spans=tuple(range(a.stop - start, b.start - start) for a, b in pairwise(answers)),
-        )
-        examples.append(example)
-        truncated += len(answers) < len(encoded.answers)
+        for ids, answers in ((some.ids, own) for some, own in zip(encoded, fitting, strict=True) if own):
+            start, stop = answers[0].start, answers[-1].stop
+            example = Example(
+                prompt_ids=tuple(ids[:start]),
+                completion_ids=tuple(ids[start:stop]),
+                label=None,
+                text=row.text,
+                instr_tuned_text=tokenizer.decode_with_special(ids[:stop]),
+                source=row.source,
+                finished=False,
+                masked_spans=tuple(range(a.stop - start, b.start - start) for a, b in pairwise(answers)),
+            )
+            examples.append(example)
+        truncated += sum(map(len, fitting)) < sum(len(some.answers) for some in encoded)
     return examples, truncated
 
 
-def _prompt(row: Record, text: str, template: Template) -> str:
-    return template.prompt(text) if isinstance(row, Labelled) else row.text.rstrip(" ")
-
-
-def _answers(row: Record, template: Template) -> list[tuple[str, bool]]:
-    """The strings that follow the prompt, and whether end-of-text follows each.
-
-    Spaces at the end of a prompt of the user's own belong to its completions.
-    """
-    space = row.text[len(row.text.rstrip(" ")) :]
+def _answers(row: Record, space: str, template: Template, score_labels: bool) -> list[str]:
+    """The strings that follow the prompt. space: the white space of the record's prompt that belongs to them."""
     match row:
         case Labelled():
-            return [(template.completion(row.label), True)]
+            numbers = [row.label, *(range(len(template.labels)) if score_labels else ())]
+            return [space + template.completion(number) for number in numbers]
         case Completion() | Unpaired():
-            return [(space + row.completion, row.finished)]
+            return [space + row.completion]
         case Preference():
-            return [(space + row.chosen, row.finished[0]), (space + row.rejected, row.finished[1])]
+            return [space + row.chosen, space + row.rejected]
         case Conversation():
             raise AssertionError("conversations have answers of their own")
 
@@ -174,7 +192,9 @@ def _max_example_tokens(template: Template, tokenizer: Tokenizer, max_length: in
     """Tokens of the longest label's completion. Raises InputError unless it and the template leave room for a text."""
     instruction = len(tokenizer.encode_prompt(template.head.rstrip(" ") + template.tail))
     words = [template.completion(number) for number in range(len(template.labels))]
-    longest, word = max((len(ids) + 1, word) for word, ids in zip(words, tokenizer.encode_batch(words), strict=True))
+    longest, word = max(
+        (len(ids) + 1, word) for word, ids in zip(words, label_split(template, tokenizer).answers, strict=True)
+    )
     if longest >= max_length:
         raise InputError(
             f"completion longer than the context: {word!r} and end-of-text take {longest} tokens, and {max_length} "
@@ -188,42 +208,49 @@ def _max_example_tokens(template: Template, tokenizer: Tokenizer, max_length: in
     return longest
 
 
-def _truncate_to_fit(
-    rows: Sequence[Record], limits: Sequence[int], template: Template, tokenizer: Tokenizer
-) -> tuple[list[str], list[list[int]]]:
-    """Each row's text, truncated where its prompt has more tokens than its limit, and the prompts' tokens.
+class _Prompt(NamedTuple):
+    """A row's prompt, its tokens, the white space at its end, and whether its text was truncated."""
+
+    text: str
+    ids: list[int]
+    space: str
+    truncated: bool
+
+
+def _prompts(rows: Sequence[Record], template: Template, tokenizer: Tokenizer, max_length: int) -> list[_Prompt]:
+    """Each row's prompt; the text of a labelled row is truncated where its prompt has too many tokens.
 
     The end of a truncated text may take more tokens than before, so a second round is sometimes needed. Every round
     shortens the text, so the loop ends.
     """
-    # Of a text far beyond its limit only the beginning is tokenised.
-    texts = [
-        row.text[: CHARS_PER_TOKEN * limit] if isinstance(row, Labelled) else row.text
-        for row, limit in zip(rows, limits, strict=True)
-    ]
-    prompts: list[list[int]] = [[]] * len(rows)
+    labelled = [n for n, row in enumerate(rows) if isinstance(row, Labelled)]
+    limit = max_length - _max_example_tokens(template, tokenizer, max_length) if labelled else 0
+    texts = [row.text for row in rows]
+    for n in labelled:  # of a text far beyond its limit only the beginning is tokenised
+        texts[n] = texts[n][: CHARS_PER_TOKEN * limit]
+    prompts: list[_Prompt] = [_Prompt("", [], "", False)] * len(rows)
 
     def encode(numbers: Sequence[int]) -> None:
-        strings = [_prompt(rows[n], texts[n], template) for n in numbers]
-        for n, ids in zip(numbers, tokenizer.encode_prompts(strings), strict=True):
-            prompts[n] = ids
+        own = [template.prompt(texts[n]) if isinstance(rows[n], Labelled) else texts[n] for n in numbers]
+        split = [split_prompt(text, tokenizer) for text in own]
+        found = tokenizer.encode_prompts([text for text, _ in split])
+        for n, (text, space), ids in zip(numbers, split, found, strict=True):
+            prompts[n] = _Prompt(text, ids, space, texts[n] != rows[n].text)
 
     encode(range(len(rows)))
-    underestimated = [n for n, row in enumerate(rows) if texts[n] != row.text and len(prompts[n]) <= limits[n]]
+    underestimated = [n for n in labelled if texts[n] != rows[n].text and len(prompts[n].ids) <= limit]
     for n in underestimated:
         texts[n] = rows[n].text
     encode(underestimated)
-    too_long = [n for n in range(len(rows)) if len(prompts[n]) > limits[n]]
+    too_long = [n for n in labelled if len(prompts[n].ids) > limit]
     while too_long:
         for n in too_long:
-            if not isinstance(rows[n], Labelled):
-                raise InputError(f"{rows[n].source}: {too_long_message(len(prompts[n]), limits[n])}")
-            texts[n] = _without_end(texts[n], len(prompts[n]) - limits[n], template, tokenizer)
+            texts[n] = _without_end(texts[n], len(prompts[n].ids) - limit, template, tokenizer)
             if not texts[n]:
                 raise InputError(f"{rows[n].source}: no token of the text fits in the template: raise --max_length")
         encode(too_long)
-        too_long = [n for n in too_long if len(prompts[n]) > limits[n]]
-    return texts, prompts
+        too_long = [n for n in too_long if len(prompts[n].ids) > limit]
+    return prompts
 
 
 def too_long_message(prompt: int, limit: int) -> str:
@@ -302,29 +329,6 @@ def common_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
     return max(0, min(shared, min(map(len, prompts)) - 1))
 
 
-# Labels ---------------------------------------------------------------------------------------------------------------
-
-
-def label_ids(template: Template, tokenizer: Tokenizer) -> list[list[int]]:
-    """The tokens to score for each label: those of its completion, without end-of-text.
-
-    If one label's tokens begin with another's ("good enough", "good") the longer one could never win, so end-of-text is
-    scored too, for all labels. Raises InputError if two labels have equal tokens.
-    """
-    words = [template.completion(number) for number in range(len(template.labels))]
-    ids = tokenizer.encode_batch(words)
-    is_prefix = False
-    for n, own in enumerate(ids):
-        if not own:
-            raise InputError(f"label word {template.labels[n]!r} has no tokens for this model: choose other --labels")
-        for m, other in enumerate(ids[:n]):
-            if own == other:
-                pair = f"{template.labels[m]!r} and {template.labels[n]!r}"
-                raise InputError(f"label words {pair} have equal tokens for this model: choose other --labels")
-            is_prefix |= own == other[: len(own)] or other == own[: len(other)]
-    return [[*own, tokenizer.eot] for own in ids] if is_prefix else ids
-
-
 # Checks before training -----------------------------------------------------------------------------------------------
 
 
@@ -355,6 +359,12 @@ def preflight(
     for split, examples in splits.items():
         if truncated.get(split):
             notes.append(f"{truncated[split]} of {len(examples)} texts in {split} are truncated to {max_length} tokens")
+        if spanned := sum(bool(example.rest) for example in examples):
+            notes.append(
+                f"in {spanned} of {len(examples)} examples in {split} one token holds the prompt's end and the "
+                "completion's beginning, and is not learned: begin completions with a space, or end prompts with a "
+                "line break"
+            )
         labels = Counter(example.label for example in examples)
         if len(labels) == 1 and len(examples) > 1 and examples[0].label is not None:
             notes.append(f"every example in {split} is labelled {template.labels[examples[0].label]!r}")

@@ -5,21 +5,21 @@
     tail  "\\nSentiment:"                       never ends in a space
     completion  " positive"                    one space and the label word
 
-The space belongs to the completion, because tokenizers keep the space before a word in the word's token: a prompt that
-ends in a space would end in a token that does not occur before a word. So a trailing space of the template moves to the
-completion, and after a line break no space is added. Braces other than those of the one `{text}` are plain characters.
+The space belongs to the completion (`text/boundary.py`), so a trailing space of the template moves there. Without one,
+a space is added, but not after a line break, nor in scripts that are written without spaces (Chinese, Japanese, Thai).
+A template that ends in `{label}` says itself what precedes the label: "{text} ({label}". Other braces are plain
+characters.
 """
 
-from collections.abc import Mapping
+import unicodedata
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from graftlm.errors import InputError, unknown_name_error
-from graftlm.text.words import normalize
 
-FIELD = "{text}"
+FIELD, LABEL = "{text}", "{label}"
+UNSPACED = range(0x0E00, 0x1100), range(0x1780, 0x1800)  # Thai, Lao, Tibetan, Burmese; Khmer
 
 # The text is last where possible: the tokens before it are equal for all and are computed once per batch.
 # In built-in templates only, {labels} is replaced by the label words: "negative or positive".
@@ -49,12 +49,6 @@ class Template:
     text_prefix: str = ""
     """Put before the template unchanged: few-shot demonstrations (`inference/fewshot.py`)."""
 
-    @classmethod
-    def of_run(cls, run: Mapping[str, Any]) -> "Template":
-        """The template that run.json records."""
-        recorded = run["template"]
-        return cls(recorded["name"], recorded["text"], tuple(recorded["labels"]))
-
     def __post_init__(self) -> None:
         count = self.text.count(FIELD)
         if count != 1:
@@ -70,26 +64,46 @@ class Template:
     @cached_property
     def head(self) -> str:
         """The prompt before the text."""
-        return self.text_prefix + self.text.partition(FIELD)[0]
+        return self.text_prefix + self._prompt_text.partition(FIELD)[0]
 
     @cached_property
     def tail(self) -> str:
         """The prompt after the text, without trailing spaces, which belong to the completion."""
-        return self.text.partition(FIELD)[2].rstrip(" ")
+        return self._prompt_text.partition(FIELD)[2].rstrip(" ")
+
+    @property
+    def _prompt_text(self) -> str:
+        return self.text.removesuffix(LABEL)
 
     def prompt(self, text: str) -> str:
         """The prompt for one text, without trailing space."""
         return (self.head + text + self.tail).rstrip(" ")
 
     def completion(self, label: int) -> str:
-        """The completion for label number `label`: one space (none after a line break) and the label word."""
+        """The completion for label number `label`: a space, where one belongs there, and the label word."""
         assert 0 <= label < len(self.labels), f"label {label} of {len(self.labels)}"
-        return ("" if self.text.endswith("\n") else " ") + self.labels[label]
+        text, word = self._prompt_text, self.labels[label]
+        if text != self.text:
+            return text[len(text.rstrip(" ")) :] + word
+        return (" " if text.endswith(" ") else answer_space(text, word)) + word
 
     def label_number(self, word: str) -> int | None:
         """The number of a label word, ignoring case and surrounding spaces; None if it is not a label word."""
-        word = normalize(word.strip())
-        return next((number for number, label in enumerate(self.labels) if normalize(label) == word), None)
+        word = word.strip().casefold()
+        return next((number for number, label in enumerate(self.labels) if label.casefold() == word), None)
+
+
+def answer_space(before: str, answer: str) -> str:
+    """What separates a text from an answer: a space, but not after a line break or in a script without spaces."""
+    return "" if not before or not answer or before.endswith("\n") or _unspaced(before[-1] + answer[0]) else " "
+
+
+def _unspaced(chars: str) -> bool:
+    """Whether one of these belongs to a script that is written without spaces."""
+    wide = [c for c in chars if unicodedata.east_asian_width(c) in "WF" and unicodedata.category(c)[0] in "LNP"]
+    return any("HANGUL" not in unicodedata.name(c, "") for c in wide) or any(
+        ord(c) in r for c in chars for r in UNSPACED
+    )
 
 
 def load_template(spec: str, labels: str = DEFAULT_LABELS) -> Template:
@@ -139,10 +153,10 @@ def _check_labels(labels: tuple[str, ...]) -> None:
         raise InputError(f"{flag}: an empty label word; name them as in {DEFAULT_LABELS}")
     seen: dict[str, str] = {}
     for label in labels:
-        if normalize(label) in seen:
-            other = seen[normalize(label)]
+        if label.casefold() in seen:
+            other = seen[label.casefold()]
             raise InputError(f"{flag}: {other!r} and {label!r} are the same word; label words must differ")
-        seen[normalize(label)] = label
+        seen[label.casefold()] = label
 
 
 def _is_file(path: Path) -> bool:

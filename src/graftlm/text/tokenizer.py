@@ -1,6 +1,9 @@
 """Text <-> token ids, by the `tokenizers` package and the tokenizer files of a model folder.
 
-- Text is never a special token: `<|im_end|>` in a review becomes the tokens of its characters.
+- Text is never a special token: `<|im_end|>` in a review becomes the tokens of its characters. Only the control tokens
+  of a chat template are (`MarkedTokenizer`).
+- Tokens are decoded as what follows a prompt (`decode`): tokenizers of SentencePiece's kind write a space before a
+  text, which is no part of it, and drop it again before the first token.
 - No padding, no truncation. A prompt begins with the tokens that the model expects before a text (Llama's BOS; none for
   GPT-2 and SmolLM2); `eot` ends a text.
 - `save` writes the files back byte for byte, so other programs see the same tokenizer.
@@ -15,6 +18,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
+from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 from graftlm.errors import InputError
@@ -40,6 +44,7 @@ GPT2_PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")
 GPT2_EOT = "<|endoftext|>"
 BROKEN = "\ufffd"  # how decoders show bytes that are not a whole character
+LETTER = "a"  # any text that a decoder leaves as it is, before tokens that are not the first of a text
 MAX_BROKEN = 3  # bytes, and so replacement characters, of a character whose last byte is missing
 
 
@@ -58,12 +63,12 @@ class Tokenizer:
         self._prefix = _prompt_prefix(backend)
         self.eot = eot
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self._letter = backend.encode(LETTER, add_special_tokens=False).ids
 
     @property
     def largest(self) -> int:
         """The largest id that a prompt or a text can contain; other special tokens are excluded."""
-        special = {index for index, token in self._backend.get_added_tokens_decoder().items() if token.special}
-        of_text = set(self._backend.get_vocab(with_added_tokens=True).values()) - special
+        of_text = {*self._backend.get_vocab(with_added_tokens=True).values()} - self.special_ids
         return max(of_text | {self.eot, *self._prefix})
 
     @classmethod
@@ -95,9 +100,20 @@ class Tokenizer:
         encoding = self._backend.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of some ids, without special tokens."""
-        return self._backend.decode(list(ids), skip_special_tokens=True)
+    def decode(self, ids: Sequence[int], prompt: Sequence[int] = ()) -> str:
+        """The text of some ids, without special tokens.
+
+        prompt: the ids before them; none if a text begins with `ids`. The space that the tokenizer writes before a text
+        (or before each piece of it, after special tokens) is left out; a space after a prompt's text never is.
+        """
+        if list(prompt) in ([], self._prefix):
+            return self._backend.decode(list(ids), skip_special_tokens=True)
+        text = self._decode_after_text(ids)
+        return text.removeprefix(" ") if prompt[-1] in self.special_ids and self._marks_pieces else text
+
+    def _decode_after_text(self, ids: Sequence[int]) -> str:
+        before = self._backend.decode(self._letter, skip_special_tokens=True)
+        return self._backend.decode([*self._letter, *ids], skip_special_tokens=True)[len(before) :]
 
     def decode_with_special(self, ids: Sequence[int]) -> str:
         """The text of some ids, special tokens included."""
@@ -109,6 +125,22 @@ class Tokenizer:
         assert raw is not None, f"no token has id {index}"
         text = self._backend.decode([index], skip_special_tokens=False)
         return raw if BROKEN in text or not text else text
+
+    @cached_property
+    def marking(self) -> MarkedTokenizer:
+        """The same tokenizer for texts of a chat template."""
+        return MarkedTokenizer(self._backend)
+
+    @cached_property
+    def _marks_pieces(self) -> bool:
+        """Whether the tokenizer writes a space before the text after a special token (Llama 2's)."""
+        ids, _ = self.marking.encode(next(iter(self.marking.marks.values())) + LETTER)
+        return self._decode_after_text(ids).startswith(" ")
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of the special tokens."""
+        return frozenset(self.special_tokens.values())
 
     @cached_property
     def special_tokens(self) -> dict[str, int]:
@@ -148,21 +180,51 @@ class Tokenizer:
                 file.write(content)
 
 
+class MarkedTokenizer:
+    """A tokenizer in whose texts marks take the place of special tokens. What looks like a special token is text.
+
+    A mark is an added token that is not special, so it is found where special tokens are not, and splits the text as
+    the special token would. It is random: no message contains it.
+
+    marks: by the special tokens' names.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        from tokenizers import AddedToken
+
+        self._backend = type(backend).from_str(backend.to_str())
+        self._backend.encode_special_tokens = True
+        nonce, self.marks, self._ids = token_hex(4), dict[str, str](), dict[int | None, int]()
+        for index, token in backend.get_added_tokens_decoder().items():
+            if token.special:
+                mark = self.marks[token.content] = f"\ue000{nonce}{index}\ue001"
+                kind = {name: getattr(token, name) for name in ("normalized", "lstrip", "rstrip", "single_word")}
+                self._backend.add_tokens([AddedToken(mark, **kind)])
+                self._ids[self._backend.token_to_id(mark)] = index
+
+    def encode(self, text: str) -> tuple[list[int], list[int]]:
+        """The ids of a text, and the places of the special tokens among them."""
+        ids = self._backend.encode(text, add_special_tokens=False).ids
+        places = [place for place, index in enumerate(ids) if index in self._ids]
+        return [self._ids.get(index, index) for index in ids], places
+
+
 class TextStream:
     """Tokens -> text, piece by piece. The pieces joined are the decoded tokens, up to a stop text.
 
     Text that was returned is final: an incomplete character and a possible beginning of a stop text are held back.
 
-    decode: `Tokenizer.decode`. stop: texts that end the output, none of them empty.
+    decode: `Tokenizer.decode` after a prompt. stop: texts that end the output, none of them empty. space: left out
+    where the text begins with it.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> None:
-        self._decode, self._stop = decode, tuple(stop)
+    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = (), space: str = "") -> None:
+        self._decode, self._stop, self._space = decode, tuple(stop), space
         # Only the last tokens are decoded again. The first `_context` of them were returned already; they are decoded
-        # too, because some decoders drop a space before the first token.
+        # too, because byte fallback decodes neighbouring bytes together.
         self._ids: list[int] = []
         self._context = 0
-        self._returned = 0  # characters of the decoded `_ids`
+        self._returned = ""  # of the text of `_ids`
         self._buffer = ""
         self.stopped = False
         """Whether a stop text has been found; the text after it is dropped."""
@@ -171,21 +233,36 @@ class TextStream:
         """The new text with this token; often empty."""
         self._ids.append(token)
         text = self._decode(self._ids)
+        if not text.startswith(self._returned):  # a character's first bytes, which break the bytes before them
+            if text.endswith(BROKEN) and len(self._ids) - self._context <= MAX_BROKEN:
+                return ""
+            text = self._forget_context()
         broken = min(MAX_BROKEN, len(text) - len(text.rstrip(BROKEN)))
-        new = text[self._returned : len(text) - broken]
-        self._returned += len(new)
+        new = text[len(self._returned) : len(text) - broken]
+        self._returned += new
         if new and not broken:
-            self._ids = self._ids[self._context :]
-            self._context, self._returned = len(self._ids), len(self._decode(self._ids))
+            self._returned = self._forget_context()
+            self._context = len(self._ids)
         return self._release(new)
+
+    def _forget_context(self) -> str:
+        """The text of the tokens that have not been returned, on their own."""
+        self._ids, self._context, self._returned = self._ids[self._context :], 0, ""
+        return self._decode(self._ids)
 
     def finish(self) -> str:
         """The remaining text, after the last token."""
-        remaining = self._release(self._decode(self._ids)[self._returned :]) + self._buffer
+        text = self._decode(self._ids)
+        if not text.startswith(self._returned):
+            text = self._forget_context()
+        remaining = self._release(text[len(self._returned) :]) + self._buffer
         self._buffer = ""
         return remaining
 
     def _release(self, new: str) -> str:
+        while new and self._space:
+            drop = new[0] == self._space[0]
+            new, self._space = new[drop:], self._space[1:] if drop else ""
         text = self._buffer + new
         if self.stopped:
             return ""

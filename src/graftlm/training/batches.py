@@ -21,6 +21,7 @@ from graftlm.config import TrainConfig
 from graftlm.inference.decoder import shared_prefix_length
 from graftlm.models.base import CausalLM, flat_to_padded
 from graftlm.models.layers import PairedRow
+from graftlm.text.boundary import Tokens
 from graftlm.text.collate import SORT_WINDOW, Example, epoch_batches
 from graftlm.training.activation_cache import ActivationCache
 from graftlm.training.distributed import DistContext
@@ -34,8 +35,8 @@ class TrainingData:
 
     train: list[Example]
     validation: list[Example]
-    label_ids: list[list[int]]
-    """The tokens scored for each label; empty for data without labels."""
+    label_ids: list[Tokens]
+    """The tokens scored for each label after a short text; empty for data without labels."""
     eot: int
     """The end-of-text token."""
 
@@ -57,6 +58,11 @@ class CollateOptions:
     """Maximum B * T of a micro-batch; 0: no limit."""
     prefix: int | None = None
     """P, if it is fixed; every prompt must begin with these tokens."""
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "CollateOptions":
+        """The flags' values."""
+        return cls(config.shared_prefix, config.target_positions, config.microbatch_tokens or 0)
 
     def prefix_length(self, examples: Sequence[Example]) -> int:
         """P for these examples."""
@@ -145,7 +151,7 @@ def collate(examples: Sequence[Example], options: CollateOptions, loss_on: LossO
             index += range(b * ids.shape[1], b * ids.shape[1] + len(row))
         last, start = b * ids.shape[1] + len(prompt) - 1, 0  # predicts the first token of each answer
         for n, answer in enumerate(answers[b] if loss_on == "completion" else ()):
-            learned = range(len(answer)) if pairs else example.loss_positions
+            learned = range(example.skip, len(answer)) if pairs else example.loss_positions
             index += [last + (start + i if i else 0) for i in learned]
             targets += [answer[i] for i in learned]
             sequence += [len(answers[b]) * b + n] * len(learned)
@@ -241,13 +247,18 @@ class BatchLoader:
 
     def stream(self, first: int) -> Iterator[list[int]]:
         """The endless stream of batches, as indices into `examples`, from batch number `first` on."""
-        config, lengths = self.config, [e.length for e in self.examples]
+        config, lengths = self.config, self.lengths
         per_epoch = math.ceil(len(lengths) / config.batch_size)
         epoch, skip = divmod(first, per_epoch)
         window = SORT_WINDOW if config.group_by_length else 0
         while True:
             yield from epoch_batches(lengths, config.batch_size, config.seed, epoch, window)[skip:]
             epoch, skip = epoch + 1, 0
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each example."""
+        return [e.length for e in self.examples]
 
     def partition(self, rows: list[int]) -> list[int]:
         """This rank's rows of a batch; may be empty."""
@@ -257,8 +268,7 @@ class BatchLoader:
         """These examples as micro-batches, with cached hidden states if there is a cache."""
         if not rows:
             return []
-        examples, config = [self.examples[row] for row in rows], self.config
-        options = CollateOptions(config.shared_prefix, config.target_positions, config.microbatch_tokens or 0)
+        examples, options = [self.examples[row] for row in rows], CollateOptions.of(self.config)
         if self.cache is None:
             return make_microbatches(examples, self.collate, options)
         batches, start = [], 0

@@ -170,7 +170,8 @@ def reference_fingerprint(splits: Mapping[str, Sequence[Example]], source: Mappi
     digest = hashlib.sha256()
     for split, examples in splits.items():
         for e in examples:
-            digest.update(repr((split, e.prompt_ids, e.completion_ids, e.rejected_ids)).encode())
+            skip = (e.skip,) if e.skip else ()
+            digest.update(repr((split, e.prompt_ids, e.completion_ids, e.rejected_ids, *skip)).encode())
     return {"format": FORMAT, "pairs": digest.hexdigest(), **source}
 
 
@@ -237,7 +238,7 @@ def sampled_kl(model: CausalLM, initial: InitialWeights, data: TrainingData, cou
     One answer at temperature 1 to each of the first `count` different prompts of `data.validation`, up to the longest
     answer there or MAX_SAMPLE_TOKENS tokens; of a longer answer it is the KL of its beginning.
     """
-    prompts = list(dict.fromkeys(e.prompt_ids for e in data.validation))[:count]
+    prompts = list(dict.fromkeys(e.full_prompt_ids for e in data.validation))[:count]
     longest = max(max(len(e.completion_ids), len(e.rejected_ids)) for e in data.validation)
     limit = min(MAX_SAMPLE_TOKENS, longest)
     params = SamplingParams(max_new_tokens=limit, temperature=1.0, seed=seed, stop_token_ids=frozenset({data.eot}))

@@ -85,7 +85,8 @@ class KTO(ReferenceObjective):
         mismatched = []
         for example, before in zip(examples, [examples[-1], *examples[:-1]], strict=True):
             room = model.max_seq_len - len(example.prompt_ids)
-            mismatched.append(replace(example, completion_ids=before.completion_ids[:room], masked_spans=()))
+            answer = before.completion_ids[before.skip :][:room]
+            mismatched.append(replace(example, completion_ids=answer, masked_spans=(), skip=0))
         group = min(GROUP, math.ceil(len(examples) / dist.size))
         policy = self.answer_logps(model, mismatched, dist, group)
         with self.initial_weights(model).restored():
