@@ -199,7 +199,7 @@ def run_peer(script: str, settings: Mapping[str, Any], folder: Path) -> Run:
 
 def keep_memory_or_fail() -> None:
     """Make glibc keep freed memory, before torch is imported; otherwise the peer would be a weaker one."""
-    from graftlm.process import tune_malloc_retain
+    from graftlm.cli.main import tune_malloc_retain
 
     if not tune_malloc_retain():
         raise RuntimeError("the C library refused to keep freed memory, so this peer would be slower than promised")

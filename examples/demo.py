@@ -7,7 +7,7 @@ answers, and writes all of it to OUT_DIR/report.md. The same by hand: `graft eva
 `graft train --config recipes/demo.toml --out_dir runs/demo`, `graft evaluate --out_dir runs/demo`.
 """
 
-from graftlm.process import tune_malloc_retain
+from graftlm.cli.main import tune_malloc_retain
 
 tune_malloc_retain()  # before torch is loaded, as the graft command does
 

@@ -60,7 +60,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(
         harness, "graft", lambda *words: json.loads(in_process(["", "graftlm", *words, "--json"], tmp_path, {}).stdout)
     )
-    monkeypatch.setattr("graftlm.process.tune_malloc_retain", lambda: True)
+    monkeypatch.setattr("graftlm.cli.main.tune_malloc_retain", lambda: True)
     model, data = model_folder(tmp_path / "model"), data_folder(tmp_path / "data", train=256)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 2048}))  # long prompts
@@ -201,7 +201,7 @@ def test_before_and_now(small: list[str], capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_every_piece_of_the_prompting_page_is_a_command_that_parses() -> None:
-    from graftlm.cli.parser import parse
+    from graftlm.config.flags import parse
 
     for verb, *words in load("prompting").pieces(200, 2, "runs/x").values():
         assert parse(verb, cli.COMMANDS[verb].config, [*words, "--json"]).explicit

@@ -19,8 +19,8 @@ from rich.console import Console
 from conftest import Graft, child_environment
 from graftlm import __version__, cli
 from graftlm.cli import display
-from graftlm.cli.parser import CommonFlags, parse
-from graftlm.config import DownloadConfig, GenerateConfig, ReportConfig, TrainConfig, parse_columns
+from graftlm.config import DownloadConfig, GenerateConfig, ReportConfig, TrainConfig
+from graftlm.config.flags import CommonFlags, parse, parse_columns
 from graftlm.errors import GraftError, InputError, Interrupted
 from graftlm.methods import METHODS, describe
 
@@ -482,7 +482,7 @@ def test_the_help_page_reads_nothing_that_it_does_not_need() -> None:
         [sys.executable, "-c", look], capture_output=True, text=True, check=True, env=child_environment()
     )
     read = set(done.stderr.split())
-    assert "graftlm.cli.commands" in read and "usage: graft SUBCOMMAND" in done.stdout
+    assert "graftlm.cli.main" in read and "usage: graft SUBCOMMAND" in done.stdout
     heavy = {
         "torch",
         "numpy",

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from graftlm import cli
-from graftlm.cli.parser import parse
+from graftlm.config.flags import parse
 from tiny import model_folder
 
 ROOT = Path(__file__).parent.parent

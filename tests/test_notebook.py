@@ -20,10 +20,9 @@ import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 
 from conftest import child_environment
-from graftlm import process
-from graftlm.cli import COMMANDS
-from graftlm.cli.parser import parse
+from graftlm.cli import COMMANDS, main
 from graftlm.config import TrainConfig
+from graftlm.config.flags import parse
 from tiny import data_folder, model_folder, shape_of
 
 ROOT = Path(__file__).parent.parent
@@ -216,7 +215,7 @@ def test_the_project_is_found_and_installed(
     monkeypatch.chdir(tmp_path / here)
     folder_alone = SimpleNamespace(origin=None, submodule_search_locations=None)  # no package
     monkeypatch.setattr("importlib.util.find_spec", lambda name: folder_alone)
-    monkeypatch.setattr(process, "tune_malloc_retain", lambda: None)
+    monkeypatch.setattr(main, "tune_malloc_retain", lambda: None)
     installed: list[tuple[str, str]] = []
     shell = SimpleNamespace(run_line_magic=lambda *words: installed.append(words))
     names: dict[str, Any] = {"get_ipython": lambda: shell}

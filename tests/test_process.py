@@ -17,19 +17,19 @@ class Spy(ctypes.CDLL):
         return super().__getattr__(name)
 ctypes.CDLL = Spy
 before = dict(os.environ)
-import graftlm, graftlm.cli, graftlm.process
+import graftlm, graftlm.cli
 graftlm.load, graftlm.train, graftlm.LoRALinear
 assert "mallopt" not in asked, asked
 changed = {name for name, value in os.environ.items() if before.get(name) != value}
 assert "THP_MEM_ALLOC_ENABLE" not in changed and not any(name.startswith("MALLOC") for name in changed), changed
-assert graftlm.process.tune_malloc_retain()
+assert graftlm.cli.main.tune_malloc_retain()
 assert "mallopt" in asked
 assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
 """
 
 FREED = """
 import sys
-from graftlm.process import tune_malloc_retain
+from graftlm.cli.main import tune_malloc_retain
 if sys.argv[1] == "keep":
     assert tune_malloc_retain()
 import torch
@@ -46,8 +46,8 @@ print(resident_mb() - before)
 
 HOLES = """
 import sys
-from graftlm import process
-assert getattr(process, sys.argv[1])()
+from graftlm.cli import main
+assert getattr(main, sys.argv[1])()
 import torch
 def resident_mb():
     with open("/proc/self/statm") as file:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from graftlm.cli.parser import parse
 from graftlm.config import CompareConfig, TrainConfig
+from graftlm.config.flags import parse
 from graftlm.methods import METHODS
 from graftlm.studies.sweep import Trial, read_sweep
 

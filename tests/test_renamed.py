@@ -80,7 +80,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         flags |= {"rank": 4, "batch_size": 4, "dtype": "float32", "max_iters": 4, "eval_every": 2, "warmup_steps": 1}
         words = [] if "--resume" in more else [f"--{key}={value}" for key, value in flags.items()]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("graftlm.process.tune_malloc_retain", lambda: False)
+            patch.setattr("graftlm.cli.main.tune_malloc_retain", lambda: False)
             assert cli.run(["train", *words, f"--out_dir={place / name}", "--json", *more]) == 0
         return place / name
 

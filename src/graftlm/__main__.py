@@ -1,5 +1,6 @@
-"""`graft` and `python -m graftlm`: the same command, which `cli/` runs."""
+"""`graft` and `python -m graftlm`: the same command, which `cli/main.py` runs."""
 
+import os
 import sys
 import time
 
@@ -8,17 +9,17 @@ BEGAN = time.perf_counter()
 
 def main() -> int:
     """Run the command with this process's arguments; returns the exit status."""
-    from graftlm import process
-    from graftlm.cli import internal_error, run
-    from graftlm.cli.parser import wants_debug
-    from graftlm.training.signals import exit_with_parent
+    import graftlm.cli.main as cli
 
-    process.BEGAN = BEGAN
-    exit_with_parent()
+    cli.BEGAN = BEGAN
+    if "GRAFT_PARENT_PIPE" in os.environ:
+        from graftlm.studies.subprocess_runner import exit_with_parent
+
+        exit_with_parent()
     words = sys.argv[1:]
-    if not wants_debug(words):
-        sys.excepthook = internal_error  # the exit status stays Python's own for an exception: 1
-    return run(words)
+    if not cli.wants_debug(words):
+        sys.excepthook = cli.internal_error  # the exit status stays Python's own for an exception: 1
+    return cli.run(words)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,12 @@
 """
 
 import errno
-from collections.abc import Iterable
-from difflib import get_close_matches
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
-from types import ModuleType
+from types import FrameType, ModuleType
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 DISK_IO_ERRNOS = {errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ETIMEDOUT}
@@ -69,5 +71,34 @@ def unknown_name_error(what: str, given: str, known: Iterable[str]) -> InputErro
 
 def did_you_mean(given: str, known: Iterable[str], dashes: str | None = None) -> str:
     """A question with the closest known name, or "". The name is quoted, or follows `dashes` (a flag or a key)."""
+    from difflib import get_close_matches  # here, so that `graft --help` does not wait for it
+
     found = get_close_matches(given, list(known), n=1)
     return f"did you mean {repr(found[0]) if dashes is None else dashes + found[0]}? " if found else ""
+
+
+@contextmanager
+def stop_on_signal(patient: bool = False) -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C or SIGTERM sets; a second one interrupts at once.
+
+    With `patient` a second one is ignored: torchrun forwards a Ctrl-C that each of its processes has received already,
+    and kills them itself when they take too long.
+    """
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if stop.is_set() and not patient:
+            raise KeyboardInterrupt
+        stop.set()
+
+    # Signals that the caller ignores (nohup, a background job) stay ignored.
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, on_signal) for number in numbers}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from fuzz.base import ANY, Target
 from graftlm.cli import COMMANDS
-from graftlm.cli.parser import parse
 from graftlm.config import TrainConfig
+from graftlm.config.flags import parse
 from graftlm.studies.sweep import read_sweep
 
 RECIPES = Path(__file__).parents[2] / "recipes"

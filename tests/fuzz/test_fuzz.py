@@ -12,8 +12,8 @@ import torch
 
 from conftest import child_environment
 from fuzz import run
-from graftlm.cli.parser import parse
 from graftlm.config import TrainConfig
+from graftlm.config.flags import parse
 from graftlm.errors import InputError
 from graftlm.exchange.huggingface import from_foreign_peft
 from graftlm.files.formats import read_json, save_safetensors

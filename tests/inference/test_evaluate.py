@@ -207,6 +207,26 @@ def test_read_label_of_signs_numbers_and_other_alphabets() -> None:
     assert parse_label("Größe STRASSE", ("straße", "größe")) == 1
 
 
+@pytest.mark.parametrize(
+    ("generated", "labels", "label"),
+    [
+        ("这部电影是正面的", ("负面", "正面"), 1),
+        ("この評価は否定的です", ("肯定的", "否定的"), 1),
+        ("มันเป็นบวก", ("ลบ", "บวก"), 1),
+        ("评分是4分", ("3", "4"), 1),
+        ("答案是Positive。", ("negative", "positive"), 1),
+        ("答案是unpositive。", ("negative", "positive"), -1),
+        ("이것은 긍정적", ("부정", "긍정"), 1),
+        ("비긍정", ("부정", "긍정"), -1),  # Korean has spaces
+        ("किदरपुर", ("दर", "पुर"), -1),  # a vowel sign does not end a word
+        ("cafe\u0301", ("th\u00e9", "caf\u00e9"), 1),
+        ("CAF\u00c9", ("the\u0301", "cafe\u0301"), 1),
+    ],
+)
+def test_read_label_in_any_script(generated: str, labels: tuple[str, ...], label: int) -> None:
+    assert parse_label(generated, labels) == label
+
+
 # Evaluation -----------------------------------------------------------------------------------------------------------
 
 TEMPLATE = Template("custom", "it {text} so", ("bad", "good"))

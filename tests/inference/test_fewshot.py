@@ -81,6 +81,11 @@ def test_bm25_is_the_formula_worked_out_by_hand() -> None:
     np.testing.assert_allclose(index.scores("film, dull nowhere!"), expected, rtol=1e-12)
 
 
+def test_bm25_reads_scripts_without_spaces_letter_by_letter() -> None:
+    index = BM25(["音楽が美しい映画", "退屈な脚本", "caf\u00e9 noir"])
+    assert [index.scores(query).argmax() for query in ("美しい音楽だ", "脚本が退屈", "Cafe\u0301")] == [0, 1, 2]
+
+
 def test_the_nearest_stand_last_and_each_question_has_its_own() -> None:
     assert [row[-1] for row in chosen("bm25", 2, questions=("so weak", "so good"))] == [3, 2]
     assert chosen("bm25", 3, questions=("dull dull weak",))[0][-2:] == [0, 3]

@@ -296,7 +296,7 @@ def test_the_filters_are_those_of_transformers_in_its_order(
 def test_a_sampling_setting_is_in_two_files_and_reaches_flags_and_api() -> None:
     source = Path(sampling.__file__).parents[1]
     files = {str(path.relative_to(source)) for path in source.rglob("*.py") if "min_p" in path.read_text("utf-8")}
-    assert files == {"config/common.py", "inference/sampling.py"}
+    assert files == {"config/inference.py", "inference/sampling.py"}
     for config in (GenerateConfig(min_p=0.1), PromptConfig(min_p=0.1)):
         assert SamplingParams.from_flags(config).min_p == 0.1
     assert SamplingParams.from_flags(GenerateConfig(stop=("x",), max_new_tokens=3)) == SamplingParams(

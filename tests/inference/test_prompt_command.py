@@ -52,7 +52,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("graftlm.process.tune_malloc_retain", lambda: False)
+    monkeypatch.setattr("graftlm.cli.main.tune_malloc_retain", lambda: False)
     Path("sums.toml").write_text(TASK)
     Path("moods.toml").write_text(MOODS)
     torch.set_num_threads(1)

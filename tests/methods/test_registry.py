@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import graftlm.methods
-from graftlm.config import MethodFlags, TrainConfig
+from graftlm.config import TrainConfig
+from graftlm.config.flags import MethodFlags
 from graftlm.errors import InputError
 from graftlm.methods import METHODS, Adapter, Full, LoRA, Method, describe, method_from_flags, method_from_json
 from graftlm.methods.base import parse_layer_range, trainable

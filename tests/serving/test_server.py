@@ -272,7 +272,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 @pytest.fixture(autouse=True)
 def memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graftlm.process.tune_malloc_retain", lambda: False)
+    monkeypatch.setattr("graftlm.cli.main.tune_malloc_retain", lambda: False)
 
 
 def test_adapters_that_cannot_be_served(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

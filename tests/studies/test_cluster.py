@@ -16,7 +16,8 @@ import torch
 
 from conftest import SRC, child_environment
 from graftlm import cli
-from graftlm.config import EvaluateConfig, RayFlags
+from graftlm.config import EvaluateConfig
+from graftlm.config.inference import RayFlags
 from graftlm.errors import InputError
 from graftlm.exchange.load import load
 from graftlm.inference.evaluate import Generation, LabelScoring, evaluate
@@ -58,7 +59,7 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """This process's memory stays as it is, and one thread computes here as on the nodes."""
-    monkeypatch.setattr("graftlm.process.tune_malloc_retain", lambda: False)
+    monkeypatch.setattr("graftlm.cli.main.tune_malloc_retain", lambda: False)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -11,8 +11,8 @@ import pyarrow.parquet
 import pytest
 
 from graftlm.errors import InputError
-from graftlm.text.dataset import load_dataset
-from graftlm.text.layouts import LAYOUTS, Completion, Labelled, Preference, Record, Unpaired
+from graftlm.text.dataset import default_labels, load_dataset, load_prompts
+from graftlm.text.layouts import LAYOUTS, Completion, Conversation, Labelled, Preference, Record, Unpaired
 
 WORDS = ("negative", "positive")
 NEL = "a\x85b\u2028c\x0bd\x1ce\ff"  # characters at which str.splitlines breaks a line
@@ -108,6 +108,60 @@ def test_json_array_and_json_lines_by_the_name_json(tmp_path: Path):
     assert [row.label for row in read(path)] == [0, 1, 0]
 
 
+ROWS = [{"text": f"text {n}", "label": n % 2} for n in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", json.dumps(ROWS)),
+        ("a.jsonl", json.dumps(ROWS, indent=2)),
+        ("a.jsonl", "\n".join(json.dumps(row, indent=1) for row in ROWS)),
+        ("a.json", json.dumps({"version": "1.0", "data": ROWS})),
+        ("a.json", json.dumps({"rows": ROWS}, indent=1)),
+        ("a.csv", "text;label\n" + "".join(f"{row['text']};{row['label']}\n" for row in ROWS)),
+        ("a.csv", "text\tlabel\n" + "".join(f"{row['text']}\t{row['label']}\n" for row in ROWS)),
+    ],
+)
+def test_content_decides_how_a_file_is_read(tmp_path: Path, name: str, content: str):
+    (tmp_path / name).write_text(content)
+    assert [(row.text, row.label) for row in read(tmp_path / name)] == [("text 0", 0), ("text 1", 1), ("text 2", 0)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.jsonl",
+            "text,label\nfine,1\n",
+            "FILE:1: is not JSON but 'text,label': write one object a line; a table is a .csv",
+        ),
+        ("a.csv", json.dumps(ROWS), "FILE: holds JSON, not csv: name it .jsonl"),
+        ("a.csv", json.dumps(ROWS[0]) + "\n", "FILE: holds JSON, not csv: name it .jsonl"),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": 1}\n{\n"text"',
+            "FILE:2: broken JSON: Expecting property name enclosed in double quotes at column 2",
+        ),
+        (
+            "a.jsonl",
+            '{"text": "words alone"}',
+            "FILE: is plain text, with nothing to learn from it: add a column label, or give prompt and completion",
+        ),
+    ],
+)
+def test_a_file_that_is_something_else_is_told_so(tmp_path: Path, name: str, content: str, message: str):
+    fails(tmp_path / name, content, message)
+
+
+def test_columns_that_no_layout_has(tmp_path: Path):
+    with pytest.raises(
+        InputError,
+        match=r"a.jsonl: its columns, story, mood, fit no layout: map them with --columns; they are labelled \(",
+    ):
+        load_dataset(str(jsonl(tmp_path / "a.jsonl", {"story": "a", "mood": "b"})))
+
+
 def test_parquet(tmp_path: Path):
     path = tmp_path / "a.parquet"
     table = pyarrow.table({"text": ["one", NEL], "label": pyarrow.array([1, 0], pyarrow.int8()), "extra": [[1], [2]]})
@@ -166,6 +220,76 @@ def test_unknown_label(tmp_path: Path, value: object):
     else:
         message = f"FILE:2: unknown label {value!r}: allowed are 0 or 'negative', 1 or 'positive'"
     fails(tmp_path / "a.jsonl", lines, message)
+
+
+@pytest.mark.parametrize("values", [[0, 1, 2, 3, 4], [4, 3, 0], ["0", "1"]])
+def test_label_words_that_are_other_labels_numbers_leave_numbers_two_readings(tmp_path: Path, values: list):
+    path = jsonl(tmp_path / "a.jsonl", *({"text": "x", "label": value} for value in values))
+    with pytest.raises(
+        InputError,
+        match=r"label '?0'? has two readings: as a word it is not in --labels 1,2,3,4,5, and .* it is '1': ",
+    ):
+        read(path, labels=("1", "2", "3", "4", "5"))
+    assert [row.label for row in read(path, labels=("0", "1", "2", "3", "4"))] == list(map(int, values))
+    with pytest.raises(InputError, match="has two readings"):
+        read(path, labels=("poor", "2", "1", "4", "best"))
+
+
+def test_labels_match_in_both_normal_forms(tmp_path: Path):
+    path = jsonl(tmp_path / "a.jsonl", {"text": "x", "label": "ge\u0301nial"}, {"text": "x", "label": "NUL"})
+    assert [row.label for row in read(path, labels=("nul", "g\u00e9nial"))] == [1, 0]
+
+
+def class_labels(path: Path, names: list[str], column: str = "label") -> Path:
+    """A parquet file with the schema that `datasets` writes."""
+    features = {"text": {"dtype": "string", "_type": "Value"}, column: {"names": names, "_type": "ClassLabel"}}
+    table = pyarrow.table({"text": [f"text {n}" for n in range(40)], column: [n % len(names) for n in range(40)]})
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    pyarrow.parquet.write_table(table.replace_schema_metadata(metadata), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["positive", "negative"], "positive,negative"),
+        (["neg", "pos"], "negative,positive"),
+        (["Negative", "POSITIVE"], "negative,positive"),
+        (["0", "1"], "negative,positive"),
+        (["pos", "neg"], "pos,neg"),
+        (["ham", "spam"], "ham,spam"),
+        (["negative", "neutral", "positive"], "negative,neutral,positive"),
+    ],
+)
+def test_label_words_of_a_parquet_schema(tmp_path: Path, names: list[str], words: str):
+    path = class_labels(tmp_path / "a.parquet", names, "feeling")
+    assert default_labels(str(path), {"label": "feeling"}) == words
+    assert default_labels(str(path)) == "negative,positive"  # no column label
+    rows = read(path, labels=tuple(words.split(",")), columns={"label": "feeling"})
+    assert [row.label for row in rows[: len(names)]] == list(range(len(names)))
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (["positive", "negative"], ("negative", "positive")),
+        (["pos", "neg"], ("Negative", "Positive")),
+        (["1", "2", "3"], ("0", "1", "2")),
+        (["bad", "so-so", "good"], ("bad", "good")),
+    ],
+)
+def test_label_words_that_contradict_the_schema(tmp_path: Path, names: list[str], labels: tuple[str, ...]):
+    path = class_labels(tmp_path / "a.parquet", names)
+    with refused(
+        f"{path}: its labels are {', '.join(names)} in this order, and --labels are {', '.join(labels)}: leave "
+        "--labels out, or give as many words in the file's order"
+    ):
+        load_dataset(str(path), labels=labels)
+
+
+def test_other_words_for_the_labels_of_a_schema(tmp_path: Path):
+    path = class_labels(tmp_path / "a.parquet", ["ham", "spam"])
+    assert [row.label for row in read(path, labels=("fine", "junk"))[:2]] == [0, 1]
 
 
 def test_label_words_without_labels_and_long_ones(tmp_path: Path):
@@ -399,6 +523,12 @@ def test_nothing_to_read(tmp_path: Path, name: str, content: str, message: str):
         ("train-00000-of-00001.jsonl", "valid-00000-of-00001-0a1b2c3d.jsonl", "test_0.jsonl"),
         ("data/train.jsonl", "data/validation.jsonl", "data/test.jsonl"),
         ("plain_text/train.jsonl", "plain_text/validation.jsonl", "plain_text/test.jsonl"),
+        ("reviews_train.jsonl", "reviews_dev.jsonl", "reviews_eval.jsonl"),
+        ("train-v1.1.jsonl", "dev-v1.1.jsonl", "evaluation.jsonl"),
+        ("train.jsonl", "eval.jsonl", "test.jsonl"),  # eval is test, unless there is one
+        ("train/a.jsonl", "valid/b.jsonl", "test/c.jsonl"),
+        ("data/training/part-0.jsonl", "data/dev/x.jsonl", "data/eval/test-00000-of-00001.jsonl"),
+        ("2024.train.jsonl", "2024.val.jsonl", "2024.test.jsonl"),
     ],
 )
 def test_names_of_splits(tmp_path: Path, names: tuple[str, ...]):
@@ -406,6 +536,7 @@ def test_names_of_splits(tmp_path: Path, names: tuple[str, ...]):
         jsonl(tmp_path / name, *many(2, first=2 * n))
     for other in ("README.md", "unsupervised.jsonl", "test_labels.txt", "train.txt", ".cache/train.jsonl"):
         jsonl(tmp_path / other, "not a record")
+    note = f"{tmp_path}: not read: test_labels.txt, train.txt, unsupervised.jsonl"
     data = load_dataset(str(tmp_path), labels=WORDS)
     assert {split: [row.text for row in rows] for split, rows in data.splits.items()} == {
         "train": ["text 0", "text 1"],
@@ -413,7 +544,29 @@ def test_names_of_splits(tmp_path: Path, names: tuple[str, ...]):
         "test": ["text 4", "text 5"],
     }
     assert list(data.splits) == ["train", "validation", "test"]
-    assert (data.name, data.notes) == (str(tmp_path), [read_as(tmp_path)])
+    assert (data.name, data.notes) == (str(tmp_path), [note, read_as(tmp_path)])
+
+
+def test_what_is_not_read_is_named(tmp_path: Path):
+    source = folder(tmp_path, train=many(20), dev=many(2, first=30))
+    for name in ("test.tsv", "train_extra.jsonl", "train_test.jsonl", "README.md", "LICENSE", "more/train.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text,label\na,1\n")
+    note = f"{source}: not read: more/train.csv, test.tsv, train_extra.jsonl, train_test.jsonl"
+    assert load_dataset(str(source)).notes == [note, read_as(source)]
+    for n in range(9):
+        (tmp_path / f"z{n}.txt").write_text("x")
+    assert load_dataset(str(source)).notes[0] == f"{note}, z0.txt, z1.txt, z2.txt, z3.txt and 5 more"
+
+
+def test_a_folder_named_after_a_split_holds_all_its_files(tmp_path: Path):
+    for n in range(3):
+        jsonl(tmp_path / "test" / f"{n}.jsonl", *many(2, first=2 * n))
+    jsonl(tmp_path / "train" / "a.jsonl", *many(20, first=20))
+    assert [row.text for row in load_dataset(str(tmp_path)).splits["test"]] == [f"text {n}" for n in range(6)]
+    jsonl(tmp_path / "test.jsonl", *many(2))
+    with refused(f"{tmp_path}: test/0.jsonl and test.jsonl both say they are the test split: keep one"):
+        load_dataset(str(tmp_path))
 
 
 def test_parts_of_a_split_in_order(tmp_path: Path):
@@ -561,13 +714,16 @@ def test_unpaired_preferences(tmp_path: Path):
     path = tmp_path / "b.csv"
     path.write_text("label,prompt,completion\ntrue,p, c\nFALSE,p, c\n")
     assert [row.label for row in read(path)] == [True, False]
-    message = "FILE:2: label must be true or false, not 1"
-    fails(tmp_path / "c.jsonl", json.dumps(record) + "\n" + json.dumps({**record, "label": 1}), message)
+    path.write_text("label,prompt,completion\n1,p, c\n0,p, c\n")
+    assert [row.label for row in read(path)] == [True, False]
+    message = "FILE:2: label must be true or false, not 2"
+    fails(tmp_path / "c.jsonl", json.dumps(record) + "\n" + json.dumps({**record, "label": 2}), message)
 
 
 def test_a_label_that_is_not_true_or_false_leaves_a_completion(tmp_path: Path):
-    (row,) = read(jsonl(tmp_path / "a.jsonl", {"prompt": "p", "completion": "c", "label": 3}))
-    assert row == Completion("p", "c", row.source)
+    path = jsonl(tmp_path / "a.jsonl", *({"prompt": f"p{n}", "completion": "c", "label": 3} for n in range(9)))
+    assert read(path)[0] == Completion("p0", "c", read(path)[0].source)
+    assert load_dataset(str(path)).notes[-1].endswith("completion (prompt, completion); columns not read: label")
 
 
 def test_fingerprints_of_all_kinds(tmp_path: Path):
@@ -617,8 +773,51 @@ def test_alpaca(tmp_path: Path, context: str | None):
 
 def test_alpaca_with_columns_that_its_prompt_lacks(tmp_path: Path):
     record = {"instruction": "i", "output": "o", "history": [], "system": "Be brief."}
-    message = "FILE:1: system has no place in Alpaca's prompt: leave it out, or write the row as messages"
+    message = "FILE:1: system would be lost, and it changes what is learned: write it into the texts, or leave it out"
     fails(tmp_path / "a.jsonl", json.dumps(record), message)
+
+
+@pytest.mark.parametrize("name", ["system", "tools", "images"])
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "p", "completion": "c"},
+        {"prompt": "p", "completion": "c", "label": False},
+        {"prompt": "p", "chosen": "c", "rejected": "r"},
+        {"messages": [{"role": "user", "content": "h"}, {"role": "assistant", "content": "o"}]},
+    ],
+)
+def test_a_column_that_changes_what_is_learned_is_used_or_refused(tmp_path: Path, record: dict, name: str):
+    path = jsonl(tmp_path / "a.jsonl", *({**record, name: empty} for empty in (None, "", [])), {**record, name: ["x"]})
+    if "messages" in record and name == "system":
+        (row,) = read(jsonl(tmp_path / "b.jsonl", {**record, "system": "Be brief."}))
+        assert isinstance(row, Conversation) and row.messages[0] == ("system", "Be brief.") and len(row.messages) == 3
+        (twice,) = [{"messages": [{"role": "system", "content": "s"}, *record["messages"]], "system": "Be brief."}]
+        fails(path, json.dumps(twice), "FILE:1: both a column system and a system message: leave one out")
+        return
+    message = f"FILE:4: {name} would be lost, and it changes what is learned: write it into the texts, or leave it out"
+    fails(path, path.read_bytes(), message)
+
+
+def test_columns_that_are_not_read_are_named(tmp_path: Path):
+    path = jsonl(tmp_path / "a.jsonl", *many(20), {"text": "x", "label": 1, "title": "t", "score": 0.5, "note": None})
+    assert load_dataset(str(path), labels=WORDS).notes[-1] == f"{read_as(path)}; columns not read: score, title"
+
+
+def test_a_later_row_that_is_marked_as_bad_is_no_completion(tmp_path: Path):
+    lines = "\n".join(json.dumps({"prompt": "p", "completion": "c", **more}) for more in ({}, {"label": False}))
+    message = "its columns do not fit the file's layout, completion (prompt, completion): write all rows in one layout"
+    fails(tmp_path / "a.jsonl", lines, f"FILE:2: {message}")
+
+
+def test_sharegpt(tmp_path: Path):
+    turns = [{"from": "system", "value": "s"}, {"from": "human", "value": "h"}, {"from": "gpt", "value": "o"}]
+    path = jsonl(tmp_path / "a.jsonl", {"id": "1", "conversations": turns})
+    (row,) = read(path)
+    assert row == Conversation((("system", "s"), ("user", "h"), ("assistant", "o")), row.source)
+    turns[1] = {"from": "observation", "value": "h"}
+    message = "FILE:1: message 2: unknown role 'observation': known are system, user, assistant"
+    fails(path, json.dumps({"conversations": turns}), message)
 
 
 def test_a_run_says_which_layout_it_took(tmp_path: Path):
@@ -628,7 +827,7 @@ def test_a_run_says_which_layout_it_took(tmp_path: Path):
 
 
 def test_columns_of_several_layouts(tmp_path: Path):
-    record = {"text": "a", "label": 1, "prompt": "p", "completion": "c"}
+    record = {"text": "a", "label": "good", "prompt": "p", "completion": "c"}
     path = jsonl(tmp_path / "a.jsonl", record)
     with refused(
         f"{path}: the columns fit several layouts, labelled (text, label) and completion (prompt, completion): choose "
@@ -657,7 +856,7 @@ def test_columns_name_the_layout_where_several_fit(tmp_path: Path):
     (first,) = read(jsonl(tmp_path / "b.jsonl", {"prompt": "p", "completion": "c", "label": True}))
     assert isinstance(first, Unpaired)
     (second,) = read(tmp_path / "b.jsonl", columns={"prompt": "prompt", "completion": "completion"})
-    assert isinstance(second, Completion)
+    assert isinstance(second, Unpaired)  # a bad answer is no completion, however its columns are named
 
 
 def test_columns_of_any_layout_can_be_mapped(tmp_path: Path):
@@ -674,3 +873,20 @@ def test_columns_that_no_layout_reads(tmp_path: Path):
     layouts = ", ".join(map(str, LAYOUTS))
     with refused(f"--columns: no layout reads label and chosen together: leave one out; the layouts are {layouts}"):
         load_dataset(str(path), columns={"label": "a", "chosen": "b"})
+
+
+# ------------------------------------------------------------------------------------------------ prompts
+
+
+def test_prompts_of_the_first_words_in_any_script(tmp_path: Path):
+    texts = ["A slow, but lovely film.", "映画は美しい", "short"]
+    path = jsonl(tmp_path / "a.jsonl", *({"text": text, "label": 1} for text in texts))
+    assert [row.text for row in load_prompts(str(path), opening=3)] == ["A slow, but", "映画は", "short"]
+
+
+def test_prompts_of_a_file_have_no_splits_and_lose_nothing(tmp_path: Path):
+    path = jsonl(tmp_path / "a.jsonl", {"prompt": "p", "system": "Be brief."})
+    with refused(f"--split test: {path} is one file, which is read whole; leave --split out"):
+        load_prompts(str(path), split="test")
+    with pytest.raises(InputError, match=r"a\.jsonl:1: system would be lost"):
+        load_prompts(str(path))

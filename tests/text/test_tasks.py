@@ -40,6 +40,17 @@ def refused(path: Path, content: str) -> str:
     return line.replace(str(path.parent), "DIR")
 
 
+# Answers in any script
+
+
+def test_labels_are_found_in_scripts_without_spaces_and_in_both_normal_forms() -> None:
+    found = task(labels=("正面", "负面", "caf\u00e9"), questions=(Problem("?", "正面"),))
+    assert found.first("我认为是负面的") == "负面"
+    assert found.first("un cafe\u0301.") == "caf\u00e9" and found.first("cafe\u0301s") is None
+    asked = task(conclusion="La r\u00e9ponse est {answer}.")
+    assert asked.parse_final_answer("3. La re\u0301ponse est 4, pas 5.") == "4"
+
+
 # Reading files
 
 

@@ -17,8 +17,9 @@ from graftlm.methods import Full, LoRA, Method, PrefixTuning
 from graftlm.methods.base import trainable
 from graftlm.models import CausalLM
 from graftlm.text.tokenizer import Tokenizer
-from graftlm.training.checkpoint import OPTIMIZER, TRAINABLE, CheckpointManager, TrainState, truncate_metrics
+from graftlm.training.checkpoint import OPTIMIZER, TRAINABLE, CheckpointManager, TrainState
 from graftlm.training.distributed import DistContext
+from graftlm.training.reporting import truncate_metrics
 from tiny import model_folder
 
 

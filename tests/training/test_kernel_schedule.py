@@ -15,8 +15,7 @@ from graftlm.errors import InputError
 from graftlm.files.formats import load_safetensors
 from graftlm.models.fused_ops import CppKernels
 from graftlm.training import trainer as trainer_module
-from graftlm.training.schedule import FIRST_STEPS, KernelSwitch
-from graftlm.training.train import train
+from graftlm.training.train import FIRST_STEPS, KernelSwitch, train
 from tiny import TEMPLATE, data_folder, model_folder
 
 CPU = torch.device("cpu")

@@ -23,11 +23,11 @@ from graftlm.training import trainer as trainer_module
 from graftlm.training.batches import CollateOptions, TrainingData, make_microbatches
 from graftlm.training.distributed import DistContext
 from graftlm.training.estimate import make_plan
+from graftlm.training.objectives import validate
 from graftlm.training.objectives.kto import KTO
 from graftlm.training.reference import with_reference
 from graftlm.training.setup import prepare
 from graftlm.training.train import train
-from graftlm.training.trainer import validate
 from tiny import model_folder, model_of
 
 WORDS = (("bad", "dull", "weak"), ("good", "fun", "fine"))

@@ -11,7 +11,7 @@ import pytest
 
 from graftlm.config import TrainConfig
 from graftlm.errors import InputError
-from graftlm.training import loggers
+from graftlm.training import reporting
 from graftlm.training import train as train_module
 from graftlm.training.train import train
 from tiny import TEMPLATE, data_folder, model_folder
@@ -156,7 +156,7 @@ def test_a_logger_that_cannot_start_is_left_out(
         raise ConnectionError("no server")
 
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setattr(loggers, "Wandb", gone)
+    monkeypatch.setattr(reporting, "Wandb", gone)
     train(config(assets, tmp_path / "run", wandb_project="tests", tensorboard=True), console=notes)
     assert "Weights & Biases failed and is disabled" in notes.file.getvalue()
     assert len(rows(tmp_path / "run")) == 6 and list((tmp_path / "run" / "tensorboard").iterdir())

@@ -26,8 +26,8 @@ from graftlm.training import trainer as trainer_module
 from graftlm.training.batches import BatchLoader
 from graftlm.training.distributed import DistContext
 from graftlm.training.objectives.sft import SFT
-from graftlm.training.schedule import learning_rate
 from graftlm.training.train import train
+from graftlm.training.trainer import learning_rate
 from tiny import TEMPLATE, data_folder, model_folder
 
 

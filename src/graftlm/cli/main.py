@@ -4,22 +4,48 @@ Exit status: 0 done, 1 a run failed, 2 wrong input, 130 interrupted. Only this m
 `display.py` print. Nothing heavy is imported here, so that `graft --help` answers at once.
 """
 
-import json
 import os
 import sys
-import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from graftlm import process
 from graftlm.cli import display
-from graftlm.cli.commands import COMMANDS, Command
-from graftlm.cli.parser import ParsedArgs, help_page, parse, wants_debug, wants_help
-from graftlm.config import renamed
+from graftlm.cli.evaluate import check_run_flags, evaluate, generate, ray_log_level
+from graftlm.config import (
+    CompareConfig,
+    DownloadConfig,
+    EstimateConfig,
+    EvaluateConfig,
+    ExportConfig,
+    GenerateConfig,
+    ImportConfig,
+    PairsConfig,
+    PromptConfig,
+    ReportConfig,
+    ServeConfig,
+    TrainConfig,
+    renamed,
+)
 from graftlm.errors import DISK_FULL, DISK_IO_ERRNOS, GraftError, InputError, unknown_name_error
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from graftlm.config.flags import ParsedArgs
+
+Result = dict[str, Any]
+
+BEGAN: float | None = None
+"""time.perf_counter() when the command began; None if it was not started by `main` in __main__.py."""
+
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
+M_MMAP_MAX = -4
 
 
 def run(words: Sequence[str]) -> int:
@@ -59,29 +85,33 @@ def _dispatch(words: list[str]) -> None:
     elif name not in COMMANDS:
         raise unknown_name_error("subcommand", name, COMMANDS)
     elif wants_help(rest):
+        from graftlm.config.flags import help_page
+
         command = COMMANDS[name]
         print(help_page(name, command.config, command.positional, command.epilog(rest)), end="")
     else:
         _run_command(COMMANDS[name], _parse(name, rest))
 
 
-def _parse(name: str, words: list[str]) -> ParsedArgs:
+def _parse(name: str, words: list[str]) -> "ParsedArgs":
     """The checked flags; of several processes started by torchrun only rank 0 prints what is wrong with them."""
+    from graftlm.config.flags import parse
+
     try:
         for old, new in renamed.ENVIRONMENT.items():
             if old in os.environ:
                 raise InputError(f"the environment variable {old} is now {new}: rename it, or unset it")
-        if name != "train" and process.world_size() > 1:
+        if name != "train" and world_size() > 1:
             raise InputError(f"graft {name}: only graft train runs in several processes: start it without torchrun")
         return parse(name, COMMANDS[name].config, words, COMMANDS[name].positional)
     except InputError as error:
-        error.told = not process.is_rank0()
+        error.told = not is_rank0()
         raise
 
 
 def _uses_sharding(config: Any) -> bool:
     """Whether the model's weights will be sharded across ranks."""
-    if process.world_size() == 1:
+    if world_size() == 1:
         return False
     flags = {"shard": config.shard, "rank": config.rank, "method": config.method}
     if config.resume:
@@ -95,17 +125,19 @@ def _uses_sharding(config: Any) -> bool:
     return bool(flags["shard"]) or flags["rank"] == 0 or flags["method"] == "full"
 
 
-def _run_command(command: Command, parsed: ParsedArgs) -> None:
+def _run_command(command: "Command", parsed: "ParsedArgs") -> None:
     if command.uses_tensors and _uses_sharding(parsed.config):
-        process.tune_malloc_release()
+        tune_malloc_release()
     elif command.uses_tensors:
-        process.tune_malloc_retain()
+        tune_malloc_retain()
     with _redirect_stdout(parsed):
         returned = command.run(parsed, display.stderr_console())
         result = next(returned) if isinstance(returned, Iterator) else returned
-    if not process.is_rank0():
+    if not is_rank0():
         return
     if parsed.common.json:
+        import json
+
         print(json.dumps(result, ensure_ascii=False, allow_nan=False))
     else:
         command.print_result(display.stdout_console(), result)
@@ -117,7 +149,7 @@ def _run_command(command: Command, parsed: ParsedArgs) -> None:
 
 
 @contextmanager
-def _redirect_stdout(parsed: ParsedArgs) -> Iterator[None]:
+def _redirect_stdout(parsed: "ParsedArgs") -> Iterator[None]:
     """While a subcommand works: with --json stdout holds one object only, even if a library prints."""
     with redirect_stdout(sys.stderr) if parsed.common.json else nullcontext(), display.log_to_stderr():
         yield
@@ -138,6 +170,8 @@ def _overview() -> str:
 
 def _fail(words: Sequence[str], line: str, status: int) -> int:
     if wants_debug(words):
+        import traceback
+
         traceback.print_exc()
     print(f"graft: {' '.join(line.split())}", file=sys.stderr)
     return status
@@ -150,3 +184,183 @@ def internal_error(kind: type[BaseException], error: BaseException, trace: Trace
         return
     what = " ".join(f"{kind.__name__}: {error}".split())
     print(f"graft: internal error: {what} (run again with --debug for the traceback)", file=sys.stderr)
+
+
+def wants_help(words: Sequence[str]) -> bool:
+    """Whether a help page is asked for, at any position."""
+    return "--help" in words or "-h" in words
+
+
+def wants_debug(words: Sequence[str]) -> bool:
+    """Whether tracebacks are asked for; also known when the command line cannot be parsed."""
+    return any(word in ("--debug", "--debug=true") for word in words)
+
+
+# Ranks and the allocator ----------------------------------------------------------------------------------------------
+
+
+def world_size() -> int:
+    """torchrun's world size; 1 without torchrun."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    return int(size) if size.isdigit() else 1
+
+
+def is_rank0() -> bool:
+    """Whether this is the rank that prints results."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def tune_malloc_retain() -> bool:
+    """Make glibc keep freed memory for reuse; True if it accepted.
+
+    By default glibc maps every large block anew and unmaps it when it is freed, so each large tensor costs page faults
+    in every step: half the time of a training step that computes logits for a whole batch. Without mapped blocks
+    (M_MMAP_MAX 0) and without trimming (M_TRIM_THRESHOLD -1, the maximum) touched memory is reused.
+    THP_MEM_ALLOC_ENABLE lets PyTorch ask for huge pages. All of this must precede the first large allocation. mallopt
+    returns 1 for a setting that it accepts.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    return _agrees((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1))
+
+
+def tune_malloc_release() -> bool:
+    """Make glibc return freed blocks of at least 1 MiB to the kernel at once; True if it accepted.
+
+    For sharded weights: the weights of each block are gathered and freed again. If glibc retained them, activations
+    would fragment that memory, and the next block's weights would not fit: in the end the fragments are as large as
+    the model. glibc's default threshold grows with the blocks that are freed and has the same effect.
+    """
+    return _agrees((M_MMAP_THRESHOLD, 1 << 20))
+
+
+def _agrees(*settings: tuple[int, int]) -> bool:
+    if not sys.platform.startswith("linux"):
+        return False
+    import ctypes
+
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "gnu_get_libc_version"):  # musl has neither the trouble nor the knobs
+        return False
+    return all(libc.mallopt(knob, value) == 1 for knob, value in settings)
+
+
+# Subcommands ----------------------------------------------------------------------------------------------------------
+
+
+def _train(parsed: "ParsedArgs", notes: "Console") -> Result:
+    from graftlm.training.train import train
+
+    return train(parsed.config, given=parsed.explicit, console=notes, started=BEGAN)
+
+
+def _prompt(parsed: "ParsedArgs", notes: "Console") -> Result:
+    from graftlm.inference.prompting import prompt
+
+    check_run_flags(parsed, notes)
+    return prompt(parsed.config, partial(notes.print, markup=False), partial(display.progress, notes))
+
+
+def _pairs(parsed: "ParsedArgs", notes: "Console") -> Result:
+    from graftlm.inference.pairs import make_preferences
+
+    check_run_flags(parsed, notes)
+    return make_preferences(parsed.config, partial(notes.print, markup=False), partial(display.progress, notes))
+
+
+def _compare(parsed: "ParsedArgs", notes: "Console") -> Result:
+    from graftlm.studies.compare import compare
+
+    return compare(parsed.config, parsed.common.config, notes, ray_log_level(parsed))
+
+
+def _report(parsed: "ParsedArgs", notes: "Console") -> Result:
+    from graftlm.studies.report import report
+
+    return report(parsed.config)
+
+
+def _estimate(parsed: "ParsedArgs", notes: "Console") -> Result:
+    from graftlm.studies.cost_report import estimate
+
+    return estimate(parsed.config, parsed.explicit)
+
+
+def _export(parsed: "ParsedArgs", notes: "Console") -> Result:
+    from graftlm.exchange.export import export
+
+    return export(parsed.config, partial(notes.print, markup=False))
+
+
+def _import(parsed: "ParsedArgs", notes: "Console") -> Result:
+    from graftlm.exchange.import_adapter import import_adapter
+
+    return import_adapter(parsed.config, partial(notes.print, markup=False))
+
+
+def _serve(parsed: "ParsedArgs", notes: "Console") -> Iterator[Result]:
+    from graftlm.serving.server import serve
+
+    return serve(parsed.config, partial(notes.print, markup=False))
+
+
+def _download(parsed: "ParsedArgs", notes: "Console") -> Result:
+    from graftlm.files.assets import download
+
+    return {"name": parsed.config.name, "path": str(download(parsed.config.name))}
+
+
+def _methods_help(words: Sequence[str]) -> str:
+    """The methods for the help page: with --method its flags and defaults, else a line for each, without torch."""
+    from textwrap import fill
+
+    from graftlm.config.flags import parse
+
+    with suppress(InputError):
+        parsed = parse("train", TrainConfig, [word for word in words if word not in ("-h", "--help")])
+        if "method" in parsed.explicit:
+            from graftlm.methods import describe
+
+            return describe(parsed.config.method)
+    lines = ["methods (graft train --method NAME --help shows one with its defaults):"]
+    for file in sorted(Path(__file__).parents[1].glob("methods/*.py")):
+        text = file.read_text(encoding="utf-8")
+        if "    name: ClassVar[str] = " in text:  # a method's file; its docstring begins with what the method is
+            title = text.removeprefix('"""').partition("\n")[0]
+            lines.append(fill(f"{file.stem:<8} {title}", 78, initial_indent="  ", subsequent_indent=" " * 11))
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: its flags, what runs it, and how its result is printed."""
+
+    config: type
+    run: Callable[["ParsedArgs", "Console"], Result | Iterator[Result]]
+    print_result: Callable[["Console", Result], None]
+    positional: str = ""
+    """The field that a word without dashes sets; several words where the field holds several."""
+    uses_tensors: bool = True
+    """Whether it works with large tensors, so that the allocator should be tuned for them."""
+    epilog: Callable[[Sequence[str]], str] = lambda words: ""
+    """The end of its help page, by the words of the command line."""
+
+    @property
+    def summary(self) -> str:
+        """The first line of the config's docstring."""
+        return (self.config.__doc__ or "").partition("\n")[0]
+
+
+COMMANDS = {
+    "train": Command(TrainConfig, _train, display.train, epilog=_methods_help),
+    "generate": Command(GenerateConfig, generate, display.generate, positional="out_dir"),
+    "evaluate": Command(EvaluateConfig, evaluate, display.evaluate, positional="out_dir"),
+    "prompt": Command(PromptConfig, _prompt, display.prompt),
+    "pairs": Command(PairsConfig, _pairs, display.pairs, positional="prompts"),
+    "compare": Command(CompareConfig, _compare, display.compare, uses_tensors=False),
+    "report": Command(ReportConfig, _report, display.path, positional="folders", uses_tensors=False),
+    "serve": Command(ServeConfig, _serve, display.serve, positional="adapters"),
+    "estimate": Command(EstimateConfig, _estimate, display.estimate, uses_tensors=False, epilog=_methods_help),
+    "export": Command(ExportConfig, _export, display.export, positional="out_dir"),
+    "import": Command(ImportConfig, _import, display.export, positional="folder"),
+    "download": Command(DownloadConfig, _download, display.path, positional="name", uses_tensors=False),
+}

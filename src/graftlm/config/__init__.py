@@ -1,54 +1,27 @@
 """What a user can set: one frozen dataclass per subcommand, one documented field per flag.
 
 The docstring below a field is its help text on the command line and its entry in the reference. A default of None means
-that the method or the run decides; `run.json` records the decision. Import the names from here. This package does not
+that the method or the run decides; `run.json` records the decision. Import the configs from here. This package does not
 import torch, so that `graft --help` answers at once.
 """
 
-from graftlm.config.common import (
-    OBJECTIVES,
-    Checkpoint,
-    DemoSelection,
-    Device,
-    Dtype,
-    LossType,
-    MethodFlags,
-    Mode,
-    RayFlags,
-    SamplingFlags,
-    Style,
-    parse_columns,
-)
 from graftlm.config.exchange import DownloadConfig, ExportConfig, ImportConfig
 from graftlm.config.inference import EvaluateConfig, GenerateConfig, PairsConfig, PromptConfig
-from graftlm.config.serving import ServeConfig, check_api_key
+from graftlm.config.serving import ServeConfig
 from graftlm.config.studies import CompareConfig, EstimateConfig, ReportConfig
 from graftlm.config.training import TrainConfig
 
 __all__ = [
-    "OBJECTIVES",
-    "Checkpoint",
     "CompareConfig",
-    "DemoSelection",
-    "Device",
     "DownloadConfig",
-    "Dtype",
     "EstimateConfig",
     "EvaluateConfig",
     "ExportConfig",
     "GenerateConfig",
     "ImportConfig",
-    "LossType",
-    "MethodFlags",
-    "Mode",
     "PairsConfig",
     "PromptConfig",
-    "RayFlags",
     "ReportConfig",
-    "SamplingFlags",
     "ServeConfig",
-    "Style",
     "TrainConfig",
-    "check_api_key",
-    "parse_columns",
 ]

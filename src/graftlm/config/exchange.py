@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from graftlm.config.common import Checkpoint, require
+from graftlm.config.flags import require
+from graftlm.config.training import Checkpoint
 from graftlm.errors import InputError
 
 

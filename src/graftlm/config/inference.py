@@ -1,19 +1,73 @@
 """Flags of the subcommands that run a model: generate, evaluate, prompt and pairs."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
-from graftlm.config.common import (
-    DataFlags,
-    DemoSelection,
-    Mode,
-    RayFlags,
-    RunFlags,
-    SamplingFlags,
-    parse_columns,
-    require,
-)
+from graftlm.config.flags import DataFlags, Flags, bounded, flag_group, parse_columns, require
+from graftlm.config.training import Checkpoint, Device, Dtype
 from graftlm.errors import InputError
+
+Style = Literal["zero-shot", "few-shot", "few-shot-cot", "zero-shot-cot"]
+DemoSelection = Literal["fixed", "random", "balanced", "bm25", "embedding"]
+Mode = Literal["both", "score", "generate"]
+
+
+@flag_group
+class RunFlags(Flags):
+    """Model."""
+
+    init_from: str = "resume"
+    """"resume" for the run in --out_dir, or a model's name, folder or .gguf file."""
+    out_dir: str = "graft-run"
+    """The run folder to read when --init_from is resume."""
+    checkpoint: Checkpoint = "best"
+    """Which checkpoint of the run."""
+    batch_size: int = bounded(32, ge=1)
+    """Examples per batch."""
+    device: Device = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:N or mps."""
+    dtype: Dtype = "auto"
+    """Data type of weights and arithmetic."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingFlags(Flags):
+    """Sampling."""
+
+    temperature: float = bounded(0.0, ge=0)
+    """Divides the logits before sampling; 0 is greedy decoding. Then top_k, top_p and min_p filter, in this order."""
+    top_k: int = bounded(0, ge=0)
+    """Sample from the k most likely tokens only; 0: from all."""
+    top_p: float = bounded(1.0, gt=0, le=1)
+    """Sample from the most likely tokens whose probabilities add up to this (nucleus sampling)."""
+    min_p: float = bounded(0.0, ge=0, le=1)
+    """Sample from tokens at least this many times as probable as the most likely one (min-p sampling); 0: from all."""
+    seed: int = bounded(0, ge=0)
+    """Random seed of the sampling."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayFlags(Flags):
+    """Ray cluster."""
+
+    ray: str = ""
+    """Run on a Ray cluster: auto (the one this machine belongs to), HOST:PORT, or local, which starts one on this
+    machine only (needs the extra: pip install 'graftlm[ray]')."""
+    cpus_per_task: int = bounded(1, ge=1)
+    """CPU cores, and threads, of a task; only with --ray."""
+    gpus_per_task: float = 0.0
+    """GPUs of a task: 0, a fraction such as 0.5, or a whole number; only with --ray."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = self.ray in ("", "auto", "local") or re.fullmatch(r"(\w[\w.-]*|\[[0-9a-f:]+\]):\d{1,5}", self.ray)
+        require(bool(known), "ray", repr(self.ray), "auto, local, or HOST:PORT as in 127.0.0.1:6379")
+        gpus = self.gpus_per_task
+        require(0 <= gpus <= 1 or (gpus > 1 and gpus == int(gpus)), "gpus_per_task", gpus, "0 to 1 or whole")
+        for flag in ("cpus_per_task", "gpus_per_task"):
+            if not self.ray and getattr(self, flag) != getattr(RayFlags, flag):
+                raise InputError(f"--{flag} only applies together with --ray; add it, or leave --{flag} out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,19 +80,17 @@ class GenerateConfig(RunFlags, SamplingFlags):
     """Wrap the prompt in the model's chat template. auto: on if the run was trained on chat data."""
     data: str = ""
     """The data set to classify without --prompt. Default: the run's, else rotten-tomatoes-pypi."""
-    limit: int = 0
+    limit: int = bounded(0, ge=0)
     """Classify only this many examples (a fixed sample, drawn without looking at labels); 0: all."""
-    max_new_tokens: int | None = None
+    max_new_tokens: int | None = bounded(ge=1)
     """Maximum number of new tokens. Default: 64 for a prompt; to classify 5, or the longest label's."""
     stop: tuple[str, ...] = ()
     """Texts that end a continuation; they are not part of it. May be given several times."""
-    num_samples: int = 1
+    num_samples: int = bounded(1, ge=1)
     """Number of continuations of the prompt."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_at_least(0, "limit")
-        self.require_at_least(1, "num_samples", "max_new_tokens")
         require(all(self.stop), "stop", repr(""), "a text that is not empty")
 
 
@@ -47,25 +99,30 @@ class EvaluateConfig(RunFlags, DataFlags, RayFlags):
     """Measure the accuracy of a model or a run on labelled text."""
 
     data: str = ""
-    """The data set: as in graft train. Default: the run's, else rotten-tomatoes-pypi."""
+    """The data set: as in graft train, but one file is read whole unless --split is given. Default: the run's, else
+    rotten-tomatoes-pypi."""
+    val_data: str = ""
+    """A file to evaluate on, with --split validation; with --data, its validation split."""
+    test_data: str = ""
+    """A file to evaluate on; with --data, its test split."""
     template: str = ""
     """The prompt template: as in graft train. Default: the run's, else sentiment."""
     labels: str = ""
     """The label words, comma-separated, in the order of the label numbers. Default: the run's, else
     negative,positive."""
-    split: Literal["train", "validation", "test"] = "test"
-    """The split to evaluate on."""
+    split: Literal["train", "validation", "test"] | None = None
+    """The split to evaluate on. Default: test, or all of a single --data FILE."""
     mode: Mode = "both"
     """How the model answers: score (the most likely label word), generate (the label word in its generated text), or
     both."""
-    limit: int = 0
+    limit: int = bounded(0, ge=0)
     """Evaluate on only this many examples (a fixed sample, drawn without looking at labels); 0: all."""
-    shots: int = 0
+    shots: int = bounded(0, ge=0)
     """Number of demonstrations before each text, from the train split; evaluated texts are never used."""
     demo_selection: DemoSelection = "fixed"
     """How demonstrations are chosen: fixed (by a hash of the text), random, balanced (over the labels), or for each
     text the most similar ones by bm25 or by the base model's embedding."""
-    seed: int = 0
+    seed: int = bounded(0, ge=0)
     """Random seed of random and balanced --demo_selection."""
     calibrate: bool = False
     """Contextual calibration (Zhao et al. 2021): divide out the label bias measured on content-free inputs."""
@@ -74,9 +131,14 @@ class EvaluateConfig(RunFlags, DataFlags, RayFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_at_least(0, "limit", "shots", "seed")
         if self.shots and self.split == "train":
             raise InputError("--shots: demonstrations come from the train split; choose another --split")
+        if self.demo_selection != "fixed" and not self.shots:
+            raise InputError(f"--demo_selection {self.demo_selection}: chooses demonstrations; add --shots, as in 4")
+        for flag, split in (("val_data", "validation"), ("test_data", "test")):
+            file = getattr(self, flag)
+            if file and not self.data and split != (self.split or "test"):
+                raise InputError(f"--{flag} {file}: is read with --split {split} or together with --data; add one")
         if self.calibrate and self.mode == "generate":
             raise InputError("--calibrate: changes label scores, which --mode generate does not use; use both or score")
 
@@ -91,24 +153,24 @@ class PromptConfig(RunFlags, SamplingFlags):
     """What to ask: electricity, arithmetic, rotten-tomatoes, imdb, or a .toml or .jsonl file (docs/prompting.md)."""
     style: Literal["all", "zero-shot", "few-shot", "few-shot-cot", "zero-shot-cot"] = "all"
     """How to ask; all: few-shot, few-shot-cot and zero-shot-cot."""
-    limit: int = 1
+    limit: int = bounded(1, ge=0)
     """Number of questions, counted from the first; 0: all. Up to three are printed with their answers."""
-    shots: int = 8
+    shots: int = bounded(8, ge=0)
     """Number of demonstrations before each question, in the few-shot styles."""
     demo_selection: DemoSelection = "fixed"
     """How demonstrations are chosen: fixed (the task's first), random, balanced (over the answers), or for each
     question the most similar ones by bm25 or by the model's embedding."""
-    seed: int = 0
+    seed: int = bounded(0, ge=0)
     """Random seed of random and balanced --demo_selection and of sampled answers."""
-    task_seed: int = 0
+    task_seed: int = bounded(0, ge=0)
     """Random seed that electricity and arithmetic generate their questions and demonstrations with."""
-    seeds: int = 1
+    seeds: int = bounded(1, ge=1)
     """Repeat everything with this many seeds, and report each."""
-    num_permutations: int = 1
+    num_permutations: int = bounded(1, ge=1)
     """Repeat with this many orders of the same demonstrations, and report each."""
-    num_samples: int = 1
+    num_samples: int = bounded(1, ge=1)
     """Answers sampled per question, of which the most frequent counts (self-consistency)."""
-    max_new_tokens: int | None = None
+    max_new_tokens: int | None = bounded(ge=1)
     """Maximum length of an answer in tokens. Default: 256 with reasoning, else 24."""
     chat: Literal["auto", "on", "off"] = "auto"
     """Wrap the questions in the model's chat template. auto: on if it has one and --init_from is not a run."""
@@ -121,8 +183,6 @@ class PromptConfig(RunFlags, SamplingFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_at_least(0, "limit", "shots", "task_seed")
-        self.require_at_least(1, "seeds", "num_permutations", "num_samples", "max_new_tokens")
         if self.shots == 0 and self.style.startswith("few-shot"):
             raise InputError(f"--shots 0: style {self.style} shows demonstrations; use zero-shot or zero-shot-cot")
         if self.num_samples > 1 and self.temperature == 0:
@@ -139,17 +199,17 @@ class PairsConfig(RunFlags, SamplingFlags):
     """The prompts: a data name, folder or file with a field prompt, or with texts for --prompt_words."""
     split: Literal["train", "validation", "test"] = "train"
     """The split to read, of data in several files; a single file is read whole."""
-    prompt_words: int = 0
+    prompt_words: int = bounded(0, ge=0)
     """Use the first this many words of each text as the prompt; 0: the data has prompts."""
     columns: str = ""
     """Which columns of the data to read, as text=sentence (for --prompt_words) or prompt=question."""
-    limit: int = 0
+    limit: int = bounded(0, ge=0)
     """Use only this many prompts (a fixed sample); 0: all. Duplicates count once."""
     num_samples: int = 2
     """Completions sampled per prompt."""
-    max_new_tokens: int = 64
+    max_new_tokens: int = bounded(64, ge=1)
     """Maximum length of a completion in tokens; its row says whether it was finished by then."""
-    temperature: float = 1.0
+    temperature: float = bounded(1.0, ge=0)
     """Divides the logits before sampling."""
     reward_model: str = ""
     """The run folder of a classifier: the reward is its probability of --target_label for prompt and completion."""
@@ -158,7 +218,7 @@ class PairsConfig(RunFlags, SamplingFlags):
     reward_command: str = ""
     """Instead of --reward_model, a program (run once, without a shell): it reads one {"prompt", "answer"} per line and
     prints one number per line, higher is better."""
-    min_margin: float = 0.0
+    min_margin: float = bounded(0.0, ge=0)
     """Minimum difference of the rewards of a pair; equal rewards never make one."""
     pairing: Literal["best", "all"] = "best"
     """Which completions of a prompt are paired: the best with the worst, or all with each other."""
@@ -178,7 +238,5 @@ class PairsConfig(RunFlags, SamplingFlags):
             )
         require(self.num_samples >= 2, "num_samples", self.num_samples, "2 or more, as a pair needs two answers")
         require(self.temperature > 0, "temperature", self.temperature, "above 0, or all answers would be equal")
-        self.require_at_least(0, "prompt_words", "limit", "min_margin")
-        self.require_at_least(1, "max_new_tokens")
         require(self.out.lower().endswith(".jsonl"), "out", repr(self.out), "a file's name that ends in .jsonl")
         parse_columns(self.columns)

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from graftlm.config.common import Device, Dtype, Flags, require
+from graftlm.config.flags import Flags, bounded, require
+from graftlm.config.training import Device, Dtype
 from graftlm.errors import InputError
 
 
@@ -25,13 +26,13 @@ class ServeConfig(Flags):
     of the machine can read a command's arguments. Default: that variable, else none."""
     allowed_hosts: tuple[str, ...] = ()
     """Further host names that requests may use for this server, for example that of a proxy."""
-    rate_limit: int = 0
+    rate_limit: int = bounded(0, ge=0)
     """Requests per minute allowed to each client address; 0: no limit."""
-    max_batch_size: int = 32
+    max_batch_size: int = bounded(32, ge=1)
     """Maximum number of sequences decoded in one batch; others wait."""
-    max_tokens: int = 512
+    max_tokens: int = bounded(512, ge=1)
     """Maximum number of new tokens that a request may ask for."""
-    shutdown_timeout: float = 30.0
+    shutdown_timeout: float = bounded(30.0, ge=0)
     """Seconds that running requests have to finish after the server is told to stop."""
     template: str = ""
     """The prompt template of the base for classifying a review: as in graft train. Default: its run's, else its first
@@ -47,8 +48,6 @@ class ServeConfig(Flags):
         super().__post_init__()
         require(bool(self.host.strip()), "host", repr(self.host), "an address, as in 127.0.0.1")
         require(0 <= self.port < 2**16, "port", self.port, "0 (any free one) to 65535")
-        self.require_at_least(0, "rate_limit", "shutdown_timeout")
-        self.require_at_least(1, "max_batch_size", "max_tokens")
         check_api_key(self.api_key, "--api_key")
 
 

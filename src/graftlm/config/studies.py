@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from graftlm.config.common import MethodFlags, Mode, RayFlags, require
+from graftlm.config.flags import MethodFlags, bounded, require
+from graftlm.config.inference import Mode, RayFlags
 from graftlm.errors import InputError
 
 
@@ -15,20 +16,20 @@ class CompareConfig(RayFlags):
 
     out_dir: str = "graft-compare"
     """The folder of the runs and the table. If given again, finished runs are not repeated."""
-    budget_steps: int | None = None
+    budget_steps: int | None = bounded(gt=0)
     """Optimizer steps of each run."""
-    budget_seconds: float | None = None
+    budget_seconds: float | None = bounded(gt=0)
     """Training seconds of each run, as --plan predicts them on this machine before the run."""
-    budget_tflop: float | None = None
+    budget_tflop: float | None = bounded(gt=0)
     """Model FLOPs of each run, in 10^12 operations, as --plan counts them."""
     checkpoint: Literal["best", "last", "both"] = "best"
     """Which checkpoints are evaluated on the test split."""
     mode: Mode = "score"
     """How the model answers: score (the most likely label word), generate (the label word in its generated text), or
     both."""
-    limit: int = 0
+    limit: int = bounded(0, ge=0)
     """Evaluate on only this many test examples (a fixed sample, drawn without looking at labels); 0: all."""
-    jobs: int | None = None
+    jobs: int | None = bounded(ge=1)
     """Runs at the same time, each a process; they share the CPU cores. Default: 1; with --ray as many as fit."""
     init_from: str = ""
     """The base model of all rows; overrides the sweep."""
@@ -39,11 +40,8 @@ class CompareConfig(RayFlags):
         super().__post_init__()
         require(bool(self.out_dir.strip()), "out_dir", repr(self.out_dir), "a folder's name")
         budgets = [f for f in ("budget_steps", "budget_seconds", "budget_tflop") if getattr(self, f) is not None]
-        self.require_positive(*budgets)
         if len(budgets) > 1:
             raise InputError(f"--{' and --'.join(budgets)}: all runs have one budget; give one of them")
-        self.require_at_least(0, "limit")
-        self.require_at_least(1, "jobs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,25 +68,24 @@ class EstimateConfig(MethodFlags):
     mlp_widths: str = ""
     """Instead of a language model a plain MLP with biases: its layer widths from input to output, as in 1024,512,1.
     --method is then full (the default), bitfit or adapter (after every layer)."""
-    max_length: int | None = None
+    max_length: int | None = bounded(gt=0)
     """Tokens per text, which the attention products depend on. Default: the model's context length."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Data type of the frozen weights; trained weights are float32."""
-    device_gflops: float | None = None
+    device_gflops: float | None = bounded(gt=0)
     """Predict times at this speed, in 10^9 operations per second. Default: no prediction."""
-    batch_size: int | None = None
+    batch_size: int | None = bounded(gt=0)
     """Also report FLOPs per step and activation memory, for this many texts per step over all ranks."""
-    world_size: int = 1
+    world_size: int = bounded(1, gt=0)
     """Number of ranks of one run (torchrun); also report the memory and communication of each."""
     shard: bool = False
     """Shard the frozen weights across ranks. The weights of full fine-tuning are always sharded."""
-    bandwidth_gbs: float | None = None
+    bandwidth_gbs: float | None = bounded(gt=0)
     """What a rank sends per second, in 10^9 bytes; with --device_gflops and --batch_size also report a step's
     seconds."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_positive("max_length", "device_gflops", "batch_size", "bandwidth_gbs", "world_size")
         if self.world_size == 1 and self.shard:
             raise InputError("--shard needs --world_size N with N > 1")
         if self.world_size == 1 and self.bandwidth_gbs is not None:

@@ -1,48 +1,62 @@
-"""Flags of `graft train`."""
+"""Flags of `graft train`, in groups; other subcommands share some of them.
+
+The first line of a group's docstring is its title on the help page.
+"""
 
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-from graftlm.config.common import DataFlags, Device, Dtype, Flags, LossType, MethodFlags, ObjectiveName, require
+from graftlm.config.flags import DataFlags, Flags, MethodFlags, bounded, flag_group, require
+
+Device = str
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Checkpoint = Literal["best", "last"]
+OBJECTIVES = tuple(
+    sorted(file.stem for file in (Path(__file__).parents[1] / "training" / "objectives").glob("[!_]*.py"))
+)
+"""The training objectives: one file each."""
+if TYPE_CHECKING:
+    ObjectiveName = str
+else:
+    ObjectiveName = Literal[OBJECTIVES]
+LossType = Literal["sigmoid", "hinge", "ipo", "sigmoid_norm", "simpo", "orpo"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@flag_group
 class OptimizerFlags(Flags):
     """Optimizer and schedule."""
 
-    lr: float | None = None
+    lr: float | None = bounded(gt=0)
     """Peak learning rate of AdamW. Default: the method's (LoRA: 2.5e-4); a fifth of it with --objective dpo or kto."""
-    batch_size: int = 16
+    batch_size: int = bounded(16, ge=1)
     """Examples per forward and backward pass."""
-    grad_accum: int = 1
+    grad_accum: int = bounded(1, ge=1)
     """Batches accumulated per optimizer step: a step uses batch_size * grad_accum examples."""
-    max_iters: int | None = None
+    max_iters: int | None = bounded(gt=0)
     """Optimizer steps of the whole run. Default: as many as --epochs needs."""
-    epochs: float | None = None
+    epochs: float | None = bounded(gt=0)
     """Passes over the training split. Default: 2, unless --max_iters is given."""
-    warmup_steps: int | None = None
+    warmup_steps: int | None = bounded(ge=0)
     """Steps over which the learning rate rises linearly to its peak. Default: 6% of the run, at most 100."""
-    weight_decay: float = 0.0
+    weight_decay: float = bounded(0.0, ge=0)
     """AdamW's decoupled weight decay, applied to matrices only."""
-    grad_clip: float = 1.0
+    grad_clip: float = bounded(1.0, ge=0)
     """Maximum global norm of a step's gradient; 0: no clipping."""
     dropout: float = 0.0
     """Dropout on embeddings, attention probabilities and residual branches, a probability."""
-    patience: int = 0
+    patience: int = bounded(0, ge=0)
     """Stop after this many validations without a lower loss (early stopping); 0: never."""
     seed: int = 0
     """Random seed of weight initialisation, data order and dropout."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_positive("lr", "max_iters", "epochs")
-        self.require_at_least(1, "batch_size", "grad_accum")
-        self.require_at_least(0, "warmup_steps", "weight_decay", "grad_clip", "patience")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "at least 0 and below 1")
         require(0 <= self.seed < 2**32, "seed", self.seed, "0 or more, and below 2**32")
 
 
-@dataclass(frozen=True, kw_only=True)
+@flag_group
 class ObjectiveFlags(Flags):
     """Objective and preferences."""
 
@@ -54,31 +68,29 @@ class ObjectiveFlags(Flags):
     loss_type: LossType = "sigmoid"
     """Preference loss: sigmoid (DPO), hinge, ipo, sigmoid_norm (DPO averaged over tokens), or simpo and orpo, which
     need no reference model."""
-    beta: float | None = None
+    beta: float | None = bounded(gt=0)
     """Beta of DPO and KTO: strength of the KL penalty to the reference model; also SimPO's scale and ORPO's lambda.
     Default: 0.1 (simpo: 2)."""
-    desirable_weight: float = 1.0
+    desirable_weight: float = bounded(1.0, ge=0)
     """KTO's weight of a desirable answer's loss; with undesirable_weight it balances unequal numbers of both."""
-    undesirable_weight: float = 1.0
+    undesirable_weight: float = bounded(1.0, ge=0)
     """KTO's weight of an undesirable answer's loss."""
     label_smoothing: float = 0.0
     """Assumed fraction of pairs labelled the wrong way round (cDPO); for sigmoid and sigmoid_norm."""
-    gamma: float = 1.0
+    gamma: float = bounded(1.0, ge=0)
     """SimPO's target margin between the rewards of chosen and rejected."""
     reference: str = ""
     """A run folder to take the reference log-probabilities from; it must have the same pairs and initial weights.
     Default: compute them before the first step."""
-    kl_samples: int = 32
+    kl_samples: int = bounded(32, ge=0)
     """Completions sampled at each validation of preference training to estimate the KL to the reference; 0: none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_positive("beta")
         require(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "at least 0 and below 0.5")
-        self.require_at_least(0, "gamma", "kl_samples", "desirable_weight", "undesirable_weight")
 
 
-@dataclass(frozen=True, kw_only=True)
+@flag_group
 class SpeedFlags(Flags):
     """Speed and memory."""
 
@@ -89,13 +101,13 @@ class SpeedFlags(Flags):
     kernels: Literal["auto", "cpp", "torch"] = "auto"
     """Kernels of the fused operations: cpp (compiled with this machine's C++ compiler, about a second, once), torch, or
     auto (cpp from step 11 on if there is a compiler). Equal up to rounding."""
-    microbatch_tokens: int | None = None
+    microbatch_tokens: int | None = bounded(ge=0)
     """Maximum number of tokens per forward and backward pass, padding included, a shared prefix excluded; larger
     batches are split into micro-batches whose gradients are accumulated. Default: 512 on a CPU, 0 (no limit)
     elsewhere."""
     group_by_length: bool = True
     """Put examples of similar length into one batch."""
-    activation_cache_gb: float = 8.0
+    activation_cache_gb: float = bounded(8.0, ge=0)
     """Maximum size on disk, in GB, of the cached hidden states of frozen lower layers; 0: recompute them each time."""
     shared_prefix: bool = True
     """Compute the instruction that all prompts of a batch share once per batch. Same gradients."""
@@ -107,18 +119,14 @@ class SpeedFlags(Flags):
     shard: bool = False
     """With torchrun: shard the frozen base across ranks. Full fine-tuning is always sharded."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require_at_least(0, "microbatch_tokens", "activation_cache_gb")
 
-
-@dataclass(frozen=True, kw_only=True)
+@flag_group
 class LoggingFlags(Flags):
     """Validation, checkpoints and logging."""
 
-    eval_every: int | None = None
+    eval_every: int | None = bounded(gt=0)
     """Steps between validations; each saves a checkpoint. Default: a tenth of the run."""
-    val_limit: int = 512
+    val_limit: int = bounded(512, ge=0)
     """Number of validation examples (a fixed sample, drawn without looking at labels); 0: all."""
     keep_checkpoints: bool = False
     """Keep the checkpoint of every validation, instead of only the best and the last."""
@@ -126,11 +134,6 @@ class LoggingFlags(Flags):
     """Also log to this Weights & Biases project (needs the extra: pip install 'graftlm[wandb]')."""
     tensorboard: bool = False
     """Also write TensorBoard event files to the run folder (needs the extra: pip install 'graftlm[tensorboard]')."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require_positive("eval_every")
-        self.require_at_least(0, "val_limit")
 
 
 @dataclass(frozen=True, kw_only=True)

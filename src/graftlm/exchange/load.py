@@ -94,7 +94,7 @@ def load(
         model = adapter_on_shared_base(base.model, path, method)
     else:
         raise InputError(f"{run_dir}: is an adapter of {name}; load that model and pass it as base")
-    template = Template(run["template"]["name"], run["template"]["text"], tuple(run["template"]["labels"]))
+    template = Template.of_run(run)
     return ModelBundle(model, read_tokenizer(folder), name, folder, reason, template, run)
 
 

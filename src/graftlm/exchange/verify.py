@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftlm.config import parse_columns
+from graftlm.config.flags import parse_columns
 from graftlm.errors import GraftError, InputError
 from graftlm.exchange.load import ModelBundle
 from graftlm.files.assets import is_local_data

@@ -8,6 +8,7 @@ error with its file and line.
 import csv
 import io
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,11 @@ GGUF, SAFETENSORS = ".gguf", ".safetensors"
 WEIGHT_SUFFIXES = (GGUF, SAFETENSORS)
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 """Weights that are never read: a pickle can run code."""
+
+
+SPACE = re.compile(r"\s*")
+ROWS_KEYS = ("data", "rows", "records", "examples", "items")
+"""What an object around the rows of a file calls them."""
 
 
 def has_suffix(path: Path | str, *suffixes: str) -> bool:
@@ -82,25 +88,56 @@ def _object(source: str, value: object) -> Record:
     return source, value
 
 
-def _read_jsonl(path: Path) -> Iterator[Record]:
-    for number, line in enumerate(_text(path).split("\n"), start=1):
-        if line.strip():
-            yield _object(f"{path}:{number}", _json(path, line, number))
-
-
 def _read_json(path: Path) -> Iterator[Record]:
-    """One array of objects or, as in many .json files of the hub, one object a line."""
+    """Objects: one a line, an array of them, indented ones, or one object around the array.
+
+    The content decides, not the suffix: many .json files hold lines, and many .jsonl files an array.
+    """
     text = _text(path)
-    if not text.lstrip().startswith("["):
-        yield from _read_jsonl(path)
-        return
-    for number, item in enumerate(_json(path, text), start=1):
+    first, _, rest = text.strip().partition("\n")
+    line = _json_values(first)
+    if line is None and first[0] not in "[{":
+        raise InputError(f"{path}:1: is not JSON but {short_repr(first)}: write one object a line; a table is a .csv")
+    items = _json(path, text) if first[0] == "[" else None
+    if first[0] != "[" and (line is None or not rest):
+        values = _json_values(text) or []
+        items = _rows_inside(values[0]) if len(values) == 1 else None
+        items = items or (values if line is None else None)
+    for number, item in enumerate(items or (), start=1):
         yield _object(f"{path}: item {number}", item)
+    for number, row in enumerate(text.split("\n") if items is None else (), start=1):
+        if row.strip():
+            yield _object(f"{path}:{number}", _json(path, row, number))
+
+
+def _json_values(text: str) -> list[Any] | None:
+    """JSON values, one after the other; None if the text is not that."""
+    values, at = [], 0
+    try:
+        while at < len(text):
+            value, at = json.JSONDecoder().raw_decode(text, at)
+            values.append(value)
+            space = SPACE.match(text, at)
+            at = space.end() if space else at
+    except (ValueError, RecursionError):
+        return None
+    return values
+
+
+def _rows_inside(value: Any) -> list[Any] | None:
+    """The rows of an object around them, such as {"data": [...]}."""
+    rows = [value[key] for key in ROWS_KEYS if key in value] if isinstance(value, dict) else []
+    return rows[0] if len(rows) == 1 and isinstance(rows[0], list) else None
 
 
 def _read_csv(path: Path) -> Iterator[Record]:
     limit = csv.field_size_limit(sys.maxsize)  # a global setting: restored below
-    lines = csv.reader(io.StringIO(_text(path), newline="\n"), strict=True)
+    text = _text(path)
+    if text.lstrip().startswith(('{"', "{\n", "[{", "[\n")):
+        raise InputError(f"{path}: holds JSON, not csv: name it .jsonl")
+    first = text.partition("\n")[0]
+    delimiter = next((mark for mark in ";\t" if mark in first and "," not in first), ",")
+    lines = csv.reader(io.StringIO(text, newline="\n"), strict=True, delimiter=delimiter)
     header: list[str] | None = None
     start = 1
     try:
@@ -137,8 +174,29 @@ def _read_parquet(path: Path) -> Iterator[Record]:
         yield f"{path}: row {number}", record
 
 
+def class_names(path: Path, column: str) -> tuple[str, ...]:
+    """The label words by label number that a parquet file's schema has for a column (`datasets.ClassLabel`)."""
+    if not has_suffix(path, ".parquet"):
+        return ()
+    try:
+        import pyarrow.parquet
+
+        metadata = pyarrow.parquet.read_schema(path).metadata or {}
+        names = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"][column]["names"]
+        return tuple(map(str, names))
+    except (
+        ImportError,
+        NotImplementedError,
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ):  # no such metadata; reading says what is broken
+        return ()
+
+
 DATA_READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
-    ".jsonl": _read_jsonl,
+    ".jsonl": _read_json,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
     ".json": _read_json,

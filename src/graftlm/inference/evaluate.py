@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from graftlm.config import Mode
+from graftlm.config.inference import Mode
 from graftlm.errors import GraftError, InputError
 from graftlm.files.atomic import write_text
 from graftlm.inference.decoder import shared_prefix_length
@@ -30,6 +30,7 @@ from graftlm.text.collate import Example, encode_rows
 from graftlm.text.layouts import Labelled
 from graftlm.text.template import Template
 from graftlm.text.tokenizer import Tokenizer
+from graftlm.text.words import normalize, word_pattern
 
 WINDOW = 10
 """A label is searched for in this many more characters than the longest label has."""
@@ -134,16 +135,13 @@ def parse_label(generated: str, labels: Sequence[str]) -> int:
     """The number of the label that a generated text names, -1 for none (garbage).
 
     Leading white space and letter case are ignored. A label counts if all of it is within the first characters, as many
-    as the longest label has plus WINDOW, and if it begins at a word boundary ("unpositive" names nothing, "positively"
-    does; a number must also end there: "10" is not 1). The label that begins first wins; of two that begin at the same
-    character, the longer one.
+    as the longest label has plus WINDOW, and if it begins where a word may begin in its script ("unpositive" names
+    nothing, "positively" does; a number must also end there: "10" is not 1). The label that begins first wins; of two
+    that begin at the same character, the longer one.
     """
-    words = [label.strip().casefold() for label in labels]
-    patterns = [
-        (r"(?<!\w)" if word[0].isalnum() else "") + re.escape(word) + (r"(?!\d)" if word[-1].isdigit() else "")
-        for word in words
-    ]
-    head = generated.lstrip().casefold()[: max(map(len, words)) + WINDOW]
+    words = [normalize(label.strip()) for label in labels]
+    patterns = [word_pattern(word) + (r"(?!\d)" if word[-1].isdigit() else "") for word in words]
+    head = normalize(generated.lstrip())[: max(map(len, words)) + WINDOW]
     matches = []
     for number, pattern in enumerate(patterns):
         if match := re.search(pattern, head):

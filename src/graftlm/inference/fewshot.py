@@ -22,7 +22,7 @@ from random import Random
 import numpy as np
 import torch
 
-from graftlm.config import DemoSelection
+from graftlm.config.inference import DemoSelection
 from graftlm.errors import InputError
 from graftlm.exchange.load import to_float64
 from graftlm.inference.decoder import right_pad
@@ -33,6 +33,7 @@ from graftlm.text.collate import Example, encode_rows, sort_by_hash
 from graftlm.text.layouts import Labelled, Record
 from graftlm.text.template import Template
 from graftlm.text.tokenizer import Tokenizer
+from graftlm.text.words import WORD, normalize
 
 Embed = Callable[[Sequence[str]], np.ndarray]
 """P texts -> [P, d] rows of length 1."""
@@ -136,7 +137,8 @@ class BM25:
         score = Σ_w idf(w) tf(w) (k1 + 1) / (tf(w) + k1 (1 - b + b length / mean length))
         idf(w) = ln(1 + (P - P_w + 1/2) / (P_w + 1/2)),    P_w texts contain the word w
 
-    Words are runs of letters, digits and underscores, in any case; a word that occurs twice in the query counts twice.
+    Words are runs of letters, digits and underscores in any case, and the letters of scripts without spaces; a word
+    that occurs twice in the query counts twice.
     Robertson and Zaragoza (2009), "The probabilistic relevance framework", eq. 3.3 and 3.15; the 1 in
     the logarithm, which keeps frequent words from a negative weight, is Lucene's.
     """
@@ -162,7 +164,7 @@ class BM25:
 
 
 def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.casefold())
+    return re.findall(WORD, normalize(text))
 
 
 def embedder(model: CausalLM, tokenizer: Tokenizer, batch_size: int = 32) -> Embed:

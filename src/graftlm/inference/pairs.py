@@ -29,7 +29,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from graftlm.config import PairsConfig, parse_columns
+from graftlm.config import PairsConfig
+from graftlm.config.flags import parse_columns
 from graftlm.errors import GraftError, InputError, unknown_name_error
 from graftlm.exchange.load import load
 from graftlm.files.atomic import write_text

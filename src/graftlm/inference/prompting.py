@@ -29,7 +29,8 @@ from typing import Any
 
 import numpy as np
 
-from graftlm.config import PromptConfig, Style
+from graftlm.config import PromptConfig
+from graftlm.config.inference import Style
 from graftlm.errors import InputError
 from graftlm.exchange.load import ModelBundle, load
 from graftlm.files.atomic import write_text

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftlm.config import SamplingFlags
-from graftlm.config.common import require
+from graftlm.config.flags import bounded, require
+from graftlm.config.inference import SamplingFlags
 from graftlm.errors import GraftError
 from graftlm.exchange.load import to_float64
 
@@ -28,7 +28,7 @@ DEFAULT_MAX_NEW_TOKENS = 64
 class SamplingParams(SamplingFlags):
     """How a prompt is continued; the names are vLLM's, except max_new_tokens. Raises InputError for a wrong value."""
 
-    max_new_tokens: int | None = None
+    max_new_tokens: int | None = bounded(ge=1)
     """Maximum number of new tokens. Default: DEFAULT_MAX_NEW_TOKENS, or what the caller says."""
     stop: tuple[str, ...] = ()
     """Texts that end the continuation; they are not part of its text."""
@@ -37,7 +37,6 @@ class SamplingParams(SamplingFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_at_least(1, "max_new_tokens")
         require(all(self.stop), "stop", self.stop, "texts that are not empty")
 
     @classmethod

@@ -14,8 +14,8 @@ from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
-from graftlm.config import SamplingFlags
-from graftlm.config.common import describe_bounds
+from graftlm.config.flags import describe_bounds
+from graftlm.config.inference import SamplingFlags
 from graftlm.errors import GraftError, did_you_mean
 from graftlm.inference.sampling import SamplingParams
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from graftlm.config import ServeConfig, TrainConfig, check_api_key
+from graftlm.config import ServeConfig, TrainConfig
+from graftlm.config.serving import check_api_key
 from graftlm.errors import InputError, Interrupted
 
 try:
@@ -131,7 +132,7 @@ def templates_of(config: ServeConfig, loaded: ModelBundle, runs: Mapping[str, Ru
 
 
 def _template(run: Run) -> Template:
-    return Template(run["template"]["name"], run["template"]["text"], tuple(run["template"]["labels"]))
+    return Template.of_run(run)
 
 
 # The socket -----------------------------------------------------------------------------------------------------------

@@ -29,13 +29,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from graftlm.config import CompareConfig, TrainConfig
-from graftlm.errors import GraftError, InputError, Interrupted
+from graftlm.errors import GraftError, InputError, Interrupted, stop_on_signal
 from graftlm.files.atomic import LOCK_NAME, cleanup_tmp, disk_errors, lock_dir, write_json, write_text
 from graftlm.files.formats import read_json
 from graftlm.studies.results_table import FAILED, TrialResult, failures, make_rows, markdown, read_test
 from graftlm.studies.subprocess_runner import MAX_RETRIES, CommandFailed, JobRunner, LocalRunner, WorkerLost
 from graftlm.studies.sweep import Trial, read_sweep
-from graftlm.training.signals import stop_on_signal
 
 PLANNED_STEPS = 100  # of the `graft train --plan` that predicts the cost of a step
 MAX_PENDING = 256  # trials that wait for a cluster at the same time, each in a thread
@@ -195,7 +194,7 @@ class _Sweep:
             flags |= {name: trial.flags[name] for name in ("device", "dtype") if name in trial.flags}
             flags |= {"out_dir": folder / "run", "checkpoint": checkpoint}
         else:
-            flags |= {"init_from": TrainConfig.init_from, **trial.flags}
+            flags |= {"init_from": TrainConfig.init_from, **trial.flags, "split": "test"}
             del flags["method"]
         metrics = json.loads(self.runner.run(["evaluate", *_argv(flags), "--json"], folder))
         write_json(path, {"eval_config": self.eval_config, "reading": metrics})

@@ -28,7 +28,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graftlm.config import EvaluateConfig, RayFlags
+from graftlm.config import EvaluateConfig
+from graftlm.config.inference import RayFlags
 from graftlm.errors import GraftError, InputError
 from graftlm.files.atomic import lock_dir, write_text
 from graftlm.files.formats import sha256_file

@@ -17,11 +17,12 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from graftlm.files.atomic import disk_errors
-from graftlm.training.signals import PARENT_PIPE_ENV
 
 LOG = "log.txt"
 MAX_RETRIES = 3  # of work whose worker was lost
 Child = subprocess.Popen
+PARENT_PIPE_ENV = "GRAFT_PARENT_PIPE"
+"""Set in the environment of a process that must not outlive the one that started it."""
 
 
 class CommandFailed(Exception):
@@ -148,3 +149,18 @@ def _reason(log: Path, status: int) -> str:
         return f"killed by signal {-status} ({signal.Signals(-status).name}): out of memory?"
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return lines[-1].removeprefix("graft: ") if lines and not lines[-1].startswith("$ ") else f"exit status {status}"
+
+
+def exit_with_parent() -> None:
+    """If PARENT_PIPE_ENV is set, kill this process when its standard input ends.
+
+    The parent holds the other end of that pipe, which the system closes even after a SIGKILL.
+    """
+
+    def wait() -> None:
+        while os.read(0, 4096):
+            pass
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if os.environ.pop(PARENT_PIPE_ENV, ""):
+        threading.Thread(target=wait, daemon=True).start()

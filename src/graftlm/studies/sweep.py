@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from graftlm.config import EvaluateConfig, TrainConfig
-from graftlm.config.parsing import read_toml, read_toml_flags
+from graftlm.config.flags import read_toml, read_toml_flags
 from graftlm.errors import InputError
 from graftlm.files.formats import sha256_file
 

@@ -9,12 +9,14 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from graftlm.errors import InputError
 from graftlm.files.assets import data_folder
 from graftlm.files.formats import read_json
-from graftlm.files.readers import DATA_READERS, read_records
+from graftlm.files.readers import DATA_READERS, class_names, read_records
 from graftlm.text.layouts import (
+    CONTEXT,
     Document,
     LabelWords,
     Layout,
@@ -25,12 +27,20 @@ from graftlm.text.layouts import (
     missing_column,
     recognise,
 )
+from graftlm.text.template import DEFAULT_LABELS
+from graftlm.text.words import UNSPACED, normalize
 
 SPLITS = ("train", "validation", "test")
 NO_LABELS = LabelWords()
-_SYNONYMS = {"training": "train", "val": "validation", "valid": "validation", "dev": "validation", "testing": "test"}
-_NAMES = "|".join((*SPLITS, *_SYNONYMS))
-_STEM = re.compile(rf"({_NAMES})([-_](\d+)(-of-(\d+))?(-[0-9a-f]+)?)?", re.IGNORECASE)  # train-00000-of-00002
+_SPLIT_WORDS = {
+    **{"train": "train", "training": "train"},
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+"""As `datasets` reads the names of files and folders; eval is validation if another file is test."""
+_PART = re.compile(r"[-_](\d+)(-of-(\d+))?(-[0-9a-f]+)?$")  # train-00000-of-00002
+_NO_DATA = re.compile(r"readme.*|licen[cs]e.*|.*\.(md|py)|graft\.json|dataset_infos?\.json", re.IGNORECASE)
+MAX_NAMED = 8  # files that a note names
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,7 @@ class Dataset:
     name: str
     splits: dict[str, list[Record]]
     notes: list[str]
-    """What was decided for the user: the layout, held-out splits."""
+    """What was decided for the user: the layout, held-out splits, and what was not read."""
     fingerprint: str
     """See `fingerprint`."""
 
@@ -55,7 +65,7 @@ def load_dataset(
     """Read a data set.
 
     Args:
-        data: a built-in name, a hub name, a local folder or file (`files.assets.data_folder`).
+        data: a built-in name, a hub name, a local folder or file (`files.assets.data_folder`); "" for none.
         val, test: files with these splits, in addition to `data`.
         columns: the column of the files by key of the layout ("text", "label", "prompt", …), where they differ.
         labels: the label words by label number. A label in the data is one of them in any case, or a number from 0
@@ -65,33 +75,35 @@ def load_dataset(
     hash, and so is a test split if neither is named. Raises InputError with file, line and value.
     """
     check_columns(columns or {})
-    path = data_folder(data)
-    files = _split_files(path) if path.is_dir() else {"train": [path]}
+    path = data_folder(data) if data else None
+    files = _files(path, "train") if path else {}
     for split, flag, file in (("validation", "val_data", val), ("test", "test_data", test)):
         if not file:
             continue
         if split in files:
-            raise InputError(f"--{flag} {file}: {path} has a {split} split already, {files[split][0].name}")
+            raise InputError(f"--{flag} {file}: {data} has a {split} split already, {files[split][0].name}")
         files[split] = [Path(file).expanduser()]
         if not files[split][0].is_file():
             raise InputError(f"--{flag} {file}: no such file")
     label_words = LabelWords(tuple(labels))
     layouts: dict[Layout, None] = {}
-    splits = {}
+    splits, unused = {}, set[str]()
     for split in SPLITS:
         if split in files:
-            layout, splits[split] = _read_split(files[split], columns or {}, label_words)
+            layout, splits[split], others = _read_split(files[split], columns or {}, label_words)
             layouts[layout] = None
-    notes = _derived_note(path, data)
+            unused |= others
+    name, notes = data or val or test, _notes(path, data, files) if path else []
     if "train" in splits and "validation" not in splits:
         missing = ("validation",) if "test" in splits else ("validation", "test")
-        splits = _hold_out(splits, missing, str(path))
+        splits = _hold_out(splits, missing, data)
         sizes = ", ".join(f"{split} {len(splits[split])}" for split in SPLITS)
         notes.append(
             f"{data} names no {' or '.join(missing)} split: held out from train by hash of the text ({sizes} rows)"
         )
-    notes.append(f"{data}: read as {' and '.join(map(str, layouts))}")
-    return Dataset(data, splits, notes, fingerprint(splits))
+    skipped = f"; columns not read: {', '.join(sorted(unused))}" if unused else ""
+    notes.append(f"{name}: read as {' and '.join(map(str, layouts))}{skipped}")
+    return Dataset(name, splits, notes, fingerprint(splits))
 
 
 def load_prompts(
@@ -107,13 +119,17 @@ def load_prompts(
     """
     check_columns(columns or {})
     path = data_folder(data)
-    files = _split_files(path) if path.is_dir() else {split: [path]}
+    if path.is_file() and split != "train":
+        raise InputError(f"--split {split}: {data} is one file, which is read whole; leave --split out")
+    files = _files(path, split)
     if split not in files:
         raise InputError(f"--split {split}: {data} has no such split; it has {', '.join(files)}")
-    first_words = re.compile(rf"(?:\S+\s+){{0,{max(opening - 1, 0)}}}\S+")
+    word = rf"(?:[{UNSPACED}]|[^\s{UNSPACED}]+)"
+    first_words = re.compile(rf"(?:{word}\s*){{0,{max(opening - 1, 0)}}}{word}")
     prompts = []
     for file in files[split]:
         for row in _rows(file, columns or {}):
+            row.refuse(() if opening else CONTEXT)
             prompt = row.text("text" if opening else _prompt_column(row))
             match = first_words.search(prompt) if opening else None
             prompts.append(Document(prompt if match is None else match[0], row.source))
@@ -145,11 +161,18 @@ def text_hash(text: str) -> str:
 # Rows -----------------------------------------------------------------------------------------------------------------
 
 
-def _read_split(files: Sequence[Path], columns: Mapping[str, str], labels: LabelWords) -> tuple[Layout, list[Record]]:
-    """The records of a split's files, and their layout, which each file's first row decides and which must be one."""
+def _read_split(
+    files: Sequence[Path], columns: Mapping[str, str], labels: LabelWords
+) -> tuple[Layout, list[Record], set[str]]:
+    """The layout of a split's files, their records, and the columns that were not read.
+
+    The first row of each file decides its layout, and all must have one.
+    """
     records: list[Record] = []
     layouts: list[Layout] = []
+    unused: set[str] = set()
     for path in files:
+        _check_class_names(path, columns, labels.words)
         for number, row in enumerate(_rows(path, columns, labels)):
             if number == 0:
                 layouts.append(recognise(path, row.columns, tuple(columns)))
@@ -158,8 +181,9 @@ def _read_split(files: Sequence[Path], columns: Mapping[str, str], labels: Label
                         f"{path}: its layout is {layouts[-1]}, that of {files[0].name} is {layouts[0]}: "
                         "write the files of a split in one layout"
                     )
-            records.append(layouts[-1].convert(row))
-    return layouts[0], records
+            records.append(layouts[-1].record(row))
+            unused |= layouts[-1].unused(row.columns)
+    return layouts[0], records, unused
 
 
 def _rows(path: Path, columns: Mapping[str, str], labels: LabelWords = NO_LABELS) -> Iterator[Row]:
@@ -175,16 +199,65 @@ def _rows(path: Path, columns: Mapping[str, str], labels: LabelWords = NO_LABELS
         yield Row(source, values, labels)
 
 
+# Label names of parquet files -----------------------------------------------------------------------------------------
+
+
+def default_labels(data: str, columns: Mapping[str, str] | None = None) -> str:
+    """What --labels is where it is not given: the names in a parquet file's schema, if they are not the default's."""
+    path = next(paths[0] for paths in _files(data_folder(data), "train").values())
+    names, default = class_names(path, (columns or {}).get("label", "label")), tuple(DEFAULT_LABELS.split(","))
+    numbers = all(map(str.isdecimal, names)) and len(names) == len(default)
+    if numbers or not names or [_meant(name, default) for name in names] == [[n] for n in range(len(default))]:
+        return DEFAULT_LABELS
+    if any("," in name for name in names):
+        raise InputError(f"{path}: its labels are {', '.join(map(repr, names))}: name them without commas in --labels")
+    return ",".join(names)
+
+
+def _check_class_names(path: Path, columns: Mapping[str, str], labels: Sequence[str]) -> None:
+    """Raise InputError if a parquet file's schema gives the label numbers other words than --labels."""
+    names = class_names(path, columns.get("label", "label"))
+    meant = [_meant(name, labels) for name in names]
+    if (
+        labels
+        and names
+        and (len(names) != len(labels) or any(n not in found for n, found in enumerate(meant) if found))
+    ):
+        raise InputError(
+            f"{path}: its labels are {', '.join(names)} in this order, and --labels are {', '.join(labels)}: leave "
+            "--labels out, or give as many words in the file's order"
+        )
+
+
+def _meant(name: str, labels: Sequence[str]) -> list[int]:
+    """The labels that a name of three letters or more is, or is short for: pos is positive."""
+    name, words = normalize(name), [normalize(label) for label in labels]
+    same = [number for number, word in enumerate(words) if word == name]
+    return same or [n for n, word in enumerate(words) if len(name) > 2 and word.startswith(name)]
+
+
 # Splits ---------------------------------------------------------------------------------------------------------------
 
 
-def _derived_note(path: Path, data: str) -> list[str]:
-    """A note for a built-in data set whose splits are not the official ones."""
-    card = path / "graft.json"
+def _notes(folder: Path, data: str, files: Mapping[str, Sequence[Path]]) -> list[str]:
+    """Notes on a folder: what was not read, and splits of a built-in data set that are not the official ones."""
+    notes = []
+    read = {path.resolve() for paths in files.values() for path in paths}
+    card = folder / "graft.json"
     content = read_json(card) if card.is_file() else None
     if isinstance(content, dict) and content.get("derived_splits") is True:
-        return [f"{data}: its splits are derived by hash of the text; they are not the official ones"]
-    return []
+        notes.append(f"{data}: its splits are derived by hash of the text; they are not the official ones")
+    others = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.resolve() not in read]
+    names = [str(path.relative_to(folder)) for path in others if not _NO_DATA.fullmatch(path.name)]
+    if names := [name for name in names if not any(part.startswith(".") for part in Path(name).parts)]:
+        more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+        notes.append(f"{data}: not read: {', '.join(names[:MAX_NAMED])}{more}")
+    return notes
+
+
+def _files(path: Path, split: str) -> dict[str, list[Path]]:
+    """The files of each split of a folder; a single file is of the split that is given."""
+    return _split_files(path) if path.is_dir() else {split: [path]}
 
 
 def _hold_out(splits: dict[str, list[Record]], missing: tuple[str, ...], source: str) -> dict[str, list[Record]]:
@@ -221,21 +294,51 @@ def _split_files(folder: Path) -> dict[str, list[Path]]:
 
 
 def _splits_in(folder: Path) -> dict[str, list[Path]]:
-    """The files named after a split. The parts of a split (train-00000-of-00002) must be complete."""
-    sets: dict[str, dict[str, list[Path]]] = {}  # split -> (name, suffix, number of parts) -> files
+    """The files and folders named after a split. The parts of a split (train-00000-of-00002) must be complete."""
+    sets: dict[str, dict[_FileSet, list[Path]]] = {}
     for path in sorted(folder.iterdir()):
-        match = _STEM.fullmatch(path.stem)
-        if path.suffix.lower() in DATA_READERS and match and path.is_file():
-            name, _, part, _, total, _ = match.groups()
-            split = _SYNONYMS.get(name.lower(), name.lower())
-            key = f"{name} {path.suffix} {total if part else 'whole'}"
-            sets.setdefault(split, {}).setdefault(key, []).append(path)
-    for split, files in sets.items():
-        if len(files) > 1:
-            names = " and ".join(paths[0].name for paths in files.values())
+        is_data = path.suffix.lower() in DATA_READERS and path.is_file()
+        is_folder = path.is_dir() and path.name.lower() in _SPLIT_WORDS
+        name = path.name if is_folder else path.stem if is_data else ""
+        if (word := _split_word(name)) and (files := [path] if is_data else _files_of_split(path, word)):
+            part = _PART.search(name) if is_data else None
+            stem = name[: part.start()] if part else name
+            total = (part[3] or "several") if part else "whole"
+            sets.setdefault(word, {}).setdefault(_FileSet(stem, path.suffix, total), []).extend(files)
+    if evaluation := sets.pop("eval", None):
+        sets.setdefault("validation" if "test" in sets else "test", {}).update(evaluation)
+    found = {}
+    for split, every in sets.items():
+        exact = {key: paths for key, paths in every.items() if key.stem.lower() in _SPLIT_WORDS}
+        sets_of_split = exact or every
+        if len(sets_of_split) > 1:
+            names = " and ".join(str(paths[0].relative_to(folder)) for paths in sets_of_split.values())
             raise InputError(f"{folder}: {names} both say they are the {split} split: keep one")
-        ((key, paths),) = files.items()
-        total = key.rpartition(" ")[2]
-        if total.isdecimal() and len(paths) != int(total):
-            raise InputError(f"{folder}: split {split} has {len(paths)} of its {int(total)} files: fetch the rest")
-    return {split: next(iter(sets[split].values())) for split in SPLITS if split in sets}
+        ((key, paths),) = sets_of_split.items()
+        if key.total.isdecimal() and len(paths) != int(key.total):
+            raise InputError(f"{folder}: split {split} has {len(paths)} of its {int(key.total)} files: fetch the rest")
+        found[split] = paths
+    return {split: found[split] for split in SPLITS if split in found}
+
+
+class _FileSet(NamedTuple):
+    """What the files of a split have in common."""
+
+    stem: str
+    suffix: str
+    total: str
+    """The number of parts; "several" if their names do not say it, "whole" for a file that is no part."""
+
+
+def _split_word(name: str) -> str:
+    """The split that a name without suffix speaks of, or "eval"; "" for none, and for several."""
+    words = {word for word in re.findall(r"[^\W\d_]+", name.lower()) if word in _SPLIT_WORDS}
+    found = {"eval" if word.startswith("eval") else _SPLIT_WORDS[word] for word in words}
+    return found.pop() if len(found) == 1 else ""
+
+
+def _files_of_split(folder: Path, split: str) -> list[Path]:
+    """The data files of a folder named after a split, in which none is of another split."""
+    inner = _splits_in(folder)
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix.lower() in DATA_READERS]
+    return inner.get("test" if split == "eval" else split, []) if inner else files

@@ -16,6 +16,7 @@ from typing import Any
 from graftlm.errors import InputError, did_you_mean
 from graftlm.files.readers import short_repr
 from graftlm.text.chat import ROLES, Message
+from graftlm.text.words import normalize
 
 # Canonical records ----------------------------------------------------------------------------------------------------
 
@@ -123,29 +124,40 @@ def hashed_values(record: Record) -> list[Any]:
 
 @dataclass(frozen=True)
 class LabelWords:
-    """The label words by label number; without words a label is any number."""
+    """The label words by label number; without words a label is any number.
+
+    Words that are numbers themselves, such as 1,2,3,4,5, leave the label numbers (0 to 4) without a reading of their
+    own: then a label must be a word.
+    """
 
     words: tuple[str, ...] = ()
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
-        """A word takes precedence over a number, so that the words "1", "2", "3" work too."""
+        """By normalized word; by label number too, unless a number is the word of another label."""
+        words = {normalize(word): number for number, word in enumerate(self.words)}
         numbers = {str(number): number for number in range(len(self.words))}
-        return {**numbers, **{word.casefold(): number for number, word in enumerate(self.words)}}
+        return {**words, **numbers} if numbers.items() >= {(n, words[n]) for n in numbers if n in words} else words
 
     def number(self, value: object) -> int | None:
         """A label's number, from 1, "1" or "Positive". True only if it is a label word; 1.0 never."""
-        text = str(value).strip().casefold() if isinstance(value, int | str) else ""
+        text = normalize(str(value).strip()) if isinstance(value, int | str) else ""
         if not self.words and text.isascii() and text.isdecimal() and len(text) < 10:
             return int(text)
         return self._numbers.get(text)
 
-    @property
-    def choices(self) -> str:
-        """The labels that are allowed, for errors."""
+    def problem(self, value: object) -> str:
+        """What is wrong with a value that is no label, and what is allowed."""
+        shown, words = short_repr(value), ",".join(self.words)
         if not self.words:
-            return "a number from 0 on is needed, or --labels with the words"
-        return "allowed are " + ", ".join(f"{number} or {word!r}" for number, word in enumerate(self.words))
+            return f"unknown label {shown}: a number from 0 on is needed, or --labels with the words"
+        if str(value).strip() in map(str, range(len(self.words))):
+            return (
+                f"label {shown} has two readings: as a word it is not in --labels {words}, and as a label's number it "
+                f"is {self.words[int(str(value))]!r}: write the words, or give the data's own numbers as --labels"
+            )
+        allowed = (f"{n} or {word!r}" if str(n) in self._numbers else repr(word) for n, word in enumerate(self.words))
+        return f"unknown label {shown}: allowed are {', '.join(allowed)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,21 +200,29 @@ class Row:
             raise self.error("no label (field 'label' is missing or empty): every row needs one")
         number = self.labels.number(value)
         if number is None:
-            raise self.error(f"unknown label {short_repr(value)}: {self.labels.choices}")
+            raise self.error(self.labels.problem(value))
         return number
 
+    def refuse(self, names: Iterable[str]) -> None:
+        """Raise InputError if one of these columns has a value: it would be lost."""
+        for name in names:
+            if self.columns.get(name) not in (None, "", [], {}, "[]", "{}"):
+                raise self.error(
+                    f"{name} would be lost, and it changes what is learned: write it into the texts, or leave it out"
+                )
+
     def desirable(self) -> bool:
-        """Column "label" as true or false."""
+        """Column "label" as true or false, or 1 or 0."""
         value = _as_bool(self.columns.get("label"))
         if value is None:
             raise self.error(f"label must be true or false, not {short_repr(self.columns.get('label'))}")
         return value
 
-    def messages(self) -> tuple[Message, ...]:
-        """Column "messages"."""
-        messages = self.columns.get("messages")
+    def messages(self, name: str) -> tuple[Message, ...]:
+        """A column of messages."""
+        messages = self.columns.get(name)
         if not isinstance(messages, list) or not messages:
-            raise self.error(f"messages must be a list of role and content, not {short_repr(messages)}")
+            raise self.error(f"{name} must be a list of role and content, not {short_repr(messages)}")
         return tuple(_message(f"{self.source}: message {number}", item) for number, item in enumerate(messages, 1))
 
     def finished(self, answers: int) -> tuple[bool, ...]:
@@ -218,27 +238,38 @@ class Row:
         return tuple(flags)
 
 
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+"""What the roles of messages with the keys from and value are called elsewhere."""
+
+
+BOOLEANS = {"true": True, "false": False}
+
+
 def _as_bool(value: object) -> bool | None:
-    """True or false, also as text: csv has no booleans."""
-    if isinstance(value, str):
-        return {"true": True, "false": False}.get(value.strip().casefold())
-    return value if isinstance(value, bool) else None
+    """True or false, also as 1 or 0, and as text: csv has no booleans."""
+    return {**BOOLEANS, "1": True, "0": False}.get(str(value).strip().casefold())
 
 
 def _message(source: str, message: Any) -> Message:
-    """A message's role and content. Anything else in it would be lost, and is an error."""
+    """A message's role and content, or from and value. Anything else in it would be lost, and is an error."""
     if not isinstance(message, dict):
         raise InputError(f"{source} must be an object with role and content, not {short_repr(message)}")
-    row = Row(source, message)
-    role = row.text("role")
+    row, keys = Row(source, message), ("role", "content")
+    if "from" in message and "role" not in message:
+        keys = ("from", "value")
+    role = row.text(keys[0])
+    role = SHAREGPT_ROLES.get(role, role) if keys[0] == "from" else role
     if role not in ROLES:
         raise row.error(f"unknown role {short_repr(role)}: known are {', '.join(ROLES)}")
-    if extra := [name for name, value in message.items() if name not in ("role", "content") and value is not None]:
+    if extra := [name for name, value in message.items() if name not in keys and value is not None]:
         raise row.error(f"{short_repr(extra[0])} is not understood: a message has role and content, of text")
-    return role, row.text("content")
+    return role, row.text(keys[1])
 
 
 # Layouts --------------------------------------------------------------------------------------------------------------
+
+CONTEXT = ("system", "tools", "functions", "documents", "history", "images", "image", "videos", "audios")
+"""Columns that hold a part of what an answer answers."""
 
 
 @dataclass(frozen=True)
@@ -253,9 +284,23 @@ class Layout:
     """Columns that `convert` reads if they are there."""
     matches: Callable[[Mapping[str, Any]], bool] = lambda columns: True
     """A further condition on the columns, where other layouts have the same keys."""
+    refused: tuple[str, ...] = CONTEXT
+    """Columns without which a row would mean something else, unless they are optional."""
 
     def __str__(self) -> str:
         return f"{self.name} ({', '.join(self.keys)})"
+
+    def record(self, row: Row) -> Record:
+        """A row as a canonical record. Raises InputError for wrong values, and for what would be lost."""
+        row.refuse(name for name in self.refused if name not in self.optional)
+        record = self.convert(row)
+        if not self.matches(row.columns):
+            raise row.error(f"its columns do not fit the file's layout, {self}: write all rows in one layout")
+        return record
+
+    def unused(self, columns: Mapping[str, Any]) -> set[str]:
+        """The columns with a value that the layout does not read."""
+        return {name for name, value in columns.items() if value is not None} - {*self.keys, *self.optional}
 
 
 def _labelled(row: Row) -> Labelled:
@@ -283,7 +328,11 @@ def _unpaired(row: Row) -> Unpaired:
 
 
 def _chat(row: Row) -> Conversation:
-    messages = row.messages()
+    messages = row.messages("messages" if "messages" in row.columns else "conversations")
+    if system := row.optional_text("system"):
+        if any(role == "system" for role, _ in messages):
+            raise row.error("both a column system and a system message: leave one out")
+        messages = (("system", system), *messages)
     if not any(role == "assistant" for role, _ in messages):
         raise row.error("the assistant says nothing, so there is nothing to learn: leave the row out")
     return Conversation(messages, row.source)
@@ -292,8 +341,6 @@ def _chat(row: Row) -> Conversation:
 def _alpaca(row: Row) -> Completion:
     """Stanford Alpaca's prompt (Taori et al. 2023), without or with an input."""
     instruction, context, output = row.text("instruction"), row.optional_text("input"), row.text("output")
-    if ignored := [name for name in ("history", "system") if row.columns.get(name)]:
-        raise row.error(f"{ignored[0]} has no place in Alpaca's prompt: leave it out, or write the row as messages")
     task = "Below is an instruction that describes a task"
     if context:
         task += ", paired with an input that provides further context"
@@ -304,17 +351,24 @@ def _alpaca(row: Row) -> Completion:
 
 
 LAYOUTS = (
-    Layout("labelled", ("text", "label"), _labelled),
-    Layout("completion", ("prompt", "completion"), _completion, optional=("finished", "ended")),
+    Layout("labelled", ("text", "label"), _labelled, refused=()),
+    Layout(
+        "completion",
+        ("prompt", "completion"),
+        _completion,
+        optional=("finished", "ended"),
+        matches=lambda columns: str(columns.get("label")).strip().casefold() not in BOOLEANS,
+    ),
     Layout("preference", ("chosen", "rejected"), _preference, optional=("prompt", "finished", "ended")),
     Layout(
         "unpaired preference",
         ("prompt", "completion", "label"),
         _unpaired,
         optional=("finished", "ended"),
-        matches=lambda columns: _as_bool(columns["label"]) is not None,
+        matches=lambda columns: _as_bool(columns.get("label")) is not None,
     ),
-    Layout("chat", ("messages",), _chat, matches=lambda columns: "chosen" not in columns),
+    Layout("chat", ("messages",), _chat, ("system",), matches=lambda columns: "chosen" not in columns),
+    Layout("sharegpt", ("conversations",), _chat, ("system",), matches=lambda columns: "chosen" not in columns),
     Layout("alpaca", ("instruction", "output"), _alpaca, optional=("input",)),
 )
 
@@ -355,6 +409,15 @@ def recognise(path: object, columns: Mapping[str, Any], mapped: Sequence[str] = 
 
 def _unknown(path: object, columns: Mapping[str, Any], layouts: Sequence[Layout]) -> InputError:
     """The error for columns without a layout: it names the first column that the closest layout lacks."""
+    if columns and not any(columns.keys() & {*layout.keys} for layout in layouts):
+        present = ", ".join(map(str, columns))
+        return InputError(
+            f"{path}: its columns, {present}, fit no layout: map them with --columns; they are {_names()}"
+        )
+    if set(columns) == {"text"}:
+        return InputError(
+            f"{path}: is plain text, with nothing to learn from it: add a column label, or give prompt and completion"
+        )
     lacking = [layout for layout in layouts if not columns.keys() >= {*layout.keys}] or layouts
     closest = max(lacking, key=lambda layout: len(columns.keys() & {*layout.keys}))
     missing = next((key for key in closest.keys if key not in columns), closest.keys[0])

@@ -21,6 +21,7 @@ and demonstrations in the rows with `"demonstration": true`.
 """
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from decimal import Decimal, InvalidOperation
@@ -28,12 +29,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from graftlm.config.parsing import read_toml
+from graftlm.config.flags import read_toml
 from graftlm.errors import InputError, did_you_mean, unknown_name_error
 from graftlm.files.readers import Record, read_records
 from graftlm.text.collate import sort_by_hash
 from graftlm.text.dataset import load_dataset, text_hash
 from graftlm.text.layouts import Labelled
+from graftlm.text.words import normalize, word_pattern
 
 QUESTION, ANSWER = "{question}", "{answer}"
 NUMBER = r"(?<![\d.])-?\d(?:[\d,]*\d)?(?:\.\d+)?"
@@ -96,8 +98,9 @@ class Task:
     @cached_property
     def pattern(self) -> re.Pattern[str]:
         """What an answer looks like, whatever its case."""
-        words = "|".join(re.escape(label) for label in sorted(self.labels, key=len, reverse=True))
-        return re.compile(self.answer_pattern or (rf"(?<!\w)(?:{words})(?!\w)" if words else NUMBER), re.IGNORECASE)
+        labels = sorted((normalize(label.strip()) for label in self.labels), key=len, reverse=True)
+        words = "|".join(word_pattern(label, whole=True) for label in labels)
+        return re.compile(unicodedata.normalize("NFC", self.answer_pattern) or words or NUMBER, re.IGNORECASE)
 
     def first(self, text: str) -> str | None:
         """The first answer in a text, in its normal form; None where there is none."""
@@ -105,8 +108,9 @@ class Task:
 
     def parse_final_answer(self, text: str) -> str | None:
         """The answer behind the last conclusion ("The answer is"); without one the last answer there is."""
-        before = self.conclusion.partition(ANSWER)[0].strip()
-        ends = [match.end() for match in re.finditer(re.escape(before), text, re.IGNORECASE)] if before else []
+        text, before = unicodedata.normalize("NFC", text), self.conclusion.partition(ANSWER)[0].strip()
+        before = re.escape(unicodedata.normalize("NFC", before))
+        ends = [match.end() for match in re.finditer(before, text, re.IGNORECASE)] if before else []
         behind = self.first(text[ends[-1] :]) if ends else None
         if behind is not None:
             return behind
@@ -114,13 +118,14 @@ class Task:
         return every[-1] if every else None
 
     def _all(self, text: str) -> Iterator[str]:
+        text = unicodedata.normalize("NFC", text) if self.answer_pattern else normalize(text)
         for match in self.pattern.finditer(text):
             yield normalize_answer(next(filter(None, match.groups()), match[0]))
 
 
 def normalize_answer(answer: str) -> str:
     """An answer as answers are compared: numbers by value ("1,600.0" is 1600), others without case and outer space."""
-    text = answer.strip().casefold()
+    text = normalize(answer.strip())
     try:
         number = Decimal(text.replace(",", "").removeprefix("$"))
         return f"{number.normalize():f}" if number.is_finite() else text

@@ -11,15 +11,18 @@ A template that ends in `{label}` says itself what precedes the label: "{text} (
 characters.
 """
 
-import unicodedata
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from graftlm.errors import InputError, unknown_name_error
+from graftlm.text.words import UNSPACED, normalize
 
 FIELD, LABEL = "{text}", "{label}"
-UNSPACED = range(0x0E00, 0x1100), range(0x1780, 0x1800)  # Thai, Lao, Tibetan, Burmese; Khmer
+WIDE_PUNCTUATION = "\u3000-\u303f\uff01-\uff60"
 
 # The text is last where possible: the tokens before it are equal for all and are computed once per batch.
 # In built-in templates only, {labels} is replaced by the label words: "negative or positive".
@@ -48,6 +51,12 @@ class Template:
     labels: tuple[str, ...]
     text_prefix: str = ""
     """Put before the template unchanged: few-shot demonstrations (`inference/fewshot.py`)."""
+
+    @classmethod
+    def of_run(cls, run: Mapping[str, Any]) -> "Template":
+        """The template that run.json records."""
+        recorded = run["template"]
+        return cls(recorded["name"], recorded["text"], tuple(recorded["labels"]))
 
     def __post_init__(self) -> None:
         count = self.text.count(FIELD)
@@ -89,21 +98,14 @@ class Template:
 
     def label_number(self, word: str) -> int | None:
         """The number of a label word, ignoring case and surrounding spaces; None if it is not a label word."""
-        word = word.strip().casefold()
-        return next((number for number, label in enumerate(self.labels) if label.casefold() == word), None)
+        word = normalize(word.strip())
+        return next((number for number, label in enumerate(self.labels) if normalize(label) == word), None)
 
 
 def answer_space(before: str, answer: str) -> str:
     """What separates a text from an answer: a space, but not after a line break or in a script without spaces."""
-    return "" if not before or not answer or before.endswith("\n") or _unspaced(before[-1] + answer[0]) else " "
-
-
-def _unspaced(chars: str) -> bool:
-    """Whether one of these belongs to a script that is written without spaces."""
-    wide = [c for c in chars if unicodedata.east_asian_width(c) in "WF" and unicodedata.category(c)[0] in "LNP"]
-    return any("HANGUL" not in unicodedata.name(c, "") for c in wide) or any(
-        ord(c) in r for c in chars for r in UNSPACED
-    )
+    unspaced = re.search(f"[{UNSPACED}{WIDE_PUNCTUATION}]", before[-1:] + answer[:1])
+    return "" if not before or not answer or before.endswith("\n") or unspaced else " "
 
 
 def load_template(spec: str, labels: str = DEFAULT_LABELS) -> Template:
@@ -153,10 +155,10 @@ def _check_labels(labels: tuple[str, ...]) -> None:
         raise InputError(f"{flag}: an empty label word; name them as in {DEFAULT_LABELS}")
     seen: dict[str, str] = {}
     for label in labels:
-        if label.casefold() in seen:
-            other = seen[label.casefold()]
+        if normalize(label) in seen:
+            other = seen[normalize(label)]
             raise InputError(f"{flag}: {other!r} and {label!r} are the same word; label words must differ")
-        seen[label.casefold()] = label
+        seen[normalize(label)] = label
 
 
 def _is_file(path: Path) -> bool:

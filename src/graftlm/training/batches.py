@@ -59,11 +59,6 @@ class CollateOptions:
     prefix: int | None = None
     """P, if it is fixed; every prompt must begin with these tokens."""
 
-    @classmethod
-    def of(cls, config: TrainConfig) -> "CollateOptions":
-        """The flags' values."""
-        return cls(config.shared_prefix, config.target_positions, config.microbatch_tokens or 0)
-
     def prefix_length(self, examples: Sequence[Example]) -> int:
         """P for these examples."""
         if self.prefix is not None:
@@ -247,18 +242,13 @@ class BatchLoader:
 
     def stream(self, first: int) -> Iterator[list[int]]:
         """The endless stream of batches, as indices into `examples`, from batch number `first` on."""
-        config, lengths = self.config, self.lengths
+        config, lengths = self.config, [e.length for e in self.examples]
         per_epoch = math.ceil(len(lengths) / config.batch_size)
         epoch, skip = divmod(first, per_epoch)
         window = SORT_WINDOW if config.group_by_length else 0
         while True:
             yield from epoch_batches(lengths, config.batch_size, config.seed, epoch, window)[skip:]
             epoch, skip = epoch + 1, 0
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each example."""
-        return [e.length for e in self.examples]
 
     def partition(self, rows: list[int]) -> list[int]:
         """This rank's rows of a batch; may be empty."""
@@ -268,7 +258,8 @@ class BatchLoader:
         """These examples as micro-batches, with cached hidden states if there is a cache."""
         if not rows:
             return []
-        examples, options = [self.examples[row] for row in rows], CollateOptions.of(self.config)
+        examples, config = [self.examples[row] for row in rows], self.config
+        options = CollateOptions(config.shared_prefix, config.target_positions, config.microbatch_tokens or 0)
         if self.cache is None:
             return make_microbatches(examples, self.collate, options)
         batches, start = [], 0

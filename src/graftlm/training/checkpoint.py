@@ -16,7 +16,6 @@ A folder appears under its name only when it is complete, links are swapped atom
 process killed between these steps leaves.
 """
 
-import json
 import shutil
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -36,7 +35,7 @@ from graftlm.exchange.huggingface import (
     save_config,
     save_model,
 )
-from graftlm.files.atomic import atomic_directory, atomic_symlink, write_json, write_text
+from graftlm.files.atomic import atomic_directory, atomic_symlink, write_json
 from graftlm.files.formats import (
     LazyTensor,
     LazyTensors,
@@ -100,14 +99,13 @@ class TrainState:
         elif self.steps_since_overflow == GROWTH_STEPS:
             self.loss_scale, self.steps_since_overflow = self.loss_scale * 2, 0
 
-    def update_best(self, loss: float, accuracy: float | None) -> bool:
-        """Record a validation at the current step; True if it is the best so far."""
+    def update_best(self, loss: float, accuracy: float | None) -> None:
+        """Record a validation at the current step, and whether it is the best so far."""
         self.last = {"step": self.step, "val_loss": loss, "val_accuracy": accuracy}
         better = not self.best or loss < self.best["val_loss"]
         self.evals_since_best = 0 if better else self.evals_since_best + 1
         if better:
             self.best = dict(self.last)
-        return better
 
 
 @dataclass(frozen=True)
@@ -256,18 +254,3 @@ def _set_optimizer_state(
                 values.copy_(saved.part(key, slice(rows.start, rows.stop)) if p.dim() else saved[key])
             loaded[m] = wrap_like(p, values)
         optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device), **loaded}
-
-
-def truncate_metrics(path: Path, step: int) -> None:
-    """Drop the rows of metrics.jsonl after `step`, and a half-written last line."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        try:
-            row = json.loads(line)
-        except ValueError:  # a half-written line of a killed process, or the empty string after the last newline
-            continue
-        if row["step"] <= step:
-            kept.append(line + "\n")
-    write_text(path, "".join(kept))

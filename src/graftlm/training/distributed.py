@@ -13,8 +13,7 @@ passes on every rank, and hooks into one `forward`, while here a rank may have n
 through several methods. Adapters' gradients are small, so overlapping them with the backward pass would gain little.
 
 Forward passes without gradient may differ in number between ranks, although sharded weights are gathered by all ranks
-at once (`uneven_forward`). Nothing is sent through pickle: text travels as JSON. A single process never imports
-torch.distributed.
+at once (`uneven_forward`). Nothing is sent through pickle: text travels as JSON.
 
 Letters: N ranks.
 """
@@ -27,7 +26,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from graftlm.errors import GraftError, InputError, Interrupted
 from graftlm.inference.generate import eval_mode
@@ -59,8 +58,6 @@ class DistContext:
         world = from_environment(os.environ)
         if world.size == 1:
             return world
-        import torch.distributed as dist
-
         cuda = device in ("auto", "cuda") and torch.cuda.is_available()
         if device not in ("auto", "cuda", "cpu"):
             raise world.on_all_ranks(
@@ -78,17 +75,15 @@ class DistContext:
             torch.cuda.set_device(world.local_rank)
         world.backend = "nccl" if cuda else "gloo"
         try:
-            dist.init_process_group(world.backend)
-        except (RuntimeError, ValueError) as error:  # dist.DistError is a RuntimeError
+            distributed.init_process_group(world.backend)
+        except (RuntimeError, ValueError) as error:  # distributed.DistError is a RuntimeError
             raise InputError(f"torchrun: the processes did not find each other: {error}") from error
         return world
 
     def close(self) -> None:
         """Destroy the process group, after the last collective."""
         if self.size > 1:
-            import torch.distributed as dist
-
-            dist.destroy_process_group()
+            distributed.destroy_process_group()
 
     @property
     def is_main(self) -> bool:
@@ -183,32 +178,24 @@ class DistContext:
         return torch.device(self.device_flag)
 
     def _all_reduce(self, t: Tensor) -> Tensor:
-        import torch.distributed as dist
-
         self.bytes_communicated += t.numel() * t.element_size()
         with together():
-            dist.all_reduce(t)
+            distributed.all_reduce(t)
         return t
 
     def _all_gather(self, own: Tensor) -> Tensor:
-        import torch.distributed as dist
-
         self.bytes_communicated += own.numel() * own.element_size()
         parts = [torch.empty_like(own) for _ in range(self.size)]
         with together():
-            dist.all_gather(parts, own)
+            distributed.all_gather(parts, own)
         return torch.stack(parts)
 
     def _broadcast_text(self, text: str, rank: int) -> str:
-        import torch.distributed as dist
-
         data = text.encode() if self.rank == rank else b""
         length = int(max(size for (size,) in self.all_gather([len(data)])))
-        buffer = torch.zeros(length, dtype=torch.uint8, device=self._device)
-        if self.rank == rank:
-            buffer = torch.tensor(list(data), dtype=torch.uint8, device=self._device)
+        buffer = torch.tensor(list(data.ljust(length)), dtype=torch.uint8, device=self._device)
         with together():
-            dist.broadcast(buffer, rank)
+            distributed.broadcast(buffer, rank)
         return bytes(buffer.tolist()).decode()
 
 
@@ -232,6 +219,8 @@ def from_environment(environ: Mapping[str, str]) -> DistContext:
     for name, other in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
         if name not in environ:
             raise InputError(f"{name} is not set, but {other} is; launch with torchrun, or unset both")
+    environ = {"LOCAL_RANK": environ["RANK"], **environ}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         if not environ[name].isdigit():
             raise InputError(f"{name}={environ[name]}: not a number: launch with torchrun, which sets it")
     rank, size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
@@ -241,10 +230,7 @@ def from_environment(environ: Mapping[str, str]) -> DistContext:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if name not in environ:
                 raise InputError(f"{name} is not set, but WORLD_SIZE is {size}: launch with torchrun, which sets it")
-    local = environ.get("LOCAL_RANK", str(rank))
-    if not local.isdigit():
-        raise InputError(f"LOCAL_RANK={local}: not a number: launch with torchrun, which sets it")
-    return DistContext(rank, size, int(local))
+    return DistContext(rank, size, int(environ["LOCAL_RANK"]))
 
 
 def buckets(params: Sequence[nn.Parameter], most: int = BUCKET) -> list[list[nn.Parameter]]:

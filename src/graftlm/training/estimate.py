@@ -14,10 +14,9 @@ included. Not included: checkpoints, and the all-reduce of adapters' gradients.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,10 +53,6 @@ class Estimate:
     minutes: float
     """Everything, including what the objective computes before the first step."""
     peak_rss_mb: float
-
-    def to_json(self) -> dict[str, Any]:
-        """Its fields."""
-        return asdict(self)
 
 
 def make_plan(run: RunContext, startup_seconds: float, repeats: int = 3) -> Estimate:
@@ -130,6 +125,10 @@ class Probe:
         parts = [loader.microbatches(loader.partition(some) or some[:1]) for some in rows]
         return [[part.with_extra(extra) for part in some] for some in parts]
 
+    def time(self, run: Callable[[], object]) -> float:
+        """The median of the seconds that `run` takes."""
+        return _median_time(run, self.repeats)
+
     def step_seconds(self, batch: TrainingBatch) -> float:
         """Forward and backward pass of one micro-batch."""
         model, layers = self.model, self.model.config.num_layers
@@ -140,15 +139,13 @@ class Probe:
             shared, h, _ = hidden[0]
             (h.sum() if shared is None else h.sum() + shared.sum()).backward()
 
-        seconds = self.extrapolate(upper, layers - self.first, model.blocks[self.first :])
+        seconds = self.extrapolate(lambda: self.time(upper), layers - self.first, model.blocks[self.first :])
         # The head is timed on random hidden states of the size the final norm gives: those of a truncated model have
         # likelihoods so small that arithmetic with them is many times slower.
         shared, h, index = hidden[0]
         random = HiddenStates(None if shared is None else _random_like(shared), _random_like(h), index)
         with unsharded_root(model):
-            seconds += _median_time(
-                lambda: self.objective.loss_from_hidden(model, random, batch)[0].backward(), self.repeats
-            )
+            seconds += self.time(lambda: self.objective.loss_from_hidden(model, random, batch)[0].backward())
         if not self.first:
             return seconds
 
@@ -157,18 +154,18 @@ class Probe:
                 model.forward_lower_layers(batch.shared, batch.ids, len(model.blocks), batch.fork)
 
         with unsharded_root(model):
-            return seconds + self.extrapolate(lower, self.first, model.blocks[: self.first])
+            return seconds + self.extrapolate(lambda: self.time(lower), self.first, model.blocks[: self.first])
 
-    def extrapolate(self, run: Callable[[], object], count: int, blocks: nn.ModuleList, repeats: int = 0) -> float:
-        """Seconds of `run` with `count` blocks, from its seconds with the last few of `blocks`."""
-        seconds = {}
+    def extrapolate(self, measure: Callable[[], float], count: int, blocks: nn.ModuleList) -> float:
+        """What `measure` returns with `count` blocks, from what it returns with the last few of `blocks`."""
+        values = {}
         for k in (min(PROBE_LAYERS_SMALL, count), min(PROBE_LAYERS_LARGE, count)):
             with _truncated(self.model, list(blocks)[-k:]):
-                seconds[k] = _median_time(run, repeats or self.repeats)
-        few, many = min(seconds), max(seconds)
+                values[k] = measure()
+        few, many = min(values), max(values)
         # With noise three blocks may look faster than one; no block takes negative time.
-        per_block = max(0.0, seconds[many] - seconds[few]) / (many - few) if many > few else 0.0
-        return seconds[few] + per_block * (count - few)
+        per_block = max(0.0, values[many] - values[few]) / (many - few) if many > few else 0.0
+        return values[few] + per_block * (count - few)
 
     def whole_seconds(self, batch: TrainingBatch) -> float:
         """Forward and backward pass of one micro-batch through all blocks, with head and loss."""
@@ -180,16 +177,15 @@ class Probe:
 
     def saved_mb(self, batch: TrainingBatch) -> float:
         """MB that autograd saves from the forward to the backward pass."""
-        model, layers = self.model, self.model.config.num_layers - self.first
-        saved = {}
-        for k in (min(PROBE_LAYERS_SMALL, layers), min(PROBE_LAYERS_LARGE, layers)):
-            with _truncated(model, list(model.blocks)[-k:]), saved_activation_bytes(model) as count:
-                loss, _ = self.objective.loss(model, batch)
-                saved[k] = count() / 1e6
+
+        def measure() -> float:
+            with saved_activation_bytes(self.model) as count:
+                loss, _ = self.objective.loss(self.model, batch)
+                saved = count() / 1e6  # while `loss` holds the graph
                 del loss
-        few, many = min(saved), max(saved)
-        per_block = (saved[many] - saved[few]) / (many - few) if many > few else 0.0
-        return saved[few] + per_block * (layers - few)
+                return saved
+
+        return self.extrapolate(measure, self.model.config.num_layers - self.first, self.model.blocks)
 
     def statistics_seconds(self, loader: BatchLoader, rows: list[int], dist: DistContext) -> float:
         """The objective's `batch_statistics` of one batch."""
@@ -217,7 +213,7 @@ class Probe:
         return seconds * len(examples) / len(some)
 
     def _full_depth(self, run: Callable[[], object]) -> float:
-        return self.extrapolate(run, self.model.config.num_layers, self.model.blocks, repeats=1)
+        return self.extrapolate(lambda: _median_time(run, 1), self.model.config.num_layers, self.model.blocks)
 
 
 @contextmanager

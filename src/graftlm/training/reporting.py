@@ -1,15 +1,23 @@
-"""What a run reports: lines on the terminal, a row of metrics per step, memory, and results compared with the estimate.
+"""What a run reports: lines on the terminal, metrics.jsonl and its copies, memory, results.
+
+metrics.jsonl is the record. Weights & Biases and TensorBoard get copies if their flags are set; a copy that fails is
+disabled with one warning and never stops a run, but a package or key that is missing before the start is an InputError.
+A key for Weights & Biases comes from WANDB_API_KEY or a git-ignored wandb_api.json; it is passed to wandb and never
+printed or saved.
 
 Memory is in MB (10^6 bytes). MFU is model FLOPs utilisation: the FLOPs the model needs per second, divided by the
 measured peak of the machine's matrix products.
 """
 
+import json
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
@@ -17,13 +25,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from torch import Tensor, nn
 
-from graftlm.errors import require_posix
+from graftlm.config import TrainConfig
+from graftlm.errors import InputError, require_posix
 from graftlm.exchange.load import measure_matmul_flops
-from graftlm.files.formats import to_local
+from graftlm.files.atomic import disk_errors, write_text
+from graftlm.files.formats import read_json, to_local
 from graftlm.methods import Method
 from graftlm.methods.cost_model import model_flops
 from graftlm.models.base import CausalLM
 from graftlm.training.checkpoint import TrainState
+
+KEY_FILE = Path("wandb_api.json")
+MetricsRow = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -47,18 +60,14 @@ class StepMetrics:
         return self.examples / self.seconds
 
 
-# Terminal and metrics -------------------------------------------------------------------------------------------------
+# Terminal -------------------------------------------------------------------------------------------------------------
 
 
 def progress_bar(console: Console) -> Bar:
     """A bar with the steps and a field `info`; it disappears when it is done."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[info]}"),
-    )
-    return Bar(*columns, TimeRemainingColumn(), console=console, transient=True)
+    what, info = TextColumn("{task.description}"), TextColumn("{task.fields[info]}")
+    columns = (what, BarColumn(), MofNCompleteColumn(), info, TimeRemainingColumn())
+    return Bar(*columns, console=console, transient=True)
 
 
 def metrics_row(
@@ -107,14 +116,19 @@ def format_estimate(estimate: dict[str, Any]) -> str:
 def results_of_state(state: TrainState, model: CausalLM, estimate: dict[str, Any]) -> dict[str, Any]:
     """What a finished run did, and its estimate compared with what was measured."""
     speed = state.timed_examples / state.timed_seconds if state.timed_seconds else 0.0
+    measured = {"examples_per_s": speed, "seconds": state.seconds, "peak_rss_mb": peak_rss_mb()}
+    planned = {**estimate, "seconds": estimate["train_seconds"] + estimate["validation_seconds"]}
     results = {
         "steps": state.step,
         "examples": state.examples,
         "seconds": round(state.seconds, 3),
         "seconds_to_first_step": state.seconds_to_first_step,
         "examples_per_s": round(speed, 3),
-        "peak_rss_mb": peak_rss_mb(),
-        "plan": compare_to_estimate(estimate, speed, state.seconds),
+        "peak_rss_mb": measured["peak_rss_mb"],
+        "plan": {
+            key: {"predicted": round(planned[key], 3), "measured": round(x, 3), "ratio": round(x / planned[key], 3)}
+            for key, x in measured.items()
+        },
         "best": state.best,
         "last": state.last,
         **_peak_cuda(model),
@@ -122,19 +136,6 @@ def results_of_state(state: TrainState, model: CausalLM, estimate: dict[str, Any
     if model.dtype == torch.float16:
         results["skipped_steps"] = state.skipped
     return results
-
-
-def compare_to_estimate(estimate: dict[str, Any], examples_per_s: float, seconds: float) -> dict[str, dict[str, float]]:
-    """Planned, measured, and measured / planned."""
-    pairs = {
-        "examples_per_s": (estimate["examples_per_s"], examples_per_s),
-        "seconds": (estimate["train_seconds"] + estimate["validation_seconds"], seconds),
-        "peak_rss_mb": (estimate["peak_rss_mb"], peak_rss_mb()),
-    }
-    return {
-        key: {"predicted": round(planned, 3), "measured": round(measured, 3), "ratio": round(measured / planned, 3)}
-        for key, (planned, measured) in pairs.items()
-    }
 
 
 def mfu(model: CausalLM, method: Method, state: TrainState, cached_layers: int) -> dict[str, float]:
@@ -180,8 +181,8 @@ def _status_mb(field: str) -> float | None:
     status = Path("/proc/self/status")
     if not status.exists():
         return None
-    line = next(x for x in status.read_text().splitlines() if x.startswith(field))
-    return round(int(line.split()[1]) * 1024 / 1e6, 1)
+    kilobytes = int(status.read_text().partition(f"{field}:")[2].split()[0])
+    return round(kilobytes * 1024 / 1e6, 1)
 
 
 def _peak_cuda(model: CausalLM) -> dict[str, float]:
@@ -205,3 +206,172 @@ def saved_activation_bytes(model: nn.Module) -> Iterator[Callable[[], int]]:
     with torch.autograd.graph.saved_tensors_hooks(save, lambda t: t):
         # To be called after the pass: the gathered weights of a sharded block are freed by then.
         yield lambda: sum(storage.nbytes() for storage in saved.values())
+
+
+# metrics.jsonl and its copies -----------------------------------------------------------------------------------------
+
+
+class Logger(Protocol):
+    """A destination for copies of the rows."""
+
+    def log(self, row: MetricsRow) -> None:
+        """One row of metrics.jsonl; a value of None was not measured at this step."""
+
+    def close(self) -> None:
+        """Called after the last row."""
+
+
+class MetricsLogger:
+    """Appends rows to metrics.jsonl, flushing each, and copies them to loggers."""
+
+    def __init__(self, path: Path, loggers: Iterable[tuple[str, Logger]], warn: Callable[[str], None]) -> None:
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._path = path
+        self._loggers = dict(loggers)
+        self._warn = warn
+
+    def write(self, row: MetricsRow) -> None:
+        """Add one row."""
+        with disk_errors(self._path):
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        self._call_all(lambda logger: logger.log(row))
+
+    def close(self) -> None:
+        """Close the file, and the loggers."""
+        try:
+            with disk_errors(self._path):
+                self._file.close()  # retries what a full disk refused
+        finally:
+            self._call_all(lambda logger: logger.close())
+
+    def _call_all(self, call: Callable[[Logger], None]) -> None:
+        for name, logger in list(self._loggers.items()):
+            try:
+                call(logger)
+            except Exception as error:  # of any kind: another library, network or disk must not stop a run
+                del self._loggers[name]
+                self._warn(disabled_message(name, error))
+
+
+def disabled_message(name: str, error: Exception) -> str:
+    """The warning about a logger that failed."""
+    what = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"{name} failed and is disabled; metrics.jsonl continues: {what[:200]}"
+
+
+def check_loggers(config: TrainConfig) -> None:
+    """An InputError before anything starts if a logger's package or key is missing."""
+    if config.wandb_project:
+        _wandb()
+        _key()
+    if config.tensorboard:
+        _summary_writer()
+
+
+def start_loggers(
+    config: TrainConfig, run: dict[str, Any], step: int, warn: Callable[[str], None]
+) -> list[tuple[str, Logger]]:
+    """The loggers that the flags select, by name, for a run that continues after `step`; without those that fail."""
+    out_dir = Path(config.out_dir)
+    selected: dict[str, Callable[[], Logger]] = {}
+    if config.wandb_project:
+        selected["Weights & Biases"] = lambda: Wandb(config.wandb_project, run["wandb_id"], out_dir, run["config"])
+    if config.tensorboard:
+        selected["TensorBoard"] = lambda: TensorBoard(out_dir / "tensorboard", step)
+    started: list[tuple[str, Logger]] = []
+    for name, start in selected.items():
+        try:
+            started.append((name, start()))
+        except Exception as error:  # as in MetricsLogger
+            warn(disabled_message(name, error))
+    return started
+
+
+class TensorBoard:
+    """TensorBoard event files with one scalar per number of a row."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        # Events after the checkpoint that a run resumes from are purged from what TensorBoard shows.
+        self._writer = _summary_writer()(str(folder), purge_step=step + 1)
+
+    def log(self, row: MetricsRow) -> None:
+        """Every number but the step itself, at its step."""
+        for name, value in row.items():
+            if name != "step" and isinstance(value, int | float):
+                self._writer.add_scalar(name, value, row["step"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        self._writer.close()
+
+
+def _summary_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError("--tensorboard needs the tensorboard package: pip install 'graftlm[tensorboard]'") from None
+    return SummaryWriter
+
+
+class Wandb:
+    """A Weights & Biases run that a resumed run continues."""
+
+    def __init__(self, project: str, run_id: str, out_dir: Path, config: dict[str, Any]) -> None:
+        wandb = _wandb()
+        if key := _key():
+            os.environ["WANDB_API_KEY"] = key
+        self._run = wandb.init(
+            project=project, id=run_id, resume="allow", name=out_dir.name, dir=str(out_dir), config=config
+        )
+
+    def log(self, row: MetricsRow) -> None:
+        """The values measured at this step."""
+        self._run.log({k: v for k, v in row.items() if v is not None}, step=row["step"])
+
+    def close(self) -> None:
+        """Send the remaining rows."""
+        self._run.finish()
+
+
+def _wandb() -> ModuleType:
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    os.environ.setdefault("WANDB_SILENT", "true")
+    try:
+        import wandb
+    except ImportError:
+        raise InputError("--wandb_project needs the wandb package: pip install 'graftlm[wandb]'") from None
+    return wandb
+
+
+def _key() -> str | None:
+    """The API key, or None if none is needed; an InputError if it is missing."""
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return None
+    if key := os.environ.get("WANDB_API_KEY"):
+        return key
+    if KEY_FILE.is_file():
+        data = read_json(KEY_FILE)
+        key = data.get("key") or data.get("api_key") or data.get("wandb_api_key") if isinstance(data, dict) else None
+        if isinstance(key, str) and key:
+            return key
+        raise InputError(f'{KEY_FILE}: contains no key; write {{"key": "..."}}')
+    raise InputError(
+        f'--wandb_project: no key; set WANDB_API_KEY, write {{"key": "..."}} to {KEY_FILE}, or set WANDB_MODE=offline'
+    )
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Drop the rows of metrics.jsonl after `step`, and a half-written last line."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        try:
+            row = json.loads(line)
+        except ValueError:  # a half-written line of a killed process, or the empty string after the last newline
+            continue
+        if row["step"] <= step:
+            kept.append(line + "\n")
+    write_text(path, "".join(kept))

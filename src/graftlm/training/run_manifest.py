@@ -1,4 +1,12 @@
-"""run.json: what it records of a run, and which flags a resumed run may change."""
+"""run.json: what it records of a run, which flags a resumed run may change, and what --init_from names.
+
+    --init_from smollm2-135m     a base: a method is installed on it
+    --init_from runs/sft         a run: training continues its adapter, on the base it was trained on
+                                 (full fine-tuning: its weights are the base)
+
+The initial adapter is not merged. The new run's checkpoints are adapters of the same published base, and the initial
+model, adapter included, is the reference of preference training.
+"""
 
 import os
 import platform
@@ -10,11 +18,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from graftlm.config import TrainConfig
+from graftlm.config.flags import MethodFlags
 from graftlm.errors import InputError
-from graftlm.exchange.load import read_run
+from graftlm.exchange.huggingface import read_adapter
+from graftlm.exchange.load import check_base, read_run, resolve_path
+from graftlm.files.assets import model_folder
 from graftlm.files.atomic import LOCK_NAME, write_json
-from graftlm.methods.base import count_parameters
+from graftlm.files.formats import tensors_sha256
+from graftlm.methods import Method, method_from_flags, method_from_json
+from graftlm.methods.base import count_parameters, load_trainable_state_dict
+from graftlm.models.base import CausalLM
+from graftlm.models.config import ModelConfig
 from graftlm.text.dataset import Dataset
 from graftlm.text.layouts import Conversation
 from graftlm.training.distributed import DistContext
@@ -27,6 +44,8 @@ CONTENT_CHECKED = {"init_from", "data", "val_data", "test_data"}
 """Flags that name files: on resume they may name another place, because the content is checked by its hash."""
 RESUME_MUTABLE = {*CONTENT_CHECKED, "resume", "plan", "shard", "max_iters", "epochs", "wandb_project", "tensorboard"}
 """Flags that a resumed run may change; all others decide its numbers."""
+OVERRIDABLE_FLAGS = {"lora_dropout", "lora_plus_ratio"}
+"""Flags that change how a method is trained, not its parameters."""
 
 
 @dataclass
@@ -96,6 +115,27 @@ def config_diff(previous: dict[str, Any], config: TrainConfig, dist: DistContext
     return {**flags, **distributed}
 
 
+def _versions() -> dict[str, str]:
+    packages = {name: version(name) for name in ("graftlm", "torch", "tokenizers", "safetensors", "numpy")}
+    return {"python": platform.python_version(), "platform": platform.platform(), **packages}
+
+
+def _git_state() -> str | None:
+    """Commit and dirtiness of the checkout graftlm runs from; None when it is installed elsewhere."""
+    try:
+        result = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None if result.returncode == 0 else None
+
+
 # Resume ---------------------------------------------------------------------------------------------------------------
 
 
@@ -148,25 +188,82 @@ def explicit_flags(config: TrainConfig, given: Set[str] | None) -> Set[str]:
     return {f.name for f in fields(config) if getattr(config, f.name) != f.default} if given is None else given
 
 
-# Environment ----------------------------------------------------------------------------------------------------------
+# --init_from ----------------------------------------------------------------------------------------------------------
 
 
-def _versions() -> dict[str, str]:
-    packages = {name: version(name) for name in ("graftlm", "torch", "tokenizers", "safetensors", "numpy")}
-    return {"python": platform.python_version(), "platform": platform.platform(), **packages}
+@dataclass(frozen=True)
+class InitSource:
+    """The model that a run starts from."""
+
+    base: str
+    """The base model's name, as in run.json."""
+    folder: Path
+    """Its files."""
+    method: Method
+    adapter: Path | None = None
+    """The checkpoint folder of the initial adapter."""
+    saved: Method | None = None
+    """The method with which that checkpoint was saved."""
+
+    def load_initial_adapter(self, model: CausalLM) -> None:
+        """Load the initial adapter, if there is one, into a model with the method installed."""
+        if (state := self._state(model.config)) is not None:
+            load_trainable_state_dict(model, state, str(self.adapter))
+
+    def sha256(self, shape: ModelConfig) -> str | None:
+        """The initial adapter's hash; None without one."""
+        state = self._state(shape)
+        return None if state is None else tensors_sha256(state)
+
+    def _state(self, shape: ModelConfig) -> dict[str, Tensor] | None:
+        if self.adapter is None or self.saved is None:
+            return None
+        return read_adapter(self.adapter, shape, self.saved)
 
 
-def _git_state() -> str | None:
-    """Commit and dirtiness of the checkout graftlm runs from; None when it is installed elsewhere."""
-    try:
-        result = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() or None if result.returncode == 0 else None
+def resolve_init(config: TrainConfig, typed: Set[str], resumed: bool) -> InitSource:
+    """Resolve --init_from and the method's flags; `typed` are the explicit flags.
+
+    Raises InputError for a model that cannot be found, a run whose base has changed, and flags that contradict the
+    method of the run it starts from.
+    """
+    path = Path(config.init_from)
+    if (path / "run.json").is_file():
+        run_dir, checkpoint = path, path / "best"
+    elif path.is_dir() and (path.parent / "run.json").is_file():
+        run_dir, checkpoint = path.parent, path
+    else:
+        folder = model_folder(config.init_from)
+        return InitSource(resolve_path(config.init_from), folder, method_from_flags(config, typed))
+    run = read_run(run_dir)
+    if not checkpoint.is_dir():
+        raise InputError(f"--init_from {run_dir}: the run has no checkpoint yet; resume it with graft train --resume")
+    saved = method_from_json(run["method"])
+    if saved.is_full_finetune:
+        return InitSource(resolve_path(str(checkpoint)), checkpoint, method_from_flags(config, typed))
+    _check_flags(config, typed, saved, run_dir)
+    free = {
+        flag: field for flag, field in saved.flags.items() if flag in OVERRIDABLE_FLAGS and (resumed or flag in typed)
+    }
+    method = replace(saved.for_inference, **{field: getattr(config, flag) for flag, field in free.items()})
+    folder = model_folder(run["base"]["name"])
+    check_base(folder, run, run_dir)
+    return InitSource(run["base"]["name"], folder, method, checkpoint, saved)
+
+
+def _check_flags(config: MethodFlags, typed: Set[str], saved: Method, run_dir: Path) -> None:
+    """An InputError if an explicit flag contradicts the method of the initial adapter."""
+    for name in (f.name for f in fields(MethodFlags)):
+        if name not in typed or name in ("init_from", *OVERRIDABLE_FLAGS):
+            continue
+        value = getattr(config, name)
+        was: Any = saved.name if name == "method" else getattr(saved, saved.flags.get(name, ""), None)
+        if name == "train_layers":
+            was = "{}:{}".format(*saved.layers) if saved.layers else "all"
+        elif isinstance(was, tuple):
+            was = ",".join(was)
+        if value != was:
+            raise InputError(
+                f"--{name} {value}: {run_dir} is of {saved.name}, with {name} {was}, which training continues; for "
+                f"another method, merge it first (graft export --merged --out_dir {run_dir} --to FOLDER)"
+            )

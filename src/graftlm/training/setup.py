@@ -13,30 +13,33 @@ from typing import Any
 
 import torch
 
-from graftlm.config import OBJECTIVES, TrainConfig, parse_columns
+from graftlm.config import TrainConfig
+from graftlm.config.flags import parse_columns
+from graftlm.config.training import OBJECTIVES
 from graftlm.errors import InputError
 from graftlm.exchange.huggingface import base_hash, load_model, load_weights_into, meta_model
 from graftlm.exchange.load import ModelBundle, check_base, pick_device, pick_dtype, read_tokenizer, resolve_path
 from graftlm.methods import Method
-from graftlm.methods.base import mergeable_linears
+from graftlm.methods.base import mergeable_linears, parse_layer_range
 from graftlm.models.base import CausalLM
 from graftlm.text.boundary import label_ids
 from graftlm.text.collate import Example, encode_rows, preflight, subset
-from graftlm.text.dataset import Dataset, load_dataset
+from graftlm.text.dataset import Dataset, default_labels, load_dataset
 from graftlm.text.template import Template, load_template
 from graftlm.text.tokenizer import Tokenizer
 from graftlm.training.batches import BatchLoader, TrainingData
 from graftlm.training.distributed import DistContext, shard, warmup_fsdp
-from graftlm.training.init_from import InitSource, resolve_init, with_layer_range
-from graftlm.training.loggers import check_loggers
 from graftlm.training.objectives import Objective, flags_of, make_objective, objective_class
+from graftlm.training.reporting import check_loggers
 from graftlm.training.run_manifest import (
     CONTENT_CHECKED,
+    InitSource,
     RunManifest,
     check_out_dir,
     explicit_flags,
     new_manifest,
     read_previous,
+    resolve_init,
     resumed_config,
 )
 
@@ -76,19 +79,25 @@ def prepare(
 ) -> RunContext:
     """Check and load everything a run needs.
 
-    Args:
-        config: the flags.
-        given: the explicit ones; None: those that differ from their defaults.
-        dist: this rank.
-        previous: run.json of the run that --resume names; None: read it.
+    given: the explicit flags; None: those that differ from their defaults. previous: run.json of the run that --resume
+    names; None: read it.
     """
     dist = dist or DistContext()
     out_dir = Path(config.out_dir)
-    config, previous, explicit = _flags(config, given, previous)
+    previous = previous or read_previous(config)
+    explicit: Set[str] = frozenset()
+    if previous is None:
+        check_out_dir(out_dir)
+        explicit = explicit_flags(config, given)
+    else:
+        config = resumed_config(config, previous["config"], given)
     check_loggers(config)
     objective = make_objective(config, explicit)
     source = resolve_init(config, explicit, previous is not None)
-    template = _template(config, previous)
+    if previous is None and "labels" not in explicit:
+        config = replace(config, labels=default_labels(config.data, parse_columns(config.columns)))
+    # Of a resumed run the recorded one, wherever its file may be now.
+    template = Template.of_run(previous) if previous else load_template(config.template, config.labels)
     device = pick_device(config.device if dist.size == 1 else dist.device_flag)
     _check_ranks(config, objective, source, dist)
     dtype, reason = _dtype(config, previous, device)
@@ -96,7 +105,11 @@ def prepare(
     tokenizer = read_tokenizer(source.folder)
     if previous is not None:
         check_base(source.folder, previous, out_dir)
-        _check_data(dataset.fingerprint, previous, out_dir)
+        if dataset.fingerprint != (recorded := previous["data"]["fingerprint"]):
+            raise InputError(
+                f"{out_dir}: was trained on other data (fingerprint {recorded[:12]}, now {dataset.fingerprint[:12]}); "
+                "restore the data, or start a new run"
+            )
     sharded = dist.size > 1 and (source.method.is_full_finetune or config.shard)
     with ThreadPoolExecutor(1) as background:  # hashing uses one core, loading mostly another
         hashing = background.submit(lambda: previous["base"]["sha256"] if previous else base_hash(source.folder))
@@ -150,26 +163,6 @@ def shard_and_load(run: RunContext) -> None:
 
 
 # Flags ----------------------------------------------------------------------------------------------------------------
-
-
-def _flags(
-    config: TrainConfig, given: Set[str] | None, previous: dict[str, Any] | None
-) -> tuple[TrainConfig, dict[str, Any] | None, Set[str]]:
-    """The flags that apply, run.json of the resumed run (None: a new run), and the explicit flags (none on resume)."""
-    if not config.resume:
-        check_out_dir(Path(config.out_dir))
-        return config, None, explicit_flags(config, given)
-    previous = previous or read_previous(config)
-    assert previous is not None
-    return resumed_config(config, previous["config"], given), previous, frozenset()
-
-
-def _template(config: TrainConfig, previous: dict[str, Any] | None) -> Template:
-    """Of a resumed run the recorded one, wherever its file may be now."""
-    if previous is None:
-        return load_template(config.template, config.labels)
-    recorded = previous["template"]
-    return Template(recorded["name"], recorded["text"], tuple(recorded["labels"]))
 
 
 def _dtype(config: TrainConfig, previous: dict[str, Any] | None, device: torch.device) -> tuple[torch.dtype, str]:
@@ -231,22 +224,16 @@ def _read_data(config: TrainConfig, objective: Objective, template: Template) ->
     dataset = load_dataset(
         config.data, config.val_data, config.test_data, parse_columns(config.columns), template.labels
     )
-    record = dataset.splits["train"][0]
-    if not isinstance(record, objective.records):
-        users = [name for name in OBJECTIVES if isinstance(record, objective_class(name).records)]
-        raise InputError(
-            f"--objective {config.objective}: {dataset.name} holds records for --objective {' or '.join(users)}; "
-            f"{config.objective} needs {objective.needs}"
-        )
+    if "train" not in dataset.splits:
+        raise InputError(f"--data {dataset.name}: has no train split; it has {', '.join(dataset.splits)}")
+    for record in (dataset.splits["train"][0], dataset.splits["validation"][0]):
+        if not isinstance(record, objective.records):
+            users = [name for name in OBJECTIVES if isinstance(record, objective_class(name).records)]
+            raise InputError(
+                f"--objective {config.objective}: {dataset.name} holds records for --objective {' or '.join(users)}; "
+                f"{config.objective} needs {objective.needs}"
+            )
     return dataset
-
-
-def _check_data(fingerprint: str, previous: dict[str, Any], out_dir: Path) -> None:
-    if fingerprint != previous["data"]["fingerprint"]:
-        raise InputError(
-            f"{out_dir}: was trained on other data (fingerprint {previous['data']['fingerprint'][:12]}, "
-            f"now {fingerprint[:12]}); restore the data, or start a new run"
-        )
 
 
 def _max_example_tokens(config: TrainConfig, model: CausalLM, method: Method) -> int:
@@ -291,9 +278,9 @@ def _method(
     config: TrainConfig, source: InitSource, model: CausalLM, train: Sequence[Example], tokenizer: Tokenizer
 ) -> Method:
     """The method, with what depends on the model's depth and the run's prompts decided."""
-    method = with_layer_range(config, source, model.config.num_layers)
     if source.adapter is not None:
-        return method
+        return source.method
+    method = replace(source.method, layers=parse_layer_range(config.train_layers, model.config.num_layers))
     return method.resolve_init([e.prompt_ids for e in train], lambda text: tokenizer.encode_prompt(text))
 
 

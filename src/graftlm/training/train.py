@@ -2,10 +2,11 @@
 
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Set
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,28 @@ from graftlm.errors import InputError
 from graftlm.exchange.load import pick_device, pick_dtype
 from graftlm.files.assets import cache_home
 from graftlm.files.atomic import LOCK_NAME, cleanup_tmp, lock_dir, lock_owner
+from graftlm.models.fused_ops import CppKernels, KernelsUnavailable, compiler, load_kernels
 from graftlm.training.activation_cache import ActivationCache, CacheSpec, open_activation_cache
-from graftlm.training.checkpoint import FIRST_SCALE, CheckpointManager, TrainState, truncate_metrics
+from graftlm.training.checkpoint import FIRST_SCALE, CheckpointManager, TrainState
 from graftlm.training.distributed import DistContext, model_is_sharded
 from graftlm.training.estimate import make_plan
-from graftlm.training.loggers import MetricsLogger, start_loggers
-from graftlm.training.reporting import format_estimate, mfu, parameter_counts, peak_rss_mb, results_of_state
+from graftlm.training.objectives import Notify
+from graftlm.training.reporting import (
+    MetricsLogger,
+    format_estimate,
+    mfu,
+    parameter_counts,
+    peak_rss_mb,
+    results_of_state,
+    start_loggers,
+    truncate_metrics,
+)
 from graftlm.training.run_manifest import check_out_dir, read_previous
-from graftlm.training.schedule import FIRST_STEPS, BackgroundCompile, KernelSwitch
 from graftlm.training.setup import RunContext, prepare, shard_and_load
 from graftlm.training.trainer import Trainer, make_optimizer
+
+FIRST_STEPS = 10
+"""With --kernels auto, steps with torch's kernels, while the compiler works in the background (about a second)."""
 
 
 def train(
@@ -83,9 +96,9 @@ def _train(
         run = prepare(config, given, dist, previous)
     _check_same_on_all_ranks(run)
     shard_and_load(run)
-    print_header(run, console)
+    _print_header(run, _notifier(console))
     if config.plan:
-        estimate = dist.broadcast_object(make_plan(run, time.perf_counter() - started).to_json())
+        estimate = dist.broadcast_object(asdict(make_plan(run, time.perf_counter() - started)))
         return {**estimate, **parameter_counts(run.manifest.values)}
     with _cleanup_on_failure(run, console):
         trainer = make_trainer(run, console, started)
@@ -101,37 +114,41 @@ def _train(
 
 def make_trainer(run: RunContext, console: Console, started: float) -> Trainer:
     """The run's folder, reference, estimate, checkpoint, kernels, cache and loggers, in this order."""
-    manifest, model = run.manifest, run.loaded.model
+    manifest, model, notify = run.manifest, run.loaded.model, _notifier(console)
     checkpoints = _checkpoints(run)
     optimizer = make_optimizer(model, run.config, run.method)
     _check_folder(run, checkpoints)
-    _setup_objective(run, console)
+    _setup_objective(run, notify)
     if manifest.values["plan"] is None:  # a resumed run keeps its estimate
-        estimate = make_plan(run, time.perf_counter() - started, repeats=1).to_json()
-        estimate = manifest.values["plan"] = dict(run.dist.broadcast_object(estimate))
-        console.print(format_estimate(estimate), highlight=False)
-    state = _restore(run, checkpoints, optimizer, console)
+        estimate = make_plan(run, time.perf_counter() - started, repeats=1)
+        plan = manifest.values["plan"] = run.dist.broadcast_object(asdict(estimate))
+        notify(format_estimate(plan))
+    state = _restore(run, checkpoints, optimizer, notify)
     if manifest.values["cpp_kernels"] is None:
-        manifest.values["cpp_kernels"] = _decide_kernels(run, console)
-    kernels = BackgroundCompile(KernelSwitch(**manifest.values["cpp_kernels"]), model)
+        manifest.values["cpp_kernels"] = _decide_kernels(run, notify)
+    kernels = BackgroundCompile(run, notify)
     manifest.update()
-    loader = replace(run.loader, cache=_open_cache(run, console))
     return Trainer(
         config=run.config,
         model=model,
         optimizer=optimizer,
-        loader=loader,
+        loader=replace(run.loader, cache=_open_cache(run, notify)),
         objective=run.objective,
         data=run.data,
         dist=run.dist,
         checkpoints=checkpoints,
-        metrics=_open_metrics(run, state, console),
-        kernels=kernels,
-        manifest=manifest,
+        metrics=_open_metrics(run, state, notify),
+        before_step=kernels.before_step,
+        out_dir=manifest.folder,
         console=console,
         state=state,
         started=started,
     )
+
+
+def _notifier(console: Console) -> Notify:
+    """Prints a line as it is."""
+    return partial(console.print, markup=False, highlight=False)
 
 
 # Parts of the set-up --------------------------------------------------------------------------------------------------
@@ -187,7 +204,7 @@ def _cleanup_on_failure(run: RunContext, console: Console) -> Iterator[None]:
                     shutil.rmtree(path)
                 elif path.name != LOCK_NAME:
                     path.unlink()
-            console.print(f"nothing was saved: {out_dir} was cleared", markup=False, highlight=False)
+            _notifier(console)(f"nothing was saved: {out_dir} was cleared")
 
 
 def _checkpoints(run: RunContext) -> CheckpointManager:
@@ -218,9 +235,8 @@ def _check_folder(run: RunContext, checkpoints: CheckpointManager) -> None:
             )
 
 
-def _setup_objective(run: RunContext, console: Console) -> None:
+def _setup_objective(run: RunContext, notify: Notify) -> None:
     """Compute what the objective needs of the initial model, and store it for a resumed run."""
-    notify = partial(console.print, markup=False, highlight=False)
     if (record := run.objective.setup(run.loaded.model, run.data, run.dist, notify)) is not None:
         run.manifest.values["reference"] = record
     if run.dist.is_main and not run.config.resume:
@@ -229,7 +245,7 @@ def _setup_objective(run: RunContext, console: Console) -> None:
 
 
 def _restore(
-    run: RunContext, checkpoints: CheckpointManager, optimizer: torch.optim.Optimizer, console: Console
+    run: RunContext, checkpoints: CheckpointManager, optimizer: torch.optim.Optimizer, notify: Notify
 ) -> TrainState:
     """The state of the latest checkpoint, whose weights are loaded; a fresh one for a new run."""
     state = TrainState()
@@ -238,28 +254,19 @@ def _restore(
             state = checkpoints.load_checkpoint(run.loaded.model, optimizer)
         if run.dist.is_main:
             truncate_metrics(run.manifest.folder / "metrics.jsonl", state.step)
-        console.print(f"resumed after step {state.step}", highlight=False)
+        notify(f"resumed after step {state.step}")
     if state.step == 0 and run.loaded.model.dtype == torch.float16:
         state.loss_scale = FIRST_SCALE
     return state
 
 
-def _decide_kernels(run: RunContext, console: Console) -> dict[str, Any]:
-    """At which step kernels change, as run.json records it."""
-    with run.dist.same_error_on_all_ranks():
-        switch = KernelSwitch.decide(run.config, run.loaded.model.device)
-    if run.config.kernels == "auto" and switch.start_step is None and (run.config.max_iters or 0) > FIRST_STEPS:
-        console.print(f"not compiled: {switch.reason}", markup=False, highlight=False)
-    return dict(run.dist.broadcast_object(switch.to_json()))
-
-
-def _open_cache(run: RunContext, console: Console) -> ActivationCache | None:
+def _open_cache(run: RunContext, notify: Notify) -> ActivationCache | None:
     """The cached hidden states of frozen lower layers; None, with a note, if they are recomputed in each step."""
     config, model = run.config, run.loaded.model
     layers = run.method.layer_range(model.config).start
     if layers == 0 or config.activation_cache_gb == 0:
         return None
-    cache, note = None, ""
+    cache = None
     if model_is_sharded(model):
         note = "--shard: hidden states of the frozen lower layers are recomputed in each step"
     elif not run.objective.caches_activations:
@@ -270,38 +277,31 @@ def _open_cache(run: RunContext, console: Console) -> ActivationCache | None:
         base = run.manifest.values["base"]["sha256"]
         spec = CacheSpec(layers, base, config.shared_prefix, config.activation_cache_gb * 1e9)
         cache, note = open_activation_cache(cache_home(), model, run.data.train, spec)
-    console.print(note, markup=False, highlight=False)
+    notify(note)
     return cache
 
 
-def _open_metrics(run: RunContext, state: TrainState, console: Console) -> MetricsLogger:
+def _open_metrics(run: RunContext, state: TrainState, notify: Notify) -> MetricsLogger:
     """metrics.jsonl and the other loggers; on other ranks than 0 rows go nowhere."""
-    warn = partial(console.print, markup=False, highlight=False)
     if not run.dist.is_main:
-        return MetricsLogger(Path(os.devnull), [], warn)
-    loggers = start_loggers(run.config, run.manifest.values, state.step, warn)
-    return MetricsLogger(run.manifest.folder / "metrics.jsonl", loggers, warn)
+        return MetricsLogger(Path(os.devnull), [], notify)
+    loggers = start_loggers(run.config, run.manifest.values, state.step, notify)
+    return MetricsLogger(run.manifest.folder / "metrics.jsonl", loggers, notify)
 
 
-def print_header(run: RunContext, console: Console) -> None:
+def _print_header(run: RunContext, notify: Notify) -> None:
     """What is about to be trained, and on which data."""
     values, model = run.manifest.values, run.loaded.model
-    console.print(
-        f"{values['base']['name']} in {values['dtype']} on {values['device']}: {run.loaded.dtype_reason}",
-        highlight=False,
-    )
-    console.print(
-        f"{run.method.name} trains {values['trainable']:,} of {values['total']:,} parameters "
-        f"({values['trainable'] / values['total']:.2%})",
-        highlight=False,
-    )
+    notify(f"{values['base']['name']} in {values['dtype']} on {values['device']}: {run.loaded.dtype_reason}")
+    trained, total = values["trainable"], values["total"]
+    notify(f"{run.method.name} trains {trained:,} of {total:,} parameters ({trained / total:.2%})")
     if line := run.method.describe_scale(model, run.config.lr or 0.0):
-        console.print(line, highlight=False)
+        notify(line)
     if run.dist.size > 1:
         how = "weights sharded across ranks" if model_is_sharded(model) else "every rank holds the model"
-        console.print(f"{run.dist.size} processes ({run.dist.backend}): {how}", highlight=False)
+        notify(f"{run.dist.size} processes ({run.dist.backend}): {how}")
     for note in run.notes:
-        console.print(note, markup=False, highlight=False)
+        notify(note)
 
 
 def _results(run: RunContext, trainer: Trainer) -> dict[str, Any]:
@@ -317,3 +317,89 @@ def _results(run: RunContext, trainer: Trainer) -> dict[str, Any]:
         peaks = [peak for (peak,) in dist.all_gather([peak_rss_mb()])]
         results["distributed"] = {**dist.to_json(), "peak_rss_mb": peaks, "comm_bytes": dist.bytes_communicated}
     return results
+
+
+# C++ kernels ----------------------------------------------------------------------------------------------------------
+#
+# They round differently. So the step at which they replace torch's is recorded in run.json before the first step: a
+# resumed run must not depend on what happens to be compiled already.
+
+
+@dataclass(frozen=True)
+class KernelSwitch:
+    """From which step on kernels are C++, and why."""
+
+    start_step: int | None
+    """None: never."""
+    reason: str
+
+    @classmethod
+    def decide(cls, config: TrainConfig, device: torch.device) -> "KernelSwitch":
+        """What --kernels means for a run; an InputError if "cpp" is impossible."""
+        if config.kernels == "torch":
+            return cls(None, "--kernels torch")
+        obstacle = _unavailable_reason(config, device)
+        if obstacle and config.kernels == "cpp":
+            raise InputError(f"--kernels cpp: {obstacle}: leave it out, or use --kernels torch")
+        if config.kernels == "cpp":
+            return cls(1, "--kernels cpp")
+        if obstacle:
+            return cls(None, obstacle)
+        if (config.max_iters or 0) <= FIRST_STEPS:
+            return cls(None, f"not for {FIRST_STEPS} steps or fewer")
+        return cls(FIRST_STEPS + 1, "the same gradients in less time")
+
+
+def _unavailable_reason(config: TrainConfig, device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"kernels are compiled for the CPU, and this run is on {device.type}"
+    if not config.fused:
+        return "--fused is off, and compiled kernels are its gradients"
+    try:
+        compiler()
+    except KernelsUnavailable as error:
+        return str(error)
+    return None
+
+
+def _decide_kernels(run: RunContext, notify: Notify) -> dict[str, Any]:
+    """At which step kernels change, as run.json records it."""
+    with run.dist.same_error_on_all_ranks():
+        switch = KernelSwitch.decide(run.config, run.loaded.model.device)
+    if run.config.kernels == "auto" and switch.start_step is None and (run.config.max_iters or 0) > FIRST_STEPS:
+        notify(f"not compiled: {switch.reason}")
+    return dict(run.dist.broadcast_object(asdict(switch)))
+
+
+class BackgroundCompile:
+    """Compiles the C++ kernels during the first steps."""
+
+    def __init__(self, run: RunContext, notify: Notify) -> None:
+        self._run, self._notify = run, notify
+        self._start: int | None = run.manifest.values["cpp_kernels"]["start_step"]
+        self._result: CppKernels | KernelsUnavailable | None = None
+        self._thread = threading.Thread(target=self._load, daemon=True)
+        if self._start is not None:
+            self._thread.start()
+
+    def _load(self) -> None:
+        try:
+            self._result = load_kernels()
+        except KernelsUnavailable as error:
+            self._result = error
+
+    def before_step(self, step: int) -> None:
+        """Use C++ kernels from this step on if the run does, or record that it cannot; waits for the compiler."""
+        start, model, config = self._start, self._run.loaded.model, self._run.config
+        if start is None or step < start or self._result is model.kernels:
+            return
+        self._thread.join()
+        if isinstance(self._result, CppKernels):
+            model.set_kernels(self._result)
+            return
+        error = self._result or KernelsUnavailable("the compiler's thread died")
+        if config.kernels == "cpp" or step != start:
+            raise InputError(f"{config.out_dir}: computes with compiled kernels from step {start} on, and {error}")
+        self._notify(f"not compiled: {error}")
+        self._start = None
+        self._run.manifest.update(cpp_kernels=asdict(KernelSwitch(None, str(error))))

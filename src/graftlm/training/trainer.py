@@ -9,29 +9,25 @@ batch; rank 0 writes and prints.
 
 import math
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import Progress as Bar
 from torch import Tensor, nn
 
 from graftlm.config import TrainConfig
-from graftlm.errors import GraftError, InputError, Interrupted
+from graftlm.errors import GraftError, Interrupted, stop_on_signal
 from graftlm.files.formats import full_tensor, is_sharded
 from graftlm.methods import Method
 from graftlm.methods.base import trainable
 from graftlm.models.base import CausalLM
-from graftlm.models.fused_ops import KernelsUnavailable
 from graftlm.training.batches import BatchLoader, TrainingBatch, TrainingData
 from graftlm.training.checkpoint import CheckpointManager, TrainState
 from graftlm.training.distributed import DistContext, model_is_sharded, uneven_forward
-from graftlm.training.loggers import MetricsLogger
-from graftlm.training.objectives import Objective
-from graftlm.training.reporting import StepMetrics, metrics_row, print_eval, progress_bar
-from graftlm.training.run_manifest import RunManifest
-from graftlm.training.schedule import BackgroundCompile, KernelSwitch, learning_rate
-from graftlm.training.signals import stop_on_signal
+from graftlm.training.objectives import Objective, validate
+from graftlm.training.reporting import MetricsLogger, StepMetrics, metrics_row, print_eval, progress_bar
 
 
 def make_optimizer(model: CausalLM, config: TrainConfig, method: Method) -> torch.optim.AdamW:
@@ -47,6 +43,18 @@ def make_optimizer(model: CausalLM, config: TrainConfig, method: Method) -> torc
         lr=config.lr or 0.0,
         fused=True,
     )
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """The learning rate of `step` (1 is the first): linear warmup to the peak, then cosine decay to almost zero.
+
+    It is never zero: the first step and the last one change the weights too.
+    """
+    assert config.lr is not None and config.warmup_steps is not None and config.max_iters is not None
+    if step <= config.warmup_steps:
+        return config.lr * step / config.warmup_steps
+    part = (step - config.warmup_steps) / (config.max_iters - config.warmup_steps + 1)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * part))
 
 
 @dataclass(frozen=True)
@@ -75,8 +83,9 @@ class Trainer:
     dist: DistContext
     checkpoints: CheckpointManager
     metrics: MetricsLogger
-    kernels: BackgroundCompile
-    manifest: RunManifest
+    before_step: Callable[[int], None]
+    """Called with the number of each step before it."""
+    out_dir: Path
     console: Console
     state: TrainState
     started: float
@@ -92,19 +101,27 @@ class Trainer:
             task = bar.add_task("train", total=steps, completed=state.step, info="")
             while state.step < steps and not 0 < self.config.patience <= state.evals_since_best:
                 step = state.step + 1
-                self.switch_kernels(step)
+                self.before_step(step)
                 done = self.train_step(step, [next(stream) for _ in range(self.config.grad_accum)])
                 self.count(done, steps)
                 stopping = any(stop_here for (stop_here,) in self.dist.all_gather([stop.is_set()]))
                 is_eval_step = step % (self.config.eval_every or 1) == 0 or step == steps
                 evaluated = self.evaluate() if is_eval_step else dict.fromkeys(self.objective.validation_metrics)
                 state.seconds = offset + time.perf_counter()
-                self.log(done, evaluated, bar)
+                row = metrics_row(done, state, self.model, evaluated)
+                self.metrics.write(row)
+                if is_eval_step:
+                    print_eval(row, bar.console, state.best)
                 bar.update(task, completed=step, info=f"loss {done.loss:.3f}  {done.examples_per_s:.1f} examples/s")
                 if is_eval_step or stopping:
                     self.checkpoints.save(self.model, self.optimizer, state)
                 if stopping and step < steps:
-                    raise self._interrupted()
+                    raise self.dist.on_all_ranks(
+                        Interrupted(
+                            f"interrupted; step {step} is saved in {self.out_dir / 'last'}: resume with graft train "
+                            f"--resume --out_dir {self.out_dir}"
+                        )
+                    )
 
     def train_step(self, step: int, batches: list[list[int]]) -> StepMetrics:
         """Optimizer step number `step` on these batches of example indices, whose gradients are accumulated."""
@@ -205,58 +222,9 @@ class Trainer:
         self.state.update_best(loss, accuracy)
         return {"val_loss": loss, "val_accuracy": accuracy, **monitored}
 
-    def log(self, done: StepMetrics, evaluated: dict[str, float | None], bar: Bar) -> None:
-        """Write the step's row to metrics.jsonl; print a validation's."""
-        row = metrics_row(done, self.state, self.model, evaluated)
-        self.metrics.write(row)
-        if row["val_loss"] is not None:
-            print_eval(row, bar.console, self.state.best)
-
-    def switch_kernels(self, step: int) -> None:
-        """Use C++ kernels from this step on if the run does, or record that it cannot."""
-        try:
-            self.kernels.ensure_ready(step)
-        except KernelsUnavailable as error:
-            start = self.kernels.switch.start_step
-            if self.config.kernels == "cpp" or step != start:
-                raise InputError(
-                    f"{self.config.out_dir}: computes with compiled kernels from step {start} on, and {error}"
-                ) from error
-            self.console.print(f"not compiled: {error}", markup=False, highlight=False)
-            switch = KernelSwitch(None, str(error))
-            self.kernels = BackgroundCompile(switch, self.model)
-            self.manifest.update(cpp_kernels=switch.to_json())
-
-    def _interrupted(self) -> GraftError:
-        out_dir = self.manifest.folder
-        return self.dist.on_all_ranks(
-            Interrupted(
-                f"interrupted; step {self.state.step} is saved in {out_dir / 'last'}: resume with graft train --resume "
-                f"--out_dir {out_dir}"
-            )
-        )
-
     def _not_finite(self, step: int, what: str, value: float) -> GraftError:
         latest = self.checkpoints.latest()
         good = f"the last good checkpoint is {latest.resolve()}" if latest else "no checkpoint was saved before"
         return self.dist.on_all_ranks(
             GraftError(f"step {step}: the {what} is {value}; {good}; try a lower --lr or --alpha, or --dtype float32")
         )
-
-
-def validate(
-    model: CausalLM, objective: Objective, data: TrainingData, dist: DistContext
-) -> tuple[float, float | None]:
-    """Mean loss per target token, pair or example, and the fraction of correct examples (None: not defined).
-
-    Each rank evaluates its part of the examples; all return the same.
-    """
-    examples = data.validation
-    statistics = objective.batch_statistics(model, examples, dist)
-    mine = [examples[i] for i in dist.partition(range(len(examples)), [e.length for e in examples])]
-    loss, weight, correct = 0.0, 0.0, None
-    with uneven_forward(model, dist):
-        if mine:
-            loss, weight, correct = objective.evaluate(model, replace(data, validation=mine), statistics)
-    loss, weight, total, defined = dist.all_reduce_numbers([loss, weight, correct or 0.0, correct is not None])
-    return loss / weight, total / len(examples) if defined else None

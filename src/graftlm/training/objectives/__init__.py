@@ -7,21 +7,22 @@ records, batches, loss, logged metrics, validation, and what has to be computed 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from graftlm.config import OBJECTIVES, TrainConfig
+from graftlm.config import TrainConfig
+from graftlm.config.training import OBJECTIVES
 from graftlm.errors import InputError, unknown_name_error
 from graftlm.inference.generate import eval_mode
 from graftlm.models.base import CausalLM
 from graftlm.text.collate import Example
 from graftlm.text.layouts import Record
 from graftlm.training.batches import CollateOptions, HiddenStates, TrainingBatch, TrainingData, forward_batch
-from graftlm.training.distributed import DistContext
+from graftlm.training.distributed import DistContext, uneven_forward
 
 Sums = dict[str, Tensor]
 """Scalars, each the sum of a metric over a batch's examples, without gradient."""
@@ -130,6 +131,24 @@ class Objective(ABC):
     def with_placeholders(self, examples: Sequence[Example]) -> list[Example]:
         """The examples with any value for what `setup` computes, for timing."""
         return list(examples)
+
+
+def validate(
+    model: CausalLM, objective: Objective, data: TrainingData, dist: DistContext
+) -> tuple[float, float | None]:
+    """Mean loss per target token, pair or example, and the fraction of correct examples (None: not defined).
+
+    Each rank evaluates its part of the examples; all return the same.
+    """
+    examples = data.validation
+    statistics = objective.batch_statistics(model, examples, dist)
+    mine = [examples[i] for i in dist.partition(range(len(examples)), [e.length for e in examples])]
+    loss, weight, correct = 0.0, 0.0, None
+    with uneven_forward(model, dist):
+        if mine:
+            loss, weight, correct = objective.evaluate(model, replace(data, validation=mine), statistics)
+    loss, weight, total, defined = dist.all_reduce_numbers([loss, weight, correct or 0.0, correct is not None])
+    return loss / weight, total / len(examples) if defined else None
 
 
 def objective_class(name: str) -> type[Objective]:

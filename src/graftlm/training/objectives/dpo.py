@@ -22,7 +22,7 @@ A pair is one row whose prompt runs once, and the reference's sums are computed 
 Letters: B pairs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graftlm.config import LossType
+from graftlm.config.training import LossType
 from graftlm.errors import InputError
 from graftlm.models.base import CausalLM
 from graftlm.text.collate import Example
@@ -116,7 +116,16 @@ class DPO(ReferenceObjective):
 
     def losses(self, sums: SequenceLogProbs) -> Tensor:
         """Each pair's loss, [B]."""
-        return _LOSSES[self.loss_type](self, sums)
+        delta, smoothing = self.logits(sums), self.label_smoothing
+        if self.loss_type == "hinge":
+            return torch.relu(1 - delta)
+        if self.loss_type == "ipo":
+            return (_difference(_log_ratios(sums) / sums.lengths) - 1 / (2 * self.beta)) ** 2
+        if self.loss_type == "simpo":
+            return -F.logsigmoid(delta)
+        if self.loss_type == "orpo":
+            return -sums.policy[:, 0] / sums.lengths[:, 0] - self.beta * F.logsigmoid(delta)
+        return -(1 - smoothing) * F.logsigmoid(delta) - smoothing * F.logsigmoid(-delta)
 
     def logits(self, sums: SequenceLogProbs) -> Tensor:
         """The argument of the sigmoid in each pair's loss (delta), [B]; the gradient's weight is s(-delta)."""
@@ -148,35 +157,3 @@ def _log_ratios(sums: SequenceLogProbs) -> Tensor:
 
 def _difference(pairs: Tensor) -> Tensor:
     return pairs[:, 0] - pairs[:, 1]
-
-
-def _sigmoid(dpo: DPO, sums: SequenceLogProbs) -> Tensor:
-    delta, e = dpo.logits(sums), dpo.label_smoothing
-    return -(1 - e) * F.logsigmoid(delta) - e * F.logsigmoid(-delta)
-
-
-def _hinge(dpo: DPO, sums: SequenceLogProbs) -> Tensor:
-    return torch.relu(1 - dpo.logits(sums))
-
-
-def _ipo(dpo: DPO, sums: SequenceLogProbs) -> Tensor:
-    return (_difference(_log_ratios(sums) / sums.lengths) - 1 / (2 * dpo.beta)) ** 2
-
-
-def _simpo(dpo: DPO, sums: SequenceLogProbs) -> Tensor:
-    return -F.logsigmoid(dpo.logits(sums))
-
-
-def _orpo(dpo: DPO, sums: SequenceLogProbs) -> Tensor:
-    likelihood = -sums.policy[:, 0] / sums.lengths[:, 0]
-    return likelihood - dpo.beta * F.logsigmoid(dpo.logits(sums))
-
-
-_LOSSES: dict[str, Callable[[DPO, SequenceLogProbs], Tensor]] = {
-    "sigmoid": _sigmoid,
-    "hinge": _hinge,
-    "ipo": _ipo,
-    "sigmoid_norm": _sigmoid,
-    "simpo": _simpo,
-    "orpo": _orpo,
-}

@@ -1,0 +1,219 @@
+"""The handlers of `graft evaluate` and `graft generate`: load what the flags name, read the data, run it."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graftlm.cli import display
+from graftlm.config import EvaluateConfig, GenerateConfig, TrainConfig
+from graftlm.config.flags import parse_columns
+from graftlm.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from graftlm.config.flags import ParsedArgs
+    from graftlm.exchange.load import ModelBundle
+    from graftlm.inference.evaluate import Predictor
+    from graftlm.text.collate import Example
+    from graftlm.text.template import Template
+
+Result = dict[str, Any]
+Source = tuple[str, str, str, dict[str, str]]
+"""data, val, test and columns of `load_dataset`."""
+DATA_FLAGS = ("data", "val_data", "test_data", "columns")
+
+
+def evaluate(parsed: "ParsedArgs", notes: "Console") -> Result:
+    """`graft evaluate`, with --ray by copies of the model on a cluster."""
+    check_run_flags(parsed, notes)
+    if not parsed.config.ray:
+        return _evaluate_by(None, parsed.config, notes)
+    from graftlm.studies.ray_cluster import connected, ray_predictor
+
+    with connected(parsed.config, ray_log_level(parsed)) as cluster:
+        return _evaluate_by(lambda loaded: ray_predictor(cluster, parsed.config, loaded), parsed.config, notes)
+
+
+def check_run_flags(parsed: "ParsedArgs", notes: "Console") -> None:
+    """A note for flags of a run that is not read, since --init_from names a model; an error if that is the default."""
+    init_from = parsed.config.init_from
+    for flag in sorted(parsed.explicit.intersection(("out_dir", "checkpoint")) if init_from != "resume" else ()):
+        line = f"--{flag} {getattr(parsed.config, flag)}: is not read, as --init_from is {init_from}"
+        if "init_from" not in parsed.explicit:
+            raise InputError(f"{line}: add --init_from resume to read a run")
+        notes.print(line, markup=False)
+
+
+def ray_log_level(parsed: "ParsedArgs") -> str:
+    """How much a Ray cluster prints."""
+    return "INFO" if parsed.common.debug else "ERROR"
+
+
+def _evaluate_by(
+    reader_of: Callable[["ModelBundle"], "Predictor"] | None, config: EvaluateConfig, notes: "Console"
+) -> Result:
+    """The evaluation by what is loaded here, or by a reader made of it, such as its copies on a cluster."""
+    from graftlm.exchange.load import load
+    from graftlm.inference.evaluate import evaluate, write_predictions
+    from graftlm.text.collate import common_prefix_length
+
+    loaded = load(config.init_from, config.out_dir, config.checkpoint, config.device, config.dtype)
+    template, examples, content_free = _examples(loaded, config, notes)
+    readings = 2 if config.mode == "both" else 1
+    with display.progress(notes, "evaluate", readings * len(examples)) as progress:
+        evaluation = evaluate(
+            loaded.model,
+            loaded.tokenizer,
+            template,
+            examples,
+            mode=config.mode,
+            batch_size=config.batch_size,
+            content_free=content_free,
+            predictor=reader_of(loaded) if reader_of else None,
+            progress=progress,
+        )
+    if config.predictions:
+        write_predictions(config.predictions, evaluation)
+    prompts = [example.prompt_ids for example in examples]
+    return {
+        **evaluation.to_json(),
+        "labels": list(template.labels),
+        "prompt_tokens": sum(map(len, prompts)) / len(prompts),
+        "shared_prompt_tokens": common_prefix_length(prompts) if len(prompts) > 1 else 0,
+    }
+
+
+def generate(parsed: "ParsedArgs", notes: "Console") -> Result:
+    """`graft generate`: continue a prompt, or classify the test split."""
+    from graftlm.exchange.load import load
+
+    config: GenerateConfig = parsed.config
+    check_run_flags(parsed, notes)
+    unused = ("chat", "num_samples") if config.prompt is None else ("data", "limit")
+    for flag in parsed.explicit.intersection(unused):
+        problem = "needs --prompt" if config.prompt is None else "is not read with --prompt"
+        raise InputError(f"--{flag} {getattr(config, flag)}: {problem}; without it the test split is classified")
+    prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
+    loaded = load(config.init_from, config.out_dir, config.checkpoint, config.device, config.dtype)
+    return _classify(loaded, config, notes) if prompt is None else _continue(loaded, config, prompt)
+
+
+def _continue(loaded: "ModelBundle", config: GenerateConfig, prompt: str) -> Result:
+    from graftlm.inference.generate import generate
+    from graftlm.inference.sampling import SamplingParams
+    from graftlm.text.chat import Chat
+
+    learned_chat = bool((loaded.run or {}).get("data", {}).get("chat"))
+    speaks = config.chat == "on" or (config.chat == "auto" and learned_chat)
+    if speaks and loaded.tokenizer.chat_template is None:
+        raise InputError(f"--chat {config.chat}: {loaded.name} has no chat template; use --chat off")
+    texts = generate(
+        loaded.model,
+        loaded.tokenizer,
+        [prompt] * config.num_samples,
+        SamplingParams.from_flags(config),
+        chat=Chat(loaded.tokenizer) if speaks else None,
+        batch_size=config.batch_size,
+    )
+    return {"prompt": prompt, "texts": texts}
+
+
+def _classify(loaded: "ModelBundle", config: GenerateConfig, notes: "Console") -> Result:
+    """What the course handout's generate.py does: the test split by generation, with the given sampling."""
+    from graftlm.inference.evaluate import evaluate
+    from graftlm.inference.sampling import SamplingParams
+
+    template, examples, _ = _examples(loaded, EvaluateConfig(data=config.data, limit=config.limit), notes)
+    if any(example.label is None for example in examples):
+        raise InputError("--data: a row has no label, so there is no accuracy; give --prompt to generate text")
+    with display.progress(notes, "classify", len(examples)) as progress:
+        evaluation = evaluate(
+            loaded.model,
+            loaded.tokenizer,
+            template,
+            examples,
+            mode="generate",
+            params=SamplingParams.from_flags(config),
+            batch_size=config.batch_size,
+            progress=progress,
+        )
+    return {**evaluation.to_json(), "labels": list(template.labels)}
+
+
+def _examples(
+    loaded: "ModelBundle", config: EvaluateConfig, notes: "Console"
+) -> tuple["Template", list["Example"], list[list["Example"]]]:
+    """What to read, as the flags say, else as the run says that is being read, else the defaults.
+
+    Template, examples, and the inputs without content that calibrate them (none unless asked for).
+    """
+    from graftlm.inference.fewshot import FewShotConfig, build_fewshot
+    from graftlm.text.collate import subset
+    from graftlm.text.dataset import default_labels, load_dataset
+    from graftlm.text.template import load_template
+
+    run: Result = (loaded.run or {}).get("config", {})
+    source, train_source = _sources(config, run)
+    template = loaded.template
+    if template is None or config.template or config.labels:
+        named = next(filter(None, source[:3]))
+        template = load_template(
+            config.template or run.get("template", TrainConfig.template),
+            config.labels or run.get("labels") or default_labels(named, source[3]),
+        )
+    dataset = load_dataset(*source, template.labels)
+    train = load_dataset(*train_source, template.labels).splits if train_source else dataset.splits
+    for note in dataset.notes:
+        notes.print(note, soft_wrap=True)
+    split = config.split or "test"
+    rows = dataset.splits.get(split, [])
+    if not rows:
+        raise InputError(f"--split {split}: {dataset.name} has no such split; it has {', '.join(dataset.splits)}")
+    if split != "train" and (both := {row.text for row in train.get("train", [])} & {row.text for row in rows}):
+        notes.print(f"{len(both)} of the evaluated texts are in the train split too", soft_wrap=True)
+    # A run's own length holds for its prompts, which have no demonstrations before them.
+    max_length = config.max_length or (0 if config.shots else run.get("max_length")) or loaded.model.max_seq_len
+    asked = build_fewshot(
+        loaded.model,
+        loaded.tokenizer,
+        template,
+        subset(rows, config.limit),
+        train.get("train", []) if config.shots else [],
+        FewShotConfig(
+            shots=config.shots,
+            selection=config.demo_selection,
+            seed=config.seed,
+            max_length=max_length,
+            calibrate=config.calibrate,
+            batch_size=config.batch_size,
+        ),
+    )
+    if asked.truncated:
+        notes.print(
+            f"{asked.truncated} of {len(asked.examples)} texts were cut to fit {max_length} tokens", soft_wrap=True
+        )
+    return template, asked.examples, asked.content_free
+
+
+def _sources(config: EvaluateConfig, run: Result) -> tuple["Source", "Source | None"]:
+    """What to evaluate on, and where the demonstrations are if they are elsewhere, as arguments of `load_dataset`."""
+    own = TrainConfig(**{flag: run[flag] for flag in DATA_FLAGS if flag in run})
+    split, columns = config.split or "test", parse_columns(config.columns)
+    if config.data:
+        several = config.split or config.val_data or config.test_data
+        if several or not Path(config.data).expanduser().is_file():
+            return (config.data, config.val_data, config.test_data, columns), None
+        if config.shots:
+            raise InputError(
+                f"--shots {config.shots}: {config.data} is read whole, so there is no train split for demonstrations: "
+                "add --split test, or name the texts to evaluate with --test_data"
+            )
+        return ("", "", config.data, columns), None
+    columns = columns or parse_columns(own.columns)
+    everything = (own.data, own.val_data, own.test_data, columns)
+    if file := config.test_data if split == "test" else config.val_data:
+        source = ("", "", file, columns) if split == "test" else ("", file, "", columns)
+        return source, everything if config.shots else None
+    return everything, None
