@@ -279,7 +279,7 @@ def test_a_recipe_lists_the_folders_of_a_report_and_words_beside_it_win(tmp_path
         (b"rank = \n", "{file}: not a TOML file: Invalid value (at line 1, column 8)"),
         (
             b'data = "\xff"\n',
-            "{file}: not a TOML file: 'utf-8' codec can't decode byte 0xff in position 8: invalid start byte",
+            "--config {file}:1: byte 9 is not UTF-8 (0xff); save the file as UTF-8",
         ),
     ],
 )

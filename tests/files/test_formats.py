@@ -141,7 +141,7 @@ def test_broken_json_names_file_and_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"x\.json, line 2: broken JSON"):
         formats.read_json(path)
     path.write_bytes(b'{"a": "\xff"}')
-    with pytest.raises(InputError, match=r"not UTF-8 text \(byte 7\)"):
+    with pytest.raises(InputError, match=r"x\.json:1: byte 8 is not UTF-8"):
         formats.read_json(path)
     with pytest.raises(InputError, match="cannot read it: No such file"):
         formats.read_json(tmp_path / "none.json")

@@ -464,7 +464,9 @@ def test_bytes_that_are_not_utf8(tmp_path: Path, name: str):
     fails(path, b"text,label\ncaf\xe9,1\n", f"FILE:2: byte 4 is {message}")
     fails(path, b"\xef\xbb\xbfcaf\xe9\n", f"FILE:1: byte 7 is {message}")
     fails(path, b"\xef\xbb\xbfa\r\nb\ncaf\xe9", f"FILE:3: byte 4 is {message}")
-    fails(path, "text".encode("utf-16"), "FILE:1: byte 1 is not UTF-8 (it looks like UTF-16); save the file as UTF-8")
+    fails(
+        path, "text".encode("utf-16-le"), "FILE:1: byte 2 is not UTF-8 (it looks like UTF-16); save the file as UTF-8"
+    )
 
 
 @pytest.mark.parametrize(

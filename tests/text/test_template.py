@@ -111,7 +111,7 @@ def test_unknown_template_suggests_the_nearest():
 def test_template_file_that_is_not_utf8(tmp_path: Path):
     file = tmp_path / "t"
     file.write_bytes(b"caf\xe9 {text}")
-    with refused(f"template {file}: byte 4 is not UTF-8; save the file as UTF-8"):
+    with refused(f"template {file}:1: byte 4 is not UTF-8 (0xe9); save the file as UTF-8"):
         load_template(str(file))
 
 

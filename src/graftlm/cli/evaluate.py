@@ -95,7 +95,7 @@ def generate(parsed: "ParsedArgs", notes: "Console") -> Result:
     for flag in parsed.explicit.intersection(unused):
         problem = "needs --prompt" if config.prompt is None else "is not read with --prompt"
         raise InputError(f"--{flag} {getattr(config, flag)}: {problem}; without it the test split is classified")
-    prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
+    prompt = sys.stdin.read().removeprefix("\ufeff") if config.prompt == "-" else config.prompt
     loaded = load(config.init_from, config.out_dir, config.checkpoint, config.device, config.dtype)
     return _classify(loaded, config, notes) if prompt is None else _continue(loaded, config, prompt)
 
@@ -203,7 +203,7 @@ def _sources(config: EvaluateConfig, run: Result) -> tuple["Source", "Source | N
     split, columns = config.split or "test", parse_columns(config.columns)
     if config.data:
         several = config.split or config.val_data or config.test_data
-        if several or not Path(config.data).expanduser().is_file():
+        if several or not Path(config.data).is_file():
             return (config.data, config.val_data, config.test_data, columns), None
         if config.shots:
             raise InputError(

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from graftlm.config.flags import require
+from graftlm.config.flags import Flags, require
 from graftlm.config.training import Checkpoint
 from graftlm.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportConfig:
+class ExportConfig(Flags):
     """Write a run as a folder that PEFT or transformers loads, and verify that it is the same model."""
 
     out_dir: str = "graft-run"
@@ -24,13 +24,14 @@ class ExportConfig:
     """Data type of the weights of a whole model; an adapter's are always float32."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(bool(self.out_dir.strip()), "out_dir", repr(self.out_dir), "a folder's name")
         if not self.to.strip():
             raise InputError("--to: name the folder to create, as in --to my-model")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImportConfig:
+class ImportConfig(Flags):
     """Make a run folder from an adapter folder, PEFT's or graftlm's, and verify that it is the same model."""
 
     folder: str
@@ -45,12 +46,13 @@ class ImportConfig:
     """The label words, comma-separated, in the order of the label numbers."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for flag in ("folder", "out_dir"):
             require(bool(getattr(self, flag).strip()), flag, repr(getattr(self, flag)), "a folder's name")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DownloadConfig:
+class DownloadConfig(Flags):
     """Download a model or a data set and print its local folder."""
 
     name: str

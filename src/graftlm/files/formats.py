@@ -29,9 +29,10 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from graftlm.config.paths import has_suffix, read_text
 from graftlm.errors import InputError
 from graftlm.files.atomic import atomic_write, write_json
-from graftlm.files.readers import GGUF, PICKLE_SUFFIXES, SAFETENSORS, has_suffix
+from graftlm.files.readers import GGUF, PICKLE_SUFFIXES, SAFETENSORS
 
 if TYPE_CHECKING:
     import torch
@@ -68,13 +69,9 @@ STORED = {torch_name: name for name, (torch_name, _) in DTYPES.items()}  # the r
 def read_json(path: Path) -> Any:
     """Read one JSON value. Raises InputError with the file and the line of the error."""
     try:
-        return json.loads(path.read_bytes().decode("utf-8"))
+        return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {error.lineno}: broken JSON: {error.msg}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start}): write it again as UTF-8") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot read it: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # a number with thousands of digits, or endless brackets
         raise InputError(f"{path}: broken JSON: {str(error).partition(';')[0]}") from error
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from graftlm.config.paths import has_suffix, read_text
 from graftlm.errors import InputError
 
 Record = tuple[str, dict[str, Any]]  # its source (file and line), and its fields
@@ -27,11 +28,6 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SPACE = re.compile(r"\s*")
 ROWS_KEYS = ("data", "rows", "records", "examples", "items")
 """What an object around the rows of a file calls them."""
-
-
-def has_suffix(path: Path | str, *suffixes: str) -> bool:
-    """Whether a file name ends with one of the suffixes, in any case."""
-    return str(path).lower().endswith(suffixes)
 
 
 def read_records(path: Path) -> Iterator[Record]:
@@ -53,18 +49,8 @@ def short_repr(value: object) -> str:
 
 
 def _text(path: Path) -> str:
-    """The file's text without a byte order mark. A byte that is not UTF-8 is an error with its line."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        start = error.start + (3 if content.startswith(b"\xef\xbb\xbf") else 0)  # it is counted after the mark
-        line, byte = content.count(b"\n", 0, start) + 1, start - content.rfind(b"\n", 0, start)
-        kind = "it looks like UTF-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else f"0x{content[start]:02x}"
-        raise InputError(f"{path}:{line}: byte {byte} is not UTF-8 ({kind}); save the file as UTF-8") from None
+    """The file's text; a file without any is an error."""
+    text = read_text(path)
     if not text.strip():
         raise InputError(f"{path}: the file is empty: write one record a line")
     return text

@@ -22,11 +22,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from itertools import product
-from pathlib import Path
 from typing import Any, get_type_hints
 
 from graftlm.config import EvaluateConfig, TrainConfig
 from graftlm.config.flags import read_toml, read_toml_flags
+from graftlm.config.paths import user_path
 from graftlm.errors import InputError
 from graftlm.files.formats import sha256_file
 
@@ -151,7 +151,7 @@ def content_id(flags: Mapping[str, Any], budget: Mapping[str, float]) -> str:
 def _file_hashes(name: str) -> list[str] | None:
     """Hashes of a file or of a folder's files; None for other names (a built-in, a hub id, a template's text)."""
     try:
-        path = Path(name)
+        path = user_path(name)
         if path.is_file():
             return [sha256_file(path)]
         if path.is_dir():

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from graftlm.config.paths import user_path
 from graftlm.errors import InputError
 from graftlm.files.assets import data_folder
 from graftlm.files.formats import read_json
@@ -82,7 +83,7 @@ def load_dataset(
             continue
         if split in files:
             raise InputError(f"--{flag} {file}: {data} has a {split} split already, {files[split][0].name}")
-        files[split] = [Path(file).expanduser()]
+        files[split] = [user_path(file)]
         if not files[split][0].is_file():
             raise InputError(f"--{flag} {file}: no such file")
     label_words = LabelWords(tuple(labels))

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from graftlm.config.flags import read_toml
+from graftlm.config.paths import user_path
 from graftlm.errors import InputError, did_you_mean, unknown_name_error
 from graftlm.files.readers import Record, read_records
 from graftlm.text.collate import sort_by_hash
@@ -152,7 +153,7 @@ def load_task(name: str, seed: int = 0) -> tuple[Task, list[str]]:
         ), []
     if name in REVIEWS:
         return _reviews(name)
-    path = Path(name)
+    path = user_path(name, "--task ")
     if (read := TASK_READERS.get(path.suffix.lower())) is not None:
         if not path.is_file():
             raise InputError(f"--task {name}: no such file")
@@ -224,7 +225,7 @@ def _from_toml(path: Path) -> Task:
 def _records(path: Path, key: str, value: object) -> list[Record]:
     """The [[questions]] of the table, or the records of the file that `value` names."""
     if isinstance(value, str):
-        file = path.parent / value
+        file = path.parent / user_path(value)
         if not file.is_file():
             raise InputError(f"{path}: {key} = {value!r}: no such file beside it")
         return list(read_records(file))

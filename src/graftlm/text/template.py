@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from graftlm.config.paths import read_text, user_path
 from graftlm.errors import InputError, unknown_name_error
 from graftlm.text.words import UNSPACED, normalize
 
@@ -124,9 +125,10 @@ def load_template(spec: str, labels: str = DEFAULT_LABELS) -> Template:
         return Template(spec, BUILTIN[spec].replace("{labels}", " or ".join(words)), words)
     if FIELD in spec:
         return Template(CUSTOM, spec, words)
-    path = Path(spec)
+    path = user_path(spec, "template ")
     if spec.strip() and _is_file(path):
-        return Template(spec, _read(path), words)
+        text = read_text(path, "template ").replace("\r\n", "\n")
+        return Template(spec, text.removesuffix("\n"), words)  # which editors add
     error = unknown_name_error("template", spec, BUILTIN)
     raise InputError(f"{error}; or give a file, or a string with {FIELD} in it")
 
@@ -166,13 +168,3 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):  # too long for a file name, or with a NUL
         return False
-
-
-def _read(path: Path) -> str:
-    try:
-        text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"template {path}: byte {error.start + 1} is not UTF-8; save the file as UTF-8") from None
-    except OSError as error:
-        raise InputError(f"template {path}: {error.strerror}") from None
-    return text.removesuffix("\n")  # which editors add

@@ -21,6 +21,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
+from graftlm.config.paths import read_text, user_path
 from graftlm.errors import InputError
 from graftlm.files.atomic import atomic_write
 from graftlm.files.formats import read_json
@@ -74,8 +75,8 @@ class Tokenizer:
     @classmethod
     def from_folder(cls, folder: Path | str) -> Tokenizer:
         """Read a model folder's tokenizer. Raises InputError if it is missing, broken or has no end-of-text token."""
-        folder = Path(folder)
-        files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+        folder = user_path(folder)
+        files = {name: read_text(folder / name).encode() for name in FILES if (folder / name).is_file()}
         backend = _backend(folder, files)
         return cls(backend, _end_of_text(folder, backend), files)
 
@@ -151,7 +152,7 @@ class Tokenizer:
     def chat_template(self) -> str | None:
         """The jinja template of a chat-tuned model, which `text/chat.py` runs; None if the files have none."""
         if "chat_template.jinja" in self._files:
-            return self._files["chat_template.jinja"].decode("utf-8", errors="replace")
+            return self._files["chat_template.jinja"].decode()
         template = self._config.get("chat_template")
         if isinstance(template, list):  # several templates by name
             named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
@@ -174,7 +175,7 @@ class Tokenizer:
         return content if isinstance(content, dict) else {}
 
     def save(self, folder: Path | str) -> None:
-        """Write the tokenizer's files into `folder`, unchanged."""
+        """Write the tokenizer's files into `folder`, unchanged but for a byte order mark, which others do not read."""
         for name, content in self._files.items():
             with atomic_write(Path(folder) / name) as file:
                 file.write(content)
@@ -333,12 +334,9 @@ def _gpt2(folder: Path, vocabulary: str, merges: str) -> tokenizers.Tokenizer:
     from tokenizers import Tokenizer as Backend
 
     vocab = read_json(folder / vocabulary)
-    try:
-        lines = (folder / merges).read_bytes().decode("utf-8").split("\n")
-        lines = [line for line in lines if line.strip() and not line.startswith("#version")]
-        pairs = [(first, second) for first, _, second in (line.partition(" ") for line in lines)]
-    except UnicodeDecodeError as error:
-        raise InputError(f"{folder / merges}: not UTF-8 text (byte {error.start}): fetch it again") from error
+    lines = read_text(folder / merges).replace("\r\n", "\n").split("\n")
+    lines = [line for line in lines if line.strip() and not line.startswith("#version")]
+    pairs = [(first, second) for first, _, second in (line.partition(" ") for line in lines)]
     for number, pair in enumerate(pairs, 1):
         if not {*pair, pair[0] + pair[1]} <= vocab.keys():
             raise InputError(f"{folder / merges}: merge {number} ({' '.join(pair)!r}) has tokens not in {vocabulary}")
