@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from graftlm.models import CausalLM, ModelConfig
 from graftlm.models.config import FAMILIES as FAMILY_TABLE
 from graftlm.models.config import RopeConfig, to_file
-from random_models import random_model
 
 FAMILIES = ("gpt2", "llama", "llama-biased", "neox")
 
@@ -38,6 +37,18 @@ def shape_of(kind: str, vocab: int = 61, context: int = 96, layers: int = 2) -> 
     }
     neox = (replace(FAMILY_TABLE["neox"].layer, rope=RopeConfig(dim=4)),)
     return ModelConfig(**sizes, layers=neox if kind == "neox" else ())
+
+
+def random_model(config: ModelConfig, seed: int = 0, std: float = 0.02, dtype: torch.dtype = torch.float32) -> CausalLM:
+    """Matrices normal(0, std), norms near one, biases small."""
+    rng = torch.Generator().manual_seed(seed)
+    model = CausalLM(config).to(dtype)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            draw = torch.randn(p.shape, generator=rng, dtype=torch.float64)
+            is_gain = "norm" in name and name.endswith("weight")
+            p.copy_(1 + 0.1 * draw if is_gain else std * draw)
+    return model.eval()
 
 
 def model_of(kind: str, seed: int = 0, dtype: torch.dtype = torch.float64, **sizes: int) -> CausalLM:

@@ -10,7 +10,7 @@ from torch import Tensor
 from graftlm.inference.sampling import SamplingParams
 from graftlm.models import CausalLM, ModelConfig
 from graftlm.text.tokenizer import Tokenizer
-from random_models import random_model
+from tiny import random_model
 
 VOCAB, CONTEXT = 48, 40
 

@@ -124,8 +124,7 @@ def test_smollm2_real_weights(dtype: torch.dtype) -> None:
 
 def test_the_fused_kernel_of_long_rows_equals_the_plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
     from graftlm.models import layers
-    from random_models import random_model
-    from tiny import shape_of
+    from tiny import random_model, shape_of
 
     model = random_model(shape_of("llama", context=96), std=0.2, dtype=torch.float64)
     ids = torch.randint(0, 61, (2, 90), generator=torch.Generator().manual_seed(0))

@@ -229,7 +229,7 @@ class Prompter:
         prompts = self.prompts(problems, run)
         ids = [self._builder.ids(prompt) for prompt in prompts]
         by_score = bool(self._task.labels) and not run.reasoning
-        self._check(ids, run, by_score)
+        self._check(ids, run, 1 if by_score else self._max_new_tokens(run))
         batching = Batching(self._config.batch_size, progress=progress)
         start = time.perf_counter()
         if by_score:
@@ -271,9 +271,8 @@ class Prompter:
     def _max_new_tokens(self, run: PromptingRun) -> int:
         return self._config.max_new_tokens or (REASONING_TOKENS if run.reasoning else ANSWER_TOKENS)
 
-    def _check(self, ids: Sequence[Sequence[int]], run: PromptingRun, by_score: bool) -> None:
+    def _check(self, ids: Sequence[Sequence[int]], run: PromptingRun, new_tokens: int) -> None:
         """An InputError for a prompt that leaves too little space for what may follow it, in both calls."""
-        new_tokens = 1 if by_score else self._max_new_tokens(run)
         if run.style == "zero-shot-cot":
             new_tokens += len(self._tokenizer.encode(f"\nTherefore, {self._task.trigger}")) + ANSWER_TOKENS
         longest, context = max(map(len, ids)), self._model.max_seq_len

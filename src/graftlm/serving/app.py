@@ -271,23 +271,24 @@ async def _classify(service: Service, body: ClassifyBody) -> dict[str, Any]:
     models = [service.model(name) for name in dict.fromkeys(body.models or service.models)]
     texts = [body.text] if body.text is not None else list(body.texts or ())
 
-    def encode(text: str, model: ServedModel) -> tuple[Example, bool]:
+    def encode(text: str, model: ServedModel) -> tuple[Example, dict[str, bool]]:
         records = [Labelled(text, 0, source="text")]
         examples, truncated = encode_rows(records, model.template, service.tokenizer, model.max_seq_len)
-        return examples[0], bool(truncated)
+        return examples[0], {"truncated": bool(truncated)}
 
     prompts = await asyncio.to_thread(lambda: [(model, *encode(text, model)) for text in texts for model in models])
     found: list[dict[str, Any]] = []
     for start in range(0, len(prompts), CLASSIFY_CONCURRENCY):
         batch = prompts[start : start + CLASSIFY_CONCURRENCY]
-        found += await asyncio.gather(*(_probabilities(service, *each) for each in batch))
+        results = await asyncio.gather(*(_probabilities(service, model, example) for model, example, _ in batch))
+        found += [result | notes for result, (_, _, notes) in zip(results, batch, strict=True)]
     by_text = [found[start : start + len(models)] for start in range(0, len(found), len(models))]
     names = [model.name for model in models]
-    results = [{"index": n, "models": dict(zip(names, each, strict=True))} for n, each in enumerate(by_text)]
-    return {"object": "classification", "results": results}
+    classified = [{"index": n, "models": dict(zip(names, each, strict=True))} for n, each in enumerate(by_text)]
+    return {"object": "classification", "results": classified}
 
 
-async def _probabilities(service: Service, model: ServedModel, example: Example, truncated: bool) -> dict[str, Any]:
+async def _probabilities(service: Service, model: ServedModel, example: Example) -> dict[str, Any]:
     """The most likely label and all probabilities. Raises GraftError if a score is NaN or infinite."""
     score = service.engine.score(example.prompt_ids, example.label_ids, model.adapter, example.skip)
     scores = await future_result(score)
@@ -296,4 +297,4 @@ async def _probabilities(service: Service, model: ServedModel, example: Example,
     weights = [math.exp(score - max(scores)) for score in scores]
     probabilities = dict(zip(model.template.labels, (weight / sum(weights) for weight in weights), strict=True))
     label = max(probabilities, key=probabilities.__getitem__)
-    return {"label": label, "probabilities": probabilities, "truncated": truncated}
+    return {"label": label, "probabilities": probabilities}
