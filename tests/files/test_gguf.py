@@ -20,6 +20,7 @@ from graftlm.files import gguf as ours
 from graftlm.files.assets import model_folder
 from graftlm.files.formats import load_safetensors, read_json, read_weights
 from graftlm.files.gguf import gguf_to_folder
+from graftlm.text.tokenizer import Tokenizer as TextTokenizer
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TOKENS = ["<s>", "</s>", "<|x|>", "a", "b", "c", "1", "2", "12", "ab", "abc", "Ġ", "Ġa"]
@@ -105,6 +106,20 @@ def test_the_settings_of_a_small_file(tmp_path: Path) -> None:
     assert read_json(tmp_path / "out" / "generation_config.json") == {"bos_token_id": 0, "eos_token_id": 1}
     settings = read_json(tmp_path / "out" / "tokenizer_config.json")
     assert settings["chat_template"] == "{{ messages }}" and settings["eos_token"] == "</s>"
+
+
+def test_every_end_of_text_of_a_file_is_read(tmp_path: Path) -> None:
+    """llama.cpp's files name one as the end of text, others as the ends of a turn and of a message."""
+
+    def ends(writer: GGUFWriter, _: Any) -> None:
+        writer.add_eot_token_id(2)
+        writer.add_uint32("tokenizer.ggml.eom_token_id", 1)
+
+    tiny(tmp_path / "m.gguf", ends)
+    gguf_to_folder(tmp_path / "m.gguf", tmp_path / "out")
+    read = TextTokenizer.from_folder(tmp_path / "out")
+    assert read.eot == 1 and read.stop_tokens == {1, 2}
+    assert read_json(tmp_path / "out" / "generation_config.json")["eos_token_id"] == [1, 2]
 
 
 @pytest.mark.parametrize(("pre", "ids"), [("gpt-2", [8, 12, 9]), ("smollm", [6, 7, 12, 9])])

@@ -59,7 +59,7 @@ def stopping(max_new_tokens: int, eot: int | Collection[int], **settings: Any) -
 class Words:
     """A tokenizer whose tokens are words with the space before them; unknown words share one token."""
 
-    eot = 0
+    eot, stop_tokens = 0, frozenset({0})
     vocab_size = VOCAB
 
     def __init__(self, *words: str) -> None:

@@ -217,6 +217,31 @@ def test_a_stream_that_fails_midway_says_so(client: openai.OpenAI, engine: FakeE
         list(client.completions.create(model="base", prompt="a", stream=True))
 
 
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        (GraftError("the logits are NaN"), "the logits are NaN"),
+        (KeyError("a bug"), "the server failed at this request"),
+    ],
+)
+def test_any_error_in_a_stream_is_an_event_and_the_stream_ends_as_promised(
+    failure: Exception, message: str, http: httpx.Client, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.fails = failure
+    for path, body in (("completions", TEXT), ("chat/completions", TALK)):
+        lines = http.post(f"/v1/{path}", json={**body, "stream": True}).text.split("\n\n")
+        assert lines[-2:] == ["data: [DONE]", ""] and json.loads(lines[-3][6:])["error"]["message"] == message
+    assert ("a bug" in caplog.text) == isinstance(failure, KeyError)
+
+
+def test_an_error_of_writing_a_stream_is_an_event_too(
+    http: httpx.Client, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("graftlm.serving.responses.Formatter.chunk", lambda *_: 1 / 0)
+    lines = http.post("/v1/completions", json={**TEXT, "stream": True}).text.split("\n\n")
+    assert json.loads(lines[0][6:])["error"]["type"] == "server_error" and lines[1:] == ["data: [DONE]", ""]
+
+
 def test_where_one_of_several_is_not_taken_none_is(http: httpx.Client, engine: FakeEngine) -> None:
     engine.most, engine.pause = 2, 5.0
     answer = http.post("/v1/completions", json={**TEXT, "n": 3})

@@ -183,8 +183,6 @@ def test_tokens_to_show(smollm2: Tokenizer) -> None:
     assert smollm2.decode([1, 2]) == "" and smollm2.decode_with_special([1, 2]) == "<|im_start|><|im_end|>"
     shown = [smollm2.token(index) for index in smollm2.encode(" positive\n🙂")]
     assert shown[:2] == [" positive", "\n"] and all(shown) and "\ufffd" not in "".join(shown)
-    with pytest.raises(AssertionError, match="no token has id 49152"):
-        smollm2.token(49_152)
 
 
 @pytest.mark.parametrize("name", ["smollm2", "gpt2"])
@@ -231,15 +229,31 @@ ENDS: list[tuple[dict[str, Any], int]] = [
     ({"tokenizer_config.json": {"eos_token": "</s>"}}, 1),
     ({"tokenizer_config.json": {"eos_token": {"content": "<pad>"}}}, 2),
     ({"special_tokens_map.json": {"eos_token": "</s>"}}, 1),
+    ({"generation_config.json": {"eos_token_id": 1}, "tokenizer_config.json": {"eos_token": "<pad>"}}, 1),
+]
+SEVERAL: list[tuple[dict[str, Any], int, set[int]]] = [
+    ({"generation_config.json": {"eos_token_id": [1, 2]}, "config.json": {"eos_token_id": 4}}, 1, {1, 2}),
+    ({"config.json": {"eos_token_id": [2, 1, 4]}}, 2, {1, 2, 4}),
+    ({"config.json": {"eos_token_id": [4, 2]}, "tokenizer_config.json": {"eos_token": "<pad>"}}, 2, {2, 4}),
+    ({"config.json": {"eos_token_id": [1, 4]}, "tokenizer_config.json": {"eos_token": "<pad>"}}, 1, {1, 4}),
+    ({"generation_config.json": {"eos_token_id": [99, 1]}}, 1, {1, 99}),  # of the model's padded vocabulary
+    ({"generation_config.json": {"eos_token_id": []}, "config.json": {"eos_token_id": [2]}}, 2, {2}),
 ]
 
 
-@pytest.mark.parametrize(("files", "end"), ENDS)
-def test_where_the_end_of_text_is_named(tiny: Path, files: dict[str, Any], end: int) -> None:
+@pytest.mark.parametrize(("files", "end", "ends"), [*[(files, end, {end}) for files, end in ENDS], *SEVERAL])
+def test_where_the_ends_of_text_are_named(tiny: Path, files: dict[str, Any], end: int, ends: set[int]) -> None:
+    """One is learned: the one that the tokenizer names, or the first. All of them end a text."""
     (tiny / "generation_config.json").unlink()
     for name, content in files.items():
         write_json(tiny / name, content)
-    assert Tokenizer.from_folder(tiny).eot == end
+    read = Tokenizer.from_folder(tiny)
+    assert read.eot == end and read.stop_tokens == ends
+
+
+def test_an_id_without_a_token_has_an_empty_text(tiny: Path) -> None:
+    read = Tokenizer.from_folder(tiny)
+    assert read.vocab_size == 5 and read.token(5) == read.token(300) == read.decode([5, 300]) == ""
 
 
 def test_a_folder_without_a_usable_tokenizer_is_one_line(tiny: Path) -> None:

@@ -151,6 +151,9 @@ def _config(path: Path, reader: gguf.GGUFReader) -> dict[str, Any]:
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         if (token := _value(reader, f"tokenizer.ggml.{key}_token_id")) is not None:
             config[f"{name}_token_id"] = int(token)
+    ends = [_value(reader, f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]  # llama.cpp's
+    if len(ids := list(dict.fromkeys(int(token) for token in ends if token is not None))) > 1:
+        config["eos_token_id"] = ids
     return config
 
 

@@ -290,7 +290,7 @@ class Engine:
                 error = GraftError("the logits are NaN or infinite: broken weights, or an overflow in --dtype float16")
                 finished.append((handle, error))
                 continue
-            output = handle._append_token(token, logprob, self._tokenizer.eot)
+            output = handle._append_token(token, logprob, self._tokenizer.stop_tokens)
             if output.token is not None:
                 self._count("tokens_generated")
             if output.finish_reason is not None:

@@ -230,7 +230,7 @@ def _predict_by_generation(
     params = replace(
         options.params,
         max_new_tokens=options.params.max_new_tokens or max_label_tokens(template, tokenizer),
-        stop_token_ids=frozenset({tokenizer.eot}),
+        stop_token_ids=tokenizer.stop_tokens,
     )
     work = Generation([example.full_prompt_ids for example in examples], params, options.batch_size)
     new = predict(work, options.progress)

@@ -56,8 +56,7 @@ def generate(
     Raises InputError for a wrong setting, and for a prompt that is empty or longer than the model's context.
     """
     params = replace(params or SamplingParams(), **settings)
-    ends = chat.stop_tokens if chat else {tokenizer.eot}
-    params = replace(params, stop_token_ids=params.stop_token_ids.union(ends))
+    params = replace(params, stop_token_ids=params.stop_token_ids | (chat or tokenizer).stop_tokens)
     spaces = [""] * len(prompts)
     if chat:
         ids = [chat.encode([("user", prompt)]) for prompt in prompts]

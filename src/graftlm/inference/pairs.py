@@ -81,10 +81,10 @@ def sample_completions(
     """
     repeated = [prompt for prompt in prompts for _ in range(n)]
     ids = tokenizer.encode_prompts(repeated)
-    new = generate_ids(model, ids, replace(params, stop_token_ids=frozenset({tokenizer.eot})), batching=batching)
+    new = generate_ids(model, ids, replace(params, stop_token_ids=tokenizer.stop_tokens), batching=batching)
     completions = []
     for text, prompt, tokens in zip(repeated, ids, new, strict=True):
-        # Only the end-of-text token ends a row before its limit.
+        # Only a token that ends texts ends a row before its limit.
         finished = len(tokens) < min(params.limit, model.max_seq_len - len(prompt))
         completions.append(_completion(tokenizer, (text, prompt), tokens, finished))
     return [completions[start : start + n] for start in range(0, len(completions), n)]

@@ -111,7 +111,7 @@ class PromptBuilder:
     @property
     def stop_tokens(self) -> frozenset[int]:
         """The tokens that end an answer."""
-        return frozenset({self.tokenizer.eot}) if self.chat is None else self.chat.stop_tokens
+        return (self.chat or self.tokenizer).stop_tokens
 
     def _question(self, question: str) -> str:
         return self.task.question.replace(QUESTION, question)

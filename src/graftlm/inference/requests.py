@@ -4,7 +4,7 @@ A handle holds all state of one request (seed, tokens, text), so a completion de
 request ends that request only.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -84,9 +84,9 @@ class RequestHandle(Row):
 
     # Called by the engine, on its thread.
 
-    def _append_token(self, token: int, logprob: float, eot: int) -> TokenOutput:
+    def _append_token(self, token: int, logprob: float, stop_tokens: Collection[int]) -> TokenOutput:
         """Take the next token; the output of this step."""
-        if token == eot or token in self.params.stop_token_ids:
+        if token in stop_tokens or token in self.params.stop_token_ids:
             return TokenOutput(self._stream.finish(), None, None, "stop")
         self.tokens.append(token)
         self._logprobs.append(logprob)

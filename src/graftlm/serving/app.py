@@ -32,6 +32,7 @@ from graftlm.inference.engine import Engine
 from graftlm.inference.requests import Request
 from graftlm.serving.middleware import SecurityMiddleware, error_response, read_body
 from graftlm.serving.responses import (
+    INTERNAL_ERROR,
     Formatter,
     cancel_on_disconnect,
     complete_response,
@@ -124,7 +125,7 @@ async def _on_http_error(http: HTTPRequest, error: Exception) -> Response:
 
 async def _on_internal_error(http: HTTPRequest, error: Exception) -> Response:
     """A bug: this request fails, its traceback is logged, and the server continues."""
-    return error_response(APIError(500, "the server failed at this request"))
+    return error_response(INTERNAL_ERROR)
 
 
 # The page and the models ----------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ of the event loop. Pending requests are cancelled when the client disconnects, o
 
 import asyncio
 import json
+import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -20,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from graftlm.errors import GraftError, InputError, Overloaded, ShuttingDown
 from graftlm.inference.engine import Engine
-from graftlm.inference.requests import Completion, Request, RequestHandle, TokenOutput
+from graftlm.inference.requests import CaptureError, Completion, Request, RequestHandle, TokenOutput
 from graftlm.serving.schemas import APIError, ChatBody, Sampling
 from graftlm.text.tokenizer import Tokenizer
 
@@ -29,6 +30,7 @@ Event = dict[str, Any]
 Outputs = asyncio.Queue[tuple[int, TokenOutput | None]]
 """(choice, its next output); None after its last."""
 RETRY_AFTER = 1
+INTERNAL_ERROR = APIError(500, "the server failed at this request")
 
 
 def to_http_error(error: GraftError) -> APIError:
@@ -144,7 +146,7 @@ def stream_response(engine: Engine, requests: Sequence[Request], formatter: "For
 async def _events(handles: Sequence[RequestHandle], outputs: Outputs, formatter: "Formatter") -> AsyncIterator[str]:
     head = formatter.head(".chunk")
     running, offsets = len(handles), [0] * len(handles)
-    try:
+    with CaptureError() as caught:
         if formatter.chat:
             for number in range(len(handles)):
                 yield _event({**head, "choices": [_choice(number, {"delta": {"role": "assistant", "content": ""}})]})
@@ -160,9 +162,12 @@ async def _events(handles: Sequence[RequestHandle], outputs: Outputs, formatter:
         if formatter.body.stream_options.include_usage:
             usage = formatter.usage([handle.done.result() for handle in handles])
             yield _event({**head, "choices": [], "usage": usage})
-        yield "data: [DONE]\n\n"
-    except GraftError as error:
+    if (error := caught.error) is not None:
+        if not isinstance(error, GraftError):  # a bug: as for a 500, its traceback is logged
+            logging.getLogger(__name__).error("a stream failed", exc_info=error)
+            error = INTERNAL_ERROR
         yield _event(to_http_error(error).to_json())
+    yield "data: [DONE]\n\n"
 
 
 def _event(content: Event) -> str:

@@ -107,8 +107,8 @@ class Chat:
 
     @property
     def stop_tokens(self) -> frozenset[int]:
-        """The tokens that end an answer: `turn_end` and end-of-text."""
-        return frozenset({self.turn_end, self._tokenizer.eot})
+        """The tokens that end an answer: `turn_end` and those that end a text."""
+        return self._tokenizer.stop_tokens | {self.turn_end}
 
     def _answer(self, messages: Sequence[Message]) -> tuple[str, int, int]:
         """A conversation's text up to its last message, an answer, and where the answer begins and ends in it.

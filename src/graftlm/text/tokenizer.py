@@ -5,7 +5,7 @@
 - Tokens are decoded as what follows a prompt (`decode`): tokenizers of SentencePiece's kind write a space before a
   text, which is no part of it, and drop it again before the first token.
 - No padding, no truncation. A prompt begins with the tokens that the model expects before a text (Llama's BOS; none for
-  GPT-2 and SmolLM2); `eot` ends a text.
+  GPT-2 and SmolLM2). `eot` ends a text that is learned; a generated one ends at any of `stop_tokens`.
 - `save` writes the files back byte for byte, so other programs see the same tokenizer.
 
 Read from tokenizer.json, else GPT-2's vocab.json + merges.txt, else OpenAI's encoder.json + vocab.bpe. `TextStream`
@@ -15,7 +15,7 @@ decodes tokens that arrive one at a time.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 from secrets import token_hex
@@ -52,17 +52,20 @@ MAX_BROKEN = 3  # bytes, and so replacement characters, of a character whose las
 class Tokenizer:
     """The tokenizer of a model folder.
 
-    eot: the id of the token that ends a text. vocab_size: added tokens included.
+    eot: the id of the token that ends a text in training. stop_tokens: the ids that end a generated text, `eot` among
+    them. vocab_size: added tokens included.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, eot: int, files: dict[str, bytes]) -> None:
+    def __init__(
+        self, backend: tokenizers.Tokenizer, eot: int, files: dict[str, bytes], stop_tokens: Collection[int] = ()
+    ) -> None:
         backend.no_padding()
         backend.no_truncation()
         backend.encode_special_tokens = True  # special tokens written in a text are text
         self._backend = backend
         self._files = files
         self._prefix = _prompt_prefix(backend)
-        self.eot = eot
+        self.eot, self.stop_tokens = eot, frozenset({eot, *stop_tokens})
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self._letter = backend.encode(LETTER, add_special_tokens=False).ids
 
@@ -78,7 +81,8 @@ class Tokenizer:
         folder = user_path(folder)
         files = {name: read_text(folder / name).encode() for name in FILES if (folder / name).is_file()}
         backend = _backend(folder, files)
-        return cls(backend, _end_of_text(folder, backend), files)
+        ends = _ends_of_text(folder, backend)
+        return cls(backend, ends[0], files, ends)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text."""
@@ -121,9 +125,11 @@ class Tokenizer:
         return self._backend.decode(list(ids), skip_special_tokens=False)
 
     def token(self, index: int) -> str:
-        """One token for display: its text, or its raw name if it is a part of a character."""
-        raw = self._backend.id_to_token(index)
-        assert raw is not None, f"no token has id {index}"
+        """One token for display: its text, or its raw name if it is a part of a character.
+
+        Empty for an id without a token: models embed more ids than their tokenizers have, to a round number.
+        """
+        raw = self._backend.id_to_token(index) or ""
         text = self._backend.decode([index], skip_special_tokens=False)
         return raw if BROKEN in text or not text else text
 
@@ -355,21 +361,26 @@ def _settings(path: Path) -> dict[str, Any]:
     return content
 
 
-def _end_of_text(folder: Path, backend: tokenizers.Tokenizer) -> int:
-    """The end-of-text id. generation_config.json and config.json name an id, the tokenizer's settings a token."""
+def _ends_of_text(folder: Path, backend: tokenizers.Tokenizer) -> list[int]:
+    """The ids that end a text. The first is `eot`: the token that the tokenizer's settings name, if it is one of them.
+
+    generation_config.json and config.json name ids, one or a list; the tokenizer's settings a token.
+    """
     size = backend.get_vocab_size(with_added_tokens=True)
+    settings = (
+        _settings(folder / name).get("eos_token") for name in ("tokenizer_config.json", "special_tokens_map.json")
+    )
+    texts = [value.get("content") if isinstance(value, dict) else value for value in settings]
+    tokens = [backend.token_to_id(text) for text in (*texts, GPT2_EOT) if isinstance(text, str)]
+    named = [index for index in tokens if index is not None]
     for name in ("generation_config.json", "config.json"):
         value = _settings(folder / name).get("eos_token_id")
-        first = value[0] if isinstance(value, list) and value else value
-        if isinstance(first, int):
-            if not 0 <= first < size:
-                raise InputError(f"{folder / name}: eos_token_id {first} is not a token: the vocabulary has {size}")
-            return first
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        value = _settings(folder / name).get("eos_token")
-        token = value.get("content") if isinstance(value, dict) else value
-        if isinstance(token, str) and (index := backend.token_to_id(token)) is not None:
-            return index
-    if (index := backend.token_to_id(GPT2_EOT)) is not None:
-        return index
+        ids = [index for index in (value if isinstance(value, list) else [value]) if isinstance(index, int)]
+        ids.sort(key=lambda index: (not 0 <= index < size, index != next(iter(named), None)))
+        if ids and not 0 <= ids[0] < size:
+            raise InputError(f"{folder / name}: eos_token_id {ids[0]} is not a token: the vocabulary has {size}")
+        if ids:
+            return ids
+    if named:
+        return named[:1]
     raise InputError(f"{folder}: names no token that ends a text: add eos_token_id to its generation_config.json")
