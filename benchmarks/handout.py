@@ -82,7 +82,7 @@ def blocks(study: Study, result: Mapping[str, Any]) -> tuple[dict[str, str], dic
     from graftlm.studies.results_table import markdown
 
     steps, jobs, size = result["config"]["budget_steps"], result["config"]["jobs"], study.batch_size
-    budget = f"{steps} steps of {size} reviews a run" if steps else f"two epochs a run in batches of {size}"
+    budget = f"{steps} steps a run in batches of {size} reviews" if steps else f"two epochs a run in batches of {size}"
     at_once = f"{jobs} at a time" if jobs > 1 else "one after the other"
     found = {"machine": f"{result['date']}, {budget}, {at_once}. {machine(result)}"}
     if share := result.get("share"):

@@ -52,7 +52,7 @@ def report(before: dict[str, Any], after: dict[str, Any], trained: dict[str, Any
     facts = {
         "zero-shot accuracy": accuracy(before),
         "fine-tuned accuracy": accuracy(after),
-        "steps": f"{trained['steps']} of {trained['batch_size']} reviews",
+        "steps": f"{trained['steps']:,} ({trained['examples']:,} reviews)",
         "trained": f"{trained['trainable']:,} of {trained['total']:,} parameters ({trained['trainable_fraction']:.2%})",
         "speed": f"{trained['examples_per_s']:.1f} examples/s, {trained['seconds']:.0f} s of training",
         "peak memory": f"{trained['peak_rss_mb']:,.0f} MB",
@@ -90,7 +90,7 @@ def main() -> None:
     del base
 
     console.rule("2. fine-tuning with LoRA")
-    trained = graftlm.train(config, console=console) | {"batch_size": config.batch_size}
+    trained = graftlm.train(config, console=console)
 
     console.rule("3. after")
     tuned = graftlm.load("resume", config.out_dir)

@@ -449,6 +449,25 @@ def test_a_data_file_with_a_fault(content: str, line: str, assets: Path, refuse:
     assert refuse(*evaluation).startswith(line)
 
 
+def test_two_lengths_of_a_run(assets: Path, refuse: Refuse) -> None:
+    line = "--epochs and --max_iters both say how long the run is; give one of them"
+    assert refuse(*train(assets, "--epochs=2")) == line
+
+
+def test_data_that_is_no_training_data(assets: Path, refuse: Refuse) -> None:
+    folder = Path("only")
+    folder.mkdir()
+    (folder / "test.jsonl").write_text(ROW)
+    assert refuse(*train(assets, "--data=only")) == "--data only: has no train split; it has test"
+    answers = "".join(f'{{"prompt": "p{n}", "completion": "c", "label": {n % 2}}}\n' for n in range(9))
+    (folder / "train.jsonl").write_text(answers.replace(', "label": 0', "").replace(', "label": 1', ""))
+    (folder / "dev.jsonl").write_text(answers)
+    words = train(assets, "--data=only")
+    assert refuse(*words).startswith("--objective sft: only holds records for --objective kto; sft needs texts with")
+    (folder / "train.jsonl").write_text(answers)
+    assert refuse(*words).startswith("--objective sft: only holds records for --objective kto; sft needs texts with")
+
+
 def test_too_few_texts_to_hold_out(assets: Path, refuse: Refuse) -> None:
     Path("x.jsonl").write_text(ROW)
     line = "x.jsonl: too few different texts (1) to hold out validation and test: name them with --val_data FILE and "

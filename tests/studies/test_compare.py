@@ -124,6 +124,7 @@ def test_a_cell_is_its_flags_and_the_files_they_name(tmp_path: Path) -> None:
         ("rows = []", "rows are written as [[rows]], one table each"),
         ("[[rows]]\nname = 'a'\nrank = 4\n[[rows]]\nname = 'a'\nrank = 8", "two rows are called 'a': give each"),
         ("[[rows]]\nname = 'a'\n[[rows]]\nname = 'b'", "'b' with seed 0 is listed twice"),
+        ("[train]\nepochs = 2\nmax_iters = 9", "row 1: epochs and max_iters both say how long a run is; give one"),
         ("[train", "not a TOML file"),
     ],
 )
@@ -220,6 +221,16 @@ def test_rows_are_trained_measured_skipped_and_may_fail(
     assert cli.run([*words[:-1], "4"]) == 0
     assert next(tmp_path.glob("out/LoRA*/log.txt")).read_text().count("$ graft train") == 1
     assert timeless(tmp_path / "out")[0]["n"] == 4
+
+
+@pytest.mark.usefixtures("forked_children")
+def test_rows_of_one_file_are_measured_on_the_same_split(assets: Path, tmp_path: Path) -> None:
+    rest = "epochs = 2\n[[rows]]\nname = 'trained'\nrank = 2\n[[rows]]\nname = 'base'\nmethod = 'zero-shot'\n"
+    file = sweep(tmp_path, assets, rest, f'out_dir = "{tmp_path}/out"\nbudget_steps = 1\n')
+    file.write_text(file.read_text().replace(f"{assets}/data", f"{assets}/data/train.jsonl"))
+    assert cli.run(["compare", "--config", str(file)]) == 0
+    trained, base = timeless(tmp_path / "out")
+    assert (trained["steps"], trained["n"], base["n"]) == (1, 5, 5)
 
 
 @pytest.mark.usefixtures("forked_children")

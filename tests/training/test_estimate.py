@@ -84,6 +84,14 @@ def test_it_leaves_no_trace(changes: dict[str, Any], assets: Path, tmp_path: Pat
     assert plan.peak_rss_mb > 50
 
 
+@pytest.mark.parametrize("changes", [{"batch_size": 5}, {"batch_size": 20, "max_iters": 4, "grad_accum": 2}])
+def test_it_counts_the_examples_of_smaller_batches(changes: dict[str, Any], assets: Path, tmp_path: Path) -> None:
+    results = train(config(assets, tmp_path / "run", **{"max_iters": 12, **changes}))
+    plan = json.loads((tmp_path / "run" / "run.json").read_text())["plan"]
+    steps = results["steps"] * changes.get("grad_accum", 1)
+    assert plan["examples"] == results["examples"] < steps * changes["batch_size"]
+
+
 def test_a_run_has_the_same_bits_without(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = train(config(assets, tmp_path / "with"))
     run = json.loads((tmp_path / "with" / "run.json").read_text())

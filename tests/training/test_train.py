@@ -392,4 +392,6 @@ def test_prompt_and_completion_data_has_a_loss_and_no_accuracy(assets: Path, tmp
     lines = [json.dumps({"prompt": f"say {i}: ", "completion": "x" * (1 + i % 3)}) + "\n" for i in range(30)]
     (tmp_path / "pairs.jsonl").write_text("".join(lines))
     results = train(config(assets, tmp_path / "run", data=str(tmp_path / "pairs.jsonl")))
+    note = "--template not used: only texts with labels are put into a template"
+    assert note in json.loads((tmp_path / "run" / "run.json").read_text())["notes"]
     assert results["last"]["val_accuracy"] is None and results["last"]["val_loss"] > 0

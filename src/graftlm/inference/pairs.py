@@ -41,7 +41,7 @@ from graftlm.models import CausalLM
 from graftlm.text.boundary import split_prompt
 from graftlm.text.collate import subset
 from graftlm.text.dataset import load_prompts
-from graftlm.text.layouts import Document
+from graftlm.text.layouts import Document, LabelWords
 from graftlm.text.template import Template
 from graftlm.text.tokenizer import BROKEN, Tokenizer
 
@@ -124,9 +124,7 @@ def resolve_label(template: Template, target_label: str) -> int:
     """The number of the label that `--target_label` names by word or number; the last one if it is empty."""
     if not target_label:
         return len(template.labels) - 1
-    number = template.label_number(target_label)
-    if number is None and target_label.isdecimal() and int(target_label) < len(template.labels):
-        number = int(target_label)
+    number = LabelWords(template.labels).number(target_label)
     if number is None:
         raise unknown_name_error("--target_label", target_label, template.labels)
     return number

@@ -247,4 +247,6 @@ class _Sweep:
 
 
 def _argv(flags: Mapping[str, Any]) -> list[str]:
-    return [f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in flags.items()]
+    """Words of a command; --max_iters, such as a budget's, replaces --epochs."""
+    given = {name: value for name, value in flags.items() if name != "epochs" or "max_iters" not in flags}
+    return [f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in given.items()]

@@ -100,7 +100,10 @@ def _expand(
     own = _flags(where, {key: value for key, value in row.items() if key != "name"})
     for values in product(*grid.values()):
         combination = dict(zip(grid, values, strict=True))
-        flags = {**common, **combination, **own, **overrides}
+        flags = {**common, **combination, **own}
+        if {"epochs", "max_iters"} <= flags.keys():
+            raise InputError(f"{where}: epochs and max_iters both say how long a run is; give one of them")
+        flags |= overrides
         try:
             TrainConfig(**{**flags, "out_dir": "any"})  # what `graft train` would reject is rejected before any run
         except InputError as error:

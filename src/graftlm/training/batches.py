@@ -12,6 +12,7 @@ Letters: B rows, T tokens of the longest row without the shared prefix, P shared
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Literal, NamedTuple
 
 import torch
@@ -249,6 +250,12 @@ class BatchLoader:
         while True:
             yield from epoch_batches(lengths, config.batch_size, config.seed, epoch, window)[skip:]
             epoch, skip = epoch + 1, 0
+
+    def examples_in(self, batches: int) -> int:
+        """The number of examples in the first batches of the stream; an epoch's last batch may be smaller."""
+        per_epoch = math.ceil(len(self.examples) / self.config.batch_size)
+        epochs, rest = divmod(batches, per_epoch)
+        return epochs * len(self.examples) + sum(map(len, islice(self.stream(epochs * per_epoch), rest)))
 
     def partition(self, rows: list[int]) -> list[int]:
         """This rank's rows of a batch; may be empty."""

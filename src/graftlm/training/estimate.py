@@ -82,7 +82,7 @@ def make_plan(run: RunContext, startup_seconds: float, repeats: int = 3) -> Esti
     unique = dist.size * sum(part.non_shared_tokens for parts in batches for part in parts)
     unique += dist.size * sum(parts[0].shared.shape[1] for parts in batches)
     flops = model_flops(model.config, unique, run.method.passes(model.config))
-    examples = steps * config.grad_accum * min(config.batch_size, len(run.data.train))
+    examples = loader.examples_in(steps * config.grad_accum)
     return Estimate(
         steps=steps,
         examples=examples,

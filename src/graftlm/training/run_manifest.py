@@ -12,7 +12,7 @@ import os
 import platform
 import secrets
 import subprocess
-from collections.abc import Set
+from collections.abc import Container, Set
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -177,15 +177,24 @@ def resumed_config(config: TrainConfig, recorded: dict[str, Any], explicit: Set[
                 changes[f.name] = value
         elif is_explicit and f.name != "out_dir" and value != was:
             raise InputError(f"--resume with --{f.name} {value}: the run has {was}; leave it out, or start a new run")
-    if "epochs" in changes and "max_iters" not in changes:
+    check_one_length(changes)
+    if "epochs" in changes:
         changes["max_iters"] = None
     kept = {f.name: recorded[f.name] for f in fields(TrainConfig) if f.name in recorded}
     return replace(TrainConfig(**{**kept, "out_dir": config.out_dir}), **changes)
 
 
+def check_one_length(flags: Container[str]) -> None:
+    """An InputError if the flags name the run's length twice."""
+    if "epochs" in flags and "max_iters" in flags:
+        raise InputError("--epochs and --max_iters both say how long the run is; give one of them")
+
+
 def explicit_flags(config: TrainConfig, given: Set[str] | None) -> Set[str]:
     """The flags that were typed; if that is unknown, those that differ from their defaults."""
-    return {f.name for f in fields(config) if getattr(config, f.name) != f.default} if given is None else given
+    found = {f.name for f in fields(config) if getattr(config, f.name) != f.default} if given is None else given
+    check_one_length(found)
+    return found
 
 
 # --init_from ----------------------------------------------------------------------------------------------------------

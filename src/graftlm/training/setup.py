@@ -25,6 +25,7 @@ from graftlm.models.base import CausalLM
 from graftlm.text.boundary import label_ids
 from graftlm.text.collate import Example, encode_rows, preflight, subset
 from graftlm.text.dataset import Dataset, default_labels, load_dataset
+from graftlm.text.layouts import Labelled
 from graftlm.text.template import Template, load_template
 from graftlm.text.tokenizer import Tokenizer
 from graftlm.training.batches import BatchLoader, TrainingData
@@ -101,7 +102,7 @@ def prepare(
     device = pick_device(config.device if dist.size == 1 else dist.device_flag)
     _check_ranks(config, objective, source, dist)
     dtype, reason = _dtype(config, previous, device)
-    dataset = _read_data(config, objective, template)
+    dataset = _read_data(config, explicit, objective, template)
     tokenizer = read_tokenizer(source.folder)
     if previous is not None:
         check_base(source.folder, previous, out_dir)
@@ -219,8 +220,8 @@ def _resolved(
 # Data -----------------------------------------------------------------------------------------------------------------
 
 
-def _read_data(config: TrainConfig, objective: Objective, template: Template) -> Dataset:
-    """The records; an InputError if the objective does not train on their kind."""
+def _read_data(config: TrainConfig, explicit: Set[str], objective: Objective, template: Template) -> Dataset:
+    """The records; an InputError if the objective does not train on their kind, a note on flags for another kind."""
     dataset = load_dataset(
         config.data, config.val_data, config.test_data, parse_columns(config.columns), template.labels
     )
@@ -233,6 +234,9 @@ def _read_data(config: TrainConfig, objective: Objective, template: Template) ->
                 f"--objective {config.objective}: {dataset.name} holds records for --objective {' or '.join(users)}; "
                 f"{config.objective} needs {objective.needs}"
             )
+    unused = sorted({"template", "labels"} & explicit)
+    if unused and not isinstance(dataset.splits["train"][0], Labelled):
+        dataset.notes.append(f"--{' and --'.join(unused)} not used: only texts with labels are put into a template")
     return dataset
 
 
