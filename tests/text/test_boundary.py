@@ -152,6 +152,7 @@ def test_one_function_decides_where_a_prompt_ends(tokenizer: Tokenizer) -> None:
     assert split_prompt("A: ", tokenizer) == ("A:", " ")
     assert split_prompt("A:   ", tokenizer) == ("A:", "   ")
     assert split_prompt("A:\n", tokenizer) == ("A:\n", "")
+    assert split_prompt("A:\t\u3000", tokenizer) == ("A:", "\t\u3000")
     assert split_prompt("  ", tokenizer) == ("  ", "")
     prompt, space = split_prompt("def f(x):\n    ", tokenizer)
     assert prompt + space == "def f(x):\n    " and prompt in ("def f(x):\n", "def f(x):")

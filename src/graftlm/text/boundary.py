@@ -1,9 +1,9 @@
 """Where a prompt ends and its answer begins: the one rule for training, label scores, generation, pairs and the server.
 
 The tokens are those of the whole text, prompt and answer together, and the answer begins after as many of them as the
-prompt alone has (the rule of lm-evaluation-harness). Spaces at the end of a prompt belong to the answer: tokenizers
-keep the space before a word in the word's token, so a prompt that ends in a space ends in a token that does not occur
-before a word.
+prompt alone has (the rule of lm-evaluation-harness). White space at the end of a prompt, other than line breaks,
+belongs to the answer: tokenizers keep the space before a word in the word's token, so a prompt that ends in a space
+ends in a token that does not occur before a word.
 
     "Answer: " + "Paris"     ["Answer", ":"] + [" Paris"]
 
@@ -14,6 +14,7 @@ or a prompt that ends in a line break.
     "A:\\n(" + "B"            ["A", ":\\n", "(B"], where the prompt alone is ["A", ":\\n", "("] in Qwen's tokenizer
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
@@ -40,15 +41,15 @@ class Split:
 
 
 def split_prompt(text: str, tokenizer: Tokenizer) -> tuple[str, str]:
-    """A prompt, and the white space at its end that belongs to the answer: its spaces.
+    """A prompt, and the white space at its end that belongs to the answer: all but line breaks.
 
     Indentation goes with its line break where the tokenizer has tokens of both. A prompt of nothing but white space
     stays as it is.
     """
-    prompt = text.rstrip(" ")
+    prompt = re.sub(r"[^\S\r\n]+\Z", "", text)
     if not text.strip():
         return text, ""
-    if prompt[-1].isspace() and not text.endswith(("\n", "\r")):
+    if prompt != text and prompt.endswith(("\n", "\r")):
         alone, whole = tokenizer.encode(prompt), tokenizer.encode(text + "x")
         prompt = prompt if whole[: len(alone)] == alone else text.rstrip()
     return prompt, text[len(prompt) :]

@@ -103,12 +103,13 @@ def encode_rows(
         return _conversations(conversations, tokenizer, max_length)
     prompts = _prompts(rows, template, tokenizer, max_length)
     answers = [_answers(row, prompt.space, template, score_labels) for row, prompt in zip(rows, prompts, strict=True)]
-    texts = [prompt.text + answer for prompt, own in zip(prompts, answers, strict=True) for answer in own]
-    wholes = iter(tokenizer.encode_prompts(texts))
+    wholes = [[prompt.text + answer for answer in own] for prompt, own in zip(prompts, answers, strict=True)]
+    distinct = list(dict.fromkeys(text for own in wholes for text in own))
+    ids_of = dict(zip(distinct, tokenizer.encode_prompts(distinct), strict=True))
     examples = []
-    for row, prompt, own in zip(rows, prompts, answers, strict=True):
-        split = split_tokens(prompt.ids, [next(wholes) for _ in own])
-        examples.append(_example(row, prompt.text + own[0], split, tokenizer.eot))
+    for row, prompt, own in zip(rows, prompts, wholes, strict=True):
+        split = split_tokens(prompt.ids, [ids_of[text] for text in own])
+        examples.append(_example(row, own[0], split, tokenizer.eot))
         limit = max_length - max(map(len, _answer_ids(examples[-1])))
         if not isinstance(row, Labelled) and len(split.prompt) > limit:
             raise InputError(f"{row.source}: {too_long_message(len(split.prompt), limit)}")
@@ -119,7 +120,6 @@ def _example(row: Record, text: str, split: Split, eot: int) -> Example:
     """A record's example; of a labelled one the first answer is its own label, and the others are all labels."""
     finished = row.finished if isinstance(row, Preference) else (getattr(row, "finished", True),)
     ended = [ids + (eot,) * end for ids, end in zip(split.answers, finished, strict=False)]
-    labelled = isinstance(row, Labelled)
     return Example(
         prompt_ids=split.prompt,
         completion_ids=ended[0],
@@ -130,7 +130,7 @@ def _example(row: Record, text: str, split: Split, eot: int) -> Example:
         rejected_ids=ended[1] if len(ended) > 1 else (),
         desirable=row.label if isinstance(row, Unpaired) else None,
         finished=all(finished),
-        label_ids=scored_labels(split.answers[1:], eot) if labelled else (),
+        label_ids=scored_labels(split.answers[1:], eot) if isinstance(row, Labelled) else (),
         rest=split.rest,
         skip=split.skip,
     )
