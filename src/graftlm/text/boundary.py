@@ -88,7 +88,7 @@ def label_ids(template: Template, tokenizer: Tokenizer) -> list[Tokens]:
 
     Raises InputError if a label has no tokens, or two labels have equal ones.
     """
-    ids = label_split(template, tokenizer).answers
+    ids = _label_split(template, tokenizer).answers
     for n, own in enumerate(ids):
         if not own:
             raise InputError(f"label word {template.labels[n]!r} has no tokens for this model: choose other --labels")
@@ -99,7 +99,7 @@ def label_ids(template: Template, tokenizer: Tokenizer) -> list[Tokens]:
     return list(scored_labels(ids, tokenizer.eot))
 
 
-def label_split(template: Template, tokenizer: Tokenizer) -> Split:
+def _label_split(template: Template, tokenizer: Tokenizer) -> Split:
     """A short text in the template, and every label after it."""
     prompt, space = split_prompt(template.prompt("a"), tokenizer)
     words = [template.completion(number) for number in range(len(template.labels))]
@@ -115,3 +115,23 @@ def scored_labels(labels: Sequence[Tokens], eot: int) -> tuple[Tokens, ...]:
     """
     is_prefix = any(b[: len(a)] == a for a, b in pairwise(sorted(labels)))
     return tuple(ids + (eot,) * is_prefix for ids in labels)
+
+
+def longest_label(template: Template, tokenizer: Tokenizer, max_length: int) -> int:
+    """Tokens of the longest label's completion. Raises InputError unless it and the template leave room for a text."""
+    instruction = len(tokenizer.encode_prompt(template.head.rstrip(" ") + template.tail))
+    words = [template.completion(number) for number in range(len(template.labels))]
+    longest, word = max(
+        (len(ids) + 1, word) for word, ids in zip(words, _label_split(template, tokenizer).answers, strict=True)
+    )
+    if longest >= max_length:
+        raise InputError(
+            f"completion longer than the context: {word!r} and end-of-text take {longest} tokens, and {max_length} "
+            "fit with the prompt: use a shorter label word, or raise --max_length"
+        )
+    if instruction + longest >= max_length:
+        raise InputError(
+            f"no room for the text: template {template.name!r} takes {instruction} tokens and its completion "
+            f"{longest}, and {max_length} fit: use a shorter template, or raise --max_length"
+        )
+    return longest
