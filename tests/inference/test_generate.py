@@ -117,7 +117,9 @@ def test_batches_are_continued_together_while_their_prompts_are_few_and_short(mo
     assert list(module.decode_groups(lengths, 2)) == [[0, 1, 2, 3, 4, 5, 6, 7], [8]]  # MAX_BATCHES = 4
     monkeypatch.setattr(module, "MAX_CACHED_TOKENS", 18)
     assert list(module.decode_groups(lengths, 2)) == [[0, 1, 2, 3, 4, 5], [6, 7], [8]]
-    assert list(module.decode_groups(lengths, 9)) == [[*range(9)]]  # one batch is never split
+    assert list(module.decode_groups(lengths, 9)) == [[0, 1, 2, 3, 4, 5], [6, 7], [8]]  # a large batch is split
+    monkeypatch.setattr(module, "MAX_CACHED_TOKENS", 8)
+    assert list(module.decode_groups(lengths, 2)) == [[0, 1, 2, 3], [4, 5], [6], [7], [8]]  # a row never
 
 
 def test_a_small_cache_grows(monkeypatch: pytest.MonkeyPatch) -> None:

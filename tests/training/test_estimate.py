@@ -1,20 +1,32 @@
 """A plan predicts, and changes nothing: the bytes it says are kept are those that are, and a run's bits stay."""
 
 import json
+import subprocess
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
 from conftest import Graft
 from graftlm.config import TrainConfig
+from graftlm.errors import InputError
+from graftlm.inference.scoring import score
+from graftlm.models import CausalLM
+from graftlm.models.config import to_file
+from graftlm.text.collate import Example
+from graftlm.training import estimate as estimate_module
 from graftlm.training import train as train_module
-from graftlm.training.estimate import Estimate, Probe, make_plan
+from graftlm.training.estimate import Estimate, MemoryProbe, Probe, _shortened, make_plan
+from graftlm.training.reporting import PeakTensorBytes, saved_activation_bytes
 from graftlm.training.setup import prepare
 from graftlm.training.train import train
-from tiny import TEMPLATE, data_folder, model_folder
+from tiny import TEMPLATE, byte_tokenizer, config_json, data_folder, model_folder, random_model, shape_of
 
 
 @pytest.fixture(scope="module")
@@ -51,23 +63,134 @@ VARIANTS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
-def test_what_is_kept_for_the_backward_pass_is_foreseen(changes: dict[str, Any], assets: Path, tmp_path: Path) -> None:
+def test_the_memory_of_a_step_is_foreseen(changes: dict[str, Any], assets: Path, tmp_path: Path) -> None:
     prepared = prepare(config(assets, tmp_path / "run", **changes))
     model = prepared.loaded.model.train()
     (batch, *_) = prepared.loader.microbatches(next(prepared.loader.stream(0)))
     first = prepared.method.layer_range(model.config).start
-    foreseen = Probe(model, prepared.objective, first, 1).saved_mb(batch)
-    known, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+    foreseen = Probe(model, prepared.objective, first, 1).step_mb(batch)
+    with PeakTensorBytes(model) as tensors:
+        prepared.objective.loss(model, batch)[0].backward()
+    assert foreseen == pytest.approx(tensors.peak / 1e6, rel=0.02)
+    if not changes.get("train_layers"):  # more than what autograd saves
+        model.zero_grad(set_to_none=True)
+        with saved_activation_bytes(model) as saved:
+            loss, _ = prepared.objective.loss(model, batch)
+            assert loss.requires_grad
+            assert saved() / 1e6 < foreseen < 3 * saved() / 1e6 + 1
 
-    def keep(t: torch.Tensor) -> torch.Tensor:
-        if t.untyped_storage().data_ptr() not in known:
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        loss, _ = prepared.objective.loss(model, batch)
-    assert loss.requires_grad
-    assert foreseen == pytest.approx(sum(kept.values()) / 1e6, rel=0.02)
+def test_created_tensors_count_while_they_live() -> None:
+    model = nn.Linear(1000, 1000, bias=False)
+    with PeakTensorBytes(model) as tensors:
+        x = torch.ones(2000, 1000)  # 8 MB
+        y = torch.relu(model(x))  # two of 8 MB, and with the second the first is not needed any more
+        assert tensors.alive == 16e6 and tensors.peak == 24e6
+        y.sum().backward()  # a gradient of 8 MB, then one of 4
+        assert tensors.alive == pytest.approx(20e6, rel=0.01) and tensors.peak == pytest.approx(28e6, rel=0.01)
+        del x, y
+        assert tensors.alive == 4e6
+
+
+# Long rows ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def long_assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 16,384 positions; short reviews, and a long one in either split."""
+    folder = tmp_path_factory.mktemp("long")
+    (folder / "model").mkdir()
+    shape = shape_of("llama", byte_tokenizer(folder / "model"), context=16384, layers=6)
+    model = random_model(replace(shape, hidden_size=128, head_dim=32, intermediate_size=512), dtype=torch.float32)
+    (folder / "model/config.json").write_text(json.dumps(config_json(model.config, "llama")))
+    tensors = to_file(model.config, dict(model.named_parameters()))
+    save_file({n: t.detach().clone() for n, t in tensors.items()}, folder / "model/model.safetensors", {"format": "pt"})
+    for name, where in (("train", "train"), ("valid", "validation")):
+        data_folder(folder / name)
+        with (folder / name / f"{where}.jsonl").open("a") as file:
+            file.write(json.dumps({"text": "so long " * 1500, "label": 1}) + "\n")
+    return folder
+
+
+def probes(assets: Path, data: str, out_dir: Path, **changes: Any) -> MemoryProbe:
+    run = prepare(config(assets, out_dir, data=str(assets / data), max_length=None, **changes))
+    return MemoryProbe(run, Probe(run.loaded.model.train(), run.objective, 0, 1))
+
+
+@pytest.mark.parametrize("changes", [{}, {"loss_on": "all"}, {"rank": 0, "alpha": None}], ids=str)
+def test_the_memory_of_a_long_row_is_foreseen_from_short_pieces(
+    changes: dict[str, Any], long_assets: Path, tmp_path: Path
+) -> None:
+    memory = probes(long_assets, "train", tmp_path / "run", **changes)
+    (row,) = memory.largest_microbatch()
+    assert 3000 < row.length < 16384
+    seen: list[int] = []
+
+    def measure(rows: Sequence[Example]) -> float:
+        seen.extend(row.length for row in rows)
+        return memory.train_mb(rows)
+
+    (piece,) = memory.largest_microbatch(4096)
+    foreseen = memory.megabytes(measure, [piece])
+    assert max(seen) <= 2048 < 4000 < piece.length
+    (batch,) = replace(memory.run.loader, examples=[piece]).microbatches([0])
+    assert foreseen == pytest.approx(memory.probe.step_mb(batch), rel=0.03)
+
+
+def test_the_longest_row_of_either_split_is_refused_before_the_first_step(
+    long_assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = {"train": ("training", "train.jsonl:49"), "valid": ("validating", "validation.jsonl:13")}
+    for data, (what, row) in rows.items():
+        values = config(long_assets, tmp_path / data, data=str(long_assets / data), max_length=None)
+        monkeypatch.setattr(estimate_module, "free_mb", lambda device: 60.0)
+        expected = rf"{row}: not enough memory: {what} a row of 12,\d\d\d tokens "
+        with pytest.raises(InputError, match=expected) as error:
+            train(values)
+        fits = int(str(error.value).partition("--max_length ")[2].split()[0])
+        assert "\n" not in str(error.value) and not (tmp_path / data).exists()
+        done = train(replace(values, max_length=fits, max_iters=1))
+        assert done["steps"] == 1
+
+
+@pytest.mark.parametrize("limit", [0, 8192, 40])
+def test_passes_without_gradient_keep_to_a_number_of_tokens(
+    limit: int, long_assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = config(long_assets, tmp_path / "run", microbatch_tokens=limit, max_length=600)
+    run = prepare(replace(values, data=str(long_assets / "valid")))
+    most, sizes = min(4096, 8 * limit or 4096), []
+    whole = CausalLM.hidden_states
+
+    def counted(self: CausalLM, ids: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        sizes.append(tuple(ids.shape))
+        return whole(self, ids, *args, **options)
+
+    monkeypatch.setattr(CausalLM, "hidden_states", counted)
+    run.objective.evaluate(run.loaded.model, run.data, {})
+    assert sizes and all(rows == 1 or rows * tokens <= most for rows, tokens in sizes)
+    assert max(rows for rows, _ in sizes) > 1
+
+
+def test_all_scores_of_attention_are_never_held_for_a_long_row(long_assets: Path, tmp_path: Path) -> None:
+    memory = probes(long_assets, "valid", tmp_path / "run")
+    examples = sorted(memory.run.data.validation, key=lambda e: -e.length)[:2]
+    assert examples[0].prompt_ids[:8] == examples[1].prompt_ids[:8]  # what they share would be computed apart
+    with PeakTensorBytes(memory.run.loaded.model) as tensors:
+        long = score(memory.run.loaded.model, [_shortened(examples[0], 4000), examples[1]]).completion
+    assert tensors.peak < 8 * 4000 * 4000  # twice the causal mask; four heads' scores in float32 are four times it
+    alone = score(memory.run.loaded.model, [_shortened(examples[0], 4000)], shared=0).completion
+    torch.testing.assert_close(long[:1], alone, rtol=1e-5, atol=1e-4)
+
+
+def test_free_memory_obeys_a_limit_of_the_process() -> None:
+    code = (
+        "import resource, torch; from graftlm.training.reporting import free_mb\n"
+        "before = free_mb(torch.device('cpu'))\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (20 * 10**9, -1))\n"
+        "print(0 < free_mb(torch.device('cpu')) <= min(before, 20e3))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "True\n"
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)

@@ -10,7 +10,7 @@
 Letters: B rows, T tokens of a pass, V tokens of the vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ FIRST_CAPACITY = 32
 """New tokens per row that the cache first has capacity for; when they are used up, the capacity doubles."""
 STOP_WINDOW = 8
 """A stop text is searched for in the text of this many last tokens."""
+MAX_PASS_TOKENS = 4096
+"""Padded tokens of a pass without gradient, unless a single row has more. Such a pass keeps one layer's activations, so
+it takes less memory than a training pass of an eighth of them (--microbatch_tokens 512) in 8 layers or more."""
 
 Decode = Callable[[Sequence[int], Sequence[int]], str]
 """`Tokenizer.decode`: (ids, the ids before them) -> text."""
@@ -163,6 +166,22 @@ def compact(cache: KVCache, stays: Sequence[bool]) -> list[int]:
                 tensors[layer] = tensor[:n]
         cache.lengths = cache.lengths[torch.tensor(slots, dtype=torch.long, device=cache.lengths.device)]
     return slots
+
+
+def token_batches(
+    order: Iterable[int], lengths: Sequence[int], batch_size: int, max_tokens: int = MAX_PASS_TOKENS
+) -> Iterator[list[int]]:
+    """Rows in this order, in batches of at most `batch_size` rows and `max_tokens` padded tokens, or of one row."""
+    batch, width = list[int](), 0
+    for row in order:
+        widest = max(width, lengths[row])
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * widest > max_tokens):
+            yield batch
+            batch, widest = [], lengths[row]
+        batch.append(row)
+        width = widest
+    if batch:
+        yield batch
 
 
 def shared_prefix_length(prompts: Sequence[Sequence[int]]) -> int:

@@ -57,7 +57,7 @@ class LabelScoring:
 
     def batches(self) -> list[list[int]]:
         """The examples that are computed together; any run of batches forms the same batches again."""
-        return score_batches(self.examples, self.label_ids, self.batch_size)
+        return score_batches(self.examples, self.label_ids, self.batch_size, self.shared())
 
     def run(self, model: CausalLM, shared: int | None, progress: ProgressCallback | None) -> list[list[float]]:
         """The scores. shared: see `prefill_shared_prefix`."""

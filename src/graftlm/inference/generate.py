@@ -12,7 +12,16 @@ import torch
 from torch import nn
 
 from graftlm.errors import InputError
-from graftlm.inference.decoder import FIRST_CAPACITY, Decode, DecodingBatch, Row, choose_tokens, prefill_shared_prefix
+from graftlm.inference.decoder import (
+    FIRST_CAPACITY,
+    MAX_PASS_TOKENS,
+    Decode,
+    DecodingBatch,
+    Row,
+    choose_tokens,
+    prefill_shared_prefix,
+    token_batches,
+)
 from graftlm.inference.sampling import SamplingParams
 from graftlm.models import CausalLM
 from graftlm.text.boundary import split_prompt, without_space
@@ -34,6 +43,8 @@ class Batching:
     shared: int | None = None
     """The number of common first tokens to compute once; see `prefill_shared_prefix`."""
     progress: ProgressCallback | None = None
+    max_tokens: int = MAX_PASS_TOKENS
+    """Padded tokens of a pass, unless a single row has more."""
 
 
 def generate(
@@ -108,8 +119,8 @@ def _decode(batch: DecodingBatch, rows: Sequence[Row], batch_size: int, decode: 
     capacity = max(row.capacity for row in rows)
     batch.reserve(len(rows), min(capacity, max(len(row.prompt) for row in rows) + FIRST_CAPACITY))
     tokens: list[int] = []
-    for start in range(0, len(rows), batch_size):
-        joining = rows[start : start + batch_size]
+    for numbers in token_batches(range(len(rows)), [len(row.prompt) for row in rows], batch_size):
+        joining = [rows[number] for number in numbers]
         tokens += choose_tokens(batch.join(joining), joining)
     while any(unfinished := [row.append(token, decode) for row, token in zip(batch.rows, tokens, strict=True)]):
         batch.evict(unfinished)
@@ -119,13 +130,12 @@ def _decode(batch: DecodingBatch, rows: Sequence[Row], batch_size: int, decode: 
 def decode_groups(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     """The indices of the prompts to decode together, by their lengths: at most MAX_BATCHES batches of similar length.
 
-    A group also has at most MAX_CACHED_TOKENS padded prompt tokens, unless it is a single batch. Any run of these
-    groups forms the same groups again.
+    A group also has at most MAX_CACHED_TOKENS padded prompt tokens, unless it is a single row. Any run of these groups
+    forms the same groups again.
     """
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     group: list[int] = []
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
+    for batch in token_batches(order, lengths, batch_size, MAX_CACHED_TOKENS):
         rows = len(group) + len(batch)
         if group and (rows > MAX_BATCHES * batch_size or rows * lengths[batch[-1]] > MAX_CACHED_TOKENS):
             yield group

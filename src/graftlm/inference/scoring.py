@@ -9,6 +9,7 @@ Letters: N examples, L labels, B rows of a batch, T tokens of a pass, V tokens o
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +17,10 @@ from torch import Tensor
 from graftlm.errors import InputError
 from graftlm.exchange.load import to_float64
 from graftlm.inference.decoder import prefill_shared_prefix, right_pad
-from graftlm.inference.generate import Batching, ProgressCallback, eval_mode
+from graftlm.inference.generate import Batching, eval_mode
 from graftlm.models import CausalLM, KVCache
+from graftlm.models.base import flat_to_padded
+from graftlm.models.layers import FUSED_FROM
 from graftlm.text.boundary import Tokens
 from graftlm.text.collate import Example
 
@@ -81,26 +84,18 @@ class ScoringPlan:
                     yield start + i - 1, tokens[i], tail
 
 
-def score(
-    model: CausalLM,
-    examples: Sequence[Example],
-    label_ids: LabelIds | None = None,
-    *,
-    batch_size: int = 32,
-    shared: int | None = None,
-    progress: ProgressCallback | None = None,
-) -> Scores:
+def score(model: CausalLM, examples: Sequence[Example], label_ids: LabelIds | None = None, **batching: Any) -> Scores:
     """The log-probability of each label, and of each example's own completion, after its prompt.
 
     label_ids: the tokens of each label (`text.collate.label_ids`), for examples that have none of their own
     (`Example.label_ids`); None or empty where no labels are scored.
-    shared: see `prefill_shared_prefix`; it changes the scores by rounding only.
+    batching: fields of `Batching` by name, as in batch_size=8; they change the scores by rounding only.
 
     Raises InputError for an example whose prompt and tail are longer than the context.
     """
     labels = label_ids or ()
     plans = [ScoringPlan.make(example, labels) for example in examples]
-    sums = _sums(model, plans, examples, len(labels) + 1, Batching(batch_size, shared, progress))
+    sums = _sums(model, plans, examples, len(labels) + 1, Batching(**batching))
     counts = torch.tensor([len(plan.scored[-1]) for plan in plans], dtype=torch.int64)
     return Scores(sums[:, :-1], sums[:, -1], counts)
 
@@ -113,9 +108,11 @@ def score_labels(
     return _sums(model, plans, examples, len(label_ids) + 1, batching or Batching())[:, :-1]
 
 
-def score_batches(examples: Sequence[Example], label_ids: LabelIds, batch_size: int) -> list[list[int]]:
+def score_batches(
+    examples: Sequence[Example], label_ids: LabelIds, batch_size: int, shared: int = 0
+) -> list[list[int]]:
     """The rows of each batch of `score_labels`. Any run of batches forms the same batches again."""
-    return list(_batches(_label_plans(examples, label_ids), batch_size))
+    return list(_batches(_label_plans(examples, label_ids), Batching(batch_size), shared))
 
 
 def _label_plans(examples: Sequence[Example], label_ids: LabelIds) -> list[ScoringPlan]:
@@ -130,9 +127,12 @@ def _sums(
     sums = torch.zeros(len(plans), tails, dtype=torch.float64)
     with eval_mode(model):
         past, skip = prefill_shared_prefix(model, [plan.prompt for plan in plans], batching.shared)
-        for rows in _batches(plans, batching.batch_size):
-            batch = _score_batch(model, [plans[row] for row in rows], past, skip)
-            sums[rows] = torch.tensor(batch, dtype=torch.float64)
+        for rows in _batches(plans, batching, skip):
+            batch = [plans[row] for row in rows]
+            # Attention to a shared past holds all scores in memory: too much for long rows.
+            is_long = max(len(plan.prompt) + len(plan.paths[0]) for plan in batch) - skip >= FUSED_FROM
+            values = _score_batch(model, batch, *(((), 0) if is_long else (past, skip)))
+            sums[rows] = torch.tensor(values, dtype=torch.float64)
             if batching.progress is not None:
                 batching.progress(len(rows))
     return sums
@@ -150,17 +150,22 @@ def _check(plans: Sequence[ScoringPlan], examples: Sequence[Example], context: i
             )
 
 
-def _batches(plans: Sequence[ScoringPlan], batch_size: int) -> Iterator[list[int]]:
-    """Batches of rows of similar length, at most `batch_size` rows and MAX_POSITIONS predicted tokens each.
+def _batches(plans: Sequence[ScoringPlan], batching: Batching, skip: int) -> Iterator[list[int]]:
+    """Batches of rows of similar length, within the limits of `batching` and of MAX_POSITIONS predicted tokens each.
+
+    skip: the tokens at the beginning of every prompt that are not computed with the rows.
 
     Padding never exceeds the context (GPT-2 has no positions beyond it): after the first pass only paths no longer than
     the longest label's are fed, and every row has capacity for that.
     """
+    lengths = [len(plan.prompt) + len(plan.paths[0]) - skip for plan in plans]
+    order = sorted(range(len(plans)), key=lengths.__getitem__)
     batch: list[int] = []
     positions = 0
-    for row in sorted(range(len(plans)), key=lambda row: len(plans[row].prompt) + len(plans[row].paths[0])):
+    for row in order:
         own = 1 + sum(len(path) for path in plans[row].paths)
-        if batch and (len(batch) == batch_size or positions + own > MAX_POSITIONS):
+        too_wide = (len(batch) + 1) * lengths[row] > batching.max_tokens
+        if batch and (len(batch) == batching.batch_size or positions + own > MAX_POSITIONS or too_wide):
             yield batch
             batch, positions = [], 0
         batch.append(row)
@@ -217,7 +222,15 @@ def _log_probs(
     slots: dict[int, int] = {}  # each position is computed once, even if several tails read it
     index = [slots.setdefault(row * ids.shape[1] + position, len(slots)) for row, position, _ in reads]
     at = torch.tensor(list(slots), dtype=torch.long, device=model.device)
-    logits = model(ids, past=past, cache=keep, positions=at)
-    rows = torch.tensor(index, dtype=torch.long, device=logits.device)
-    tokens = torch.tensor([token for _, _, token in reads], dtype=torch.long, device=logits.device)
-    return (to_float64(logits[rows, tokens]) - to_float64(logits.logsumexp(dim=-1)[rows])).tolist()
+    padded, slot = flat_to_padded(at, *ids.shape)
+    hidden = model.hidden_states(ids, past, keep, padded).flatten(0, 1)[slot]
+    logps = [0.0] * len(reads)
+    for start in range(0, len(at), MAX_POSITIONS):
+        logits = model.logits(hidden[start : start + MAX_POSITIONS])
+        mine = [i for i, row in enumerate(index) if start <= row < start + MAX_POSITIONS]
+        rows = torch.tensor([index[i] - start for i in mine], dtype=torch.long, device=logits.device)
+        tokens = torch.tensor([reads[i][2] for i in mine], dtype=torch.long, device=logits.device)
+        found = to_float64(logits[rows, tokens]) - to_float64(logits.logsumexp(dim=-1)[rows])
+        for i, logp in zip(mine, found.tolist(), strict=True):
+            logps[i] = logp
+    return logps

@@ -52,8 +52,7 @@ class Chat:
     """
 
     def __init__(self, tokenizer: Tokenizer, hint: str = "use --chat off") -> None:
-        if tokenizer.chat_template is None:
-            raise InputError(f"the model has no chat template: {hint}")
+        assert tokenizer.chat_template is not None, "the tokenizer has no chat template"
         self._tokenizer, self._marking, self._hint = tokenizer, tokenizer.marking, hint
 
     def render(self, messages: Sequence[Message], answer_prefix: str = "") -> str:

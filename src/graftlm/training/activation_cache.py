@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graftlm.inference.decoder import shared_prefix_length
+from graftlm.inference.decoder import shared_prefix_length, token_batches
 from graftlm.inference.generate import eval_mode
 from graftlm.models.base import CausalLM
 from graftlm.text.collate import Example
@@ -43,7 +43,7 @@ class ActivationCache:
         self.model, self.examples, self.layers, self.prefix = model, examples, layers, prefix
         sizes = [suffix_length(e, prefix) for e in examples]
         order = sorted(range(len(examples)), key=lambda i: (sizes[i], i))
-        self.groups = [order[i : i + GROUP] for i in range(0, len(order), GROUP)]
+        self.groups = list(token_batches(order, sizes, GROUP))
         self.group_of = {i: g for g, group in enumerate(self.groups) for i in group}
         ends = np.cumsum([prefix, *(sizes[i] for i in order)])
         self.start = {i: int(end) for i, end in zip(order, ends, strict=False)}

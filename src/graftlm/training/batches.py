@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from graftlm.config import TrainConfig
-from graftlm.inference.decoder import shared_prefix_length
+from graftlm.inference.decoder import MAX_PASS_TOKENS, shared_prefix_length
 from graftlm.models.base import CausalLM, flat_to_padded
 from graftlm.models.layers import PairedRow
 from graftlm.text.boundary import Tokens
@@ -40,6 +40,8 @@ class TrainingData:
     """The tokens scored for each label after a short text; empty for data without labels."""
     eot: int
     """The end-of-text token."""
+    max_tokens: int = MAX_PASS_TOKENS
+    """Padded tokens of a pass without gradient, unless a single row has more."""
 
     @property
     def splits(self) -> dict[str, list[Example]]:

@@ -7,6 +7,11 @@ their weights in the processor's caches, thirty do not.
 
     seconds(batch) = f (head(n) + layers * block(n))      each linear between a small and a large batch of n tokens
 
+First comes the memory of the longest rows of both splits, measured on short pieces of them: a run that does not fit is
+refused before anything large is computed.
+
+    bytes(row) = a + b n + c n^2                          of the tensors alive at once, n tokens
+
 Across ranks each measures its own part of the batches, all at the same time, so the communication of sharded weights is
 included. Not included: checkpoints, and the all-reduce of adapters' gradients.
 """
@@ -18,9 +23,11 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from statistics import median
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from graftlm.errors import InputError
 from graftlm.files.formats import to_local
 from graftlm.methods.base import trainable
 from graftlm.methods.cost_model import model_flops
@@ -29,12 +36,13 @@ from graftlm.text.collate import Example
 from graftlm.training.batches import BatchLoader, HiddenStates, TrainingBatch, TrainingData, forward_batch
 from graftlm.training.distributed import DistContext, unsharded_root
 from graftlm.training.objectives import Objective
-from graftlm.training.reporting import peak_rss_mb, rss_mb, saved_activation_bytes
+from graftlm.training.reporting import PeakTensorBytes, free_mb, peak_rss_mb, rss_mb
 from graftlm.training.setup import RunContext
 
 PROBE_LAYERS_SMALL, PROBE_LAYERS_LARGE = 1, 3  # blocks of the two truncated models
 PROBED = 64  # batches from which a small and a large one are chosen; the rest of the run is like them
 PROBE_BATCH = 32  # examples of the validation that is timed
+PROBE_LENGTHS = (1280, 1664, 2048)  # tokens of the pieces on which the memory of a longer row is measured
 
 
 @dataclass(frozen=True)
@@ -56,19 +64,23 @@ class Estimate:
 
 
 def make_plan(run: RunContext, startup_seconds: float, repeats: int = 3) -> Estimate:
-    """Predict a run. The model's gradients, mode and random numbers are restored."""
+    """Predict a run. The model's gradients, mode and random numbers are restored.
+
+    Raises InputError, with the row's source, if its longest row needs more memory than is free.
+    """
     config, model, dist, objective = run.config, run.loaded.model, run.dist, run.objective
     steps = config.max_iters or 0
     loader = replace(run.loader, examples=objective.with_placeholders(run.data.train))
     rows = list(islice(loader.stream(0), min(steps * config.grad_accum, PROBED)))
     with _preserve_state(model):
         probe = Probe(model, objective, run.method.layer_range(model.config).start, repeats)
+        with dist.same_error_on_all_ranks():
+            largest_mb = MemoryProbe(run, probe).checked_mb()
         batches = probe.batches(loader, rows, dist)
         sizes = [[part.padded_tokens for part in parts] for parts in batches]
         flat = sorted((part.padded_tokens, i, j) for i, parts in enumerate(batches) for j, part in enumerate(parts))
         small, large = (batches[i][j].to(model.device) for _, i, j in (flat[len(flat) // 10], flat[-1]))
         times = [probe.step_seconds(batch) for batch in (small, large)]
-        saved = probe.saved_mb(large)
         statistics = probe.statistics_seconds(loader, rows[0], dist)
         validation, reference = probe.validation_seconds(run.data, config.seed), probe.setup_seconds(run.data)
         resident = rss_mb()  # before the whole pass, whose memory the process keeps for later steps
@@ -92,7 +104,7 @@ def make_plan(run: RunContext, startup_seconds: float, repeats: int = 3) -> Esti
         validation_seconds=validation_seconds,
         startup_seconds=startup_seconds,
         minutes=(startup_seconds + reference / dist.size + train_seconds + validation_seconds) / 60,
-        peak_rss_mb=round(_peak_mb(model, resident, saved, max(n for parts in sizes for n in parts)), 0),
+        peak_rss_mb=round(max(peak_rss_mb(), resident + largest_mb), 0),
     )
 
 
@@ -175,17 +187,27 @@ class Probe:
 
         return _median_time(whole, self.repeats - 1) if self.repeats > 1 else _seconds(whole)
 
-    def saved_mb(self, batch: TrainingBatch) -> float:
-        """MB that autograd saves from the forward to the backward pass."""
+    def step_mb(self, batch: TrainingBatch) -> float:
+        """MB of tensors at the peak of a micro-batch's forward and backward pass, its gradients included."""
 
         def measure() -> float:
-            with saved_activation_bytes(self.model) as count:
-                loss, _ = self.objective.loss(self.model, batch)
-                saved = count() / 1e6  # while `loss` holds the graph
-                del loss
-                return saved
+            with PeakTensorBytes(self.model) as tensors:
+                self.objective.loss(self.model, batch)[0].backward()
+            self.model.zero_grad(set_to_none=True)
+            return tensors.peak / 1e6
 
         return self.extrapolate(measure, self.model.config.num_layers - self.first, self.model.blocks)
+
+    def evaluation_mb(self, data: TrainingData) -> float:
+        """MB of tensors at the peak of an evaluation of `data.validation`."""
+        extra = self.objective.batch_statistics(self.model, data.validation, DistContext())
+
+        def measure() -> float:
+            with PeakTensorBytes(self.model) as tensors:
+                self.objective.evaluate(self.model, data, extra)
+            return tensors.peak / 1e6
+
+        return self.extrapolate(measure, self.model.config.num_layers, self.model.blocks)
 
     def statistics_seconds(self, loader: BatchLoader, rows: list[int], dist: DistContext) -> float:
         """The objective's `batch_statistics` of one batch."""
@@ -214,6 +236,95 @@ class Probe:
 
     def _full_depth(self, run: Callable[[], object]) -> float:
         return self.extrapolate(lambda: _median_time(run, 1), self.model.config.num_layers, self.model.blocks)
+
+
+@dataclass(frozen=True)
+class MemoryProbe:
+    """The memory of a run's largest passes."""
+
+    run: RunContext
+    probe: Probe
+
+    def checked_mb(self) -> float:
+        """MB that the largest pass takes besides what is resident now; an InputError if less is free."""
+        state = 2 * sum(to_local(p).numel() * p.element_size() for p in trainable(self.probe.model).values()) / 1e6
+        free, largest = free_mb(self.run.device) - state, 0.0
+        for what, measure, rows in (
+            ("training", self.train_mb, self.largest_microbatch),
+            ("validating", self.validate_mb, self.largest_pass),
+        ):
+            mb = self.megabytes(measure, rows())
+            if mb > free:
+                fits = next((n for n in _halved(rows()[0].length) if self.megabytes(measure, rows(n)) <= free), 0)
+                raise InputError(_too_large(rows(), what, (mb + state, free + state), fits))
+            largest = max(largest, mb)
+        return largest + state
+
+    def megabytes(self, measure: Callable[[Sequence[Example]], float], rows: Sequence[Example]) -> float:
+        """MB of a pass over these rows, the longest first."""
+        tokens = rows[0].length
+        if len(rows) * tokens <= PROBE_LENGTHS[-1]:
+            return measure(rows)
+        values = [measure([_shortened(rows[0], n)]) for n in PROBE_LENGTHS]
+        mask = 6 * tokens**2 / 1e6  # while it is built; of short pieces other tensors are larger
+        return len(rows) * max(mask, float(np.polyval(np.polyfit(PROBE_LENGTHS, values, 2), tokens)))
+
+    def largest_microbatch(self, limit: int = 2**62) -> list[Example]:
+        """The rows of the micro-batch with the longest row, that one first, each shortened to `limit` tokens."""
+        rows = _longest_first(self.run.data.train, self.run.config.batch_size, limit)
+        return rows[: len(replace(self.run.loader, examples=rows).microbatches(list(range(len(rows))))[0].ids)]
+
+    def largest_pass(self, limit: int = 2**62) -> list[Example]:
+        """The same of the pass without gradient that has the longest row."""
+        data = self.run.data
+        examples = [*data.validation, *(data.train if self.probe.objective.unknown(data) else ())]
+        rows = _longest_first(examples, PROBE_BATCH, limit)
+        return rows[: max(1, data.max_tokens // rows[0].length)]
+
+    def train_mb(self, rows: Sequence[Example]) -> float:
+        """MB of a training step on these rows."""
+        extra = self.probe.objective.batch_statistics(self.probe.model, rows, DistContext())
+        loader = replace(self.run.loader, examples=self.probe.objective.with_placeholders(rows))
+        batch = loader.microbatches(list(range(len(rows))))[0]
+        return self.probe.step_mb(batch.with_extra(extra).to(self.probe.model.device))
+
+    def validate_mb(self, rows: Sequence[Example]) -> float:
+        """MB of a validation of these rows."""
+        return self.probe.evaluation_mb(replace(self.run.data, validation=self.probe.objective.with_placeholders(rows)))
+
+
+def _halved(tokens: int) -> Iterator[int]:
+    while (tokens := tokens // 2) >= 32:
+        yield tokens
+
+
+def _longest_first(examples: Sequence[Example], count: int, limit: int) -> list[Example]:
+    return [_shortened(example, limit) for example in sorted(examples, key=lambda e: -e.length)[:count]]
+
+
+def _shortened(example: Example, tokens: int) -> Example:
+    """The example with at most about this many tokens, each of its texts shortened by the same factor."""
+    if example.length <= tokens:
+        return example
+    texts = {name: getattr(example, name) for name in ("prompt_ids", "completion_ids", "rejected_ids")}
+    return replace(example, **{n: ids[: max(2, len(ids) * tokens // example.length)] for n, ids in texts.items()})
+
+
+def _too_large(rows: Sequence[Example], what: str, megabytes: tuple[float, float], fits: int) -> str:
+    """What is wrong with rows that need more memory than is free (megabytes: both), and what to set."""
+    longest, (mb, free) = rows[0], megabytes
+    cure = "use a smaller model or another --method"
+    if len(rows) > 1:
+        cure = f"set --microbatch_tokens {max(64, longest.length // 8)}"
+    elif fits and (longest.label is not None or longest.masked_spans):
+        cure = f"set --max_length {fits} to truncate it"
+    elif fits:
+        cure = f"shorten it to {fits:,} tokens or leave it out"
+    count = "a row" if len(rows) == 1 else f"{len(rows)} rows"
+    return (
+        f"{longest.source}: not enough memory: {what} {count} of {longest.length:,} tokens takes about "
+        f"{mb:,.0f} MB, and {free:,.0f} MB are free: {cure}"
+    )
 
 
 @contextmanager
@@ -260,11 +371,3 @@ def _update_seconds(trained: int, sample: int = 1_000_000) -> float:
         optimizer.step()
 
     return _seconds(update) * trained / p.numel()
-
-
-def _peak_mb(model: CausalLM, resident_mb: float, saved_mb: float, tokens: int) -> float:
-    """Memory at the peak of the largest step, and at least what has been reached already."""
-    trained = sum(to_local(p).numel() * p.element_size() for p in trainable(model).values())
-    item = torch.empty(0, dtype=model.dtype).element_size()
-    working = 4 * tokens * model.config.intermediate_size * item  # gradients of the widest part, the MLP
-    return max(peak_rss_mb(), resident_mb + saved_mb + (3 * trained + working) / 1e6)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from graftlm.errors import InputError
 from graftlm.files.atomic import write_json
 from graftlm.files.formats import load_safetensors, read_json, save_safetensors
+from graftlm.inference.decoder import MAX_PASS_TOKENS, token_batches
 from graftlm.inference.generate import Batching, eval_mode, generate_ids
 from graftlm.inference.sampling import SamplingParams
 from graftlm.inference.scoring import score
@@ -87,7 +88,7 @@ class ReferenceObjective(Objective):
     ) -> tuple[float, float, float | None]:
         """Correct are the examples that count in the metric reward_accuracy."""
         ordered = sorted(data.validation, key=lambda e: e.length)
-        loss, weight, sums = self.sum_losses(model, ordered, VALIDATION_BATCH, statistics)
+        loss, weight, sums = self.sum_losses(model, replace(data, validation=ordered), VALIDATION_BATCH, statistics)
         return loss, weight, sums["reward_accuracy"]
 
     @property
@@ -122,7 +123,11 @@ class ReferenceObjective(Objective):
             return None
         notify(f"computing reference log-probabilities of {count:,} examples, once")
         start = time.perf_counter()
-        self._attach(data, {split: self.answer_logps(model, some, dist) for split, some in data.splits.items()})
+        logps = {
+            split: self.answer_logps(model, some, dist, max_tokens=data.max_tokens)
+            for split, some in data.splits.items()
+        }
+        self._attach(data, logps)
         return {"pairs": count, "seconds": round(time.perf_counter() - start, 3)}
 
     def save(self, folder: Path) -> None:
@@ -147,7 +152,12 @@ class ReferenceObjective(Objective):
         data.train, data.validation = (with_reference(some, logps[split]) for split, some in data.splits.items())
 
     def answer_logps(
-        self, model: CausalLM, examples: Sequence[Example], dist: DistContext | None = None, group: int = GROUP
+        self,
+        model: CausalLM,
+        examples: Sequence[Example],
+        dist: DistContext | None = None,
+        group: int = GROUP,
+        max_tokens: int = MAX_PASS_TOKENS,
     ) -> Tensor:
         """The log-probabilities of every example's answers under the model as it is, [N, A] float64.
 
@@ -155,10 +165,12 @@ class ReferenceObjective(Objective):
         """
         dist = dist or DistContext()
         logps = torch.zeros(len(examples), self.answers, dtype=torch.float64)
-        order = sorted(range(len(examples)), key=lambda i: (examples[i].length, i))
+        lengths = [e.length for e in examples]
+        groups = list(
+            token_batches(sorted(range(len(examples)), key=lambda i: (lengths[i], i)), lengths, group, max_tokens)
+        )
         with eval_mode(model), uneven_forward(model, dist):
-            for start in range(dist.rank * group, len(order), dist.size * group):
-                rows = order[start : start + group]
+            for rows in groups[dist.rank :: dist.size]:
                 batch = self.collate([examples[i] for i in rows], CollateOptions()).to(model.device)
                 sums, _ = sequence_logps(model, forward_batch(model, batch), batch)
                 logps[rows] = sums.view(-1, self.answers).cpu().double()

@@ -10,9 +10,11 @@ measured peak of the machine's matrix products.
 """
 
 import json
+import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from graftlm.config import TrainConfig
 from graftlm.errors import InputError, require_posix
@@ -164,7 +168,7 @@ def parameter_counts(run: dict[str, Any]) -> dict[str, Any]:
 
 def peak_rss_mb() -> float:
     """The peak resident memory of this process so far."""
-    if (peak := _status_mb("VmHWM")) is not None:
+    if (peak := _proc_mb("self/status", "VmHWM")) is not None:
         return peak
     resource = require_posix("resource")
     peak_rss = int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
@@ -173,15 +177,16 @@ def peak_rss_mb() -> float:
 
 def rss_mb() -> float:
     """The resident memory now, or the peak where the system does not report it."""
-    now = _status_mb("VmRSS")
+    now = _proc_mb("self/status", "VmRSS")
     return peak_rss_mb() if now is None else now
 
 
-def _status_mb(field: str) -> float | None:
-    status = Path("/proc/self/status")
-    if not status.exists():
+def _proc_mb(name: str, field: str) -> float | None:
+    """A field of a file in /proc; None where the system has none."""
+    path = Path("/proc") / name
+    if not path.exists():
         return None
-    kilobytes = int(status.read_text().partition(f"{field}:")[2].split()[0])
+    kilobytes = int(path.read_text().partition(f"{field}:")[2].split()[0])
     return round(kilobytes * 1024 / 1e6, 1)
 
 
@@ -189,6 +194,48 @@ def _peak_cuda(model: CausalLM) -> dict[str, float]:
     if model.device.type != "cuda":
         return {}
     return {"peak_cuda_mb": round(torch.cuda.max_memory_allocated() / 1e6, 1)}
+
+
+def free_mb(device: torch.device) -> float:
+    """MB that this run may still take on the device; infinite where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 1e6
+    free = [math.inf]
+    if (available := _proc_mb("meminfo", "MemAvailable")) is not None:
+        free.append(available)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()).isdigit():
+        free.append((int(text) - int(used.read_text())) / 1e6)
+    if (size := _proc_mb("self/status", "VmSize")) is not None:
+        resource = require_posix("resource")
+        limit_bytes = resource.getrlimit(resource.RLIMIT_AS)[0]
+        free += [limit_bytes / 1e6 - size] if limit_bytes != resource.RLIM_INFINITY else []
+    return min(free)
+
+
+class PeakTensorBytes(TorchDispatchMode):
+    """Counts the most bytes of tensors that were created within it and alive at the same time."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._sizes = {to_local(p).untyped_storage()._cdata: 0 for p in model.parameters()}
+        self.alive = self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run an operation, and count the storages of its results."""
+        results = func(*args, **(kwargs or {}))
+        for t in tree_leaves(results):
+            if isinstance(t, Tensor) and (key := (storage := t.untyped_storage())._cdata) not in self._sizes:
+                weakref.finalize(storage, self._freed, key)
+                self._sizes[key] = storage.nbytes()
+                self.alive += storage.nbytes()
+                self.peak = max(self.peak, self.alive)
+        return results
+
+    def _freed(self, key: int) -> None:
+        self.alive -= self._sizes.pop(key)
 
 
 @contextmanager

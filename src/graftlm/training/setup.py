@@ -19,6 +19,7 @@ from graftlm.config.training import OBJECTIVES
 from graftlm.errors import InputError
 from graftlm.exchange.huggingface import base_hash, load_model, load_weights_into, meta_model
 from graftlm.exchange.load import ModelBundle, check_base, pick_device, pick_dtype, read_tokenizer, resolve_path
+from graftlm.inference.decoder import MAX_PASS_TOKENS
 from graftlm.methods import Method
 from graftlm.methods.base import mergeable_linears, parse_layer_range
 from graftlm.models.base import CausalLM
@@ -272,7 +273,9 @@ def _examples(
     notes += preflight(examples, template, tokenizer, max_length, truncated)
     labelled = all(e.label is not None for some in examples.values() for e in some)
     labels = label_ids(template, tokenizer) if labelled else []
-    return TrainingData(examples["train"], examples["validation"], labels, tokenizer.eot), notes
+    # Passes without gradient keep one layer's activations, so they may have more tokens than a micro-batch.
+    max_tokens = min(MAX_PASS_TOKENS, MAX_PASS_TOKENS // CPU_TOKENS * (config.microbatch_tokens or CPU_TOKENS))
+    return TrainingData(examples["train"], examples["validation"], labels, tokenizer.eot, max_tokens), notes
 
 
 # Model ----------------------------------------------------------------------------------------------------------------

@@ -96,10 +96,14 @@ def _train(
         run = prepare(config, given, dist, previous)
     _check_same_on_all_ranks(run)
     shard_and_load(run)
-    _print_header(run, _notifier(console))
-    if config.plan:
-        estimate = dist.broadcast_object(asdict(make_plan(run, time.perf_counter() - started)))
-        return {**estimate, **parameter_counts(run.manifest.values)}
+    notify, values = _notifier(console), run.manifest.values
+    _print_header(run, notify)
+    if config.plan or values["plan"] is None:  # a resumed run keeps its estimate
+        estimate = make_plan(run, time.perf_counter() - started, repeats=3 if config.plan else 1)
+        values["plan"] = dist.broadcast_object(asdict(estimate))
+        if config.plan:
+            return {**values["plan"], **parameter_counts(values)}
+        notify(format_estimate(values["plan"]))
     with _cleanup_on_failure(run, console):
         trainer = make_trainer(run, console, started)
         try:
@@ -113,16 +117,12 @@ def _train(
 
 
 def make_trainer(run: RunContext, console: Console, started: float) -> Trainer:
-    """The run's folder, reference, estimate, checkpoint, kernels, cache and loggers, in this order."""
+    """The run's folder, reference, checkpoint, kernels, cache and loggers, in this order."""
     manifest, model, notify = run.manifest, run.loaded.model, _notifier(console)
     checkpoints = _checkpoints(run)
     optimizer = make_optimizer(model, run.config, run.method)
     _check_folder(run, checkpoints)
     _setup_objective(run, notify)
-    if manifest.values["plan"] is None:  # a resumed run keeps its estimate
-        estimate = make_plan(run, time.perf_counter() - started, repeats=1)
-        plan = manifest.values["plan"] = run.dist.broadcast_object(asdict(estimate))
-        notify(format_estimate(plan))
     state = _restore(run, checkpoints, optimizer, notify)
     if manifest.values["cpp_kernels"] is None:
         manifest.values["cpp_kernels"] = _decide_kernels(run, notify)

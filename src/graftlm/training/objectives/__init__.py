@@ -17,6 +17,7 @@ from torch import Tensor
 from graftlm.config import TrainConfig
 from graftlm.config.training import OBJECTIVES
 from graftlm.errors import InputError, unknown_name_error
+from graftlm.inference.decoder import token_batches
 from graftlm.inference.generate import eval_mode
 from graftlm.models.base import CausalLM
 from graftlm.text.collate import Example
@@ -85,13 +86,14 @@ class Objective(ABC):
         """
 
     def sum_losses(
-        self, model: CausalLM, examples: Sequence[Example], batch_size: int, statistics: Statistics
+        self, model: CausalLM, data: TrainingData, batch_size: int, statistics: Statistics
     ) -> tuple[float, int, dict[str, float]]:
-        """Loss, weight and metrics, summed over the examples in this order, in evaluation mode."""
+        """Loss, weight and metrics, summed over `data.validation` in this order, in evaluation mode."""
         total, weight, totals = 0.0, 0, dict[str, float]()
+        examples = data.validation
         with eval_mode(model):
-            for start in range(0, len(examples), batch_size):
-                batch = self.collate(examples[start : start + batch_size], CollateOptions()).with_extra(statistics)
+            for rows in token_batches(range(len(examples)), [e.length for e in examples], batch_size, data.max_tokens):
+                batch = self.collate([examples[row] for row in rows], CollateOptions()).with_extra(statistics)
                 loss, sums = self.loss(model, batch.to(model.device))
                 total, weight = total + loss.item(), weight + batch.weight
                 totals = {name: totals.get(name, 0.0) + value.item() for name, value in sums.items()}

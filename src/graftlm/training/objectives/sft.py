@@ -6,7 +6,7 @@ all          the same over every token but the first
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -59,7 +59,7 @@ class SFT(Objective):
     ) -> tuple[float, float, float | None]:
         """Correct are the examples whose own label scores highest."""
         examples = data.validation
-        scores = score(model, examples, data.label_ids, batch_size=VALIDATION_BATCH)
+        scores = score(model, examples, data.label_ids, batch_size=VALIDATION_BATCH, max_tokens=data.max_tokens)
         correct = None
         if data.label_ids:
             own = torch.tensor([e.label for e in examples])
@@ -67,5 +67,5 @@ class SFT(Objective):
         if self.loss_on == "completion":
             return -scores.completion.sum().item(), int(scores.completion_tokens.sum()), correct
         ordered = sorted(examples, key=lambda e: len(e.prompt_ids))
-        loss, weight, _ = self.sum_losses(model, ordered, VALIDATION_BATCH, statistics)
+        loss, weight, _ = self.sum_losses(model, replace(data, validation=ordered), VALIDATION_BATCH, statistics)
         return loss, weight, correct
