@@ -103,7 +103,7 @@ def test_an_adapter_is_the_same_in_peft_or_is_our_own(base: str, name: str, plac
     assert result["format"] == ("graft" if own else "peft") and result["max_abs_logit_diff"] <= 1e-5
     files = {path.name for path in (tmp_path / "out").iterdir()}
     stem = "graft_adapter{}" if own else "adapter_{}"
-    assert files == {"export.json"} | {
+    assert files == {"export.json", "generation_config.json"} | {
         stem.format(end) for end in ((".json", ".safetensors") if own else ("config.json", "model.safetensors"))
     }
     if not own:
@@ -145,7 +145,7 @@ def test_what_the_folder_says_of_itself(place: Path, tmp_path: Path) -> None:
     about, record = read_json(tmp_path / "my model" / "export.json"), read_json(run / "run.json")
     assert about["format"] == "huggingface" and about["base"] == record["base"] and about["method"] == record["method"]
     assert about["base"]["sha256"] == base_hash(place / "mistral")
-    assert about["data"] == {"name": str(place / "data"), "fingerprint": record["data"]["fingerprint"]}
+    assert about["data"] == {"name": str(place / "data"), "fingerprint": record["data"]["fingerprint"], "chat": False}
     assert about["val_metrics"] == record["results"]["best"] and about["template"] == record["template"]
     assert (
         about["verification"]["max_abs_logit_diff"]

@@ -9,6 +9,7 @@ import json
 import logging
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -240,6 +241,16 @@ def test_an_error_of_writing_a_stream_is_an_event_too(
     monkeypatch.setattr("graftlm.serving.responses.Formatter.chunk", lambda *_: 1 / 0)
     lines = http.post("/v1/completions", json={**TEXT, "stream": True}).text.split("\n\n")
     assert json.loads(lines[0][6:])["error"]["type"] == "server_error" and lines[1:] == ["data: [DONE]", ""]
+
+
+def test_a_text_ends_where_its_model_learned_to_end_a_turn(tmp_path: Path) -> None:
+    given, engine = service(tmp_path, "talks", "reviews")
+    models: Any = given.models
+    models["talks"] = replace(models["talks"], stop_tokens=frozenset({7}))
+    with serving(given) as url:
+        for name in given.models:
+            assert httpx.post(f"{url}/v1/completions", json={**TEXT, "model": name}).status_code == 200
+    assert [request.params.stop_token_ids for request in engine.requests] == [{*()}, {7}, {*()}]
 
 
 def test_where_one_of_several_is_not_taken_none_is(http: httpx.Client, engine: FakeEngine) -> None:

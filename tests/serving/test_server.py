@@ -257,8 +257,9 @@ def test_what_does_not_end_within_the_grace_is_told(tmp_path: Path) -> None:
         thread.join(20)
     whole, streamed = sorted(found, key=lambda answer: answer.status_code, reverse=True)
     assert whole.status_code == 503 and whole.json()["error"]["code"] == "stopping"
-    last = streamed.text.strip().rpartition("data: ")[2]
+    *_, last, end = streamed.text.strip().split("data: ")
     assert json.loads(last)["error"]["message"] == "the server is stopping: the answer is incomplete"
+    assert end == "[DONE]"
 
 
 # What it refuses to begin with ----------------------------------------------------------------------------------------

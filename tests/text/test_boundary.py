@@ -142,7 +142,9 @@ def test_pairs_whose_answers_change_the_prompts_last_token_have_one_prompt(tmp_p
     assert read.decode(example.prompt_ids + example.rejected_ids) == "story(dull"
     assert example.rest and example.completion_ids != example.rejected_ids
     notes = preflight({"train": [example]}, TEMPLATE, read, 96, {})
-    assert notes[0].startswith("in 1 of 1 examples in train one token holds the prompt's end and the completion's beg")
+    assert notes[0].startswith(
+        "in 1 of 1 examples in train a token spans prompt and completion, and is not learned: beg"
+    )
 
 
 # White space at the end of a prompt -----------------------------------------------------------------------------------
@@ -152,6 +154,7 @@ def test_one_function_decides_where_a_prompt_ends(tokenizer: Tokenizer) -> None:
     assert split_prompt("A: ", tokenizer) == ("A:", " ")
     assert split_prompt("A:   ", tokenizer) == ("A:", "   ")
     assert split_prompt("A:\n", tokenizer) == ("A:\n", "")
+    assert split_prompt("A:\t\u3000", tokenizer) == ("A:", "\t\u3000")
     assert split_prompt("  ", tokenizer) == ("  ", "")
     prompt, space = split_prompt("def f(x):\n    ", tokenizer)
     assert prompt + space == "def f(x):\n    " and prompt in ("def f(x):\n", "def f(x):")
@@ -224,6 +227,7 @@ def test_each_answer_is_learned_where_the_template_rewrites_earlier_ones(tokeniz
     shown = show_targets(examples[3], tokenizer)
     assert "".join(shown.split("⟦")[1:]).replace("⟧", "").startswith("<think>\\nwarm\\n</think>\\n\\nstory")
     assert "</think>" not in tokenizer.decode_with_special(examples[4].prompt_ids) and not truncated
+    assert not any("different answers" in note for note in preflight({"t": examples}, TEMPLATE, tokenizer, 400, {}))
     longest = max(e.length for e in examples)
     fewer, truncated = encode_rows(rows, TEMPLATE, tokenizer, longest - 1)
     assert len(fewer) == len(examples) - 1 and truncated == 1

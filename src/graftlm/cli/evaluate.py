@@ -105,8 +105,7 @@ def _continue(loaded: "ModelBundle", config: GenerateConfig, prompt: str) -> Res
     from graftlm.inference.sampling import SamplingParams
     from graftlm.text.chat import Chat
 
-    learned_chat = bool((loaded.run or {}).get("data", {}).get("chat"))
-    speaks = config.chat == "on" or (config.chat == "auto" and learned_chat)
+    speaks = config.chat == "on" or (config.chat == "auto" and loaded.learned_chat)
     if speaks and loaded.tokenizer.chat_template is None:
         raise InputError(f"--chat {config.chat}: {loaded.name} has no chat template; use --chat off")
     texts = generate(

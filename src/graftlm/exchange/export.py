@@ -20,7 +20,7 @@ import torch
 
 from graftlm.config import ExportConfig
 from graftlm.errors import InputError
-from graftlm.exchange.huggingface import EXPORT_JSON, load_model, save_adapter, save_model
+from graftlm.exchange.huggingface import EXPORT_JSON, load_model, read_object, save_adapter, save_model
 from graftlm.exchange.load import DTYPES, ModelBundle, hub_revision, load, load_foreign_adapter, read_run
 from graftlm.exchange.verify import ReferenceLogits
 from graftlm.files.atomic import atomic_directory, check_new_folder, write_json, write_text
@@ -32,6 +32,16 @@ from graftlm.models import CausalLM
 from graftlm.models.config import tensor_mapping, with_biases
 
 GENERATION = "generation_config.json"
+FORM = """It was trained on prompts of this form, followed by {labels}:
+
+````text
+{template}
+````"""
+CHAT_FORM = "It was trained on conversations in the tokenizer's chat template."
+USAGE = 'inputs = tokenizer("…", return_tensors="pt")'
+CHAT_USAGE = """inputs = tokenizer.apply_chat_template(
+    [{"role": "user", "content": "…"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+)"""
 
 
 def export(config: ExportConfig, say: Callable[[str], object] = lambda line: None) -> dict[str, Any]:
@@ -54,12 +64,14 @@ def export(config: ExportConfig, say: Callable[[str], object] = lambda line: Non
     with atomic_directory(target) as folder:
         if merged:
             _write_model(folder, loaded, config.dtype)
+            _write_eos_token(folder, loaded)
             format_, base_folder = "huggingface", folder
         else:
             format_ = save_adapter(folder, loaded.model, method.for_inference, *hub_revision(loaded.name))
+        ends = _write_generation_config(folder, loaded)
         del loaded, base  # there may be memory for one model only
         verification = reference.verify(_read_back(folder, base_folder), config.dtype, f"export of {run_dir}")
-        record = {"format": format_, **_origin(config, run), "verification": verification.to_json()}
+        record = {"format": format_, **_origin(config, run), **ends, "verification": verification.to_json()}
         write_json(folder / EXPORT_JSON, record)
         if merged:
             write_text(folder / "README.md", _card(target.resolve().name, record))
@@ -82,7 +94,7 @@ def _origin(config: ExportConfig, run: dict[str, Any]) -> dict[str, Any]:
     return {
         "base": run["base"],
         "method": run["method"],
-        "data": {key: run["data"].get(key) for key in ("name", "fingerprint")},
+        "data": {key: run["data"].get(key) for key in ("name", "fingerprint", "chat")},
         "template": run["template"],
         "checkpoint": f"{config.checkpoint}, {step}",
         "val_metrics": (run.get("results") or {}).get(config.checkpoint),
@@ -100,10 +112,38 @@ def _write_model(folder: Path, loaded: ModelBundle, dtype: str) -> None:
     state = {name: p.detach() for name, p in model.named_parameters() if name in names}
     save_model(folder, model, state, with_biases(read_json(file), model.config, str(file)), DTYPES[dtype])
     loaded.tokenizer.save(folder)
-    if (loaded.folder / GENERATION).is_file():
-        shutil.copyfile(loaded.folder / GENERATION, folder / GENERATION)
+
+
+def _write_generation_config(folder: Path, loaded: ModelBundle) -> dict[str, Any]:
+    """The base's generation_config.json, so that `generate` stops at the model's ends; returns what export.json says.
+
+    The file is a copy if it names these ends already.
+    """
+    source, ends = loaded.folder / GENERATION, loaded.eos_token_ids
+    settings = read_object(source) if source.is_file() else {}
+    named = settings.get("eos_token_id")
+    named = named if isinstance(named, list) else [named]
+    if all(end in named for end in ends) and all(end in ends for end in named):
+        shutil.copyfile(source, folder / GENERATION)
     else:
-        write_json(folder / GENERATION, {"eos_token_id": loaded.tokenizer.eot})
+        write_json(folder / GENERATION, {**settings, "eos_token_id": ends if len(ends) > 1 else ends[0]})
+    return {"eos_token_id": ends, "ends_with": loaded.tokenizer.token(ends[0])}
+
+
+def _write_eos_token(folder: Path, loaded: ModelBundle) -> None:
+    """After a run on conversations the tokenizer's eos_token is what ends turns, as in chat models.
+
+    It is left as it is if the chat template writes it elsewhere too.
+    """
+    tokenizer = loaded.tokenizer
+    if not loaded.learned_chat or "eos_token" in (tokenizer.chat_template or ""):
+        return
+    name = tokenizer.token(loaded.eos_token_ids[0])
+    for path in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
+        settings = read_object(path) if path.is_file() else {}
+        was = settings.get("eos_token")
+        if was is not None and name != (was.get("content") if isinstance(was, dict) else was):
+            write_json(path, {**settings, "eos_token": name})
 
 
 def _read_back(folder: Path, base: Path) -> CausalLM:
@@ -140,6 +180,7 @@ def _card(title: str, record: dict[str, Any]) -> str:
         f"{verification['max_abs_logit']:.0f}), on {verification['prompts']}",
     }
     cells = {key: " ".join(text.replace("|", "\\|").split()) for key, text in rows.items()}
+    usage, form = (CHAT_USAGE, CHAT_FORM) if data["chat"] else (USAGE, FORM)
     template = (resources.files("graftlm.exchange") / "model_card.md").read_text(encoding="utf-8")
     return template.format(
         base_model=f"base_model: {base['name'].partition('@')[0]}\n" if on_hub else "",
@@ -147,6 +188,11 @@ def _card(title: str, record: dict[str, Any]) -> str:
         title=title,
         base=base_name,
         rows="\n".join(f"| {key} | {cell} |" for key, cell in cells.items()),
-        labels=" or ".join(f"`{label}`" for label in record["template"]["labels"]),
-        template=record["template"]["text"],
+        usage=usage,
+        end=record["ends_with"],
+        ids=record["eos_token_id"],
+        form=form.format(
+            labels=" or ".join(f"`{label}`" for label in record["template"]["labels"]),
+            template=record["template"]["text"],
+        ),
     )

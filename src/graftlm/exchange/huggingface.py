@@ -166,7 +166,7 @@ def read_adapter(folder: Path, config: ModelConfig, method: Method) -> dict[str,
     path = folder / OWN_CONFIG
     if not path.is_file():
         return method.from_peft(config, _read_peft(folder), str(folder / ADAPTER_CONFIG))
-    adapter, expected = _read_object(path), method.to_json()
+    adapter, expected = read_object(path), method.to_json()
     fields = adapter.get("method")
     if adapter.get("format") != FORMAT_VERSION or not isinstance(fields, dict):
         raise InputError(f"{path}: is no adapter of format {FORMAT_VERSION}; use the folder as it was written")
@@ -180,7 +180,7 @@ def read_adapter(folder: Path, config: ModelConfig, method: Method) -> dict[str,
 def from_foreign_peft(folder: Path, config: ModelConfig) -> tuple[Method, dict[str, Tensor]]:
     """The method and the trained tensors of any adapter folder; an InputError names what is not supported."""
     if (path := folder / OWN_CONFIG).is_file():
-        method = method_from_json(_read_object(path).get("method"), str(path))
+        method = method_from_json(read_object(path).get("method"), str(path))
         return method, read_adapter(folder, config, method)
     as_peft, where = _read_peft(folder), str(folder / ADAPTER_CONFIG)
     for cls in METHODS.values():
@@ -232,7 +232,7 @@ def base_of(folder: Path) -> tuple[str, Path]:
     path = next((folder / name for name in (OWN_CONFIG, ADAPTER_CONFIG) if (folder / name).is_file()), None)
     if path is None:
         raise InputError(f"{folder}: holds no adapter (neither {ADAPTER_CONFIG} nor {OWN_CONFIG})")
-    config = _read_object(path)
+    config = read_object(path)
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not isinstance(name, str) or not name:
         raise InputError(f"{path}: names no base model; give it with --init_from")
@@ -242,10 +242,11 @@ def base_of(folder: Path) -> tuple[str, Path]:
 def _read_peft(folder: Path) -> PeftFolder:
     if not (folder / ADAPTER_CONFIG).is_file():
         raise InputError(f"{folder}: holds no adapter (no {ADAPTER_CONFIG})")
-    return _read_object(folder / ADAPTER_CONFIG), formats.load_safetensors(folder / ADAPTER_WEIGHTS)
+    return read_object(folder / ADAPTER_CONFIG), formats.load_safetensors(folder / ADAPTER_WEIGHTS)
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises InputError."""
     config = formats.read_json(path)
     if not isinstance(config, dict):
         raise InputError(f"{path}: not a JSON object; use the folder as it was written")

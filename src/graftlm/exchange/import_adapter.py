@@ -26,7 +26,15 @@ from graftlm.exchange.huggingface import (
     check_source,
     save_adapter,
 )
-from graftlm.exchange.load import ModelBundle, hub_revision, load, load_foreign_adapter, read_tokenizer, resolve_path
+from graftlm.exchange.load import (
+    ModelBundle,
+    hub_revision,
+    learned_chat,
+    load,
+    load_foreign_adapter,
+    read_tokenizer,
+    resolve_path,
+)
 from graftlm.exchange.verify import ReferenceLogits
 from graftlm.files.assets import model_folder
 from graftlm.files.atomic import atomic_directory, atomic_symlink, check_new_folder, write_json
@@ -52,7 +60,8 @@ def import_adapter(config: ImportConfig, say: Callable[[str], object] = lambda l
     if not config.init_from:
         say(f"base model, as the adapter says: {name}")
     name = resolve_path(name)
-    reference = ReferenceLogits(ModelBundle(model, read_tokenizer(base), name, base, "", template), {})
+    tokenizer = read_tokenizer(base)
+    reference = ReferenceLogits(ModelBundle(model, tokenizer, name, base, "", template), {})
     with atomic_directory(out_dir) as folder:
         step = folder / "checkpoints" / "step-0"
         step.mkdir(parents=True)
@@ -71,7 +80,7 @@ def import_adapter(config: ImportConfig, say: Callable[[str], object] = lambda l
             "config": {"init_from": name, "template": config.template, "labels": config.labels},
             "method": method.to_json(),
             "base": {"name": name, "sha256": sha256},
-            "data": {"name": None, "fingerprint": None, "examples": {}},
+            "data": {"name": None, "fingerprint": None, "examples": {}, "chat": learned_chat(source, tokenizer)},
             "template": {"name": template.name, "text": template.text, "labels": list(template.labels)},
             "versions": {"graftlm": version("graftlm")},
             "results": None,

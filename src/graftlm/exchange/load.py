@@ -20,6 +20,7 @@ from graftlm.config.paths import user_path
 from graftlm.config.renamed import upgrade_run
 from graftlm.errors import InputError
 from graftlm.exchange.huggingface import (
+    EXPORT_JSON,
     apply_adapter,
     base_hash,
     check_exported_base,
@@ -27,6 +28,7 @@ from graftlm.exchange.huggingface import (
     from_foreign_peft,
     load_model,
     read_adapter,
+    read_object,
 )
 from graftlm.files.assets import model_folder
 from graftlm.files.formats import read_json
@@ -35,6 +37,7 @@ from graftlm.methods.base import mergeable_linears
 from graftlm.methods.multi_lora import check_servable
 from graftlm.models import CausalLM, clone_with_shared_weights
 from graftlm.models.config import read_model_config
+from graftlm.text.chat import Chat
 from graftlm.text.template import Template
 from graftlm.text.tokenizer import Tokenizer
 
@@ -57,6 +60,19 @@ class ModelBundle:
     """The run's template; None for a model without a run."""
     run: dict[str, Any] | None = None
     """The run's run.json; None for a model without a run."""
+
+    @property
+    def learned_chat(self) -> bool:
+        """Whether it was adapted by a run on conversations."""
+        return self.run is not None and bool(self.run["data"].get("chat"))
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """The tokens that end what it generates; the first is the one that the run taught."""
+        tokenizer = self.tokenizer
+        chat = self.learned_chat and tokenizer.chat_template is not None
+        learned = Chat(tokenizer).turn_end if chat else tokenizer.eot
+        return list(dict.fromkeys([learned, tokenizer.eot, *sorted(tokenizer.stop_tokens)]))
 
 
 def load(
@@ -96,7 +112,9 @@ def load(
     else:
         raise InputError(f"{run_dir}: is an adapter of {name}; load that model and pass it as base")
     template = Template.of_run(run)
-    return ModelBundle(model, read_tokenizer(folder), name, folder, reason, template, run)
+    loaded = ModelBundle(model, read_tokenizer(folder), name, folder, reason, template, run)
+    loaded.tokenizer.stop_tokens |= {*loaded.eos_token_ids}  # also in plain text
+    return loaded
 
 
 def read_run(run_dir: Path) -> dict[str, Any]:
@@ -107,6 +125,22 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     if not isinstance(run, dict) or not {"config", "method", "base", "data", "template"} <= run.keys():
         raise InputError(f"{run_dir / 'run.json'}: is no record of a run; restore it, or train again in another folder")
     return upgrade_run(run)
+
+
+def learned_chat(folder: Path, tokenizer: Tokenizer) -> bool:
+    """Whether the adapter of a folder was trained on conversations. tokenizer: its base's.
+
+    run.json or export.json says so; or the folder has a tokenizer of its own, as TRL writes it, that ends texts where
+    the chat template ends turns, and the base's tokenizer does not.
+    """
+    for name in ("run.json", EXPORT_JSON):
+        if (folder / name).is_file():
+            data = read_object(folder / name).get("data")
+            return isinstance(data, dict) and bool(data.get("chat"))
+    if tokenizer.chat_template is None or not (folder / "tokenizer.json").is_file():
+        return False
+    ends = Chat(tokenizer).stop_tokens - tokenizer.stop_tokens
+    return not ends.isdisjoint(Tokenizer.from_folder(folder).stop_tokens)
 
 
 def checkpoint_folder(run_dir: Path, checkpoint: str) -> Path:

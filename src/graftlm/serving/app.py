@@ -71,6 +71,8 @@ class ServedModel:
     template: Template
     """The prompt of a classification."""
     max_seq_len: int
+    stop_tokens: frozenset[int] = frozenset()
+    """What ends its texts, besides the base's end-of-text tokens."""
 
 
 @dataclass(frozen=True)
@@ -259,7 +261,7 @@ def _requests(
             f"shorten the text{' or lower max_tokens' if limit else ''}"
         )
         raise APIError(400, message, code="context_length_exceeded")
-    params = body.sampling_params(limit or min(default_limit, service.max_tokens), stop_tokens)
+    params = body.sampling_params(limit or min(default_limit, service.max_tokens), {*stop_tokens, *model.stop_tokens})
     each = [replace(params, seed=(params.seed + number) % 2**63) for number in range(body.n)]
     return [Request(tuple(prompt), own, model.adapter) for prompt in prompts for own in each]
 

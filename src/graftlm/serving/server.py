@@ -33,8 +33,9 @@ except ModuleNotFoundError as error:
     raise InputError(f"graft serve needs the {error.name} package: pip install 'graftlm[serve]'") from None
 
 from graftlm.exchange.huggingface import ADAPTER_CONFIG, OWN_CONFIG
-from graftlm.exchange.load import ModelBundle, load, read_run, resolve_path
+from graftlm.exchange.load import ModelBundle, learned_chat, load, read_run, resolve_path
 from graftlm.inference.engine import Engine
+from graftlm.text.chat import Chat
 from graftlm.text.template import Template, load_template
 
 KEY_VARIABLE = "GRAFT_API_KEY"
@@ -64,7 +65,12 @@ def serve(config: ServeConfig, warn: Callable[[str], None]) -> Iterator[dict[str
         try:
             base, *names = templates
             adapters = {base: None, **{name: name for name in names}}
-            models = {n: ServedModel(n, a, templates[n], engine.max_seq_len) for n, a in adapters.items()}
+            speak = [name for name, folder in folders.items() if learned_chat(folder, loaded.tokenizer)]
+            ends = dict.fromkeys(speak, Chat(loaded.tokenizer).stop_tokens) if speak else {}
+            models = {
+                n: ServedModel(n, a, templates[n], engine.max_seq_len, ends.get(n, frozenset()))
+                for n, a in adapters.items()
+            }
             service = Service(engine, loaded.tokenizer, models, config.max_tokens)
             app = make_app(
                 service, host=config.host, allowed_hosts=config.allowed_hosts, api_key=key, rate_limit=config.rate_limit

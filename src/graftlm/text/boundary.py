@@ -1,9 +1,9 @@
 """Where a prompt ends and its answer begins: the one rule for training, label scores, generation, pairs and the server.
 
 The tokens are those of the whole text, prompt and answer together, and the answer begins after as many of them as the
-prompt alone has (the rule of lm-evaluation-harness). Spaces at the end of a prompt belong to the answer: tokenizers
-keep the space before a word in the word's token, so a prompt that ends in a space ends in a token that does not occur
-before a word.
+prompt alone has (the rule of lm-evaluation-harness). White space at the end of a prompt, other than line breaks,
+belongs to the answer: tokenizers keep the space before a word in the word's token, so a prompt that ends in a space
+ends in a token that does not occur before a word.
 
     "Answer: " + "Paris"     ["Answer", ":"] + [" Paris"]
 
@@ -14,6 +14,7 @@ or a prompt that ends in a line break.
     "A:\\n(" + "B"            ["A", ":\\n", "(B"], where the prompt alone is ["A", ":\\n", "("] in Qwen's tokenizer
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
@@ -40,15 +41,15 @@ class Split:
 
 
 def split_prompt(text: str, tokenizer: Tokenizer) -> tuple[str, str]:
-    """A prompt, and the white space at its end that belongs to the answer: its spaces.
+    """A prompt, and the white space at its end that belongs to the answer: all but line breaks.
 
     Indentation goes with its line break where the tokenizer has tokens of both. A prompt of nothing but white space
     stays as it is.
     """
-    prompt = text.rstrip(" ")
+    prompt = re.sub(r"[^\S\r\n]+\Z", "", text)
     if not text.strip():
         return text, ""
-    if prompt[-1].isspace() and not text.endswith(("\n", "\r")):
+    if prompt != text and prompt.endswith(("\n", "\r")):
         alone, whole = tokenizer.encode(prompt), tokenizer.encode(text + "x")
         prompt = prompt if whole[: len(alone)] == alone else text.rstrip()
     return prompt, text[len(prompt) :]
@@ -87,7 +88,7 @@ def label_ids(template: Template, tokenizer: Tokenizer) -> list[Tokens]:
 
     Raises InputError if a label has no tokens, or two labels have equal ones.
     """
-    ids = label_split(template, tokenizer).answers
+    ids = _label_split(template, tokenizer).answers
     for n, own in enumerate(ids):
         if not own:
             raise InputError(f"label word {template.labels[n]!r} has no tokens for this model: choose other --labels")
@@ -98,7 +99,7 @@ def label_ids(template: Template, tokenizer: Tokenizer) -> list[Tokens]:
     return list(scored_labels(ids, tokenizer.eot))
 
 
-def label_split(template: Template, tokenizer: Tokenizer) -> Split:
+def _label_split(template: Template, tokenizer: Tokenizer) -> Split:
     """A short text in the template, and every label after it."""
     prompt, space = split_prompt(template.prompt("a"), tokenizer)
     words = [template.completion(number) for number in range(len(template.labels))]
@@ -114,3 +115,23 @@ def scored_labels(labels: Sequence[Tokens], eot: int) -> tuple[Tokens, ...]:
     """
     is_prefix = any(b[: len(a)] == a for a, b in pairwise(sorted(labels)))
     return tuple(ids + (eot,) * is_prefix for ids in labels)
+
+
+def longest_label(template: Template, tokenizer: Tokenizer, max_length: int) -> int:
+    """Tokens of the longest label's completion. Raises InputError unless it and the template leave room for a text."""
+    instruction = len(tokenizer.encode_prompt(template.head.rstrip(" ") + template.tail))
+    words = [template.completion(number) for number in range(len(template.labels))]
+    longest, word = max(
+        (len(ids) + 1, word) for word, ids in zip(words, _label_split(template, tokenizer).answers, strict=True)
+    )
+    if longest >= max_length:
+        raise InputError(
+            f"completion longer than the context: {word!r} and end-of-text take {longest} tokens, and {max_length} "
+            "fit with the prompt: use a shorter label word, or raise --max_length"
+        )
+    if instruction + longest >= max_length:
+        raise InputError(
+            f"no room for the text: template {template.name!r} takes {instruction} tokens and its completion "
+            f"{longest}, and {max_length} fit: use a shorter template, or raise --max_length"
+        )
+    return longest

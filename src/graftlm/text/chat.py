@@ -52,7 +52,8 @@ class Chat:
     """
 
     def __init__(self, tokenizer: Tokenizer, hint: str = "use --chat off") -> None:
-        assert tokenizer.chat_template is not None, "the tokenizer has no chat template"
+        if tokenizer.chat_template is None:
+            raise InputError(f"the model has no chat template: {hint}")
         self._tokenizer, self._marking, self._hint = tokenizer, tokenizer.marking, hint
 
     def render(self, messages: Sequence[Message], answer_prefix: str = "") -> str:

@@ -2,7 +2,7 @@
 
 Prompt and completion are tokenised as one text; `text/boundary.py` decides where the completion begins. End-of-text is
 the completion's last token and is learned. Only the text inside a template is ever truncated. The order of batches is a
-pure function of seed and epoch. There is no torch here, and no padding.
+pure function of seed and epoch.
 """
 
 from collections import Counter
@@ -14,7 +14,16 @@ from typing import NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from graftlm.errors import InputError
-from graftlm.text.boundary import Split, Tokens, label_ids, label_split, scored_labels, split_prompt, split_tokens
+from graftlm.text.boundary import (
+    Split,
+    Tokens,
+    common_length,
+    label_ids,
+    longest_label,
+    scored_labels,
+    split_prompt,
+    split_tokens,
+)
 from graftlm.text.chat import Chat
 from graftlm.text.dataset import text_hash
 from graftlm.text.layouts import Completion, Conversation, Labelled, Preference, Record, Unpaired
@@ -49,7 +58,7 @@ class Example:
     masked_spans: tuple[range, ...] = ()
     """Of a conversation, the parts of `completion_ids` between the answers, which are not learned."""
     label_ids: tuple[Tokens, ...] = ()
-    """Of a text with a label, the tokens of each label, to be scored; empty where nothing scores them."""
+    """Of a text with a label, the tokens to score for each label; may be empty."""
     rest: Tokens = ()
     """The prompt's other tokens, where a token spans the boundary."""
     skip: int = 0
@@ -90,25 +99,23 @@ def encode_rows(
 
     A text that is too long is truncated inside the template; a prompt of the user's own never is. All texts leave room
     for the longest label's completion, so that any label can be scored and truncation does not depend on the label.
-    A conversation that is too long ends with the last answer that fits.
+    A conversation that is too long ends with the last answer that fits. score_labels: tokenise all labels after a text.
 
-    score_labels: also tokenise every label after every text.
-
-    Returns the examples in order, and how many texts were truncated; a conversation may become several examples. Raises
-    InputError if the template and a completion leave no room for the text, or if a prompt of the user's own is too
-    long.
+    Returns the examples in order (a conversation may become several), and how many texts were truncated. Raises
+    InputError if template and completion leave no room for the text, or a prompt of the user's own is too long.
     """
     if conversations := [row for row in rows if isinstance(row, Conversation)]:
         assert len(conversations) == len(rows), "conversations among other records"
         return _conversations(conversations, tokenizer, max_length)
     prompts = _prompts(rows, template, tokenizer, max_length)
     answers = [_answers(row, prompt.space, template, score_labels) for row, prompt in zip(rows, prompts, strict=True)]
-    texts = [prompt.text + answer for prompt, own in zip(prompts, answers, strict=True) for answer in own]
-    wholes = iter(tokenizer.encode_prompts(texts))
-    examples = []
-    for row, prompt, own in zip(rows, prompts, answers, strict=True):
-        split = split_tokens(prompt.ids, [next(wholes) for _ in own])
-        examples.append(_example(row, prompt.text + own[0], split, tokenizer.eot))
+    wholes = [[prompt.text + answer for answer in own] for prompt, own in zip(prompts, answers, strict=True)]
+    distinct = list(dict.fromkeys(text for own in wholes for text in own))
+    ids_of = dict(zip(distinct, tokenizer.encode_prompts(distinct), strict=True))
+    examples: list[Example] = []
+    for row, prompt, own in zip(rows, prompts, wholes, strict=True):
+        split = split_tokens(prompt.ids, [ids_of[text] for text in own])
+        examples.append(_example(row, own[0], split, tokenizer.eot))
         limit = max_length - max(map(len, _answer_ids(examples[-1])))
         if not isinstance(row, Labelled) and len(split.prompt) > limit:
             raise InputError(f"{row.source}: {too_long_message(len(split.prompt), limit)}")
@@ -119,7 +126,6 @@ def _example(row: Record, text: str, split: Split, eot: int) -> Example:
     """A record's example; of a labelled one the first answer is its own label, and the others are all labels."""
     finished = row.finished if isinstance(row, Preference) else (getattr(row, "finished", True),)
     ended = [ids + (eot,) * end for ids, end in zip(split.answers, finished, strict=False)]
-    labelled = isinstance(row, Labelled)
     return Example(
         prompt_ids=split.prompt,
         completion_ids=ended[0],
@@ -130,7 +136,7 @@ def _example(row: Record, text: str, split: Split, eot: int) -> Example:
         rejected_ids=ended[1] if len(ended) > 1 else (),
         desirable=row.label if isinstance(row, Unpaired) else None,
         finished=all(finished),
-        label_ids=scored_labels(split.answers[1:], eot) if labelled else (),
+        label_ids=scored_labels(split.answers[1:], eot) if isinstance(row, Labelled) else (),
         rest=split.rest,
         skip=split.skip,
     )
@@ -154,17 +160,18 @@ def _conversations(rows: Sequence[Conversation], tokenizer: Tokenizer, max_lengt
         if not any(fitting):
             first = next((answer.stop for some in encoded for answer in some.answers), 0)
             raise InputError(
-                f"{row.source}: the assistant's first answer ends with token {first}, and "
-                f"{max_length} fit: shorten the row, or raise --max_length"
+                f"{row.source}: the assistant's first answer ends with token {first}, and {max_length} fit: "
+                "shorten the row, or raise --max_length"
             )
         for ids, answers in ((some.ids, own) for some, own in zip(encoded, fitting, strict=True) if own):
             start, stop = answers[0].start, answers[-1].stop
+            text = tokenizer.decode_with_special(ids[:stop])
             example = Example(
                 prompt_ids=tuple(ids[:start]),
                 completion_ids=tuple(ids[start:stop]),
                 label=None,
-                text=row.text,
-                instr_tuned_text=tokenizer.decode_with_special(ids[:stop]),
+                text=row.text if len(encoded) == 1 else text,
+                instr_tuned_text=text,
                 source=row.source,
                 finished=False,
                 masked_spans=tuple(range(a.stop - start, b.start - start) for a, b in pairwise(answers)),
@@ -188,26 +195,6 @@ def _answers(row: Record, space: str, template: Template, score_labels: bool) ->
             raise AssertionError("conversations have answers of their own")
 
 
-def _max_example_tokens(template: Template, tokenizer: Tokenizer, max_length: int) -> int:
-    """Tokens of the longest label's completion. Raises InputError unless it and the template leave room for a text."""
-    instruction = len(tokenizer.encode_prompt(template.head.rstrip(" ") + template.tail))
-    words = [template.completion(number) for number in range(len(template.labels))]
-    longest, word = max(
-        (len(ids) + 1, word) for word, ids in zip(words, label_split(template, tokenizer).answers, strict=True)
-    )
-    if longest >= max_length:
-        raise InputError(
-            f"completion longer than the context: {word!r} and end-of-text take {longest} tokens, and {max_length} "
-            "fit with the prompt: use a shorter label word, or raise --max_length"
-        )
-    if instruction + longest >= max_length:
-        raise InputError(
-            f"no room for the text: template {template.name!r} takes {instruction} tokens and its completion "
-            f"{longest}, and {max_length} fit: use a shorter template, or raise --max_length"
-        )
-    return longest
-
-
 class _Prompt(NamedTuple):
     """A row's prompt, its tokens, the white space at its end, and whether its text was truncated."""
 
@@ -224,7 +211,7 @@ def _prompts(rows: Sequence[Record], template: Template, tokenizer: Tokenizer, m
     shortens the text, so the loop ends.
     """
     labelled = [n for n, row in enumerate(rows) if isinstance(row, Labelled)]
-    limit = max_length - _max_example_tokens(template, tokenizer, max_length) if labelled else 0
+    limit = max_length - longest_label(template, tokenizer, max_length) if labelled else 0
     texts = [row.text for row in rows]
     for n in labelled:  # of a text far beyond its limit only the beginning is tokenised
         texts[n] = texts[n][: CHARS_PER_TOKEN * limit]
@@ -325,8 +312,7 @@ def common_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
     if not prompts:
         return 0
     low, high = min(map(tuple, prompts)), max(map(tuple, prompts))  # in sorted order: what these share, all share
-    shared = next((n for n, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
-    return max(0, min(shared, min(map(len, prompts)) - 1))
+    return max(0, min(common_length(low, high), min(map(len, prompts)) - 1))
 
 
 # Checks before training -----------------------------------------------------------------------------------------------
@@ -361,9 +347,8 @@ def preflight(
             notes.append(f"{truncated[split]} of {len(examples)} texts in {split} are truncated to {max_length} tokens")
         if spanned := sum(bool(example.rest) for example in examples):
             notes.append(
-                f"in {spanned} of {len(examples)} examples in {split} one token holds the prompt's end and the "
-                "completion's beginning, and is not learned: begin completions with a space, or end prompts with a "
-                "line break"
+                f"in {spanned} of {len(examples)} examples in {split} a token spans prompt and completion, and is not "
+                "learned: begin completions with a space, or end prompts with a line break"
             )
         labels = Counter(example.label for example in examples)
         if len(labels) == 1 and len(examples) > 1 and examples[0].label is not None:
