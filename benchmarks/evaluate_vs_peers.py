@@ -47,7 +47,8 @@ def child(task: Mapping[str, Any]) -> Run:
     from transformers import AutoModelForCausalLM
 
     from graftlm.exchange.load import read_tokenizer
-    from graftlm.text.collate import encode_rows, label_ids, subset
+    from graftlm.text.boundary import label_ids
+    from graftlm.text.collate import encode_rows, subset
     from graftlm.text.dataset import load_dataset
     from graftlm.text.template import DEFAULT, load_template
 

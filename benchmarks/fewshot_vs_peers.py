@@ -37,7 +37,8 @@ def child(task: Mapping[str, Any]) -> Run:
 
     from graftlm.exchange.load import load
     from graftlm.inference.fewshot import FewShotConfig, build_fewshot
-    from graftlm.text.collate import label_ids, subset
+    from graftlm.text.boundary import label_ids
+    from graftlm.text.collate import subset
     from graftlm.text.dataset import load_dataset
     from graftlm.text.template import DEFAULT, load_template
 

@@ -10,8 +10,9 @@ from graftlm.errors import InputError
 from graftlm.files.assets import model_folder as asset_folder
 from graftlm.text.boundary import label_ids, split_prompt, split_tokens, without_space
 from graftlm.text.chat import Chat
-from graftlm.text.collate import encode_rows, preflight, show_targets
+from graftlm.text.collate import encode_rows
 from graftlm.text.layouts import Completion, Conversation, Labelled, Preference
+from graftlm.text.preflight import preflight, show_targets
 from graftlm.text.template import load_template
 from graftlm.text.tokenizer import TextStream, Tokenizer
 from tiny import PIECES, piece_tokenizer

@@ -18,12 +18,11 @@ from graftlm.text.collate import (
     common_prefix_length,
     encode_rows,
     epoch_batches,
-    preflight,
-    show_targets,
     subset,
 )
 from graftlm.text.dataset import load_dataset
 from graftlm.text.layouts import Completion, Labelled, Preference, Unpaired
+from graftlm.text.preflight import preflight, show_targets
 from graftlm.text.template import Template, load_template
 from graftlm.text.tokenizer import Tokenizer
 

@@ -18,8 +18,9 @@ from graftlm.methods import LoRA
 from graftlm.methods.base import trainable
 from graftlm.models import CausalLM
 from graftlm.text.chat import Chat
-from graftlm.text.collate import Example, encode_rows, preflight, show_targets
+from graftlm.text.collate import Example, encode_rows
 from graftlm.text.dataset import load_dataset
+from graftlm.text.preflight import preflight, show_targets
 from graftlm.text.template import load_template
 from graftlm.text.tokenizer import Tokenizer
 from graftlm.training import trainer as trainer_module

@@ -24,9 +24,10 @@ from graftlm.methods import Method
 from graftlm.methods.base import mergeable_linears, parse_layer_range
 from graftlm.models.base import CausalLM
 from graftlm.text.boundary import label_ids
-from graftlm.text.collate import Example, encode_rows, preflight, subset
+from graftlm.text.collate import Example, encode_rows, subset
 from graftlm.text.dataset import Dataset, default_labels, load_dataset
 from graftlm.text.layouts import Labelled
+from graftlm.text.preflight import preflight
 from graftlm.text.template import Template, load_template
 from graftlm.text.tokenizer import Tokenizer
 from graftlm.training.batches import BatchLoader, TrainingData

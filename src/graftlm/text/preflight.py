@@ -1,0 +1,110 @@
+"""The checks before training: unusable data stops a run, notes follow, and one example is shown."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+
+from graftlm.errors import InputError
+from graftlm.text.boundary import label_ids
+from graftlm.text.collate import Example, too_long_message
+from graftlm.text.template import Template
+from graftlm.text.tokenizer import Tokenizer
+
+
+def preflight(
+    splits: Mapping[str, Sequence[Example]],
+    template: Template,
+    tokenizer: Tokenizer,
+    max_length: int,
+    truncated: Mapping[str, int],
+) -> list[str]:
+    """Check what a run will read, before its first step.
+
+    Args:
+        splits: the examples by split. truncated: how many of their texts were truncated, by split.
+
+    Returns notes to show: texts in two splits, truncated texts, one-sided labels, and last one example with its target
+    tokens in ⟦brackets⟧. Raises InputError for a split without examples, an empty text, an unknown label, label words
+    with equal tokens, and a completion that is truncated or too long.
+    """
+    if any(example.label is not None for examples in splits.values() for example in examples):
+        label_ids(template, tokenizer)
+    for split, examples in splits.items():
+        if not examples:
+            raise InputError(f"split {split} has no examples")
+        for example in examples:
+            _check(example, template, tokenizer.eot, max_length)
+    notes = _duplicates(splits)
+    for split, examples in splits.items():
+        if truncated.get(split):
+            notes.append(f"{truncated[split]} of {len(examples)} texts in {split} are truncated to {max_length} tokens")
+        if spanned := sum(bool(example.rest) for example in examples):
+            notes.append(
+                f"in {spanned} of {len(examples)} examples in {split} a token spans prompt and completion, and is not "
+                "learned: begin completions with a space, or end prompts with a line break"
+            )
+        labels = Counter(example.label for example in examples)
+        if len(labels) == 1 and len(examples) > 1 and examples[0].label is not None:
+            notes.append(f"every example in {split} is labelled {template.labels[examples[0].label]!r}")
+    if "\\n" in template.text:
+        notes.append("the template has a backslash and an n, not a line break: in a shell, write $'…\\n…'")
+    first = next((example for examples in splits.values() for example in examples), None)
+    return [*notes, f"example: {show_targets(first, tokenizer)}"] if first else notes
+
+
+def show_targets(example: Example, tokenizer: Tokenizer, width: int = 160) -> str:
+    """An example in one line, decoded: the end of the prompt, then every target token in ⟦brackets⟧."""
+    prompt = tokenizer.decode_with_special(example.prompt_ids)
+    prompt = prompt if len(prompt) <= width else "… " + prompt[-width:].partition(" ")[2]
+    hidden = set().union(*example.masked_spans)
+    targets = " rather than ".join(
+        "".join(
+            tokenizer.token(token) if position in hidden else f"⟦{tokenizer.token(token)}⟧"
+            for position, token in enumerate(ids)
+        )
+        for ids in example.answers
+    )
+    return (prompt + targets).replace("\r", "\\r").replace("\n", "\\n")
+
+
+def _check(example: Example, template: Template, eot: int, max_length: int) -> None:
+    source, prompt = example.source, len(example.prompt_ids)
+    answers = example.answers
+    longest = max(map(len, answers), default=0)
+    if not example.text.strip():
+        raise InputError(f"{source}: empty text")
+    if example.label is not None and not 0 <= example.label < len(template.labels):
+        raise InputError(f"{source}: unknown label {example.label}: the labels are {', '.join(template.labels)}")
+    if not prompt:
+        raise InputError(f"{source}: the prompt has no tokens")
+    if not answers or (example.finished and any(len(ids) < 2 or ids[-1] != eot for ids in answers)):
+        raise InputError(f"{source}: the completion is truncated, or lacks its end-of-text token")
+    if example.completion_ids == example.rejected_ids:
+        raise InputError(f"{source}: chosen and rejected have the same tokens: leave the pair out")
+    if prompt + longest > max_length:
+        raise InputError(f"{source}: {too_long_message(prompt, max_length - longest)}")
+
+
+def _duplicates(splits: Mapping[str, Sequence[Example]]) -> list[str]:
+    """Notes on texts in two splits, texts with different answers, and preferences that occur in both directions."""
+    notes = []
+    texts = {split: {example.text for example in examples} for split, examples in splits.items()}
+    for first, second in combinations(splits, 2):
+        if common := len(texts[first] & texts[second]):
+            notes.append(f"{_count_texts(common)} in both {first} and {second}")
+    for split, examples in splits.items():
+        answers: dict[str, set[object]] = {}
+        for example in examples:
+            if not example.rejected_ids and example.desirable is None:  # one prompt may have many preferences
+                answers.setdefault(example.text, set()).add(example.completion_ids)
+        if several := sum(len(distinct) > 1 for distinct in answers.values()):
+            notes.append(f"{_count_texts(several)} in {split} with different answers")
+        pairs = {(e.text, e.completion_ids, e.rejected_ids) for e in examples if e.rejected_ids}
+        if reversed_pairs := sum((text, rejected, chosen) in pairs for text, chosen, rejected in pairs) // 2:
+            subject = "pair is" if reversed_pairs == 1 else "pairs are"
+            notes.append(f"{reversed_pairs} {subject} in {split} the other way round too")
+    return notes
+
+
+def _count_texts(count: int) -> str:
+    return "1 text is" if count == 1 else f"{count} texts are"
