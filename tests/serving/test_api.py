@@ -152,6 +152,30 @@ def test_a_streamed_completion_comes_token_by_token(client: openai.OpenAI, engin
     assert len({part.id for part in parts}) == 1
 
 
+@pytest.mark.parametrize("answer", ["é🙂 ok", "a\u200d🙂", "no…"])
+def test_parts_of_characters_have_their_bytes_and_the_characters_place(
+    answer: str, client: openai.OpenAI, engine: FakeEngine
+) -> None:
+    """The tokens are bytes. A part of a character is where the character is, in a stream too."""
+    engine.answer = answer
+    encoded = [bytes([byte]) for character in answer for byte in character.encode()]
+    places = [n for n, character in enumerate(answer) for _ in character.encode()]
+    parts = ["".join(f"\\x{byte[0]:02x}") if byte[0] > 127 else byte.decode() for byte in encoded]
+    asked: Any = {"model": "base", "prompt": "a", "logprobs": 0, "max_tokens": 64}
+    whole = client.completions.create(**asked).choices[0].logprobs
+    assert whole is not None and whole.text_offset == places
+    assert whole.tokens == [f"bytes:{part}" if part[0] == "\\" else part for part in parts]
+    pieces = [part.choices[0].logprobs for part in client.completions.create(**asked, stream=True)]
+    assert [n for piece in pieces if piece for n in piece.text_offset or ()] == places
+    assert [token for piece in pieces if piece for token in piece.tokens or ()] == whole.tokens
+    chat: Any = {"model": "base", "messages": [{"role": "user", "content": "a"}], "logprobs": True}
+    content = client.chat.completions.create(**chat).choices[0].logprobs
+    assert content is not None and content.content is not None
+    assert [(each.token, bytes(each.bytes or ())) for each in content.content] == list(zip(parts, encoded, strict=True))
+    chunks = [part.choices[0].logprobs for part in client.chat.completions.create(**chat, stream=True)]
+    assert [each for chunk in chunks if chunk for each in chunk.content or ()] == content.content
+
+
 def test_a_chat_and_its_stream(client: openai.OpenAI, engine: FakeEngine, made: tuple[Service, FakeEngine]) -> None:
     messages: Any = [
         {"role": "developer", "content": "Be brief."},

@@ -1,5 +1,6 @@
 """The tokens of a prompt and its answer are those of the whole text, as transformers has them, in every tokenizer."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,25 @@ def harness(theirs: Any, context: str, continuation: str) -> tuple[list[int], li
         context, continuation = context[:-spaces], context[-spaces:] + continuation
     whole, alone = theirs(context + continuation).input_ids, theirs(context).input_ids
     return whole[: len(alone)], whole[len(alone) :]
+
+
+@pytest.mark.parametrize("prompt", ["Judge:", "", "<|role|>"])
+def test_the_bytes_of_the_tokens_are_the_texts(prompt: str, tokenizer: Tokenizer) -> None:
+    """Of byte-level tokens, of words with SentencePiece's mark, and of its byte fallback."""
+    for text in [*SAMPLES, "\ufffd and \u200d🙂", "<0x41>"]:
+        before = tokenizer.encode_prompt("" if prompt == "<|role|>" else prompt)
+        before += [tokenizer.special_tokens[prompt]] if prompt in tokenizer.special_tokens else []
+        new = tokenizer.encode(text)
+        pieces = [tokenizer.token_bytes(index, None if n else before) for n, index in enumerate(new)]
+        assert b"".join(piece or b"" for piece in pieces) == tokenizer.decode(new, before).encode(), text
+        stream, places = TextStream(partial(tokenizer.decode, prompt=before)), []
+        for index, piece in zip(new, pieces, strict=True):
+            places.append(stream.position(piece))
+            stream.add(index)
+        ends = [len(b"".join(piece or b"" for piece in pieces[:n])) for n in range(len(new))]
+        whole = tokenizer.decode(new, before).encode()
+        assert places == [len(whole[:end].decode(errors="ignore")) for end in ends], text
+    assert tokenizer.token_bytes(tokenizer.eot) is tokenizer.token_bytes(10**6) is None
 
 
 def test_texts_have_the_tokens_of_transformers(tokenizer: Tokenizer, theirs: Any) -> None:

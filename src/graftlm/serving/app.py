@@ -192,7 +192,8 @@ def _add_inference(app: FastAPI, service: Service) -> None:
     chat = Chat(tokenizer, "send text to /v1/completions") if tokenizer.chat_template is not None else None
 
     async def respond(http: HTTPRequest, body: Sampling, parse: Callable[[], list[Request]]) -> Response:
-        requests, formatter = await asyncio.to_thread(parse), Formatter(tokenizer, body)
+        requests = await asyncio.to_thread(parse)
+        formatter = Formatter(tokenizer, body, requests)
         if body.stream:
             return stream_response(engine, requests, formatter)
         return JSONResponse(await complete_response(engine, requests, formatter, http))

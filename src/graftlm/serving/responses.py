@@ -23,7 +23,7 @@ from graftlm.errors import GraftError, InputError, Overloaded, ShuttingDown
 from graftlm.inference.engine import Engine
 from graftlm.inference.requests import CaptureError, Completion, Request, RequestHandle, TokenOutput
 from graftlm.serving.schemas import APIError, ChatBody, Sampling
-from graftlm.text.tokenizer import Tokenizer
+from graftlm.text.tokenizer import TextStream, Tokenizer
 
 T = TypeVar("T")
 Event = dict[str, Any]
@@ -145,7 +145,7 @@ def stream_response(engine: Engine, requests: Sequence[Request], formatter: "For
 
 async def _events(handles: Sequence[RequestHandle], outputs: Outputs, formatter: "Formatter") -> AsyncIterator[str]:
     head = formatter.head(".chunk")
-    running, offsets = len(handles), [0] * len(handles)
+    running = len(handles)
     with CaptureError() as caught:
         if formatter.chat:
             for number in range(len(handles)):
@@ -155,10 +155,11 @@ async def _events(handles: Sequence[RequestHandle], outputs: Outputs, formatter:
             if output is None:  # this choice has ended: its future holds the result or raises the error
                 running -= 1
                 _raise_if_unfinished(handles[number].done.result().finish_reason)
-            elif output.finish_reason not in ("cancelled", "error"):  # the future tells more about these
-                if (choice := formatter.chunk(number, output, offsets[number])) is not None:
-                    yield _event({**head, "choices": [choice]})
-                offsets[number] += len(output.text)
+                continue
+            if output.finish_reason in ("cancelled", "error"):
+                continue  # the future has more about these
+            if (choice := formatter.chunk(number, output)) is not None:
+                yield _event({**head, "choices": [choice]})
         if formatter.body.stream_options.include_usage:
             usage = formatter.usage([handle.done.result() for handle in handles])
             yield _event({**head, "choices": [], "usage": usage})
@@ -187,8 +188,9 @@ def _raise_if_unfinished(finish_reason: str) -> None:
 class Formatter:
     """OpenAI's JSON of one request's choices, of completions and of chats."""
 
-    def __init__(self, tokenizer: Tokenizer, body: Sampling) -> None:
-        self.tokenizer, self.body, self.chat = tokenizer, body, isinstance(body, ChatBody)
+    def __init__(self, tokenizer: Tokenizer, body: Sampling, requests: Sequence[Request]) -> None:
+        self.tokenizer, self.body, self.chat, self.requests = tokenizer, body, isinstance(body, ChatBody), requests
+        self._texts = [TextStream(partial(tokenizer.decode, prompt=r.prompt), space=r.space) for r in requests]
 
     def head(self, chunk: str = "") -> Event:
         """The common fields of a response; `chunk`: ".chunk" for an event of a stream."""
@@ -200,14 +202,14 @@ class Formatter:
         """A complete choice."""
         message = {"role": "assistant", "content": completion.text, "refusal": None}
         content = {"message": message} if self.chat else {"text": completion.text}
-        logprobs = self._logprobs(completion.tokens, completion.logprobs)
+        logprobs = self._logprobs(index, completion.tokens, completion.logprobs)
         return _choice(index, content, logprobs, completion.finish_reason)
 
-    def chunk(self, index: int, output: TokenOutput, offset: int) -> Event | None:
-        """One output as a choice of an event; None if it is empty. `offset`: characters of the choice so far."""
+    def chunk(self, index: int, output: TokenOutput) -> Event | None:
+        """One output as a choice of an event; None if it is empty."""
         logprobs = None
         if output.token is not None and output.logprob is not None:
-            logprobs = self._logprobs([output.token], [output.logprob], offset)
+            logprobs = self._logprobs(index, [output.token], [output.logprob])
         if not output.text and output.finish_reason is None and logprobs is None:
             return None
         content: Event = {"delta": {"content": output.text} if output.text else {}}
@@ -219,16 +221,37 @@ class Formatter:
         completion = sum(len(completion.tokens) for completion in completions)
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
-    def _logprobs(self, tokens: Sequence[int], logprobs: Sequence[float], offset: int = 0) -> Event | None:
+    def _logprobs(self, index: int, tokens: Sequence[int], logprobs: Sequence[float]) -> Event | None:
+        """Of the next tokens of a choice: all at once, or one by one in a stream.
+
+        A token's offset is the number of whole characters of the text before it.
+        """
         if self.body.logprobs is (False if self.chat else None):
             return None
-        texts = [self.tokenizer.token(token) for token in tokens]
+        offsets, pieces, stream = list[int](), list[bytes | None](), self._texts[index]
+        for token in tokens:
+            pieces.append(self.tokenizer.token_bytes(token, self.requests[index].prompt if stream.is_new else None))
+            offsets.append(stream.position(pieces[-1]))
+            stream.add(token)
+        texts = [self._token(token, piece) for token, piece in zip(tokens, pieces, strict=True)]
         if self.chat:
-            rows = zip(texts, logprobs, strict=True)
-            empty: Event = {"bytes": None, "top_logprobs": []}
-            return {"content": [{"token": text, "logprob": value, **empty} for text, value in rows], "refusal": None}
-        offsets = [offset + sum(map(len, texts[:number])) for number in range(len(texts))]
+            rows = zip(texts, logprobs, map(_integers, pieces), strict=True)
+            content = [{"token": t, "logprob": value, "bytes": b, "top_logprobs": []} for t, value, b in rows]
+            return {"content": content, "refusal": None}
         return {"tokens": texts, "token_logprobs": list(logprobs), "top_logprobs": None, "text_offset": offsets}
+
+    def _token(self, token: int, piece: bytes | None) -> str:
+        """A token's text. Parts of characters are bytes, as OpenAI writes them: \\xe2, in completions bytes:\\xe2."""
+        if piece is None:
+            return self.tokenizer.token(token)
+        try:
+            return piece.decode()
+        except UnicodeDecodeError:
+            return ("" if self.chat else "bytes:") + "".join(f"\\x{byte:02x}" for byte in piece)
+
+
+def _integers(piece: bytes | None) -> list[int] | None:
+    return None if piece is None else list(piece)
 
 
 def _choice(index: int, content: Event, logprobs: Event | None = None, finish_reason: str | None = None) -> Event:

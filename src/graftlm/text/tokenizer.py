@@ -15,6 +15,7 @@ decodes tokens that arrive one at a time.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -45,6 +46,12 @@ GPT2_PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")
 GPT2_EOT = "<|endoftext|>"
 BROKEN = "\ufffd"  # how decoders show bytes that are not a whole character
+BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # SentencePiece's byte fallback
+_PRINTED = (*range(33, 127), *range(161, 173), *range(174, 256))
+BYTES = {chr(byte): byte for byte in _PRINTED} | {
+    chr(256 + number): byte for number, byte in enumerate(byte for byte in range(256) if byte not in _PRINTED)
+}
+"""The byte of each character of byte-level BPE (GPT-2's table)."""
 LETTER = "a"  # any text that a decoder leaves as it is, before tokens that are not the first of a text
 MAX_BROKEN = 3  # bytes, and so replacement characters, of a character whose last byte is missing
 
@@ -132,6 +139,22 @@ class Tokenizer:
         raw = self._backend.id_to_token(index) or ""
         text = self._backend.decode([index], skip_special_tokens=False)
         return raw if BROKEN in text or not text else text
+
+    def token_bytes(self, index: int, prompt: Sequence[int] | None = None) -> bytes | None:
+        """The bytes that a token adds to a text; None for a special token and an id without a token.
+
+        prompt: the ids before it, if it is the first of a text; None after other tokens of the text.
+        """
+        raw = self._backend.id_to_token(index)
+        if raw is None or index in self.special_ids:
+            return None
+        text = self._decode_after_text([index]) if prompt is None else self.decode([index], prompt)
+        if BROKEN not in text:
+            return text.encode()
+        if fallback := BYTE_TOKEN.fullmatch(raw):
+            return bytes.fromhex(fallback[1])
+        byte_level = all(character in BYTES for character in raw)
+        return bytes(BYTES[character] for character in raw) if byte_level else text.encode()
 
     @cached_property
     def marking(self) -> MarkedTokenizer:
@@ -233,8 +256,23 @@ class TextStream:
         self._context = 0
         self._returned = ""  # of the text of `_ids`
         self._buffer = ""
+        self._position = self._broken = self._offset = 0
         self.stopped = False
         """Whether a stop text has been found; the text after it is dropped."""
+
+    @property
+    def is_new(self) -> bool:
+        """Whether no token has been added."""
+        return not self._ids
+
+    def position(self, piece: bytes | None) -> int:
+        """The number of characters before a next token with these bytes; of a part of a character those before that.
+
+        Characters of a stop text count too.
+        """
+        continues = b"\x80" <= (piece or b"")[:1] < b"\xc0"
+        self._offset = max(self._offset, self._position + (0 if continues else self._broken))
+        return self._offset
 
     def add(self, token: int) -> str:
         """The new text with this token; often empty."""
@@ -244,7 +282,7 @@ class TextStream:
             if text.endswith(BROKEN) and len(self._ids) - self._context <= MAX_BROKEN:
                 return ""
             text = self._forget_context()
-        broken = min(MAX_BROKEN, len(text) - len(text.rstrip(BROKEN)))
+        self._broken = broken = min(MAX_BROKEN, len(text) - len(text.rstrip(BROKEN)))
         new = text[len(self._returned) : len(text) - broken]
         self._returned += new
         if new and not broken:
@@ -270,6 +308,7 @@ class TextStream:
         while new and self._space:
             drop = new[0] == self._space[0]
             new, self._space = new[drop:], self._space[1:] if drop else ""
+        self._position += len(new)
         text = self._buffer + new
         if self.stopped:
             return ""
