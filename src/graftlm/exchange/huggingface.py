@@ -29,6 +29,7 @@ from graftlm.models.base import CausalLM
 from graftlm.models.config import (
     ModelConfig,
     TensorMapping,
+    check_dtypes,
     check_names,
     file_parts,
     one_to_file,
@@ -36,6 +37,7 @@ from graftlm.models.config import (
     stored_name,
     tensor_mapping,
     to_file,
+    untie_if_different,
 )
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -60,7 +62,10 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Causal
 def meta_model(folder: Path, dtype: torch.dtype) -> CausalLM:
     """The same without weights: all are on torch's meta device, and take no memory."""
     config = read_model_config(formats.read_json(folder / CONFIG), str(folder / CONFIG))
-    check_names(config, formats.read_weights(folder), str(folder))
+    stored = formats.read_weights(folder)
+    check_dtypes(config, stored, str(folder))
+    config = untie_if_different(config, stored)
+    check_names(config, stored, str(folder))
     with torch.device("meta"):
         model = CausalLM(config).to(dtype)
     return model.requires_grad_(False).eval()

@@ -10,7 +10,7 @@ that changes the arithmetic and is not supported is an error, never ignored.
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -185,12 +185,61 @@ MAX_LAYERS, MAX_DIM = 10_000, 2**24
 _MAYBE_NULL = ("n_inner", "num_key_value_heads", "head_dim")
 
 
-def require_values(config: Mapping[str, Any], where: str, **allowed: tuple[Any, ...]) -> None:
-    """InputError for a setting of a config.json that has another value than the supported ones."""
-    for key, values in allowed.items():
-        if key in config and config[key] not in values:
-            understood = ", ".join(map(repr, values))
-            raise InputError(f"{where}: {key} = {config[key]!r} is not understood; understood: {understood}")
+ACTIVATIONS: dict[str, Literal["silu", "gelu", "gelu_tanh"]] = {
+    **dict.fromkeys(("silu", "swish"), "silu"),
+    **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
+    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"), "gelu_tanh"),
+}
+"""transformers' names of what we compute, up to rounding."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a config.json, checked as transformers does: a wrong type is an InputError, never converted."""
+
+    values: Mapping[str, Any]
+    where: str
+
+    def require(self, **allowed: tuple[Any, ...]) -> None:
+        """InputError for a setting that has another value than the supported ones."""
+        for key, supported in allowed.items():
+            value = self.values.get(key, supported[0])
+            if not any(type(value) is type(one) and value == one for one in supported):
+                understood = ", ".join(map(repr, supported))
+                raise InputError(f"{self.where}: {key} = {value!r} is not understood; understood: {understood}")
+
+    def flag(self, key: str, default: bool) -> bool:
+        """A setting that is true or false."""
+        self.require(**{key: (default, not default)})
+        return bool(self.values.get(key, default))
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A number above 0; without a default KeyError if it is missing."""
+        value = self.values[key] if default is None else self.values.get(key, default)
+        if type(value) not in (int, float) or not 0 < value < 1e300:
+            raise InputError(f"{self.where}: {key} = {value!r} is not understood; it must be a number above 0")
+        return float(value)
+
+    def activation(self, key: str, default: str) -> Literal["silu", "gelu", "gelu_tanh"]:
+        """The activation function."""
+        self.require(**{key: (default, *ACTIVATIONS)})
+        return ACTIVATIONS[self.values.get(key, default)]
+
+    def group(self, *keys: str) -> "Settings":
+        """The first of these settings that is not empty; each is an object or null."""
+        for key in keys:
+            if not isinstance(self.values.get(key), dict | None):
+                raise InputError(f"{self.where}: {key} = {self.values[key]!r} is not understood; it must be an object")
+        return Settings(next(filter(None, map(self.values.get, keys)), {}), self.where)
+
+
+def refuse_quantized(config: Mapping[str, Any], where: str) -> None:
+    """InputError for a model whose weights are stored in a quantised format."""
+    if found := config.get("quantization_config") or config.get("compression_config"):
+        found = found if isinstance(found, dict) else {}
+        bits = next((f"{n}-bit " for n in (4, 8) if found.get(f"load_in_{n}bit") or found.get("bits") == n), "")
+        method = found.get("quant_method") or ("bitsandbytes" if bits else "an unknown method")
+        raise InputError(f"{where}: quantised with {bits}{method}: use the unquantised model")
 
 
 def common_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,7 +251,6 @@ def common_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
         "intermediate_size": config["intermediate_size"],
         "vocab_size": config["vocab_size"],
         "max_positions": config["max_position_embeddings"],
-        "tie_embeddings": config.get("tie_word_embeddings", False),
     }
 
 
@@ -211,6 +259,11 @@ def read_model_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     if not isinstance(config, dict):
         raise InputError(f"{where}: not a JSON object: fetch it again")
     model_type = config.get("model_type")
+    family = next((family for family in FAMILIES.values() if model_type in family.model_types), None)
+    if family is None:
+        supported = ", ".join(name for family in FAMILIES.values() for name in family.model_types)
+        raise InputError(f"{where}: model_type {model_type!r} is not supported; supported are {supported}")
+    refuse_quantized(config, where)
     for key in _SIZES:
         value = config.get(key)
         if not (value is None and (key not in config or key in _MAYBE_NULL)) and (type(value) is not int or value < 1):
@@ -218,20 +271,18 @@ def read_model_config(config: Mapping[str, Any], where: str) -> ModelConfig:
         if value is not None and value > (MAX_LAYERS if key in ("n_layer", "num_hidden_layers") else MAX_DIM):
             raise InputError(f"{where}: {key} = {value} is more than any model has: fetch the file again")
     try:
-        for family in FAMILIES.values():
-            if model_type in family.model_types:
-                return family.read(config, where)
+        return family.read(config, where)
     except KeyError as e:
         raise InputError(f"{where}: the setting {e.args[0]!r} is missing") from None
     except (TypeError, ValueError, AttributeError, OverflowError) as e:
         raise InputError(f"{where}: a setting has a value that it cannot have ({e}): fetch the file again") from None
-    supported = ", ".join(name for family in FAMILIES.values() for name in family.model_types)
-    raise InputError(f"{where}: model_type {model_type!r} is not supported; supported are {supported}")
 
 
 def with_biases(config: Mapping[str, Any], model: ModelConfig, where: str) -> dict[str, Any]:
     """The base's config.json, changed to have the biases of `model`: the inverse of `read_model_config`."""
     base = read_model_config(config, where)
+    if base.tie_embeddings and not model.tie_embeddings:  # `untie_if_different`
+        base, config = replace(base, tie_embeddings=False), {**config, "tie_word_embeddings": False}
     if base == model:
         return dict(config)
     change = FAMILIES[model.family].with_biases
@@ -348,6 +399,26 @@ def check_names(config: ModelConfig, stored: Iterable[str], where: str) -> None:
     unexpected = {n for n in present - expected - known if not re.search(family.ignored, n)}
     if unexpected:
         raise InputError(f"{where}: the tensor {min(unexpected)} belongs to no part of this {config.family} model")
+
+
+def check_dtypes(config: ModelConfig, stored: LazyTensors, where: str) -> None:
+    """InputError for quantised weights: integers, or 8-bit floats, which only their scales make numbers."""
+    ignored = FAMILIES[config.family].ignored
+    for name in (name for name in stored if not re.search(ignored, name)):
+        if (dtype := stored.dtype(name)) not in ("F16", "BF16", "F32", "F64"):
+            raise InputError(f"{where}: {name} holds {dtype} values: quantised weights; use the unquantised model")
+
+
+def untie_if_different(config: ModelConfig, stored: LazyTensors) -> ModelConfig:
+    """The configuration with a head of its own if the checkpoint has one that is not its embedding.
+
+    As transformers does: what is stored counts more than `tie_word_embeddings`.
+    """
+    family = FAMILIES[config.family]
+    embed, head = (stored_name(f"{name}.weight", stored) for name in (family.embed, family.head))
+    if not config.tie_embeddings or embed is None or head is None or torch.equal(stored[embed], stored[head]):
+        return config
+    return replace(config, tie_embeddings=False)
 
 
 def to_file(config: ModelConfig, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,22 +5,17 @@ can adapt each on its own.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from graftlm.errors import InputError
-from graftlm.models.config import LayerConfig, ModelConfig, ModelFamily, require_values
+from graftlm.models.config import LayerConfig, ModelConfig, ModelFamily, Settings
 
 
 def read(config: Mapping[str, Any], where: str) -> ModelConfig:
     """The model that GPT-2's config.json describes."""
-    require_values(
-        config,
-        where,
-        activation_function=("gelu_new", "gelu_pytorch_tanh"),
-        scale_attn_weights=(True,),
-        scale_attn_by_inverse_layer_idx=(False,),
-        add_cross_attention=(False,),
-    )
+    settings = Settings(config, where)
+    settings.require(scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,), add_cross_attention=(False,))
     d, heads = config["n_embd"], config["n_head"]
     if d % heads:
         raise InputError(f"{where}: n_embd {d} is not a multiple of n_head {heads}")
@@ -33,9 +28,10 @@ def read(config: Mapping[str, Any], where: str) -> ModelConfig:
         head_dim=d // heads,
         intermediate_size=config.get("n_inner") or 4 * d,
         vocab_size=config["vocab_size"],
-        max_positions=config.get("n_positions", config.get("n_ctx", 1024)),
-        norm_eps=config.get("layer_norm_epsilon", 1e-5),
-        tie_embeddings=config.get("tie_word_embeddings", True),
+        max_positions=config.get("n_positions", 1024),
+        norm_eps=settings.number("layer_norm_epsilon", 1e-5),
+        layers=(replace(FAMILY.layer, activation=settings.activation("activation_function", "gelu_new")),),
+        tie_embeddings=settings.flag("tie_word_embeddings", True),
         qkv_bias=True,
         out_bias=True,
         mlp_bias=True,

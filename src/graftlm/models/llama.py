@@ -5,48 +5,87 @@ from dataclasses import replace
 from typing import Any
 
 from graftlm.errors import InputError
-from graftlm.models.config import ROLES, LayerConfig, ModelConfig, ModelFamily, RopeConfig, common_sizes, require_values
+from graftlm.models.config import ROLES, LayerConfig, ModelConfig, ModelFamily, RopeConfig, Settings, common_sizes
 
 ROPE_SETTINGS = {
     "default": (),
     "linear": ("factor",),
+    "dynamic": ("factor",),
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
 }
 
 
 def read(config: Mapping[str, Any], where: str) -> ModelConfig:
     """The model that the config.json of a Llama, Mistral or Qwen2 describes."""
-    require_values(config, where, hidden_act=("silu",), pretraining_tp=(1,), use_sliding_window=(False, None))
-    context, window = config["max_position_embeddings"], config.get("sliding_window")
-    if window is not None and window < context and config.get("use_sliding_window") is not False:
-        raise InputError(f"{where}: sliding_window = {window} below the context of {context} is not supported")
-    sizes = common_sizes(config)
-    biased = config["model_type"] == "qwen2" or bool(config.get("attention_bias", False))
+    settings, kind, sizes = Settings(config, where), config["model_type"], common_sizes(config)
+    heads, d = sizes["num_heads"], sizes["hidden_size"]
+    kv_heads = config.get("num_key_value_heads", {"mistral": 8, "qwen2": 32}.get(kind)) or heads
+    head_dim = config.get("head_dim") or d // heads
+    if heads % kv_heads or head_dim % 2 or head_dim == 0 or (kind == "llama" and d % heads):
+        raise InputError(f"{where}: {heads} heads, {kv_heads} of keys, do not divide hidden_size {d} and its rotation")
+    layer = LayerConfig(rope=read_rope(settings), activation=settings.activation("hidden_act", "silu"))
+    windows = read_windows(settings) if kind != "llama" else [None]
+    own_biases = [kind == "llama" and settings.flag(key, False) for key in ("attention_bias", "mlp_bias")]
     return ModelConfig(
         family="llama",
         **sizes,
-        num_kv_heads=config.get("num_key_value_heads") or sizes["num_heads"],
-        head_dim=config.get("head_dim") or sizes["hidden_size"] // sizes["num_heads"],
-        norm_eps=config.get("rms_norm_eps", 1e-6),
-        layers=(LayerConfig(rope=read_rope(config, where)),),
-        qkv_bias=biased,
-        out_bias=biased and config["model_type"] != "qwen2",
-        mlp_bias=bool(config.get("mlp_bias", False)),
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        norm_eps=settings.number("rms_norm_eps", 1e-6),
+        layers=tuple(replace(layer, window=window) for window in windows),
+        tie_embeddings=settings.flag("tie_word_embeddings", False),
+        qkv_bias=kind == "qwen2" or own_biases[0],
+        out_bias=own_biases[0],
+        mlp_bias=own_biases[1],
     )
 
 
-def read_rope(config: Mapping[str, Any], where: str) -> RopeConfig:
+def read_windows(settings: Settings) -> list[int | None]:
+    """The sliding window of each layer, or one for all; None where it is as wide as the context.
+
+    Mistral's default is transformers': 4,096. Qwen2 uses one only where `use_sliding_window` says so.
+    """
+    config, layers = settings.values, settings.values["num_hidden_layers"]
+    window, first = config.get("sliding_window", 4096), config.get("max_window_layers", 28)
+    if type(window) is int and window >= config["max_position_embeddings"]:
+        window = None
+    if window is not None and (type(window) is not int or window < 1):
+        raise InputError(f"{settings.where}: sliding_window = {window!r} is no size; it must be a whole number above 0")
+    if config["model_type"] == "mistral":
+        return [window]
+    window = window if settings.flag("use_sliding_window", False) else None
+    if type(first) is not int:
+        raise InputError(f"{settings.where}: max_window_layers = {first!r} is not understood; it must be a number")
+    by_depth = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+    kinds = by_depth if config.get("layer_types") is None else config["layer_types"]
+    if not isinstance(kinds, list) or len(kinds) != layers or set(kinds) - {"sliding_attention", "full_attention"}:
+        raise InputError(f"{settings.where}: layer_types = {kinds!r:.80} is not understood")
+    found = [window if kind == "sliding_attention" else None for kind in kinds]
+    return found if len(set(found)) > 1 else found[:1]
+
+
+def read_rope(settings: Settings) -> RopeConfig:
     """The RoPE settings of a config.json: rope_scaling and rope_theta, or transformers 5's rope_parameters."""
-    rope = config.get("rope_parameters") or {}
-    scaling = dict(config.get("rope_scaling") or rope)
+    config, where, rope = settings.values, settings.where, settings.group("rope_scaling", "rope_parameters")
+    scaling = dict(rope.values)
     kind = scaling.pop("rope_type", scaling.pop("type", "default"))
-    theta = scaling.pop("rope_theta", None) or config.get("rope_theta") or rope.get("rope_theta") or 10000.0
-    if kind not in ROPE_SETTINGS:
+    theta = rope.number("rope_theta", settings.number("rope_theta", 10000.0))
+    settings.require(partial_rotary_factor=(None, 1.0, 1))
+    rope.require(partial_rotary_factor=(1.0, 1))
+    for key in ("rope_theta", "partial_rotary_factor"):
+        scaling.pop(key, None)
+    if not isinstance(kind, str) or kind not in ROPE_SETTINGS:
         raise InputError(f"{where}: rope_type = {kind!r} is not understood; understood: {', '.join(ROPE_SETTINGS)}")
     if unsupported := sorted(set(scaling) - set(ROPE_SETTINGS[kind])):
         raise InputError(f"{where}: the rope setting {unsupported[0]!r} is not understood for rope_type {kind!r}")
-    settings = () if kind == "default" else tuple(sorted([("rope_type", kind), *scaling.items()]))
-    return RopeConfig(theta=float(theta), scaling=settings)
+    if kind == "llama3":
+        scaling.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
+    values = {key: Settings(scaling, where).number(key) for key in ROPE_SETTINGS[kind]}
+    if kind == "llama3" and values["low_freq_factor"] >= values["high_freq_factor"]:
+        raise InputError(f"{where}: low_freq_factor must be below high_freq_factor")
+    if kind in ("default", "dynamic"):  # dynamic scaling begins after the context
+        return RopeConfig(theta=theta)
+    return RopeConfig(theta=theta, scaling=tuple(sorted([("rope_type", kind), *values.items()])))
 
 
 def _with_biases(config: Mapping[str, Any], base: ModelConfig, changed: ModelConfig) -> dict[str, Any]:
@@ -57,6 +96,8 @@ def _with_biases(config: Mapping[str, Any], base: ModelConfig, changed: ModelCon
     """
     same = replace(base, qkv_bias=changed.qkv_bias, out_bias=changed.out_bias, mlp_bias=changed.mlp_bias)
     assert changed == same and changed.qkv_bias == changed.out_bias
+    if any(layer.window for layer in base.layers):
+        raise InputError("no config.json describes added biases and a sliding window: train without --add_biases")
     not_llamas = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
     return {
         **{key: value for key, value in config.items() if key not in not_llamas},

@@ -11,30 +11,38 @@ import torch
 from torch import Tensor
 
 from graftlm.errors import InputError
-from graftlm.models.config import LayerConfig, ModelConfig, ModelFamily, RopeConfig, common_sizes, require_values
+from graftlm.models.config import LayerConfig, ModelConfig, ModelFamily, RopeConfig, Settings, common_sizes
 
 
 def read(config: Mapping[str, Any], where: str) -> ModelConfig:
     """The model that a GPT-NeoX's config.json describes, in the spelling of old files and of transformers 5."""
-    require_values(config, where, hidden_act=("gelu",), attention_bias=(True,), rope_scaling=(None,))
-    rope = dict(config.get("rope_parameters") or {})
-    require_values(rope, where, rope_type=("default",))
+    settings = Settings(config, where)
+    settings.require(attention_bias=(True,))
+    rope = settings.group("rope_scaling", "rope_parameters")
+    rope.require(rope_type=("default",), type=("default",))
     heads, d = config["num_attention_heads"], config["hidden_size"]
     if d % heads or d // heads % 2:
         raise InputError(f"{where}: hidden_size {d} gives {heads} heads no even width")
-    share = rope.get("partial_rotary_factor", config.get("rotary_pct", 0.25))
-    theta = float(rope.get("rope_theta", config.get("rotary_emb_base", 10000)))
-    dim = int(d // heads * share) if isinstance(share, int | float) else 0
+    share = rope.number("partial_rotary_factor", settings.number("rotary_pct", 0.25))
+    theta = rope.number("rope_theta", settings.number("rotary_emb_base", 10000))
+    dim = int(d // heads * share)
     if not 0 < dim <= d // heads or dim % 2:
         raise InputError(f"{where}: rotary_pct = {share!r} rotates {dim} of {d // heads} dimensions: not understood")
-    parallel = config.get("use_parallel_residual", True)
+    layer = replace(FAMILY.layer, rope=RopeConfig(theta=theta, dim=dim))
     return ModelConfig(
         family="neox",
         **common_sizes(config),
         num_kv_heads=heads,
         head_dim=d // heads,
-        norm_eps=config.get("layer_norm_eps", 1e-5),
-        layers=(replace(FAMILY.layer, rope=RopeConfig(theta=theta, dim=dim), parallel=parallel),),
+        norm_eps=settings.number("layer_norm_eps", 1e-5),
+        layers=(
+            replace(
+                layer,
+                parallel=settings.flag("use_parallel_residual", True),
+                activation=settings.activation("hidden_act", "gelu"),
+            ),
+        ),
+        tie_embeddings=settings.flag("tie_word_embeddings", False),
         qkv_bias=True,
         out_bias=True,
         mlp_bias=True,

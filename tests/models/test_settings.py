@@ -1,0 +1,249 @@
+"""Each setting of a config.json with each odd value: a model equal to transformers', or one line."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from graftlm.errors import InputError
+from graftlm.exchange.huggingface import load_model
+from graftlm.models.config import read_model_config
+from tiny import config_json, shape_of
+
+CONTEXT, WINDOW = 24, 6
+MISSING = object()
+ODD: list[Any] = [MISSING, None, "1", "false", [1], {}, True, 0, 2, -1, 0.5, 1e30]
+ROPE = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROPE["original_max_position_embeddings"] = 12
+SHARED = ("vocab_size", "tie_word_embeddings", "model_type")
+LLAMA = (
+    *(
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "hidden_size",
+        "intermediate_size",
+        "head_dim",
+    ),
+    *("max_position_embeddings", "rms_norm_eps", "rope_theta", "hidden_act", "rope_scaling", "rope_parameters"),
+    *("partial_rotary_factor", *(f"rope_scaling.{key}" for key in (*ROPE, "partial_rotary_factor", "rope_theta"))),
+)
+KEYS = {
+    "gpt2": (
+        *(
+            "n_layer",
+            "n_head",
+            "n_embd",
+            "n_inner",
+            "n_positions",
+            "n_ctx",
+            "layer_norm_epsilon",
+            "activation_function",
+        ),
+        *("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "add_cross_attention"),
+    ),
+    "neox": (
+        *("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size", "max_position_embeddings"),
+        *("layer_norm_eps", "hidden_act", "rotary_pct", "rotary_emb_base", "use_parallel_residual", "attention_bias"),
+        *("rope_scaling", "rope_parameters", "rope_theta", "partial_rotary_factor", "rope_parameters.rope_type"),
+        *("rope_parameters.rope_theta", "rope_parameters.partial_rotary_factor"),
+    ),
+    "llama": (*LLAMA, "attention_bias", "mlp_bias"),
+    "mistral": ("num_key_value_heads", "head_dim", "sliding_window"),
+    "qwen2": (
+        *(
+            "num_key_value_heads",
+            "head_dim",
+            "sliding_window",
+            "use_sliding_window",
+            "max_window_layers",
+            "layer_types",
+        ),
+    ),
+}
+UNDERSTOOD: list[tuple[str, dict[str, Any]]] = [  # what must not be refused
+    ("llama", {"pretraining_tp": 2}),
+    ("llama", {"pretraining_tp": None}),
+    ("llama", {"partial_rotary_factor": 1.0}),
+    ("llama", {"partial_rotary_factor": None}),
+    ("llama", {"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 1.0}}),
+    ("llama", {"rope_scaling": {"type": "dynamic", "factor": 4.0}}),
+    (
+        "llama",
+        {"rope_scaling": {key: value for key, value in ROPE.items() if key != "original_max_position_embeddings"}},
+    ),
+    ("llama", {"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": {"rope_theta": 500.0}}),
+    ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
+    ("llama", {"sliding_window": WINDOW}),
+    *(("llama", {"hidden_act": name}) for name in ("swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")),
+    *(
+        ("gpt2", {"activation_function": name})
+        for name in ("gelu", "swish", "gelu_fast", "gelu_accurate", "gelu_python")
+    ),
+    ("neox", {"hidden_act": "gelu_new"}),
+    ("neox", {"rope_scaling": {"type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}}),
+    ("mistral", {}),
+    ("mistral", {"sliding_window": None}),
+    ("mistral", {"sliding_window": CONTEXT}),
+    ("mistral", {"sliding_window": WINDOW}),
+    ("mistral", {"attention_bias": True}),
+    ("mistral", {"num_attention_heads": 8, "num_key_value_heads": MISSING}),
+    ("qwen2", {"sliding_window": WINDOW}),
+    ("qwen2", {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 1}),
+    ("qwen2", {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 0}),
+    (
+        "qwen2",
+        {"sliding_window": WINDOW, "use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+]
+LENIENT = [("mistral", "num_key_value_heads", None), ("qwen2", "head_dim", None)]
+"""What we read and transformers 5 does not: as transformers 4 did."""
+
+
+def config_of(kind: str) -> dict[str, Any]:
+    family = kind if kind in KEYS and kind not in ("mistral", "qwen2") else "llama"
+    config = config_json(shape_of(family, context=CONTEXT), family)
+    return config | ({} if kind == family else {"model_type": kind})
+
+
+def changed(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """The configuration with another value of a setting, or of one within an object (a.b)."""
+    outer, _, inner = key.partition(".")
+    if inner:
+        value = changed(
+            dict(ROPE) if inner in ROPE and outer == "rope_scaling" else {"rope_type": "default"}, inner, value
+        )
+    config = {**config, outer: value}
+    return {name: one for name, one in config.items() if one is not MISSING}
+
+
+def outputs(config: dict[str, Any], folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of transformers' model of this config.json, with random weights, and of ours from the files it writes."""
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+    theirs.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    ids = torch.randint(0, theirs.config.vocab_size, (2, min(CONTEXT, theirs.config.max_position_embeddings)))
+    with torch.no_grad():
+        return theirs(ids).logits, load_model(folder, torch.device("cpu"), torch.float32)(ids)
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_each_setting_with_each_odd_value_is_transformers_model_or_one_line(kind: str, tmp_path: Path) -> None:
+    read, wrong = 0, []
+    for key, value in itertools.product((*SHARED, *KEYS[kind]), ODD):
+        config = changed(config_of(kind), key, value)
+        try:
+            ours = read_model_config(config, "config.json")
+        except InputError as error:
+            assert "\n" not in str(error) and str(error).startswith("config.json: ")
+            continue
+        sizes = (ours.vocab_size, ours.hidden_size, ours.intermediate_size, ours.num_layers, ours.head_dim)
+        if (
+            max(sizes) > 256
+            or (kind, key, value) in LENIENT
+            or (key.rpartition("_")[2].startswith("eps") and type(value) is int)
+        ):
+            continue  # correct, and too large for a test; or more than transformers reads
+        read += 1
+        try:
+            theirs, logits = outputs(config, tmp_path)
+            if not torch.allclose(logits, theirs, rtol=1e-4, atol=1e-4, equal_nan=True):
+                wrong.append(f"{key} = {value!r:.20}: another model")
+        except Exception as error:
+            wrong.append(f"{key} = {value!r:.20}: {str(error)[:200]}")
+    assert not wrong
+    assert read > 3
+
+
+@pytest.mark.parametrize(("kind", "change"), UNDERSTOOD)
+def test_what_changes_nothing_or_is_supported_is_not_refused(kind: str, change: dict[str, Any], tmp_path: Path) -> None:
+    config = config_of(kind)
+    for key, value in change.items():
+        config = changed(config, key, value)
+    theirs, logits = outputs(config, tmp_path)
+    assert torch.allclose(logits, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_mistral_without_a_window_has_transformers_window() -> None:
+    config = config_of("mistral") | {"max_position_embeddings": 8192}
+    assert read_model_config(config, "config.json").layer(0).window == 4096
+    assert read_model_config(config | {"sliding_window": 8192}, "config.json").layer(0).window is None
+
+
+@pytest.mark.parametrize("name", ["gpt_neo", "gemma3n", "mamba", None, ["llama"]])
+def test_the_model_type_is_checked_before_its_sizes(name: Any) -> None:
+    with pytest.raises(InputError, match=r"config\.json: model_type .* is not supported; supported are "):
+        read_model_config({"model_type": name, "num_layers": "x", "vocab_size": {}, "hidden_size": [1]}, "config.json")
+
+
+# Heads and quantised weights ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "neox"])
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_head_in_the_file_of_a_tied_model_is_compared_with_the_embedding(
+    kind: str, equal: bool, tmp_path: Path
+) -> None:
+    config = config_of(kind) | {"tie_word_embeddings": True}
+    outputs(config, tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    embed = next(name for name in state if name.endswith(("wte.weight", "embed_tokens.weight", "embed_in.weight")))
+    head = "embed_out.weight" if kind == "neox" else "lm_head.weight"
+    state[head] = state[embed].clone() if equal else torch.randn_like(state[embed])
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    ids = torch.arange(10)[None]
+    model = load_model(tmp_path, torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()(ids).logits
+        assert torch.allclose(model(ids), theirs, rtol=1e-4, atol=1e-4)
+    assert model.config.tie_embeddings is equal
+
+
+QUANTIZED = [
+    ({"load_in_8bit": True}, "8-bit bitsandbytes"),
+    ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "4-bit bitsandbytes"),
+    ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "4-bit gptq"),
+    ({"quant_method": "awq", "bits": 4}, "4-bit awq"),
+    ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
+    ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "compressed-tensors"),
+    ("yes", "an unknown method"),
+]
+
+
+@pytest.mark.parametrize(("quantization", "name"), QUANTIZED)
+def test_a_quantised_model_is_refused_by_its_method(quantization: Any, name: str, tmp_path: Path) -> None:
+    config = config_of("llama") | {"quantization_config": quantization}
+    (tmp_path / "config.json").write_text(json.dumps(config))  # there are no weights: none are looked for
+    with pytest.raises(InputError, match=rf"config\.json: quantised with {name}: use the unquantised model"):
+        load_model(tmp_path, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_quantised_weights_without_a_word_about_it_are_refused_by_their_dtype(
+    kind: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    outputs(config_of(kind), tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in state if "down_proj" in name or "mlp.c_proj" in name)
+    save_file({**state, name: state[name].to(dtype)}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=rf"{name} holds \w+ values: quantised weights; use the unquantised model"):
+        load_model(tmp_path, torch.device("cpu"), torch.float32)
+
+
+def test_the_causal_masks_of_old_files_are_no_quantised_weights(tmp_path: Path) -> None:
+    outputs(config_of("gpt2"), tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state["transformer.h.0.attn.bias"] = torch.ones(1, 1, CONTEXT, CONTEXT, dtype=torch.uint8).tril()
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    assert load_model(tmp_path, torch.device("cpu"), torch.float32).config.family == "gpt2"
