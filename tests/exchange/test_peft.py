@@ -4,6 +4,7 @@ In float64 to 1e-9. transformers computes Llama's norms in float32 whatever the 
 in float64 here; all else in it is as it comes.
 """
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ from graftlm.methods.base import mergeable_linears, trainable
 from graftlm.methods.ia3 import IA3
 from graftlm.methods.peft_format import matches
 from graftlm.models import CausalLM
+from graftlm.models.config import to_file
 from tiny import FAMILIES, model_folder
 
 pytestmark = [
@@ -283,6 +285,73 @@ def test_a_folder_of_other_settings_than_the_runs_is_refused(
         read_adapter(tmp_path / "x", shape, LoRA(rank=3, alpha=7.0))
     file.write_text(json.dumps(config))
     assert read_adapter(tmp_path / "x", shape, LoRA(rank=3, alpha=7.0))
+
+
+MIXED = [
+    LoRA(rank=3, alpha=7.0, targets=("q", "k", "v", "o"), dropout=0.0),
+    LoRA(rank=4, alpha=0.7, targets=("q", "v", "up", "down"), dropout=0.0),
+    LoRA(rank=3, alpha=7.0, targets=("k", "down"), dropout=0.0),
+]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "neox"])
+@pytest.mark.parametrize("method", MIXED, ids=lambda method: "".join(method.targets))
+def test_lora_alpha_and_the_ranks_of_the_tensors_give_the_strength(
+    kind: str, method: LoRA, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    """As llama.cpp's converter reads a folder: alpha / (rank of the tensor) for each module, and no pattern."""
+    model = load_model(bases[kind], CPU, torch.float32)
+    method.install(model, torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        for p in trainable(model).values():
+            p.normal_(generator=torch.Generator().manual_seed(3))
+    folder = tmp_path / "0"
+    folder.mkdir()
+    save_adapter(folder, model, method, "base")
+    state = {name: p.detach() for name, p in trainable(model).items()}
+    again = read_adapter(folder, model.config, method)
+    assert again.keys() == state.keys() and all(torch.equal(again[name], state[name]) for name in state)
+
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_safetensors(folder / "adapter_model.safetensors")
+    assert not config["alpha_pattern"]
+    base = load_safetensors(bases[kind] / "model.safetensors")
+    merged = copy.deepcopy(model)
+    for linear in mergeable_linears(merged):
+        linear.merge()
+    expected = to_file(model.config, dict(merged.named_parameters()))
+    for name in (name for name in tensors if "lora_A" in name):
+        update = config["lora_alpha"] / len(tensors[name]) * tensors[name.replace("lora_A", "lora_B")] @ tensors[name]
+        weight = name.removeprefix("base_model.model.").replace("lora_A.", "")
+        theirs = base[weight] + (update.T if kind == "gpt2" else update)
+        assert (theirs - base[weight]).abs().max() > 0.1 and torch.allclose(expected[weight], theirs, atol=1e-4)
+
+    ranks = []
+    for trip in range(3):  # nothing grows or drifts
+        found, read = from_foreign_peft(tmp_path / str(trip), model.config)
+        fresh = apply_adapter(load_model(bases[kind], CPU, torch.float32), found, read, "")
+        (tmp_path / str(trip + 1)).mkdir()
+        save_adapter(tmp_path / str(trip + 1), fresh, found, "base")
+        written = load_safetensors(tmp_path / str(trip + 1) / "adapter_model.safetensors")
+        ranks.append(sorted({len(t) for name, t in written.items() if "lora_A" in name}))
+        assert all(torch.equal(written[name], tensors[name]) for name in tensors)
+    assert ranks[0] == ranks[1] == ranks[2]
+
+
+def test_the_alpha_pattern_of_folders_written_before_is_read(bases: dict[str, Path], tmp_path: Path) -> None:
+    method = LoRA(rank=3, alpha=7.0, targets=("q", "k", "v", "o"), dropout=0.0)
+    trained_here(bases["gpt2"], method, tmp_path / "x")
+    config = json.loads((tmp_path / "x/adapter_config.json").read_text())
+    tensors = load_safetensors(tmp_path / "x/adapter_model.safetensors")
+    shape = load_model(bases["gpt2"], CPU, torch.float64).config
+    expected = read_adapter(tmp_path / "x", shape, method)
+    for name in [name for name in tensors if "c_attn" in name]:
+        tensors[name] = (tensors[name][:9] if "lora_A" in name else tensors[name][:, :9] / 4).contiguous()
+    config |= {"rank_pattern": {"attn.c_attn": 9}, "alpha_pattern": {"attn.c_attn": 21.0}}
+    (tmp_path / "x/adapter_config.json").write_text(json.dumps(config))
+    save_safetensors(tmp_path / "x/adapter_model.safetensors", tensors)
+    for read in (read_adapter(tmp_path / "x", shape, method), from_foreign_peft(tmp_path / "x", shape)[1]):
+        assert read.keys() == expected.keys() and all(torch.equal(read[name], expected[name]) for name in expected)
 
 
 def test_one_pair_for_q_k_and_v_is_written_once_and_read_back(bases: dict[str, Path], tmp_path: Path) -> None:

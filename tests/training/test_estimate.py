@@ -185,7 +185,7 @@ def test_all_scores_of_attention_are_never_held_for_a_long_row(long_assets: Path
 
 def test_free_memory_obeys_a_limit_of_the_process() -> None:
     code = (
-        "import resource, torch; from graftlm.training.reporting import free_mb\n"
+        "import resource, torch; from graftlm.files.memory import free_mb\n"
         "before = free_mb(torch.device('cpu'))\n"
         "resource.setrlimit(resource.RLIMIT_AS, (20 * 10**9, -1))\n"
         "print(0 < free_mb(torch.device('cpu')) <= min(before, 20e3))"

@@ -31,7 +31,13 @@ from graftlm.config import (
     TrainConfig,
     renamed,
 )
-from graftlm.errors import DISK_FULL, DISK_IO_ERRNOS, GraftError, InputError, unknown_name_error
+from graftlm.errors import (
+    DISK_FULL,
+    DISK_IO_ERRNOS,
+    GraftError,
+    InputError,
+    unknown_name_error,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -61,6 +67,12 @@ def run(words: Sequence[str]) -> int:
     except BrokenPipeError:  # the reader has closed the pipe, as in `graft --help | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except (MemoryError, RuntimeError) as error:
+        from graftlm.files.memory import is_out_of_memory, out_of_memory_error
+
+        if not is_out_of_memory(error):
+            raise
+        return _fail(words, str(out_of_memory_error(f"graft {words[0]}")), 1)
     except OSError as error:
         if error.errno in DISK_FULL:
             return _fail(words, f"disk full: {error.filename or 'the output'} could not be written", 2)

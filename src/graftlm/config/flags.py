@@ -115,6 +115,8 @@ class MethodFlags(Flags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.targets, str | None):  # a list or tuple, from Python
+            object.__setattr__(self, "targets", ",".join(self.targets))
         require(self.rank is None or self.rank >= 0, "rank", self.rank, "0 (full fine-tuning) or more")
         require(self.prefix_hidden >= 0, "prefix_hidden", self.prefix_hidden, "0 (no network) or more")
         require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "at least 0 and below 1")

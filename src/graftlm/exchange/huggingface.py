@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from graftlm.errors import InputError
 from graftlm.files import formats
 from graftlm.files.atomic import write_json
+from graftlm.files.memory import free_mb, out_of_memory_error
 from graftlm.methods import METHODS, Method, method_from_json
 from graftlm.methods.base import PeftFolder, load_trainable_state_dict, mergeable_linears, trainable_state_dict
 from graftlm.models.base import CausalLM
@@ -53,8 +54,10 @@ FORMAT_VERSION = 1
 
 
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> CausalLM:
-    """The model of a Hugging Face folder, in evaluation mode and frozen; InputError for a broken one."""
+    """The model of a Hugging Face folder, in evaluation mode and frozen; InputError if it is broken or too large."""
     model = meta_model(folder, dtype)
+    if (size := sum(p.nbytes for p in model.parameters())) > 1e6 * free_mb(device):
+        raise out_of_memory_error(f"{folder}: the model in {str(dtype).removeprefix('torch.')}", size, device)
     load_weights_into(model, folder, device, dtype)
     return model
 

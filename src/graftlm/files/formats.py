@@ -20,6 +20,7 @@ need it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -32,6 +33,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 from graftlm.config.paths import has_suffix, read_text
 from graftlm.errors import InputError
 from graftlm.files.atomic import atomic_write, write_json
+from graftlm.files.memory import is_out_of_memory, out_of_memory_error
 from graftlm.files.readers import GGUF, PICKLE_SUFFIXES, SAFETENSORS
 
 if TYPE_CHECKING:
@@ -164,6 +166,9 @@ class LazyTensors(Mapping[str, "Tensor"]):
         found: Tensor = self._read(name, lambda file: file.get_tensor(name))
         return found
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._paths  # Mapping's own would read the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._paths)
 
@@ -214,10 +219,14 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
-    except (SafetensorError, ValueError, RuntimeError) as error:
+    except (MemoryError, SafetensorError, ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise out_of_memory_error(str(path), path.stat().st_size) from error
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: corrupted or truncated safetensors file ({reason}): fetch it again") from error
     except OSError as error:
+        if error.errno == errno.ENOMEM:
+            raise out_of_memory_error(str(path), path.stat().st_size) from error
         raise InputError(f"{path}: cannot read it: {error.strerror or error}") from error
 
 

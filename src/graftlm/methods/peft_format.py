@@ -8,7 +8,9 @@ each part with its own. Three pairs become one of three times the rank, without 
 
     A = [A_q; A_k; A_v]  [3r, d]      B = diag(B_q, B_k, B_v)  [3d, 3r]      alpha' = 3 alpha, so alpha'/r' = alpha/r
 
-The rows of B are in the checkpoint's order; with rsLoRA, alpha' = sqrt(3) alpha. A part that is not targeted has no
+The rows of B are in the checkpoint's order; with rsLoRA, alpha' = sqrt(3) alpha. Next to other modules, of rank r,
+there is one alpha for all, because llama.cpp reads no alpha_pattern: B is then multiplied by r'/r, with r' = 4r for
+three parts (the fourth block is zero), so that reading it gives the same bits. A part that is not targeted has no
 rows in A and zero rows in B. If the three A are bit-identical, as after reading a foreign folder, A is written once, so
 the rank does not grow when a folder is read and written again. A linear that is not fused is the case of one part.
 
@@ -18,11 +20,12 @@ Letters: r rank, d hidden size.
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, product
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from graftlm.errors import InputError
@@ -242,7 +245,20 @@ class _Layout:
     parts: tuple[str, ...] = ()
     """The parts of a fused module that have an update."""
     blocks: int = 1
-    """1: all roles use the whole A. Else one block of rows of A and of columns of B for each part."""
+    """1: all roles use the whole A. Else one block of rows of A and of columns of B for each part; the rest is zero."""
+    factor: float = 1.0
+    """The stored B is this times ours."""
+
+    @classmethod
+    def fused(cls, method: "LoRA", parts: tuple[str, ...], others: bool) -> "_Layout":
+        """One block for each part. Next to other modules there is one alpha for all: then the fused B has the factor.
+
+        It is a power of two, so that reading gives the same bits: three blocks are padded to four.
+        """
+        if not others or len(parts) < 2:
+            return cls(parts, max(1, len(parts)))
+        blocks = 2 if len(parts) == 2 and not method.rslora else 4
+        return cls(parts, blocks, math.sqrt(blocks) if method.rslora else blocks)
 
     def of(self, module: HFModule) -> "_Layout":
         """The same for a fused module; a plain one has one block."""
@@ -267,14 +283,17 @@ def to_peft(method: "LoRA", model: CausalLM) -> PeftFolder:
         for i in layers
         for part in parts
     )
-    layout, tensors = _Layout(parts, 1 if shared else max(1, len(parts))), dict[str, Tensor]()
+    layout = _Layout(parts) if shared else _Layout.fused(method, parts, len(modules) > 1)
+    tensors: dict[str, Tensor] = {}
     for i, module in product(layers, modules):
         key, of_module = f"{layer_prefix(config, i)}{module.name}", layout.of(module)
         a = [state[f"{our_linear(i, role)}.lora_A"] for role in module.targets]
         b = a[0].new_zeros(module.out_features, method.rank * of_module.blocks)
         for role in module.targets:
             b[module.rows[role], of_module.columns(role, method.rank)] = state[f"{our_linear(i, role)}.lora_B"]
-        tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = torch.cat(a[: of_module.blocks]), b
+        joined = torch.cat(a[: of_module.blocks])
+        tensors[f"{key}.lora_A.weight"] = F.pad(joined, (0, 0, 0, b.shape[1] - len(joined)))
+        tensors[f"{key}.lora_B.weight"] = b * of_module.factor
         if method.use_dora:
             magnitudes = tensors[f"{key}.lora_magnitude_vector"] = a[0].new_zeros(module.out_features)
             for role, rows in module.rows.items():
@@ -295,11 +314,9 @@ def _config(config: ModelConfig, method: "LoRA", layout: _Layout) -> dict[str, A
     n, modules = layout.blocks, hf_modules(config, method.targets)
     rank, alpha = method.rank * n, method.alpha * (math.sqrt(n) if method.rslora else n)
     ranks: dict[str, float] = {}
-    alphas: dict[str, float] = {}
     if n > 1 and len(modules) > 1:
-        # A plain config has one rank and alpha for all modules; those of the fused one differ, so patterns name it.
-        fused = hf_module_name(config, "q")
-        ranks, alphas, rank, alpha = {fused: rank}, {fused: alpha}, method.rank, method.alpha
+        # Readers other than PEFT take the rank from the tensors, and lora_alpha for all modules.
+        ranks, rank, alpha = {hf_module_name(config, "q"): rank}, method.rank, method.alpha
     return {
         "peft_type": method.peft_type,
         "task_type": "CAUSAL_LM",
@@ -316,7 +333,7 @@ def _config(config: ModelConfig, method: "LoRA", layout: _Layout) -> dict[str, A
         "inference_mode": True,
         "peft_version": PEFT_VERSION,
         "rank_pattern": ranks,
-        "alpha_pattern": alphas,
+        "alpha_pattern": {},
     }
 
 
@@ -326,12 +343,15 @@ def _config(config: ModelConfig, method: "LoRA", layout: _Layout) -> dict[str, A
 def from_peft(method: "LoRA", config: ModelConfig, folder: PeftFolder, where: str) -> dict[str, Tensor]:
     """The inverse of `to_peft` for a folder written with this method; an InputError for anything else."""
     peft_config, tensors = folder
-    fused = next((module for module in hf_modules(config, method.targets).values() if module.fused), None)
+    modules = hf_modules(config, method.targets)
+    fused = next((module for module in modules.values() if module.fused), None)
     layout = _Layout()
     if fused:
         first = tensors.get(f"{layer_prefix(config, method.layer_range(config).start)}{fused.name}.lora_A.weight")
         shared = first is not None and len(first) == method.rank
-        layout = _Layout(fused.targets, 1 if shared else len(fused.targets))
+        layout = _Layout(fused.targets) if shared else _Layout.fused(method, fused.targets, len(modules) > 1)
+        if peft_config.get("alpha_pattern") and not shared:  # of 0.1.0
+            layout = _Layout(fused.targets, len(fused.targets))
     keys = ("peft_type", "r", "lora_alpha", "target_modules", "layers_to_transform", "use_rslora", "use_dora")
     check_same(peft_config, _config(config, method, layout), keys, where)
     return _read(method, config, layout, StrictTensorReader(tensors, where))
@@ -348,7 +368,7 @@ def _read(method: "LoRA", config: ModelConfig, layout: _Layout, file: StrictTens
         magnitudes = file.take(f"{key}.lora_magnitude_vector", out) if method.use_dora else None
         for role in module.targets:
             name, rows, columns = our_linear(i, role), module.rows[role], of_module.columns(role, method.rank)
-            own = b[rows][:, columns]
+            own = b[rows][:, columns] / of_module.factor
             state[f"{name}.lora_A"] = a[columns]
             state[f"{name}.lora_B"] = own if role in of_module.parts else torch.zeros_like(own)
             if magnitudes is not None:
@@ -379,7 +399,9 @@ def from_foreign_peft(
     fused = {name for name, (_, module) in names.items() if modules[module].fused}
     b = [tensors.get(f"base_model.model.{name}.lora_B.weight") for name in names if name in fused]
     layout = _fused_layout(config, [t for t in b if t is not None and t.dim() == 2 and len(t) == config.qkv_rows])
-    rank, alpha = _rank_and_alpha(peft_config, {n: layout.blocks if n in fused else 1 for n in names}, where)
+    blocks = {name: layout.blocks if name in fused else 1 for name in names}
+    rank, alpha, factor = _rank_and_alpha(peft_config, blocks, where)
+    layout = replace(layout, factor=factor)
     roles = {role for _, module in names.values() for role in modules[module].rows}
     if fused and not cls.use_dora:  # DoRA has magnitudes of all parts
         roles -= set("qkv") - set(layout.parts)
@@ -394,18 +416,21 @@ def from_foreign_peft(
     return method, _read(method, config, layout, StrictTensorReader(tensors, where))
 
 
-def _rank_and_alpha(peft_config: Mapping[str, Any], blocks: Mapping[str, int], where: str) -> tuple[int, float]:
-    """The rank and alpha of all modules, each of which has this many blocks."""
+def _rank_and_alpha(peft_config: Mapping[str, Any], blocks: Mapping[str, int], where: str) -> tuple[int, float, float]:
+    """The rank and alpha of all modules, each of which has this many blocks, and the factor of the fused ones' B."""
     sizes: list[tuple[int, int, float]] = []
     for name, n in blocks.items():
         rank, alpha = (_of_module(field, peft_config, name, where) for field in ("r", "lora_alpha"))
         sizes.append((n, int(rank) // n, alpha / (math.sqrt(n) if peft_config.get("use_rslora") else n)))
     _, rank, alpha = min(sizes)  # of modules with one block if there are any: their alpha is not rounded
-    if any(rank != r or not math.isclose(alpha, a, rel_tol=1e-12) for _, r, a in sizes):
+    factor = alpha / max(sizes)[2] if max(blocks.values()) > min(blocks.values()) else 1.0
+    factor = 1.0 if math.isclose(factor, 1, rel_tol=1e-12) else factor
+    factors = {min(blocks.values()): 1.0, max(blocks.values()): factor}
+    if any(rank != r or not math.isclose(alpha, a * factors[n], rel_tol=1e-12) for n, r, a in sizes):
         raise InputError(
             f"{where}: rank_pattern or alpha_pattern gives modules different ranks or alphas: not supported"
         )
-    return rank, float(alpha)
+    return rank, float(alpha), factor
 
 
 def _of_module(field: str, peft_config: Mapping[str, Any], name: str, where: str) -> float:
@@ -426,16 +451,16 @@ def _fused_layout(config: ModelConfig, b: Sequence[Tensor]) -> _Layout:
     """The layout of a fused module, found from every layer's B [3d, r]: blocks only if B is block-diagonal in all."""
     slices = fused_slices(config)
     updated = tuple(part for part, rows in slices.items() if any(bool(t[rows].any()) for t in b))
-    for parts in (p for n in (3, 2) for p in combinations(slices, n)):
-        if updated and all(_is_block_diagonal(t, parts, slices) for t in b):
-            return _Layout(parts, len(parts))
+    for parts, blocks in ((p, blocks) for n in (3, 2) for p in combinations(slices, n) for blocks in (n, 4)):
+        if updated and all(_is_block_diagonal(t, _Layout(parts, blocks), slices) for t in b):
+            return _Layout(parts, blocks)
     return _Layout(updated or tuple(slices))
 
 
-def _is_block_diagonal(b: Tensor, parts: tuple[str, ...], slices: Mapping[str, Rows]) -> bool:
-    """Whether the columns of B [3d, r] are one block for each part, with nonzero rows of that part only."""
-    r, remainder = divmod(b.shape[1], len(parts))
+def _is_block_diagonal(b: Tensor, layout: _Layout, slices: Mapping[str, Rows]) -> bool:
+    """Whether the columns of B [3d, r] are one block for each part, with nonzero rows of that part only, or zero."""
+    r, remainder = divmod(b.shape[1], layout.blocks)
     outside = b.clone()
-    for n, part in enumerate(parts):
-        outside[slices[part], n * r : (n + 1) * r] = 0
+    for part in layout.parts:
+        outside[slices[part], layout.columns(part, r)] = 0
     return not remainder and not bool(outside.any())

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from graftlm.errors import InputError
 from graftlm.files.formats import to_local
+from graftlm.files.memory import free_mb
 from graftlm.methods.base import trainable
 from graftlm.methods.cost_model import model_flops
 from graftlm.models.base import CausalLM
@@ -36,7 +37,7 @@ from graftlm.text.collate import Example
 from graftlm.training.batches import BatchLoader, HiddenStates, TrainingBatch, TrainingData, forward_batch
 from graftlm.training.distributed import DistContext, unsharded_root
 from graftlm.training.objectives import Objective
-from graftlm.training.reporting import PeakTensorBytes, free_mb, peak_rss_mb, rss_mb
+from graftlm.training.reporting import PeakTensorBytes, peak_rss_mb, rss_mb
 from graftlm.training.setup import RunContext
 
 PROBE_LAYERS_SMALL, PROBE_LAYERS_LARGE = 1, 3  # blocks of the two truncated models

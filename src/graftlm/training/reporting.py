@@ -10,7 +10,6 @@ measured peak of the machine's matrix products.
 """
 
 import json
-import math
 import os
 import sys
 import weakref
@@ -34,6 +33,7 @@ from graftlm.errors import InputError, require_posix
 from graftlm.exchange.load import measure_matmul_flops
 from graftlm.files.atomic import disk_errors, write_text
 from graftlm.files.formats import read_json, to_local
+from graftlm.files.memory import proc_mb
 from graftlm.methods import Method
 from graftlm.methods.cost_model import model_flops
 from graftlm.models.base import CausalLM
@@ -168,7 +168,7 @@ def parameter_counts(run: dict[str, Any]) -> dict[str, Any]:
 
 def peak_rss_mb() -> float:
     """The peak resident memory of this process so far."""
-    if (peak := _proc_mb("self/status", "VmHWM")) is not None:
+    if (peak := proc_mb("self/status", "VmHWM")) is not None:
         return peak
     resource = require_posix("resource")
     peak_rss = int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
@@ -177,40 +177,14 @@ def peak_rss_mb() -> float:
 
 def rss_mb() -> float:
     """The resident memory now, or the peak where the system does not report it."""
-    now = _proc_mb("self/status", "VmRSS")
+    now = proc_mb("self/status", "VmRSS")
     return peak_rss_mb() if now is None else now
-
-
-def _proc_mb(name: str, field: str) -> float | None:
-    """A field of a file in /proc; None where the system has none."""
-    path = Path("/proc") / name
-    if not path.exists():
-        return None
-    kilobytes = int(path.read_text().partition(f"{field}:")[2].split()[0])
-    return round(kilobytes * 1024 / 1e6, 1)
 
 
 def _peak_cuda(model: CausalLM) -> dict[str, float]:
     if model.device.type != "cuda":
         return {}
     return {"peak_cuda_mb": round(torch.cuda.max_memory_allocated() / 1e6, 1)}
-
-
-def free_mb(device: torch.device) -> float:
-    """MB that this run may still take on the device; infinite where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] / 1e6
-    free = [math.inf]
-    if (available := _proc_mb("meminfo", "MemAvailable")) is not None:
-        free.append(available)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()).isdigit():
-        free.append((int(text) - int(used.read_text())) / 1e6)
-    if (size := _proc_mb("self/status", "VmSize")) is not None:
-        resource = require_posix("resource")
-        limit_bytes = resource.getrlimit(resource.RLIMIT_AS)[0]
-        free += [limit_bytes / 1e6 - size] if limit_bytes != resource.RLIM_INFINITY else []
-    return min(free)
 
 
 class PeakTensorBytes(TorchDispatchMode):
