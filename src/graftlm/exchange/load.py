@@ -113,6 +113,7 @@ def load(
         raise InputError(f"{run_dir}: is an adapter of {name}; load that model and pass it as base")
     template = Template.of_run(run)
     loaded = ModelBundle(model, read_tokenizer(folder), name, folder, reason, template, run)
+    loaded.tokenizer.date = run.get("date")
     loaded.tokenizer.stop_tokens |= {*loaded.eos_token_ids}  # also in plain text
     return loaded
 

@@ -217,12 +217,17 @@ class Chat:
         environment.filters["tojson"] = tojson
         environment.globals |= {
             "raise_exception": raise_exception,
-            "strftime_now": lambda format: datetime.now().strftime(format),
+            "strftime_now": self._strftime,
         }
         try:
             return environment.from_string(self._tokenizer.chat_template or "")
         except TemplateSyntaxError as error:
             raise InputError(f"the model's chat template is broken ({error}): {self._hint}") from None
+
+    def _strftime(self, format: str) -> str:
+        """The time now or, where the tokenizer is a run's, its date."""
+        date = self._tokenizer.date
+        return (datetime.fromisoformat(date) if date else datetime.now()).strftime(format)
 
 
 def _marked(text: str) -> tuple[str, list[tuple[int, int]]]:

@@ -237,7 +237,9 @@ def _prompts(rows: Sequence[Record], template: Template, tokenizer: Tokenizer, m
         for n in too_long:
             texts[n] = _without_end(texts[n], len(prompts[n].ids) - limit, template, tokenizer)
             if not texts[n]:
-                raise InputError(f"{rows[n].source}: no token of the text fits in the template: raise --max_length")
+                blank = len(rows[n].text) - len(rows[n].text.lstrip())
+                cure = f"remove the {blank:,} white-space characters at its start" if blank else "raise --max_length"
+                raise InputError(f"{rows[n].source}: no token of the text fits in the template: {cure}")
         encode(too_long)
         too_long = [n for n in too_long if len(prompts[n].ids) > limit]
     return prompts

@@ -1,12 +1,15 @@
 """The checks before training: unusable data stops a run, notes follow, and one example is shown."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from itertools import combinations
 
 from graftlm.errors import InputError
 from graftlm.text.boundary import label_ids
 from graftlm.text.collate import Example, too_long_message
+from graftlm.text.layouts import Record
 from graftlm.text.template import Template
 from graftlm.text.tokenizer import Tokenizer
 
@@ -65,6 +68,21 @@ def show_targets(example: Example, tokenizer: Tokenizer, width: int = 160) -> st
         for ids in example.answers
     )
     return (prompt + targets).replace("\r", "\\r").replace("\n", "\\n")
+
+
+def control_token_notes(splits: Mapping[str, Sequence[Record]], tokenizer: Tokenizer) -> list[str]:
+    """A note for each split with records, other than conversations, that hold special tokens' names."""
+    names = re.compile("|".join(map(re.escape, sorted(tokenizer.special_tokens, key=len, reverse=True))) or r"(?!)")
+    notes = []
+    for split, rows in splits.items():
+        texts = [[getattr(row, f.name) for f in fields(row) if f.name not in ("source", "messages")] for row in rows]
+        found = [match for row in texts if (match := names.search("\n".join(t for t in row if isinstance(t, str))))]
+        if found:
+            notes.append(
+                f"{len(found)} of {len(rows)} rows in {split} hold names of special tokens, such as {found[0][0]}, "
+                "which are read as plain text: give conversations as messages"
+            )
+    return notes
 
 
 def _check(example: Example, template: Template, eot: int, max_length: int) -> None:

@@ -74,6 +74,7 @@ class Tokenizer:
         self._prefix = _prompt_prefix(backend)
         self.eot, self.stop_tokens = eot, frozenset({eot, *stop_tokens})
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self.date: str | None = None  # YYYY-MM-DD, of the run, for chat templates that print today's; None: today
         self._letter = backend.encode(LETTER, add_special_tokens=False).ids
 
     @property

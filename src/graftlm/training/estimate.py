@@ -41,6 +41,7 @@ from graftlm.training.reporting import PeakTensorBytes, peak_rss_mb, rss_mb
 from graftlm.training.setup import RunContext
 
 PROBE_LAYERS_SMALL, PROBE_LAYERS_LARGE = 1, 3  # blocks of the two truncated models
+MEMORY_LAYERS = (2, 4)  # where memory is measured: with one block the attention mask would be the largest tensor
 PROBED = 64  # batches from which a small and a large one are chosen; the rest of the run is like them
 PROBE_BATCH = 32  # examples of the validation that is timed
 PROBE_LENGTHS = (1280, 1664, 2048)  # tokens of the pieces on which the memory of a longer row is measured
@@ -169,10 +170,16 @@ class Probe:
         with unsharded_root(model):
             return seconds + self.extrapolate(lambda: self.time(lower), self.first, model.blocks[: self.first])
 
-    def extrapolate(self, measure: Callable[[], float], count: int, blocks: nn.ModuleList) -> float:
+    def extrapolate(
+        self,
+        measure: Callable[[], float],
+        count: int,
+        blocks: nn.ModuleList,
+        probed: tuple[int, int] = (PROBE_LAYERS_SMALL, PROBE_LAYERS_LARGE),
+    ) -> float:
         """What `measure` returns with `count` blocks, from what it returns with the last few of `blocks`."""
         values = {}
-        for k in (min(PROBE_LAYERS_SMALL, count), min(PROBE_LAYERS_LARGE, count)):
+        for k in (min(layers, count) for layers in probed):
             with _truncated(self.model, list(blocks)[-k:]):
                 values[k] = measure()
         few, many = min(values), max(values)
@@ -197,7 +204,7 @@ class Probe:
             self.model.zero_grad(set_to_none=True)
             return tensors.peak / 1e6
 
-        return self.extrapolate(measure, self.model.config.num_layers - self.first, self.model.blocks)
+        return self.extrapolate(measure, self.model.config.num_layers - self.first, self.model.blocks, MEMORY_LAYERS)
 
     def evaluation_mb(self, data: TrainingData) -> float:
         """MB of tensors at the peak of an evaluation of `data.validation`."""
@@ -208,7 +215,7 @@ class Probe:
                 self.objective.evaluate(self.model, data, extra)
             return tensors.peak / 1e6
 
-        return self.extrapolate(measure, self.model.config.num_layers, self.model.blocks)
+        return self.extrapolate(measure, self.model.config.num_layers, self.model.blocks, MEMORY_LAYERS)
 
     def statistics_seconds(self, loader: BatchLoader, rows: list[int], dist: DistContext) -> float:
         """The objective's `batch_statistics` of one batch."""

@@ -96,6 +96,7 @@ def new_manifest(
         "versions": _versions(),
         "git": _git_state(),
         "wandb_id": previous.get("wandb_id") or secrets.token_hex(8),
+        "date": run.loaded.tokenizer.date,
         "notes": run.notes,
         "plan": previous.get("plan"),
         "cpp_kernels": previous.get("cpp_kernels"),

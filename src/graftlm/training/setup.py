@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ from graftlm.text.boundary import label_ids
 from graftlm.text.collate import Example, encode_rows, subset
 from graftlm.text.dataset import Dataset, default_labels, load_dataset
 from graftlm.text.layouts import Labelled
-from graftlm.text.preflight import preflight
-from graftlm.text.template import Template, load_template
+from graftlm.text.preflight import control_token_notes, preflight
+from graftlm.text.template import DEFAULT, Template, load_template
 from graftlm.text.tokenizer import Tokenizer
 from graftlm.training.batches import BatchLoader, TrainingData
 from graftlm.training.distributed import DistContext, shard, warmup_fsdp
@@ -106,6 +107,7 @@ def prepare(
     dtype, reason = _dtype(config, previous, device)
     dataset = _read_data(config, explicit, objective, template)
     tokenizer = read_tokenizer(source.folder)
+    tokenizer.date = previous.get("date") if previous else date.today().isoformat()
     if previous is not None:
         check_base(source.folder, previous, out_dir)
         if dataset.fingerprint != (recorded := previous["data"]["fingerprint"]):
@@ -239,6 +241,13 @@ def _read_data(config: TrainConfig, explicit: Set[str], objective: Objective, te
     unused = sorted({"template", "labels"} & explicit)
     if unused and not isinstance(dataset.splits["train"][0], Labelled):
         dataset.notes.append(f"--{' and --'.join(unused)} not used: only texts with labels are put into a template")
+    labelled = isinstance(dataset.splits["train"][0], Labelled)
+    reviews = any(name in str(config.data) for name in ("tomatoes", "imdb"))
+    if labelled and config.template == DEFAULT and "template" not in explicit and not reviews:
+        dataset.notes.append(
+            "each text is put into the default template, which asks whether a movie review is "
+            f"{' or '.join(template.labels)}: if it is no review, give --template and --labels"
+        )
     return dataset
 
 
@@ -271,6 +280,7 @@ def _examples(
                 f"{len(records[split])} conversations in {split} are read as {len(some)} examples, each up to one "
                 "answer: the model's chat template writes an answer differently once another turn follows"
             )
+    notes += control_token_notes(records, tokenizer)
     notes += preflight(examples, template, tokenizer, max_length, truncated)
     labelled = all(e.label is not None for some in examples.values() for e in some)
     labels = label_ids(template, tokenizer) if labelled else []
