@@ -27,7 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "loss_on_all": {"loss_on": "all"},
     "not_grouped": {"group_by_length": False},
     "no_shared_prefix": {"template": "{text}\nIs it"},
-    "activation_cache": {"train_layers": "1:", "epochs": 2, "max_iters": 40},
+    "activation_cache": {"train_layers": "1:", "max_iters": 40},
     "no_activation_cache": {"train_layers": "1:", "activation_cache_gb": 0},
     "truncated": {"max_length": 160},
 }
