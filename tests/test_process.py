@@ -101,7 +101,7 @@ for found in pkgutil.walk_packages(graftlm.__path__, "graftlm."):
 from graftlm.errors import GraftError
 from graftlm.files.atomic import lock_dir
 from graftlm.training import reporting
-reporting._status_mb = lambda field: None
+reporting.proc_mb = lambda name, field: None
 def lock():
     with lock_dir(Path(sys.argv[1])):
         pass

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +253,8 @@ def test_pieces_hold_whole_batches_and_make_them_again(assets: Path) -> None:
     loaded = load(str(assets / "model"), device="cpu", dtype="float32")
     template = load_template(TEMPLATE, "negative,positive")
     rows = load_dataset(str(assets / "data"), labels=template.labels).splits["test"][:97]
-    examples, _ = encode_rows(rows, template, loaded.tokenizer, loaded.model.max_seq_len)
+    encoded, _ = encode_rows(rows, template, loaded.tokenizer, loaded.model.max_seq_len)
+    examples = [replace(example, label_ids=()) for example in encoded]  # `ids` for all of them
     ids = [[5, 6], [7], [5, 8, 9]]
     batches = score_batches(examples, ids, 8)
     for most in (1, 3, 7, 100):
