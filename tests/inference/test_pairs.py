@@ -89,12 +89,12 @@ def test_a_character_that_was_cut_in_two_is_dropped_and_other_spellings_are_told
     byte_tokenizer(tmp_path)
     tokenizer = Tokenizer.from_folder(tmp_path)
     ids, prompt = tokenizer.encode(" café"), ("A", tokenizer.encode_prompt("A"))
-    assert _completion(tokenizer, prompt, ids, finished=False) == SampledCompletion(" café", False, True)
-    assert _completion(tokenizer, prompt, ids[:-1], finished=False) == SampledCompletion(" caf", False, True)
-    assert _completion(tokenizer, prompt, ids[:-1], finished=True) == SampledCompletion(
+    assert _completion(tokenizer, prompt, ids, limit=len(ids)) == SampledCompletion(" café", False, True)
+    assert _completion(tokenizer, prompt, ids[:-1], limit=len(ids) - 1) == SampledCompletion(" caf", False, True)
+    assert _completion(tokenizer, prompt, ids[:-1], limit=99) == SampledCompletion(
         " caf\ufffd", True, False
     )  # it did end in half of one
-    assert _completion(tokenizer, prompt, [*ids[-1:], *ids], finished=True).roundtrips is False
+    assert _completion(tokenizer, prompt, [*ids[-1:], *ids], limit=99).roundtrips is False
 
 
 # Judging --------------------------------------------------------------------------------------------------------------

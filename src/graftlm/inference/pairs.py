@@ -84,15 +84,15 @@ def sample_completions(
     new = generate_ids(model, ids, replace(params, stop_token_ids=tokenizer.stop_tokens), batching=batching)
     completions = []
     for text, prompt, tokens in zip(repeated, ids, new, strict=True):
-        # Only a token that ends texts ends a row before its limit.
-        finished = len(tokens) < min(params.limit, model.max_seq_len - len(prompt))
-        completions.append(_completion(tokenizer, (text, prompt), tokens, finished))
+        limit = min(params.limit, model.max_seq_len - len(prompt))
+        completions.append(_completion(tokenizer, (text, prompt), tokens, limit))
     return [completions[start : start + n] for start in range(0, len(completions), n)]
 
 
 def _completion(
-    tokenizer: Tokenizer, prompt: tuple[str, Sequence[int]], tokens: Sequence[int], finished: bool
+    tokenizer: Tokenizer, prompt: tuple[str, Sequence[int]], tokens: Sequence[int], limit: int
 ) -> SampledCompletion:
+    finished = len(tokens) < limit  # only a token that ends texts ends a row earlier
     text = tokenizer.decode(tokens, prompt[1])
     while not finished and tokens and text.endswith(BROKEN):  # truncated within a character: drop its bytes
         tokens = tokens[:-1]

@@ -98,9 +98,9 @@ class ReferenceKernels:
         share = (gw * x).mean(dim=-1, keepdim=True, dtype=s.dtype) * s.square()
         return torch.addcmul(gw, x, share.to(x.dtype), value=-1).mul_(s.to(x.dtype))
 
-    def apply_rotary_emb(self, x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
-        """Rotate pairs (x_i, x_{i + D/2}) of [..., H, D] by the angles of [..., 1, D/2]; `back`: by their negatives."""
-        half, sign = x.shape[-1] // 2, -1 if back else 1
+    def apply_rotary_emb(self, x: Tensor, cos: Tensor, sin: Tensor, sign: int = 1) -> Tensor:
+        """Rotate (x_i, x_{i + D/2}) of [..., H, D] by the angles of [..., 1, D/2]; negated if `sign` is -1."""
+        half = x.shape[-1] // 2
         x1, x2 = x[..., :half], x[..., half:]
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         torch.mul(x1, cos, out=y[..., :half]).addcmul_(x2, sin, value=-sign)
@@ -161,7 +161,7 @@ class ApplyRoPE(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         """The gradient of x."""
-        return ctx.kernels.apply_rotary_emb(grads[0], *ctx.saved_tensors, back=True), None, None, None
+        return ctx.kernels.apply_rotary_emb(grads[0], *ctx.saved_tensors, sign=-1), None, None, None
 
 
 class SwiGLU(torch.autograd.Function):
@@ -410,15 +410,15 @@ class CppKernels(ReferenceKernels):
         self._call("gated_back", g, y, g, u, g.numel(), dg, du)
         return dg, du
 
-    def apply_rotary_emb(self, x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
+    def apply_rotary_emb(self, x: Tensor, cos: Tensor, sin: Tensor, sign: int = 1) -> Tensor:
         """As in ReferenceKernels."""
         heads, half, places = x.shape[-2], x.shape[-1] // 2, cos.numel() // max(1, cos.shape[-1])
         # The table is [..., 1, D/2] for the last axes of x's [..., H, D]: of all rows, or repeated for each sequence.
         if not _takes(x, cos, sin) or cos.shape[:-2] != x.shape[x.dim() - cos.dim() : -2]:
-            return super().apply_rotary_emb(x, cos, sin, back)
+            return super().apply_rotary_emb(x, cos, sin, sign)
         x, cos, sin, y = x.contiguous(), cos.contiguous(), sin.contiguous(), torch.empty(x.shape, dtype=x.dtype)
         rows = x.numel() // (heads * 2 * half)
-        self._call("rotate", x, x, cos, sin, rows, heads, half, places, -1.0 if back else 1.0, y)
+        self._call("rotate", x, x, cos, sin, rows, heads, half, places, float(sign), y)
         return y
 
     def apply_dropout_mask(self, x: Tensor, mask: DropoutMask) -> Tensor:

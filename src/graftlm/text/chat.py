@@ -169,8 +169,8 @@ class Chat:
         """A text of the template's, with the messages as they were written."""
         return ESCAPED.sub(lambda match: bytes.fromhex(match[1]).decode(), text)
 
-    def _run(self, messages: Sequence[Message], *, add_generation_prompt: bool, after_content: str = "") -> str:
-        """Render the template. after_content: ends every message."""
+    def _run(self, messages: Sequence[Message], after_content: str = "", **options: bool) -> str:
+        """Render the template. after_content: ends every message. options: those of `apply_chat_template`."""
         from jinja2.exceptions import TemplateError
 
         dicts = [{"role": role, "content": self._escaped(content) + after_content} for role, content in messages]
@@ -179,7 +179,7 @@ class Chat:
                 messages=dicts,
                 tools=None,
                 documents=None,
-                add_generation_prompt=add_generation_prompt,
+                **options,
                 **self._tokenizer.named_tokens,
             )
         except (TemplateError, TypeError, ValueError) as error:

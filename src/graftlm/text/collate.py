@@ -111,7 +111,8 @@ def encode_rows(
         assert len(conversations) == len(rows), "conversations among other records"
         return _conversations(conversations, tokenizer, max_length)
     prompts = _prompts(rows, template, tokenizer, max_length)
-    answers = [_answers(row, prompt.space, template, score_labels) for row, prompt in zip(rows, prompts, strict=True)]
+    scored = range(len(template.labels)) if score_labels else ()
+    answers = [_answers(row, prompt.space, template, scored) for row, prompt in zip(rows, prompts, strict=True)]
     wholes = [[prompt.text + answer for answer in own] for prompt, own in zip(prompts, answers, strict=True)]
     distinct = list(dict.fromkeys(text for own in wholes for text in own))
     ids_of = dict(zip(distinct, tokenizer.encode_prompts(distinct), strict=True))
@@ -184,12 +185,14 @@ def _conversations(rows: Sequence[Conversation], tokenizer: Tokenizer, max_lengt
     return examples, truncated
 
 
-def _answers(row: Record, space: str, template: Template, score_labels: bool) -> list[str]:
-    """The strings that follow the prompt. space: the white space of the record's prompt that belongs to them."""
+def _answers(row: Record, space: str, template: Template, scored: Sequence[int]) -> list[str]:
+    """The strings that follow the prompt. space: the white space of the record's prompt that belongs to them.
+
+    scored: the labels that follow a labelled record's own.
+    """
     match row:
         case Labelled():
-            numbers = [row.label, *(range(len(template.labels)) if score_labels else ())]
-            return [space + template.completion(number) for number in numbers]
+            return [space + template.completion(number) for number in (row.label, *scored)]
         case Completion() | Unpaired():
             return [space + row.completion]
         case Preference():

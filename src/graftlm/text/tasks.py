@@ -249,14 +249,15 @@ def _task(name: str, questions: list[Record], demonstrations: list[Record], sett
 
 
 def _problem(source: str, record: Mapping[str, Any]) -> Problem:
-    def text(key: str, needed: bool = True) -> str:
+    def text(key: str) -> str:
         value = record.get(key, "")
         value = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
-        if not isinstance(value, str) or (needed and not value.strip()):
+        if not isinstance(value, str) or not value.strip():
             raise InputError(f"{source}: no {key}: every one needs question and answer, as texts")
         return value.strip()
 
-    return Problem(text("question"), text("answer"), text("reasoning", needed=False), source)
+    reasoning = text("reasoning") if str(record.get("reasoning", "")).strip() else ""
+    return Problem(text("question"), text("answer"), reasoning, source)
 
 
 TASK_READERS: dict[str, Callable[[Path], Task]] = {".toml": _from_toml, ".jsonl": _from_jsonl}
