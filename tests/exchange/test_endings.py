@@ -91,6 +91,14 @@ def test_transformers_ends_an_answer_where_generate_does(place: Path, tmp_path: 
     assert "Review:" not in card
 
 
+@pytest.mark.parametrize("base", TEMPLATES)
+def test_a_checkpoint_of_full_fine_tuning_says_what_its_export_says(base: str, place: Path, tmp_path: Path) -> None:
+    run = a_run(place, base, "talks.jsonl", steps=100 if base == "chat" else 2, rank=0)
+    assert exported(run, tmp_path / "out")["eos_token_id"] == [258, 0]
+    for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "config.json"):
+        assert (run / "best" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
+
+
 def test_only_what_must_change_changes(place: Path, tmp_path: Path) -> None:
     """Without conversations nothing does; and a template that writes eos_token would write another one."""
     base = place / "chat"

@@ -140,8 +140,8 @@ def test_a_saved_folder_is_what_transformers_reads(kind: str, tmp_path: Path) ->
     from tiny import config_json, model_of
 
     model = model_of(kind, dtype=torch.float32)
-    config = config_json(model.config, kind)
-    save_model(tmp_path, model, dict(model.named_parameters()), config)
+    (tmp_path / "config.json").write_text(json.dumps(config_json(model.config, kind)))
+    save_model(tmp_path, model, dict(model.named_parameters()), tmp_path)
     reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     assert largest_difference(reference, model) <= 1e-4
     again = load_model(tmp_path, torch.device("cpu"), torch.float32)

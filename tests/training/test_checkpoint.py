@@ -12,11 +12,11 @@ from torch import nn
 
 from graftlm.errors import InputError
 from graftlm.exchange.huggingface import load_model
+from graftlm.exchange.load import load
 from graftlm.files.formats import load_safetensors, save_safetensors
 from graftlm.methods import Full, LoRA, Method, PrefixTuning
 from graftlm.methods.base import trainable
 from graftlm.models import CausalLM
-from graftlm.text.tokenizer import Tokenizer
 from graftlm.training.checkpoint import OPTIMIZER, TRAINABLE, CheckpointManager, TrainState
 from graftlm.training.distributed import DistContext
 from graftlm.training.reporting import truncate_metrics
@@ -63,9 +63,7 @@ def trained(base: Path, method: Method, steps: int = 1) -> tuple[CausalLM, torch
 
 
 def store(base: Path, out: Path, method: Method, world: DistContext | None = None) -> CheckpointManager:
-    return CheckpointManager(
-        out, method, str(base), None, base, Tokenizer.from_folder(base), dist=world or DistContext()
-    )
+    return CheckpointManager(out, method, str(base), None, load(str(base), device="cpu"), dist=world or DistContext())
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import signal
 from dataclasses import replace
 from itertools import pairwise
@@ -13,6 +14,7 @@ import pytest
 import torch
 import transformers
 from rich.console import Console
+from safetensors.torch import save_file
 
 from graftlm.config import TrainConfig
 from graftlm.errors import GraftError, InputError, Interrupted
@@ -130,6 +132,21 @@ def test_full_fine_tuning_leaves_a_folder_that_transformers_loads(assets: Path, 
             assert (loaded.model(ids) - reference(ids).logits).abs().max() <= 1e-4
             base = load(str(assets / kind), dtype="float32").model
             assert (loaded.model(ids) - base(ids)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_config_json_says_whether_the_trained_head_is_the_embedding(tied: bool, assets: Path, tmp_path: Path) -> None:
+    """Readers other than transformers tie what config.json says is tied, whatever the file holds."""
+    base = shutil.copytree(assets / "model", tmp_path / "base")
+    tensors = load_safetensors(base / "model.safetensors")
+    if not tied:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0)
+        save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    assert json.loads((base / "config.json").read_text())["tie_word_embeddings"]
+    train(config(assets, tmp_path / "run", init_from=str(base), rank=0, max_iters=1, eval_every=1))
+    written = tmp_path / "run" / "best"
+    assert json.loads((written / "config.json").read_text())["tie_word_embeddings"] is tied
+    assert ("lm_head.weight" in load_safetensors(written / "model.safetensors")) is not tied
 
 
 def test_accumulated_batches_are_one_large_batch(assets: Path, tmp_path: Path) -> None:

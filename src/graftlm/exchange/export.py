@@ -8,7 +8,6 @@ with the update added and not merged, so merging is verified too. export.json re
 difference of the logits.
 """
 
-import shutil
 from collections.abc import Callable
 from datetime import date
 from importlib import resources
@@ -20,18 +19,17 @@ import torch
 
 from graftlm.config import ExportConfig
 from graftlm.errors import InputError
-from graftlm.exchange.huggingface import EXPORT_JSON, load_model, read_object, save_adapter, save_model
+from graftlm.exchange.endings import write_generation_config, write_tokenizer
+from graftlm.exchange.huggingface import EXPORT_JSON, load_model, save_adapter, save_model
 from graftlm.exchange.load import DTYPES, ModelBundle, hub_revision, load, load_foreign_adapter, read_run
 from graftlm.exchange.verify import ReferenceLogits
 from graftlm.files.atomic import atomic_directory, check_new_folder, write_json, write_text
 from graftlm.files.fetch import HUB_NAME
-from graftlm.files.formats import read_json
 from graftlm.methods import Method, method_from_json
 from graftlm.methods.base import mergeable_linears
 from graftlm.models import CausalLM
-from graftlm.models.config import tensor_mapping, with_biases
+from graftlm.models.config import tensor_mapping
 
-GENERATION = "generation_config.json"
 FORM = """It was trained on prompts of this form, followed by {labels}:
 
 ````text
@@ -64,11 +62,10 @@ def export(config: ExportConfig, say: Callable[[str], object] = lambda line: Non
     with atomic_directory(target) as folder:
         if merged:
             _write_model(folder, loaded, config.dtype)
-            _write_eos_token(folder, loaded)
             format_, base_folder = "huggingface", folder
         else:
             format_ = save_adapter(folder, loaded.model, method.for_inference, *hub_revision(loaded.name))
-        ends = _write_generation_config(folder, loaded)
+        ends = write_generation_config(folder, loaded)
         del loaded, base  # there may be memory for one model only
         verification = reference.verify(_read_back(folder, base_folder), config.dtype, f"export of {run_dir}")
         record = {"format": format_, **_origin(config, run), **ends, "verification": verification.to_json()}
@@ -105,45 +102,13 @@ def _origin(config: ExportConfig, run: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_model(folder: Path, loaded: ModelBundle, dtype: str) -> None:
-    model, file = loaded.model, loaded.folder / "config.json"
+    model = loaded.model
     for linear in mergeable_linears(model):
         linear.merge()
     names = tensor_mapping(model.config)
     state = {name: p.detach() for name, p in model.named_parameters() if name in names}
-    save_model(folder, model, state, with_biases(read_json(file), model.config, str(file)), DTYPES[dtype])
-    loaded.tokenizer.save(folder)
-
-
-def _write_generation_config(folder: Path, loaded: ModelBundle) -> dict[str, Any]:
-    """The base's generation_config.json, so that `generate` stops at the model's ends; returns what export.json says.
-
-    The file is a copy if it names these ends already.
-    """
-    source, ends = loaded.folder / GENERATION, loaded.eos_token_ids
-    settings = read_object(source) if source.is_file() else {}
-    named = settings.get("eos_token_id")
-    named = named if isinstance(named, list) else [named]
-    if all(end in named for end in ends) and all(end in ends for end in named):
-        shutil.copyfile(source, folder / GENERATION)
-    else:
-        write_json(folder / GENERATION, {**settings, "eos_token_id": ends if len(ends) > 1 else ends[0]})
-    return {"eos_token_id": ends, "ends_with": loaded.tokenizer.token(ends[0])}
-
-
-def _write_eos_token(folder: Path, loaded: ModelBundle) -> None:
-    """After a run on conversations the tokenizer's eos_token is what ends turns, as in chat models.
-
-    It is left as it is if the chat template writes it elsewhere too.
-    """
-    tokenizer = loaded.tokenizer
-    if not loaded.learned_chat or "eos_token" in (tokenizer.chat_template or ""):
-        return
-    name = tokenizer.token(loaded.eos_token_ids[0])
-    for path in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
-        settings = read_object(path) if path.is_file() else {}
-        was = settings.get("eos_token")
-        if was is not None and name != (was.get("content") if isinstance(was, dict) else was):
-            write_json(path, {**settings, "eos_token": name})
+    save_model(folder, model, state, loaded.folder, DTYPES[dtype])
+    write_tokenizer(folder, loaded)
 
 
 def _read_back(folder: Path, base: Path) -> CausalLM:

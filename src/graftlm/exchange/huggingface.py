@@ -39,6 +39,7 @@ from graftlm.models.config import (
     tensor_mapping,
     to_file,
     untie_if_different,
+    with_biases,
 )
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -116,22 +117,23 @@ def save_model(
     folder: Path,
     model: CausalLM,
     state: Mapping[str, Tensor],
-    config: Mapping[str, Any],
+    base: Path,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Write config.json and model.safetensors into an existing folder.
 
-    `state` holds all parameters by our names; `config` is the base's config.json, whose dtype entry is corrected.
+    `state` holds all parameters by our names; `base` is the base's folder.
     """
     tensors = to_file(model.config, state)
     if dtype is not None:
         tensors = {name: t.to(dtype) for name, t in tensors.items()}
     formats.save_safetensors(folder / WEIGHTS, tensors)
-    save_config(folder, config, next(iter(tensors.values())).dtype)
+    save_config(folder, model.config, base, next(iter(tensors.values())).dtype)
 
 
-def save_config(folder: Path, config: Mapping[str, Any], stored: torch.dtype) -> None:
-    """Write config.json for weights of this dtype."""
+def save_config(folder: Path, model: ModelConfig, base: Path, stored: torch.dtype) -> None:
+    """Write the base's config.json, with the biases, the head and the dtype that the weights have now."""
+    config = with_biases(formats.read_json(base / CONFIG), model, str(base / CONFIG))
     fields = {k: v for k, v in config.items() if k not in ("torch_dtype", "dtype", "quantization_config")}
     write_json(folder / CONFIG, {**fields, "dtype": str(stored).removeprefix("torch.")})
 

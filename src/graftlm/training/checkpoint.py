@@ -27,6 +27,7 @@ from torch import Tensor
 
 from graftlm.config.renamed import upgrade_state
 from graftlm.errors import InputError
+from graftlm.exchange.endings import write_generation_config, write_tokenizer
 from graftlm.exchange.huggingface import (
     iter_local_shards,
     lazy_state_dict,
@@ -35,6 +36,7 @@ from graftlm.exchange.huggingface import (
     save_config,
     save_model,
 )
+from graftlm.exchange.load import ModelBundle
 from graftlm.files.atomic import atomic_directory, atomic_symlink, write_json
 from graftlm.files.formats import (
     LazyTensor,
@@ -53,7 +55,6 @@ from graftlm.files.formats import (
 from graftlm.methods import Method
 from graftlm.methods.base import load_trainable_state_dict, trainable, trainable_state_dict
 from graftlm.models.base import CausalLM
-from graftlm.text.tokenizer import Tokenizer
 from graftlm.training.distributed import DistContext
 
 OPTIMIZER, STATE, TRAINABLE = "optimizer.safetensors", "trainer_state.json", "trainable.safetensors"
@@ -116,8 +117,8 @@ class CheckpointManager:
     method: Method
     base_name: str
     revision: str | None
-    base_folder: Path
-    tokenizer: Tokenizer
+    base: ModelBundle
+    """The base, with the run's run.json, which says what the run teaches."""
     keep_all: bool = False
     """Whether checkpoints that are neither best nor last are kept."""
     dist: DistContext = field(default_factory=DistContext)
@@ -164,8 +165,8 @@ class CheckpointManager:
                 save_sharded(temp, "optimizer", lazy, dist.rank, dist.size)
             with dist.same_error_on_all_ranks():
                 if dist.is_main:
-                    save_config(temp, read_json(self.base_folder / "config.json"), next(model.parameters()).dtype)
-                    self.tokenizer.save(temp)
+                    save_config(temp, model.config, self.base.folder, next(model.parameters()).dtype)
+                    self._save_endings(temp)
                     write_json(temp / STATE, asdict(state))
 
     def consolidate(self) -> None:
@@ -182,8 +183,12 @@ class CheckpointManager:
             if not self.method.resumable_from_adapter:
                 save_safetensors(folder / TRAINABLE, trainable_state_dict(model))
             return
-        save_model(folder, model, dict(model.named_parameters()), read_json(self.base_folder / "config.json"))
-        self.tokenizer.save(folder)
+        save_model(folder, model, dict(model.named_parameters()), self.base.folder)
+        self._save_endings(folder)
+
+    def _save_endings(self, folder: Path) -> None:
+        write_tokenizer(folder, self.base)
+        write_generation_config(folder, self.base)
 
     def prune(self, state: TrainState) -> None:
         """Make `best` and the set of folders agree with the latest checkpoint's state; idempotent."""

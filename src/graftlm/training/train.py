@@ -209,14 +209,13 @@ def _cleanup_on_failure(run: RunContext, console: Console) -> Iterator[None]:
 
 def _checkpoints(run: RunContext) -> CheckpointManager:
     """The run folder's checkpoints."""
-    loaded, (name, _, revision) = run.loaded, run.manifest.values["base"]["name"].partition("@")
+    name, _, revision = run.manifest.values["base"]["name"].partition("@")
     return CheckpointManager(
         run.manifest.folder,
         run.method,
         name,
         revision or None,
-        loaded.folder,
-        loaded.tokenizer,
+        replace(run.loaded, run=run.manifest.values),
         run.config.keep_checkpoints,
         run.dist,
     )
