@@ -16,11 +16,15 @@ from torch import nn
 from conftest import Graft
 from graftlm.config import TrainConfig
 from graftlm.errors import InputError
+from graftlm.exchange import load
+from graftlm.exchange.huggingface import load_model, random_weights_model
+from graftlm.files.formats import load_safetensors
 from graftlm.inference.scoring import score
 from graftlm.models import CausalLM
 from graftlm.models.config import to_file
 from graftlm.text.collate import Example
 from graftlm.training import estimate as estimate_module
+from graftlm.training import setup
 from graftlm.training import train as train_module
 from graftlm.training.estimate import Estimate, MemoryProbe, Probe, _shortened, make_plan
 from graftlm.training.reporting import PeakTensorBytes, saved_activation_bytes
@@ -228,6 +232,73 @@ def test_a_run_has_the_same_bits_without(assets: Path, tmp_path: Path, monkeypat
     train(config(assets, tmp_path / "without"))
     for name in ("adapter_model.safetensors", "optimizer.safetensors"):
         assert (tmp_path / "with/last" / name).read_bytes() == (tmp_path / "without/last" / name).read_bytes()
+
+
+def forget_weights(folder: Path) -> None:
+    """Make all weights NaN, behind a header that stays as it is."""
+    content = (folder / "model.safetensors").read_bytes()
+    data = 8 + int.from_bytes(content[:8], "little")
+    (folder / "model.safetensors").write_bytes(content[:data] + b"\xff" * (len(content) - data))
+
+
+STARTS: list[dict[str, Any]] = [
+    *VARIANTS,
+    {"method": "dora"},
+    {"method": "prefix", "rank": None, "alpha": None, "prefix_length": 2},
+    {"init_from": "run"},
+]
+
+
+@pytest.mark.parametrize("changes", STARTS, ids=str)
+def test_the_flag_reads_no_weights_and_counts_the_same(
+    changes: dict[str, Any], assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = model_folder(tmp_path / "model", layers=6)
+    values = replace(config(assets, tmp_path / "run"), init_from=str(folder))
+    if "init_from" in changes:
+        train(replace(values, max_iters=1, out_dir=str(tmp_path / "first")))
+        changes = {"init_from": str(tmp_path / "first")}
+    values = replace(values, **changes)
+
+    def counted(plan: bool) -> tuple[Any, ...]:
+        run = prepare(replace(values, plan=plan))
+        model = run.loaded.model.train()
+        tensors = [(n, p.shape, p.dtype, p.requires_grad) for n, p in model.named_parameters()]
+        probe = Probe(model, run.objective, run.method.layer_range(model.config).start, 1)
+        largest, foreseen = MemoryProbe(run, probe).checked_mb(), make_plan(run, 0.0, repeats=1)
+        assert all(p.isfinite().all() for p in model.parameters())
+        return tensors, foreseen.steps, foreseen.examples, foreseen.model_tflop, largest
+
+    read = counted(plan=False)
+    forget_weights(folder)
+    for module in (setup, load):
+        monkeypatch.setattr(module, "base_hash", lambda _: pytest.fail("weights are hashed"))
+    assert counted(plan=True) == read
+
+
+def test_a_head_that_is_not_the_embedding_is_seen_by_its_first_rows(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    stored = load_safetensors(folder / "model.safetensors")
+    embedding = stored["model.embed_tokens.weight"]
+    for head, tied in ((embedding.clone(), True), (embedding + 1, False)):
+        save_file({**stored, "lm_head.weight": head}, folder / "model.safetensors", {"format": "pt"})
+        made = random_weights_model(folder, torch.device("cpu"), torch.bfloat16)
+        assert made.config.tie_embeddings == tied
+        read = load_model(folder, torch.device("cpu"), torch.bfloat16)
+        assert [(n, p.shape, p.dtype) for n, p in made.named_parameters()] == [
+            (n, p.shape, p.dtype) for n, p in read.named_parameters()
+        ]
+
+
+@pytest.mark.parametrize(("change", "what"), [("missing", "is missing"), ("shape", "gives shape")])
+def test_the_header_is_checked_without_the_weights(change: str, what: str, tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    stored = load_safetensors(folder / "model.safetensors")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    taken = stored.pop(name)
+    save_file(stored if change == "missing" else {**stored, name: taken[1:].contiguous()}, folder / "model.safetensors")
+    with pytest.raises(InputError, match=what):
+        random_weights_model(folder, torch.device("cpu"), torch.float32)
 
 
 def test_the_flag_says_what_a_run_would_take_and_writes_nothing(assets: Path, tmp_path: Path, graft: Graft) -> None:

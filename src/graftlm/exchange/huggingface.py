@@ -49,6 +49,10 @@ EXPORT_JSON = "export.json"
 """The record of `graft export`, next to the files that it wrote."""
 FORMAT_VERSION = 1
 """Of our own adapter folders."""
+HEAD_ROWS = 16
+"""Rows of a tied model's head that are compared with the embedding where no weights are to be read."""
+RANDOM_BLOCK = 1_000_003
+"""Random values that are drawn and then repeated; a prime number, so that rows differ."""
 
 
 # ------------------------------------------------------------------------------------------------ model folders
@@ -57,22 +61,41 @@ FORMAT_VERSION = 1
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> CausalLM:
     """The model of a Hugging Face folder, in evaluation mode and frozen; InputError if it is broken or too large."""
     model = meta_model(folder, dtype)
-    if (size := sum(p.nbytes for p in model.parameters())) > 1e6 * free_mb(device):
-        raise out_of_memory_error(f"{folder}: the model in {str(dtype).removeprefix('torch.')}", size, device)
+    check_memory(model, folder, device)
     load_weights_into(model, folder, device, dtype)
     return model
 
 
-def meta_model(folder: Path, dtype: torch.dtype) -> CausalLM:
-    """The same without weights: all are on torch's meta device, and take no memory."""
+def random_weights_model(folder: Path, device: torch.device, dtype: torch.dtype) -> CausalLM:
+    """The same with random weights: what is timed or counted on it is that of the model, and no weights are read.
+
+    Of a head that is stored although the config ties it a few rows are read, to see whether it is the embedding.
+    """
+    model = meta_model(folder, dtype, HEAD_ROWS)
+    check_memory(model, folder, device)
+    fill_with_random(model, folder, device, dtype)
+    return model
+
+
+def meta_model(folder: Path, dtype: torch.dtype, head_rows: int | None = None) -> CausalLM:
+    """The same without weights: all are on torch's meta device, and take no memory.
+
+    head_rows: see `untie_if_different`.
+    """
     config = read_model_config(formats.read_json(folder / CONFIG), str(folder / CONFIG))
     stored = formats.read_weights(folder)
     check_dtypes(config, stored, str(folder))
-    config = untie_if_different(config, stored)
+    config = untie_if_different(config, stored, head_rows)
     check_names(config, stored, str(folder))
     with torch.device("meta"):
         model = CausalLM(config).to(dtype)
     return model.requires_grad_(False).eval()
+
+
+def check_memory(model: CausalLM, folder: Path, device: torch.device) -> None:
+    """An InputError if the model's weights need more memory than is free."""
+    if (size := sum(p.nbytes for p in model.parameters())) > 1e6 * free_mb(device):
+        raise out_of_memory_error(f"{folder}: the model in {str(model.dtype).removeprefix('torch.')}", size, device)
 
 
 def load_weights_into(model: CausalLM, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
@@ -80,8 +103,36 @@ def load_weights_into(model: CausalLM, folder: Path, device: torch.device, dtype
 
     All are rounded to `dtype` first, as a frozen base's are.
     """
-    on_meta = [name for name, p in model.named_parameters() if p.device.type == "meta"]
-    for name, rows in iter_local_shards(model, folder, on_meta):
+    _set_parameters(model, iter_local_shards(model, folder, _on_meta(model)), device, dtype)
+
+
+def fill_with_random(model: CausalLM, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+    """The same with random values: matrices normal(0, 0.02), gains 1, biases 0. The folder's shapes are checked."""
+    block = torch.randn(RANDOM_BLOCK, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(device, dtype)
+    places = _stored_parameters(model, formats.read_weights(folder), folder, _on_meta(model))
+    shards = ((name, _random(formats.to_local(p).shape, name, block)) for name, p, _, _ in places)
+    _set_parameters(model, shards, device, dtype)
+
+
+def _random(shape: torch.Size, name: str, block: Tensor) -> Tensor:
+    """Drawn once and repeated: this is as fast as memory is, and every page is written."""
+    if len(shape) < 2:
+        return torch.full(shape, float(name.endswith("weight")), dtype=block.dtype, device=block.device)
+    values = torch.empty(shape, dtype=block.dtype, device=block.device)
+    for part in values.view(-1).split(len(block)):
+        part.copy_(block[: len(part)])
+    return values
+
+
+def _on_meta(model: CausalLM) -> list[str]:
+    return [name for name, p in model.named_parameters() if p.device.type == "meta"]
+
+
+def _set_parameters(
+    model: CausalLM, shards: Iterable[tuple[str, Tensor]], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Replace parameters by these (name, rows on this rank)."""
+    for name, rows in shards:
         module, _, attribute = name.rpartition(".")
         p = model.get_parameter(name)
         # A copy even if dtype and layout fit: a mapped file that is replaced on disk must not change the model.
@@ -92,7 +143,23 @@ def load_weights_into(model: CausalLM, folder: Path, device: torch.device, dtype
 
 def iter_local_shards(model: CausalLM, folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     """(our name, the rows on this rank, as stored in the folder) of these parameters, if the folder has them."""
-    stored, mapping = formats.read_weights(folder), tensor_mapping(model.config)
+    stored = formats.read_weights(folder)
+    for name, p, source, key in _stored_parameters(model, stored, folder, names):
+        rows = formats.local_rows(p)
+        if len(rows) == (p.shape[0] if p.dim() else 1):
+            yield name, source.read(stored[key])
+        else:
+            yield name, source.part(stored, key, rows) if rows else torch.empty(formats.to_local(p).shape)
+
+
+def _stored_parameters(
+    model: CausalLM, stored: formats.LazyTensors, folder: Path, names: Iterable[str]
+) -> Iterator[tuple[str, Tensor, TensorMapping, str]]:
+    """(our name, parameter, how it is stored, the stored name) of these parameters, if the folder should have them.
+
+    Raises InputError for one that is missing or has another shape.
+    """
+    mapping = tensor_mapping(model.config)
     for name in (name for name in names if name in mapping):
         p, source = model.get_parameter(name), mapping[name]
         key = stored_name(source.name, stored)
@@ -101,11 +168,7 @@ def iter_local_shards(model: CausalLM, folder: Path, names: Iterable[str]) -> It
         shape = source.read(torch.empty(stored.shape(key), device="meta")).shape
         if shape != p.shape:
             raise InputError(f"{folder}: {key} gives shape {list(shape)}, the config wants {list(p.shape)}")
-        rows = formats.local_rows(p)
-        if len(rows) == (p.shape[0] if p.dim() else 1):
-            yield name, source.read(stored[key])
-        else:
-            yield name, source.part(stored, key, rows) if rows else torch.empty(formats.to_local(p).shape)
+        yield name, p, source, key
 
 
 def base_hash(folder: Path) -> str:

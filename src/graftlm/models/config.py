@@ -409,14 +409,17 @@ def check_dtypes(config: ModelConfig, stored: LazyTensors, where: str) -> None:
             raise InputError(f"{where}: {name} holds {dtype} values: quantised weights; use the unquantised model")
 
 
-def untie_if_different(config: ModelConfig, stored: LazyTensors) -> ModelConfig:
+def untie_if_different(config: ModelConfig, stored: LazyTensors, rows: int | None = None) -> ModelConfig:
     """The configuration with a head of its own if the checkpoint has one that is not its embedding.
 
-    As transformers does: what is stored counts more than `tie_word_embeddings`.
+    As transformers does: what is stored counts more than `tie_word_embeddings`. rows: how many first rows are compared;
+    None: all.
     """
     family = FAMILIES[config.family]
     embed, head = (stored_name(f"{name}.weight", stored) for name in (family.embed, family.head))
-    if not config.tie_embeddings or embed is None or head is None or torch.equal(stored[embed], stored[head]):
+    if not config.tie_embeddings or embed is None or head is None:
+        return config
+    if torch.equal(stored.part(embed, slice(rows)), stored.part(head, slice(rows))):
         return config
     return replace(config, tie_embeddings=False)
 

@@ -13,7 +13,8 @@ refused before anything large is computed.
     bytes(row) = a + b n + c n^2                          of the tensors alive at once, n tokens
 
 Across ranks each measures its own part of the batches, all at the same time, so the communication of sharded weights is
-included. Not included: checkpoints, and the all-reduce of adapters' gradients.
+included. Not included: checkpoints, and the all-reduce of adapters' gradients. Nothing depends on the weights' values:
+`graft train --plan` fills the model with random ones (`exchange.huggingface.random_weights_model`).
 """
 
 import time
@@ -59,7 +60,7 @@ class Estimate:
     train_seconds: float
     validation_seconds: float
     startup_seconds: float
-    """What had passed when this was predicted: loading and checking."""
+    """What had passed when this was predicted: loading and checking. `--plan` reads no weights, so it is less there."""
     minutes: float
     """Everything, including what the objective computes before the first step."""
     peak_rss_mb: float

@@ -257,7 +257,8 @@ def resolve_init(config: TrainConfig, typed: Set[str], resumed: bool) -> InitSou
     }
     method = replace(saved.for_inference, **{field: getattr(config, flag) for flag, field in free.items()})
     folder = model_folder(run["base"]["name"])
-    check_base(folder, run, run_dir)
+    if not config.plan:
+        check_base(folder, run, run_dir)
     return InitSource(run["base"]["name"], folder, method, checkpoint, saved)
 
 

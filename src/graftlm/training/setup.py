@@ -18,7 +18,14 @@ from graftlm.config import TrainConfig
 from graftlm.config.flags import parse_columns
 from graftlm.config.training import OBJECTIVES
 from graftlm.errors import InputError
-from graftlm.exchange.huggingface import base_hash, load_model, load_weights_into, meta_model
+from graftlm.exchange.huggingface import (
+    base_hash,
+    fill_with_random,
+    load_model,
+    load_weights_into,
+    meta_model,
+    random_weights_model,
+)
 from graftlm.exchange.load import ModelBundle, check_base, pick_device, pick_dtype, read_tokenizer, resolve_path
 from graftlm.inference.decoder import MAX_PASS_TOKENS
 from graftlm.methods import Method
@@ -109,7 +116,8 @@ def prepare(
     tokenizer = read_tokenizer(source.folder)
     tokenizer.date = previous.get("date") if previous else date.today().isoformat()
     if previous is not None:
-        check_base(source.folder, previous, out_dir)
+        if not config.plan:
+            check_base(source.folder, previous, out_dir)
         if dataset.fingerprint != (recorded := previous["data"]["fingerprint"]):
             raise InputError(
                 f"{out_dir}: was trained on other data (fingerprint {recorded[:12]}, now {dataset.fingerprint[:12]}); "
@@ -117,8 +125,8 @@ def prepare(
             )
     sharded = dist.size > 1 and (source.method.is_full_finetune or config.shard)
     with ThreadPoolExecutor(1) as background:  # hashing uses one core, loading mostly another
-        hashing = background.submit(lambda: previous["base"]["sha256"] if previous else base_hash(source.folder))
-        model = meta_model(source.folder, dtype) if sharded else load_model(source.folder, device, dtype)
+        hashing = background.submit(_base_sha256, config, previous, source.folder)
+        model = _base_model(config, source.folder, device, dtype, sharded)
     max_length = _max_example_tokens(config, model, source.method)
     data, notes = _examples(dataset, config, template, tokenizer, max_length)
     source = replace(source, method=_method(config, source, model, data.train, tokenizer))
@@ -160,7 +168,8 @@ def shard_and_load(run: RunContext) -> None:
     for linear in mergeable_linears(model):
         linear.merge_on_eval = False  # no rank has the full weight
     with run.dist.same_error_on_all_ranks():
-        load_weights_into(model, run.loaded.folder, run.device, model.dtype)
+        load = fill_with_random if run.config.plan else load_weights_into
+        load(model, run.loaded.folder, run.device, model.dtype)
     method.init_from_base_weights(model)
     warmup_fsdp(model)
     run.not_loaded.load_initial_adapter(model)
@@ -290,6 +299,20 @@ def _examples(
 
 
 # Model ----------------------------------------------------------------------------------------------------------------
+
+
+def _base_sha256(config: TrainConfig, previous: dict[str, Any] | None, folder: Path) -> str:
+    """The hash of the base's weights; empty for an estimate, which reads none."""
+    if previous is not None:
+        return str(previous["base"]["sha256"])
+    return "" if config.plan else base_hash(folder)
+
+
+def _base_model(config: TrainConfig, folder: Path, device: torch.device, dtype: torch.dtype, sharded: bool) -> CausalLM:
+    """The base: without weights yet if they are to be sharded, with random ones for an estimate."""
+    if sharded:
+        return meta_model(folder, dtype)
+    return random_weights_model(folder, device, dtype) if config.plan else load_model(folder, device, dtype)
 
 
 def _method(

@@ -294,7 +294,8 @@ def _print_header(run: RunContext, notify: Notify) -> None:
     notify(f"{values['base']['name']} in {values['dtype']} on {values['device']}: {run.loaded.dtype_reason}")
     trained, total = values["trainable"], values["total"]
     notify(f"{run.method.name} trains {trained:,} of {total:,} parameters ({trained / total:.2%})")
-    if line := run.method.describe_scale(model, run.config.lr or 0.0):
+    # It is relative to the size of the weights, which an estimate does not read.
+    if not run.config.plan and (line := run.method.describe_scale(model, run.config.lr or 0.0)):
         notify(line)
     if run.dist.size > 1:
         how = "weights sharded across ranks" if model_is_sharded(model) else "every rank holds the model"
