@@ -215,7 +215,8 @@ class MarkedTokenizer:
     """A tokenizer in whose texts marks take the place of special tokens. What looks like a special token is text.
 
     A mark is an added token that is not special, so it is found where special tokens are not, and splits the text as
-    the special token would. It is random: no message contains it.
+    the special token would. It is random: no message contains it. Vocabulary, merges and rules are the tokenizer's own
+    objects, which may be large; only the added tokens are copied.
 
     marks: by the special tokens' names.
     """
@@ -223,20 +224,26 @@ class MarkedTokenizer:
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         from tokenizers import AddedToken
 
-        self._backend = type(backend).from_str(backend.to_str())
-        self._backend.encode_special_tokens = True
-        nonce, self.marks, self._ids = token_hex(4), dict[str, str](), dict[int | None, int]()
-        for index, token in backend.get_added_tokens_decoder().items():
+        nonce, self.marks = token_hex(4), dict[str, str]()
+        added, copies = backend.get_added_tokens_decoder(), []
+        for index, token in added.items():
+            kind = {name: getattr(token, name) for name in ("normalized", "lstrip", "rstrip", "single_word")}
+            copies.append(AddedToken(token.content, special=token.special, **kind))
             if token.special:
                 mark = self.marks[token.content] = f"\ue000{nonce}{index}\ue001"
-                kind = {name: getattr(token, name) for name in ("normalized", "lstrip", "rstrip", "single_word")}
-                self._backend.add_tokens([AddedToken(mark, **kind)])
-                self._ids[self._backend.token_to_id(mark)] = index
+                copies.append(AddedToken(mark, special=False, **kind))
+        self._backend = type(backend)(backend.model)
+        self._backend.normalizer, self._backend.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+        self._backend.add_tokens(copies)
+        self._backend.encode_special_tokens = True
+        names = {token.content: index for index, token in added.items()}
+        self._special = {self._backend.token_to_id(mark): names[name] for name, mark in self.marks.items()}
+        self._ids = {self._backend.token_to_id(name): index for name, index in names.items()} | self._special
 
     def encode(self, text: str) -> tuple[list[int], list[int]]:
         """The ids of a text, and the places of the special tokens among them."""
         ids = self._backend.encode(text, add_special_tokens=False).ids
-        places = [place for place, index in enumerate(ids) if index in self._ids]
+        places = [place for place, index in enumerate(ids) if index in self._special]
         return [self._ids.get(index, index) for index in ids], places
 
 
@@ -335,6 +342,7 @@ class _TranslateErrors:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if kind is Exception:
+            read_json(self._path)  # for an error with the line
             reason = " ".join(str(error).split())[:100]
             message = f"{self._path}: not a tokenizer that the tokenizers package reads ({reason}): fetch it again"
             raise InputError(message) from error
@@ -356,7 +364,6 @@ def _backend(folder: Path, files: dict[str, bytes]) -> tokenizers.Tokenizer:
     if "tokenizer.json" in files:
         from tokenizers import Tokenizer as Backend
 
-        read_json(folder / "tokenizer.json")  # for an error with the line
         with _TranslateErrors(folder / "tokenizer.json"):
             return Backend.from_str(files["tokenizer.json"].decode("utf-8"))
     for vocabulary, merges in GPT2_PAIRS:
