@@ -57,14 +57,14 @@ def test_rows_are_read_alone(kind: str, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("gpt2", {"activation_function": "relu"}, "activation_function = 'relu' is not understood"),
+    ("gpt2", {"activation_function": "elu"}, "activation_function = 'elu' is not understood"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
     ("gpt2", {"n_head": 5}, "n_embd 32 is not a multiple of n_head 5"),
-    ("llama", {"hidden_act": "relu"}, "hidden_act = 'relu'"),
-    ("llama", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type = 'yarn' is not understood"),
+    ("llama", {"hidden_act": "elu"}, "hidden_act = 'elu'"),
+    ("llama", {"rope_scaling": {"type": "ntk", "factor": 2.0}}, "rope_type = 'ntk' is not understood"),
     ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0, "beta": 1}}, "rope setting 'beta'"),
     ("llama", {"model_type": "mistral", "sliding_window": 0}, "sliding_window = 0 is no size"),
-    ("neox", {"hidden_act": "relu"}, "hidden_act = 'relu' is not understood"),
+    ("neox", {"hidden_act": "elu"}, "hidden_act = 'elu' is not understood"),
     ("neox", {"rotary_pct": 0.9}, "rotary_pct = 0.9 rotates 7 of 8 dimensions"),
     ("neox", {"hidden_size": 36}, "hidden_size 36 gives 4 heads no even width"),
     ("llama", {"model_type": "mamba"}, "model_type 'mamba' is not supported; supported are gpt2, llama"),

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from graftlm.models.fused_ops import DropoutMask
-from graftlm.models.layers import Dropout, RMSNorm, apply_rotary_emb, dropout, rope_cos_sin
+from graftlm.models.layers import Dropout, RMSNorm, apply_rotary_emb, dropout
+from graftlm.models.rope import RopeConfig, rope_cos_sin
 
 
 def test_rms_norm_and_its_gradient() -> None:
@@ -23,7 +24,7 @@ def test_rms_norm_and_its_gradient() -> None:
 
 def test_rotation_and_its_gradient() -> None:
     x = torch.randn(2, 5, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    cos, sin = rope_cos_sin(torch.arange(5), torch.tensor([1.0, 0.5, 0.1, 0.01]), torch.float64)
+    cos, sin = rope_cos_sin(torch.arange(5), 8, RopeConfig(theta=50.0), torch.float64)
     y = apply_rotary_emb(x, cos, sin)
     as_complex = torch.complex(x[..., :4], x[..., 4:]) * torch.complex(cos, sin)[:, None]
     torch.testing.assert_close(y, torch.cat([as_complex.real, as_complex.imag], dim=-1), rtol=0, atol=1e-12)

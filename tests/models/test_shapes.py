@@ -43,8 +43,8 @@ def embed_in_dtype(
 
 
 def rope_cos_sin(
-    positions: Int[Tensor, "*n"], inverse_frequencies: Float[Tensor, " half"], dtype: torch.dtype
-) -> tuple[Float[Tensor, "*n half"], Float[Tensor, "*n half"]]: ...
+    positions: Int[Tensor, "*n"], head_dim: int, rope: Any, dtype: torch.dtype
+) -> tuple[Float[Tensor, "*n {head_dim//2}"], Float[Tensor, "*n {head_dim//2}"]]: ...
 
 
 def apply_rotary_emb(
@@ -147,7 +147,7 @@ SIGNATURES: dict[tuple[Any, str], Callable[..., Any]] = {
     (layers.RMSNorm, "forward"): norm,
     (layers.LayerNorm, "forward"): norm,
     (layers.Embedding, "embed_in_dtype"): embed_in_dtype,
-    (layers, "rope_cos_sin"): rope_cos_sin,
+    (base, "rope_cos_sin"): rope_cos_sin,
     (layers, "apply_rotary_emb"): apply_rotary_emb,
     (layers, "scaled_dot_product"): scaled_dot_product,
     (layers, "_scores"): _scores,

@@ -95,13 +95,14 @@ def block_parts(config: ModelConfig, layers: range) -> list[ParameterGroup]:
 
 def model_parts(config: ModelConfig) -> list[ParameterGroup]:
     """All parameters of the model; tied embeddings count once."""
-    letters = {"V": config.vocab_size, "d": config.hidden_size, "C": config.max_positions}
+    letters = {"V": config.vocab_size, "d": config.hidden_size, "C": config.position_rows}
     parts = [ParameterGroup(*counted("embedding", "V d", **letters), "embedding")]
     if config.learned_positions:
         parts.append(ParameterGroup(*counted("positions", "C d", **letters), "positions"))
     parts += block_parts(config, range(config.num_layers))
     if not config.tie_embeddings:
-        parts.append(ParameterGroup(*counted("head", "V d", **letters), "head"))
+        formula = "V d + V" if config.head_bias else "V d"
+        parts.append(ParameterGroup(*counted("head", formula, **letters), "head"))
     return parts
 
 

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graftlm.models import layers
-from graftlm.models.config import ModelConfig, RopeConfig
+from graftlm.models.config import ModelConfig
 from graftlm.models.decoder import DecoderBlock
 from graftlm.models.fused_ops import FusedLinearCrossEntropy, FusedLinearLogProbs, ReferenceKernels
 from graftlm.models.layers import AttentionInputs, Dropout, Embedding, HasFusedOps, KVCache, Linear, PairedRow
+from graftlm.models.rope import RopeConfig, rope_cos_sin
 
 
 class PrefixModule(nn.Module):
@@ -43,8 +44,8 @@ class CausalLM(HasFusedOps):
         self.drop = Dropout()
         self.blocks = nn.ModuleList([DecoderBlock(config, layer) for layer in settings])
         self.norm = layers.make_norm(config, settings[-1], d)
-        self.head = None if config.tie_embeddings else Linear(d, config.vocab_size, bias=False)
-        self.positions = Embedding(config.max_positions, d) if config.learned_positions else None
+        self.head = None if config.tie_embeddings else Linear(d, config.vocab_size, bias=config.head_bias)
+        self.positions = Embedding(config.position_rows, d) if config.learned_positions else None
         self.compute_dtype: torch.dtype | None = None
         self._windows = tuple(dict.fromkeys(layer.window for layer in settings))
         self._ropes = tuple(dict.fromkeys(layer.rope for layer in settings if layer.rope is not None))
@@ -180,8 +181,7 @@ class CausalLM(HasFusedOps):
 
     def rotary_cos_sin(self, positions: Tensor) -> dict[RopeConfig, tuple[Tensor, Tensor]]:
         """Cosine and sine of positions, of each kind of rotation that layers use."""
-        frequencies = {rope: layers.inverse_frequencies(self.config.head_dim, rope) for rope in self._ropes}
-        return {r: layers.rope_cos_sin(positions, f.to(positions.device), self.dtype) for r, f in frequencies.items()}
+        return {rope: rope_cos_sin(positions, self.config.head_dim, rope, self.dtype) for rope in self._ropes}
 
     def _prefix_kv(self) -> tuple[KVCache, ...]:
         return () if self.prefix is None else (self.prefix.segment(self.dtype),)
@@ -194,7 +194,9 @@ class CausalLM(HasFusedOps):
         x = self.embed.embed_in_dtype(ids, self.dtype)
         if self.config.embedding_multiplier != 1:
             x = x * torch.tensor(self.config.embedding_multiplier, dtype=x.dtype, device=x.device)
-        return self.drop(x if self.positions is None else x + self.positions.embed_in_dtype(positions, x.dtype))
+        if self.positions is not None:
+            x = x + self.positions.embed_in_dtype(positions + self.config.position_offset, x.dtype)
+        return self.drop(x)
 
     def _run_blocks(
         self, x: Tensor, inputs: AttentionInputs, positions: Tensor | None, first: int = 0, end: int | None = None
@@ -211,10 +213,16 @@ class CausalLM(HasFusedOps):
     def _head_weight(self) -> Tensor:
         return self.embed.weight if self.head is None else self.head.weight
 
+    @property
+    def _plain_head(self) -> bool:
+        """Whether logits are a product with the head's matrix and no more, as the fused losses compute them."""
+        return self.config.logits_softcap is None and not self.config.head_bias
+
     def logits(self, h: Tensor) -> Tensor:
         """[..., d] -> [..., V] in float32 (float64 stays float64)."""
         h, cap = self._scaled(h), self.config.logits_softcap
-        logits = F.linear(h, self._head_weight.to(h.dtype)).to(torch.promote_types(h.dtype, torch.float32))
+        bias = None if self.head is None or self.head.bias is None else self.head.bias.to(h.dtype)
+        logits = F.linear(h, self._head_weight.to(h.dtype), bias).to(torch.promote_types(h.dtype, torch.float32))
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _scaled(self, h: Tensor) -> Tensor:
@@ -222,14 +230,14 @@ class CausalLM(HasFusedOps):
 
     def loss(self, h: Tensor, rows: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """The sum of weights[k] * -log p(targets[k] | h[rows[k]]): h [N, d], the rest [K]; float32 or wider."""
-        if self.fused and self.config.logits_softcap is None:
+        if self.fused and self._plain_head:
             return FusedLinearCrossEntropy.apply(self._scaled(h), self._head_weight, rows, targets, weights)
         log_p = self.logits(h).log_softmax(-1)
         return -(log_p[rows, targets] * weights.to(log_p.dtype)).sum()
 
     def log_probs(self, h: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
         """log p(targets[k] | h[rows[k]]): h [N, d], the rest [K] -> [K], float32 or wider."""
-        if self.fused and self.config.logits_softcap is None:
+        if self.fused and self._plain_head:
             return FusedLinearLogProbs.apply(self._scaled(h), self._head_weight, rows, targets)
         return self.logits(h).log_softmax(-1)[rows, targets]
 

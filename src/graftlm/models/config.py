@@ -4,13 +4,12 @@ A family is one file (`gpt2.py`, `llama.py`, `neox.py`) with two things: a reade
 a `ModelFamily`, the table of its tensor names. One decoder block (`decoder.py`) computes all of them. Other code reads
 the configuration and the table; it never asks for a family by name.
 
-A linear may be stored transposed, fused with others, or with the dimensions of its heads in another order. A setting
-that changes the arithmetic and is not supported is an error, never ignored.
+A linear may be stored transposed, fused with others, or with the dimensions of its heads in another order.
 """
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -18,6 +17,8 @@ from torch import Tensor
 
 from graftlm.errors import InputError
 from graftlm.files.formats import LazyTensors
+from graftlm.models.rope import RopeConfig
+from graftlm.models.settings import Activation, Settings, refuse_quantized
 
 ROLES = ("q", "k", "v", "o", "up", "gate", "down")
 Rows = slice | Tensor
@@ -25,21 +26,10 @@ Rows = slice | Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class RopeConfig:
-    """Rotary position embedding (Su et al. 2021)."""
-
-    theta: float = 10000.0
-    dim: int | None = None
-    """R: the first R dimensions of a head rotate; None: all of them."""
-    scaling: tuple[tuple[str, Any], ...] = ()
-    """Settings other than theta, sorted: empty, or those of rope_type linear or llama3."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class LayerConfig:
     """What one decoder layer computes. The defaults are Llama's."""
 
-    rope: RopeConfig | None = RopeConfig()
+    rope: RopeConfig | None = field(default_factory=RopeConfig)
     """None: no rotation."""
     window: int | None = None
     """Sliding window: a token attends to itself and the `window` - 1 tokens before it. None: to all before it."""
@@ -50,15 +40,19 @@ class LayerConfig:
     qk_norm: Literal["none", "head", "all"] = "none"
     """Norm of q and k before the rotation: of each head (Qwen3, Gemma 3), or of all heads together (OLMo 2)."""
     norm: Literal["rms", "layer"] = "rms"
+    norm_bias: bool = True
+    """Whether layer norms have a bias; RMS norms never have."""
     norm_placement: Literal["pre", "post", "both"] = "pre"
     """At the input of attention and MLP (`norm1`, `norm2`), at their output (`post_norm1`, `post_norm2`), or both."""
     norm_offset: float = 0.0
     """Added to the weight of RMS norms: 1 in Gemma, which stores w and multiplies by 1 + w."""
-    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    activation: Activation = "silu"
     gated: bool = True
     """down(activation(gate(x)) * up(x)); without: down(activation(up(x)))."""
     parallel: bool = False
     """Attention and MLP read the same x and are added to it together (GPT-NeoX)."""
+    single_norm: bool = False
+    """Of parallel attention and MLP: both read norm1(x) (GPT-J, Cohere)."""
     residual_multiplier: float = 1.0
     """Factor of the outputs of attention and MLP before they are added (Granite)."""
 
@@ -85,6 +79,9 @@ class ModelConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
+    head_bias: bool = False
+    position_offset: int = 0
+    """Row of the learned positions that the first token has (2 in OPT)."""
     embedding_multiplier: float = 1.0
     logits_multiplier: float = 1.0
     logits_softcap: float | None = None
@@ -114,11 +111,11 @@ class ModelConfig:
     @property
     def norm_biases(self) -> bool:
         """Whether norms have a bias in addition to their weight."""
-        return self.layers[0].norm == "layer"
+        return self.layers[0].norm == "layer" and self.layers[0].norm_bias
 
     def norm_sizes(self, layer: LayerConfig) -> dict[str, int]:
         """Norms of a layer: module inside the block -> width."""
-        pre, post = ("norm1", "norm2"), ("post_norm1", "post_norm2")
+        pre, post = ("norm1",) if layer.single_norm else ("norm1", "norm2"), ("post_norm1", "post_norm2")
         names = {"pre": pre, "post": post, "both": (*pre, *post)}[layer.norm_placement]
         sizes = dict.fromkeys(names, self.hidden_size)
         if layer.qk_norm != "none":
@@ -130,6 +127,11 @@ class ModelConfig:
     def learned_positions(self) -> bool:
         """Whether position vectors are learned and added to the embeddings."""
         return FAMILIES[self.family].positions is not None
+
+    @property
+    def position_rows(self) -> int:
+        """Rows of the table of learned positions."""
+        return self.max_positions + self.position_offset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,83 +178,6 @@ FAMILIES: dict[str, ModelFamily] = {}
 
 # config.json -> ModelConfig -------------------------------------------------------------------------------------------
 
-_SIZES = (
-    *("n_embd", "n_head", "n_layer", "n_inner", "n_positions", "vocab_size", "hidden_size", "num_attention_heads"),
-    *("num_key_value_heads", "num_hidden_layers", "intermediate_size", "max_position_embeddings", "head_dim"),
-)
-MAX_LAYERS, MAX_DIM = 10_000, 2**24
-"""Larger sizes are refused: a config.json of a few bytes must not allocate all memory."""
-_MAYBE_NULL = ("n_inner", "num_key_value_heads", "head_dim")
-
-
-ACTIVATIONS: dict[str, Literal["silu", "gelu", "gelu_tanh"]] = {
-    **dict.fromkeys(("silu", "swish"), "silu"),
-    **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
-    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"), "gelu_tanh"),
-}
-"""transformers' names of what we compute, up to rounding."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The settings of a config.json, checked as transformers does: a wrong type is an InputError, never converted."""
-
-    values: Mapping[str, Any]
-    where: str
-
-    def require(self, **allowed: tuple[Any, ...]) -> None:
-        """InputError for a setting that has another value than the supported ones."""
-        for key, supported in allowed.items():
-            value = self.values.get(key, supported[0])
-            if not any(type(value) is type(one) and value == one for one in supported):
-                understood = ", ".join(map(repr, supported))
-                raise InputError(f"{self.where}: {key} = {value!r} is not understood; understood: {understood}")
-
-    def flag(self, key: str, default: bool) -> bool:
-        """A setting that is true or false."""
-        self.require(**{key: (default, not default)})
-        return bool(self.values.get(key, default))
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """A number above 0; without a default KeyError if it is missing."""
-        value = self.values[key] if default is None else self.values.get(key, default)
-        if type(value) not in (int, float) or not 0 < value < 1e300:
-            raise InputError(f"{self.where}: {key} = {value!r} is not understood; it must be a number above 0")
-        return float(value)
-
-    def activation(self, key: str, default: str) -> Literal["silu", "gelu", "gelu_tanh"]:
-        """The activation function."""
-        self.require(**{key: (default, *ACTIVATIONS)})
-        return ACTIVATIONS[self.values.get(key, default)]
-
-    def group(self, *keys: str) -> "Settings":
-        """The first of these settings that is not empty; each is an object or null."""
-        for key in keys:
-            if not isinstance(self.values.get(key), dict | None):
-                raise InputError(f"{self.where}: {key} = {self.values[key]!r} is not understood; it must be an object")
-        return Settings(next(filter(None, map(self.values.get, keys)), {}), self.where)
-
-
-def refuse_quantized(config: Mapping[str, Any], where: str) -> None:
-    """InputError for a model whose weights are stored in a quantised format."""
-    if found := config.get("quantization_config") or config.get("compression_config"):
-        found = found if isinstance(found, dict) else {}
-        bits = next((f"{n}-bit " for n in (4, 8) if found.get(f"load_in_{n}bit") or found.get("bits") == n), "")
-        method = found.get("quant_method") or ("bitsandbytes" if bits else "an unknown method")
-        raise InputError(f"{where}: quantised with {bits}{method}: use the unquantised model")
-
-
-def common_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `ModelConfig` whose settings have the same names in most families; KeyError for a missing one."""
-    return {
-        "num_layers": config["num_hidden_layers"],
-        "num_heads": config["num_attention_heads"],
-        "hidden_size": config["hidden_size"],
-        "intermediate_size": config["intermediate_size"],
-        "vocab_size": config["vocab_size"],
-        "max_positions": config["max_position_embeddings"],
-    }
-
 
 def read_model_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     """The model that a config.json describes; `where` names the file in errors."""
@@ -264,12 +189,7 @@ def read_model_config(config: Mapping[str, Any], where: str) -> ModelConfig:
         supported = ", ".join(name for family in FAMILIES.values() for name in family.model_types)
         raise InputError(f"{where}: model_type {model_type!r} is not supported; supported are {supported}")
     refuse_quantized(config, where)
-    for key in _SIZES:
-        value = config.get(key)
-        if not (value is None and (key not in config or key in _MAYBE_NULL)) and (type(value) is not int or value < 1):
-            raise InputError(f"{where}: {key} = {value!r} is no size; it must be a whole number above 0")
-        if value is not None and value > (MAX_LAYERS if key in ("n_layer", "num_hidden_layers") else MAX_DIM):
-            raise InputError(f"{where}: {key} = {value} is more than any model has: fetch the file again")
+    Settings(config, where).check_sizes()
     try:
         return family.read(config, where)
     except KeyError as e:
@@ -286,7 +206,10 @@ def with_biases(config: Mapping[str, Any], model: ModelConfig, where: str) -> di
     if base == model:
         return dict(config)
     change = FAMILIES[model.family].with_biases
-    assert change is not None, f"no config.json of a {model.family} model describes {model}"
+    if change is None:
+        raise InputError(
+            f"{where}: no config.json of a {model.family} model describes added biases: export the adapter"
+        )
     return change(config, base, model)
 
 
@@ -334,14 +257,15 @@ class TensorMapping:
 def rotary_permutation(config: ModelConfig, i: int = 0) -> Tensor | None:
     """Which of a stored head's dimensions of q and k is at each of ours in layer i, [D]; None: the same order.
 
-    Rotary pairs are (j, j + D/2) here, and (j, j + R/2) of the first R dimensions in checkpoints. q k^T is unchanged
-    if both are permuted in the same way; the pairs that do not rotate get angles of zero.
+    Rotary pairs are (j, j + D/2) here, and (j, j + R/2) or (2j, 2j + 1) of the first R dimensions in checkpoints. q k^T
+    is unchanged if both are permuted in the same way; the pairs that do not rotate get angles of zero.
     """
     rope = config.layer(i).rope
-    if rope is None or rope.dim in (None, config.head_dim):
+    if rope is None or (rope.dim in (None, config.head_dim) and not rope.interleaved):
         return None
-    at = torch.arange(config.head_dim)
-    (a, b), (c, d) = at[: rope.dim].chunk(2), at[rope.dim :].chunk(2)
+    at, r = torch.arange(config.head_dim), rope.dim or config.head_dim
+    a, b = (at[:r:2], at[1:r:2]) if rope.interleaved else at[:r].chunk(2)
+    c, d = at[r:].chunk(2) if r < config.head_dim else (at[r:], at[r:])
     return torch.cat([a, c, b, d])
 
 
@@ -380,6 +304,8 @@ def tensor_mapping(config: ModelConfig) -> dict[str, TensorMapping]:
         mapping[f"norm.{kind}"] = TensorMapping(f"{family.last_norm}.{kind}")
     if not config.tie_embeddings:
         mapping["head.weight"] = TensorMapping(f"{family.head}.weight")
+    if config.head_bias:
+        mapping["head.bias"] = TensorMapping(f"{family.head}.bias")
     return mapping
 
 

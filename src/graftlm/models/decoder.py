@@ -3,7 +3,7 @@
     pre    x + attention(norm1(x)), then x + mlp(norm2(x))                (GPT-2, Llama)
     post   x + post_norm1(attention(x)), then x + post_norm2(mlp(x))      (OLMo 2)
     both   norms on either side of each                                   (Gemma 2 and 3)
-    parallel   x + attention(norm1(x)) + mlp(norm2(x))                    (GPT-NeoX)
+    parallel   x + attention(norm1(x)) + mlp(norm2(x))                    (GPT-NeoX; with one norm: GPT-J, Cohere 2)
 
 Letters: B rows, T tokens, N = B T, d hidden size.
 """
@@ -22,6 +22,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
 }
 
 
@@ -60,7 +61,7 @@ class DecoderBlock(nn.Module):
         self.norm1 = norm("pre")
         self.attn = Attention(config, layer)
         self.post_norm1 = norm("post")
-        self.norm2 = norm("pre")
+        self.norm2 = None if layer.single_norm else norm("pre")
         self.mlp = MLP(config, layer)
         self.post_norm2 = norm("post")
         self.drop = Dropout()
@@ -71,9 +72,10 @@ class DecoderBlock(nn.Module):
 
         `index` is the layer's number in the key/value caches.
         """
-        selected = inputs.select(x)
-        y = selected + self._branch(self.post_norm1(self.attn(self.norm1(x), index, inputs)))
-        return y + self._branch(self.post_norm2(self.mlp(self.norm2(selected if self.parallel else y))))
+        selected, normed = inputs.select(x), self.norm1(x)
+        y = selected + self._branch(self.post_norm1(self.attn(normed, index, inputs)))
+        own = inputs.select(normed) if self.norm2 is None else self.norm2(selected if self.parallel else y)
+        return y + self._branch(self.post_norm2(self.mlp(own)))
 
     def _branch(self, x: Tensor) -> Tensor:
         x = self.drop(x)

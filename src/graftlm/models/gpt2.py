@@ -9,7 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from graftlm.errors import InputError
-from graftlm.models.config import LayerConfig, ModelConfig, ModelFamily, Settings
+from graftlm.models.config import LayerConfig, ModelConfig, ModelFamily
+from graftlm.models.settings import Settings
 
 
 def read(config: Mapping[str, Any], where: str) -> ModelConfig:

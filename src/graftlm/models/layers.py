@@ -18,7 +18,6 @@ query heads per key/value head, D head dimension, of which R rotate; N = P + B T
 flat tensor.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -27,8 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graftlm.models import fused_ops
-from graftlm.models.config import LayerConfig, ModelConfig, RopeConfig
+from graftlm.models.config import LayerConfig, ModelConfig
 from graftlm.models.fused_ops import TORCH, DropoutMask, ReferenceKernels
+from graftlm.models.rope import RopeConfig
 
 
 class Linear(nn.Linear):
@@ -63,7 +63,8 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] -> [..., d]."""
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias, self.eps)
 
 
 class HasFusedOps(nn.Module):
@@ -101,7 +102,7 @@ class RMSNorm(HasFusedOps):
 def make_norm(config: ModelConfig, layer: LayerConfig, size: int) -> LayerNorm | RMSNorm:
     """A norm of this width and of the layer's kind."""
     if layer.norm == "layer":
-        return LayerNorm(size, eps=config.norm_eps)
+        return LayerNorm(size, eps=config.norm_eps, bias=layer.norm_bias)
     return RMSNorm(size, config.norm_eps, layer.norm_offset)
 
 
@@ -129,29 +130,6 @@ def draw_mask(p: float) -> DropoutMask | None:
     """A mask that drops with probability p, seeded from torch's generator; None: nothing is dropped."""
     threshold = round(p * 65536)
     return DropoutMask(int(torch.randint(-(2**62), 2**62, ())), threshold) if threshold else None
-
-
-def inverse_frequencies(head_dim: int, rope: RopeConfig) -> Tensor:
-    """[D/2] in float32: theta^(-2i/R) for i < R/2, scaled as linear or llama3 say; 0 for pairs that do not rotate."""
-    r = rope.dim or head_dim
-    frequencies = 1.0 / rope.theta ** (torch.arange(0, r, 2, dtype=torch.int64).float() / r)
-    scaling = dict(rope.scaling)
-    if scaling.get("rope_type") == "linear":
-        frequencies = frequencies / scaling["factor"]
-    elif scaling.get("rope_type") == "llama3":
-        old = scaling["original_max_position_embeddings"]
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        wavelengths = 2 * math.pi / frequencies
-        # 1 for wavelengths shorter than old/high (unchanged), 0 for longer than old/low (scaled), a ramp between.
-        unscaled = ((old / wavelengths - low) / (high - low)).clamp(0, 1)
-        frequencies = (1 - unscaled) * frequencies / scaling["factor"] + unscaled * frequencies
-    return F.pad(frequencies, (0, (head_dim - r) // 2))
-
-
-def rope_cos_sin(positions: Tensor, inverse_frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of position times frequency: [...] and [D/2] -> two tensors [..., D/2]."""
-    angles = positions.to(torch.float32)[..., None] * inverse_frequencies
-    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def apply_rotary_emb(

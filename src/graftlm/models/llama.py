@@ -1,91 +1,77 @@
 """The Llama family (Touvron et al. 2023; SmolLM2, Mistral, Qwen2): rotary positions, RMS norm, gated SiLU."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from graftlm.errors import InputError
-from graftlm.models.config import ROLES, LayerConfig, ModelConfig, ModelFamily, RopeConfig, Settings, common_sizes
-
-ROPE_SETTINGS = {
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
-}
+from graftlm.models.config import ROLES, LayerConfig, ModelConfig, ModelFamily
+from graftlm.models.rope import read_rope
+from graftlm.models.settings import Settings, common_sizes
 
 
 def read(config: Mapping[str, Any], where: str) -> ModelConfig:
     """The model that the config.json of a Llama, Mistral or Qwen2 describes."""
-    settings, kind, sizes = Settings(config, where), config["model_type"], common_sizes(config)
-    heads, d = sizes["num_heads"], sizes["hidden_size"]
-    kv_heads = config.get("num_key_value_heads", {"mistral": 8, "qwen2": 32}.get(kind)) or heads
-    head_dim = config.get("head_dim") or d // heads
-    if heads % kv_heads or head_dim % 2 or head_dim == 0 or (kind == "llama" and d % heads):
-        raise InputError(f"{where}: {heads} heads, {kv_heads} of keys, do not divide hidden_size {d} and its rotation")
-    layer = LayerConfig(rope=read_rope(settings), activation=settings.activation("hidden_act", "silu"))
-    windows = read_windows(settings) if kind != "llama" else [None]
+    settings, kind = Settings(config, where), config["model_type"]
+    sizes = read_sizes(settings, kv_heads={"mistral": 8, "qwen2": 32}.get(kind))
+    if kind == "llama" and sizes["hidden_size"] % sizes["num_heads"]:
+        raise InputError(f"{where}: hidden_size {sizes['hidden_size']} is not divided by {sizes['num_heads']} heads")
+    layer = LayerConfig(
+        rope=read_rope(settings, sizes["head_dim"]), activation=settings.activation("hidden_act", "silu")
+    )
+    windows = {"mistral": _mistral_windows, "qwen2": qwen2_windows}[kind](settings) if kind != "llama" else [None]
     own_biases = [kind == "llama" and settings.flag(key, False) for key in ("attention_bias", "mlp_bias")]
     return ModelConfig(
         family="llama",
         **sizes,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        norm_eps=settings.number("rms_norm_eps", 1e-6),
-        layers=tuple(replace(layer, window=window) for window in windows),
-        tie_embeddings=settings.flag("tie_word_embeddings", False),
+        layers=with_windows(layer, windows),
         qkv_bias=kind == "qwen2" or own_biases[0],
         out_bias=own_biases[0],
         mlp_bias=own_biases[1],
     )
 
 
-def read_windows(settings: Settings) -> list[int | None]:
-    """The sliding window of each layer, or one for all; None where it is as wide as the context.
+def read_sizes(
+    settings: Settings, *, kv_heads: int | None = None, head_dim: int | None = None, tied: bool = False
+) -> dict[str, Any]:
+    """Sizes, norm_eps and tie_embeddings of a `ModelConfig`, from settings with Llama's names."""
+    config, sizes = settings.values, common_sizes(settings)
+    heads, d = sizes["num_heads"], sizes["hidden_size"]
+    kv_heads = config.get("num_key_value_heads", kv_heads) or heads
+    head_dim = config.get("head_dim", head_dim) or d // heads
+    if heads % kv_heads or head_dim % 2 or head_dim == 0:
+        raise InputError(
+            f"{settings.where}: {heads} heads, {kv_heads} of keys, do not divide hidden_size {d} and its rotation"
+        )
+    return {
+        **sizes,
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "norm_eps": settings.number("rms_norm_eps", 1e-6),
+        "tie_embeddings": settings.flag("tie_word_embeddings", tied),
+    }
 
-    Mistral's default is transformers': 4,096. Qwen2 uses one only where `use_sliding_window` says so.
-    """
-    config, layers = settings.values, settings.values["num_hidden_layers"]
-    window, first = config.get("sliding_window", 4096), config.get("max_window_layers", 28)
-    if type(window) is int and window >= config["max_position_embeddings"]:
-        window = None
-    if window is not None and (type(window) is not int or window < 1):
-        raise InputError(f"{settings.where}: sliding_window = {window!r} is no size; it must be a whole number above 0")
-    if config["model_type"] == "mistral":
-        return [window]
+
+def with_windows(layer: LayerConfig, windows: Sequence[int | None]) -> tuple[LayerConfig, ...]:
+    """The layer with the window of each, or one for all."""
+    return tuple(replace(layer, window=window) for window in (windows if len(set(windows)) > 1 else windows[:1]))
+
+
+def _mistral_windows(settings: Settings) -> list[int | None]:
+    """One for all layers; transformers' default is 4,096."""
+    return [settings.window(4096)]
+
+
+def qwen2_windows(settings: Settings) -> list[int | None]:
+    """The window of each layer: only where `use_sliding_window` says so, from layer `max_window_layers` on."""
+    first, window = settings.values.get("max_window_layers", 28), settings.window(4096)
     window = window if settings.flag("use_sliding_window", False) else None
     if type(first) is not int:
         raise InputError(f"{settings.where}: max_window_layers = {first!r} is not understood; it must be a number")
-    by_depth = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
-    kinds = by_depth if config.get("layer_types") is None else config["layer_types"]
-    if not isinstance(kinds, list) or len(kinds) != layers or set(kinds) - {"sliding_attention", "full_attention"}:
-        raise InputError(f"{settings.where}: layer_types = {kinds!r:.80} is not understood")
-    found = [window if kind == "sliding_attention" else None for kind in kinds]
-    return found if len(set(found)) > 1 else found[:1]
-
-
-def read_rope(settings: Settings) -> RopeConfig:
-    """The RoPE settings of a config.json: rope_scaling and rope_theta, or transformers 5's rope_parameters."""
-    config, where, rope = settings.values, settings.where, settings.group("rope_scaling", "rope_parameters")
-    scaling = dict(rope.values)
-    kind = scaling.pop("rope_type", scaling.pop("type", "default"))
-    theta = rope.number("rope_theta", settings.number("rope_theta", 10000.0))
-    settings.require(partial_rotary_factor=(None, 1.0, 1))
-    rope.require(partial_rotary_factor=(1.0, 1))
-    for key in ("rope_theta", "partial_rotary_factor"):
-        scaling.pop(key, None)
-    if not isinstance(kind, str) or kind not in ROPE_SETTINGS:
-        raise InputError(f"{where}: rope_type = {kind!r} is not understood; understood: {', '.join(ROPE_SETTINGS)}")
-    if unsupported := sorted(set(scaling) - set(ROPE_SETTINGS[kind])):
-        raise InputError(f"{where}: the rope setting {unsupported[0]!r} is not understood for rope_type {kind!r}")
-    if kind == "llama3":
-        scaling.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
-    values = {key: Settings(scaling, where).number(key) for key in ROPE_SETTINGS[kind]}
-    if kind == "llama3" and values["low_freq_factor"] >= values["high_freq_factor"]:
-        raise InputError(f"{where}: low_freq_factor must be below high_freq_factor")
-    if kind in ("default", "dynamic"):  # dynamic scaling begins after the context
-        return RopeConfig(theta=theta)
-    return RopeConfig(theta=theta, scaling=tuple(sorted([("rope_type", kind), *values.items()])))
+    kinds = [
+        "sliding_attention" if i >= first else "full_attention" for i in range(settings.values["num_hidden_layers"])
+    ]
+    return [window if kind == "sliding_attention" else None for kind in settings.layer_types(kinds)]
 
 
 def _with_biases(config: Mapping[str, Any], base: ModelConfig, changed: ModelConfig) -> dict[str, Any]:
@@ -127,3 +113,5 @@ FAMILY = ModelFamily(
     ignored=r"rotary_emb\.inv_freq$",
     with_biases=_with_biases,
 )
+QK_NORMS = {"attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm"}
+"""Further names of `ModelFamily.norms` in families that normalise queries and keys."""

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from graftlm.errors import InputError
-from graftlm.models.config import LayerConfig, ModelConfig, ModelFamily, RopeConfig, Settings, common_sizes
+from graftlm.models.config import LayerConfig, ModelConfig, ModelFamily
+from graftlm.models.rope import RopeConfig
+from graftlm.models.settings import Settings, common_sizes
 
 
 def read(config: Mapping[str, Any], where: str) -> ModelConfig:
@@ -31,7 +33,7 @@ def read(config: Mapping[str, Any], where: str) -> ModelConfig:
     layer = replace(FAMILY.layer, rope=RopeConfig(theta=theta, dim=dim))
     return ModelConfig(
         family="neox",
-        **common_sizes(config),
+        **common_sizes(settings),
         num_kv_heads=heads,
         head_dim=d // heads,
         norm_eps=settings.number("layer_norm_eps", 1e-5),

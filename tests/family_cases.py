@@ -1,0 +1,90 @@
+"""Tiny models of transformers: every family that is read, with each option that real files use.
+
+A case is a class of transformers and the settings in which it differs from `SIZES`. A new family adds its cases here;
+the tests of this folder and of `exchange` then hold for it.
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from tiny import byte_tokenizer
+
+VOCAB = 259
+"""Two more than the byte-level tokenizer has: real files pad their vocabulary."""
+WINDOW = 5
+"""Shorter than the texts of the tests, so that its edge is tested."""
+SIZES: dict[str, Any] = {
+    **{"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 24, "head_dim": 8},
+    **{"vocab_size": VOCAB, "intermediate_size": 40, "max_position_embeddings": 64, "pad_token_id": None},
+    **{"bos_token_id": 0, "eos_token_id": 0, "initializer_range": 0.4, "tie_word_embeddings": False},
+    **{"rms_norm_eps": 1e-5},
+}
+
+
+def theta(value: float = 1e4, **scaling: Any) -> dict[str, Any]:
+    """Settings of a rotation, as transformers 5 writes them."""
+    return {"rope_type": "default", "rope_theta": value, **scaling}
+
+
+YARN = theta(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
+LLAMA_3 = theta(rope_type="llama3", factor=2.0, low_freq_factor=1.0, high_freq_factor=4.0)
+LLAMA_3 |= {"original_max_position_embeddings": 12}
+
+WINDOWS = {"use_sliding_window": True, "sliding_window": WINDOW}
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"num_attention_heads": 3, "num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True}),
+    "llama linear": ("Llama", {"hidden_size": 32, "rope_parameters": theta(rope_type="linear", factor=2.0)}),
+    "llama 3": ("Llama", {"hidden_size": 32, "rope_parameters": LLAMA_3, "tie_word_embeddings": True}),
+    "mistral": ("Mistral", {"sliding_window": WINDOW}),
+    "mistral yarn": ("Mistral", {"sliding_window": None, "rope_parameters": YARN}),
+    "qwen3": ("Qwen3", {"tie_word_embeddings": True}),
+    "qwen3 biased": (
+        "Qwen3",
+        {"attention_bias": True, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
+    ),
+    "qwen3 yarn": (
+        "Qwen3",
+        {"rope_parameters": YARN | {"attention_factor": 0.9, "beta_fast": 16.0, "truncate": False}},
+    ),
+}
+
+
+@cache
+def config_of(name: str) -> transformers.PretrainedConfig:
+    """The configuration of this case."""
+    kind, settings = CASES[name]
+    found: transformers.PretrainedConfig = getattr(transformers, f"{kind}Config")(
+        **{**SIZES, "attn_implementation": "eager", **settings}
+    )
+    return found
+
+
+def reference(name: str, dtype: torch.dtype) -> nn.Module:
+    """The case's model of transformers with random weights; large ones, so that every setting shows."""
+    torch.manual_seed(0)
+    kind, _ = CASES[name]
+    model: nn.Module = getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config_of(name)).eval()
+    for parameter, p in model.named_parameters():
+        if "norm" in parameter or parameter.endswith("bias"):
+            nn.init.normal_(p, std=0.3)
+    angles = {buffer: b for buffer, b in model.named_buffers() if "inv_freq" in buffer}
+    model.to(dtype)
+    for buffer, b in angles.items():  # as in float32, where transformers computes angles
+        module, attribute = buffer.rsplit(".", 1)
+        setattr(model.get_submodule(module), attribute, b)
+    return model
+
+
+def base_folder(folder: Path, name: str) -> Path:
+    """The case's model, as transformers writes it in float32, with a byte-level tokenizer."""
+    model = reference(name, torch.float32)
+    assert isinstance(model, transformers.PreTrainedModel)
+    model.save_pretrained(folder)
+    byte_tokenizer(folder)
+    return folder

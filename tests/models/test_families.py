@@ -1,0 +1,165 @@
+"""Every family, with each option that real files use, against the class of transformers that has it."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from family_cases import CASES, VOCAB, config_of, reference
+from graftlm.files.formats import open_safetensors, save_safetensors
+from graftlm.methods.cost_model import parameters
+from graftlm.models import CausalLM, KVCache, ModelConfig
+from graftlm.models.config import check_names, read_model_config, tensor_mapping, to_file
+from graftlm.models.layers import PairedRow
+
+T = 20
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@cache
+def theirs(name: str, dtype: torch.dtype) -> nn.Module:
+    return reference(name, dtype)
+
+
+def ours_config(name: str) -> ModelConfig:
+    return read_model_config(config_of(name).to_dict(), name)
+
+
+def ours(name: str, model: nn.Module) -> CausalLM:
+    config, state = ours_config(name), model.state_dict()
+    check_names(config, state, name)
+    found = CausalLM(config).to(next(iter(state.values())).dtype)
+    mapping = tensor_mapping(config)
+    assert mapping.keys() == dict(found.named_parameters()).keys()
+    with torch.no_grad():
+        for parameter, p in found.named_parameters():
+            p.copy_(mapping[parameter].read(state[mapping[parameter].name]))
+    return found.eval()
+
+
+class InDouble(TorchFunctionMode):
+    """Leaves float64 as it is where transformers casts to float32 (norms, softmax), for a comparison to 1e-9."""
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            if func is Tensor.float or (func is Tensor.to and torch.float32 in args):
+                return args[0]
+            kwargs = {key: value for key, value in kwargs.items() if value is not torch.float32}
+        return func(*args, **kwargs)
+
+
+def ids_of(rows: int = 3, tokens: int = T) -> Tensor:
+    return torch.randint(0, VOCAB, (rows, tokens), generator=torch.Generator().manual_seed(1))
+
+
+def test_logits_and_gradients_equal_transformers(case: str) -> None:
+    reference, ids = theirs(case, torch.float64), ids_of()
+    model, stored = ours(case, reference), dict(reference.named_parameters())
+    reference.zero_grad()
+    weights = torch.randn(3, T, VOCAB, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    with InDouble():
+        expected = reference(ids).logits
+        (expected * weights).sum().backward()
+    assert expected.std() > 0.1, "weights this small would hide a mistake"
+    for fused in (True, False):
+        model.use_fused_ops(fused)
+        model.zero_grad()
+        logits = model(ids)
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
+        (logits * weights).sum().backward()
+        for name, mapping in tensor_mapping(model.config).items():
+            grad, want = model.get_parameter(name).grad, stored[mapping.name].grad
+            assert grad is not None and want is not None
+            torch.testing.assert_close(grad, mapping.read(want), rtol=1e-9, atol=1e-9 * want.abs().max().item())
+
+
+def test_float32_logits_equal_transformers_as_it_is(case: str) -> None:
+    reference, ids = theirs(case, torch.float32), ids_of()
+    with torch.inference_mode():
+        expected = reference(ids).logits
+        assert (ours(case, reference)(ids) - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_export_is_the_inverse_of_reading_and_rows_are_read_alone(case: str, tmp_path: Path) -> None:
+    reference = theirs(case, torch.float32)
+    model, state = ours(case, reference), reference.state_dict()
+    exported = to_file(model.config, dict(model.named_parameters()))
+    assert exported.keys() == state.keys() - ({"lm_head.weight"} if model.config.tie_embeddings else set())
+    assert all(tensor.equal(state[name]) for name, tensor in exported.items())
+    save_safetensors(tmp_path / "model.safetensors", exported)
+    stored = open_safetensors(tmp_path / "model.safetensors")
+    for name, mapping in tensor_mapping(model.config).items():
+        whole = model.get_parameter(name)
+        for rows in (range(1), range(len(whole) // 3, len(whole))):
+            assert mapping.part(stored, mapping.name, rows).equal(whole[rows.start : rows.stop])
+
+
+def test_parameters_are_counted_in_closed_form(case: str) -> None:
+    config = ours_config(case)
+    assert parameters(config) == sum(p.numel() for p in CausalLM(config).parameters())
+
+
+def test_caches_shared_prefixes_and_pairs_equal_one_pass(case: str) -> None:
+    """Where windows begin and end must not depend on which way the tokens come."""
+    model, ids = ours(case, theirs(case, torch.float64)), ids_of()
+    ids[:, :7] = ids[:1, :7]
+    whole, at = model.hidden_states(ids), torch.tensor([[12, 0], [3, 3], [0, 11]])
+    rows = torch.arange(3)[:, None]
+    lead, behind = model.forward_shared_prefix(ids[:1, :7], ids[:, 7:])
+    assert lead is not None
+    some = model.forward_shared_prefix(ids[:1, :7], ids[:, 7:], at)[1]
+    alone = model.forward_shared_prefix(ids[:1, :0], ids)[1]
+    equal = [(lead, whole[0, :7]), (behind, whole[:, 7:]), (some, whole[:, 7:][rows, at]), (alone, whole)]
+    with torch.no_grad():
+        shared, cache, lengths = KVCache(), model.empty_cache(3, 12), (6, 8, 2)
+        model.hidden_states(ids[:1, :7], cache=shared)
+        equal.append((model.hidden_states(ids[:1, 7:8], past=(shared,)), whole[:1, 7:8]))
+        equal.append((model.hidden_states(ids[:, 7:], past=(shared,), positions=at), whole[:, 7:][rows, at]))
+        model.hidden_states(ids[:, 7:15], past=(shared,), cache=cache)
+        assert cache.lengths is not None
+        cache.lengths += torch.tensor(lengths)
+        new = torch.stack([ids[row, 7 + n : 9 + n] for row, n in enumerate(lengths)])
+        found = model.hidden_states(new, past=(shared, cache), cache=cache)
+        equal.extend((found[row], whole[row, 7 + n : 9 + n]) for row, n in enumerate(lengths))
+        # a prompt of 11 tokens, 7 of them shared, with answers of 5 and 4
+        paired = PairedRow(torch.tensor([4]), torch.tensor([9]))
+        pair = model.forward_shared_prefix(ids[:1, :7], ids[:1, 7:], paired=paired)[1]
+        second = model.hidden_states(torch.cat([ids[:1, :11], ids[:1, 16:]], dim=1))[:, 11:]
+        equal.extend([(pair[:, :9], whole[:1, 7:16]), (pair[:, 9:], second)])
+    for got, want in equal:
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-9)
+
+
+def test_losses_equal_those_of_the_logits(case: str) -> None:
+    model = ours(case, theirs(case, torch.float64))
+    h, rows, targets = model.hidden_states(ids_of(1))[0].detach(), torch.arange(T), torch.arange(T) % VOCAB
+    log_p = model.logits(h).log_softmax(-1)[rows, targets]
+    for fused in (True, False):
+        model.use_fused_ops(fused)
+        torch.testing.assert_close(model.log_probs(h, rows, targets), log_p, rtol=0, atol=1e-9)
+        loss = model.loss(h, rows, targets, torch.ones(T, dtype=torch.float64))
+        torch.testing.assert_close(loss, -log_p.sum(), rtol=0, atol=1e-9)
+
+
+def test_greedy_generation_with_the_cache_equals_recomputation(case: str) -> None:
+    model, ids = ours(case, theirs(case, torch.float64)), ids_of(2, 3)
+    with torch.no_grad():
+        cache, new = model.empty_cache(2, T), ids
+        while ids.shape[1] < T:
+            logits = model(new, past=(cache,), cache=cache)
+            assert cache.lengths is not None
+            cache.lengths += new.shape[1]
+            torch.testing.assert_close(logits[:, -1], model(ids)[:, -1], rtol=0, atol=1e-9)
+            new = logits[:, -1:].argmax(-1)
+            ids = torch.cat([ids, new], dim=1)
