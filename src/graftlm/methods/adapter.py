@@ -70,6 +70,11 @@ class Adapter(Method):
         """Add an adapter to o and down, or to down only, in the layers' blocks."""
         freeze(model)
         targets, layers = PLACEMENTS[self.placement], self.layer_range(model.config)
+        if lacking := [role for role in targets if model.config.layers_with(role, layers) != list(layers)]:
+            raise InputError(
+                f"--method adapter: not every layer of this {model.config.family} model has {lacking[0]}, which an "
+                "adapter follows: use --method lora"
+            )
         replace_linears(model, targets, lambda linear, _: BottleneckLinear(linear, self.rank, rng), layers)
 
     def param_breakdown(self, config: ModelConfig) -> list[ParameterGroup]:

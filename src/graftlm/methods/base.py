@@ -224,7 +224,7 @@ def replace_linears(
         if role not in model.config.roles:
             raise unknown_name_error("target", role, model.config.roles)
     for i in layers:
-        for role in targets:
+        for role in (role for role in targets if role in model.config.layer(i).roles):
             name = our_linear(i, role)
             old = model.get_submodule(name)
             if type(old) is not Linear:

@@ -6,6 +6,7 @@ Letters: L layers, d hidden size, V vocabulary size, C context length, H heads, 
 n positions of a learned prefix.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -72,16 +73,18 @@ def linear_group(
 ) -> ParameterGroup:
     """Parameters of the role's linear in these layers; the formula's letters are L, in and out, and those given."""
     n_in, n_out = linear_size(config, role)
-    sizes = {"L": len(layers), "in": n_in, "out": n_out, **letters}
+    sizes = {"L": len(config.layers_with(role, layers)), "in": n_in, "out": n_out, **letters}
     return ParameterGroup(*counted(f"{role}, {description}", formula, **sizes), role)
 
 
 def norms_formula(config: ModelConfig, layers: range) -> str:
     """Elements of the norms' weights in these layers, with the final norm's if they include the last layer."""
-    width, last = sum(config.norm_sizes(config.layers[0]).values()), layers.stop == config.num_layers
-    if width == 2 * config.hidden_size:
+    last = layers.stop == config.num_layers
+    widths = [sum(config.norm_sizes(config.layer(i)).values()) for i in layers]
+    if set(widths) == {2 * config.hidden_size}:
         return "d (2 L + 1)" if last else "d 2 L"
-    return f"({width} L + d)" if last else f"{width} L"
+    norms = f"{widths[0]} L" if len(set(widths)) == 1 else str(sum(widths))
+    return f"({norms} + d)" if last else norms
 
 
 def block_parts(config: ModelConfig, layers: range) -> list[ParameterGroup]:
@@ -112,8 +115,12 @@ def parameters(config: ModelConfig) -> int:
 
 
 def block_parameters(config: ModelConfig) -> int:
-    """Number of parameters of one block."""
-    return parameters(config) - parameters(replace(config, num_layers=config.num_layers - 1))
+    """Number of parameters of one block; the mean where blocks differ."""
+    return (total(block_parts(config, range(config.num_layers))) - _final_norm(config)) // config.num_layers
+
+
+def _final_norm(config: ModelConfig) -> int:
+    return config.hidden_size * (2 if config.norm_biases else 1)
 
 
 # FLOPs ----------------------------------------------------------------------------------------------------------------
@@ -133,8 +140,9 @@ class Passes:
 
 
 def layer_weights(config: ModelConfig) -> int:
-    """Elements of one block's matrices."""
-    return sum(n_in * n_out for n_in, n_out in (linear_size(config, role) for role in config.roles))
+    """Elements of one block's matrices; the mean where blocks differ."""
+    sizes = {role: math.prod(linear_size(config, role)) for role in config.roles}
+    return sum(len(config.layers_with(role)) * size for role, size in sizes.items()) // config.num_layers
 
 
 def model_flops(config: ModelConfig, tokens: int, passes: Passes) -> int:

@@ -156,7 +156,7 @@ def stack(base: CausalLM, adapters: Adapters) -> MultiLoRAModel:
     replaced: dict[str, Linear] = {}
     for i in range(base.config.num_layers):
         for roles in SAME_INPUT:
-            names = [our_linear(i, role) for role in roles if role in base.config.roles]
+            names = [our_linear(i, role) for role in roles if role in base.config.layer(i).roles]
             replaced |= _adapt(base, names, adapters, selection)
     layers = range(base.config.num_layers)
     replace_linears(model, base.config.roles, lambda old, name: replaced.get(name, old), layers)

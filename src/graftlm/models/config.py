@@ -56,6 +56,11 @@ class LayerConfig:
     residual_multiplier: float = 1.0
     """Factor of the outputs of attention and MLP before they are added (Granite)."""
 
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Its linears, in the order of `ROLES`."""
+        return tuple(role for role in ROLES if role != "gate" or self.gated)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -96,8 +101,13 @@ class ModelConfig:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """The linears of a layer, in the order of `ROLES`."""
-        return tuple(role for role in ROLES if role != "gate" or self.layers[0].gated)
+        """The linears that some layer has, in the order of `ROLES`."""
+        found = {role for layer in self.layers for role in layer.roles}
+        return tuple(role for role in ROLES if role in found)
+
+    def layers_with(self, role: str, layers: range | None = None) -> list[int]:
+        """Those of these layers (None: of all) that have the role's linear."""
+        return [i for i in layers or range(self.num_layers) if role in self.layer(i).roles]
 
     def has_bias(self, role: str) -> bool:
         """Whether the role's linear adds a bias."""
@@ -295,7 +305,7 @@ def tensor_mapping(config: ModelConfig) -> dict[str, TensorMapping]:
             for kind in kinds[config.norm_biases]:
                 name = f"{theirs}.{family.norms[norm]}.{kind}"
                 mapping[f"blocks.{i}.{norm}.{kind}"] = TensorMapping(name, rows=order)
-        for role in config.roles:
+        for role in config.layer(i).roles:
             rows = file_rows(config, role, i)
             for kind in kinds[config.has_bias(role)]:
                 name = f"{theirs}.{family.linears[role]}.{kind}"
