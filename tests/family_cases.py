@@ -35,6 +35,8 @@ YARN = theta(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
 LLAMA_3 = theta(rope_type="llama3", factor=2.0, low_freq_factor=1.0, high_freq_factor=4.0)
 LLAMA_3 |= {"original_max_position_embeddings": 12}
 
+LONG_ROPE = theta(rope_type="longrope", short_factor=[1.0, 1.1, 1.5], long_factor=[1.0, 4.0, 9.0])
+
 WINDOWS = {"use_sliding_window": True, "sliding_window": WINDOW}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -43,6 +45,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama 3": ("Llama", {"hidden_size": 32, "rope_parameters": LLAMA_3, "tie_word_embeddings": True}),
     "mistral": ("Mistral", {"sliding_window": WINDOW}),
     "mistral yarn": ("Mistral", {"sliding_window": None, "rope_parameters": YARN}),
+    "phi3": ("Phi3", {"sliding_window": WINDOW}),
+    "phi3 longrope": (
+        "Phi3",
+        {
+            **{"rope_parameters": {**LONG_ROPE, "partial_rotary_factor": 0.75}, "tie_word_embeddings": True},
+            **{"original_max_position_embeddings": 32, "max_position_embeddings": 128, "hidden_size": 32},
+        },
+    ),
     "qwen3": ("Qwen3", {"tie_word_embeddings": True}),
     "qwen3 biased": (
         "Qwen3",

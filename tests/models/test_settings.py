@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,23 @@ KEYS = {
         ),
     ),
 }
+SIZES: dict[str, Any] = {
+    **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32},
+    **{"intermediate_size": 24, "max_position_embeddings": CONTEXT, "vocab_size": 40},
+    **{"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None},
+}
+FILES: dict[str, dict[str, Any]] = {  # config.json of families that have no shape in `tiny.py`, as in their old files
+    "phi3": {
+        **{"original_max_position_embeddings": 16, "rope_theta": 500.0, "sliding_window": WINDOW},
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [2.0, 3.0, 4.0, 5.0]},
+    },
+}
+KEYS |= {
+    "phi3": (
+        *("num_key_value_heads", "head_dim", "sliding_window", "partial_rotary_factor", "rope_scaling.type"),
+        *("original_max_position_embeddings", "rope_scaling.original_max_position_embeddings"),
+    ),
+}
 UNDERSTOOD: list[tuple[str, dict[str, Any]]] = [  # what must not be refused
     ("llama", {"pretraining_tp": 2}),
     ("llama", {"pretraining_tp": None}),
@@ -101,11 +119,13 @@ UNDERSTOOD: list[tuple[str, dict[str, Any]]] = [  # what must not be refused
         {"sliding_window": WINDOW, "use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]},
     ),
 ]
-LENIENT = [("mistral", "num_key_value_heads", None), ("qwen2", "head_dim", None)]
+LENIENT = [("mistral", "num_key_value_heads", None), *((kind, "head_dim", None) for kind in ("qwen2", "phi3"))]
 """What we read and transformers 5 does not: as transformers 4 did."""
 
 
 def config_of(kind: str) -> dict[str, Any]:
+    if kind in FILES:
+        return {"model_type": kind, **SIZES, **FILES[kind]}
     family = kind if kind in KEYS and kind not in ("mistral", "qwen2") else "llama"
     config = config_json(shape_of(family, context=CONTEXT), family)
     return config | ({} if kind == family else {"model_type": kind})
@@ -132,15 +152,16 @@ def outputs(config: dict[str, Any], folder: Path) -> tuple[torch.Tensor, torch.T
             p.add_(torch.randn_like(p) * 0.2)
     theirs.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(config))
-    ids = torch.randint(0, theirs.config.vocab_size, (2, min(CONTEXT, theirs.config.max_position_embeddings)))
+    model = load_model(folder, torch.device("cpu"), torch.float32)
+    ids = torch.randint(0, theirs.config.vocab_size, (2, min(CONTEXT, model.config.max_positions)))
     with torch.no_grad():
-        return theirs(ids).logits, load_model(folder, torch.device("cpu"), torch.float32)(ids)
+        return theirs(ids).logits, model(ids)
 
 
 @pytest.mark.parametrize("kind", KEYS)
 def test_each_setting_with_each_odd_value_is_transformers_model_or_one_line(kind: str, tmp_path: Path) -> None:
     read, wrong = 0, []
-    for key, value in itertools.product((*SHARED, *KEYS[kind]), ODD):
+    for key, value in itertools.product((*(() if kind in FILES else SHARED), *KEYS[kind]), ODD):
         config = changed(config_of(kind), key, value)
         try:
             ours = read_model_config(config, "config.json")
@@ -163,6 +184,13 @@ def test_each_setting_with_each_odd_value_is_transformers_model_or_one_line(kind
             wrong.append(f"{key} = {value!r:.20}: {str(error)[:200]}")
     assert not wrong
     assert read > 3
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_what_a_file_leaves_out_and_old_spellings_are_read_as_transformers_writes_them_out(kind: str) -> None:
+    for config in (config_of(kind), {"model_type": kind, **SIZES}):
+        written_out = AutoConfig.for_model(**deepcopy(config)).to_dict()
+        assert read_model_config(config, "config.json") == read_model_config(written_out, "config.json")
 
 
 @pytest.mark.parametrize(("kind", "change"), UNDERSTOOD)

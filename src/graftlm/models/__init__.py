@@ -12,6 +12,7 @@ FAMILY_FILES = (
     "gpt2",
     "llama",
     "neox",
+    "phi3",
     "qwen3",
 )
 """The files that have a `FAMILY`."""

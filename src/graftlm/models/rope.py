@@ -166,12 +166,13 @@ def _factors(given: Settings, key: str, dim: int) -> tuple[float, ...]:
 def inverse_frequencies(head_dim: int, rope: RopeConfig) -> Tensor:
     """[D/2] in float32: theta^(-2i/R) for i < R/2, scaled as the settings say; 0 for pairs that do not rotate."""
     r, scaling = rope.dim or head_dim, dict(rope.scaling)
-    frequencies = 1.0 / rope.theta ** (torch.arange(0, r, 2, dtype=torch.int64).float() / r)
+    periods = rope.theta ** (torch.arange(0, r, 2, dtype=torch.int64).float() / r)
+    frequencies = 1.0 / periods
     match scaling.get("rope_type"):
         case "linear":
             frequencies = frequencies / scaling["factor"]
         case "longrope":
-            frequencies = frequencies / torch.tensor(scaling["short_factor"])
+            frequencies = 1.0 / (torch.tensor(scaling["short_factor"]) * periods)
         case "llama3":
             old, low, high = (scaling[key] for key in REQUIRED["llama3"][1:])
             wavelengths = 2 * math.pi / frequencies
