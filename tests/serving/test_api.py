@@ -176,6 +176,15 @@ def test_parts_of_characters_have_their_bytes_and_the_characters_place(
     assert [each for chunk in chunks if chunk for each in chunk.content or ()] == content.content
 
 
+def test_tokens_of_a_stop_text_have_no_logprobs(client: openai.OpenAI, engine: FakeEngine) -> None:
+    asked: Any = {"model": "base", "prompt": "a", "logprobs": 0, "stop": [" fi"]}
+    whole = client.completions.create(**asked)
+    assert whole.choices[0].logprobs is not None and whole.usage is not None
+    assert whole.choices[0].logprobs.tokens == list("fine") and whole.usage.completion_tokens == 9
+    pieces = [part.choices[0].logprobs for part in client.completions.create(**asked, stream=True)]
+    assert [token for piece in pieces if piece for token in piece.tokens or ()] == list("fine")
+
+
 def test_a_chat_and_its_stream(client: openai.OpenAI, engine: FakeEngine, made: tuple[Service, FakeEngine]) -> None:
     messages: Any = [
         {"role": "developer", "content": "Be brief."},

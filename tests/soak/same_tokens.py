@@ -24,8 +24,9 @@ from graftlm.text.boundary import label_ids
 from graftlm.text.chat import Chat
 from graftlm.text.collate import encode_rows
 from graftlm.text.layouts import Labelled
+from graftlm.text.stream import TextStream
 from graftlm.text.template import load_template
-from graftlm.text.tokenizer import TextStream, Tokenizer
+from graftlm.text.tokenizer import Tokenizer
 from tiny import model_of
 
 PIECES = (
@@ -63,7 +64,7 @@ def texts_differ(ours: Tokenizer, theirs: Any, texts: list[str]) -> int:
         bare = theirs(text, add_special_tokens=False).input_ids
         same = ids == theirs(text).input_ids and ours.decode(ids) == theirs.decode(bare, skip_special_tokens=True)
         if whole[: len(ids)] == ids:
-            stream = TextStream(lambda new, ids=ids: ours.decode(new, ids))
+            stream = TextStream(ours, ids)
             streamed = "".join([*map(stream.add, whole[len(ids) :]), stream.finish()])
             forms = {unicodedata.normalize("NFC", s) for s in (more, streamed, ours.decode(whole[len(ids) :], ids))}
             same &= len(forms) == 1

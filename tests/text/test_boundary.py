@@ -1,6 +1,5 @@
 """The tokens of a prompt and its answer are those of the whole text, as transformers has them, in every tokenizer."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,10 @@ from graftlm.text.chat import Chat
 from graftlm.text.collate import encode_rows
 from graftlm.text.layouts import Completion, Conversation, Labelled, Preference
 from graftlm.text.preflight import preflight, show_targets
+from graftlm.text.stream import TextStream, TokenStream
 from graftlm.text.template import load_template
-from graftlm.text.tokenizer import TextStream, Tokenizer
-from tiny import PIECES, piece_tokenizer
+from graftlm.text.tokenizer import Tokenizer
+from tiny import PIECES, byte_tokenizer, piece_tokenizer
 
 TEXTS = [
     "Judge this film: a quiet, warm story. It is: wonderful",
@@ -98,10 +98,13 @@ def test_the_bytes_of_the_tokens_are_the_texts(prompt: str, tokenizer: Tokenizer
         new = tokenizer.encode(text)
         pieces = [tokenizer.token_bytes(index, None if n else before) for n, index in enumerate(new)]
         assert b"".join(piece or b"" for piece in pieces) == tokenizer.decode(new, before).encode(), text
-        stream, places = TextStream(partial(tokenizer.decode, prompt=before)), []
-        for index, piece in zip(new, pieces, strict=True):
-            places.append(stream.position(piece))
+        stream = TokenStream(tokenizer, before)
+        for index in new:
             stream.add(index)
+        stream.finish()
+        placed = stream.take()
+        assert [place.piece for place in placed] == pieces
+        places = [place.offset for place in placed]
         ends = [len(b"".join(piece or b"" for piece in pieces[:n])) for n in range(len(new))]
         whole = tokenizer.decode(new, before).encode()
         assert places == [len(whole[:end].decode(errors="ignore")) for end in ends], text
@@ -183,11 +186,13 @@ def test_one_function_decides_where_a_prompt_ends(tokenizer: Tokenizer) -> None:
     assert whole[: len(alone)] == alone
 
 
-def test_a_completion_does_not_repeat_the_space_that_ends_its_prompt() -> None:
+def test_a_completion_does_not_repeat_the_space_that_ends_its_prompt(tmp_path: Path) -> None:
+    byte_tokenizer(tmp_path)
+    tokenizer = Tokenizer.from_folder(tmp_path)
     assert [without_space(text, "  ") for text in ("  a", " a", "a", "   a", "")] == ["a", "a", "a", " a", ""]
     for text in ("  a b", " a", "a", "   a", "\n  a"):
-        stream = TextStream(lambda ids, text=text: "".join(text[n] for n in ids), ["!"], "  ")
-        assert "".join([*map(stream.add, range(len(text))), stream.finish()]) == without_space(text, "  ")
+        stream = TextStream(tokenizer, (), ["!"], "  ")
+        assert "".join([*map(stream.add, tokenizer.encode(text)), stream.finish()]) == without_space(text, "  ")
 
 
 # Decoding -------------------------------------------------------------------------------------------------------------
@@ -201,7 +206,7 @@ def test_a_continuation_keeps_its_first_space_at_once_and_streamed(prompt: str, 
         if whole[: len(before)] == before:
             new = whole[len(before) :]
             assert tokenizer.decode(new, before) == text
-            stream = TextStream(lambda ids: tokenizer.decode(ids, before))
+            stream = TextStream(tokenizer, before)
             assert "".join([*map(stream.add, new), stream.finish()]) == text
 
 

@@ -22,7 +22,6 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ from graftlm.inference.requests import (
 from graftlm.inference.scoring import score_labels
 from graftlm.methods.multi_lora import MultiLoRAModel, stack
 from graftlm.text.collate import Example
-from graftlm.text.tokenizer import TextStream
+from graftlm.text.stream import TextStream
 
 MAX_PREFILL_TOKENS = 512
 """Padded tokens of new prompts that are read between two steps: a longer pass would keep the running rows waiting."""
@@ -107,7 +106,7 @@ class Engine:
                 f"the prompt has {len(request.prompt)} tokens and prompt and answer at most "
                 f"{self.max_seq_len}: shorten it"
             )
-        stream = TextStream(partial(self._tokenizer.decode, prompt=request.prompt), request.params.stop, request.space)
+        stream = TextStream(self._tokenizer, request.prompt, request.params.stop, request.space)
         handle = RequestHandle(request, limit, stream, on_output)
         self._enqueue(self._waiting, handle)
         return handle

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from graftlm.errors import GraftError, InputError
 from graftlm.inference.decoder import Row
 from graftlm.inference.sampling import SamplingParams
-from graftlm.text.tokenizer import TextStream
+from graftlm.text.stream import TextStream
 
 
 @dataclass(frozen=True)

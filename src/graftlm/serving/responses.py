@@ -9,7 +9,8 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -23,7 +24,8 @@ from graftlm.errors import GraftError, InputError, Overloaded, ShuttingDown
 from graftlm.inference.engine import Engine
 from graftlm.inference.requests import CaptureError, Completion, Request, RequestHandle, TokenOutput
 from graftlm.serving.schemas import APIError, ChatBody, Sampling
-from graftlm.text.tokenizer import TextStream, Tokenizer
+from graftlm.text.stream import PlacedToken, TokenStream
+from graftlm.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 Event = dict[str, Any]
@@ -189,8 +191,9 @@ class Formatter:
     """OpenAI's JSON of one request's choices, of completions and of chats."""
 
     def __init__(self, tokenizer: Tokenizer, body: Sampling, requests: Sequence[Request]) -> None:
-        self.tokenizer, self.body, self.chat, self.requests = tokenizer, body, isinstance(body, ChatBody), requests
-        self._texts = [TextStream(partial(tokenizer.decode, prompt=r.prompt), space=r.space) for r in requests]
+        self.tokenizer, self.body, self.chat = tokenizer, body, isinstance(body, ChatBody)
+        self._streams = [TokenStream(tokenizer, r.prompt, r.params.stop, r.space) for r in requests]
+        self._values = [deque[float]() for _ in requests]  # of tokens that have not been written
 
     def head(self, chunk: str = "") -> Event:
         """The common fields of a response; `chunk`: ".chunk" for an event of a stream."""
@@ -202,17 +205,17 @@ class Formatter:
         """A complete choice."""
         message = {"role": "assistant", "content": completion.text, "refusal": None}
         content = {"message": message} if self.chat else {"text": completion.text}
-        logprobs = self._logprobs(index, completion.tokens, completion.logprobs)
-        return _choice(index, content, logprobs, completion.finish_reason)
+        rows = self._placed(index, zip(completion.tokens, completion.logprobs, strict=True), is_last=True)
+        return _choice(index, content, self._logprobs(rows), completion.finish_reason)
 
     def chunk(self, index: int, output: TokenOutput) -> Event | None:
-        """One output as a choice of an event; None if it is empty."""
-        logprobs = None
-        if output.token is not None and output.logprob is not None:
-            logprobs = self._logprobs(index, [output.token], [output.logprob])
-        if not output.text and output.finish_reason is None and logprobs is None:
+        """One output as a choice of an event; None if it is empty. Tokens are in the event that has their text."""
+        found = [] if output.token is None or output.logprob is None else [(output.token, output.logprob)]
+        rows = self._placed(index, found, is_last=output.finish_reason is not None)
+        if not output.text and output.finish_reason is None and not rows:
             return None
         content: Event = {"delta": {"content": output.text} if output.text else {}}
+        logprobs = self._logprobs(rows) if rows else None
         return _choice(index, content if self.chat else {"text": output.text}, logprobs, output.finish_reason)
 
     def usage(self, completions: Sequence[Completion]) -> Event:
@@ -221,33 +224,46 @@ class Formatter:
         completion = sum(len(completion.tokens) for completion in completions)
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
-    def _logprobs(self, index: int, tokens: Sequence[int], logprobs: Sequence[float]) -> Event | None:
-        """Of the next tokens of a choice: all at once, or one by one in a stream.
+    def _placed(
+        self, index: int, tokens: Iterable[tuple[int, float]], is_last: bool
+    ) -> list[tuple[PlacedToken, float]]:
+        """The tokens, with log-probabilities, whose text is known with the next `tokens` of a choice.
 
-        A token's offset is the number of whole characters of the text before it.
+        Tokens of a stop text are left out.
         """
-        if self.body.logprobs is (False if self.chat else None):
-            return None
-        offsets, pieces, stream = list[int](), list[bytes | None](), self._texts[index]
-        for token in tokens:
-            pieces.append(self.tokenizer.token_bytes(token, self.requests[index].prompt if stream.is_new else None))
-            offsets.append(stream.position(pieces[-1]))
+        if not self._has_logprobs:
+            return []
+        stream, values = self._streams[index], self._values[index]
+        for token, value in tokens:
+            values.append(value)
             stream.add(token)
-        texts = [self._token(token, piece) for token, piece in zip(tokens, pieces, strict=True)]
-        if self.chat:
-            rows = zip(texts, logprobs, map(_integers, pieces), strict=True)
-            content = [{"token": t, "logprob": value, "bytes": b, "top_logprobs": []} for t, value, b in rows]
-            return {"content": content, "refusal": None}
-        return {"tokens": texts, "token_logprobs": list(logprobs), "top_logprobs": None, "text_offset": offsets}
+        if is_last:
+            stream.finish()
+        return [(placed, values.popleft()) for placed in stream.take()]
 
-    def _token(self, token: int, piece: bytes | None) -> str:
+    @property
+    def _has_logprobs(self) -> bool:
+        return self.body.logprobs is not (False if self.chat else None)
+
+    def _logprobs(self, rows: Sequence[tuple[PlacedToken, float]]) -> Event | None:
+        if not self._has_logprobs:
+            return None
+        texts, values = [self._token(placed) for placed, _ in rows], [value for _, value in rows]
+        if self.chat:
+            each = zip(texts, values, [_integers(placed.piece) for placed, _ in rows], strict=True)
+            content = [{"token": t, "logprob": value, "bytes": b, "top_logprobs": []} for t, value, b in each]
+            return {"content": content, "refusal": None}
+        offsets = [placed.offset for placed, _ in rows]
+        return {"tokens": texts, "token_logprobs": values, "top_logprobs": None, "text_offset": offsets}
+
+    def _token(self, placed: PlacedToken) -> str:
         """A token's text. Parts of characters are bytes, as OpenAI writes them: \\xe2, in completions bytes:\\xe2."""
-        if piece is None:
-            return self.tokenizer.token(token)
+        if placed.piece is None:
+            return self.tokenizer.token(placed.token)
         try:
-            return piece.decode()
+            return placed.piece.decode()
         except UnicodeDecodeError:
-            return ("" if self.chat else "bytes:") + "".join(f"\\x{byte:02x}" for byte in piece)
+            return ("" if self.chat else "bytes:") + "".join(f"\\x{byte:02x}" for byte in placed.piece)
 
 
 def _integers(piece: bytes | None) -> list[int] | None:

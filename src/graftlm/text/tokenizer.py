@@ -8,7 +8,7 @@
   GPT-2 and SmolLM2). `eot` ends a text that is learned; a generated one ends at any of `stop_tokens`.
 - `save` writes the files back byte for byte, so other programs see the same tokenizer.
 
-Read from tokenizer.json, else GPT-2's vocab.json + merges.txt, else OpenAI's encoder.json + vocab.bpe. `TextStream`
+Read from tokenizer.json, else GPT-2's vocab.json + merges.txt, else OpenAI's encoder.json + vocab.bpe. `text/stream.py`
 decodes tokens that arrive one at a time.
 """
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 from secrets import token_hex
@@ -53,7 +53,6 @@ BYTES = {chr(byte): byte for byte in _PRINTED} | {
 }
 """The byte of each character of byte-level BPE (GPT-2's table)."""
 LETTER = "a"  # any text that a decoder leaves as it is, before tokens that are not the first of a text
-MAX_BROKEN = 3  # bytes, and so replacement characters, of a character whose last byte is missing
 
 
 class Tokenizer:
@@ -157,6 +156,15 @@ class Tokenizer:
         byte_level = all(character in BYTES for character in raw)
         return bytes(BYTES[character] for character in raw) if byte_level else text.encode()
 
+    def has_text(self, index: int) -> bool:
+        """Whether a token can add text: not a special token, nor an id without a token."""
+        return index not in self.special_ids and self._backend.id_to_token(index) is not None
+
+    def is_fallback(self, index: int) -> bool:
+        """Whether a token is a byte of SentencePiece's byte fallback: what it is read as depends on its neighbours."""
+        raw = self._backend.id_to_token(index) or ""
+        return BYTE_TOKEN.fullmatch(raw) is not None and self._decode_after_text([index]) != raw
+
     @cached_property
     def marking(self) -> MarkedTokenizer:
         """The same tokenizer for texts of a chat template."""
@@ -245,87 +253,6 @@ class MarkedTokenizer:
         ids = self._backend.encode(text, add_special_tokens=False).ids
         places = [place for place, index in enumerate(ids) if index in self._special]
         return [self._ids.get(index, index) for index in ids], places
-
-
-class TextStream:
-    """Tokens -> text, piece by piece. The pieces joined are the decoded tokens, up to a stop text.
-
-    Text that was returned is final: an incomplete character and a possible beginning of a stop text are held back.
-
-    decode: `Tokenizer.decode` after a prompt. stop: texts that end the output, none of them empty. space: left out
-    where the text begins with it.
-    """
-
-    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = (), space: str = "") -> None:
-        self._decode, self._stop, self._space = decode, tuple(stop), space
-        # Only the last tokens are decoded again. The first `_context` of them were returned already; they are decoded
-        # too, because byte fallback decodes neighbouring bytes together.
-        self._ids: list[int] = []
-        self._context = 0
-        self._returned = ""  # of the text of `_ids`
-        self._buffer = ""
-        self._position = self._broken = self._offset = 0
-        self.stopped = False
-        """Whether a stop text has been found; the text after it is dropped."""
-
-    @property
-    def is_new(self) -> bool:
-        """Whether no token has been added."""
-        return not self._ids
-
-    def position(self, piece: bytes | None) -> int:
-        """The number of characters before a next token with these bytes; of a part of a character those before that.
-
-        Characters of a stop text count too.
-        """
-        continues = b"\x80" <= (piece or b"")[:1] < b"\xc0"
-        self._offset = max(self._offset, self._position + (0 if continues else self._broken))
-        return self._offset
-
-    def add(self, token: int) -> str:
-        """The new text with this token; often empty."""
-        self._ids.append(token)
-        text = self._decode(self._ids)
-        if not text.startswith(self._returned):  # a character's first bytes, which break the bytes before them
-            if text.endswith(BROKEN) and len(self._ids) - self._context <= MAX_BROKEN:
-                return ""
-            text = self._forget_context()
-        self._broken = broken = min(MAX_BROKEN, len(text) - len(text.rstrip(BROKEN)))
-        new = text[len(self._returned) : len(text) - broken]
-        self._returned += new
-        if new and not broken:
-            self._returned = self._forget_context()
-            self._context = len(self._ids)
-        return self._release(new)
-
-    def _forget_context(self) -> str:
-        """The text of the tokens that have not been returned, on their own."""
-        self._ids, self._context, self._returned = self._ids[self._context :], 0, ""
-        return self._decode(self._ids)
-
-    def finish(self) -> str:
-        """The remaining text, after the last token."""
-        text = self._decode(self._ids)
-        if not text.startswith(self._returned):
-            text = self._forget_context()
-        remaining = self._release(text[len(self._returned) :]) + self._buffer
-        self._buffer = ""
-        return remaining
-
-    def _release(self, new: str) -> str:
-        while new and self._space:
-            drop = new[0] == self._space[0]
-            new, self._space = new[drop:], self._space[1:] if drop else ""
-        self._position += len(new)
-        text = self._buffer + new
-        if self.stopped:
-            return ""
-        if starts := [start for stop in self._stop if (start := text.find(stop)) >= 0]:
-            self.stopped, self._buffer = True, ""
-            return text[: min(starts)]
-        partial = max((n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-        self._buffer = text[len(text) - partial :]
-        return text[: len(text) - partial]
 
 
 # Reading a folder -----------------------------------------------------------------------------------------------------
