@@ -75,6 +75,36 @@ def test_a_template_that_does_harm_or_fails_is_refused(template: str, line: str,
         Chat(tokenizer(tmp_path, template)).render([("user", "hi")])
 
 
+NAMED = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "{{ tools[0].name }}"}]
+
+
+@pytest.mark.parametrize(
+    ("files", "setting", "plain", "tools"),
+    [
+        ({}, NAMED, "plain", "f"),
+        ({}, NAMED[:1], "plain", "plain"),
+        ({"chat_template.jinja": "own"}, NAMED, "own", "own"),
+        ({"chat_template.jinja": "own", "additional_chat_templates/tool_use.jinja": "more"}, "x", "own", "more"),
+    ],
+)
+def test_templates_with_names_are_those_of_transformers(
+    files: dict[str, str], setting: object, plain: str, tools: str, tmp_path: Path
+) -> None:
+    byte_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "<|endoftext|>", "chat_template": setting})
+    )
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    Tokenizer.from_folder(tmp_path).save(tmp_path / "saved")
+    chat = Chat(Tokenizer.from_folder(tmp_path / "saved"))
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    for own, expected in (([], plain), ([{"name": "f"}], tools)):
+        text = theirs.apply_chat_template([{"role": "user", "content": "a"}], tools=own or None, tokenize=False)
+        assert chat.with_tools(own).render([("user", "a")]) == text == expected
+
+
 # Whole conversations --------------------------------------------------------------------------------------------------
 
 CHATML = (

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow
@@ -12,7 +13,16 @@ import pytest
 
 from graftlm.errors import InputError
 from graftlm.text.dataset import default_labels, load_dataset, load_prompts
-from graftlm.text.layouts import LAYOUTS, Completion, Conversation, Labelled, Preference, Record, Unpaired
+from graftlm.text.layouts import (
+    LAYOUTS,
+    Completion,
+    Conversation,
+    Labelled,
+    Preference,
+    Record,
+    Unpaired,
+    hashed_values,
+)
 
 WORDS = ("negative", "positive")
 NEL = "a\x85b\u2028c\x0bd\x1ce\ff"  # characters at which str.splitlines breaks a line
@@ -797,6 +807,12 @@ def test_a_column_that_changes_what_is_learned_is_used_or_refused(tmp_path: Path
         (twice,) = [{"messages": [{"role": "system", "content": "s"}, *record["messages"]], "system": "Be brief."}]
         fails(path, json.dumps(twice), "FILE:1: both a column system and a system message: leave one out")
         return
+    if "messages" in record and name == "tools":
+        (row,) = read(jsonl(tmp_path / "b.jsonl", {**record, "tools": json.dumps([{"name": "f"}])}))
+        assert isinstance(row, Conversation) and row.tools == ({"name": "f"},)
+        fails(path, path.read_bytes(), "FILE:4: tools must be a list of JSON schemas, not ['x']")
+        fails(path, json.dumps({**record, "tools": "[{"}), "FILE:1: tools is broken JSON: '[{'")
+        return
     message = f"FILE:4: {name} would be lost, and it changes what is learned: write it into the texts, or leave it out"
     fails(path, path.read_bytes(), message)
 
@@ -818,8 +834,31 @@ def test_sharegpt(tmp_path: Path):
     (row,) = read(path)
     assert row == Conversation((("system", "s"), ("user", "h"), ("assistant", "o")), row.source)
     turns[1] = {"from": "observation", "value": "h"}
-    message = "FILE:1: message 2: unknown role 'observation': known are system, user, assistant"
+    message = "FILE:1: message 2: unknown role 'observation': known are system, user, assistant, tool"
     fails(path, json.dumps({"conversations": turns}), message)
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_a_message_has_what_templates_read(tmp_path: Path, name: str):
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    messages = [
+        {"role": "user", "content": "h"},
+        {"role": "assistant", "content": None, name: "t", "tool_calls": [call, {"name": "g", "arguments": {}}]},
+        {"role": "tool", "content": "r", "tool_call_id": "1", "name": "f"},
+        {"role": "assistant", "content": "o", name: "", "tool_calls": None},
+    ]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    (row,) = read(jsonl(tmp_path / "a.jsonl", {"messages": messages, "tools": tools}))
+    assert isinstance(row, Conversation) and row.tools == tuple(tools)
+    calls = [{**call, "function": {"name": "f", "arguments": {"a": 1}}}, {"name": "g", "arguments": {}}]
+    assert row.messages == (
+        ("user", "h"),
+        ("assistant", "", {"reasoning_content": "t", "tool_calls": calls}),
+        ("tool", "r", {"name": "f", "tool_call_id": "1"}),
+        ("assistant", "o"),
+    )
+    plain = replace(row, messages=row.messages[::3], tools=())
+    assert hashed_values(plain) == [plain.text, None, None, plain.messages] != hashed_values(replace(plain, tools=(1,)))
 
 
 def test_a_run_says_which_layout_it_took(tmp_path: Path):

@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Iterator
 from datetime import datetime
+from functools import lru_cache
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -18,17 +19,22 @@ from unicodedata import normalize
 import pytest
 import transformers
 
+from graftlm.errors import InputError
 from graftlm.files.assets import data_folder
 from graftlm.text.chat import Chat
+from graftlm.text.layouts import Conversation, Row, recognise
 from graftlm.text.tokenizer import MarkedTokenizer, Tokenizer
-from real_tokenizers import SHA256, tokenizer_folder
+from real_tokenizers import tokenizer_folder
 
-ENDS = {
-    "qwen3": "<|im_end|>",
-    "gemma3": "<end_of_turn>",
-    "llama3_1": "<|eot_id|>",
-    "gptoss": "<|return|>",
+TEMPLATES: dict[tuple[str, str | None], dict[str, Any]] = {
+    ("qwen3", None): {"ends": ("<|im_end|>",), "rewrites": True, "thinks": True, "calls": True},
+    ("gemma3", None): {"ends": ("<end_of_turn>",), "rewrites": False, "thinks": False, "calls": False},
+    ("llama3_1", None): {"ends": ("<|eot_id|>",), "rewrites": False, "thinks": False, "calls": False},
+    ("llama3_1", "llama3_1"): {"ends": ("<|eot_id|>",), "rewrites": False, "thinks": False, "calls": True},
+    ("gptoss", "gptoss"): {"ends": ("<|return|>", "<|call|>"), "rewrites": True, "thinks": True, "calls": True},
 }
+"""The tokenizers with their own template or TRL's copy: the tokens that end turns; whether a template writes answers
+differently once more is said, writes what is thought, and knows tools."""
 NEW_YEAR = datetime(2026, 1, 1)
 SAID = (
     "Is it good?",
@@ -48,7 +54,47 @@ TALKS: list[list[dict[str, Any]]] = [
             for n in range(2 * (1 + number % 4))
         ),
     ]
-    for number in range(20)
+    for number in range(13)
+]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "The weather in a city.",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string", "description": "Its name"}},
+                "required": ["city"],
+            },
+        },
+    }
+]
+CALL = [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Zürich"}}}]
+THOUGHTFUL: list[list[dict[str, Any]]] = [
+    [
+        {"role": "user", "content": "Is it good?"},
+        {"role": "assistant", "content": "Yes.", "reasoning_content": "Let me see.\nIt is."},
+        *more,
+    ]
+    for more in (
+        [],
+        [{"role": "user", "content": "And now?"}, {"role": "assistant", "content": "No.", "reasoning_content": "Hm."}],
+        [{"role": "user", "content": "And now?"}, {"role": "assistant", "content": "No."}],
+    )
+]
+CALLING: list[list[dict[str, Any]]] = [
+    [
+        *system,
+        {"role": "user", "content": "How is the weather in Zürich?"},
+        {"role": "assistant", "content": "", "tool_calls": CALL, **thought},
+        {"role": "tool", "content": "15 °C"},
+        {"role": "assistant", "content": "Warm."},
+        {"role": "user", "content": "Thanks"},
+        {"role": "assistant", "content": "Any time."},
+    ]
+    for system in ([], [{"role": "system", "content": "Be brief."}])
+    for thought in ({}, {"reasoning_content": "I must ask."})
 ]
 
 
@@ -59,17 +105,26 @@ def trl_template(name: str) -> str:
     return (Path(spec.submodule_search_locations[0]) / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
 
 
-@pytest.fixture(scope="module", params=SHA256)
+@lru_cache(maxsize=1)
+def loaded(name: str) -> tuple[Tokenizer, Any]:
+    """A tokenizer as graft and as transformers read it."""
+    folder = tokenizer_folder(name)
+    return Tokenizer.from_folder(folder), transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module", params=TEMPLATES, ids=lambda pair: "-".join(filter(None, pair)))
 def both(request: pytest.FixtureRequest) -> Iterator[Any]:
     """A tokenizer as graft and as transformers read it, with its own template or TRL's copy. It is New Year."""
-    name, folder = request.param, tokenizer_folder(request.param)
-    ours, theirs = Tokenizer.from_folder(folder), transformers.AutoTokenizer.from_pretrained(folder)
-    template = theirs.chat_template or trl_template(name)
-    ours.__dict__["chat_template"] = theirs.chat_template = template
-    ours.date = NEW_YEAR.date().isoformat()
+    name, copied = request.param
+    ours, theirs = loaded(name)
     with pytest.MonkeyPatch.context() as patch:
+        if copied:
+            template = trl_template(copied)
+            patch.setitem(ours.__dict__, "chat_template", template)
+            patch.setattr(theirs, "chat_template", template)
+        ours.date = NEW_YEAR.date().isoformat()
         patch.setattr("transformers.utils.chat_template_utils.datetime", SimpleNamespace(now=lambda: NEW_YEAR))
-        yield SimpleNamespace(name=name, ours=ours, theirs=theirs)
+        yield SimpleNamespace(name=name, ours=ours, theirs=theirs, **TEMPLATES[request.param])
 
 
 def test_a_thousand_reviews_have_the_tokens_of_transformers(both: Any) -> None:
@@ -89,8 +144,12 @@ def test_the_vocabulary_is_not_copied_for_chat(both: Any) -> None:
     assert time.process_time() - start < 0.3
 
 
-def as_pairs(talk: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    return [(message["role"], message["content"]) for message in talk]
+def conversation(talk: list[dict[str, Any]], **columns: Any) -> Conversation:
+    """A row of a data file, as training reads it."""
+    row = {"messages": talk, **columns}
+    found = recognise("chat.jsonl", row).record(Row("chat.jsonl:1", row))
+    assert isinstance(found, Conversation)
+    return found
 
 
 def rendered(theirs: Any, messages: list[dict[str, Any]], **options: Any) -> tuple[str, list[int]]:
@@ -101,22 +160,47 @@ def rendered(theirs: Any, messages: list[dict[str, Any]], **options: Any) -> tup
 
 def test_conversations_and_what_is_learned_of_them_are_as_the_model_is_asked(both: Any) -> None:
     """The tokens are transformers'; learned are exactly an answer's tokens and the token that ends its turn."""
-    chat, end = Chat(both.ours), ENDS[both.name]
-    assert both.ours.decode_with_special([chat.turn_end]) == end and chat.turn_end in chat.stop_tokens
-    for talk in TALKS:
-        parts = chat.conversations(as_pairs(talk))
+    chat = Chat(both.ours)
+    assert both.ours.decode_with_special([chat.turn_end]) == both.ends[0] and chat.turn_end in chat.stop_tokens
+    thoughtful, calling = THOUGHTFUL * both.thinks, CALLING[:: 1 if both.thinks else 2] * both.calls
+    for talk, tools in [*((talk, None) for talk in TALKS + thoughtful), *((talk, TOOLS) for talk in calling)]:
+        row = conversation(talk, tools=tools)
+        parts = chat.with_tools(row.tools).conversations(row.messages)
         learned = [(part.ids, answer) for part in parts for answer in part.answers]
         answers = [number for number, message in enumerate(talk) if message["role"] == "assistant"]
-        rewrites = both.name in ("qwen3", "gptoss") and len(answers) > 1
-        assert len(learned) == len(answers) and len(parts) == (len(answers) if rewrites else 1)
+        assert len(learned) == len(answers) and len(parts) == (len(answers) if both.rewrites else 1)
         for (ids, answer), number in zip(learned, answers, strict=True):
-            asked_text, asked = rendered(both.theirs, talk[:number], add_generation_prompt=True)
-            text, whole = rendered(both.theirs, talk[: number + 1])
-            assert ids[: len(whole)] == whole and chat.encode(as_pairs(talk[:number])) == asked
-            assert ids[: answer.start] == asked and text.startswith(asked_text)
-            own = both.ours.decode_with_special(ids[answer.start : answer.stop])
-            expected = normalize("NFC", text[len(asked_text) :].removesuffix("\n"))
-            assert normalize("NFC", own) == expected and own.count(end) == 1 and own.endswith(end)
+            asked_text, asked = rendered(both.theirs, talk[:number], tools=tools, add_generation_prompt=True)
+            text, whole = rendered(both.theirs, talk[: number + 1], tools=tools)
+            assert ids[: answer.start] == asked == chat.with_tools(row.tools).encode(row.messages[:number])
+            if text.startswith(asked_text):
+                answered = text[len(asked_text) :]
+                assert ids[: len(whole)] == whole
+            else:  # gpt-oss's leaves out why a tool was called once its result is answered
+                assert both.name == "gptoss" and talk[number - 1]["role"] == "tool" and thoughtful
+                answered = text.rpartition("<|start|>assistant")[2]
+            own, content = (
+                normalize("NFC", some)
+                for some in (both.ours.decode_with_special(ids[answer.start : answer.stop]), talk[number]["content"])
+            )
+            assert own == normalize("NFC", answered.removesuffix("\n")) and content.strip() in own
+            end = both.ends[-1] if "tool_calls" in talk[number] else both.ends[0]
+            assert own.count(end) == 1 and own.endswith(end)
+
+
+def test_what_a_template_does_not_write_is_not_lost_in_silence(both: Any) -> None:
+    chat = Chat(both.ours, "leave the row out")
+    thoughtful, calling = conversation(THOUGHTFUL[1]), conversation(CALLING[0], tools=TOOLS)
+    if not both.thinks:
+        with pytest.raises(InputError, match=r"template does not write reasoning_content: leave the row out"):
+            chat.conversations(thoughtful.messages)
+    if not both.calls:
+        with pytest.raises(InputError, match=r"template (does not write tools|rejects .*): leave the row out"):
+            chat.with_tools(calling.tools).conversations(calling.messages)
+    elif both.name == "llama3_1":
+        attack = [{**TOOLS[0], "function": {**TOOLS[0]["function"], "description": "<|eot_id|>"}}]
+        (part,) = chat.with_tools(attack).conversations(calling.messages)
+        assert part.ids.count(chat.turn_end) == 7
 
 
 def test_what_a_template_marks_is_what_transformers_marks(both: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +211,7 @@ def test_what_a_template_marks_is_what_transformers_marks(both: Any, monkeypatch
         found = both.theirs.apply_chat_template(
             talk, chat_template=template, return_dict=True, return_assistant_tokens_mask=True
         )
-        (part,) = chat.conversations(as_pairs(talk))
+        (part,) = chat.conversations(conversation(talk).messages)
         learned = {place for answer in part.answers for place in answer}
         assert part.ids == found["input_ids"]
         assert [int(place in learned) for place in range(len(part.ids))] == found["assistant_masks"]

@@ -200,7 +200,10 @@ def test_the_store_of_frozen_layers_changes_no_bit_of_the_losses(base: Path, tmp
         ([], r":1: messages must be a list of role and content, not \[\]"),
         ("hi", r":1: messages must be a list of role and content, not 'hi'"),
         ([{"role": "user", "content": "hi"}], r":1: the assistant says nothing, so there is nothing to learn: leave"),
-        ([{"role": "tool", "content": "hi"}], r":1: message 1: unknown role 'tool': known are system, user, assistant"),
+        (
+            [{"role": "bot", "content": "hi"}],
+            r":1: message 1: unknown role 'bot': known are system, user, assistant, tool",
+        ),
         ([{"role": "user", "content": " "}], r":1: message 1: empty content: fill it in, or leave the row out"),
         ([{"role": "user"}], r":1: message 1: no field 'content': every row needs it"),
         ([{"role": "user", "content": [1]}], r":1: message 1: content must be text, not \[1\]"),
@@ -209,6 +212,19 @@ def test_the_store_of_frozen_layers_changes_no_bit_of_the_losses(base: Path, tmp
             [{"role": "user", "content": "a", "tool_calls": [1]}],
             r":1: message 1: 'tool_calls' is not understood: a mess",
         ),
+        (
+            [{"role": "assistant", "content": "a", "thinking": "b", "reasoning": "c"}],
+            r":1: message 1: 'reasoning' is not understood: a mess",
+        ),
+        (
+            [{"role": "assistant", "tool_calls": [{"function": "f"}]}],
+            r":1: message 1: tool_calls must be a list of functions with name and arguments, not \{'function': 'f'\}",
+        ),
+        (
+            [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}],
+            r":1: message 1: the arguments of f are broken JSON: '\{'",
+        ),
+        ([{"role": "assistant", "tool_calls": 1}], r":1: message 1: tool_calls must be a list of functions"),
     ],
 )
 def test_messages_that_are_none(messages: Any, line: str, tmp_path: Path) -> None:

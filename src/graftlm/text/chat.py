@@ -16,10 +16,11 @@ A template is a program from a downloaded file: it runs in jinja2's immutable sa
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any, NoReturn
 
@@ -27,10 +28,16 @@ from graftlm.errors import InputError
 from graftlm.text.boundary import common_length
 from graftlm.text.tokenizer import Tokenizer
 
-Message = tuple[str, str]
-"""(role, content): a role is one of ROLES."""
+Message = tuple[str, str] | tuple[str, str, Mapping[str, Any]]
+"""(role, content), or (role, content, fields): a role is one of ROLES, and fields are what else templates read.
 
-ROLES = ("system", "user", "assistant")
+THINKING is what an assistant thought before its answer; tool_calls are as in transformers.
+"""
+
+ROLES = ("system", "user", "assistant", "tool")
+THINKING = "reasoning_content"
+THINKING_NAMES = (THINKING, "thinking", "reasoning")
+"""What data calls it; templates read the first two."""
 BEGIN, END = "\ue002", "\ue003"  # enclose the template's {% generation %} blocks
 PRIVATE = "[\ue000-\ue005]"  # what a message has of these is escaped, as special tokens are
 ESCAPED = re.compile("\ue004([0-9a-fA-F]+)\ue005")  # while the template runs
@@ -55,6 +62,13 @@ class Chat:
         if tokenizer.chat_template is None:
             raise InputError(f"the model has no chat template: {hint}")
         self._tokenizer, self._marking, self._hint = tokenizer, tokenizer.marking, hint
+        self._tools: Sequence[Any] = ()
+
+    def with_tools(self, tools: Sequence[Any]) -> "Chat":
+        """The same template, with tools that the model may call, as JSON schemas."""
+        chat = copy(self)
+        chat._tools = tools
+        return chat
 
     def render(self, messages: Sequence[Message], answer_prefix: str = "") -> str:
         """The text of a prompt: the conversation up to the next answer, and the beginning of that answer."""
@@ -72,7 +86,7 @@ class Chat:
         the template writes differently once another turn follows; the last message is never left out.
         """
         text = self._run(messages, add_generation_prompt=False)
-        numbers = [number for number, (role, _) in enumerate(messages) if role == "assistant"]
+        numbers = [number for number, message in enumerate(messages) if message[0] == "assistant"]
         if BEGIN in text:
             text, spans = _marked(text)
             if len(spans) != len(numbers):
@@ -82,14 +96,19 @@ class Chat:
                 )
         else:
             answers = [self._answer(messages[: number + 1]) for number in numbers]
+            text = answers[-1][0] if answers and messages[-1][0] == "assistant" else text
             spans = [(start, stop) for turn, start, stop in answers if text.startswith(turn[:stop])]
         ids, ranges = self._ranges(text, spans)
         return EncodedConversation(ids, [answer for answer in ranges if answer])
 
     def conversations(self, messages: Sequence[Message]) -> list[EncodedConversation]:
-        """A whole conversation with all its answers or, if the template rewrites earlier ones, one for each answer."""
+        """A whole conversation with all its answers or, if the template rewrites earlier ones, one for each answer.
+
+        Raises InputError if the template writes no tools, no result of one, or another field of an answer nowhere.
+        """
+        self._refuse_lost(messages)
         whole = self.conversation(messages)
-        ends = [number + 1 for number, (role, _) in enumerate(messages) if role == "assistant"]
+        ends = [number + 1 for number, message in enumerate(messages) if message[0] == "assistant"]
         if len(whole.answers) == len(ends):
             return [whole]
         parts = [self.conversation(messages[:end]) for end in ends]
@@ -111,21 +130,52 @@ class Chat:
         """The tokens that end an answer: `turn_end` and those that end a text."""
         return self._tokenizer.stop_tokens | {self.turn_end}
 
+    def _refuse_lost(self, messages: Sequence[Message]) -> None:
+        """Raise InputError for what was given and what the template does not write."""
+
+        def written(messages: Sequence[Message], tools: Sequence[Any]) -> str:
+            return self.with_tools(tools)._run(messages, add_generation_prompt=False)
+
+        without: list[tuple[str, Sequence[Message], Sequence[Message], Sequence[Any]]] = []
+        if self._tools:
+            without.append(("tools", messages, messages, ()))
+        for end, (role, content, *fields) in enumerate(messages, 1):
+            before, own = messages[: end - 1], fields[0] if fields else {}
+            if role == "tool":
+                without.append(("messages of role tool", messages[:end], before, self._tools))
+            for name in own if role == "assistant" else ():
+                rest = {key: value for key, value in own.items() if key != name}
+                without.append((name, messages[:end], [*before, (role, content, rest)], self._tools))
+        for name, whole, part, tools in without:
+            if written(whole, self._tools) == written(part, tools):
+                raise InputError(f"the model's chat template does not write {name}: {self._hint}")
+
     def _answer(self, messages: Sequence[Message]) -> tuple[str, int, int]:
         """A conversation's text up to its last message, an answer, and where the answer begins and ends in it.
 
         A template may end the generation prompt with what it does not write before an answer (DeepSeek-R1's does): then
-        the answer begins where the two differ.
+        the answer begins where the two differ. It may write a prompt differently once it is answered (gpt-oss's leaves
+        out the reasoning before a call of a tool): then the text is that of the prompt, with the answer.
         """
         turn, prompt = self._run(messages, add_generation_prompt=False), self._prompt(messages[:-1])
         asked = self._run(messages[:-1], add_generation_prompt=False)
-        start = common_length(turn, prompt)
-        if start < common_length(prompt, asked):
+        start, shared = common_length(turn, prompt), common_length(prompt, asked)
+        if start < shared:
+            turn, start = prompt + self._after(prompt[shared:], turn, messages), len(prompt)
+        end = turn.rfind(self._turn_end, start) if self._turn_end else -1
+        return turn, start, end + len(self._turn_end) if end >= 0 else len(turn)
+
+    def _after(self, cue: str, turn: str, messages: Sequence[Message]) -> str:
+        """What follows the last generation prompt, `cue`, in a conversation's text: its last message, an answer."""
+        role, content, *fields = messages[-1]
+        own = {name: value for name, value in (fields[0] if fields else {}).items() if name != THINKING}
+        plain = self._run([*messages[:-1], (role, content if own else "a", own)], add_generation_prompt=False)
+        before, found, _ = plain.rpartition(cue or "\0")
+        if not found or not turn.startswith(before + cue):
             raise InputError(
                 f"the model's chat template writes the conversation differently once it is answered: {self._hint}"
             )
-        end = turn.rfind(self._turn_end, start) if self._turn_end else -1
-        return turn, start, end + len(self._turn_end) if end >= 0 else len(turn)
+        return turn[len(before + cue) :]
 
     def _prompt(self, messages: Sequence[Message]) -> str:
         """The text of a prompt, after which the model answers."""
@@ -161,9 +211,20 @@ class Chat:
         names = sorted(self._tokenizer.special_tokens, key=len, reverse=True)
         return re.compile(f"({'|'.join(map(re.escape, names))})" if names else r"((?!))")
 
-    def _escaped(self, content: str) -> str:
-        """A message without names of special tokens."""
-        return re.sub(f"{self._special_re.pattern}|{PRIVATE}", lambda m: f"\ue004{m[0].encode().hex()}\ue005", content)
+    def _escaped(self, value: Any) -> Any:
+        """A message, or a part of one or of a tool, without names of special tokens in its texts."""
+        if isinstance(value, Mapping):
+            return {self._escaped(key): self._escaped(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._escaped(item) for item in value]
+        if not isinstance(value, str):
+            return value
+        return self._written_re.sub(lambda name: f"\ue004{name[0].encode().hex()}\ue005", value)
+
+    @cached_property
+    def _written_re(self) -> re.Pattern[str]:
+        """Matches what a message may not have while the template runs."""
+        return re.compile(f"{self._special_re.pattern}|{PRIVATE}")
 
     def _as_written(self, text: str) -> str:
         """A text of the template's, with the messages as they were written."""
@@ -171,58 +232,30 @@ class Chat:
 
     def _run(self, messages: Sequence[Message], after_content: str = "", **options: bool) -> str:
         """Render the template. after_content: ends every message. options: those of `apply_chat_template`."""
-        from jinja2.exceptions import TemplateError
+        from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
-        dicts = [{"role": role, "content": self._escaped(content) + after_content} for role, content in messages]
+        dicts = []
+        for role, content, *fields in messages:
+            message = {"role": role, "content": self._escaped(content) + after_content}
+            for name, value in (fields[0] if fields else {}).items():
+                message |= {
+                    other: self._escaped(value) for other in (THINKING_NAMES[:2] if name == THINKING else [name])
+                }
+            dicts.append(message)
+        templates = (self._tokenizer.tool_template if self._tools else None, self._tokenizer.chat_template)
         try:
-            return self._template.render(
+            return _compiled(next(filter(None, templates), "")).render(
                 messages=dicts,
-                tools=None,
+                tools=self._escaped(self._tools) or None,
                 documents=None,
+                strftime_now=self._strftime,
                 **options,
                 **self._tokenizer.named_tokens,
             )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise InputError(f"the model's chat template rejects these messages ({error}): {self._hint}") from None
-
-    @cached_property
-    def _template(self) -> Any:
-        from jinja2 import nodes
-        from jinja2.exceptions import TemplateSyntaxError
-        from jinja2.ext import Extension, loopcontrols
-        from jinja2.parser import Parser
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        def raise_exception(message: str) -> NoReturn:
-            raise ValueError(message)
-
-        def tojson(value: Any, **options: Any) -> str:  # jinja's own filter escapes for HTML
-            return json.dumps(value, **{"ensure_ascii": False, **options})
-
-        class Generation(Extension):
-            """{% generation %} ... {% endgeneration %}, as in transformers: marks what the assistant says."""
-
-            def parse(self, parser: Parser) -> nodes.Node:
-                line = next(parser.stream).lineno
-                body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-                return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
-
-            def _mark(self, caller: Callable[[], str]) -> str:
-                return f"{BEGIN}{caller()}{END}"
-
-        Generation.tags = {"generation"}
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-        )
-        environment.filters["tojson"] = tojson
-        environment.globals |= {
-            "raise_exception": raise_exception,
-            "strftime_now": self._strftime,
-        }
-        try:
-            return environment.from_string(self._tokenizer.chat_template or "")
         except TemplateSyntaxError as error:
             raise InputError(f"the model's chat template is broken ({error}): {self._hint}") from None
+        except (TemplateError, TypeError, ValueError) as error:
+            raise InputError(f"the model's chat template rejects these messages ({error}): {self._hint}") from None
 
     def _strftime(self, format: str) -> str:
         """The time now or, where the tokenizer is a run's, its date."""
@@ -235,3 +268,37 @@ def _marked(text: str) -> tuple[str, list[tuple[int, int]]]:
     pieces = re.split(f"[{BEGIN}{END}]", text)
     ends = [0, *accumulate(map(len, pieces))]
     return "".join(pieces), list(zip(ends[1::2], ends[2::2], strict=False))
+
+
+@lru_cache(maxsize=8)
+def _compiled(template: str) -> Any:
+    """A chat template with the functions and blocks that transformers gives it."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> NoReturn:
+        raise ValueError(message)
+
+    def tojson(value: Any, **options: Any) -> str:  # jinja's own filter escapes for HTML
+        return json.dumps(value, **{"ensure_ascii": False, **options})
+
+    class Generation(Extension):
+        """{% generation %} ... {% endgeneration %}, as in transformers: marks what the assistant says."""
+
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+        def _mark(self, caller: Callable[[], str]) -> str:
+            return f"{BEGIN}{caller()}{END}"
+
+    Generation.tags = {"generation"}
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    return environment.from_string(template)

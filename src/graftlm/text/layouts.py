@@ -7,6 +7,7 @@ decides which layout it has (`recognise`). Every value is checked; errors name f
 To add a layout, write its function and its entry here.
 """
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -15,7 +16,7 @@ from typing import Any
 
 from graftlm.errors import InputError, did_you_mean
 from graftlm.files.readers import short_repr
-from graftlm.text.chat import ROLES, Message
+from graftlm.text.chat import ROLES, THINKING, THINKING_NAMES, Message
 from graftlm.text.words import normalize
 
 # Canonical records ----------------------------------------------------------------------------------------------------
@@ -86,11 +87,13 @@ class Conversation:
 
     messages: tuple[Message, ...]
     source: str = ""
+    tools: tuple[Any, ...] = ()
+    """What the assistant may call, as JSON schemas."""
 
     @property
     def text(self) -> str:
-        """All of it."""
-        return "\n\n".join(f"{role}: {content}" for role, content in self.messages)
+        """All that is said."""
+        return "\n\n".join(f"{message[0]}: {message[1]}" for message in self.messages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +118,8 @@ def hashed_values(record: Record) -> list[Any]:
             return [prompt, None, chosen, rejected, *([] if all(finished) else [finished])]
         case Unpaired(prompt, completion, label, finished=finished):
             return [prompt, None, completion, label, *([] if finished else [False])]
-        case Conversation(messages):
-            return [record.text, None, None, messages]
+        case Conversation(messages, tools=tools):
+            return [record.text, None, None, messages, *([tools] if tools else [])]
 
 
 # Reading a row --------------------------------------------------------------------------------------------------------
@@ -225,6 +228,18 @@ class Row:
             raise self.error(f"{name} must be a list of role and content, not {short_repr(messages)}")
         return tuple(_message(f"{self.source}: message {number}", item) for number, item in enumerate(messages, 1))
 
+    def tools(self) -> tuple[Any, ...]:
+        """Column "tools": a list of JSON schemas, also as JSON text."""
+        value = self.columns.get("tools") or []
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError:
+                raise self.error(f"tools is broken JSON: {short_repr(value)}") from None
+        if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+            raise self.error(f"tools must be a list of JSON schemas, not {short_repr(value)}")
+        return tuple(value)
+
     def finished(self, answers: int) -> tuple[bool, ...]:
         """Column "finished" ("ended" in old files): whether the text ends with each answer. Without it, it does."""
         name = "finished" if "finished" in self.columns else "ended"
@@ -251,7 +266,10 @@ def _as_bool(value: object) -> bool | None:
 
 
 def _message(source: str, message: Any) -> Message:
-    """A message's role and content, or from and value. Anything else in it would be lost, and is an error."""
+    """A message's role and content, or from and value, and what else templates read.
+
+    That is an assistant's reasoning, and the tools that it calls. Anything else would be lost, and is an error.
+    """
     if not isinstance(message, dict):
         raise InputError(f"{source} must be an object with role and content, not {short_repr(message)}")
     row, keys = Row(source, message), ("role", "content")
@@ -261,9 +279,36 @@ def _message(source: str, message: Any) -> Message:
     role = SHAREGPT_ROLES.get(role, role) if keys[0] == "from" else role
     if role not in ROLES:
         raise row.error(f"unknown role {short_repr(role)}: known are {', '.join(ROLES)}")
-    if extra := [name for name, value in message.items() if name not in keys and value is not None]:
-        raise row.error(f"{short_repr(extra[0])} is not understood: a message has role and content, of text")
-    return role, row.text(keys[1])
+    rest = {name: value for name, value in message.items() if name not in keys and value is not None}
+    fields: dict[str, Any] = {}
+    if role == "assistant":
+        name = next((name for name in THINKING_NAMES if name in rest), "")
+        if thinking := row.optional_text(name):
+            fields[THINKING] = thinking
+        rest.pop(name, None)
+        if calls := rest.pop("tool_calls", None):
+            fields["tool_calls"] = [_tool_call(row, call) for call in (calls if isinstance(calls, list) else [calls])]
+    elif role == "tool":
+        fields = {name: rest.pop(name) for name in ("name", "tool_call_id") if name in rest}
+    if rest:
+        raise row.error(f"{short_repr(next(iter(rest)))} is not understood: a message has role and content, of text")
+    content = row.optional_text(keys[1]) if "tool_calls" in fields else row.text(keys[1])
+    return (role, content, fields) if fields else (role, content)
+
+
+def _tool_call(row: Row, call: Any) -> dict[str, Any]:
+    """A call of a tool. OpenAI's files have its arguments as JSON text; chat templates take an object."""
+    inner = call.get("function", call) if isinstance(call, dict) else {}
+    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+        raise row.error(f"tool_calls must be a list of functions with name and arguments, not {short_repr(call)}")
+    arguments = inner.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            raise row.error(f"the arguments of {inner['name']} are broken JSON: {short_repr(arguments)}") from None
+    inner = {**inner, "arguments": arguments}
+    return {**call, "function": inner} if "function" in call else inner
 
 
 # Layouts --------------------------------------------------------------------------------------------------------------
@@ -330,12 +375,12 @@ def _unpaired(row: Row) -> Unpaired:
 def _chat(row: Row) -> Conversation:
     messages = row.messages("messages" if "messages" in row.columns else "conversations")
     if system := row.optional_text("system"):
-        if any(role == "system" for role, _ in messages):
+        if any(message[0] == "system" for message in messages):
             raise row.error("both a column system and a system message: leave one out")
         messages = (("system", system), *messages)
-    if not any(role == "assistant" for role, _ in messages):
+    if not any(message[0] == "assistant" for message in messages):
         raise row.error("the assistant says nothing, so there is nothing to learn: leave the row out")
-    return Conversation(messages, row.source)
+    return Conversation(messages, row.source, row.tools())
 
 
 def _alpaca(row: Row) -> Completion:
@@ -367,8 +412,8 @@ LAYOUTS = (
         optional=("finished", "ended"),
         matches=lambda columns: _as_bool(columns.get("label")) is not None,
     ),
-    Layout("chat", ("messages",), _chat, ("system",), matches=lambda columns: "chosen" not in columns),
-    Layout("sharegpt", ("conversations",), _chat, ("system",), matches=lambda columns: "chosen" not in columns),
+    Layout("chat", ("messages",), _chat, ("system", "tools"), matches=lambda columns: "chosen" not in columns),
+    Layout("sharegpt", ("conversations",), _chat, ("system", "tools"), matches=lambda columns: "chosen" not in columns),
     Layout("alpaca", ("instruction", "output"), _alpaca, optional=("input",)),
 )
 

@@ -30,6 +30,7 @@ from graftlm.files.formats import read_json
 if TYPE_CHECKING:
     import tokenizers
 
+TOOL_TEMPLATE = "additional_chat_templates/tool_use.jinja"
 # The files of a tokenizer; those that a folder has are saved again.
 FILES = (
     "tokenizer.json",
@@ -37,6 +38,7 @@ FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    TOOL_TEMPLATE,
     "vocab.json",
     "merges.txt",
     "encoder.json",
@@ -189,13 +191,25 @@ class Tokenizer:
     @cached_property
     def chat_template(self) -> str | None:
         """The jinja template of a chat-tuned model, which `text/chat.py` runs; None if the files have none."""
-        if "chat_template.jinja" in self._files:
-            return self._files["chat_template.jinja"].decode()
+        return self._chat_templates.get("default")
+
+    @cached_property
+    def tool_template(self) -> str | None:
+        """The template for conversations with tools, where it is another one."""
+        return self._chat_templates.get("tool_use")
+
+    @property
+    def _chat_templates(self) -> dict[str, str]:
+        """By name. Files take precedence over tokenizer_config.json, as in transformers."""
+        names = {"default": "chat_template.jinja", "tool_use": TOOL_TEMPLATE}
+        if found := {name: self._files[file].decode() for name, file in names.items() if file in self._files}:
+            return found
         template = self._config.get("chat_template")
-        if isinstance(template, list):  # several templates by name
+        if isinstance(template, list):
             named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
-            template = named.get("default")
-        return template if isinstance(template, str) else None
+        else:
+            named = {"default": template}
+        return {str(name): text for name, text in named.items() if isinstance(text, str)}
 
     @cached_property
     def named_tokens(self) -> dict[str, str]:
@@ -215,6 +229,7 @@ class Tokenizer:
     def save(self, folder: Path | str) -> None:
         """Write the tokenizer's files into `folder`, unchanged but for a byte order mark, which others do not read."""
         for name, content in self._files.items():
+            (Path(folder) / name).parent.mkdir(exist_ok=True)
             with atomic_write(Path(folder) / name) as file:
                 file.write(content)
 
