@@ -40,11 +40,23 @@ LONG_ROPE = theta(rope_type="longrope", short_factor=[1.0, 1.1, 1.5], long_facto
 WINDOWS = {"use_sliding_window": True, "sliding_window": WINDOW}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt_neo": (
+        "GPTNeo",
+        {"attention_types": [[["global", "local"], 2]], "window_size": WINDOW, "tie_word_embeddings": True},
+    ),
+    "gpt_neo global": (
+        "GPTNeo",
+        {"attention_types": [[["local"], 4]], "attention_layers": ["global"] * 4, "intermediate_size": None},
+    ),
+    "gptj": ("GPTJ", {"hidden_size": 32, "rotary_dim": 4, "n_inner": 40}),
+    "gptj all rotate": ("GPTJ", {"rotary_dim": 6}),
     "llama": ("Llama", {"num_attention_heads": 3, "num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True}),
     "llama linear": ("Llama", {"hidden_size": 32, "rope_parameters": theta(rope_type="linear", factor=2.0)}),
     "llama 3": ("Llama", {"hidden_size": 32, "rope_parameters": LLAMA_3, "tie_word_embeddings": True}),
     "mistral": ("Mistral", {"sliding_window": WINDOW}),
     "mistral yarn": ("Mistral", {"sliding_window": None, "rope_parameters": YARN}),
+    "opt": ("OPT", {"ffn_dim": 40, "tie_word_embeddings": True}),
+    "opt without biases": ("OPT", {"ffn_dim": 40, "enable_bias": False, "activation_function": "gelu"}),
     "phi3": ("Phi3", {"sliding_window": WINDOW}),
     "phi3 longrope": (
         "Phi3",

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from family_cases import CASES, VOCAB, config_of, reference
+from graftlm.errors import InputError
 from graftlm.files.formats import open_safetensors, save_safetensors
 from graftlm.methods.cost_model import parameters
+from graftlm.methods.peft_format import targeted
 from graftlm.models import CausalLM, KVCache, ModelConfig
 from graftlm.models.config import check_names, read_model_config, tensor_mapping, to_file
 from graftlm.models.layers import PairedRow
@@ -110,6 +112,14 @@ def test_parameters_are_counted_in_closed_form(case: str) -> None:
     assert parameters(config) == sum(p.numel() for p in CausalLM(config).parameters())
 
 
+def test_layers_pattern_of_peft_names_the_list_of_layers(case: str) -> None:
+    model = theirs(case, torch.float32)
+    layers = next(name for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    pattern = {"layers_to_transform": [1], "layers_pattern": layers.rpartition(".")[2]}
+    found = targeted(ours_config(case), {"target_modules": "all-linear", **pattern}, case)
+    assert found and all(name.startswith(f"{layers}.1.") and i == 1 for name, (i, _) in found.items())
+
+
 def test_caches_shared_prefixes_and_pairs_equal_one_pass(case: str) -> None:
     """Where windows begin and end must not depend on which way the tokens come."""
     model, ids = ours(case, theirs(case, torch.float64)), ids_of()
@@ -163,3 +173,24 @@ def test_greedy_generation_with_the_cache_equals_recomputation(case: str) -> Non
             torch.testing.assert_close(logits[:, -1], model(ids)[:, -1], rtol=0, atol=1e-9)
             new = logits[:, -1:].argmax(-1)
             ids = torch.cat([ids, new], dim=1)
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("gpt_neo", {"attention_layers": ["global", "local"]}, "attention_layers = ['global', 'local'] is not understood"),
+    ("gpt_neo", {"attention_layers": None, "attention_types": [["global", 4.5]]}, "attention_types = [['global', 4."),
+    ("gpt_neo", {"num_heads": 5}, "hidden_size 24 is not divided by 5 heads"),
+    ("gptj", {"rotary_dim": None}, "rotary_dim = None is not understood; a head has 8 dimensions"),
+    ("gptj", {"rotary_dim": 10}, "rotary_dim = 10 is not understood"),
+    ("gptj", {"tie_word_embeddings": True}, "tie_word_embeddings = True is not understood"),
+    ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before = False is not understood"),
+    ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine = False is not understood"),
+    ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim = 16 is not understood; understood: 24, None"),
+    ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm = True is not understood"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "message"), REFUSED)
+def test_a_setting_that_is_not_supported_is_an_error(name: str, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        read_model_config({**config_of(name).to_dict(), **change}, "m/config.json")
+    assert str(caught.value).startswith("m/config.json: ") and message in str(caught.value)

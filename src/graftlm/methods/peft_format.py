@@ -193,7 +193,7 @@ def _layers(config: ModelConfig, peft_config: Mapping[str, Any], where: str) -> 
         raise InputError(
             f"{where}: layers_to_transform = {layers!r}, but this model's layers are 0 to {config.num_layers - 1}"
         )
-    name = FAMILIES[config.family].layers.split(".")[1]
+    name = FAMILIES[config.family].layers.split(".")[-2]
     if pattern and name not in ([pattern] if isinstance(pattern, str) else pattern):
         raise InputError(f"{where}: layers_pattern = {pattern!r} is not supported; this model's layers are in {name!r}")
     return layers

@@ -10,8 +10,11 @@ __all__ = ["CausalLM", "KVCache", "Linear", "ModelConfig", "clone_with_shared_we
 
 FAMILY_FILES = (
     "gpt2",
+    "gpt_neo",
+    "gptj",
     "llama",
     "neox",
+    "opt",
     "phi3",
     "qwen3",
 )
