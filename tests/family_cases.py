@@ -81,9 +81,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def config_of(name: str) -> transformers.PretrainedConfig:
     """The configuration of this case."""
     kind, settings = CASES[name]
-    found: transformers.PretrainedConfig = getattr(transformers, f"{kind}Config")(
-        **{**SIZES, "attn_implementation": "eager", **settings}
-    )
+    made = getattr(transformers, f"{kind}Config")
+    unknown = {"num_key_value_heads"} - set(dir(made()))  # would be written to config.json, where PEFT believes it
+    sizes = {key: value for key, value in SIZES.items() if key not in unknown}
+    found: transformers.PretrainedConfig = made(**{**sizes, "attn_implementation": "eager", **settings})
     return found
 
 

@@ -5,9 +5,9 @@
 
 A vector scales a weight's rows or columns, so in evaluation it is part of the weight, and of the bias.
 
-PEFT has one vector for all of q, k and v if the checkpoint format fuses them (GPT-2, GPT-NeoX). Ours are slices of it;
-it is one where a part is not targeted, so no information is lost. (PEFT would train that part too.) PEFT can scale the
-input of any linear, we that of down only.
+PEFT has one vector for all linears that the checkpoint format fuses (q, k and v in GPT-2 and GPT-NeoX, gate and up in
+Phi-3). Ours are slices of it; it is one where a part is not targeted, so no information is lost. (PEFT would train that
+part too.) PEFT can scale the input of any linear, we that of down only.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -105,22 +105,17 @@ class IA3(Method):
             return None
         peft.check_fields(peft_config, _FIELDS, {"modules_to_save"}, where)
         names = peft.targeted(config, peft_config, where)
-        down, modules = peft.hf_module_name(config, "down"), peft_config.get("feedforward_modules")
-        if any(_is_feedforward(name, modules, where) != (module == down) for name, (_, module) in names.items()):
+        down, feedforward = peft.hf_module_name(config, "down"), peft_config.get("feedforward_modules")
+        if any(_is_feedforward(name, feedforward, where) != (module == down) for name, (_, module) in names.items()):
             raise InputError(
-                f"{where}: feedforward_modules = {modules!r} is not supported: of this {config.family} model the "
+                f"{where}: feedforward_modules = {feedforward!r} is not supported: of this {config.family} model the "
                 f"inputs of {down}, and of no other module, can be scaled"
             )
-        layers = peft.uniform_layer_range(config, names, "target_modules", where)
-        targeted_modules = {module for _, module in names.values()}
-        targets = [role for role in config.roles if peft.hf_module_name(config, role) in targeted_modules]
-        if (fused := FAMILIES[config.family].fused) in targeted_modules:
-            slices = peft.fused_slices(config)
-            vectors = [t.flatten() for key, t in tensors.items() if key.endswith(f".{fused}.ia3_l")]
-            vectors = [vector for vector in vectors if len(vector) == config.qkv_rows]
-            moved = [r for r, rows in slices.items() if any(bool((v[rows] != 1).any()) for v in vectors)]
-            targets = [role for role in targets if role not in "qkv" or role in (moved or ["k", "v"])]
-        method = cls(targets=tuple(targets), layers=layers)
+        layers, targets = peft.uniform_layer_range(config, names, "target_modules", where), set[str]()
+        for module, roles in _scaled_roles(config, names, tensors).items():
+            held = peft.hf_modules(config, config.roles)[module].targets
+            targets |= roles or {role for role in held if role in cls.targets} or set(held)
+        method = cls(targets=tuple(role for role in config.roles if role in targets), layers=layers)
         return method, method._state(config, folder, where)
 
     def _state(self, config: ModelConfig, folder: PeftFolder, where: str) -> dict[str, Tensor]:
@@ -139,7 +134,7 @@ class IA3(Method):
     def _vectors(self, config: ModelConfig) -> Iterator[tuple[str, tuple[int, int], dict[str, Rows]]]:
         """PEFT's tensors: name, shape, and which part of it is which of ours."""
         for i in self.layer_range(config):
-            for module in peft.hf_modules(config, self.targets).values():
+            for module in peft.hf_modules(config, self.targets, i).values():
                 size = (1, module.in_features) if module.targets == ("down",) else (module.out_features, 1)
                 rows = {f"{our_linear(i, role)}.stretch": module.rows[role] for role in module.targets}
                 yield f"{peft.layer_prefix(config, i)}{module.name}.ia3_l", size, rows
@@ -159,16 +154,33 @@ class IA3(Method):
 
     def _named(self, config: ModelConfig, roles: Sequence[str]) -> list[str]:
         """A config's names of modules; PEFT's IA3 has no layers_to_transform, so with a range of layers each one's."""
-        modules = peft.hf_modules(config, roles)
         if not self.layers:
-            return peft.named_targets(config, modules)
-        prefix = FAMILIES[config.family].layers
-        return [f"{prefix}{i}.{module}" for i in self.layer_range(config) for module in sorted(modules)]
+            return peft.named_targets(config, peft.hf_modules(config, roles))
+        prefix, layers = FAMILIES[config.family].layers, self.layer_range(config)
+        return [f"{prefix}{i}.{module}" for i in layers for module in sorted(peft.hf_modules(config, roles, i))]
 
 
 _FIELDS = peft.WITHOUT_EFFECT | {
     *("peft_type", "target_modules", "exclude_modules", "feedforward_modules", "fan_in_fan_out", "init_ia3_weights"),
 }
+
+
+def _scaled_roles(
+    config: ModelConfig, names: Mapping[str, tuple[int, str]], tensors: Mapping[str, Tensor]
+) -> dict[str, set[str]]:
+    """Module -> the roles that its vectors scale: of a fused one those whose part is not all ones in some layer."""
+    scaled: dict[str, set[str]] = {}
+    for name, (i, of_layer) in names.items():
+        module, vector = (
+            peft.hf_modules(config, config.roles, i)[of_layer],
+            tensors.get(f"base_model.model.{name}.ia3_l"),
+        )
+        roles = scaled.setdefault(of_layer, set())
+        if not module.fused:
+            roles.update(module.targets)
+        elif vector is not None and vector.numel() == module.out_features:
+            roles.update(role for role, rows in module.rows.items() if bool((vector.flatten()[rows] != 1).any()))
+    return scaled
 
 
 def _is_feedforward(name: str, modules: object, where: str) -> bool:

@@ -3,16 +3,18 @@
 Configs and tensors are read strictly: a field that is neither read nor known to change nothing is an error, and so is a
 tensor that is missing, misshapen or left over.
 
-A checkpoint format may fuse q, k and v into one linear (GPT-2's c_attn). PEFT adapts it with one pair (A, B), we adapt
-each part with its own. Three pairs become one of three times the rank, without loss:
+A checkpoint format may fuse several of our linears into one: q, k and v (GPT-2's c_attn), or gate and up as well
+(Phi-3). PEFT adapts it with one pair (A, B), we adapt each part with its own. Three pairs become one of three times the
+rank, without loss:
 
     A = [A_q; A_k; A_v]  [3r, d]      B = diag(B_q, B_k, B_v)  [3d, 3r]      alpha' = 3 alpha, so alpha'/r' = alpha/r
 
-The rows of B are in the checkpoint's order; with rsLoRA, alpha' = sqrt(3) alpha. Next to other modules, of rank r,
-there is one alpha for all, because llama.cpp reads no alpha_pattern: B is then multiplied by r'/r, with r' = 4r for
-three parts (the fourth block is zero), so that reading it gives the same bits. A part that is not targeted has no
-rows in A and zero rows in B. If the three A are bit-identical, as after reading a foreign folder, A is written once, so
-the rank does not grow when a folder is read and written again. A linear that is not fused is the case of one part.
+The rows of B are in the checkpoint's order, as those of every linear are; with rsLoRA, alpha' = sqrt(3) alpha. Next to
+modules with another number of parts there is one alpha for all, because llama.cpp reads no alpha_pattern: B is then
+multiplied by r'/r, with r' = 2r for two parts and 4r for three (the fourth block is zero), so that reading it gives the
+same bits. A part that is not targeted has no rows in A and zero rows in B. If the A of all parts are bit-identical, as
+after reading a foreign folder, A is written once, so the rank does not grow when a folder is read and written again. A
+linear that is not fused is the case of one part.
 
 Letters: r rank, d hidden size.
 """
@@ -32,7 +34,7 @@ from graftlm.errors import InputError
 from graftlm.methods.base import PeftFolder, master_dtype, trainable_state_dict
 from graftlm.methods.cost_model import linear_size
 from graftlm.models.base import CausalLM
-from graftlm.models.config import FAMILIES, ModelConfig, Rows, file_rows, our_linear
+from graftlm.models.config import FAMILIES, ModelConfig, Rows, our_linear, stored_linears
 
 if TYPE_CHECKING:
     from graftlm.methods.lora import LoRA
@@ -52,7 +54,7 @@ WITHOUT_EFFECT = frozenset(
 
 @dataclass(frozen=True)
 class HFModule:
-    """A linear of the checkpoint format, which holds one role or, fused, several of q, k and v."""
+    """A linear of the checkpoint format, which holds one role or, fused, several."""
 
     name: str
     """Inside a layer."""
@@ -69,23 +71,19 @@ class HFModule:
         return len(self.rows) > 1
 
 
-def hf_modules(config: ModelConfig, targets: Collection[str]) -> dict[str, HFModule]:
-    """Name -> the checkpoint's linears that hold a targeted role."""
-    slices, modules = fused_slices(config), dict[str, HFModule]()
-    for role in targets:
-        n_in, n_out = linear_size(config, role)
-        rows, n_out = (slices, config.qkv_rows) if role in slices else ({role: slice(None)}, n_out)
-        name = hf_module_name(config, role)
-        modules[name] = HFModule(name, rows, tuple(r for r in rows if r in targets), n_in, n_out)
+def hf_modules(config: ModelConfig, targets: Collection[str], i: int | None = None) -> dict[str, HFModule]:
+    """Name -> the checkpoint's linears in layer i (None: in any) that hold a targeted role.
+
+    Layers differ in which they have, and in `rows`.
+    """
+    modules = dict[str, HFModule]()
+    for layer in range(len(config.layers)) if i is None else [i]:
+        for name, rows in stored_linears(config, layer).items():
+            if targeted_roles := tuple(role for role in rows if role in targets):
+                sizes = [linear_size(config, role) for role in rows]
+                n_in, n_out = sizes[0][0], sum(n_out for _, n_out in sizes)
+                modules.setdefault(name, HFModule(name, rows, targeted_roles, n_in, n_out))
     return modules
-
-
-def fused_slices(config: ModelConfig) -> dict[str, Rows]:
-    """Rows of q, k and v in the linear that holds all three; empty if the checkpoint format does not fuse them."""
-    if not FAMILIES[config.family].fused:
-        return {}
-    rows = {part: file_rows(config, part) for part in "qkv"}
-    return {part: r for part, r in rows.items() if r is not None}
 
 
 def hf_module_name(config: ModelConfig, role: str) -> str:
@@ -155,7 +153,7 @@ def targeted(config: ModelConfig, peft_config: Mapping[str, Any], where: str) ->
         raise InputError(f"{where}: target_modules is {targets!r}; expected a list of module names")
     layers, modules = _layers(config, peft_config, where), sorted(hf_modules(config, config.roles))
     prefix = FAMILIES[config.family].layers
-    names = {f"{prefix}{i}.{module}": (i, module) for i in range(config.num_layers) for module in modules}
+    names = {f"{prefix}{i}.{module}": (i, module) for i, module in _all_modules(config)}
     for target in targets if isinstance(targets, list) else []:
         if not any(_is_named(name, [target], where) for name in names):
             raise InputError(f"{where}: target_modules names {target!r}, which is none of {', '.join(modules)}")
@@ -174,11 +172,20 @@ def uniform_layer_range(
 ) -> tuple[int, int] | None:
     """The layers whose modules are adapted, None for all; an InputError unless they are contiguous and alike."""
     layers, names = sorted({i for i, _ in modules.values()}), {module for _, module in modules.values()}
-    if len(modules) != len(layers) * len(names) or layers != list(range(layers[0], layers[-1] + 1)):
+    of_these_names = {(i, module) for i, module in _all_modules(config) if module in names}
+    if of_these_names == set(modules.values()):
+        return None
+    span = range(layers[0], layers[-1] + 1)
+    if {(i, module) for i, module in of_these_names if i in span} != set(modules.values()):
         raise InputError(
             f"{where}: {fields} adapt layers {layers} unevenly; supported: the same modules in each of a span of layers"
         )
-    return None if len(layers) == config.num_layers else (layers[0], layers[-1] + 1)
+    return span.start, span.stop
+
+
+def _all_modules(config: ModelConfig) -> list[tuple[int, str]]:
+    """(layer, name in it) of each of the checkpoint's linears."""
+    return [(i, name) for i in range(config.num_layers) for name in stored_linears(config, i)]
 
 
 def _layers(config: ModelConfig, peft_config: Mapping[str, Any], where: str) -> Sequence[int]:
@@ -242,27 +249,12 @@ _INITS = (True, False, "gaussian", "eva", "orthogonal")
 class _Layout:
     """How the pair (A, B) of a module is divided among its roles."""
 
-    parts: tuple[str, ...] = ()
-    """The parts of a fused module that have an update."""
+    parts: tuple[str, ...]
+    """The roles that have an update."""
     blocks: int = 1
     """1: all roles use the whole A. Else one block of rows of A and of columns of B for each part; the rest is zero."""
     factor: float = 1.0
     """The stored B is this times ours."""
-
-    @classmethod
-    def fused(cls, method: "LoRA", parts: tuple[str, ...], others: bool) -> "_Layout":
-        """One block for each part. Next to other modules there is one alpha for all: then the fused B has the factor.
-
-        It is a power of two, so that reading gives the same bits: three blocks are padded to four.
-        """
-        if not others or len(parts) < 2:
-            return cls(parts, max(1, len(parts)))
-        blocks = 2 if len(parts) == 2 and not method.rslora else 4
-        return cls(parts, blocks, math.sqrt(blocks) if method.rslora else blocks)
-
-    def of(self, module: HFModule) -> "_Layout":
-        """The same for a fused module; a plain one has one block."""
-        return self if module.fused else _Layout(module.targets)
 
     def columns(self, role: str, rank: int) -> slice:
         """The role's rows of A and columns of B."""
@@ -270,35 +262,59 @@ class _Layout:
         return slice(n * rank, (n + 1) * rank)
 
 
+def _growth(blocks: int, rslora: bool) -> float:
+    """By how much alpha or B grows with this many times the rank, so that the update stays the same."""
+    return math.sqrt(blocks) if rslora else blocks
+
+
+def _layouts(method: "LoRA", modules: Mapping[str, HFModule], shared: Collection[str]) -> dict[str, _Layout]:
+    """The layout of each module; the parts of those in `shared` have the same A.
+
+    Where numbers of blocks differ there is one alpha for all: then B has the factor. It is a power of two, so that
+    reading gives the same bits: three blocks are padded to four, and with rsLoRA two as well.
+    """
+    blocks = {name: 1 if name in shared else len(module.targets) for name, module in modules.items()}
+    if len(set(blocks.values())) > 1:
+        blocks = {name: n if n == 1 or (n == 2 and not method.rslora) else 4 for name, n in blocks.items()}
+    differ = len(set(blocks.values())) > 1
+    factors = {name: _growth(n, method.rslora) if differ else 1.0 for name, n in blocks.items()}
+    return {name: _Layout(module.targets, blocks[name], factors[name]) for name, module in modules.items()}
+
+
 # Ours -> PEFT's -------------------------------------------------------------------------------------------------------
 
 
 def to_peft(method: "LoRA", model: CausalLM) -> PeftFolder:
     """The config and the tensors that PEFT reads as this model's adapter."""
-    config, state = model.config, trainable_state_dict(model)
-    modules, layers = hf_modules(config, method.targets).values(), method.layer_range(config)
-    parts = next((module.targets for module in modules if module.fused), ())
-    shared = bool(parts) and all(
-        torch.equal(state[f"{our_linear(i, parts[0])}.lora_A"], state[f"{our_linear(i, part)}.lora_A"])
-        for i in layers
-        for part in parts
-    )
-    layout = _Layout(parts) if shared else _Layout.fused(method, parts, len(modules) > 1)
-    tensors: dict[str, Tensor] = {}
-    for i, module in product(layers, modules):
-        key, of_module = f"{layer_prefix(config, i)}{module.name}", layout.of(module)
-        a = [state[f"{our_linear(i, role)}.lora_A"] for role in module.targets]
-        b = a[0].new_zeros(module.out_features, method.rank * of_module.blocks)
-        for role in module.targets:
-            b[module.rows[role], of_module.columns(role, method.rank)] = state[f"{our_linear(i, role)}.lora_B"]
-        joined = torch.cat(a[: of_module.blocks])
-        tensors[f"{key}.lora_A.weight"] = F.pad(joined, (0, 0, 0, b.shape[1] - len(joined)))
-        tensors[f"{key}.lora_B.weight"] = b * of_module.factor
-        if method.use_dora:
-            magnitudes = tensors[f"{key}.lora_magnitude_vector"] = a[0].new_zeros(module.out_features)
-            for role, rows in module.rows.items():
-                magnitudes[rows] = _magnitude(model, state, our_linear(i, role))
-    return _config(config, method, layout), tensors
+    config, state, tensors = model.config, trainable_state_dict(model), dict[str, Tensor]()
+    modules = {i: hf_modules(config, method.targets, i) for i in method.layer_range(config)}
+
+    def all_a(i: int, name: str) -> list[Tensor]:
+        return [state[f"{our_linear(i, role)}.lora_A"] for role in modules[i][name].targets]
+
+    separate = {
+        name
+        for i in modules
+        for name in modules[i]
+        for first, *a in [all_a(i, name)]
+        if any(not torch.equal(first, t) for t in a)
+    }
+    every = hf_modules(config, method.targets)
+    layouts = _layouts(method, every, every.keys() - separate)
+    for i in modules:
+        for name, module in modules[i].items():
+            key, layout, a = f"{layer_prefix(config, i)}{name}", layouts[name], all_a(i, name)
+            b = a[0].new_zeros(module.out_features, method.rank * layout.blocks)
+            for role in module.targets:
+                b[module.rows[role], layout.columns(role, method.rank)] = state[f"{our_linear(i, role)}.lora_B"]
+            joined = torch.cat(a[: layout.blocks])
+            tensors[f"{key}.lora_A.weight"] = F.pad(joined, (0, 0, 0, b.shape[1] - len(joined)))
+            tensors[f"{key}.lora_B.weight"] = b * layout.factor
+            if method.use_dora:
+                magnitudes = tensors[f"{key}.lora_magnitude_vector"] = a[0].new_zeros(module.out_features)
+                for role, rows in module.rows.items():
+                    magnitudes[rows] = _magnitude(model, state, our_linear(i, role))
+    return _config(config, method, layouts), tensors
 
 
 def _magnitude(model: CausalLM, state: Mapping[str, Tensor], name: str) -> Tensor:
@@ -309,20 +325,22 @@ def _magnitude(model: CausalLM, state: Mapping[str, Tensor], name: str) -> Tenso
     return weight.to(master_dtype(weight.dtype)).square().sum(dim=1).sqrt()
 
 
-def _config(config: ModelConfig, method: "LoRA", layout: _Layout) -> dict[str, Any]:
+def _config(config: ModelConfig, method: "LoRA", layouts: Mapping[str, _Layout]) -> dict[str, Any]:
     """adapter_config.json without the base's name."""
-    n, modules = layout.blocks, hf_modules(config, method.targets)
-    rank, alpha = method.rank * n, method.alpha * (math.sqrt(n) if method.rslora else n)
-    ranks: dict[str, float] = {}
-    if n > 1 and len(modules) > 1:
+    blocks, rank, alpha = {name: layout.blocks for name, layout in layouts.items()}, method.rank, method.alpha
+    ranks: dict[str, int] = {}
+    if len(different := set(blocks.values())) > 1:
         # Readers other than PEFT take the rank from the tensors, and lora_alpha for all modules.
-        ranks, rank, alpha = {hf_module_name(config, "q"): rank}, method.rank, method.alpha
+        ranks = {name: rank * n for name, n in blocks.items() if n > 1}
+    else:
+        (n,) = different
+        rank, alpha = rank * n, alpha * _growth(n, method.rslora)
     return {
         "peft_type": method.peft_type,
         "task_type": "CAUSAL_LM",
         "r": rank,
         "lora_alpha": alpha,
-        "target_modules": named_targets(config, modules),
+        "target_modules": named_targets(config, layouts),
         "layers_to_transform": list(method.layer_range(config)) if method.layers else None,
         "fan_in_fan_out": FAMILIES[config.family].transposed,
         "bias": "none",
@@ -343,36 +361,37 @@ def _config(config: ModelConfig, method: "LoRA", layout: _Layout) -> dict[str, A
 def from_peft(method: "LoRA", config: ModelConfig, folder: PeftFolder, where: str) -> dict[str, Tensor]:
     """The inverse of `to_peft` for a folder written with this method; an InputError for anything else."""
     peft_config, tensors = folder
-    modules = hf_modules(config, method.targets)
-    fused = next((module for module in modules.values() if module.fused), None)
-    layout = _Layout()
-    if fused:
-        first = tensors.get(f"{layer_prefix(config, method.layer_range(config).start)}{fused.name}.lora_A.weight")
-        shared = first is not None and len(first) == method.rank
-        layout = _Layout(fused.targets) if shared else _Layout.fused(method, fused.targets, len(modules) > 1)
-        if peft_config.get("alpha_pattern") and not shared:  # of 0.1.0
-            layout = _Layout(fused.targets, len(fused.targets))
-    keys = ("peft_type", "r", "lora_alpha", "target_modules", "layers_to_transform", "use_rslora", "use_dora")
-    check_same(peft_config, _config(config, method, layout), keys, where)
-    return _read(method, config, layout, StrictTensorReader(tensors, where))
+    modules, layers = hf_modules(config, method.targets), method.layer_range(config)
+    keys = [(f"{layer_prefix(config, i)}{name}.lora_A.weight", name) for i in layers for name in modules]
+    shared = {name for key, name in keys if key in tensors and len(tensors[key]) == method.rank}
+    layouts = _layouts(method, modules, shared)
+    for name in peft_config.get("alpha_pattern") or {}:  # of 0.1.0, which gave fused modules an alpha of their own
+        if name in modules and name not in shared:
+            layouts[name] = _Layout(modules[name].targets, len(modules[name].targets))
+    fields = ("peft_type", "r", "lora_alpha", "target_modules", "layers_to_transform", "use_rslora", "use_dora")
+    check_same(peft_config, _config(config, method, layouts), fields, where)
+    return _read(method, config, layouts, StrictTensorReader(tensors, where))
 
 
-def _read(method: "LoRA", config: ModelConfig, layout: _Layout, file: StrictTensorReader) -> dict[str, Tensor]:
+def _read(
+    method: "LoRA", config: ModelConfig, layouts: Mapping[str, _Layout], file: StrictTensorReader
+) -> dict[str, Tensor]:
     """The trained tensors by our names; a targeted role that is no part of a fused module's update has B = 0."""
     state: dict[str, Tensor] = {}
-    for i, module in product(method.layer_range(config), hf_modules(config, method.targets).values()):
-        key, of_module = f"{layer_prefix(config, i)}{module.name}", layout.of(module)
-        rank, out = method.rank * of_module.blocks, module.out_features
-        a = file.take(f"{key}.lora_A.weight", rank, module.in_features)
-        b = file.take(f"{key}.lora_B.weight", out, rank)
-        magnitudes = file.take(f"{key}.lora_magnitude_vector", out) if method.use_dora else None
-        for role in module.targets:
-            name, rows, columns = our_linear(i, role), module.rows[role], of_module.columns(role, method.rank)
-            own = b[rows][:, columns] / of_module.factor
-            state[f"{name}.lora_A"] = a[columns]
-            state[f"{name}.lora_B"] = own if role in of_module.parts else torch.zeros_like(own)
-            if magnitudes is not None:
-                state[f"{name}.magnitude"] = magnitudes[rows]
+    for i in method.layer_range(config):
+        for module in hf_modules(config, method.targets, i).values():
+            key, layout = f"{layer_prefix(config, i)}{module.name}", layouts[module.name]
+            rank, out = method.rank * layout.blocks, module.out_features
+            a = file.take(f"{key}.lora_A.weight", rank, module.in_features)
+            b = file.take(f"{key}.lora_B.weight", out, rank)
+            magnitudes = file.take(f"{key}.lora_magnitude_vector", out) if method.use_dora else None
+            for role in module.targets:
+                name, rows, columns = our_linear(i, role), module.rows[role], layout.columns(role, method.rank)
+                own = b[rows][:, columns] / layout.factor
+                state[f"{name}.lora_A"] = a[columns]
+                state[f"{name}.lora_B"] = own if role in layout.parts else torch.zeros_like(own)
+                if magnitudes is not None:
+                    state[f"{name}.magnitude"] = magnitudes[rows]
     file.all_taken()
     return state
 
@@ -395,16 +414,13 @@ def from_foreign_peft(
         raise InputError(f"{where}: lora_dropout = {dropout!r} must be at least 0 and below 1")
     names = targeted(config, peft_config, where)
     layers = uniform_layer_range(config, names, "target_modules and layers_to_transform", where)
+    layouts = {module: _found_layout(config, names, module, tensors) for _, module in names.values()}
+    rank, alpha, layouts = _rank_and_alpha(peft_config, names, layouts, where)
     modules = hf_modules(config, config.roles)
-    fused = {name for name, (_, module) in names.items() if modules[module].fused}
-    b = [tensors.get(f"base_model.model.{name}.lora_B.weight") for name in names if name in fused]
-    layout = _fused_layout(config, [t for t in b if t is not None and t.dim() == 2 and len(t) == config.qkv_rows])
-    blocks = {name: layout.blocks if name in fused else 1 for name in names}
-    rank, alpha, factor = _rank_and_alpha(peft_config, blocks, where)
-    layout = replace(layout, factor=factor)
-    roles = {role for _, module in names.values() for role in modules[module].rows}
-    if fused and not cls.use_dora:  # DoRA has magnitudes of all parts
-        roles -= set("qkv") - set(layout.parts)
+    # DoRA has magnitudes of all parts
+    roles = {
+        role for name, layout in layouts.items() for role in (modules[name].rows if cls.use_dora else layout.parts)
+    }
     method = cls(
         rank=rank,
         alpha=alpha,
@@ -413,24 +429,31 @@ def from_foreign_peft(
         rslora=bool(peft_config.get("use_rslora", False)),
         layers=layers,
     )
-    return method, _read(method, config, layout, StrictTensorReader(tensors, where))
+    return method, _read(method, config, layouts, StrictTensorReader(tensors, where))
 
 
-def _rank_and_alpha(peft_config: Mapping[str, Any], blocks: Mapping[str, int], where: str) -> tuple[int, float, float]:
-    """The rank and alpha of all modules, each of which has this many blocks, and the factor of the fused ones' B."""
-    sizes: list[tuple[int, int, float]] = []
-    for name, n in blocks.items():
-        rank, alpha = (_of_module(field, peft_config, name, where) for field in ("r", "lora_alpha"))
-        sizes.append((n, int(rank) // n, alpha / (math.sqrt(n) if peft_config.get("use_rslora") else n)))
-    _, rank, alpha = min(sizes)  # of modules with one block if there are any: their alpha is not rounded
-    factor = alpha / max(sizes)[2] if max(blocks.values()) > min(blocks.values()) else 1.0
-    factor = 1.0 if math.isclose(factor, 1, rel_tol=1e-12) else factor
-    factors = {min(blocks.values()): 1.0, max(blocks.values()): factor}
-    if any(rank != r or not math.isclose(alpha, a * factors[n], rel_tol=1e-12) for n, r, a in sizes):
-        raise InputError(
-            f"{where}: rank_pattern or alpha_pattern gives modules different ranks or alphas: not supported"
-        )
-    return rank, float(alpha), factor
+def _rank_and_alpha(
+    peft_config: Mapping[str, Any], names: Mapping[str, tuple[int, str]], layouts: Mapping[str, _Layout], where: str
+) -> tuple[int, float, dict[str, _Layout]]:
+    """The rank and alpha of all modules, and the layouts with the factors of their B."""
+    rslora = bool(peft_config.get("use_rslora"))
+    blocks = {name: layouts[module].blocks for name, (_, module) in names.items()}
+    ranks, alphas = (
+        {name: _of_module(field, peft_config, name, where) for name in names} for field in ("r", "lora_alpha")
+    )
+    least = min(names, key=lambda name: (blocks[name], alphas[name]))  # the file's alpha, if it is that of all
+    alpha, equal = alphas[least], len(set(blocks.values())) == 1
+    rank, alpha = int(ranks[least]) // blocks[least], alpha / _growth(blocks[least], rslora) if equal else alpha
+    factors: dict[str, float] = {}
+    for name, (_, module) in names.items():
+        factor = alpha * _growth(blocks[name], rslora) / alphas[name]
+        factor = 1.0 if math.isclose(factor, 1, rel_tol=1e-12) else factor
+        same = math.isclose(factor, factors.setdefault(module, factor), rel_tol=1e-12)
+        if int(ranks[name]) // blocks[name] != rank or not same or (factor != 1 and (equal or blocks[name] == 1)):
+            raise InputError(
+                f"{where}: rank_pattern or alpha_pattern gives modules different ranks or alphas: not supported"
+            )
+    return rank, float(alpha), {name: replace(layout, factor=factors[name]) for name, layout in layouts.items()}
 
 
 def _of_module(field: str, peft_config: Mapping[str, Any], name: str, where: str) -> float:
@@ -447,20 +470,33 @@ def _of_module(field: str, peft_config: Mapping[str, Any], name: str, where: str
     return value
 
 
-def _fused_layout(config: ModelConfig, b: Sequence[Tensor]) -> _Layout:
-    """The layout of a fused module, found from every layer's B [3d, r]: blocks only if B is block-diagonal in all."""
-    slices = fused_slices(config)
-    updated = tuple(part for part, rows in slices.items() if any(bool(t[rows].any()) for t in b))
-    for parts, blocks in ((p, blocks) for n in (3, 2) for p in combinations(slices, n) for blocks in (n, 4)):
-        if updated and all(_is_block_diagonal(t, _Layout(parts, blocks), slices) for t in b):
-            return _Layout(parts, blocks)
-    return _Layout(updated or tuple(slices))
+def _found_layout(
+    config: ModelConfig, names: Mapping[str, tuple[int, str]], module: str, tensors: Mapping[str, Tensor]
+) -> _Layout:
+    """The layout of a module, found from every layer's B [out, r]: blocks only if B is block-diagonal in all."""
+    found = hf_modules(config, config.roles)[module]
+    if not found.fused:
+        return _Layout(found.targets)
+    layers = [
+        (i, tensors.get(f"base_model.model.{name}.lora_B.weight")) for name, (i, own) in names.items() if own == module
+    ]
+    b = [
+        (hf_modules(config, config.roles, i)[module].rows, t)
+        for i, t in layers
+        if t is not None and t.dim() == 2 and len(t) == found.out_features
+    ]
+    updated = tuple(part for part in found.targets if any(bool(t[rows[part]].any()) for rows, t in b))
+    for n in range(len(found.targets), 1, -1):
+        for parts, blocks in product(combinations(found.targets, n), (n, 4)):
+            if updated and all(_is_block_diagonal(t, _Layout(parts, blocks), rows) for rows, t in b):
+                return _Layout(parts, blocks)
+    return _Layout(updated or found.targets)
 
 
-def _is_block_diagonal(b: Tensor, layout: _Layout, slices: Mapping[str, Rows]) -> bool:
-    """Whether the columns of B [3d, r] are one block for each part, with nonzero rows of that part only, or zero."""
+def _is_block_diagonal(b: Tensor, layout: _Layout, rows: Mapping[str, Rows]) -> bool:
+    """Whether the columns of B [out, r] are one block for each part, with nonzero rows of that part only, or zero."""
     r, remainder = divmod(b.shape[1], layout.blocks)
     outside = b.clone()
     for part in layout.parts:
-        outside[slices[part], layout.columns(part, r)] = 0
+        outside[rows[part], layout.columns(part, r)] = 0
     return not remainder and not bool(outside.any())

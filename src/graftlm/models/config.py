@@ -114,11 +114,6 @@ class ModelConfig:
         return self.qkv_bias if role in "qkv" else self.out_bias if role == "o" else self.mlp_bias
 
     @property
-    def qkv_rows(self) -> int:
-        """Rows of q, k and v together."""
-        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-
-    @property
     def norm_biases(self) -> bool:
         """Whether norms have a bias in addition to their weight."""
         return self.layers[0].norm == "layer" and self.layers[0].norm_bias
@@ -175,11 +170,6 @@ class ModelFamily:
     """Regular expression for the end of names of tensors that carry no weights (old files store masks)."""
     with_biases: Callable[[Mapping[str, Any], ModelConfig, ModelConfig], dict[str, Any]] | None = None
     """(config.json, its configuration, the same with other biases) -> a config.json of the latter, if there is one."""
-
-    @property
-    def fused(self) -> str | None:
-        """The module that holds q, k and v together, if one does."""
-        return self.linears["q"] if self.linears["q"] == self.linears["k"] else None
 
 
 FAMILIES: dict[str, ModelFamily] = {}
@@ -289,6 +279,15 @@ def file_rows(config: ModelConfig, role: str, i: int = 0) -> Rows | None:
     heads = torch.arange(config.num_heads if role == "q" else config.num_kv_heads)[:, None]
     permuted = (heads * config.head_dim + order).flatten()
     return permuted if rows is None else permuted + rows.start if isinstance(rows, slice) else rows[permuted]
+
+
+def stored_linears(config: ModelConfig, i: int) -> dict[str, dict[str, Rows]]:
+    """The checkpoint's linears in layer i: module inside the layer -> each role that it holds and its rows of [out]."""
+    modules: dict[str, dict[str, Rows]] = {}
+    for role in config.layer(i).roles:
+        rows = file_rows(config, role, i)
+        modules.setdefault(FAMILIES[config.family].linears[role], {})[role] = slice(None) if rows is None else rows
+    return modules
 
 
 def tensor_mapping(config: ModelConfig) -> dict[str, TensorMapping]:

@@ -1,0 +1,211 @@
+"""Adapters and merged models of every family, both ways, against PEFT and transformers.
+
+LoRA on all linears for every case of `family_cases.py`; other methods for one case of each layout of a checkpoint.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from family_cases import CASES, VOCAB, base_folder, config_of
+from graftlm.exchange.huggingface import (
+    apply_adapter,
+    from_foreign_peft,
+    load_model,
+    read_adapter,
+    save_adapter,
+    save_model,
+)
+from graftlm.files.formats import load_safetensors, read_json
+from graftlm.methods import DoRA, LoRA, Method, PrefixTuning
+from graftlm.methods.base import mergeable_linears, trainable, trainable_state_dict
+from graftlm.methods.ia3 import IA3
+from graftlm.models import CausalLM, ModelConfig
+from graftlm.models.config import read_model_config, rotary_permutation, stored_linears
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+CPU = torch.device("cpu")
+IDS = torch.randint(0, VOCAB, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a case's model, written when it is first asked for."""
+    folder = tmp_path_factory.mktemp("families")
+    return cache(lambda name: base_folder(folder / name, name))
+
+
+def shape_of(name: str) -> ModelConfig:
+    return read_model_config(config_of(name).to_dict(), name)
+
+
+def layout_of(name: str) -> tuple[Any, ...]:
+    """What adapter folders of a case depend on: fused linears, and heads in another order."""
+    config = shape_of(name)
+    fused = {tuple(rows) for i in range(config.num_layers) for rows in stored_linears(config, i).values()}
+    permuted = [rotary_permutation(config, i) is not None for i in range(config.num_layers)]
+    return tuple(sorted(fused)), tuple(permuted)
+
+
+LAYOUTS = list({layout_of(name): name for name in reversed(CASES)}.values())
+"""One case, the first, of each layout."""
+
+
+def in_transformers(folder: Path) -> nn.Module:
+    model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model
+
+
+def logits_of(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        out = model(IDS)
+    logits: Tensor = out if isinstance(out, Tensor) else out.logits
+    return logits
+
+
+def randomise(parameters: list[nn.Parameter]) -> None:
+    rng = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in parameters:
+            p.add_(torch.empty_like(p).normal_(std=0.1, generator=rng))
+
+
+def near(got: Tensor, expected: Tensor, plain: Tensor) -> None:
+    tolerance = 1e-4 * expected.abs().max()
+    assert (expected - plain).abs().max() > 100 * tolerance, "an adapter that does nothing proves nothing"
+    assert (got - expected).abs().max() <= tolerance
+
+
+def adapted(base: Path, method: Method) -> CausalLM:
+    model = load_model(base, CPU, torch.float32)
+    method.install(model, torch.Generator().manual_seed(2))
+    randomise(list(trainable(model).values()))
+    return model
+
+
+def check_ours_in_peft(base: Path, method: Method, folder: Path) -> None:
+    """PEFT loads the folder of a method with the same logits, and it is read back bit for bit, and as a foreign one."""
+    model = adapted(base, method)
+    folder.mkdir()
+    assert save_adapter(folder, model, method, str(base)) == "peft"
+    state, again = trainable_state_dict(model), read_adapter(folder, model.config, method)
+    assert again.keys() == state.keys() and all(torch.equal(again[name], state[name]) for name in state)
+    plain = in_transformers(base)
+    before = logits_of(plain)
+    expected = logits_of(peft.PeftModel.from_pretrained(plain, folder).eval())
+    near(logits_of(model.eval()), expected, before)
+    found, state = from_foreign_peft(folder, model.config)
+    fresh = apply_adapter(load_model(base, CPU, torch.float32), found, state, "ours")
+    near(logits_of(fresh), expected, before)
+    if isinstance(method, LoRA) and isinstance(found, LoRA):
+        assert (found.alpha, found.rank, found.layers) == (method.alpha, method.rank, method.layers)
+        if set(found.targets) != set(method.targets):  # DoRA's magnitudes are those of all parts
+            assert method.use_dora and set(found.targets) > set(method.targets)
+            return
+        tensors = load_safetensors(folder / "adapter_model.safetensors")
+        save_adapter(folder, fresh, found, str(base))
+        written = load_safetensors(folder / "adapter_model.safetensors")
+        assert written.keys() == tensors.keys() and all(torch.equal(written[key], tensors[key]) for key in tensors)
+
+
+def check_theirs_here(base: Path, config: peft.PeftConfig, folder: Path) -> None:
+    plain = in_transformers(base)
+    before = logits_of(plain)
+    theirs = peft.get_peft_model(plain, config).eval()
+    randomise([p for p in theirs.parameters() if p.requires_grad])
+    theirs.save_pretrained(folder)
+    model = load_model(base, CPU, torch.float32)
+    method, state = from_foreign_peft(folder, model.config)
+    near(logits_of(apply_adapter(model, method, state, "theirs")), logits_of(theirs), before)
+
+
+# Every case -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_peft_reads_lora_of_all_linears(case: str, base_of: Callable[[str], Path], tmp_path: Path) -> None:
+    method = LoRA(rank=3, alpha=7.0, targets=shape_of(case).roles, dropout=0.0)
+    check_ours_in_peft(base_of(case), method, tmp_path / "ours")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_lora_of_peft_is_the_same_here(case: str, base_of: Callable[[str], Path], tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules="all-linear", task_type="CAUSAL_LM")
+    check_theirs_here(base_of(case), config, tmp_path)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_merged_model_is_the_same_in_transformers(case: str, base_of: Callable[[str], Path], tmp_path: Path) -> None:
+    base = base_of(case)
+    model = adapted(base, LoRA(rank=3, alpha=7.0, targets=shape_of(case).roles, dropout=0.0))
+    expected = logits_of(model.train())
+    for linear in mergeable_linears(model.eval()):
+        linear.merge()
+    own = trainable_state_dict(model).keys()
+    save_model(tmp_path, model, {n: p.detach() for n, p in model.named_parameters() if n not in own}, base)
+    near(logits_of(in_transformers(tmp_path)), expected, logits_of(load_model(base, CPU, torch.float32)))
+    ours, theirs = (read_json(folder / "config.json") for folder in (tmp_path, base))
+    assert ours == theirs and read_model_config(ours, "ours") == shape_of(case)
+
+
+# One case of each layout ----------------------------------------------------------------------------------------------
+
+
+def some_roles(config: ModelConfig) -> tuple[str, ...]:
+    """Two of q, k and v, one of gate and up, and one more: other parts of fused linears than all."""
+    return tuple(role for role in ("q", "v", "up", "down") if role in config.roles)
+
+
+METHODS: dict[str, Callable[[ModelConfig], Method]] = {
+    "lora of some": lambda config: LoRA(rank=2, alpha=3.3, targets=some_roles(config), layers=(1, 3), dropout=0.0),
+    "lora of fused": lambda config: LoRA(rank=3, alpha=7.0, targets=("q", "k", "gate", "up"), dropout=0.0),
+    "rslora": lambda config: LoRA(rank=3, alpha=7.0, targets=config.roles, rslora=True, dropout=0.0),
+    "dora": lambda config: DoRA(rank=3, alpha=7.0, targets=config.roles, dropout=0.0),
+    "dora of some": lambda config: DoRA(rank=3, alpha=7.0, targets=some_roles(config), dropout=0.0),
+    "ia3": lambda config: IA3(targets=config.roles),
+    "ia3 of some": lambda config: IA3(targets=some_roles(config), layers=(1, 3)),
+    "prefix": lambda config: PrefixTuning(length=4, tokens=(9, 8, 7, 6)),
+}
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+@pytest.mark.parametrize("name", METHODS)
+def test_peft_reads_other_methods(name: str, case: str, base_of: Callable[[str], Path], tmp_path: Path) -> None:
+    method, roles = METHODS[name](shape_of(case)), shape_of(case).roles
+    if isinstance(method, LoRA | IA3):
+        method = replace(method, targets=tuple(role for role in method.targets if role in roles))
+    check_ours_in_peft(base_of(case), method, tmp_path / "ours")
+
+
+def theirs(name: str, config: ModelConfig) -> peft.PeftConfig:
+    modules = sorted({module for i in range(config.num_layers) for module in stored_linears(config, i)})
+    if name == "ia3":
+        down = next(module for module in modules if "down" in stored_linears(config, 0)[module])
+        return peft.IA3Config(target_modules=modules, feedforward_modules=[down], task_type="CAUSAL_LM")
+    if name == "prefix":
+        return peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM")
+    return peft.LoraConfig(r=3, target_modules=modules, use_dora=True, use_rslora=True, task_type="CAUSAL_LM")
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+@pytest.mark.parametrize("name", ["dora", "ia3", "prefix"])
+def test_other_methods_of_peft_are_the_same_here(
+    name: str, case: str, base_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    check_theirs_here(base_of(case), theirs(name, shape_of(case)), tmp_path)
