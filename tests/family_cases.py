@@ -4,13 +4,14 @@ A case is a class of transformers and the settings in which it differs from `SIZ
 the tests of this folder and of `exchange` then hold for it.
 """
 
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from tiny import byte_tokenizer
 
@@ -39,6 +40,14 @@ LONG_ROPE = theta(rope_type="longrope", short_factor=[1.0, 1.1, 1.5], long_facto
 
 WINDOWS = {"use_sliding_window": True, "sliding_window": WINDOW}
 
+MOE = {
+    "experts_implementation": "eager",
+    "num_local_experts": 5,
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+}
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neo": (
         "GPTNeo",
@@ -50,6 +59,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gptj": ("GPTJ", {"hidden_size": 32, "rotary_dim": 4, "n_inner": 40}),
     "gptj all rotate": ("GPTJ", {"rotary_dim": 6}),
+    "gpt-oss": ("GptOss", MOE | {"sliding_window": WINDOW}),
+    "gpt-oss plain": ("GptOss", MOE | {"attention_bias": False, "rope_parameters": theta(), "num_experts_per_tok": 5}),
     "llama": ("Llama", {"num_attention_heads": 3, "num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True}),
     "llama linear": ("Llama", {"hidden_size": 32, "rope_parameters": theta(rope_type="linear", factor=2.0)}),
     "llama 3": ("Llama", {"hidden_size": 32, "rope_parameters": LLAMA_3, "tie_word_embeddings": True}),
@@ -70,6 +81,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3",
         {"attention_bias": True, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
     ),
+    "qwen3 moe": ("Qwen3Moe", MOE | {"norm_topk_prob": True, "decoder_sparse_step": 2}),
+    "qwen3 moe unnormalized": ("Qwen3Moe", MOE | {"mlp_only_layers": [1], "attention_bias": True}),
     "qwen3 yarn": (
         "Qwen3",
         {"rope_parameters": YARN | {"attention_factor": 0.9, "beta_fast": 16.0, "truncate": False}},
@@ -102,6 +115,24 @@ def reference(name: str, dtype: torch.dtype) -> nn.Module:
         module, attribute = buffer.rsplit(".", 1)
         setattr(model.get_submodule(module), attribute, b)
     return model
+
+
+def stored_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters or gradients of transformers' model by the names that its files have: of each expert on its own."""
+    if not isinstance(model, transformers.Qwen3MoeForCausalLM):
+        return dict(tensors)
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        layer, experts, kind = name.partition("mlp.experts.")
+        if not experts:
+            found[name] = tensor
+            continue
+        for i, of_expert in enumerate(tensor):
+            parts = {"down_proj": of_expert} if kind == "down_proj" else {}
+            if kind == "gate_up_proj":
+                parts = dict(zip(("gate_proj", "up_proj"), of_expert.chunk(2), strict=True))
+            found |= {f"{layer}mlp.experts.{i}.{part}.weight": t for part, t in parts.items()}
+    return found
 
 
 def base_folder(folder: Path, name: str) -> Path:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from family_cases import CASES, VOCAB, config_of, reference
+from family_cases import CASES, VOCAB, config_of, reference, stored_tensors
 from graftlm.errors import InputError
 from graftlm.files.formats import open_safetensors, save_safetensors
 from graftlm.methods.cost_model import parameters
@@ -38,7 +38,7 @@ def ours_config(name: str) -> ModelConfig:
 
 
 def ours(name: str, model: nn.Module) -> CausalLM:
-    config, state = ours_config(name), model.state_dict()
+    config, state = ours_config(name), stored_tensors(model, model.state_dict())
     check_names(config, state, name)
     found = CausalLM(config).to(next(iter(state.values())).dtype)
     mapping = tensor_mapping(config)
@@ -67,13 +67,15 @@ def ids_of(rows: int = 3, tokens: int = T) -> Tensor:
 
 def test_logits_and_gradients_equal_transformers(case: str) -> None:
     reference, ids = theirs(case, torch.float64), ids_of()
-    model, stored = ours(case, reference), dict(reference.named_parameters())
+    model = ours(case, reference)
     reference.zero_grad()
     weights = torch.randn(3, T, VOCAB, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     with InDouble():
         expected = reference(ids).logits
         (expected * weights).sum().backward()
     assert expected.std() > 0.1, "weights this small would hide a mistake"
+    grads = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
+    stored = stored_tensors(reference, grads)
     for fused in (True, False):
         model.use_fused_ops(fused)
         model.zero_grad()
@@ -81,8 +83,8 @@ def test_logits_and_gradients_equal_transformers(case: str) -> None:
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
         (logits * weights).sum().backward()
         for name, mapping in tensor_mapping(model.config).items():
-            grad, want = model.get_parameter(name).grad, stored[mapping.name].grad
-            assert grad is not None and want is not None
+            grad, want = model.get_parameter(name).grad, stored[mapping.name]
+            assert grad is not None
             torch.testing.assert_close(grad, mapping.read(want), rtol=1e-9, atol=1e-9 * want.abs().max().item())
 
 
@@ -95,7 +97,7 @@ def test_float32_logits_equal_transformers_as_it_is(case: str) -> None:
 
 def test_export_is_the_inverse_of_reading_and_rows_are_read_alone(case: str, tmp_path: Path) -> None:
     reference = theirs(case, torch.float32)
-    model, state = ours(case, reference), reference.state_dict()
+    model, state = ours(case, reference), stored_tensors(reference, reference.state_dict())
     exported = to_file(model.config, dict(model.named_parameters()))
     assert exported.keys() == state.keys() - ({"lm_head.weight"} if model.config.tie_embeddings else set())
     assert all(tensor.equal(state[name]) for name, tensor in exported.items())

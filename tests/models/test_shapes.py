@@ -57,7 +57,12 @@ def apply_rotary_emb(
 
 
 def scaled_dot_product(
-    q: Float[Tensor, "b t h d"], parts: Any, mask: Float[Tensor, "#b 1 1 t s"] | None, layer: Any, drop: Any
+    q: Float[Tensor, "b t h d"],
+    parts: Any,
+    mask: Float[Tensor, "#b 1 1 t s"] | None,
+    layer: Any,
+    drop: Any,
+    sinks: Any = None,
 ) -> Float[Tensor, "b t h d"]: ...
 
 

@@ -147,7 +147,7 @@ def iter_local_shards(model: CausalLM, folder: Path, names: Iterable[str]) -> It
     for name, p, source, key in _stored_parameters(model, stored, folder, names):
         rows = formats.local_rows(p)
         if len(rows) == (p.shape[0] if p.dim() else 1):
-            yield name, source.read(stored[key])
+            yield name, source.load(stored, key)
         else:
             yield name, source.part(stored, key, rows) if rows else torch.empty(formats.to_local(p).shape)
 

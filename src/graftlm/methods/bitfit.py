@@ -15,7 +15,7 @@ from torch import nn
 
 from graftlm.errors import InputError
 from graftlm.methods.base import Method, block_modules, freeze, master_dtype, target_device
-from graftlm.methods.cost_model import ParameterGroup, counted, linear_group, norms_formula
+from graftlm.methods.cost_model import ParameterGroup, counted, expert_parts, linear_group, norms_formula
 from graftlm.models import CausalLM, Linear, ModelConfig
 
 
@@ -63,6 +63,7 @@ class BitFit(Method):
         config, layers = self.adapted_config(config), self.layer_range(config)
         roles = filter(config.has_bias, config.roles)
         parts = [linear_group(config, role, layers, "biases", "L out") for role in roles]
+        parts += expert_parts(config, layers, biases_only=True)
         if config.norm_biases:
             norms = counted("norms, biases", norms_formula(config, layers), L=len(layers), d=config.hidden_size)
             parts.append(ParameterGroup(*norms, "norms"))

@@ -93,7 +93,25 @@ def block_parts(config: ModelConfig, layers: range) -> list[ParameterGroup]:
     parts = [linear_group(config, role, layers, *kinds[config.has_bias(role)]) for role in config.roles]
     formula = ("2 " if config.norm_biases else "") + norms_formula(config, layers)
     norms = counted("norms", formula, L=len(layers), d=config.hidden_size)
-    return [*parts, ParameterGroup(*norms, "norms")]
+    return [*parts, *expert_parts(config, layers), ParameterGroup(*norms, "norms")]
+
+
+def expert_parts(config: ModelConfig, layers: range, biases_only: bool = False) -> list[ParameterGroup]:
+    """Parameters of routers, experts and attention sinks in these layers."""
+    parts, with_sinks = [], [i for i in layers if config.layer(i).attention_sinks]
+    mixed = [(i, experts) for i in layers if (experts := config.layer(i).experts)]
+    if mixed:
+        experts = mixed[0][1]
+        letters = {"L": len(mixed), "E": experts.count, "d": config.hidden_size, "f": experts.intermediate_size}
+        router, mlp = ([] if biases_only else ["L E d"]), ([] if biases_only else ["L E 3 d f"])
+        router += ["L E"] if experts.router_bias else []
+        mlp += ["L E (2 f + d)"] if config.mlp_bias else []
+        named = (("router", router), ("experts", mlp))
+        parts += [ParameterGroup(*counted(name, " + ".join(f), **letters), name) for name, f in named if f]
+    if with_sinks and not biases_only:
+        sinks = counted("attention sinks", "L H", L=len(with_sinks), H=config.num_heads)
+        parts.append(ParameterGroup(*sinks, "sinks"))
+    return parts
 
 
 def model_parts(config: ModelConfig) -> list[ParameterGroup]:
@@ -140,9 +158,12 @@ class Passes:
 
 
 def layer_weights(config: ModelConfig) -> int:
-    """Elements of one block's matrices; the mean where blocks differ."""
+    """Elements of one block's matrices that a token meets; the mean where blocks differ."""
     sizes = {role: math.prod(linear_size(config, role)) for role in config.roles}
-    return sum(len(config.layers_with(role)) * size for role, size in sizes.items()) // config.num_layers
+    plain = sum(len(config.layers_with(role)) * size for role, size in sizes.items())
+    mixed = [experts for i in range(config.num_layers) if (experts := config.layer(i).experts)]
+    routed = sum(config.hidden_size * (e.count + 3 * e.per_token * e.intermediate_size) for e in mixed)
+    return (plain + routed) // config.num_layers
 
 
 def model_flops(config: ModelConfig, tokens: int, passes: Passes) -> int:

@@ -12,11 +12,13 @@ FAMILY_FILES = (
     "gpt2",
     "gpt_neo",
     "gptj",
+    "gpt_oss",
     "llama",
     "neox",
     "opt",
     "phi3",
     "qwen3",
+    "qwen3_moe",
 )
 """The files that have a `FAMILY`."""
 

@@ -10,6 +10,7 @@ A linear may be stored transposed, fused with others, or with the dimensions of 
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,19 @@ Rows = slice | Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """A mixture of experts: a router sends each token to some of several MLPs."""
+
+    count: int
+    per_token: int
+    intermediate_size: int
+    """Of each expert."""
+    normalized: bool = True
+    """Whether the probabilities of a token's experts are divided by their sum."""
+    router_bias: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerConfig:
     """What one decoder layer computes. The defaults are Llama's."""
 
@@ -37,6 +51,8 @@ class LayerConfig:
     """Factor of q k^T; None: head_dim ** -0.5."""
     attention_softcap: float | None = None
     """c: scores become c tanh(score / c) before the mask."""
+    attention_sinks: bool = False
+    """A learned score of each head in the softmax, whose weight is dropped (gpt-oss)."""
     qk_norm: Literal["none", "head", "all"] = "none"
     """Norm of q and k before the rotation: of each head (Qwen3, Gemma 3), or of all heads together (OLMo 2)."""
     norm: Literal["rms", "layer"] = "rms"
@@ -49,6 +65,8 @@ class LayerConfig:
     activation: Activation = "silu"
     gated: bool = True
     """down(activation(gate(x)) * up(x)); without: down(activation(up(x)))."""
+    experts: ExpertsConfig | None = None
+    """A mixture of experts instead of one MLP. Methods that adapt linears leave it as it is."""
     parallel: bool = False
     """Attention and MLP read the same x and are added to it together (GPT-NeoX)."""
     single_norm: bool = False
@@ -59,7 +77,8 @@ class LayerConfig:
     @property
     def roles(self) -> tuple[str, ...]:
         """Its linears, in the order of `ROLES`."""
-        return tuple(role for role in ROLES if role != "gate" or self.gated)
+        mlp = () if self.experts else ("up", "gate", "down") if self.gated else ("up", "down")
+        return (*"qkvo", *mlp)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +185,10 @@ class ModelFamily:
     """Whether linears are stored [in, out]."""
     fused_slices: Callable[[ModelConfig, str], Rows | None] | None = None
     """(configuration, role) -> the role's rows of a fused linear [out, in]; None: not fused."""
+    router: str = "mlp.gate"
+    """Router of a mixture of experts."""
+    expert: "Callable[[ModelConfig, int, str, str], TensorMapping] | None" = None
+    """(configuration, expert, role, weight or bias) -> where it is inside a layer."""
     ignored: str = r"(?!)"
     """Regular expression for the end of names of tensors that carry no weights (old files store masks)."""
     with_biases: Callable[[Mapping[str, Any], ModelConfig, ModelConfig], dict[str, Any]] | None = None
@@ -229,11 +252,19 @@ class TensorMapping:
     transposed: bool = False
     rows: Rows | None = None
     """Slice of a fused tensor, or a permutation; None: all rows in their order."""
+    index: int | None = None
+    """Expert of a tensor [E, ...] that holds those of all experts."""
 
     def read(self, t: Tensor) -> Tensor:
         """Our parameter from the checkpoint's tensor."""
-        t = self.transpose_if_needed(t)
+        t = self.transpose_if_needed(t if self.index is None else t[self.index])
         return t if self.rows is None else t[self.rows]
+
+    def load(self, stored: LazyTensors, key: str) -> Tensor:
+        """Our parameter from the checkpoint's tensor `key`; of one for all experts, only ours is read."""
+        if self.index is None:
+            return self.read(stored[key])
+        return replace(self, index=0).read(stored.part(key, slice(self.index, self.index + 1)))
 
     def transpose_if_needed(self, t: Tensor) -> Tensor:
         """The checkpoint's [in, out] -> [out, in], or the inverse; a bias is unchanged."""
@@ -241,6 +272,8 @@ class TensorMapping:
 
     def part(self, stored: LazyTensors, key: str, wanted: range) -> Tensor:
         """The wanted rows of ours (at least one) from the checkpoint's tensor `key`, of which little more is read."""
+        if self.index is not None:
+            return self.load(stored, key)[wanted.start : wanted.stop]
         within: Rows = slice(None)
         among = slice(wanted.start, wanted.stop)
         if isinstance(self.rows, slice):
@@ -309,6 +342,10 @@ def tensor_mapping(config: ModelConfig) -> dict[str, TensorMapping]:
             for kind in kinds[config.has_bias(role)]:
                 name = f"{theirs}.{family.linears[role]}.{kind}"
                 mapping[f"{our_linear(i, role)}.{kind}"] = TensorMapping(name, family.transposed, rows)
+        mapping |= {
+            f"blocks.{i}.{name}": replace(place, name=f"{theirs}.{place.name}")
+            for name, place in other_tensors(config, config.layer(i)).items()
+        }
     for kind in kinds[config.norm_biases]:
         mapping[f"norm.{kind}"] = TensorMapping(f"{family.last_norm}.{kind}")
     if not config.tie_embeddings:
@@ -316,6 +353,21 @@ def tensor_mapping(config: ModelConfig) -> dict[str, TensorMapping]:
     if config.head_bias:
         mapping["head.bias"] = TensorMapping(f"{family.head}.bias")
     return mapping
+
+
+def other_tensors(config: ModelConfig, layer: LayerConfig) -> dict[str, TensorMapping]:
+    """Attention sinks, router and experts, by our names and the checkpoint's inside a layer."""
+    family, found, kinds = FAMILIES[config.family], dict[str, TensorMapping](), ("weight", "bias")
+    if layer.attention_sinks:
+        found["attn.sinks"] = TensorMapping("self_attn.sinks")
+    if layer.experts is not None:
+        assert family.expert is not None
+        for kind in kinds[: 1 + layer.experts.router_bias]:
+            found[f"mlp.router.{kind}"] = TensorMapping(f"{family.router}.{kind}")
+        roles = ("gate", "up", "down") if layer.gated else ("up", "down")
+        for e, role, kind in product(range(layer.experts.count), roles, kinds[: 1 + config.mlp_bias]):
+            found[f"mlp.experts.{e}.{role}.{kind}"] = family.expert(config, e, role, kind)
+    return found
 
 
 def stored_name(name: str, stored: Iterable[str]) -> str | None:
@@ -375,6 +427,10 @@ def file_parts(config: ModelConfig) -> dict[str, dict[str, TensorMapping]]:
 def one_to_file(parts: Mapping[str, TensorMapping], ours: Mapping[str, Tensor]) -> Tensor:
     """The checkpoint's tensor that holds these parts: the inverse of `TensorMapping.read`."""
     (first, mapping), *_ = parts.items()
+    if mapping.index is not None:
+        experts = sorted({part.index for part in parts.values() if part.index is not None})
+        of = [{name: replace(p, index=None) for name, p in parts.items() if p.index == e} for e in experts]
+        return torch.stack([one_to_file(each, ours) for each in of])
     tensor = ours[first]
     if mapping.rows is not None:
         size = sum(len(ours[name]) for name in parts)

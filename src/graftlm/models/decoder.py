@@ -8,44 +8,11 @@
 Letters: B rows, T tokens, N = B T, d hidden size.
 """
 
-from collections.abc import Callable
-from functools import partial
-
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graftlm.models.config import LayerConfig, ModelConfig
-from graftlm.models.fused_ops import SwiGLU
-from graftlm.models.layers import Attention, AttentionInputs, Dropout, HasFusedOps, Linear, apply_linears, make_norm
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-}
-
-
-class MLP(HasFusedOps):
-    """down(activation(up(x))), or gated: down(activation(gate(x)) * up(x)) (Shazeer 2020)."""
-
-    def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
-        super().__init__()
-        d, width, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate = Linear(d, width, bias=bias) if layer.gated else None
-        self.up = Linear(d, width, bias=bias)
-        self.down = Linear(width, d, bias=bias)
-        self.activation = layer.activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., d] -> [..., d]."""
-        activation = ACTIVATIONS[self.activation]
-        if self.gate is None:
-            return self.down(activation(self.up(x)))
-        gate, up = apply_linears(x, self.gate, self.up)
-        if self.fused and self.activation == "silu":
-            return self.down(SwiGLU.apply(gate, up, self.active_kernels))
-        return self.down(activation(gate) * up)
+from graftlm.models.layers import Attention, AttentionInputs, Dropout, make_norm
+from graftlm.models.mlp import MLP, MixtureOfExperts
 
 
 class DecoderBlock(nn.Module):
@@ -62,7 +29,7 @@ class DecoderBlock(nn.Module):
         self.attn = Attention(config, layer)
         self.post_norm1 = norm("post")
         self.norm2 = None if layer.single_norm else norm("pre")
-        self.mlp = MLP(config, layer)
+        self.mlp = MLP(config, layer) if layer.experts is None else MixtureOfExperts(config, layer, layer.experts)
         self.post_norm2 = norm("post")
         self.drop = Dropout()
         self.parallel, self.residual_multiplier = layer.parallel, layer.residual_multiplier

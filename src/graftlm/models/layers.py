@@ -346,6 +346,7 @@ class Attention(HasFusedOps):
         self.v = Linear(d, config.num_kv_heads * hd, bias=config.qkv_bias)
         self.o = Linear(config.num_heads * hd, d, bias=config.out_bias)
         sizes = map(config.norm_sizes(layer).get, ("attn.q_norm", "attn.k_norm"))
+        self.sinks = nn.Parameter(torch.zeros(config.num_heads)) if layer.attention_sinks else None
         self.q_norm, self.k_norm = (make_norm(config, layer, size) if size else None for size in sizes)
         self.drop = Dropout()
 
@@ -366,17 +367,21 @@ class Attention(HasFusedOps):
         if inputs.shared_prefix is not None:
             return self.o(self._attend_shared_prefix(q, (k, v), past, inputs).flatten(-2))
         k, v = k.transpose(1, 2), v.transpose(1, 2)
-        plain = self.layer.window is None and self.layer.attention_softcap is None
+        plain = self.layer.window is None and self.layer.attention_softcap is None and self.sinks is None
         if plain and not past and inputs.causal and inputs.positions is None and q.shape[1] >= FUSED_FROM:
             dropout_p, grouped = self.drop.p if self.training else 0.0, self.kv_heads < self.heads
             y = F.scaled_dot_product_attention(
                 q.transpose(1, 2), k, v, None, dropout_p, True, scale=self.layer.attention_scale, enable_gqa=grouped
             ).transpose(1, 2)
         else:
-            y = scaled_dot_product(q, [*past, (k, v)], inputs.masks[self.layer.window], self.layer, self.drop)
+            y = scaled_dot_product(q, [*past, (k, v)], inputs.masks[self.layer.window], *self._settings)
         if inputs.cache is not None:
             inputs.cache.update(index, k, v)
         return self.o(y.flatten(-2))
+
+    @property
+    def _settings(self) -> tuple[LayerConfig, Dropout, Tensor | None]:
+        return self.layer, self.drop, self.sinks
 
     def _heads(self, x: Tensor, heads: int, norm: torch.nn.Module | None) -> Tensor:
         """[..., heads D] -> [..., heads, D], normalised where the layer does so."""
@@ -390,26 +395,31 @@ class Attention(HasFusedOps):
 
         The past precedes both. Where only some positions are needed, q is [B, M, H, D] and so is the result.
         """
-        prefix, window, settings = inputs.shared_prefix, self.layer.window, (self.layer, self.drop)
+        prefix, window = inputs.shared_prefix, self.layer.window
         assert prefix is not None
         (k1, k2), (v1, v2) = (prefix.split(x) for x in new)
         first, own = (k1.transpose(1, 2), v1.transpose(1, 2)), (k2.transpose(1, 2), v2.transpose(1, 2))
         if inputs.positions is not None:
-            return scaled_dot_product(q, [*past, first, own], inputs.masks[window], *settings)
+            return scaled_dot_product(q, [*past, first, own], inputs.masks[window], *self._settings)
         q1, q2 = prefix.split(q)
-        y1 = scaled_dot_product(q1, [*past, first], prefix.masks[window], *settings)
-        y2 = scaled_dot_product(q2, [*past, first, own], inputs.masks[window], *settings)
+        y1 = scaled_dot_product(q1, [*past, first], prefix.masks[window], *self._settings)
+        y2 = scaled_dot_product(q2, [*past, first, own], inputs.masks[window], *self._settings)
         return torch.cat([y1.flatten(0, 1), y2.flatten(0, 1)])
 
 
 def scaled_dot_product(
-    q: Tensor, parts: list[KeyValue], mask: Tensor | None, layer: LayerConfig, drop: Dropout
+    q: Tensor,
+    parts: list[KeyValue],
+    mask: Tensor | None,
+    layer: LayerConfig,
+    drop: Dropout,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of q [B, T, H, D] over parts of keys and values, each [1|B, K, S, D]; returns [B, T, H, D].
 
     One product of scores per part, one softmax over all, one product of values per part. With gradient the parts
     are concatenated first, since one large product is then faster than several small ones; without, a part that all
-    rows share is read in place.
+    rows share is read in place. `sinks` [H] are scores of each head that take a share of the softmax and no value.
     """
     b, t, heads, d = q.shape
     kv, scale, cap = parts[0][0].shape[1], layer.attention_scale, layer.attention_softcap
@@ -421,7 +431,12 @@ def scaled_dot_product(
         scores = cap * torch.tanh(scores / cap)
     if mask is not None:
         scores = scores + mask
-    weights = drop(torch.softmax(scores, dim=-1)).split([k.shape[2] for k, _ in parts], dim=-1)
+    if sinks is not None:
+        column = sinks.to(scores.dtype).view(1, kv, heads // kv, 1, 1).expand(*scores.shape[:-1], 1)
+        p = torch.softmax(torch.cat([scores, column], dim=-1), dim=-1)[..., :-1]
+    else:
+        p = torch.softmax(scores, dim=-1)
+    weights = drop(p).split([k.shape[2] for k, _ in parts], dim=-1)
     y = sum(_weighted(w, v) for w, (_, v) in zip(weights, parts, strict=True))
     assert isinstance(y, Tensor)
     return y.permute(0, 3, 1, 2, 4).reshape(b, t, heads, d)
