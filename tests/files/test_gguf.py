@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter, dequantize, quantize
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, dequantize, quantize
 from tokenizers import Tokenizer
 
 from graftlm.errors import InputError
-from graftlm.files import gguf as ours
 from graftlm.files.assets import model_folder
 from graftlm.files.formats import load_safetensors, read_json, read_weights
 from graftlm.files.gguf import gguf_to_folder
+from graftlm.files.gguf_models import LLAMA
 from graftlm.text.tokenizer import Tokenizer as TextTokenizer
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -55,17 +55,17 @@ def tiny(path: Path, change: Change | None = None, seed: int = 0, **settings: An
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     weights, kept = {}, {}
-    sides = {"d": D, "H": HEADS * H, "K": KV * H, "f": F, "V": len(TOKENS)}
-    shapes = {"token_embd": ("model.embed_tokens", "Vd"), "output_norm": ("model.norm", "d")}
-    if not given["tied"]:
-        shapes["output"] = ("lm_head", "Vd")
+    sides = {"d": D, "HD": HEADS * H, "KD": KV * H, "f": F, "V": len(TOKENS)}
+    shapes = {f"{theirs}": (target.name, target.shape) for theirs, target in LLAMA.outer.items()}
+    if given["tied"]:
+        del shapes["output"]
     for layer in range(LAYERS):
-        for theirs, (name, letters) in ours.BLOCK.items():
-            shapes[f"blk.{layer}.{theirs}"] = (f"model.layers.{layer}.{name}", letters)
-    for theirs, (name, letters) in shapes.items():
-        weight = rng.standard_normal([sides[letter] for letter in letters], dtype=np.float32)
+        for theirs, target in LLAMA.block.items():
+            shapes[f"blk.{layer}.{theirs}"] = (f"model.layers.{layer}.{target.name}", target.shape)
+    for theirs, (name, shape) in shapes.items():
+        weight = rng.standard_normal([sides[side] for side in shape.split()], dtype=np.float32)
         kept[theirs] = weight
-        if len(letters) == 2:  # rounded first, so that what is quantised below is exactly this
+        if weight.ndim == 2:  # rounded first, so that what is quantised below is exactly this
             weight = dequantize(quantize(weight, given["quantised"]), given["quantised"]).astype(np.float32)
         weights[f"{name}.weight"] = weight
     if change is not None:
@@ -139,16 +139,27 @@ def test_a_token_before_each_text_is_kept(tmp_path: Path) -> None:
 
 REFUSED: dict[str, tuple[Change | None, dict[str, Any], str]] = {
     "architecture": (None, {"architecture": "falcon"}, "architecture 'falcon' is not supported"),
+    "image part": (None, {"architecture": "clip"}, "is the image part of a model .* language model"),
     "pre-tokenizer": (
         None,
-        {"pre": "llama-bpe"},
-        "pre-tokenizer 'llama-bpe' is not supported: known are smollm, gpt-2",
+        {"pre": "bloom"},
+        "tokenizer 'gpt2' with pre-tokenizer 'bloom' is not supported .*llama-bpe",
     ),
     "missing": (lambda w, t: t.pop("blk.1.ffn_up"), {}, r"has no tensor blk\.1\.ffn_up\.weight \(1 missing\)"),
     "extra": (
-        lambda w, t: t.update({"rope_freqs": np.ones(4, np.float32)}),
+        lambda w, t: t.update({"blk.0.attn_sinks": np.ones(4, np.float32)}),
         {},
-        r"tensor rope_freqs\.weight is not part",
+        r"tensor blk\.0\.attn_sinks\.weight is not part of a plain llama",
+    ),
+    "frequencies": (
+        lambda w, t: t.update({"rope_freqs": np.array([1, 2, 3, 4], np.float32)}),
+        {},
+        r"rope_freqs\.weight is not Llama 3\.1's",
+    ),
+    "setting": (
+        lambda w, t: w.add_sliding_window(16),
+        {},
+        r"the setting llama\.attention\.sliding_window = 16 is not supported",
     ),
     "shape": (
         lambda w, t: t.update({"output_norm": np.ones(5, np.float32)}),
@@ -156,9 +167,10 @@ REFUSED: dict[str, tuple[Change | None, dict[str, Any], str]] = {
         r"has shape \(5,\), .* imply \(32,\)",
     ),
     "nan": (lambda w, t: t["blk.0.attn_norm"].fill(np.nan), {}, r"blk\.0\.attn_norm\.weight holds infinite values"),
-    "experts": (lambda w, t: w.add_expert_count(8), {}, "8 experts is not supported"),
-    "rope": (lambda w, t: w.add_string("llama.rope.scaling.type", "yarn"), {}, "rope scaling 'yarn' is not supported"),
-    "head": (lambda w, t: w.add_key_length(16), {}, "partial RoPE is not supported"),
+    "experts": (lambda w, t: w.add_expert_count(8), {}, "8 experts are not supported"),
+    "rope": (lambda w, t: w.add_string("llama.rope.scaling.type", "x"), {}, "RoPE scaling 'x' is not supported"),
+    "head": (lambda w, t: w.add_key_length(16), {}, "RoPE of 8 of 16 dimensions is not supported"),
+    "adapter": (lambda w, t: w.add_type("adapter"), {}, "is an adapter: name the file of its model"),
     "twice": (None, {"tokens": [*TOKENS[:-1], "a"]}, "contains a token twice"),
     "merge": (None, {"merges": ["a zzz"]}, "its merge 'a zzz' is not made of its tokens"),
 }
@@ -171,6 +183,35 @@ def test_what_is_no_plain_llama_is_refused_by_name(tmp_path: Path, case: str) ->
     with pytest.raises(InputError, match=message) as caught:
         gguf_to_folder(tmp_path / "m.gguf", tmp_path / "out")
     assert str(tmp_path / "m.gguf") in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_model_in_several_files_is_named_by_its_first(tmp_path: Path) -> None:
+    whole, parts = tmp_path / "m.gguf", [tmp_path / f"m-0000{n}-of-00002.gguf" for n in (1, 2)]
+    weights = tiny(whole)
+    reader = GGUFReader(whole)
+    for number, part in enumerate(parts):
+        writer = GGUFWriter(part, "llama")
+        for field in reader.fields.values() if number == 0 else ():
+            if not field.name.startswith(("GGUF.", "general.architecture")):
+                kind, *of = field.types
+                writer.add_key_value(field.name, field.contents(), kind, of[0] if of else None)
+        writer.add_uint16("split.no", number)
+        for tensor in reader.tensors[number::2]:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    gguf_to_folder(parts[0], tmp_path / "out")
+    found = load_safetensors(tmp_path / "out" / "model.safetensors")
+    assert {name: tensor.tolist() for name, tensor in found.items()} == {n: w.tolist() for n, w in weights.items()}
+    with pytest.raises(
+        InputError, match=r"m-00002-of-00002\.gguf: is a later file of a model: name the first, .*00001-of"
+    ):
+        gguf_to_folder(parts[1], tmp_path / "out")
+    parts[1].unlink()
+    with pytest.raises(InputError, match=r"the model has 2 files; m-00002-of-00002\.gguf is missing: fetch it too"):
+        gguf_to_folder(parts[0], tmp_path / "out")
 
 
 def test_a_truncated_file_is_one_line_wherever_it_ends(tmp_path: Path) -> None:

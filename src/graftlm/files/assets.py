@@ -260,10 +260,12 @@ def _unpacked(name: str) -> Path:
 
 
 def _converted(path: Path) -> Path:
-    """The model folder converted from a local .gguf file, cached under the file's sha256."""
+    """The model folder converted from a local .gguf file, cached under the file's sha256 (of several: of theirs)."""
     from graftlm.files.gguf import gguf_to_folder
+    from graftlm.files.gguf_file import gguf_parts
 
-    digest = sha256_file(path)
+    digests = [sha256_file(part) for part in gguf_parts(path)]
+    digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
     def build(folder: Path) -> dict[str, Any]:
         gguf_to_folder(path, folder)

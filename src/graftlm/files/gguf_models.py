@@ -1,0 +1,401 @@
+"""The architectures of .gguf files: which settings and tensors llama.cpp writes for a model, and what it changes.
+
+An architecture is one entry of `ARCHITECTURES`. What llama.cpp's converter (convert_hf_to_gguf.py) does to a tensor is
+undone:
+
+- Llama's rows of q and k are in pairs (x0, x_half, x1, …) for its RoPE; `from_pairs` restores their order. Qwen's are
+  not.
+- Gemma's norms hold 1 + w where the checkpoint holds w.
+- llama3's RoPE is a tensor of divisors, `rope_freqs.weight`; LongRoPE's are two.
+- A setting of the file that is not read here, and is not known to change nothing, is an error.
+
+Letters of shapes: d width, H heads, K key/value heads, D head width (HD and KD: their products), f feed-forward width,
+V vocabulary, P positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from graftlm.errors import InputError
+from graftlm.files.gguf_file import GGUFFile
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Config = dict[str, Any]
+HINT = "use the model's Hugging Face folder"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a tensor goes: its module in the checkpoint and its shape, rows first."""
+
+    name: str
+    shape: str
+    """Sides, separated by spaces: a product of letters each (`HD d`); a bias has the first."""
+    order: Callable[[np.ndarray, Config], np.ndarray] | None = None
+    """The rows as the file has them, and config.json -> the checkpoint's rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What an architecture's files hold, and the config.json of the same model."""
+
+    model_type: str
+    class_name: str
+    block: Mapping[str, Target]
+    """llama.cpp's names of a layer's tensors."""
+    biases: tuple[str, ...] = ()
+    """Those that may have a bias."""
+    optional: tuple[str, ...] = ()
+    """Those that may be missing."""
+    outer: Mapping[str, Target]
+    """Tensors outside the layers."""
+    numbers: Mapping[str, str] = field(default_factory=lambda: {"rms_norm_eps": ".attention.layer_norm_rms_epsilon"})
+    """Settings of config.json that are a number of the file."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of config.json that all models have."""
+    more: Callable[[GGUFFile, Config], Config] = lambda file, config: {}
+    """Further settings of config.json."""
+    norm_offset: float = 0.0
+    """Added to what the file holds for norms."""
+    partial_rotary: bool = False
+
+
+# Rows -----------------------------------------------------------------------------------------------------------------
+
+
+def from_pairs(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Undo llama.cpp's order of q and k rows [heads * D, …]: (x0, x_half, x1, …) in each head -> (x0, x1, …)."""
+    half = rows.shape[0] // heads // 2
+    return rows.reshape(heads, half, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def _query_pairs(rows: np.ndarray, config: Config) -> np.ndarray:
+    return from_pairs(rows, config["num_attention_heads"])
+
+
+def _key_pairs(rows: np.ndarray, config: Config) -> np.ndarray:
+    return from_pairs(rows, config["num_key_value_heads"])
+
+
+# Settings -------------------------------------------------------------------------------------------------------------
+
+HARMLESS = (
+    *("vocab_size", "tensor_data_layout", "expert_used_count", "rope.scaling.finetuned", "pooling_type"),
+    *("attention.layer_norm_epsilon", "embedding_length_out", "classifier.output_labels"),
+)
+"""Settings that change nothing in what is read: those of other programs, or said by the tensors too."""
+
+
+def read_config(file: GGUFFile) -> Config:
+    """The config.json of a file's model. InputError for an architecture or a setting that is not supported."""
+    kind = _architecture(file)
+    width, heads = int(file.require(".embedding_length")), int(file.require(".attention.head_count"))
+    head_dim = int(file.get(".attention.key_length", width // max(heads, 1)))
+    if file.get(".attention.value_length", head_dim) != head_dim:
+        raise InputError(f"{file.path}: keys and values of different widths are not supported: {HINT}")
+    config: Config = {
+        "architectures": [kind.class_name],
+        "model_type": kind.model_type,
+        "vocab_size": file.length("tokenizer.ggml.tokens"),
+        "hidden_size": width,
+        "intermediate_size": int(file.require(".feed_forward_length")),
+        "num_hidden_layers": int(file.require(".block_count")),
+        "num_attention_heads": heads,
+        "num_key_value_heads": int(file.get(".attention.head_count_kv", heads)),
+        "head_dim": head_dim,
+        "max_position_embeddings": int(file.require(".context_length")),
+        **{name: file.number(key) for name, key in kind.numbers.items()},
+    }
+    config |= _rope(file, config, kind.partial_rotary) | dict(kind.fixed)
+    config |= {"tie_word_embeddings": "output.weight" not in file.tensors, "torch_dtype": "float32"}
+    config |= kind.more(file, config)
+    for key, value in file.ignored(f"{file.architecture}.").items():
+        if value and value != "none" and key.removeprefix(f"{file.architecture}.") not in HARMLESS:
+            raise InputError(f"{file.path}: the setting {key} = {value!r:.60} is not supported: {HINT}")
+    return config
+
+
+def _architecture(file: GGUFFile) -> Architecture:
+    if file.architecture == "clip" or file.get("general.type") == "mmproj":
+        raise InputError(f"{file.path}: is the image part of a model (mmproj): name the file of its language model")
+    if file.get("general.type") == "adapter":
+        raise InputError(f"{file.path}: is an adapter: name the file of its model")
+    if file.get(".expert_count", 0):
+        raise InputError(f"{file.path}: {file.get('.expert_count')} experts are not supported in a gguf file: {HINT}")
+    if file.architecture not in ARCHITECTURES:
+        raise InputError(
+            f"{file.path}: architecture {file.architecture!r} is not supported in a gguf file; supported are "
+            f"{', '.join(ARCHITECTURES)}: {HINT}"
+        )
+    return ARCHITECTURES[file.architecture]
+
+
+def _rope(file: GGUFFile, config: Config, partial: bool) -> Config:
+    """rope_theta, and rope_scaling and partial_rotary_factor where the file has them."""
+    head_dim, theta = config["head_dim"], file.number(".rope.freq_base", 10000.0)
+    dim = int(file.get(".rope.dimension_count", head_dim))
+    if not partial and dim != head_dim:
+        raise InputError(f"{file.path}: RoPE of {dim} of {head_dim} dimensions is not supported: {HINT}")
+    share = dim / head_dim
+    share = share if int(head_dim * share) == dim else math.nextafter(share, 1.0)  # readers round down
+    found: Config = {"rope_theta": theta, **({"partial_rotary_factor": share} if partial else {})}
+    if scaling := _rope_scaling(file, config["max_position_embeddings"], dim, theta):
+        found["rope_scaling"] = scaling
+    return found
+
+
+def _rope_scaling(file: GGUFFile, context: int, dim: int, theta: float) -> Config:
+    """The settings of a scaled RoPE; empty if it is not."""
+    kind = file.get(".rope.scaling.type", "linear")
+    factor = file.number(".rope.scaling.factor", file.number(".rope.scale_linear", 1.0))
+    original = int(file.get(".rope.scaling.original_context_length", context))
+    if "rope_freqs.weight" in file.tensors:
+        return _llama3_scaling(file, dim, theta)
+    if "rope_factors_short.weight" in file.tensors:
+        return _longrope_scaling(file, context / original, original)
+    if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):
+        return {}
+    if kind == "linear":
+        return {"rope_type": kind, "factor": factor}
+    if kind != "yarn":
+        raise InputError(f"{file.path}: RoPE scaling {kind!r} is not supported: {HINT}")
+    if file.number(".rope.scaling.yarn_ext_factor", 1.0) != 1:
+        raise InputError(f"{file.path}: YaRN with another extrapolation factor than 1 is not supported: {HINT}")
+    optional = {"attention_factor": "yarn_attn_factor", "beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow"}
+    given = {name: file.number(f".rope.scaling.{key}", 0.0) for name, key in optional.items()}
+    return {
+        "rope_type": kind,
+        "factor": factor,
+        "original_max_position_embeddings": original,
+        **{name: value for name, value in given.items() if value},
+    }
+
+
+def _llama3_scaling(file: GGUFFile, dim: int, theta: float) -> Config:
+    """Llama 3.1's settings, from its divisors of the frequencies. They are always made with these three numbers."""
+    import numpy as np
+
+    low, high, original = 1.0, 4.0, 8192
+    divisors = file.values("rope_freqs.weight").astype(np.float64)
+    factor = float(divisors.max(initial=1.0))
+    wavelengths = 2 * math.pi * theta ** (np.arange(0, dim, 2) / dim)
+    kept = np.clip((original / wavelengths - low) / (high - low), 0, 1)
+    if divisors.shape != (dim // 2,) or not np.allclose(divisors, 1 / ((1 - kept) / factor + kept), rtol=1e-4):
+        raise InputError(f"{file.path}: rope_freqs.weight is not Llama 3.1's: this RoPE is not supported: {HINT}")
+    settings = {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high}
+    return {**settings, "original_max_position_embeddings": original} if factor > 1 else {}
+
+
+def _longrope_scaling(file: GGUFFile, factor: float, original: int) -> Config:
+    """Two divisors for each frequency. The attention factor is written where it is not the usual one."""
+    usual = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    attention = file.number(".rope.scaling.attn_factor", usual)
+    shorter, longer = (
+        [float(str(value)) for value in file.values(f"rope_factors_{name}.weight")] for name in ("short", "long")
+    )
+    found: Config = {"rope_type": "longrope", "short_factor": shorter, "long_factor": longer}
+    return found if math.isclose(attention, usual, rel_tol=1e-6) else {**found, "attention_factor": attention}
+
+
+# Tensors --------------------------------------------------------------------------------------------------------------
+
+READ_AS_SETTINGS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of the file, and the one of the checkpoint that it becomes."""
+
+    source: str
+    name: str
+    shape: tuple[int, ...]
+    order: Callable[[np.ndarray], np.ndarray] | None
+    offset: float
+
+
+def tensor_entries(file: GGUFFile, config: Config) -> list[Entry]:
+    """Every tensor of a model. InputError if one is missing, has another shape, or is no part of it."""
+    kind, entries = ARCHITECTURES[file.architecture], []
+    for layer in range(-1, config["num_hidden_layers"]):
+        before, after = ("", "") if layer < 0 else (f"blk.{layer}.", f"model.layers.{layer}.")
+        for short, target in (kind.outer if layer < 0 else kind.block).items():
+            for part in _parts(file, kind, short):
+                source = f"{before}{short}.{part}"
+                entries.append(_entry(config, kind, source, replace(target, name=f"{after}{target.name}.{part}")))
+    _check(file, entries)
+    return entries
+
+
+def _parts(file: GGUFFile, kind: Architecture, short: str) -> list[str]:
+    """weight, and bias where the file has one."""
+    optional = short in kind.optional or short == "output"
+    weight = ["weight"] if not optional or file.has(short, "weight") else []
+    return [*weight, "bias"] if short in kind.biases and file.has(short, "bias") else weight
+
+
+def _entry(config: Config, kind: Architecture, source: str, target: Target) -> Entry:
+    letters = {
+        "d": config["hidden_size"],
+        "H": config["num_attention_heads"],
+        "K": config["num_key_value_heads"],
+        "D": config["head_dim"],
+        "f": config["intermediate_size"],
+        "V": config["vocab_size"],
+    }
+    shape = tuple(math.prod(letters[letter] for letter in side) for side in target.shape.split())
+    order = target.order
+    return Entry(
+        source,
+        target.name,
+        shape[:1] if source.endswith(".bias") else shape,
+        None if order is None else lambda rows: order(rows, config),
+        -kind.norm_offset if "norm." in source else 0.0,
+    )
+
+
+def _check(file: GGUFFile, entries: list[Entry]) -> None:
+    known = {entry.source for entry in entries}
+    if missing := [entry.source for entry in entries if entry.source not in file.tensors]:
+        raise InputError(f"{file.path}: has no tensor {missing[0]} ({len(missing)} missing): fetch or convert it again")
+    if extra := [name for name in file.tensors if name not in known and name not in READ_AS_SETTINGS]:
+        raise InputError(
+            f"{file.path}: tensor {extra[0]} is not part of a plain {file.architecture}: this variant is not "
+            f"supported: {HINT}"
+        )
+    for entry in entries:
+        if (given := file.shape(entry.source)) != entry.shape:
+            implied = f"its settings imply {entry.shape}"
+            raise InputError(f"{file.path}: tensor {entry.source} has shape {given}, {implied}: fetch it again")
+
+
+# The table ------------------------------------------------------------------------------------------------------------
+
+OUTER = {
+    "token_embd": Target("model.embed_tokens", "V d"),
+    "output_norm": Target("model.norm", "d"),
+    "output": Target("lm_head", "V d"),
+}
+_ATTENTION = {
+    "attn_q": Target("self_attn.q_proj", "HD d"),
+    "attn_k": Target("self_attn.k_proj", "KD d"),
+    "attn_v": Target("self_attn.v_proj", "KD d"),
+    "attn_output": Target("self_attn.o_proj", "d HD"),
+}
+_MLP = {
+    "ffn_gate": Target("mlp.gate_proj", "f d"),
+    "ffn_up": Target("mlp.up_proj", "f d"),
+    "ffn_down": Target("mlp.down_proj", "d f"),
+}
+_NORMS = {"attn_norm": Target("input_layernorm", "d"), "ffn_norm": Target("post_attention_layernorm", "d")}
+_HEAD_NORMS = {"attn_q_norm": Target("self_attn.q_norm", "D"), "attn_k_norm": Target("self_attn.k_norm", "D")}
+_NORMS_AROUND = {
+    "attn_norm": Target("input_layernorm", "d"),
+    "post_attention_norm": Target("post_attention_layernorm", "d"),
+    "ffn_norm": Target("pre_feedforward_layernorm", "d"),
+    "post_ffw_norm": Target("post_feedforward_layernorm", "d"),
+}
+_PAIRS = {
+    "attn_q": Target("self_attn.q_proj", "HD d", _query_pairs),
+    "attn_k": Target("self_attn.k_proj", "KD d", _key_pairs),
+}
+
+
+def _llama_biases(file: GGUFFile, config: Config) -> Config:
+    return {"attention_bias": file.has("attn_q", "bias"), "mlp_bias": file.has("ffn_up", "bias")}
+
+
+def _attention_bias(file: GGUFFile, config: Config) -> Config:
+    return {"attention_bias": file.has("attn_q", "bias")}
+
+
+def _gemma2(file: GGUFFile, config: Config) -> Config:
+    """llama.cpp tells the 27B model, which scales scores in its own way, by its number of layers."""
+    large = config["num_hidden_layers"] == 46
+    return {
+        "attn_logit_softcapping": file.number(".attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": file.number(".final_logit_softcapping", 30.0),
+        "sliding_window": int(file.get(".attention.sliding_window", 4096)),
+        "query_pre_attn_scalar": config["hidden_size"] // config["num_attention_heads"]
+        if large
+        else config["head_dim"],
+    }
+
+
+def _gemma3(file: GGUFFile, config: Config) -> Config:
+    """As `_gemma2`. Every sixth layer has no window, and the others their own theta."""
+    large, layers = config["num_hidden_layers"] == 62, range(config["num_hidden_layers"])
+    every = file.get(".attention.sliding_window_pattern", 6)
+    windows = every if isinstance(every, list) else [(i + 1) % max(int(every), 1) != 0 for i in layers]
+    return {
+        "final_logit_softcapping": file.number(".final_logit_softcapping", 0.0) or None,
+        "sliding_window": int(file.get(".attention.sliding_window", 0)) or config["max_position_embeddings"],
+        "layer_types": ["sliding_attention" if window else "full_attention" for window in windows],
+        "rope_local_base_freq": file.number(".rope.freq_base_swa", 10000.0),
+        "query_pre_attn_scalar": config["hidden_size"] // config["num_attention_heads"]
+        if large
+        else config["head_dim"],
+    }
+
+
+LLAMA = Architecture(
+    model_type="llama",
+    class_name="LlamaForCausalLM",
+    block={**_NORMS, **_ATTENTION, **_PAIRS, **_MLP},
+    biases=(*_ATTENTION, *_MLP),
+    outer=OUTER,
+    fixed={"hidden_act": "silu"},
+    more=_llama_biases,
+)
+_GEMMA = replace(
+    LLAMA,
+    model_type="gemma",
+    class_name="GemmaForCausalLM",
+    block={**_NORMS, **_ATTENTION, **_MLP},
+    biases=(),
+    fixed={"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "attention_bias": False},
+    more=lambda file, config: {},
+    norm_offset=1.0,
+)
+_QWEN2 = replace(
+    LLAMA,
+    model_type="qwen2",
+    class_name="Qwen2ForCausalLM",
+    block={**_NORMS, **_ATTENTION, **_MLP},
+    biases=("attn_q", "attn_k", "attn_v"),
+    fixed={"hidden_act": "silu", "use_sliding_window": False},
+    more=lambda file, config: {},
+)
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": LLAMA,
+    "qwen2": _QWEN2,
+    "qwen3": replace(
+        _QWEN2,
+        model_type="qwen3",
+        class_name="Qwen3ForCausalLM",
+        block={**_NORMS, **_ATTENTION, **_HEAD_NORMS, **_MLP},
+        biases=tuple(_ATTENTION),
+        more=_attention_bias,
+    ),
+    "gemma": _GEMMA,
+    "gemma2": replace(
+        _GEMMA,
+        model_type="gemma2",
+        class_name="Gemma2ForCausalLM",
+        block={**_NORMS_AROUND, **_ATTENTION, **_MLP},
+        more=_gemma2,
+    ),
+    "gemma3": replace(
+        _GEMMA,
+        model_type="gemma3_text",
+        class_name="Gemma3ForCausalLM",
+        block={**_NORMS_AROUND, **_ATTENTION, **_HEAD_NORMS, **_MLP},
+        more=_gemma3,
+    ),
+}
+"""llama.cpp's name of an architecture -> its entry. Only those that `models/` reads."""

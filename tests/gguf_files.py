@@ -1,0 +1,187 @@
+"""Write a model of transformers as a .gguf file, as llama.cpp's convert_hf_to_gguf.py does, with the `gguf` package.
+
+Names come from the package's own map; what the converter changes is written down here a second time, so that reading
+is tested against another source than itself.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+import transformers
+from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter
+from tokenizers.pre_tokenizers import ByteLevel
+
+from family_cases import SIZES, theta
+
+VOCAB = 259
+TOKENS = ["<|endoftext|>", *sorted(ByteLevel.alphabet()), "ab", "[PAD258]"]
+ARCHITECTURES = {
+    "llama": MODEL_ARCH.LLAMA,
+    "qwen2": MODEL_ARCH.QWEN2,
+    "qwen3": MODEL_ARCH.QWEN3,
+    "gemma": MODEL_ARCH.GEMMA,
+    "gemma2": MODEL_ARCH.GEMMA2,
+    "gemma3_text": MODEL_ARCH.GEMMA3,
+}
+LLAMA_31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA_31 |= {"original_max_position_embeddings": 8192, "rope_theta": 500000.0}
+GEMMA = {"hidden_size": 32, "attn_implementation": "eager"}
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"num_attention_heads": 3, "num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True}),
+    "llama tied": ("Llama", {"tie_word_embeddings": True}),
+    "llama linear": ("Llama", {"rope_parameters": theta(rope_type="linear", factor=2.0)}),
+    "llama yarn": (
+        "Llama",
+        {"rope_parameters": theta(5e5, rope_type="yarn", factor=4.0, original_max_position_embeddings=16)},
+    ),
+    "llama 3.1": ("Llama", {"rope_parameters": LLAMA_31, "max_position_embeddings": 131072}),
+    "qwen2": ("Qwen2", {"hidden_size": 32, "rope_parameters": theta(1e6)}),
+    "qwen3": ("Qwen3", {"tie_word_embeddings": True}),
+    "qwen3 biased": ("Qwen3", {"attention_bias": True}),
+    "gemma": ("Gemma", {"tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"}),
+    "gemma2": ("Gemma2", {"tie_word_embeddings": True, "sliding_window": 5, "query_pre_attn_scalar": 8}),
+    "gemma3": (
+        "Gemma3Text",
+        {
+            **{"tie_word_embeddings": True, "num_hidden_layers": 7, "sliding_window": 5, "query_pre_attn_scalar": 8},
+            "rope_parameters": {"sliding_attention": theta(1e4), "full_attention": theta(1e6)},
+        },
+    ),
+    "gemma3 linear": (
+        "Gemma3Text",
+        {
+            **{"tie_word_embeddings": True, "num_hidden_layers": 7, "sliding_window": 5, "query_pre_attn_scalar": 8},
+            "rope_parameters": {
+                "sliding_attention": theta(1e4),
+                "full_attention": theta(1e6, rope_type="linear", factor=8.0),
+            },
+        },
+    ),
+}
+
+
+def tiny_model(name: str, width: int | None = None) -> transformers.PreTrainedModel:
+    """The case's model with random weights; large ones, so that every setting shows. width: of all sides, if given."""
+    kind, settings = CASES[name]
+    sizes = {**SIZES, "attn_implementation": "eager", **settings}
+    if width is not None:
+        sizes |= {"hidden_size": width, "intermediate_size": width, "head_dim": width // 2}
+        sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    torch.manual_seed(0)
+    model: transformers.PreTrainedModel = getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config)
+    for parameter, p in model.named_parameters():
+        if "norm" in parameter or parameter.endswith("bias"):
+            torch.nn.init.normal_(p, std=0.3)
+    return model.eval()
+
+
+def write_gguf(
+    model: transformers.PreTrainedModel,
+    path: Path,
+    quantised: GGMLQuantizationType = GGMLQuantizationType.F32,
+    change: Callable[[GGUFWriter], None] | None = None,
+) -> None:
+    """Write the model, with a byte-level tokenizer. Matrices are quantised."""
+    config = {**model.config.to_dict()}
+    architecture = ARCHITECTURES[config["model_type"]]
+    writer = GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
+    add_settings(writer, config)
+    add_tokenizer(writer)
+    names = gguf.get_tensor_name_map(architecture, config["num_hidden_layers"])
+    tied = config["tie_word_embeddings"]
+    tensors = {
+        name: t.detach().numpy() for name, t in model.state_dict().items() if not (tied and name == "lm_head.weight")
+    }
+    for name, values in [*tensors.items(), *extra_tensors(config)]:
+        stored = names.get_name(name, try_suffixes=(".weight", ".bias")) or name
+        values = np.ascontiguousarray(converted(config, name, values))
+        kind = quantised if values.ndim == 2 else GGMLQuantizationType.F32
+        writer.add_tensor(stored, gguf.quantize(values, kind), raw_dtype=kind)
+    if change is not None:
+        change(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def add_tokenizer(writer: GGUFWriter) -> None:
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([3, *[1] * (len(TOKENS) - 2), 5])
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(0)
+
+
+def add_settings(writer: GGUFWriter, config: dict[str, Any]) -> None:
+    """`TextModel.set_gguf_parameters`, and what its subclasses add."""
+    kind, ropes = config["model_type"], config["rope_parameters"]
+    rope = ropes.get("full_attention", ropes)
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    if "rms_norm_eps" in config:
+        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    if config.get("head_dim"):
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+        writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    if kind == "llama":
+        writer.add_vocab_size(config["vocab_size"])
+        writer.add_rope_dimension_count(head_dim)
+    if kind in ("gemma2", "gemma3_text"):
+        writer.add_sliding_window(config["sliding_window"])
+    if kind == "gemma2":
+        writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
+        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+
+
+def converted(config: dict[str, Any], name: str, values: np.ndarray) -> np.ndarray:
+    """What `modify_tensors` makes of a tensor."""
+    kind = config["model_type"]
+    if kind == "llama" and name.endswith(("q_proj.weight", "q_proj.bias")):
+        return permuted(values, config["num_attention_heads"])
+    if kind == "llama" and name.endswith(("k_proj.weight", "k_proj.bias")):
+        return permuted(values, config["num_key_value_heads"])
+    if kind.startswith("gemma") and name.endswith("norm.weight"):
+        return values + 1
+    return values
+
+
+def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
+    """`LlamaModel.permute`."""
+    return (
+        weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+    )
+
+
+def extra_tensors(config: dict[str, Any]) -> list[tuple[str, np.ndarray]]:
+    """`generate_extra_tensors`: Llama 3.1's divisors of the frequencies."""
+    rope = config["rope_parameters"]
+    if rope.get("rope_type") != "llama3":
+        return []
+    base, dim, factor = rope["rope_theta"], config["head_dim"], rope["factor"]
+    low, high, divisors = 8192 / rope["low_freq_factor"], 8192 / rope["high_freq_factor"], []
+    for frequency in 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)):
+        length = 2 * math.pi / float(frequency)
+        smooth = (8192 / length - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])
+        ramp = 1 / ((1 - smooth) / factor + smooth)
+        divisors.append(1.0 if length < high else factor if length > low else ramp)
+    return [("rope_freqs.weight", np.array(divisors, np.float32))]
