@@ -38,6 +38,7 @@ LLAMA_3 |= {"original_max_position_embeddings": 12}
 
 LONG_ROPE = theta(rope_type="longrope", short_factor=[1.0, 1.1, 1.5], long_factor=[1.0, 4.0, 9.0])
 
+WINDOW_IN_TURN = {"sliding_window": WINDOW, "sliding_window_pattern": 2}
 WINDOWS = {"use_sliding_window": True, "sliding_window": WINDOW}
 
 MOE = {
@@ -49,6 +50,24 @@ MOE = {
 }
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "cohere": ("Cohere", {"attention_bias": True, "logit_scale": 0.3}),
+    "cohere2": (
+        "Cohere2",
+        {"hidden_size": 32, "logit_scale": 0.5, **WINDOW_IN_TURN, "tie_word_embeddings": True},
+    ),
+    "cohere2 in its window": (
+        "Cohere2",
+        {
+            **{"hidden_size": 32, "logit_scale": 0.5, "sliding_window": 64},
+            "layer_types": ["full_attention", *3 * ["sliding_attention"]],
+        },
+    ),
+    "ernie4_5": ("Ernie4_5", {"tie_word_embeddings": True}),
+    "ernie4_5 biased": ("Ernie4_5", {"use_bias": True, "rope_parameters": YARN}),
+    "glm4": ("Glm4", {}),
+    "glm4 unbiased": ("Glm4", {"attention_bias": False, "rope_parameters": theta(500.0, partial_rotary_factor=1.0)}),
+    "gpt-oss": ("GptOss", MOE | {"sliding_window": WINDOW}),
+    "gpt-oss plain": ("GptOss", MOE | {"attention_bias": False, "rope_parameters": theta(), "num_experts_per_tok": 5}),
     "gpt_neo": (
         "GPTNeo",
         {"attention_types": [[["global", "local"], 2]], "window_size": WINDOW, "tie_word_embeddings": True},
@@ -59,8 +78,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gptj": ("GPTJ", {"hidden_size": 32, "rotary_dim": 4, "n_inner": 40}),
     "gptj all rotate": ("GPTJ", {"rotary_dim": 6}),
-    "gpt-oss": ("GptOss", MOE | {"sliding_window": WINDOW}),
-    "gpt-oss plain": ("GptOss", MOE | {"attention_bias": False, "rope_parameters": theta(), "num_experts_per_tok": 5}),
     "llama": ("Llama", {"num_attention_heads": 3, "num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True}),
     "llama linear": ("Llama", {"hidden_size": 32, "rope_parameters": theta(rope_type="linear", factor=2.0)}),
     "llama 3": ("Llama", {"hidden_size": 32, "rope_parameters": LLAMA_3, "tie_word_embeddings": True}),
@@ -68,6 +85,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral yarn": ("Mistral", {"sliding_window": None, "rope_parameters": YARN}),
     "opt": ("OPT", {"ffn_dim": 40, "tie_word_embeddings": True}),
     "opt without biases": ("OPT", {"ffn_dim": 40, "enable_bias": False, "activation_function": "gelu"}),
+    "phi": ("Phi", {"partial_rotary_factor": 0.75}),
     "phi3": ("Phi3", {"sliding_window": WINDOW}),
     "phi3 longrope": (
         "Phi3",
@@ -87,6 +105,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3",
         {"rope_parameters": YARN | {"attention_factor": 0.9, "beta_fast": 16.0, "truncate": False}},
     ),
+    "stablelm": ("StableLm", {"hidden_size": 32, "use_qkv_bias": True, "partial_rotary_factor": 0.5}),
+    "stablelm parallel": ("StableLm", {"hidden_size": 32, "use_parallel_residual": True, "tie_word_embeddings": True}),
+    "starcoder2": ("Starcoder2", {"sliding_window": WINDOW, "tie_word_embeddings": True}),
+    "starcoder2 unbiased": ("Starcoder2", {"use_bias": False}),
 }
 
 

@@ -178,6 +178,9 @@ def test_greedy_generation_with_the_cache_equals_recomputation(case: str) -> Non
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("cohere", {"use_qk_norm": True}, "use_qk_norm = True is not understood"),
+    ("cohere2", {"sliding_window": None}, "sliding_window = None is no size"),
+    ("cohere2", {"head_dim": 6}, "head_dim = 6 is not understood; understood: 8"),
     ("gpt_neo", {"attention_layers": ["global", "local"]}, "attention_layers = ['global', 'local'] is not understood"),
     ("gpt_neo", {"attention_layers": None, "attention_types": [["global", 4.5]]}, "attention_types = [['global', 4."),
     ("gpt_neo", {"num_heads": 5}, "hidden_size 24 is not divided by 5 heads"),
@@ -188,6 +191,12 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine = False is not understood"),
     ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim = 16 is not understood; understood: 24, None"),
     ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm = True is not understood"),
+    ("phi", {"qk_layernorm": True}, "qk_layernorm = True is not understood"),
+    ("phi", {"tie_word_embeddings": True}, "tie_word_embeddings = True is not understood"),
+    ("phi3", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type = 'yarn' is not understood"),
+    ("phi3 longrope", {"original_max_position_embeddings": 16}, "original_max_position_embeddings = 32 is not under"),
+    ("stablelm", {"qk_layernorm": True}, "qk_layernorm = True is not understood"),
+    ("stablelm", {"head_dim": 6}, "4 heads of 6 dimensions do not make hidden_size 32"),
 ]
 
 

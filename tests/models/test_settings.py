@@ -72,17 +72,38 @@ SIZES: dict[str, Any] = {
     **{"intermediate_size": 24, "max_position_embeddings": CONTEXT, "vocab_size": 40},
     **{"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None},
 }
+LARGE = {"num_hidden_layers": 8, "num_attention_heads": 64, "hidden_size": 512, "max_position_embeddings": 8192}
+"""Sizes that every default of the others fits."""
 FILES: dict[str, dict[str, Any]] = {  # config.json of families that have no shape in `tiny.py`, as in their old files
+    "cohere": {"rope_theta": 800.0, "logit_scale": 0.5, "attention_bias": True, "use_qk_norm": False},
+    "cohere2": {
+        **{"head_dim": 8, "rope_theta": 500.0, "logit_scale": 0.5, "sliding_window": WINDOW},
+        **{"sliding_window_pattern": 2, "rotary_pct": 1.0, "cache_implementation": "hybrid"},
+    },
+    "ernie4_5": {"head_dim": 8, "rope_theta": 800.0, "use_bias": True},
+    "glm4": {"head_dim": 8, "rope_theta": 800.0, "partial_rotary_factor": 0.25, "attention_bias": False},
+    "phi": {"partial_rotary_factor": 0.75, "rope_theta": 800.0, "rope_scaling": None, "qk_layernorm": False},
     "phi3": {
         **{"original_max_position_embeddings": 16, "rope_theta": 500.0, "sliding_window": WINDOW},
         "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [2.0, 3.0, 4.0, 5.0]},
     },
 }
+FILES |= {
+    "stablelm": {"partial_rotary_factor": 0.5, "rope_theta": 800, "use_qkv_bias": True, "use_parallel_residual": True},
+    "starcoder2": {"sliding_window": WINDOW, "rope_theta": 800.0, "use_bias": False, "norm_type": "layer_norm"},
+}
 KEYS |= {
+    "cohere": ("use_qk_norm", "attention_bias", "tie_word_embeddings"),
+    "cohere2": ("head_dim", "sliding_window", "sliding_window_pattern", "layer_types"),
+    "ernie4_5": ("head_dim", "use_bias"),
+    "glm4": ("head_dim", "partial_rotary_factor", "attention_bias"),
+    "phi": ("hidden_act", "qk_layernorm", "tie_word_embeddings", "partial_rotary_factor"),
     "phi3": (
         *("num_key_value_heads", "head_dim", "sliding_window", "partial_rotary_factor", "rope_scaling.type"),
         *("original_max_position_embeddings", "rope_scaling.original_max_position_embeddings"),
     ),
+    "stablelm": ("head_dim", "hidden_size", "qk_layernorm", "use_parallel_residual"),
+    "starcoder2": ("head_dim", "use_bias", "sliding_window"),
 }
 UNDERSTOOD: list[tuple[str, dict[str, Any]]] = [  # what must not be refused
     ("llama", {"pretraining_tp": 2}),
@@ -119,7 +140,7 @@ UNDERSTOOD: list[tuple[str, dict[str, Any]]] = [  # what must not be refused
         {"sliding_window": WINDOW, "use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]},
     ),
 ]
-LENIENT = [("mistral", "num_key_value_heads", None), *((kind, "head_dim", None) for kind in ("qwen2", "phi3"))]
+LENIENT = [("mistral", "num_key_value_heads", None), *((kind, "head_dim", None) for kind in ("qwen2", "phi3", "glm4"))]
 """What we read and transformers 5 does not: as transformers 4 did."""
 
 
@@ -188,7 +209,8 @@ def test_each_setting_with_each_odd_value_is_transformers_model_or_one_line(kind
 
 @pytest.mark.parametrize("kind", FILES)
 def test_what_a_file_leaves_out_and_old_spellings_are_read_as_transformers_writes_them_out(kind: str) -> None:
-    for config in (config_of(kind), {"model_type": kind, **SIZES}):
+    left_out = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"} | LARGE
+    for config in (config_of(kind), {"model_type": kind, **left_out}):
         written_out = AutoConfig.for_model(**deepcopy(config)).to_dict()
         assert read_model_config(config, "config.json") == read_model_config(written_out, "config.json")
 

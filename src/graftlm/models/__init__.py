@@ -9,16 +9,22 @@ from graftlm.models.layers import KVCache, Linear
 __all__ = ["CausalLM", "KVCache", "Linear", "ModelConfig", "clone_with_shared_weights"]
 
 FAMILY_FILES = (
+    "cohere",
+    "ernie",
+    "glm4",
     "gpt2",
     "gpt_neo",
-    "gptj",
     "gpt_oss",
+    "gptj",
     "llama",
     "neox",
     "opt",
+    "phi",
     "phi3",
     "qwen3",
     "qwen3_moe",
+    "stablelm",
+    "starcoder2",
 )
 """The files that have a `FAMILY`."""
 

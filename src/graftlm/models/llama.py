@@ -32,9 +32,17 @@ def read(config: Mapping[str, Any], where: str) -> ModelConfig:
 
 
 def read_sizes(
-    settings: Settings, *, kv_heads: int | None = None, head_dim: int | None = None, tied: bool = False
+    settings: Settings,
+    *,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+    tied: bool = False,
+    eps: tuple[str, float] = ("rms_norm_eps", 1e-6),
 ) -> dict[str, Any]:
-    """Sizes, norm_eps and tie_embeddings of a `ModelConfig`, from settings with Llama's names."""
+    """Sizes, norm_eps and tie_embeddings of a `ModelConfig`, from settings with Llama's names.
+
+    The keywords are a family's defaults; eps: of which setting, and its default.
+    """
     config, sizes = settings.values, common_sizes(settings)
     heads, d = sizes["num_heads"], sizes["hidden_size"]
     kv_heads = config.get("num_key_value_heads", kv_heads) or heads
@@ -47,7 +55,7 @@ def read_sizes(
         **sizes,
         "num_kv_heads": kv_heads,
         "head_dim": head_dim,
-        "norm_eps": settings.number("rms_norm_eps", 1e-6),
+        "norm_eps": settings.number(*eps),
         "tie_embeddings": settings.flag("tie_word_embeddings", tied),
     }
 

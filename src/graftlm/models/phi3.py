@@ -17,13 +17,13 @@ from graftlm.models.settings import Settings
 
 def read(config: Mapping[str, Any], where: str) -> ModelConfig:
     """The model that a Phi-3's config.json describes."""
-    config = {"original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5, **config}
+    config = {"original_max_position_embeddings": 4096, **config}
     settings = Settings(config, where)
     rope_types, original = ("default", "longrope", "su"), config["original_max_position_embeddings"]
     settings.group("rope_scaling", "rope_parameters").require(
         rope_type=rope_types, type=rope_types, original_max_position_embeddings=(original,)
     )
-    sizes = read_sizes(settings)
+    sizes = read_sizes(settings, eps=("rms_norm_eps", 1e-5))
     rope = read_rope(settings, sizes["head_dim"], partial=1.0)
     if rope.scaling:
         sizes["max_positions"] = min(sizes["max_positions"], original)
