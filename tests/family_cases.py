@@ -39,6 +39,15 @@ LLAMA_3 |= {"original_max_position_embeddings": 12}
 LONG_ROPE = theta(rope_type="longrope", short_factor=[1.0, 1.1, 1.5], long_factor=[1.0, 4.0, 9.0])
 
 WINDOW_IN_TURN = {"sliding_window": WINDOW, "sliding_window_pattern": 2}
+WINDOW_ONLY = {"sliding_window": WINDOW}
+CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+GEMMA_4B = {
+    "layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"],
+    "rope_parameters": {
+        "full_attention": theta(500.0, rope_type="linear", factor=2.0),
+        "sliding_attention": theta(50.0),
+    },
+}
 WINDOWS = {"use_sliding_window": True, "sliding_window": WINDOW}
 
 MOE = {
@@ -81,6 +90,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"num_attention_heads": 3, "num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True}),
     "llama linear": ("Llama", {"hidden_size": 32, "rope_parameters": theta(rope_type="linear", factor=2.0)}),
     "llama 3": ("Llama", {"hidden_size": 32, "rope_parameters": LLAMA_3, "tie_word_embeddings": True}),
+    "gemma": ("Gemma", {"attention_bias": True}),
+    "gemma2": ("Gemma2", {**WINDOW_ONLY, **CAPS, "query_pre_attn_scalar": 11, "tie_word_embeddings": True}),
+    "gemma2 uncapped": (
+        "Gemma2",
+        {
+            **WINDOW_ONLY,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "rope_parameters": theta(500.0),
+        },
+    ),
+    "gemma3": ("Gemma3Text", {**WINDOW_ONLY, "sliding_window_pattern": 3, "tie_word_embeddings": True}),
+    "gemma3 capped": (
+        "Gemma3Text",
+        {**WINDOW_ONLY, **GEMMA_4B, "attention_bias": True, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 3},
+    ),
     "mistral": ("Mistral", {"sliding_window": WINDOW}),
     "mistral yarn": ("Mistral", {"sliding_window": None, "rope_parameters": YARN}),
     "opt": ("OPT", {"ffn_dim": 40, "tie_word_embeddings": True}),
@@ -136,6 +161,8 @@ def reference(name: str, dtype: torch.dtype) -> nn.Module:
     for buffer, b in angles.items():  # as in float32, where transformers computes angles
         module, attribute = buffer.rsplit(".", 1)
         setattr(model.get_submodule(module), attribute, b)
+    for scaled in (module for module in model.modules() if hasattr(module, "scalar_embed_scale")):
+        scaled.embed_scale = torch.tensor(scaled.scalar_embed_scale, dtype=dtype)  # Gemma keeps it in float32
     return model
 
 

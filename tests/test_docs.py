@@ -16,6 +16,7 @@ import pytest
 
 from graftlm import cli
 from graftlm.config.flags import parse
+from graftlm.models.config import FAMILIES
 from tiny import model_folder
 
 ROOT = Path(__file__).parent.parent
@@ -182,3 +183,8 @@ def test_the_reference_names_every_public_name() -> None:
     names = re.findall(r"^::: (\S+)$", (ROOT / "docs/reference.md").read_text(encoding="utf-8"), re.MULTILINE)
     said = {name.rpartition(".")[2] for name in names}
     assert said == set(graftlm.__all__) - {"__version__"}
+
+
+def test_the_table_of_models_has_a_row_for_each_model_type_in_alphabetical_order() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "models.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert rows == sorted(name for family in FAMILIES.values() for name in family.model_types)

@@ -659,7 +659,7 @@ def test_corrupted_and_truncated_gguf(command: str, assets: Path, refuse: Refuse
         (
             "config.json",
             {"model_type": "bert"},
-            "broken/config.json: model_type 'bert' is not supported; supported are ",
+            "broken/config.json: model_type 'bert' is not supported; docs/models.md lists all that are",
         ),
         (
             "config.json",

@@ -1,5 +1,6 @@
 """Each setting of a config.json with each odd value: a model equal to transformers', or one line."""
 
+import contextlib
 import itertools
 import json
 from copy import deepcopy
@@ -9,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 from graftlm.errors import InputError
 from graftlm.exchange.huggingface import load_model
-from graftlm.models.config import read_model_config
+from graftlm.models.config import FAMILIES, read_model_config
+from graftlm.models.nearest import NEAREST, RECURRENT
 from tiny import config_json, shape_of
 
 CONTEXT, WINDOW = 24, 6
@@ -66,6 +68,15 @@ KEYS = {
             "layer_types",
         ),
     ),
+    "gemma2": (
+        *("hidden_activation", "head_dim", "sliding_window", "layer_types", "query_pre_attn_scalar", "attention_bias"),
+        *("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"),
+    ),
+    "gemma3_text": (
+        *("sliding_window", "sliding_window_pattern", "layer_types", "attn_logit_softcapping", "rope_theta"),
+        *("rope_local_base_freq", "rope_scaling", "rope_scaling.rope_type", "rope_scaling.factor", "rope_parameters"),
+        *("rope_parameters.full_attention", "rope_parameters.sliding_attention"),
+    ),
 }
 SIZES: dict[str, Any] = {
     **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32},
@@ -83,6 +94,9 @@ FILES: dict[str, dict[str, Any]] = {  # config.json of families that have no sha
     "ernie4_5": {"head_dim": 8, "rope_theta": 800.0, "use_bias": True},
     "glm4": {"head_dim": 8, "rope_theta": 800.0, "partial_rotary_factor": 0.25, "attention_bias": False},
     "phi": {"partial_rotary_factor": 0.75, "rope_theta": 800.0, "rope_scaling": None, "qk_layernorm": False},
+    "gemma": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "sliding_window": WINDOW},
+    "gemma3_text": {"head_dim": 8, "sliding_window": WINDOW, "sliding_window_pattern": 2},
     "phi3": {
         **{"original_max_position_embeddings": 16, "rope_theta": 500.0, "sliding_window": WINDOW},
         "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [2.0, 3.0, 4.0, 5.0]},
@@ -139,8 +153,16 @@ UNDERSTOOD: list[tuple[str, dict[str, Any]]] = [  # what must not be refused
         "qwen2",
         {"sliding_window": WINDOW, "use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]},
     ),
+    ("gemma", {"hidden_act": "gelu", "hidden_activation": None}),
+    ("gemma2", {"hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid"}),
+    ("gemma3_text", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_local_base_freq": 50}),
+    ("gemma3_text", {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 500.0}}}),
 ]
-LENIENT = [("mistral", "num_key_value_heads", None), *((kind, "head_dim", None) for kind in ("qwen2", "phi3", "glm4"))]
+LENIENT = [
+    ("mistral", "num_key_value_heads", None),
+    *((kind, "head_dim", None) for kind in ("qwen2", "gemma2", "phi3", "glm4")),
+    *((kind, "sliding_window", None) for kind in ("gemma2", "gemma3_text")),
+]
 """What we read and transformers 5 does not: as transformers 4 did."""
 
 
@@ -193,7 +215,7 @@ def test_each_setting_with_each_odd_value_is_transformers_model_or_one_line(kind
         if (
             max(sizes) > 256
             or (kind, key, value) in LENIENT
-            or (key.rpartition("_")[2].startswith("eps") and type(value) is int)
+            or (key.endswith(("eps", "epsilon", "softcapping")) and type(value) is int)
         ):
             continue  # correct, and too large for a test; or more than transformers reads
         read += 1
@@ -230,10 +252,52 @@ def test_mistral_without_a_window_has_transformers_window() -> None:
     assert read_model_config(config | {"sliding_window": 8192}, "config.json").layer(0).window is None
 
 
-@pytest.mark.parametrize("name", ["gpt_neo", "gemma3n", "mamba", None, ["llama"]])
+@pytest.mark.parametrize("name", ["gpt_neox_japanese", "gemma3n", "mamba", None, ["llama"]])
 def test_the_model_type_is_checked_before_its_sizes(name: Any) -> None:
-    with pytest.raises(InputError, match=r"config\.json: model_type .* is not supported; supported are "):
+    with pytest.raises(InputError, match=r"config\.json: model_type .* is not supported"):
         read_model_config({"model_type": name, "num_layers": "x", "vocab_size": {}, "hidden_size": [1]}, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("mixtral", "; the nearest that is: mistral (docs/models.md lists all)"),
+        ("gemma3n", "; the nearest that is: gemma3_text (docs/models.md lists all)"),
+        ("llama3", "; the nearest that is: llama (docs/models.md lists all)"),
+        ("mamba", ", and none that is comes near: it has recurrent layers (docs/models.md lists all)"),
+        ("bert", "; docs/models.md lists all that are"),
+        (["llama"], "; docs/models.md lists all that are"),
+    ],
+)
+def test_a_model_type_that_is_not_read_is_refused_with_the_nearest_that_is(name: Any, said: str) -> None:
+    with pytest.raises(InputError) as caught:
+        read_model_config({"model_type": name}, "config.json")
+    assert str(caught.value) == f"config.json: model_type {name!r} is not supported{said}"
+
+
+def test_every_model_type_of_the_table_is_unsupported_and_has_one_that_is() -> None:
+    supported = [name for family in FAMILIES.values() for name in family.model_types]
+    others = [name for names in NEAREST.values() for name in names]
+    assert not {*others, *RECURRENT} & {*supported}
+    assert {*NEAREST} <= {*supported}
+
+
+def test_a_model_of_images_says_how_to_save_its_language_model(tmp_path: Path) -> None:
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 16}
+    text = {**sizes, "head_dim": 8, "intermediate_size": 24, "vocab_size": 40, "max_position_embeddings": CONTEXT}
+    vision = {**sizes, "num_hidden_layers": 1, "intermediate_size": 24, "image_size": 8, "patch_size": 4}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=1)
+    theirs = Gemma3ForConditionalGeneration(config).eval()
+    theirs.save_pretrained(tmp_path / "gemma-3-4b")
+    with pytest.raises(InputError, match=r"model_type 'gemma3' .*; docs/models\.md says how to save its"):
+        load_model(tmp_path / "gemma-3-4b", torch.device("cpu"), torch.float32)
+    code = (Path(__file__).parents[2] / "docs" / "models.md").read_text().split("```python\n")[1].split("```")[0]
+    with contextlib.chdir(tmp_path):
+        exec(code)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        ours = load_model(tmp_path / "gemma-3-4b-text", torch.device("cpu"), torch.float32)
+        assert torch.allclose(ours(ids), theirs(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 # Heads and quantised weights ------------------------------------------------------------------------------------------

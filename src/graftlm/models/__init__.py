@@ -12,6 +12,8 @@ FAMILY_FILES = (
     "cohere",
     "ernie",
     "glm4",
+    "gemma",
+    "gemma2",
     "gpt2",
     "gpt_neo",
     "gpt_oss",

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from graftlm.errors import InputError
 from graftlm.files.formats import LazyTensors
+from graftlm.models.nearest import refusal
 from graftlm.models.rope import RopeConfig
 from graftlm.models.settings import Activation, Settings, refuse_quantized
 
@@ -209,8 +210,8 @@ def read_model_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     model_type = config.get("model_type")
     family = next((family for family in FAMILIES.values() if model_type in family.model_types), None)
     if family is None:
-        supported = ", ".join(name for family in FAMILIES.values() for name in family.model_types)
-        raise InputError(f"{where}: model_type {model_type!r} is not supported; supported are {supported}")
+        supported = [name for family in FAMILIES.values() for name in family.model_types]
+        raise InputError(f"{where}: {refusal(config, supported)}")
     refuse_quantized(config, where)
     Settings(config, where).check_sizes()
     try:

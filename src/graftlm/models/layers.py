@@ -91,12 +91,16 @@ class RMSNorm(HasFusedOps):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] -> [..., d]. The statistics are float32 (float64 for float64 inputs)."""
-        weight = (self.weight + self.offset if self.offset else self.weight).to(x.dtype)
+        exact, dtype = torch.promote_types(x.dtype, torch.float32), x.dtype
+        if self.offset:  # 1 + w would lose most of a small w's bits in bfloat16
+            x, weight = x.to(exact), self.weight.to(exact) + self.offset
+        else:
+            weight = self.weight.to(dtype)
         if self.fused:
-            return fused_ops.RMSNorm.apply(x, weight, self.eps, self.active_kernels)
-        exact = x.to(torch.promote_types(x.dtype, torch.float32))
-        n = exact * torch.rsqrt(exact.square().mean(dim=-1, keepdim=True) + self.eps)
-        return n.to(x.dtype) * weight
+            return fused_ops.RMSNorm.apply(x, weight, self.eps, self.active_kernels).to(dtype)
+        wide = x.to(exact)
+        n = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
+        return (n.to(x.dtype) * weight).to(dtype)
 
 
 def make_norm(config: ModelConfig, layer: LayerConfig, size: int) -> LayerNorm | RMSNorm:

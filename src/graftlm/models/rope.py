@@ -93,6 +93,26 @@ def read_rope(
     return RopeConfig(theta=theta, dim=dim, interleaved=interleaved, scaling=found)
 
 
+def read_ropes(settings: Settings, head_dim: int, thetas: Mapping[str, tuple[str, float]]) -> dict[str, RopeConfig]:
+    """The RoPE of each type of layer, of families whose rope_parameters are given by type.
+
+    In old files, rope_scaling is that of full attention alone. `thetas`: type of layer -> the setting with its theta in
+    old files, and its default.
+    """
+    given, old = settings.group("rope_parameters"), settings.group("rope_scaling")
+    for found, known in ((given, thetas), (old, {*REQUIRED["llama3"], *OPTIONAL["yarn"], "rope_type", "rope_theta"})):
+        if unknown := sorted(set(found.values) - set(known)):
+            raise InputError(f"{settings.where}: the rope setting {unknown[0]!r} is not understood here")
+    ropes = {}
+    for layer_type, (key, default) in thetas.items():
+        scaling = {**given.group(layer_type).values, **(old.values if layer_type == "full_attention" else {})}
+        scaling.setdefault("rope_theta", settings.number(key, default))
+        ropes[layer_type] = read_rope(
+            Settings({**settings.values, "rope_scaling": None, "rope_parameters": scaling}, settings.where), head_dim
+        )
+    return ropes
+
+
 def _rope_settings(settings: Settings, layer_type: str) -> Settings:
     """The object with the settings of this type of layer."""
     rope = settings.group("rope_scaling", "rope_parameters")

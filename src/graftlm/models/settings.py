@@ -45,9 +45,9 @@ class Settings:
                 understood = ", ".join(map(repr, supported))
                 raise InputError(f"{self.where}: {key} = {value!r} is not understood; understood: {understood}")
 
-    def size(self, key: str) -> int:
-        """A whole number above 0; KeyError if it is missing."""
-        value = self.values[key]
+    def size(self, key: str, default: int | None = None) -> int:
+        """A whole number above 0; without a default KeyError if it is missing."""
+        value = self.values[key] if default is None else self.values.get(key, default)
         if type(value) is not int or value < 1:
             raise InputError(f"{self.where}: {key} = {value!r} is no size; it must be a whole number above 0")
         return value
@@ -63,6 +63,10 @@ class Settings:
         if type(value) not in (int, float) or not 0 < value < 1e300:
             raise InputError(f"{self.where}: {key} = {value!r} is not understood; it must be a number above 0")
         return float(value)
+
+    def number_or_none(self, key: str, default: float | None) -> float | None:
+        """A number above 0, or null for none."""
+        return None if self.values.get(key, default) is None else self.number(key, default)
 
     def activation(self, key: str, default: str) -> Activation:
         """The activation function."""
