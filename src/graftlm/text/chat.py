@@ -85,21 +85,8 @@ class Chat:
         prompt, and ends with the token that ends turns or, if there is none, with its turn. Left out are answers that
         the template writes differently once another turn follows; the last message is never left out.
         """
-        text = self._run(messages, add_generation_prompt=False)
-        numbers = [number for number, message in enumerate(messages) if message[0] == "assistant"]
-        if BEGIN in text:
-            text, spans = _marked(text)
-            if len(spans) != len(numbers):
-                raise InputError(
-                    f"the model's chat template marks {len(spans)} answers by {{% generation %}}, and the conversation "
-                    f"has {len(numbers)}: {self._hint}"
-                )
-        else:
-            answers = [self._answer(messages[: number + 1]) for number in numbers]
-            text = answers[-1][0] if answers and messages[-1][0] == "assistant" else text
-            spans = [(start, stop) for turn, start, stop in answers if text.startswith(turn[:stop])]
-        ids, ranges = self._ranges(text, spans)
-        return EncodedConversation(ids, [answer for answer in ranges if answer])
+        text, spans, _ = self._answers(messages)
+        return self._encoded(text, spans)
 
     def conversations(self, messages: Sequence[Message]) -> list[EncodedConversation]:
         """A whole conversation with all its answers or, if the template rewrites earlier ones, one for each answer.
@@ -107,12 +94,10 @@ class Chat:
         Raises InputError if the template writes no tools, no result of one, or another field of an answer nowhere.
         """
         self._refuse_lost(messages)
-        whole = self.conversation(messages)
-        ends = [number + 1 for number, message in enumerate(messages) if message[0] == "assistant"]
-        if len(whole.answers) == len(ends):
-            return [whole]
-        parts = [self.conversation(messages[:end]) for end in ends]
-        return [EncodedConversation(part.ids, part.answers[-1:]) for part in parts]
+        text, spans, answers = self._answers(messages)
+        if len(spans) < len(answers):
+            return [self._encoded(turn, [(start, stop)]) for turn, start, stop in answers]
+        return [self._encoded(text, spans)]
 
     @property
     def turn_end(self) -> int:
@@ -129,6 +114,26 @@ class Chat:
     def stop_tokens(self) -> frozenset[int]:
         """The tokens that end an answer: `turn_end` and those that end a text."""
         return self._tokenizer.stop_tokens | {self.turn_end}
+
+    def _answers(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]], list[tuple[str, int, int]]]:
+        """A conversation's text, where the answers in it are, and without marks each answer as of `_answer`."""
+        text = self._run(messages, add_generation_prompt=False)
+        ends = [end for end, message in enumerate(messages, 1) if message[0] == "assistant"]
+        if BEGIN in text:
+            text, spans = _marked(text)
+            if len(spans) != len(ends):
+                raise InputError(
+                    f"the model's chat template marks {len(spans)} answers by {{% generation %}}, and the conversation "
+                    f"has {len(ends)}: {self._hint}"
+                )
+            return text, spans, []
+        answers = [self._answer(messages[:end]) for end in ends]
+        text = answers[-1][0] if ends and ends[-1] == len(messages) else text
+        return text, [(start, stop) for turn, start, stop in answers if text.startswith(turn[:stop])], answers
+
+    def _encoded(self, text: str, spans: Sequence[tuple[int, int]]) -> EncodedConversation:
+        ids, ranges = self._ranges(text, spans)
+        return EncodedConversation(ids, [answer for answer in ranges if answer])
 
     def _refuse_lost(self, messages: Sequence[Message]) -> None:
         """Raise InputError for what was given and what the template does not write."""
@@ -158,10 +163,11 @@ class Chat:
         out the reasoning before a call of a tool): then the text is that of the prompt, with the answer.
         """
         turn, prompt = self._run(messages, add_generation_prompt=False), self._prompt(messages[:-1])
-        asked = self._run(messages[:-1], add_generation_prompt=False)
-        start, shared = common_length(turn, prompt), common_length(prompt, asked)
-        if start < shared:
-            turn, start = prompt + self._after(prompt[shared:], turn, messages), len(prompt)
+        start = common_length(turn, prompt)
+        if start < len(prompt):
+            shared = common_length(prompt, self._run(messages[:-1], add_generation_prompt=False))
+            if start < shared:
+                turn, start = prompt + self._after(prompt[shared:], turn, messages), len(prompt)
         end = turn.rfind(self._turn_end, start) if self._turn_end else -1
         return turn, start, end + len(self._turn_end) if end >= 0 else len(turn)
 

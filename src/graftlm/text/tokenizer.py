@@ -45,6 +45,7 @@ FILES = (
     "vocab.bpe",
 )
 GPT2_PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+OTHER_KINDS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "vocab.txt")
 GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")
 GPT2_EOT = "<|endoftext|>"
 BROKEN = "\ufffd"  # how decoders show bytes that are not a whole character
@@ -213,17 +214,18 @@ class Tokenizer:
 
     @cached_property
     def named_tokens(self) -> dict[str, str]:
-        """bos_token, eos_token and so on from tokenizer_config.json, for chat templates."""
-        named = {key: value for key, value in self._config.items() if key.endswith("_token")}
-        texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
-        return {key: text for key, text in texts.items() if isinstance(text, str)}
+        """bos_token, eos_token and so on, for chat templates; tokenizer_config.json takes precedence."""
+        return {**_token_names(self._settings("special_tokens_map.json")), **_token_names(self._config)}
 
     @cached_property
     def _config(self) -> dict[str, Any]:
+        return self._settings("tokenizer_config.json")
+
+    def _settings(self, name: str) -> dict[str, Any]:
         try:
-            content = json.loads(self._files.get("tokenizer_config.json", b"{}"))
+            content = json.loads(self._files.get(name, b"{}"))
         except (ValueError, RecursionError):
-            raise InputError("the model's tokenizer_config.json is broken JSON: fetch it again") from None
+            raise InputError(f"the model's {name} is broken JSON: fetch it again") from None
         return content if isinstance(content, dict) else {}
 
     def save(self, folder: Path | str) -> None:
@@ -307,11 +309,18 @@ def _backend(folder: Path, files: dict[str, bytes]) -> tokenizers.Tokenizer:
         from tokenizers import Tokenizer as Backend
 
         with _TranslateErrors(folder / "tokenizer.json"):
-            return Backend.from_str(files["tokenizer.json"].decode("utf-8"))
+            backend = Backend.from_str(files["tokenizer.json"].decode("utf-8"))
+        _add_tokens(folder, backend)
+        return backend
     for vocabulary, merges in GPT2_PAIRS:
         if vocabulary in files and merges in files:
             _refuse_other_than_gpt2(folder)
             return _gpt2(folder, vocabulary, merges)
+    if other := next((name for name in OTHER_KINDS if (folder / name).is_file()), None):
+        raise InputError(
+            f"{folder}: has its tokenizer as {other} only, and tokenizer.json is read: transformers makes one, by "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
     wanted = " or ".join(["tokenizer.json", *(" + ".join(pair) for pair in GPT2_PAIRS)])
     raise InputError(f"{folder}: has no tokenizer: add {wanted}")
 
@@ -325,7 +334,7 @@ def _refuse_other_than_gpt2(folder: Path) -> None:
 
 
 def _gpt2(folder: Path, vocabulary: str, merges: str) -> tokenizers.Tokenizer:
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
     from tokenizers import Tokenizer as Backend
 
     vocab = read_json(folder / vocabulary)
@@ -336,11 +345,46 @@ def _gpt2(folder: Path, vocabulary: str, merges: str) -> tokenizers.Tokenizer:
         if not {*pair, pair[0] + pair[1]} <= vocab.keys():
             raise InputError(f"{folder / merges}: merge {number} ({' '.join(pair)!r}) has tokens not in {vocabulary}")
     backend = Backend(models.BPE(vocab=vocab, merges=pairs))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    settings = _settings(folder / "tokenizer_config.json")
+    space = settings.get("add_prefix_space") is True
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space, use_regex=True)
     backend.decoder = decoders.ByteLevel()
-    if GPT2_EOT in vocab:
-        backend.add_special_tokens([AddedToken(GPT2_EOT, special=True, normalized=False)])
+    _add_tokens(folder, backend)
+    named = _token_names(_settings(folder / "special_tokens_map.json")) | _token_names(settings)
+    specials = [text for text in dict.fromkeys([*named.values(), GPT2_EOT]) if backend.token_to_id(text) is not None]
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in specials])
+    if (first := named.get("bos_token")) in specials and settings.get("add_bos_token") is True:  # OPT's
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{first} $A", pair=f"{first} $A $B", special_tokens=[(first, backend.token_to_id(first))]
+        )
     return backend
+
+
+def _add_tokens(folder: Path, backend: tokenizers.Tokenizer) -> None:
+    """Add the tokens that only tokenizer_config.json names, or else added_tokens.json, with their ids."""
+    from tokenizers import AddedToken
+
+    path = folder / "tokenizer_config.json"
+    entries = _settings(path).get("added_tokens_decoder")
+    if entries is None:
+        path = folder / "added_tokens.json"
+        entries = {index: {"content": text, "special": False} for text, index in _settings(path).items()}
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    try:
+        tokens = {
+            int(index): AddedToken(entry["content"], **{key: entry[key] for key in flags if key in entry})
+            for index, entry in entries.items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise InputError(f"{path}: its added tokens are broken: fetch it again") from None
+    for index, token in sorted(tokens.items()):
+        if backend.token_to_id(token.content) is None:
+            backend.add_tokens([token])
+            if (found := backend.token_to_id(token.content)) != index:
+                raise InputError(
+                    f"{path}: added token {token.content!r} has id {index}, but {found} is the next one after the "
+                    "vocabulary: fetch the tokenizer's files again"
+                )
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -348,6 +392,13 @@ def _settings(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path}: not a JSON object: fetch it again")
     return content
+
+
+def _token_names(settings: dict[str, Any]) -> dict[str, str]:
+    """bos_token, eos_token and so on of tokenizer_config.json or special_tokens_map.json, as texts."""
+    named = {key: value for key, value in settings.items() if key.endswith("_token")}
+    texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
+    return {key: text for key, text in texts.items() if isinstance(text, str)}
 
 
 def _ends_of_text(folder: Path, backend: tokenizers.Tokenizer) -> list[int]:
