@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from exchange.runs import ADAPTERS, run_of
 from graftlm import cli
@@ -19,9 +21,9 @@ from graftlm.exchange import import_adapter as import_module
 from graftlm.exchange.export import export
 from graftlm.exchange.huggingface import base_hash
 from graftlm.exchange.import_adapter import import_adapter
-from graftlm.exchange.load import ModelBundle, load
+from graftlm.exchange.load import ModelBundle, adapter_notes, load
 from graftlm.files.formats import load_safetensors, read_json
-from tiny import TEMPLATE, data_folder, model_folder
+from tiny import TEMPLATE, byte_tokenizer, data_folder, model_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
@@ -108,6 +110,55 @@ def test_peft_folder_becomes_a_run(place: Path, tmp_path: Path, capsys: pytest.C
     assert "texts" in capsys.readouterr().out
     export(ExportConfig(out_dir=str(tmp_path / "run"), to=str(tmp_path / "again")))
     assert read_json(tmp_path / "again" / "adapter_config.json")["r"] == 5
+
+
+WRONG_NAMES: dict[str, tuple[Callable[[str], str], str]] = {
+    # what another program wrote -> its name of a tensor, the error
+    "under a wrapper": (lambda name: name.replace("model.model.", "model.model.language_model."), "is missing"),
+    "without a prefix": (lambda name: name.removeprefix("base_model.model."), "is missing"),
+    "with an adapter's name": (lambda name: name.replace(".weight", ".default.weight"), "is missing"),
+    "of a part of the layers": (lambda name: name if ".layers.0." in name else "", r"layers\.1\..* is missing"),
+    "of new tokens too": (str, r"embed_tokens\.weight belongs to no target"),
+}
+
+
+@pytest.mark.parametrize("written", WRONG_NAMES)
+def test_an_adapter_of_which_a_part_would_not_be_loaded_is_refused(written: str, place: Path, tmp_path: Path) -> None:
+    renamed, line = WRONG_NAMES[written]
+    folder = shutil.copytree(exported(place, "llama", "lora")[1], tmp_path / "adapter")
+    (folder / "export.json").unlink()
+    tensors = load_safetensors(folder / "adapter_model.safetensors")
+    tensors = {name: t for key, t in tensors.items() if (name := renamed(key))}
+    if written == "of new tokens too":
+        tensors["base_model.model.model.embed_tokens.weight"] = torch.zeros(260, 32)
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=line):
+        import_adapter(config(folder, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    assert cli.run(["serve", f"--adapters=x={folder}", "--port=0", "--device=cpu"]) == 2
+
+
+def test_notes_on_an_adapter_that_changes_nothing_or_has_another_tokenizer(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = load(str(place / "llama"), device="cpu", dtype="float32")
+    for name, kind in (("lora", "lora_B"), ("ia3", "")):
+        folder = shutil.copytree(exported(place, "llama", name)[1], tmp_path / name)
+        assert adapter_notes(folder, base.model.config, base.tokenizer) == []
+        tensors = load_safetensors(folder / "adapter_model.safetensors")
+        untrained = {key: t * 0 + (name == "ia3") if kind in key else t for key, t in tensors.items()}
+        save_file(untrained, folder / "adapter_model.safetensors", {"format": "pt"})
+        (note,) = adapter_notes(folder, base.model.config, base.tokenizer)
+        assert note == f"{folder}: changes nothing: its weights are those from before any training"
+        save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    byte_tokenizer(folder, "<|new|>")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": "{{ messages }}"}))
+    assert cli.run(["import", str(folder), "--out_dir", str(tmp_path / "run"), f"--template={TEMPLATE}"]) == 0
+    said = capsys.readouterr().err
+    use = "the base's is used; to use it, copy it into the base's folder"
+    assert f"{folder}: its chat template is another one than the base's: {use}" in said
+    assert f"{folder}: its tokenizer has tokens that the base's lacks, such as <|new|>: {use}" in said
 
 
 def test_the_base_is_the_one_that_is_given_else_the_one_that_is_named(place: Path, tmp_path: Path) -> None:

@@ -397,6 +397,18 @@ def test_a_folder_that_says_nothing_of_dropout_has_none_of_it(bases: dict[str, P
     assert isinstance(method, LoRA) and method.dropout == 0.0
 
 
+def test_a_folder_without_r_and_lora_alpha_has_pefts_defaults(bases: dict[str, Path], tmp_path: Path) -> None:
+    trained_here(bases["llama"], LoRA(rank=8, alpha=8.0), tmp_path / "x")
+    file = tmp_path / "x" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    assert (config.pop("r"), config.pop("lora_alpha")) == (8, 8)
+    file.write_text(json.dumps(config))
+    method, _ = from_foreign_peft(tmp_path / "x", load_model(bases["llama"], CPU, torch.float64).config)
+    theirs = peft.PeftConfig.from_pretrained(str(tmp_path / "x"))
+    assert isinstance(method, LoRA) and isinstance(theirs, peft.LoraConfig)
+    assert (method.rank, method.alpha) == (theirs.r, theirs.lora_alpha) == (8, 8)
+
+
 def test_a_pattern_may_repeat_five_times_and_no_more() -> None:
     """Of what is refused because it could take for ever."""
     assert matches("a*b*c*d*e*", "abcde", "x") and not matches("a*b*c*d*e*", "f", "x")

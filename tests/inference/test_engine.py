@@ -164,6 +164,26 @@ def test_a_mixed_batch_gives_each_what_generate_gives_it_alone(
     assert engine.stats()["max_batch_size_seen"] > 1
 
 
+def test_one_prompt_has_the_answer_of_each_adapter(
+    engine: Engine, loaded: ModelBundle, alone: dict[str | None, CausalLM]
+) -> None:
+    """At once and one after the other: what is computed for one adapter is never another's."""
+    prompt, options = ids("The film was so", loaded), [(5, 6), (7,)]
+    names = [None, "narrow", "wide", "narrow", None]
+    expected = {
+        name: generate_ids(model, [prompt], stopping(12, loaded.tokenizer.eot))[0] for name, model in alone.items()
+    }
+    assert len({tuple(tokens) for tokens in expected.values()}) == 3
+    asked = [ask(prompt, name, max_new_tokens=12, temperature=0) for name in names]
+    together = results([engine.submit(request) for request in asked])
+    in_turn = [results([engine.submit(request)])[0] for request in asked]
+    for found in (together, in_turn):
+        assert [list(completion.tokens) for completion in found] == [expected[name] for name in names]
+    futures = [engine.score(prompt, options, name) for name in names]
+    scores = [future.result(timeout=60) for future in futures]
+    assert len({tuple(row) for row in scores}) == 3 and scores[0] == scores[4] and scores[1] == scores[3]
+
+
 def test_greedy_text_is_that_of_generate(engine: Engine, loaded: ModelBundle) -> None:
     prompt = "The film was"
     [expected] = generate(loaded.model, loaded.tokenizer, [prompt], max_new_tokens=30)

@@ -4,6 +4,7 @@ it refuses to begin with; and many clients at once on the real engine."""
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,12 +19,14 @@ from typing import Any
 import httpx2 as httpx
 import openai
 import pytest
+from safetensors.torch import save_file
 
 from conftest import child_environment
 from exchange.runs import run_of
 from graftlm import cli
 from graftlm.config import ServeConfig
 from graftlm.exchange.load import load
+from graftlm.files.formats import load_safetensors
 from graftlm.inference.evaluate import label_probabilities
 from graftlm.inference.generate import generate
 from serving.fakes import eventually, service, serving
@@ -146,10 +149,14 @@ def test_classify_gives_the_probabilities_that_python_gives(running: Process, ho
 
 
 def test_an_adapters_folder_that_is_no_run_is_served_too(home: Path, tmp_path: Path) -> None:
-    words = [f"peft={home / 'one' / 'best'}", "--init_from", str(home / "base"), "--labels", "sad,happy,mixed"]
-    words += ["--template", TEMPLATE]
+    zero = shutil.copytree((home / "one" / "best").resolve(), tmp_path / "zero")
+    tensors = load_safetensors(zero / "adapter_model.safetensors")
+    save_file({name: t * ("lora_A" in name) for name, t in tensors.items()}, zero / "adapter_model.safetensors")
+    words = [f"peft={home / 'one' / 'best'}", str(zero), "--init_from", str(home / "base")]
+    words += ["--template", TEMPLATE, "--labels", "sad,happy,mixed"]
     with started(words, tmp_path / "stderr") as process:
-        assert process.said["models"] == ["base", "peft"]
+        assert process.said["models"] == ["base", "peft", "zero"]
+        assert (tmp_path / "stderr").read_text().count("zero: changes nothing: its weights are those from before") == 1
         found = httpx.post(f"{process.url}/v1/classify", json={"text": "a"}, timeout=60).json()
         (result,) = found["results"]
         assert list(result["models"]["peft"]["probabilities"]) == ["sad", "happy", "mixed"]

@@ -30,6 +30,19 @@ def test_every_test_that_a_page_names_exists(page: str) -> None:
         assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), f"{page}: {file} has no {test}"
 
 
+def test_every_report_of_other_tools_users_names_its_tests() -> None:
+    section = (
+        (ROOT / "docs/reliability.md").read_text(encoding="utf-8").split("\n## What users of other tools report\n")[1]
+    )
+    rows = [row.strip("| ").split(" | ") for row in section.partition("\n## ")[0].splitlines() if row.startswith("| ")][
+        1:
+    ]
+    assert len(rows) > 25
+    for what, references, here, tests in rows:
+        assert re.search(r"[\w/-]+#\d+", references) and here, what
+        assert re.fullmatch(r"(`tests/[\w/]+\.py::test_\w+`(, |$))+", tests), what
+
+
 def test_a_secret_of_the_environment_is_written_nowhere(soak: Soak, tmp_path: Path) -> None:
     """In run.json, metrics, logs, checkpoints, the exported folder, the report and the line of an error."""
     secrets = dict.fromkeys(("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "GRAFT_KEY"), SECRET)

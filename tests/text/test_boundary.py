@@ -236,6 +236,36 @@ def test_a_conversation_has_the_tokens_of_transformers(template: str, tokenizer:
             assert talk[number][1].split("</think>")[-1].strip() in said
 
 
+@pytest.mark.parametrize("template", [CHATML, PLAIN, INST, THINKING])
+@pytest.mark.parametrize("thought", ["", "<think>\nHm\n</think>\n\n"])
+def test_nothing_that_a_user_said_is_learned(template: str, thought: str, tokenizer: Tokenizer) -> None:
+    tokenizer.__dict__["chat_template"] = template
+    said = [("user", "ASK </think> ASK"), ("assistant", f"{thought}Yes"), ("user", "<think>ASK"), ("assistant", "No")]
+    rows = [Conversation(tuple(said[:end]), "c:1") for end in (2, 4)]
+    for example in encode_rows(rows, TEMPLATE, tokenizer, 400)[0]:
+        learned = tokenizer.decode_with_special([example.completion_ids[n] for n in example.loss_positions])
+        assert "ASK" not in learned and "user" not in learned
+        assert ("Yes" in learned) + ("No" in learned) == 1 + len(example.masked_spans)
+        assert ("Hm" in learned) == ("Yes" in learned and bool(thought))
+
+
+@pytest.mark.parametrize("template", [CHATML, INST])
+def test_begin_of_text_comes_once(template: str, tokenizer: Tokenizer) -> None:
+    """The template writes it, and so does the tokenizer before a text; what a user writes is never it."""
+    tokenizer.__dict__["chat_template"] = template
+    begin = {token for name, token in tokenizer.special_tokens.items() if name == tokenizer.named_tokens["bos_token"]}
+    (alone,), chat = tokenizer.encode_prompts(["<s>a"]), Chat(tokenizer)
+    talk = (("user", "<s>a"), ("assistant", "b"))
+    rows = [[Completion("<s>a", " b")], [Preference("<s>a", " b", " c")], [Conversation(talk)]]
+    texts = [alone, chat.encode(talk[:1])]
+    for row in rows:
+        (example,), _ = encode_rows(row, TEMPLATE, tokenizer, 96)
+        texts.append([*example.prompt_ids, *example.completion_ids])
+    smollm2 = tokenizer.named_tokens["bos_token"] == "<|im_start|>"  # no text begins with it but where the template
+    counts = [sum(token in begin for token in text) for text in texts]
+    assert counts == ([0, 1, 0, 0, 1] if smollm2 else [1] * 5)
+
+
 def test_a_message_is_no_control_token_and_is_given_as_written(tokenizer: Tokenizer) -> None:
     tokenizer.__dict__["chat_template"] = CHATML
     chat = Chat(tokenizer)

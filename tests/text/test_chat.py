@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import transformers
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
 
 from graftlm.errors import InputError
 from graftlm.files.assets import model_folder as asset_folder
@@ -224,6 +226,27 @@ def test_a_turn_ends_with_the_first_control_token_behind_an_answer_or_else_with_
     read = tokenizer(tmp_path, template, "<|end|>", "<|stop|>")
     assert Chat(read).turn_end == read.special_tokens[end]
     assert Chat(read).stop_tokens == {read.special_tokens[end], read.eot}
+
+
+def test_an_added_token_that_is_not_special_ends_a_turn_too(tmp_path: Path) -> None:
+    """As after `add_tokens(["<|end|>"])`; spaces and line breaks, which some models add as tokens, end none."""
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    tokenizer(tmp_path, template)
+    backend = Backend.from_file(str(tmp_path / "tokenizer.json"))
+    backend.add_tokens([AddedToken("\n", normalized=False), AddedToken("<|end|>", normalized=False)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    read = Tokenizer.from_folder(tmp_path)
+    end = read.added_tokens["<|end|>"]
+    assert "<|end|>" not in read.special_tokens and Chat(read).turn_end == end
+    assert Chat(read).stop_tokens == {end, read.eot}
+    talk = Chat(read).conversation([("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")])
+    assert [read.decode([talk.ids[place] for place in answer]) for answer in talk.answers] == [
+        "b\n<|end|>",
+        "d\n<|end|>",
+    ]
 
 
 @pytest.mark.parametrize(

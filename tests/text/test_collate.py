@@ -5,10 +5,12 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 
 from graftlm.errors import InputError
 from graftlm.files.assets import data_folder, model_folder
@@ -25,6 +27,7 @@ from graftlm.text.layouts import Completion, Labelled, Preference, Unpaired
 from graftlm.text.preflight import preflight, show_targets
 from graftlm.text.template import Template, load_template
 from graftlm.text.tokenizer import Tokenizer
+from tiny import byte_tokenizer
 
 EOT, BOS = 0, 1
 
@@ -289,6 +292,25 @@ def test_the_longer_answer_of_a_pair_must_fit():
         "completion: shorten the row"
     ):
         encode_rows([two("two", "three four five")], TEMPLATE, words(), 5)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("kind", ["completion", "unpaired", "chosen", "rejected"])
+def test_an_answer_without_tokens_is_refused(kind: str, finished: bool, tmp_path: Path):
+    """Some tokenizers leave out what cannot be seen."""
+    byte_tokenizer(tmp_path)
+    backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    backend.normalizer = tokenizers.normalizers.Replace("\u200b", "")
+    backend.save(str(tmp_path / "tokenizer.json"))
+    invisible, where = "\u200b", "a.jsonl:1"
+    rows: dict[str, Completion | Unpaired | Preference] = {
+        "completion": Completion("one", invisible, where, finished),
+        "unpaired": Unpaired("one", invisible, True, where, finished),
+        "chosen": Preference("one", invisible, " two", where, (finished, finished)),
+        "rejected": Preference("one", " two", invisible, where, (finished, finished)),
+    }
+    with refused("a.jsonl:1: an answer has no tokens for this model: leave the row out"):
+        encode_rows([rows[kind]], TEMPLATE, Tokenizer.from_folder(tmp_path), 99)
 
 
 def test_pairs_of_equal_tokens_are_refused_and_turned_ones_noted():

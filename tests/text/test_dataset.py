@@ -789,7 +789,7 @@ def test_alpaca_with_columns_that_its_prompt_lacks(tmp_path: Path):
     fails(tmp_path / "a.jsonl", json.dumps(record), message)
 
 
-@pytest.mark.parametrize("name", ["system", "tools", "images"])
+@pytest.mark.parametrize("name", ["system", "tools", "images", "chat_template_kwargs"])
 @pytest.mark.parametrize(
     "record",
     [
@@ -815,6 +815,14 @@ def test_a_column_that_changes_what_is_learned_is_used_or_refused(tmp_path: Path
         return
     message = f"FILE:4: {name} would be lost, and it changes what is learned: write it into the texts, or leave it out"
     fails(path, path.read_bytes(), message)
+
+
+@pytest.mark.parametrize("key", ["messages", "conversations"])
+def test_a_conversation_that_is_marked_as_good_or_bad_is_refused(tmp_path: Path, key: str):
+    talk = {key: [{"role": "user", "content": "h"}, {"role": "assistant", "content": "o"}]}
+    lines = "\n".join(json.dumps({**talk, **more}) for more in ({"label": 0}, {"label": None}, {"label": False}))
+    message = "label would be lost: the answers of all rows are learned: leave out the bad ones, and the column"
+    fails(tmp_path / "a.jsonl", lines, f"FILE:3: {message}")
 
 
 def test_columns_that_are_not_read_are_named(tmp_path: Path):

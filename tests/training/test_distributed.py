@@ -51,6 +51,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "pairs": {"rank": 4, "objective": "dpo", "kl_samples": 3},
 }
 """Of an adapter whose base is cut over the processes, each for a few steps."""
+FEW: dict[str, dict[str, Any]] = {
+    "one to validate": {"rank": 4, "val_limit": 1},
+    "one to validate, all weights cut": {"rank": 0, "val_limit": 1},
+    "one pair to validate": {"rank": 4, "objective": "dpo", "kl_samples": 3, "val_limit": 1},
+}
+"""Validation splits of fewer examples than processes: one process has nothing to evaluate."""
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +150,8 @@ def several(assets: Path, place: Path) -> list[dict[str, Any]]:
     job("pairs of all", **short, objective="dpo", kl_samples=0)
     for name, flags in METHODS.items():
         job(name, **{**SHORT, "base": "gpt2", **flags}, shard=True, plan=name in ("span", "pairs"))
+    for name, flags in FEW.items():
+        job(name, **SHORT, **flags)
     job("wrong", rank=0, train_layers="1:")
     job("disk", full=True, **short)
     (place / "jobs.json").write_text(json.dumps(jobs))
@@ -213,6 +221,14 @@ def test_every_method_on_a_base_that_is_cut(
 ) -> None:
     assert several[0][name]["status"] == 0, several[0][name]["err"]
     check_same(one_process(assets, tmp_path / "one", **{**SHORT, "base": "gpt2", **METHODS[name]}), place / name, 2)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_a_process_without_an_example_to_validate_waits_for_the_others(
+    name: str, assets: Path, place: Path, several: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    assert [answers[name]["status"] for answers in several] == [0, 0], several[0][name]["err"]
+    check_same(one_process(assets, tmp_path / "one", **{**SHORT, **FEW[name]}), place / name, 2)
 
 
 def test_cut_weights_go_on_in_another_number_of_processes(

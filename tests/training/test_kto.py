@@ -136,7 +136,7 @@ def test_loss_gradients_and_metrics_equal_trl(kind: str, assets: Path, tmp_path:
     (tmp_path / "test.jsonl").write_text(json.dumps(rows()[0]))
     examples = prepare(config(assets, tmp_path / "ours", **data, test_data=str(tmp_path / "test.jsonl"))).data.train
     model, objective = lora_model(assets), KTO(beta=0.2, desirable_weight=1.5, undesirable_weight=0.7)
-    objective.setup(model, TrainingData(examples, examples[:1], [], 0), DistContext(), print)
+    objective.setup(model, TrainingData(examples, examples[:1], [], frozenset({0})), DistContext(), print)
     examples = with_reference(examples, objective.answer_logps(model, examples))
     theirs = trl_trainer(assets, records, tmp_path)
     pairs = parameters_in_common(model, theirs.model)
@@ -201,7 +201,7 @@ def answer_logp(model: CausalLM, prompt: Sequence[int], answer: Sequence[int]) -
 def moved_model() -> tuple[CausalLM, KTO, list[Example]]:
     """A model that has moved away from its initial weights, and examples with their reference log-probabilities."""
     model, objective = model_of("llama").train(), KTO(beta=0.3, desirable_weight=2.0)
-    objective.setup(model, TrainingData(EXAMPLES, EXAMPLES, [], 0), DistContext(), print)
+    objective.setup(model, TrainingData(EXAMPLES, EXAMPLES, [], frozenset({0})), DistContext(), print)
     examples = with_reference(EXAMPLES, objective.answer_logps(model, EXAMPLES))
     torch.manual_seed(3)
     with torch.no_grad():
@@ -269,7 +269,7 @@ def test_a_completion_that_does_not_fit_another_prompt_is_truncated() -> None:
     long, short = ((1, 2, 3, 4, 5, 6, 7, 8, 9), (5, 0)), ((1, 2), (4, 4, 4, 4, 4, 4, 4, 4, 0))
     examples = [Example(prompt, answer, None, "", "", "", desirable=True) for prompt, answer in (long, short)]
     objective = KTO()
-    objective.setup(model, TrainingData(examples, examples, [], 0), DistContext(), print)
+    objective.setup(model, TrainingData(examples, examples, [], frozenset({0})), DistContext(), print)
     assert objective.batch_statistics(model, examples, DistContext())["kl"].item() == 0
 
 

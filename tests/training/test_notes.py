@@ -1,6 +1,7 @@
 """What a run says of data that is probably not what it seems: one line each, before the first step."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +99,32 @@ def test_a_template_that_prints_the_date_prints_that_of_the_runs_start(tmp_path:
     assert resumed.manifest.values["date"] == "2024-07-26"
     assert Chat(load("resume", out, device="cpu").tokenizer).render([("user", "a")]).startswith("26 Jul 2024 ")
     assert not Chat(load(str(base), device="cpu").tokenizer).render([("user", "a")]).startswith("26 Jul 2024 ")
+
+
+CHATS = {
+    # template -> how many of 20 conversations end with what stops no text, and with what
+    "<{r}>{c}<|endoftext|>": (0, ""),
+    "{r}: {c}\n": (20, r"\n"),  # no token ends a turn
+    "<{r}>{generation}{c}{endgeneration}<|endoftext|>": (20, "!"),  # left out of what is learned
+}
+
+
+@pytest.mark.parametrize("form", CHATS)
+def test_answers_that_end_with_nothing_that_stops_a_text_are_counted(form: str, base: Path, tmp_path: Path) -> None:
+    count, end = CHATS[form]
+    words = {"r": "{{ m.role }}", "c": "{{ m.content }}", "generation": "", "endgeneration": ""}
+    marks = {**words, "generation": "{% generation %}", "endgeneration": "{% endgeneration %}"}
+    turns = [form.format(**marked) for marked in (marks, words)]
+    asked = form.partition("{generation}")[0].partition("{c}")[0].format(r="assistant")
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}" + "{% else %}".join(turns) + "{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}" + asked + "{% endif %}"
+    )
+    model = shutil.copytree(base, tmp_path / "model")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+    talk = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "yes!"}]
+    data = write(tmp_path / "chat.jsonl", [{"messages": talk}] * 20)
+    found = [note for note in notes(model, data, tmp_path / "run", val_data=data) if "stops no text" in note]
+    assert len(found) == 2 * (count > 0)  # of both splits
+    assert all(note.startswith(f"{count} of 20 conversations in ") and f"end with '{end}'" in note for note in found)

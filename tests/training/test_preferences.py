@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from graftlm.config import TrainConfig
 from graftlm.errors import InputError
 from graftlm.exchange.load import load
 from graftlm.files.formats import load_safetensors
+from graftlm.inference.scoring import score
 from graftlm.methods.base import trainable
 from graftlm.models import CausalLM
 from graftlm.text.collate import Example
+from graftlm.training import reference
 from graftlm.training.batches import CollateOptions, TrainingData, forward_batch, make_microbatches
 from graftlm.training.estimate import make_plan
 from graftlm.training.objectives.dpo import DPO, SequenceLogProbs
@@ -378,7 +381,7 @@ def test_kl_is_that_of_the_distributions(assets: Path) -> None:
             p.add_(torch.randn_like(p) * 0.1)
     example = replace(prepared.data.train[0], completion_ids=(5,), rejected_ids=(6,))
     prompts = [replace(example, prompt_ids=(*example.prompt_ids, 40 + i % 2, i // 2 % 50 + 1)) for i in range(100)]
-    got = [sampled_kl(model, start, TrainingData([], prompts, [], 0), 100, seed) for seed in range(40)]
+    got = [sampled_kl(model, start, TrainingData([], prompts, [], frozenset({0})), 100, seed) for seed in range(40)]
     exact = []
     for example in prompts:
         ids = torch.tensor([example.prompt_ids])
@@ -390,7 +393,27 @@ def test_kl_is_that_of_the_distributions(assets: Path) -> None:
     mean, truth = sum(got) / len(got), sum(exact) / len(exact)
     assert truth > 0.02 and abs(mean - truth) < 0.1 * truth
     with start.restored():
-        assert sampled_kl(model, InitialWeights.of(model), TrainingData([], prompts, [], 0), 10, 0) == 0
+        assert sampled_kl(model, InitialWeights.of(model), TrainingData([], prompts, [], frozenset({0})), 10, 0) == 0
+
+
+def test_samples_of_the_kl_end_with_any_token_that_ends_a_text(assets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = prepare(config(assets, assets / "none"))
+    model, ends = prepared.loaded.model, frozenset(range(0, 250, 3))
+    assert prepared.data.stop_tokens == prepared.loaded.tokenizer.stop_tokens == {0}
+    example = replace(prepared.data.train[0], completion_ids=(5,) * 8)
+    prompts = [replace(example, prompt_ids=(*example.prompt_ids, n)) for n in range(1, 60)]
+    seen: list[Example] = []
+
+    def spy(model: CausalLM, samples: Sequence[Example], **options: Any) -> Any:
+        seen.extend(samples)
+        return score(model, samples, **options)
+
+    monkeypatch.setattr(reference, "score", spy)
+    sampled_kl(model, InitialWeights.of(model), TrainingData([], prompts, [], ends), 59, 0)
+    answers = [e.completion_ids for e in seen[:59]]
+    assert not any(ends & {*answer[:-1]} for answer in answers)
+    assert all(answer[-1] in ends or len(answer) == 8 for answer in answers)
+    assert len({answer[-1] for answer in answers} & ends) > 5
 
 
 def test_a_plan_knows_of_the_reference_and_the_samples(assets: Path, tmp_path: Path) -> None:

@@ -149,14 +149,15 @@ def test_config_json_says_whether_the_trained_head_is_the_embedding(tied: bool, 
     assert ("lm_head.weight" in load_safetensors(written / "model.safetensors")) is not tied
 
 
-def test_accumulated_batches_are_one_large_batch(assets: Path, tmp_path: Path) -> None:
-    """Different token counts in the two halves: dividing by each half's own count would differ."""
+@pytest.mark.parametrize("loss_on", ["completion", "all"])
+def test_accumulated_batches_are_one_large_batch(loss_on: Any, assets: Path, tmp_path: Path) -> None:
+    """Different token counts in the two parts: dividing by each part's own count would differ, also what is logged."""
     from graftlm.training.setup import prepare
     from graftlm.training.train import make_trainer
 
     trained = {}
     for name, accumulate in (("one", False), ("two", True)):
-        prepared = prepare(config(assets, tmp_path / name, loss_on="all", lora_dropout=0.0))
+        prepared = prepare(config(assets, tmp_path / name, loss_on=loss_on, lora_dropout=0.0))
         trainer = make_trainer(prepared, Console(quiet=True), 0.0)
         trainer.model.train()
         batch = list(range(16))
@@ -282,6 +283,35 @@ def test_an_interrupted_run_saves_its_step_and_goes_on_to_the_same_end(
     for at in ("best", "last"):
         for file in (tmp_path / "whole" / at).glob("*.safetensors"):
             assert (tmp_path / "parts" / at / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("stop", [2, 3, 5])
+def test_a_run_resumed_in_the_middle_of_an_epoch_reads_the_rest_of_it(
+    stop: int, assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """48 examples are seven batches, the smallest of 6, so that a step's three batches span epochs."""
+    changes: dict[str, Any] = {"batch_size": 7, "grad_accum": 3, "max_iters": 6, "eval_every": 3, "dropout": 0.1}
+    read: dict[str, list[list[int]]] = {"whole": [], "parts": []}
+    real, name = trainer_module.Trainer.train_step, "whole"
+
+    def stopping(self: Any, step: int, batches: list[list[int]]) -> Any:
+        read[name] += batches
+        if name == "parts" and step == stop and len(read["parts"]) == 3 * stop:
+            signal.raise_signal(signal.SIGINT)
+        return real(self, step, batches)
+
+    monkeypatch.setattr(trainer_module.Trainer, "train_step", stopping)
+    train(config(assets, tmp_path / "whole", **changes))
+    name = "parts"
+    with pytest.raises(Interrupted):
+        train(config(assets, tmp_path / "parts", **changes))
+    assert len(read["parts"]) % 7
+    train(config(assets, tmp_path / "parts", resume=True, **changes))
+    assert read["parts"] == read["whole"]
+    assert all(sorted(i for batch in read["parts"][n : n + 7] for i in batch) == list(range(48)) for n in (0, 7))
+    assert timeless(tmp_path / "parts") == timeless(tmp_path / "whole")
+    for file in (tmp_path / "whole" / "last").glob("*.safetensors"):
+        assert (tmp_path / "parts" / "last" / file.name).read_bytes() == file.read_bytes()
 
 
 @pytest.mark.parametrize("method", METHODS)

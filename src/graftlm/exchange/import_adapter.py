@@ -28,6 +28,7 @@ from graftlm.exchange.huggingface import (
 )
 from graftlm.exchange.load import (
     ModelBundle,
+    adapter_notes,
     hub_revision,
     learned_chat,
     load,
@@ -61,6 +62,8 @@ def import_adapter(config: ImportConfig, say: Callable[[str], object] = lambda l
         say(f"base model, as the adapter says: {name}")
     name = resolve_path(name)
     tokenizer = read_tokenizer(base)
+    for note in adapter_notes(source, model.config, tokenizer):
+        say(note)
     reference = ReferenceLogits(ModelBundle(model, tokenizer, name, base, "", template), {})
     with atomic_directory(out_dir) as folder:
         step = folder / "checkpoints" / "step-0"

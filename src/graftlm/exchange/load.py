@@ -36,7 +36,7 @@ from graftlm.methods import Method, method_from_json
 from graftlm.methods.base import mergeable_linears
 from graftlm.methods.multi_lora import check_servable
 from graftlm.models import CausalLM, clone_with_shared_weights
-from graftlm.models.config import read_model_config
+from graftlm.models.config import ModelConfig, read_model_config
 from graftlm.text.chat import Chat
 from graftlm.text.template import Template
 from graftlm.text.tokenizer import Tokenizer
@@ -142,6 +142,26 @@ def learned_chat(folder: Path, tokenizer: Tokenizer) -> bool:
         return False
     ends = Chat(tokenizer).stop_tokens - tokenizer.stop_tokens
     return not ends.isdisjoint(Tokenizer.from_folder(folder).stop_tokens)
+
+
+def adapter_notes(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> list[str]:
+    """Notes on an adapter folder of other origin: that it changes nothing, or has another tokenizer than its base.
+
+    config, tokenizer: the base's.
+    """
+    notes, untrained = [], {"lora_B": 0.0, "stretch": 1.0}
+    state = from_foreign_peft(folder, config)[1]
+    known = [(t, untrained[kind]) for name, t in state.items() if (kind := name.rpartition(".")[2]) in untrained]
+    if known and all(bool((t == value).all()) for t, value in known):
+        notes.append(f"{folder}: changes nothing: its weights are those from before any training")
+    if not (folder / "tokenizer.json").is_file():
+        return notes
+    own, use = Tokenizer.from_folder(folder), "the base's is used; to use it, copy it into the base's folder"
+    if own.chat_template is not None and own.chat_template.strip() != (tokenizer.chat_template or "").strip():
+        notes.append(f"{folder}: its chat template is another one than the base's: {use}")
+    if other := sorted(own.added_tokens.items() - tokenizer.added_tokens.items()):
+        notes.append(f"{folder}: its tokenizer has tokens that the base's lacks, such as {other[0][0]}: {use}")
+    return notes
 
 
 def checkpoint_folder(run_dir: Path, checkpoint: str) -> Path:

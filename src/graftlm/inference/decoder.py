@@ -42,6 +42,8 @@ class Row:
     def __init__(self, prompt: Sequence[int], params: SamplingParams, number: int, limit: int) -> None:
         self.prompt, self.params, self.number, self.limit = prompt, params, number, limit
         self.tokens: list[int] = []
+        self.stop_token: int | None = None
+        """The stop token that ended it, which is not in `tokens`."""
 
     @property
     def capacity(self) -> int:
@@ -51,6 +53,7 @@ class Row:
     def append(self, token: int, decode: Decode | None = None) -> bool:
         """Take the next token; False if it ends the row. `decode` is needed where the row has stop texts."""
         if token in self.params.stop_token_ids:
+            self.stop_token = token
             return False
         self.tokens.append(token)
         if len(self.tokens) >= self.limit:

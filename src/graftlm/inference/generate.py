@@ -97,6 +97,18 @@ def generate_ids(
 
     Raises InputError for a prompt that is empty or longer than the context, GraftError if the logits are NaN.
     """
+    return [row.tokens for row in generate_rows(model, prompts, params, decode=decode, batching=batching)]
+
+
+def generate_rows(
+    model: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    *,
+    decode: Decode | None = None,
+    batching: Batching | None = None,
+) -> list[Row]:
+    """`generate_ids`, with the stop token that ended each row."""
     _check(prompts, model.max_seq_len)
     batching = batching or Batching()
     with eval_mode(model):
@@ -111,7 +123,7 @@ def generate_ids(
                 _decode(DecodingBatch(model, prefix), unfinished, batching.batch_size, decode)
             if batching.progress is not None:
                 batching.progress(len(group))
-    return [row.tokens for row in rows]
+    return rows
 
 
 def _decode(batch: DecodingBatch, rows: Sequence[Row], batch_size: int, decode: Decode | None) -> None:

@@ -33,7 +33,7 @@ except ModuleNotFoundError as error:
     raise InputError(f"graft serve needs the {error.name} package: pip install 'graftlm[serve]'") from None
 
 from graftlm.exchange.huggingface import ADAPTER_CONFIG, OWN_CONFIG
-from graftlm.exchange.load import ModelBundle, learned_chat, load, read_run, resolve_path
+from graftlm.exchange.load import ModelBundle, adapter_notes, learned_chat, load, read_run, resolve_path
 from graftlm.inference.engine import Engine
 from graftlm.text.chat import Chat
 from graftlm.text.template import Template, load_template
@@ -77,6 +77,9 @@ def serve(config: ServeConfig, warn: Callable[[str], None]) -> Iterator[dict[str
             )
             server = Server(app, config.shutdown_timeout, lambda: engine.close(drain=False))
             with server.signals():
+                for folder in (folders[name] for name, run in runs.items() if run is None):
+                    for note in adapter_notes(folder, loaded.model.config, loaded.tokenizer):
+                        warn(note)
                 if not key and not is_loopback(config.host):
                     warn(f"--host {config.host} without a key: everyone who reaches this machine can use the server")
                 yield {"url": url_of(config.host, listener), "models": list(models)}

@@ -16,7 +16,7 @@ A template is a program from a downloaded file: it runs in jinja2's immutable sa
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from datetime import datetime
@@ -101,13 +101,16 @@ class Chat:
 
     @property
     def turn_end(self) -> int:
-        """The token that ends the model's turn: the first special token after an answer, or else end-of-text."""
-        return self._tokenizer.special_tokens.get(self._turn_end, self._tokenizer.eot)
+        """The token that ends the model's turn: the first added token after an answer, or else end-of-text.
+
+        Most are special tokens, but not all: some models' files, and users who add tokens, do not mark them so.
+        """
+        return self._tokenizer.added_tokens.get(self._turn_end, self._tokenizer.eot)
 
     @cached_property
     def _turn_end(self) -> str:
         turn = self._run([("user", "a"), ("assistant", "a")], add_generation_prompt=False, after_content=END)
-        match = self._special_re.search(turn, turn.rfind(END)) if END in turn else None
+        match = any_of(self._tokenizer.added_tokens).search(turn, turn.rfind(END)) if END in turn else None
         return match[0] if match else ""
 
     @property
@@ -213,9 +216,7 @@ class Chat:
 
     @cached_property
     def _special_re(self) -> re.Pattern[str]:
-        """Matches any special token."""
-        names = sorted(self._tokenizer.special_tokens, key=len, reverse=True)
-        return re.compile(f"({'|'.join(map(re.escape, names))})" if names else r"((?!))")
+        return any_of(self._tokenizer.special_tokens)
 
     def _escaped(self, value: Any) -> Any:
         """A message, or a part of one or of a tool, without names of special tokens in its texts."""
@@ -267,6 +268,12 @@ class Chat:
         """The time now or, where the tokenizer is a run's, its date."""
         date = self._tokenizer.date
         return (datetime.fromisoformat(date) if date else datetime.now()).strftime(format)
+
+
+def any_of(names: Iterable[str]) -> re.Pattern[str]:
+    """Matches any of these tokens' names, the longer of two."""
+    ordered = sorted(names, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, ordered))})" if ordered else r"((?!))")
 
 
 def _marked(text: str) -> tuple[str, list[tuple[int, int]]]:

@@ -119,6 +119,8 @@ def encode_rows(
     examples: list[Example] = []
     for row, prompt, own in zip(rows, prompts, wholes, strict=True):
         split = split_tokens(prompt.ids, [ids_of[text] for text in own])
+        if not isinstance(row, Labelled) and not all(split.answers):
+            raise InputError(f"{row.source}: an answer has no tokens for this model: leave the row out")
         examples.append(_example(row, own[0], split, tokenizer.eot))
         limit = max_length - max(map(len, examples[-1].answers))
         if not isinstance(row, Labelled) and len(split.prompt) > limit:

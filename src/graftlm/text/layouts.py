@@ -313,7 +313,10 @@ def _tool_call(row: Row, call: Any) -> dict[str, Any]:
 
 # Layouts --------------------------------------------------------------------------------------------------------------
 
-CONTEXT = ("system", "tools", "functions", "documents", "history", "images", "image", "videos", "audios")
+CONTEXT = (
+    *("system", "tools", "functions", "documents", "history", "chat_template_kwargs"),
+    *("images", "image", "videos", "audios"),
+)
 """Columns that hold a part of what an answer answers."""
 
 
@@ -378,6 +381,10 @@ def _chat(row: Row) -> Conversation:
         if any(message[0] == "system" for message in messages):
             raise row.error("both a column system and a system message: leave one out")
         messages = (("system", system), *messages)
+    if str(row.columns.get("label")).strip().casefold() in BOOLEANS:
+        raise row.error(
+            "label would be lost: the answers of all rows are learned: leave out the bad ones, and the column"
+        )
     if not any(message[0] == "assistant" for message in messages):
         raise row.error("the assistant says nothing, so there is nothing to learn: leave the row out")
     return Conversation(messages, row.source, row.tools())

@@ -1,6 +1,5 @@
 """The checks before training: unusable data stops a run, notes follow, and one example is shown."""
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -8,8 +7,9 @@ from itertools import combinations
 
 from graftlm.errors import InputError
 from graftlm.text.boundary import label_ids
+from graftlm.text.chat import Chat, any_of
 from graftlm.text.collate import Example, too_long_message
-from graftlm.text.layouts import Record
+from graftlm.text.layouts import Conversation, Record
 from graftlm.text.template import Template
 from graftlm.text.tokenizer import Tokenizer
 
@@ -72,7 +72,7 @@ def show_targets(example: Example, tokenizer: Tokenizer, width: int = 160) -> st
 
 def control_token_notes(splits: Mapping[str, Sequence[Record]], tokenizer: Tokenizer) -> list[str]:
     """A note for each split with records, other than conversations, that hold special tokens' names."""
-    names = re.compile("|".join(map(re.escape, sorted(tokenizer.special_tokens, key=len, reverse=True))) or r"(?!)")
+    names = any_of(tokenizer.special_tokens)
     notes = []
     for split, rows in splits.items():
         texts = [[getattr(row, f.name) for f in fields(row) if f.name not in ("source", "messages")] for row in rows]
@@ -81,6 +81,30 @@ def control_token_notes(splits: Mapping[str, Sequence[Record]], tokenizer: Token
             notes.append(
                 f"{len(found)} of {len(rows)} rows in {split} hold names of special tokens, such as {found[0][0]}, "
                 "which are read as plain text: give conversations as messages"
+            )
+    return notes
+
+
+def conversation_notes(
+    splits: Mapping[str, Sequence[Record]], examples: Mapping[str, Sequence[Example]], tokenizer: Tokenizer
+) -> list[str]:
+    """Notes on conversations that become several examples, and on answers that end with no token that stops a text."""
+    notes = []
+    for split, rows in splits.items():
+        some = examples[split]
+        if not rows or not isinstance(rows[0], Conversation):
+            continue
+        if len(some) > len(rows):
+            notes.append(
+                f"{len(rows)} conversations in {split} are read as {len(some)} examples, each up to one answer: the "
+                "model's chat template writes an answer differently once another turn follows"
+            )
+        stops = Chat(tokenizer).stop_tokens
+        if endless := [example for example in some if example.completion_ids[-1] not in stops]:
+            end = tokenizer.token(endless[0].completion_ids[-1])
+            notes.append(
+                f"{len(endless)} of {len(some)} conversations in {split} end with {end!r}, which stops no text: the "
+                "model will not learn to stop; give graft generate --stop, or another chat template"
             )
     return notes
 

@@ -190,6 +190,12 @@ class Tokenizer:
         return {token.content: n for n, token in self._backend.get_added_tokens_decoder().items() if token.special}
 
     @cached_property
+    def added_tokens(self) -> dict[str, int]:
+        """The ids of all added tokens by name, special or not; without those that are white space."""
+        found = self._backend.get_added_tokens_decoder()
+        return {token.content: n for n, token in found.items() if token.content.strip()}
+
+    @cached_property
     def chat_template(self) -> str | None:
         """The jinja template of a chat-tuned model, which `text/chat.py` runs; None if the files have none."""
         return self._chat_templates.get("default")

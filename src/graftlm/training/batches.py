@@ -38,8 +38,8 @@ class TrainingData:
     validation: list[Example]
     label_ids: list[Tokens]
     """The tokens scored for each label after a short text; empty for data without labels."""
-    eot: int
-    """The end-of-text token."""
+    stop_tokens: frozenset[int]
+    """The tokens that end a text."""
     max_tokens: int = MAX_PASS_TOKENS
     """Padded tokens of a pass without gradient, unless a single row has more."""
 

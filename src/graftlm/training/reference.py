@@ -25,7 +25,7 @@ from graftlm.errors import InputError
 from graftlm.files.atomic import write_json
 from graftlm.files.formats import load_safetensors, read_json, save_safetensors
 from graftlm.inference.decoder import MAX_PASS_TOKENS, token_batches
-from graftlm.inference.generate import Batching, eval_mode, generate_ids
+from graftlm.inference.generate import Batching, eval_mode, generate_rows
 from graftlm.inference.sampling import SamplingParams
 from graftlm.inference.scoring import score
 from graftlm.methods.base import trainable
@@ -253,13 +253,10 @@ def sampled_kl(model: CausalLM, initial: InitialWeights, data: TrainingData, cou
     prompts = list(dict.fromkeys(e.full_prompt_ids for e in data.validation))[:count]
     longest = max(max(len(e.completion_ids), len(e.rejected_ids)) for e in data.validation)
     limit = min(MAX_SAMPLE_TOKENS, longest)
-    params = SamplingParams(max_new_tokens=limit, temperature=1.0, seed=seed, stop_token_ids=frozenset({data.eot}))
-    sampled = generate_ids(model, prompts, params, batching=Batching(SAMPLE_BATCH))
-    # An answer below the limit ended by itself: its end-of-text token was sampled too.
-    answers = [
-        (*tokens, data.eot) if len(tokens) < min(limit, model.max_seq_len - len(prompt)) else tuple(tokens)
-        for prompt, tokens in zip(prompts, sampled, strict=True)
-    ]
+    params = SamplingParams(max_new_tokens=limit, temperature=1.0, seed=seed, stop_token_ids=data.stop_tokens)
+    rows = generate_rows(model, prompts, params, batching=Batching(SAMPLE_BATCH))
+    # The token that ended an answer was sampled too.
+    answers = [(*row.tokens, *([] if row.stop_token is None else [row.stop_token])) for row in rows]
     samples = [
         Example(prompt, answer, None, "", "", "") for prompt, answer in zip(prompts, answers, strict=True) if answer
     ]

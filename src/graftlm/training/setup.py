@@ -35,7 +35,7 @@ from graftlm.text.boundary import label_ids
 from graftlm.text.collate import Example, encode_rows, subset
 from graftlm.text.dataset import Dataset, default_labels, load_dataset
 from graftlm.text.layouts import Labelled
-from graftlm.text.preflight import control_token_notes, preflight
+from graftlm.text.preflight import control_token_notes, conversation_notes, preflight
 from graftlm.text.template import DEFAULT, Template, load_template
 from graftlm.text.tokenizer import Tokenizer
 from graftlm.training.batches import BatchLoader, TrainingData
@@ -283,19 +283,14 @@ def _examples(
     examples = {split: some for split, (some, _) in encoded.items()}
     truncated = {split: count for split, (_, count) in encoded.items()}
     notes = list(dataset.notes)
-    for split, some in examples.items():
-        if len(some) > len(records[split]):
-            notes.append(
-                f"{len(records[split])} conversations in {split} are read as {len(some)} examples, each up to one "
-                "answer: the model's chat template writes an answer differently once another turn follows"
-            )
+    notes += conversation_notes(records, examples, tokenizer)
     notes += control_token_notes(records, tokenizer)
     notes += preflight(examples, template, tokenizer, max_length, truncated)
     labelled = all(e.label is not None for some in examples.values() for e in some)
     labels = label_ids(template, tokenizer) if labelled else []
     # Passes without gradient keep one layer's activations, so they may have more tokens than a micro-batch.
     max_tokens = min(MAX_PASS_TOKENS, MAX_PASS_TOKENS // CPU_TOKENS * (config.microbatch_tokens or CPU_TOKENS))
-    return TrainingData(examples["train"], examples["validation"], labels, tokenizer.eot, max_tokens), notes
+    return TrainingData(examples["train"], examples["validation"], labels, tokenizer.stop_tokens, max_tokens), notes
 
 
 # Model ----------------------------------------------------------------------------------------------------------------
