@@ -1,5 +1,6 @@
 """The tokens of a prompt and its answer are those of the whole text, as transformers has them, in every tokenizer."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,14 @@ def test_one_function_decides_where_a_prompt_ends(tokenizer: Tokenizer) -> None:
     assert prompt + space == "def f(x):\n    " and prompt in ("def f(x):\n", "def f(x):")
     alone, whole = tokenizer.encode(prompt), tokenizer.encode("def f(x):\n    return")
     assert whole[: len(alone)] == alone
+
+
+def test_white_space_within_a_prompt_takes_no_time(tmp_path: Path) -> None:
+    byte_tokenizer(tmp_path)
+    tokenizer, text = Tokenizer.from_folder(tmp_path), "a" + " " * 50_000 + "b"
+    start = time.process_time()
+    assert split_prompt(text + "  ", tokenizer) == (text, "  ")
+    assert time.process_time() - start < 2  # with one regular expression minutes
 
 
 def test_a_completion_does_not_repeat_the_space_that_ends_its_prompt(tmp_path: Path) -> None:

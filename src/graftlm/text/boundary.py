@@ -14,7 +14,6 @@ or a prompt that ends in a line break.
     "A:\\n(" + "B"            ["A", ":\\n", "(B"], where the prompt alone is ["A", ":\\n", "("] in Qwen's tokenizer
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
@@ -46,9 +45,12 @@ def split_prompt(text: str, tokenizer: Tokenizer) -> tuple[str, str]:
     Indentation goes with its line break where the tokenizer has tokens of both. A prompt of nothing but white space
     stays as it is.
     """
-    prompt = re.sub(r"[^\S\r\n]+\Z", "", text)
     if not text.strip():
         return text, ""
+    end = len(text)
+    while text[end - 1].isspace() and text[end - 1] not in "\r\n":  # an expression would take quadratic time
+        end -= 1
+    prompt = text[:end]
     if prompt != text and prompt.endswith(("\n", "\r")):
         alone, whole = tokenizer.encode(prompt), tokenizer.encode(text + "x")
         prompt = prompt if whole[: len(alone)] == alone else text.rstrip()
