@@ -4,7 +4,9 @@ Names come from the package's own map; what the converter changes is written dow
 is tested against another source than itself.
 """
 
+import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,10 +29,21 @@ ARCHITECTURES = {
     "gemma": MODEL_ARCH.GEMMA,
     "gemma2": MODEL_ARCH.GEMMA2,
     "gemma3_text": MODEL_ARCH.GEMMA3,
+    "phi3": MODEL_ARCH.PHI3,
 }
+BYTE, LOOKS_SPECIAL = re.compile("<0x[0-9A-F]{2}>"), re.compile(r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<unused.*>")
 LLAMA_31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA_31 |= {"original_max_position_embeddings": 8192, "rope_theta": 500000.0}
-GEMMA = {"hidden_size": 32, "attn_implementation": "eager"}
+LONGROPE = {
+    "rope_parameters": theta(
+        rope_type="longrope",
+        short_factor=[1.0, 1.5, 2.0, 2.5],
+        long_factor=[2.0, 3.0, 4.0, 5.5],
+        original_max_position_embeddings=64,
+        partial_rotary_factor=1.0,
+    ),
+    **{"max_position_embeddings": 256, "original_max_position_embeddings": 64},
+}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"num_attention_heads": 3, "num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True}),
@@ -44,6 +57,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {"hidden_size": 32, "rope_parameters": theta(1e6)}),
     "qwen3": ("Qwen3", {"tie_word_embeddings": True}),
     "qwen3 biased": ("Qwen3", {"attention_bias": True}),
+    "phi3": ("Phi3", {"hidden_size": 32, "rope_parameters": theta(partial_rotary_factor=0.75), "sliding_window": 5}),
+    "phi3 long": ("Phi3", {"hidden_size": 32, **LONGROPE}),
     "gemma": ("Gemma", {"tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"}),
     "gemma2": ("Gemma2", {"tie_word_embeddings": True, "sliding_window": 5, "query_pre_attn_scalar": 8}),
     "gemma3": (
@@ -106,10 +121,7 @@ def write_gguf(
         writer.add_tensor(stored, gguf.quantize(values, kind), raw_dtype=kind)
     if change is not None:
         change(writer)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
 
 
 def add_tokenizer(writer: GGUFWriter) -> None:
@@ -119,6 +131,44 @@ def add_tokenizer(writer: GGUFWriter) -> None:
     writer.add_token_types([3, *[1] * (len(TOKENS) - 2), 5])
     writer.add_token_merges(["a b"])
     writer.add_eos_token_id(0)
+
+
+def write_tokenizer_file(folder: Path, path: Path, architecture: str, pre: str) -> None:
+    """Write a file with the tokenizer of a folder and nothing else: `_set_vocab_gpt2` and `_set_vocab_sentencepiece`.
+
+    The latter reads scores from tokenizer.model. Here they are the ranks of merges, which is what SentencePiece's are.
+    """
+    content, writer = (
+        json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")),
+        GGUFWriter(path, architecture),
+    )
+    vocab, added = content["model"]["vocab"], {token["id"]: token for token in content["added_tokens"]}
+    tokens = {index: (token, 6 if BYTE.fullmatch(token) else 1) for token, index in vocab.items()}
+    for index, token in added.items():
+        text, special = token["content"], token["special"] or LOOKS_SPECIAL.fullmatch(token["content"])
+        tokens[index] = (text, 3) if special else (text.replace("\u2581", " "), 4)
+    padded = [tokens.get(index, (f"[PAD{index}]", 5)) for index in range(max(tokens) + 3)]
+    writer.add_token_list([token for token, _ in padded])
+    writer.add_token_types([kind for _, kind in padded])
+    writer.add_tokenizer_pre(pre)
+    byte_level = pre != "default"
+    gguf.SpecialVocab(folder, load_merges=byte_level).add_to_gguf(writer)
+    if byte_level:
+        writer.add_tokenizer_model("gpt2")
+    else:
+        writer.add_tokenizer_model("llama")
+        pairs = [pair if isinstance(pair, list) else pair.split(" ") for pair in content["model"]["merges"]]
+        ranks = {left + right: -rank for rank, (left, right) in reversed([*enumerate(pairs)])}
+        writer.add_token_scores([float(ranks.get(token, -len(pairs) - i)) for i, (token, _) in enumerate(padded)])
+        writer.add_add_space_prefix("Prepend" in json.dumps(content["normalizer"]))
+    finish(writer)
+
+
+def finish(writer: GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def add_settings(writer: GGUFWriter, config: dict[str, Any]) -> None:
@@ -146,6 +196,14 @@ def add_settings(writer: GGUFWriter, config: dict[str, Any]) -> None:
     if kind == "llama":
         writer.add_vocab_size(config["vocab_size"])
         writer.add_rope_dimension_count(head_dim)
+    if kind == "phi3":
+        writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
+        writer.add_rope_scaling_orig_ctx_len(config["original_max_position_embeddings"])
+        writer.add_sliding_window(config["sliding_window"] or 0)
+    if rope["rope_type"] == "longrope":
+        original = config["original_max_position_embeddings"]
+        scale = config["max_position_embeddings"] / original
+        writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(scale) / math.log(original)))
     if kind in ("gemma2", "gemma3_text"):
         writer.add_sliding_window(config["sliding_window"])
     if kind == "gemma2":
@@ -173,8 +231,10 @@ def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def extra_tensors(config: dict[str, Any]) -> list[tuple[str, np.ndarray]]:
-    """`generate_extra_tensors`: Llama 3.1's divisors of the frequencies."""
+    """`generate_extra_tensors`: Llama 3.1's divisors of the frequencies, and LongRoPE's."""
     rope = config["rope_parameters"]
+    if rope.get("rope_type") == "longrope":
+        return [(f"rope_factors_{n}.weight", np.array(rope[f"{n}_factor"], np.float32)) for n in ("long", "short")]
     if rope.get("rope_type") != "llama3":
         return []
     base, dim, factor = rope["rope_theta"], config["head_dim"], rope["factor"]

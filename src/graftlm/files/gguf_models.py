@@ -10,7 +10,7 @@ undone:
 - A setting of the file that is not read here, and is not known to change nothing, is an error.
 
 Letters of shapes: d width, H heads, K key/value heads, D head width (HD and KD: their products), f feed-forward width,
-V vocabulary, P positions.
+V vocabulary, Q rows of q, k and v together, 2 the number.
 """
 
 from __future__ import annotations
@@ -247,6 +247,8 @@ def _entry(config: Config, kind: Architecture, source: str, target: Target) -> E
         "D": config["head_dim"],
         "f": config["intermediate_size"],
         "V": config["vocab_size"],
+        "Q": (config["num_attention_heads"] + 2 * config["num_key_value_heads"]) * config["head_dim"],
+        "2": 2,
     }
     shape = tuple(math.prod(letters[letter] for letter in side) for side in target.shape.split())
     order = target.order
@@ -343,6 +345,16 @@ def _gemma3(file: GGUFFile, config: Config) -> Config:
     }
 
 
+def _phi3(file: GGUFFile, config: Config) -> Config:
+    """The file's context is the long one; the original is another setting."""
+    original = int(file.get(".rope.scaling.original_context_length", config["max_position_embeddings"]))
+    return {
+        "original_max_position_embeddings": original,
+        "sliding_window": int(file.get(".attention.sliding_window", 0)) or None,
+        "pad_token_id": None,  # not transformers' default, which may be outside of the vocabulary
+    }
+
+
 LLAMA = Architecture(
     model_type="llama",
     class_name="LlamaForCausalLM",
@@ -396,6 +408,21 @@ ARCHITECTURES: dict[str, Architecture] = {
         class_name="Gemma3ForCausalLM",
         block={**_NORMS_AROUND, **_ATTENTION, **_HEAD_NORMS, **_MLP},
         more=_gemma3,
+    ),
+    "phi3": replace(
+        LLAMA,
+        model_type="phi3",
+        class_name="Phi3ForCausalLM",
+        block={
+            **_NORMS,
+            "attn_qkv": Target("self_attn.qkv_proj", "Q d"),
+            "attn_output": _ATTENTION["attn_output"],
+            "ffn_up": Target("mlp.gate_up_proj", "2f d"),
+            "ffn_down": _MLP["ffn_down"],
+        },
+        biases=(),
+        more=_phi3,
+        partial_rotary=True,
     ),
 }
 """llama.cpp's name of an architecture -> its entry. Only those that `models/` reads."""

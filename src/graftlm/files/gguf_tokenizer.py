@@ -29,7 +29,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token type
 SPACE = "\u2581"  # SentencePiece's
 TURN_ENDS = (
     *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>"),
-    *("<|end_of_text|>", "<end_of_utterance>", "<EOT>", "[EOT]"),
+    *("<|end_of_text|>", "<end_of_utterance>", "<eos>", "<EOT>", "[EOT]"),
 )
 """Control tokens at which llama.cpp ends a text in any case. Some files name only one end of several."""
 

