@@ -181,6 +181,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("cohere", {"use_qk_norm": True}, "use_qk_norm = True is not understood"),
     ("cohere2", {"sliding_window": None}, "sliding_window = None is no size"),
     ("cohere2", {"head_dim": 6}, "head_dim = 6 is not understood; understood: 8"),
+    ("gpt_bigcode", {"multi_query": False}, "multi_query = False is not understood"),
     ("gpt_neo", {"attention_layers": ["global", "local"]}, "attention_layers = ['global', 'local'] is not understood"),
     ("gpt_neo", {"attention_layers": None, "attention_types": [["global", 4.5]]}, "attention_types = [['global', 4."),
     ("gpt_neo", {"num_heads": 5}, "hidden_size 24 is not divided by 5 heads"),

@@ -92,6 +92,7 @@ FILES: dict[str, dict[str, Any]] = {  # config.json of families that have no sha
         **{"sliding_window_pattern": 2, "rotary_pct": 1.0, "cache_implementation": "hybrid"},
     },
     "ernie4_5": {"head_dim": 8, "rope_theta": 800.0, "use_bias": True},
+    "glm": {"head_dim": 8, "rope_theta": 800.0},
     "glm4": {"head_dim": 8, "rope_theta": 800.0, "partial_rotary_factor": 0.25, "attention_bias": False},
     "phi": {"partial_rotary_factor": 0.75, "rope_theta": 800.0, "rope_scaling": None, "qk_layernorm": False},
     "gemma": {"head_dim": 8},

@@ -11,10 +11,11 @@ __all__ = ["CausalLM", "KVCache", "Linear", "ModelConfig", "clone_with_shared_we
 FAMILY_FILES = (
     "cohere",
     "ernie",
-    "glm4",
     "gemma",
     "gemma2",
+    "glm",
     "gpt2",
+    "gpt_bigcode",
     "gpt_neo",
     "gpt_oss",
     "gptj",

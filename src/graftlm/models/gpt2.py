@@ -39,12 +39,10 @@ def read(config: Mapping[str, Any], where: str) -> ModelConfig:
     )
 
 
-def _fused_slices(config: ModelConfig, role: str) -> slice | None:
-    """c_attn holds q, k and v one after the other."""
-    if role not in "qkv":
-        return None
-    part = "qkv".index(role)
-    return slice(part * config.hidden_size, (part + 1) * config.hidden_size)
+def fused_qkv(config: ModelConfig, role: str) -> slice | None:
+    """A linear that holds q, k and v one after the other: c_attn."""
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return {"q": slice(0, q), "k": slice(q, q + kv), "v": slice(q + kv, q + 2 * kv)}.get(role)
 
 
 FAMILY = ModelFamily(
@@ -60,6 +58,6 @@ FAMILY = ModelFamily(
     linears={**dict.fromkeys("qkv", "attn.c_attn"), "o": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"},
     norms={"norm1": "ln_1", "norm2": "ln_2"},
     transposed=True,
-    fused_slices=_fused_slices,
+    fused_slices=fused_qkv,
     ignored=r"\.attn\.(bias|masked_bias)$",  # causal masks
 )

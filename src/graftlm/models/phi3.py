@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from graftlm.models.config import LayerConfig, ModelConfig
+from graftlm.models.gpt2 import fused_qkv
 from graftlm.models.llama import FAMILY as LLAMA
 from graftlm.models.llama import read_sizes
 from graftlm.models.rope import read_rope
@@ -40,10 +41,7 @@ def fused_gate_up(config: ModelConfig, role: str) -> slice | None:
 
 
 def _fused_slices(config: ModelConfig, role: str) -> slice | None:
-    """qkv_proj holds q, k and v one after the other."""
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    rows = {"q": slice(0, q), "k": slice(q, q + kv), "v": slice(q + kv, q + 2 * kv)}
-    return rows.get(role, fused_gate_up(config, role))
+    return fused_gate_up(config, role) or fused_qkv(config, role)
 
 
 FAMILY = replace(

@@ -1,4 +1,7 @@
-"""GLM-4-0414 (GLM team, arXiv:2406.12793): norms on either side of attention and MLP, half of each head rotates."""
+"""GLM-4 (GLM team 2024, arXiv:2406.12793): gate and up are fused, half of each head rotates.
+
+GLM-4-0414 (`glm4`) has norms on either side of attention and MLP, the models before it (`glm`) at their input only.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,23 +16,24 @@ from graftlm.models.settings import Settings
 
 
 def read(config: Mapping[str, Any], where: str) -> ModelConfig:
-    """The model that a GLM-4's config.json describes."""
+    """The model that the config.json of a GLM-4 describes."""
     settings = Settings(config, where)
     sizes = read_sizes(settings, kv_heads=2, head_dim=128, eps=("rms_norm_eps", 1.5625e-7))
     layer = replace(
         FAMILY.layer,
         rope=read_rope(settings, sizes["head_dim"], partial=0.5, interleaved=True),
         activation=settings.activation("hidden_act", "silu"),
+        norm_placement="both" if config["model_type"] == "glm4" else "pre",
     )
-    return ModelConfig(family="glm4", **sizes, layers=(layer,), qkv_bias=settings.flag("attention_bias", True))
+    return ModelConfig(family="glm", **sizes, layers=(layer,), qkv_bias=settings.flag("attention_bias", True))
 
 
 FAMILY = replace(
     LLAMA,
-    name="glm4",
-    model_types=("glm4",),
+    name="glm",
+    model_types=("glm", "glm4"),
     read=read,
-    layer=LayerConfig(rope=RopeConfig(interleaved=True), norm_placement="both"),
+    layer=LayerConfig(rope=RopeConfig(interleaved=True)),
     linears={**LLAMA.linears, **dict.fromkeys(("gate", "up"), "mlp.gate_up_proj")},
     norms={
         "norm1": "input_layernorm",
