@@ -38,6 +38,7 @@ LLAMA_3 |= {"original_max_position_embeddings": 12}
 
 LONG_ROPE = theta(rope_type="longrope", short_factor=[1.0, 1.1, 1.5], long_factor=[1.0, 4.0, 9.0])
 
+ONE_KEY_HEAD = {"num_key_value_heads": 1, "head_dim": 6}  # for PEFT; GPT-BigCode itself does not read them
 WINDOW_IN_TURN = {"sliding_window": WINDOW, "sliding_window_pattern": 2}
 WINDOW_ONLY = {"sliding_window": WINDOW}
 CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
@@ -94,8 +95,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4 unbiased": ("Glm4", {"attention_bias": False, "rope_parameters": theta(500.0, partial_rotary_factor=1.0)}),
     "gpt-oss": ("GptOss", MOE | {"sliding_window": WINDOW}),
     "gpt-oss plain": ("GptOss", MOE | {"attention_bias": False, "rope_parameters": theta(), "num_experts_per_tok": 5}),
-    "gpt_bigcode": ("GPTBigCode", {"n_inner": 40, "tie_word_embeddings": True}),
-    "gpt_bigcode wide": ("GPTBigCode", {"activation_function": "gelu"}),
+    "gpt_bigcode": ("GPTBigCode", {**ONE_KEY_HEAD, "n_inner": 40, "tie_word_embeddings": True}),
+    "gpt_bigcode wide": ("GPTBigCode", {**ONE_KEY_HEAD, "activation_function": "gelu"}),
     "gpt_neo": (
         "GPTNeo",
         {"attention_types": [[["global", "local"], 2]], "window_size": WINDOW, "tie_word_embeddings": True},
