@@ -1,0 +1,125 @@
+"""Every family through the commands: trained, interrupted and resumed, evaluated, generated with, served, estimated."""
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from family_cases import CASES, base_folder, config_of
+from graftlm.config import EstimateConfig, TrainConfig
+from graftlm.errors import Interrupted
+from graftlm.exchange.huggingface import save_adapter
+from graftlm.exchange.load import ModelBundle, load
+from graftlm.inference.engine import Engine
+from graftlm.inference.evaluate import evaluate
+from graftlm.inference.generate import generate
+from graftlm.inference.requests import Request
+from graftlm.inference.sampling import SamplingParams
+from graftlm.methods import LoRA
+from graftlm.methods.base import trainable
+from graftlm.models.config import read_model_config
+from graftlm.studies.cost_report import estimate
+from graftlm.text.collate import encode_rows
+from graftlm.text.dataset import load_dataset
+from graftlm.training import trainer as trainer_module
+from graftlm.training.train import train
+from tiny import data_folder
+
+FAMILIES = {read_model_config(config_of(case).to_dict(), case).family: case for case in reversed(CASES)}
+"""Family -> its first case."""
+PROMPTS = ["good fun", "Review: dull\nIs it:"]
+SHORT = "R: {text}\nA:"
+"""The contexts of the cases are short."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return data_folder(tmp_path_factory.mktemp("families") / "data", train=24, other=6)
+
+
+def config(base: Path, data: Path, out_dir: Path, **changes: Any) -> TrainConfig:
+    roles = load(str(base), device="cpu", dtype="float32").model.config.roles
+    settings: dict[str, Any] = {"rank": 2, "alpha": 8.0, "targets": ",".join(roles), "lr": 2e-2, "template": SHORT}
+    settings |= {"max_iters": 3, "eval_every": 2, "batch_size": 8, "dtype": "float32", "device": "cpu"}
+    return TrainConfig(
+        init_from=str(base), data=str(data), out_dir=str(out_dir), kernels="off", **{**settings, **changes}
+    )
+
+
+def random_adapter(base: Path, folder: Path) -> ModelBundle:
+    """The base with a LoRA of q and v with random values, which the folder gets."""
+    loaded, method = load(str(base), device="cpu", dtype="float32"), LoRA(rank=3, alpha=30.0, targets=("q", "v"))
+    method.install(loaded.model, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for p in trainable(loaded.model).values():
+            p.normal_(std=0.3, generator=torch.Generator().manual_seed(2))
+    folder.mkdir()
+    save_adapter(folder, loaded.model, method, str(base))
+    return loaded
+
+
+@pytest.mark.parametrize("case", FAMILIES.values(), ids=list(FAMILIES))
+def test_trained_resumed_evaluated_and_served(
+    case: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, whole, parts = base_folder(tmp_path / "base", case), tmp_path / "whole", tmp_path / "parts"
+    results = train(config(base, data, whole))
+    assert results["last"]["step"] == 3
+    real = trainer_module.Trainer.train_step
+
+    def interrupted(self: Any, step: int, batches: Any) -> Any:
+        if step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return real(self, step, batches)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="step 2 is saved in"):
+        patch.setattr(trainer_module.Trainer, "train_step", interrupted)
+        train(config(base, data, parts))
+    train(config(base, data, parts, resume=True))
+    for at in ("best", "last"):
+        name = f"{at}/adapter_model.safetensors"
+        assert (whole / name).read_bytes() == (parts / name).read_bytes()
+
+    loaded = load("resume", whole, device="cpu", dtype="float32")
+    assert loaded.template is not None
+    rows = load_dataset(str(data)).splits["test"]
+    examples, _ = encode_rows(rows, loaded.template, loaded.tokenizer, loaded.model.max_seq_len)
+    found = evaluate(loaded.model, loaded.tokenizer, loaded.template, examples, mode="score")
+    assert len(found.rows) == len(rows) and {row["predicted"] for row in found.rows} <= {0, 1}
+
+    plain = load(str(base), device="cpu", dtype="float32")
+    models = {None: plain, "run": loaded, "other": random_adapter(base, tmp_path / "other")}
+    texts = {name: generate(m.model, m.tokenizer, PROMPTS, max_new_tokens=12) for name, m in models.items()}
+    assert len({str(text) for text in texts.values()}) == 3, "adapters that say the same prove nothing"
+    engine, params = (
+        Engine(plain, {"run": whole, "other": tmp_path / "other"}),
+        SamplingParams(max_new_tokens=12, temperature=0.0),
+    )
+    try:
+        prompts = [tuple(plain.tokenizer.encode(text)) for text in PROMPTS]
+        asked = {name: [engine.submit(Request(prompt, params, name)) for prompt in prompts] for name in models}
+        for name, handles in asked.items():
+            assert [handle.done.result(60).text for handle in handles] == texts[name]
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("case", FAMILIES.values(), ids=list(FAMILIES))
+def test_estimated_and_planned(case: str, data: Path, tmp_path: Path) -> None:
+    base = base_folder(tmp_path / "base", case)
+    planned = train(config(base, data, tmp_path / "run", plan=True))
+    counted = estimate(EstimateConfig(init_from=str(base), rank=2, batch_size=4), {"rank", "batch_size"})
+    assert planned["minutes"] > 0 and planned["total"] > 0 and counted["step"]["activation_bytes"] > 0
+    plain = load(str(base), device="cpu", dtype="float32").model
+    assert counted["total"] - counted["trainable"] == sum(p.numel() for p in plain.parameters())
