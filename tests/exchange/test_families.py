@@ -63,6 +63,18 @@ def layout_of(name: str) -> tuple[Any, ...]:
     return tuple(sorted(fused)), tuple(permuted)
 
 
+def adaptable(config: ModelConfig) -> tuple[str, ...]:
+    """The roles that PEFT can adapt: not MLPs beside experts, whose modules' names it takes for those of experts."""
+    experts = any(config.layer(i).experts for i in range(config.num_layers))
+    return tuple(role for role in config.roles if not experts or role in "qkvo")
+
+
+def modules_of(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """Module inside a layer -> the roles it holds, of those that PEFT can adapt."""
+    modules = {name: tuple(rows) for i in range(config.num_layers) for name, rows in stored_linears(config, i).items()}
+    return {name: roles for name, roles in modules.items() if set(roles) <= set(adaptable(config))}
+
+
 LAYOUTS = list({layout_of(name): name for name in reversed(CASES)}.values())
 """One case, the first, of each layout."""
 
@@ -140,20 +152,19 @@ def check_theirs_here(base: Path, config: peft.PeftConfig, folder: Path) -> None
 
 @pytest.mark.parametrize("case", CASES)
 def test_peft_reads_lora_of_all_linears(case: str, base_of: Callable[[str], Path], tmp_path: Path) -> None:
-    method = LoRA(rank=3, alpha=7.0, targets=shape_of(case).roles, dropout=0.0)
+    method = LoRA(rank=3, alpha=7.0, targets=adaptable(shape_of(case)), dropout=0.0)
     check_ours_in_peft(base_of(case), method, tmp_path / "ours")
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_lora_of_peft_is_the_same_here(case: str, base_of: Callable[[str], Path], tmp_path: Path) -> None:
-    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules="all-linear", task_type="CAUSAL_LM")
-    check_theirs_here(base_of(case), config, tmp_path)
+    check_theirs_here(base_of(case), theirs("lora", shape_of(case)), tmp_path)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_merged_model_is_the_same_in_transformers(case: str, base_of: Callable[[str], Path], tmp_path: Path) -> None:
     base = base_of(case)
-    model = adapted(base, LoRA(rank=3, alpha=7.0, targets=shape_of(case).roles, dropout=0.0))
+    model = adapted(base, LoRA(rank=3, alpha=7.0, targets=adaptable(shape_of(case)), dropout=0.0))
     expected = logits_of(model.train())
     for linear in mergeable_linears(model.eval()):
         linear.merge()
@@ -169,16 +180,16 @@ def test_a_merged_model_is_the_same_in_transformers(case: str, base_of: Callable
 
 def some_roles(config: ModelConfig) -> tuple[str, ...]:
     """Two of q, k and v, one of gate and up, and one more: other parts of fused linears than all."""
-    return tuple(role for role in ("q", "v", "up", "down") if role in config.roles)
+    return tuple(role for role in ("q", "v", "up", "down") if role in adaptable(config))
 
 
 METHODS: dict[str, Callable[[ModelConfig], Method]] = {
     "lora of some": lambda config: LoRA(rank=2, alpha=3.3, targets=some_roles(config), layers=(1, 3), dropout=0.0),
     "lora of fused": lambda config: LoRA(rank=3, alpha=7.0, targets=("q", "k", "gate", "up"), dropout=0.0),
-    "rslora": lambda config: LoRA(rank=3, alpha=7.0, targets=config.roles, rslora=True, dropout=0.0),
-    "dora": lambda config: DoRA(rank=3, alpha=7.0, targets=config.roles, dropout=0.0),
+    "rslora": lambda config: LoRA(rank=3, alpha=7.0, targets=adaptable(config), rslora=True, dropout=0.0),
+    "dora": lambda config: DoRA(rank=3, alpha=7.0, targets=adaptable(config), dropout=0.0),
     "dora of some": lambda config: DoRA(rank=3, alpha=7.0, targets=some_roles(config), dropout=0.0),
-    "ia3": lambda config: IA3(targets=config.roles),
+    "ia3": lambda config: IA3(targets=adaptable(config)),
     "ia3 of some": lambda config: IA3(targets=some_roles(config), layers=(1, 3)),
     "prefix": lambda config: PrefixTuning(length=4, tokens=(9, 8, 7, 6)),
 }
@@ -187,20 +198,22 @@ METHODS: dict[str, Callable[[ModelConfig], Method]] = {
 @pytest.mark.parametrize("case", LAYOUTS)
 @pytest.mark.parametrize("name", METHODS)
 def test_peft_reads_other_methods(name: str, case: str, base_of: Callable[[str], Path], tmp_path: Path) -> None:
-    method, roles = METHODS[name](shape_of(case)), shape_of(case).roles
+    method, roles = METHODS[name](shape_of(case)), adaptable(shape_of(case))
     if isinstance(method, LoRA | IA3):
         method = replace(method, targets=tuple(role for role in method.targets if role in roles))
     check_ours_in_peft(base_of(case), method, tmp_path / "ours")
 
 
 def theirs(name: str, config: ModelConfig) -> peft.PeftConfig:
-    modules = sorted({module for i in range(config.num_layers) for module in stored_linears(config, i)})
+    modules = modules_of(config)
+    if name == "lora":
+        return peft.LoraConfig(r=3, lora_alpha=7, target_modules=list(modules), task_type="CAUSAL_LM")
     if name == "ia3":
-        down = next(module for module in modules if "down" in stored_linears(config, 0)[module])
-        return peft.IA3Config(target_modules=modules, feedforward_modules=[down], task_type="CAUSAL_LM")
+        down = [module for module, roles in modules.items() if "down" in roles]
+        return peft.IA3Config(target_modules=list(modules), feedforward_modules=down, task_type="CAUSAL_LM")
     if name == "prefix":
         return peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM")
-    return peft.LoraConfig(r=3, target_modules=modules, use_dora=True, use_rslora=True, task_type="CAUSAL_LM")
+    return peft.LoraConfig(r=3, target_modules=list(modules), use_dora=True, use_rslora=True, task_type="CAUSAL_LM")
 
 
 @pytest.mark.parametrize("case", LAYOUTS)

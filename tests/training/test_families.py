@@ -87,9 +87,8 @@ def test_trained_resumed_evaluated_and_served(
         patch.setattr(trainer_module.Trainer, "train_step", interrupted)
         train(config(base, data, parts))
     train(config(base, data, parts, resume=True))
-    for at in ("best", "last"):
-        name = f"{at}/adapter_model.safetensors"
-        assert (whole / name).read_bytes() == (parts / name).read_bytes()
+    for file in ("best/adapter_model.safetensors", "last/adapter_model.safetensors"):
+        assert (whole / file).read_bytes() == (parts / file).read_bytes()
 
     loaded = load("resume", whole, device="cpu", dtype="float32")
     assert loaded.template is not None
@@ -99,13 +98,17 @@ def test_trained_resumed_evaluated_and_served(
     assert len(found.rows) == len(rows) and {row["predicted"] for row in found.rows} <= {0, 1}
 
     plain = load(str(base), device="cpu", dtype="float32")
-    models = {None: plain, "run": loaded, "other": random_adapter(base, tmp_path / "other")}
-    texts = {name: generate(m.model, m.tokenizer, PROMPTS, max_new_tokens=12) for name, m in models.items()}
+    models: dict[str | None, ModelBundle] = {
+        None: plain,
+        "run": loaded,
+        "other": random_adapter(base, tmp_path / "other"),
+    }
+    params = SamplingParams(max_new_tokens=12, temperature=1.0, seed=1)
+    texts = {
+        name: [generate(m.model, m.tokenizer, [text], params)[0] for text in PROMPTS] for name, m in models.items()
+    }
     assert len({str(text) for text in texts.values()}) == 3, "adapters that say the same prove nothing"
-    engine, params = (
-        Engine(plain, {"run": whole, "other": tmp_path / "other"}),
-        SamplingParams(max_new_tokens=12, temperature=0.0),
-    )
+    engine = Engine(plain, {"run": whole, "other": tmp_path / "other"})
     try:
         prompts = [tuple(plain.tokenizer.encode(text)) for text in PROMPTS]
         asked = {name: [engine.submit(Request(prompt, params, name)) for prompt in prompts] for name in models}

@@ -8,6 +8,7 @@ counted: FLOPs other than matrix products, temporary buffers, and the memory of 
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,8 @@ from graftlm.methods import Adapter, Full, LoRA, Method, PrefixTuning, cost_mode
 from graftlm.methods.base import parse_layer_range
 from graftlm.methods.cost_model import CostItem, ParameterGroup, total
 from graftlm.models import CausalLM, ModelConfig
-from graftlm.models.config import read_model_config
+from graftlm.models.config import LayerConfig, read_model_config
+from graftlm.models.mlp import MLP
 from graftlm.models.presets import SHAPES
 from graftlm.training.reporting import saved_activation_bytes
 
@@ -108,16 +110,22 @@ def activation_bytes(
         trained_dtype: of trained weights in blocks. Sharded ones are gathered in `dtype` and freed again; of others,
             in float32, copies in `dtype` are saved.
     """
-    if method.layers is None and config.num_layers > 3:  # every block after the second adds the same
-        small = (replace(config, num_layers=n) for n in (2, 3))
-        two, three = (activation_bytes(each, method, shape, dtype, trained_dtype) for each in small)
-        return two + (config.num_layers - 2) * (three - two)
+    if method.layers is None and config.num_layers > 3:  # every block after the second adds what those like it add
+        every = [config.layer(i) for i in range(config.num_layers)]
+
+        def of(*layers: LayerConfig) -> int:
+            few = replace(config, num_layers=len(layers), layers=layers)
+            return activation_bytes(few, method, shape, dtype, trained_dtype)
+
+        two = of(*every[:2])
+        return two + sum(n * (of(*every[:2], layer) - two) for layer, n in Counter(every[2:]).items())
     from torch._subclasses.fake_tensor import FakeTensorMode  # takes half a second; has no public name
 
     if isinstance(method, LoRA):
         method = replace(method, dropout=0.0)  # a dropout mask needs a random seed, which a fake tensor does not have
     with FakeTensorMode():
         model = CausalLM(config)
+        replace_experts(model)
         method.install(model, torch.Generator())
         in_blocks = set(model.blocks.parameters())
         for p in model.parameters():
@@ -131,6 +139,15 @@ def activation_bytes(
             model.train().forward_shared_prefix(ids[:1, :0], ids)
             # The fused loss computes its gradients in the forward pass, and saves the one of its input.
             return saved() + ids.numel() * config.hidden_size * dtype.itemsize
+
+
+def replace_experts(model: CausalLM) -> None:
+    """Let one MLP stand for the experts of a token: of all their width. Which those are depends on the weights."""
+    config = model.config
+    for i, block in enumerate(model.blocks):
+        if (experts := config.layer(i).experts) is not None:
+            width = experts.per_token * experts.intermediate_size
+            block.mlp = MLP(replace(config, intermediate_size=width), config.layer(i))
 
 
 def load_config(name: str) -> ModelConfig:

@@ -1,9 +1,9 @@
 """What a run will take, before it starts: FLOPs, speed, minutes and memory, from a short measurement on this machine.
 
-The measurement runs the run's own loader and objective. All blocks have the same shape, so the forward and backward
-pass of real batches is timed on truncated models, with the last block and with the last three, and extrapolated to full
-depth; so are the bytes that autograd saves. One pass through the whole model then corrects the sum: a few blocks have
-their weights in the processor's caches, thirty do not.
+The measurement runs the run's own loader and objective. Blocks of one kind take the same, so the forward and backward
+pass of real batches is timed on truncated models, with the last block and with two more of each kind, and extrapolated
+to full depth; so are the bytes that autograd saves. One pass through the whole model then corrects the sum: a few
+blocks have their weights in the processor's caches, thirty do not.
 
     seconds(batch) = f (head(n) + layers * block(n))      each linear between a small and a large batch of n tokens
 
@@ -18,6 +18,7 @@ included. Not included: checkpoints, and the all-reduce of adapters' gradients. 
 """
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ from graftlm.files.memory import free_mb
 from graftlm.methods.base import trainable
 from graftlm.methods.cost_model import model_flops
 from graftlm.models.base import CausalLM
+from graftlm.models.config import LayerConfig
 from graftlm.text.collate import Example
 from graftlm.training.batches import BatchLoader, HiddenStates, TrainingBatch, TrainingData, forward_batch
 from graftlm.training.distributed import DistContext, unsharded_root
@@ -41,7 +43,7 @@ from graftlm.training.objectives import Objective
 from graftlm.training.reporting import PeakTensorBytes, peak_rss_mb, rss_mb
 from graftlm.training.setup import RunContext
 
-PROBE_LAYERS_SMALL, PROBE_LAYERS_LARGE = 1, 3  # blocks of the two truncated models
+PROBED_LAYERS = (1, 3)  # blocks of the two truncated models
 MEMORY_LAYERS = (2, 4)  # where memory is measured: with one block the attention mask would be the largest tensor
 PROBED = 64  # batches from which a small and a large one are chosen; the rest of the run is like them
 PROBE_BATCH = 32  # examples of the validation that is timed
@@ -154,7 +156,7 @@ class Probe:
             shared, h, _ = hidden[0]
             (h.sum() if shared is None else h.sum() + shared.sum()).backward()
 
-        seconds = self.extrapolate(lambda: self.time(upper), layers - self.first, model.blocks[self.first :])
+        seconds = self.extrapolate(lambda: self.time(upper), range(self.first, layers))
         # The head is timed on random hidden states of the size the final norm gives: those of a truncated model have
         # likelihoods so small that arithmetic with them is many times slower.
         shared, h, index = hidden[0]
@@ -169,24 +171,30 @@ class Probe:
                 model.forward_lower_layers(batch.shared, batch.ids, len(model.blocks), batch.fork)
 
         with unsharded_root(model):
-            return seconds + self.extrapolate(lambda: self.time(lower), self.first, model.blocks[: self.first])
+            return seconds + self.extrapolate(lambda: self.time(lower), range(self.first))
 
     def extrapolate(
-        self,
-        measure: Callable[[], float],
-        count: int,
-        blocks: nn.ModuleList,
-        probed: tuple[int, int] = (PROBE_LAYERS_SMALL, PROBE_LAYERS_LARGE),
+        self, measure: Callable[[], float], blocks: range, probed: tuple[int, int] = PROBED_LAYERS
     ) -> float:
-        """What `measure` returns with `count` blocks, from what it returns with the last few of `blocks`."""
-        values = {}
-        for k in (min(layers, count) for layers in probed):
-            with _truncated(self.model, list(blocks)[-k:]):
-                values[k] = measure()
-        few, many = min(values), max(values)
-        # With noise three blocks may look faster than one; no block takes negative time.
-        per_block = max(0.0, values[many] - values[few]) / (many - few) if many > few else 0.0
-        return values[few] + per_block * (count - few)
+        """What `measure` returns with these blocks, from what it returns with few of them.
+
+        These are the last probed[0] blocks, and then probed[1] - probed[0] more of each kind.
+        """
+
+        def with_blocks(indices: Sequence[int]) -> float:
+            with _truncated(self.model, [self.model.blocks[i] for i in indices]):
+                return measure()
+
+        last, others = blocks[-probed[0] :], defaultdict[LayerConfig, list[int]](list)
+        for i in blocks[: -probed[0]]:
+            others[self.model.config.layer(i)].append(i)
+        base = with_blocks(last)
+        total = base
+        for same in others.values():
+            more = same[probed[0] - probed[1] :]
+            # With noise more blocks may look faster; no block takes negative time.
+            total += len(same) * max(0.0, with_blocks([*more, *last]) - base) / len(more)
+        return total
 
     def whole_seconds(self, batch: TrainingBatch) -> float:
         """Forward and backward pass of one micro-batch through all blocks, with head and loss."""
@@ -205,7 +213,7 @@ class Probe:
             self.model.zero_grad(set_to_none=True)
             return tensors.peak / 1e6
 
-        return self.extrapolate(measure, self.model.config.num_layers - self.first, self.model.blocks, MEMORY_LAYERS)
+        return self.extrapolate(measure, range(self.first, self.model.config.num_layers), MEMORY_LAYERS)
 
     def evaluation_mb(self, data: TrainingData) -> float:
         """MB of tensors at the peak of an evaluation of `data.validation`."""
@@ -216,7 +224,7 @@ class Probe:
                 self.objective.evaluate(self.model, data, extra)
             return tensors.peak / 1e6
 
-        return self.extrapolate(measure, self.model.config.num_layers, self.model.blocks, MEMORY_LAYERS)
+        return self.extrapolate(measure, range(self.model.config.num_layers), MEMORY_LAYERS)
 
     def statistics_seconds(self, loader: BatchLoader, rows: list[int], dist: DistContext) -> float:
         """The objective's `batch_statistics` of one batch."""
@@ -244,7 +252,7 @@ class Probe:
         return seconds * len(examples) / len(some)
 
     def _full_depth(self, run: Callable[[], object]) -> float:
-        return self.extrapolate(lambda: _median_time(run, 1), self.model.config.num_layers, self.model.blocks)
+        return self.extrapolate(lambda: _median_time(run, 1), range(self.model.config.num_layers))
 
 
 @dataclass(frozen=True)
