@@ -142,7 +142,7 @@ def activation_bytes(
 
 
 def replace_experts(model: CausalLM) -> None:
-    """Let one MLP stand for the experts of a token: of all their width. Which those are depends on the weights."""
+    """Replace the experts of a token by one MLP of all their width. Which those are depends on the weights."""
     config = model.config
     for i, block in enumerate(model.blocks):
         if (experts := config.layer(i).experts) is not None:
