@@ -14,6 +14,7 @@ from graftlm.files.assets import data_folder, download, model_folder
 from graftlm.files.atomic import write_json
 from graftlm.files.fetch import NotOnHub
 from graftlm.files.formats import save_safetensors
+from graftlm.text.dataset import load_dataset
 from hub_mirror import serve
 
 
@@ -67,6 +68,24 @@ def test_a_data_set_of_the_hub_is_never_the_built_in_one(reviews: Path, monkeypa
             NotOnHub, match=r"unknown data set 'imdb': .* use the built-in rotten-tomatoes-pypi or imdb"
         ):
             data_folder("imdb")
+
+
+def test_the_card_of_a_hub_data_set_says_which_files_its_splits_are(
+    reviews: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (reviews / "second.csv").write_text("text,label\ndull,0\n")
+    (reviews / "data" / "README.md").write_text("of the folder")
+    paths = "{split: train, path: second.csv}, {split: test, path: data/*.jsonl}, {split: validation, path: second.csv}"
+    (reviews / "README.md").write_text(f"---\nconfigs:\n- data_files: [{paths}]\n---\n")
+    with serve(datasets={"org/card": reviews}) as mirror:
+        monkeypatch.setenv("HF_ENDPOINT", mirror.url)
+        assert files(data_folder("org/card")) == {"README.md", "data/train.jsonl", "second.csv"}
+        splits = load_dataset("org/card").splits
+    assert {name: [row.text for row in rows] for name, rows in splits.items()} == {
+        "train": ["dull"],
+        "validation": ["dull"],
+        "test": ["fine"],
+    }
 
 
 def test_a_snapshot_is_used_offline(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:

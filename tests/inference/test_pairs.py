@@ -318,17 +318,21 @@ def test_prompts_are_taken_as_they_are_or_from_the_texts_first_words(tmp_path: P
     file.write_text(
         '{"prompt": " Tell me: ", "text": "  One two\\tthree  four ", "n": 1}\n{"prompt": "b", "text": "c"}\n'
     )
-    rows = load_prompts(str(file))
+    rows, notes = load_prompts(str(file))
     assert [row.text for row in rows] == [" Tell me: ", "b"]
     assert [row.source for row in rows] == [f"{file}:1", f"{file}:2"]
+    assert notes == [f"{file}: columns not read: n, text"]
+    assert load_prompts(str(file), opening=2)[1] == [f"{file}: columns not read: n, prompt"]
     for opening, first in ((1, "One"), (3, "One two\tthree"), (9, "One two\tthree  four")):
-        assert [row.text for row in load_prompts(str(file), opening=opening)] == [first, "c"]
-    assert [row.text for row in load_prompts(str(file), opening=2, columns={"text": "prompt"})] == ["Tell me:", "b"]
+        assert [row.text for row in load_prompts(str(file), opening=opening)[0]] == [first, "c"]
+    assert [row.text for row in load_prompts(str(file), opening=2, columns={"text": "prompt"})[0]] == ["Tell me:", "b"]
 
 
 def test_prompts_of_a_split(tmp_path: Path) -> None:
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text(json.dumps({"prompt": split}) + "\n")
-    assert [row.text for row in load_prompts(str(tmp_path), "test")] == ["test"]
+    (tmp_path / "more.jsonl").write_text("")
+    rows, notes = load_prompts(str(tmp_path), "test")
+    assert [row.text for row in rows] == ["test"] and notes == [f"{tmp_path}: not read: more.jsonl"]
     with pytest.raises(InputError, match=r"^--split validation: .* has no such split; it has train, test"):
         load_prompts(str(tmp_path), "validation")

@@ -590,6 +590,94 @@ def test_parts_of_a_split_in_order(tmp_path: Path):
         load_dataset(str(tmp_path))
 
 
+def card(folder: Path, configs: str) -> None:
+    (folder / "README.md").write_text(f"---\nlicense: mit\nconfigs:{configs}\n---\n# Reviews\n")
+
+
+CARDS = {
+    # front matter's configs, with a for a.jsonl and so on -> the files of train and test
+    "files": ("\n- config_name: x\n  data_files:\n  - {split: train, path: [a.jsonl, sub/b.jsonl]}", "ab", ""),
+    "glob": ("\n- data_files: [{split: train, path: 'sub/*'}, {split: eval, path: a.jsonl}]", "bc", "a"),
+    "a folder": ("\n- data_files:\n  - split: train_sft\n    path: sub\n  - split: test\n    path: a*\n", "bc", "a"),
+    "one path": ("\n- data_files: a.jsonl", "a", ""),
+    "below data_dir": ("\n- data_dir: sub\n  data_files: [{split: train, path: c.jsonl}]", "c", ""),
+    "default": (
+        "\n- {config_name: x, data_files: a.jsonl}\n- {config_name: default, data_files: sub/*.jsonl}",
+        "bc",
+        "",
+    ),
+    "marked": (
+        "\n- {config_name: x, data_files: a.jsonl, default: true}\n- {config_name: y, data_files: sub/*}",
+        "a",
+        "",
+    ),
+    "no split of ours": ("\n- data_files: [{split: train, path: a.jsonl}, {split: raw, path: none.txt}]", "a", ""),
+    "several": ("\n- {config_name: x, data_files: a.jsonl}\n- {config_name: y, data_files: sub/*.jsonl}", "t", ""),
+    "none": ("\n- {config_name: x, data_dir: sub}", "t", ""),
+}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_the_card_of_a_data_set_says_which_files_its_splits_are(tmp_path: Path, name: str):
+    configs, train, test = CARDS[name]
+    for n, file in enumerate(("a.jsonl", "sub/b.jsonl", "sub/c.jsonl", "train.jsonl")):
+        jsonl(
+            tmp_path / file, *({**row, "text": f"{Path(file).stem[0]} {row['text']}"} for row in many(20, first=20 * n))
+        )
+    card(tmp_path, configs)
+    data = load_dataset(str(tmp_path), labels=WORDS)
+    found = [row.text[0] for split in ("train", "validation") for row in data.splits[split]]
+    found += [] if test else [row.text[0] for row in data.splits["test"]]
+    assert {*found} == {*train} and len(found) == 20 * len(train)
+    assert not test or {row.text[0] for row in data.splits["test"]} == {*test}
+    others = {"a.jsonl", "sub/b.jsonl", "sub/c.jsonl", "train.jsonl"}
+    read = {name for name in others if Path(name).stem[0] in train + test}
+    assert data.notes[0] == f"{tmp_path}: not read: {', '.join(sorted(others - read))}"
+
+
+@pytest.mark.parametrize(
+    ("configs", "message"),
+    [
+        ("\n- data_files: ../a.jsonl", "'../a.jsonl' of split train is not in this folder: name its file with --data"),
+        ("\n- data_files: /etc/x.csv", "'/etc/x.csv' of split train is not in this folder: name its file with --data"),
+        (
+            "\n- data_files: hf://x/a.csv",
+            "'hf://x/a.csv' of split train is not in this folder: name its file with --data",
+        ),
+        ("\n- data_files: b*.csv", "split train: b*.csv is no file that is read (.jsonl, .csv, .parquet, .json)"),
+        ("\n- data_files: a**", "'a**' of split train is not in this folder: name its file with --data"),
+        (" x", "configs must be a list of configurations: correct it, or name files with --data"),
+        ("\n- data_files: {a: 1}", "each of data_files needs split and path: correct it, or name files with --data"),
+        (
+            "\n- data_files: [{split: val, path: a.csv}, {split: dev, path: a.csv}]",
+            "val and dev both say they are the validation split: keep one",
+        ),
+    ],
+)
+def test_a_card_that_names_no_files_of_the_folder(tmp_path: Path, configs: str, message: str):
+    (tmp_path / "a.csv").write_text("text,label\nx,1\n")
+    card(tmp_path, configs)
+    with refused(f"{tmp_path}/README.md: {message}"):
+        load_dataset(str(tmp_path), labels=WORDS)
+
+
+def test_a_card_with_broken_front_matter(tmp_path: Path):
+    jsonl(tmp_path / "train.jsonl", *many(20))
+    card(tmp_path, " [")
+    with pytest.raises(InputError, match=r"README\.md: its front matter is no YAML \(.*\): correct it, or name files"):
+        load_dataset(str(tmp_path), labels=WORDS)
+    (tmp_path / "README.md").write_bytes(b"---\r\nname: [\xff\r\n---\r\n")  # says nothing of files
+    assert len(load_dataset(str(tmp_path), labels=WORDS).splits["train"]) == 16
+
+
+def test_parts_that_a_card_names_must_be_complete(tmp_path: Path):
+    for n in (0, 2):
+        jsonl(tmp_path / "x" / f"train-0000{n}-of-00003.jsonl", *many(2, first=2 * n))
+    card(tmp_path, "\n- data_files: x/train-*.jsonl")
+    with refused(f"{tmp_path}: split train has 2 of its 3 files: fetch the rest"):
+        load_dataset(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("first", "second", "split"),
     [
@@ -930,7 +1018,7 @@ def test_columns_that_no_layout_reads(tmp_path: Path):
 def test_prompts_of_the_first_words_in_any_script(tmp_path: Path):
     texts = ["A slow, but lovely film.", "映画は美しい", "short"]
     path = jsonl(tmp_path / "a.jsonl", *({"text": text, "label": 1} for text in texts))
-    assert [row.text for row in load_prompts(str(path), opening=3)] == ["A slow, but", "映画は", "short"]
+    assert [row.text for row in load_prompts(str(path), opening=3)[0]] == ["A slow, but", "映画は", "short"]
 
 
 def test_prompts_of_a_file_have_no_splits_and_lose_nothing(tmp_path: Path):

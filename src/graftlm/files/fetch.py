@@ -30,7 +30,7 @@ from graftlm.config.paths import user_path
 from graftlm.errors import InputError
 from graftlm.files.atomic import disk_errors
 from graftlm.files.formats import sha256_file
-from graftlm.files.readers import DATA_READERS
+from graftlm.files.readers import DATA_CARD, DATA_READERS
 
 LOG = logging.getLogger("graftlm")  # the command prints it to stderr
 HUB_NAME = re.compile(r"(?P<id>[\w][\w.-]*(/[\w][\w.-]*)?)(@(?P<revision>[\w][\w./-]*))?")
@@ -90,9 +90,8 @@ def hub_folder(name: str, kind: str, hint: str, only: str | None = None) -> Path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    files = (
-        MODEL_FILES if kind == "model" else [f"*{suffix}" for name in DATA_READERS for suffix in (name, name.upper())]
-    )
+    data = [f"*{suffix}" for name in DATA_READERS for suffix in (name, name.upper())]
+    files = MODEL_FILES if kind == "model" else [*data, DATA_CARD]
     # The HTTP library differs between versions of huggingface_hub; its errors are what HfHubHTTPError derives from.
     http_error = cast("type[Exception]", HfHubHTTPError.__bases__[0])
     seconds = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or SECONDS)

@@ -188,3 +188,5 @@ DATA_READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
     ".json": _read_json,
 }
 """Suffix -> reader."""
+DATA_CARD = "README.md"
+"""Its front matter may say which files are the splits of a data set."""

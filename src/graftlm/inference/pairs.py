@@ -279,7 +279,9 @@ def make_preferences(
 
 def _prompts(config: PairsConfig, note: Callable[[str], object]) -> list[Document]:
     """The distinct prompts, without regard to spaces at their ends; at most --limit."""
-    rows = load_prompts(config.prompts, config.split, config.prompt_words, parse_columns(config.columns))
+    rows, notes = load_prompts(config.prompts, config.split, config.prompt_words, parse_columns(config.columns))
+    for line in notes:
+        note(line)
     unique: dict[str, Document] = {}
     for row in rows:
         unique.setdefault(row.text.rstrip(" "), row)

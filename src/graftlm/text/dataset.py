@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from graftlm.config.paths import user_path
+from graftlm.config.paths import has_suffix, user_path
 from graftlm.errors import InputError
 from graftlm.files.assets import data_folder
 from graftlm.files.formats import read_json
-from graftlm.files.readers import DATA_READERS, class_names, read_records
+from graftlm.files.readers import DATA_CARD, DATA_READERS, class_names, read_records
+from graftlm.text.dataset_card import data_files
 from graftlm.text.layouts import (
     CONTEXT,
     Document,
@@ -109,8 +110,8 @@ def load_dataset(
 
 def load_prompts(
     data: str, split: str = "train", opening: int = 0, columns: Mapping[str, str] | None = None
-) -> list[Document]:
-    """The prompts of a data set.
+) -> tuple[list[Document], list[str]]:
+    """The prompts of a data set, and notes on what was not read.
 
     Args:
         data: as in `load_dataset`. `split` is read of a folder; a single file is read whole.
@@ -127,14 +128,17 @@ def load_prompts(
         raise InputError(f"--split {split}: {data} has no such split; it has {', '.join(files)}")
     word = rf"(?:[{UNSPACED}]|[^\s{UNSPACED}]+)"
     first_words = re.compile(rf"(?:{word}\s*){{0,{max(opening - 1, 0)}}}{word}")
-    prompts = []
+    prompts, unused = [], set[str]()
     for file in files[split]:
         for row in _rows(file, columns or {}):
             row.refuse(() if opening else CONTEXT)
-            prompt = row.text("text" if opening else _prompt_column(row))
+            column = "text" if opening else _prompt_column(row)
+            unused |= {name for name, value in row.columns.items() if value is not None and name != column}
+            prompt = row.text(column)
             match = first_words.search(prompt) if opening else None
             prompts.append(Document(prompt if match is None else match[0], row.source))
-    return prompts
+    notes = _notes(path, data, files) if path.is_dir() else []
+    return prompts, [*notes, *([f"{data}: columns not read: {', '.join(sorted(unused))}"] if unused else [])]
 
 
 def _prompt_column(row: Row) -> str:
@@ -280,8 +284,11 @@ def _hold_out(splits: dict[str, list[Record]], missing: tuple[str, ...], source:
 
 
 def _split_files(folder: Path) -> dict[str, list[Path]]:
-    """The files of each split: in the folder, else in its data/, else in its only subfolder that has any."""
-    if files := _splits_in(folder):
+    """The files of each split: those that the folder's card names, or by their names.
+
+    They are in the folder, else in its data/, else in its only subfolder that has any.
+    """
+    if files := _card_files(folder) or _splits_in(folder):
         return files
     inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     inside = {path.name: splits for path in inner if (splits := _splits_in(path))}
@@ -292,6 +299,38 @@ def _split_files(folder: Path) -> dict[str, list[Path]]:
     names = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
     suffixes = ", ".join(DATA_READERS)
     raise InputError(f"{folder}: no train, validation or test file ({suffixes}) in this folder; it holds {names}")
+
+
+def _card_files(folder: Path) -> dict[str, list[Path]]:
+    """The files of each split by the folder's card, and in the order of their names; {} if it names none."""
+    found: dict[str, tuple[str, list[Path]]] = {}
+    for name, patterns in data_files(folder).items():
+        split = _SPLIT_WORDS.get(name.lower()) or _split_word(name)
+        if not split:
+            continue
+        split = "test" if split == "eval" else split
+        if split in found:
+            raise InputError(
+                f"{folder / DATA_CARD}: {found[split][0]} and {name} both say they are the {split} split: keep one"
+            )
+        matched = {path for pattern in patterns for path in folder.glob(pattern)}
+        inner = {file for path in matched if path.is_dir() for file in path.rglob("*")}
+        files = sorted(path for path in matched | inner if path.is_file() and has_suffix(path, *DATA_READERS))
+        if not files:
+            suffixes = ", ".join(DATA_READERS)
+            raise InputError(
+                f"{folder / DATA_CARD}: split {name}: {', '.join(patterns)} is no file that is read ({suffixes})"
+            )
+        totals = {part[3] for path in files if (part := _PART.search(path.stem)) and part[3]}
+        _check_parts(folder, split, files, totals.pop() if len(totals) == 1 else "")
+        found[split] = name, files
+    return {split: found[split][1] for split in SPLITS if split in found}
+
+
+def _check_parts(folder: Path, split: str, files: Sequence[Path], total: str) -> None:
+    """Raise InputError if fewer files are there than their names say."""
+    if total.isdecimal() and len(files) != int(total):
+        raise InputError(f"{folder}: split {split} has {len(files)} of its {int(total)} files: fetch the rest")
 
 
 def _splits_in(folder: Path) -> dict[str, list[Path]]:
@@ -316,8 +355,7 @@ def _splits_in(folder: Path) -> dict[str, list[Path]]:
             names = " and ".join(str(paths[0].relative_to(folder)) for paths in sets_of_split.values())
             raise InputError(f"{folder}: {names} both say they are the {split} split: keep one")
         ((key, paths),) = sets_of_split.items()
-        if key.total.isdecimal() and len(paths) != int(key.total):
-            raise InputError(f"{folder}: split {split} has {len(paths)} of its {int(key.total)} files: fetch the rest")
+        _check_parts(folder, split, paths, key.total)
         found[split] = paths
     return {split: found[split] for split in SPLITS if split in found}
 
