@@ -107,6 +107,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gptj": ("GPTJ", {"hidden_size": 32, "rotary_dim": 4, "n_inner": 40}),
     "gptj all rotate": ("GPTJ", {"rotary_dim": 6}),
+    "lfm2": (
+        "Lfm2",
+        {
+            **{"tie_word_embeddings": True, "full_attn_idxs": [2], "conv_L_cache": 3, "block_multiple_of": 8},
+            **{"norm_eps": 1e-5, "block_ffn_dim_multiplier": 1.2},
+        },
+    ),
+    "lfm2 last attention": (
+        "Lfm2",
+        {
+            **{"layer_types": ["conv", "full_attention", "conv", "full_attention"], "conv_L_cache": 4},
+            **{"block_auto_adjust_ff_dim": False},
+        },
+    ),
     "llama": ("Llama", {"num_attention_heads": 3, "num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True}),
     "llama linear": ("Llama", {"hidden_size": 32, "rope_parameters": theta(rope_type="linear", factor=2.0)}),
     "llama 3": ("Llama", {"hidden_size": 32, "rope_parameters": LLAMA_3, "tie_word_embeddings": True}),

@@ -56,6 +56,8 @@ class BitFit(Method):
 
     def adapted_config(self, config: ModelConfig) -> ModelConfig:
         """With add_biases, one with a bias on every linear, in all layers."""
+        if self.add_biases and "conv_in" in config.roles:
+            raise InputError("--add_biases: short convolutions take no biases: use --method lora")
         return replace(config, qkv_bias=True, out_bias=True, mlp_bias=True) if self.add_biases else config
 
     def param_breakdown(self, config: ModelConfig) -> list[ParameterGroup]:

@@ -65,7 +65,7 @@ def linear_size(config: ModelConfig, role: str) -> tuple[int, int]:
     d, f = config.hidden_size, config.intermediate_size
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     sizes = {"q": (d, q), "k": (d, kv), "v": (d, kv), "o": (q, d), "gate": (d, f), "up": (d, f), "down": (f, d)}
-    return sizes[role]
+    return {**sizes, "conv_in": (d, 3 * d), "conv_out": (d, d)}[role]
 
 
 def linear_group(
@@ -93,6 +93,9 @@ def block_parts(config: ModelConfig, layers: range) -> list[ParameterGroup]:
     parts = [linear_group(config, role, layers, *kinds[config.has_bias(role)]) for role in config.roles]
     formula = ("2 " if config.norm_biases else "") + norms_formula(config, layers)
     norms = counted("norms", formula, L=len(layers), d=config.hidden_size)
+    if lengths := [length for i in layers if (length := config.layer(i).conv_length) is not None]:
+        kernels = counted("convolutions", "L d k", L=len(lengths), d=config.hidden_size, k=lengths[0])
+        parts.append(ParameterGroup(*kernels, "conv"))
     return [*parts, *expert_parts(config, layers), ParameterGroup(*norms, "norms")]
 
 
@@ -194,7 +197,8 @@ def training_flops(
 
 def _letters(config: ModelConfig, method_weights: int, tokens: int, prefix: int) -> dict[str, int]:
     sizes = {"L": config.num_layers, "W": layer_weights(config), "M": method_weights, "V": config.vocab_size}
-    heads = {"d": config.hidden_size, "H": config.num_heads, "D": config.head_dim}
+    mean_heads = config.num_heads * len(config.layers_with("q")) // config.num_layers  # convolutions have none
+    heads = {"d": config.hidden_size, "H": mean_heads, "D": config.head_dim}
     return {**sizes, **heads, "T": tokens, "n": prefix}
 
 

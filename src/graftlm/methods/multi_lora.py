@@ -31,7 +31,7 @@ from graftlm.models.config import our_linear
 Adapters = Mapping[str, tuple[Method, Mapping[str, Tensor]]]
 """Name -> the method, and its trained tensors by our names (`exchange.huggingface`)."""
 
-SAME_INPUT = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
+SAME_INPUT = (("q", "k", "v"), ("o",), ("conv_in",), ("conv_out",), ("gate", "up"), ("down",))
 """Roles of linears that have the same input, in the order in which the models call them."""
 
 

@@ -127,6 +127,8 @@ class PrefixTuning(Method):
         config = model.config
         if self.layers is not None:
             raise InputError("--method prefix learns keys and values for every layer: leave out --train_layers")
+        if "conv_in" in config.roles:
+            raise InputError("--method prefix: short convolutions have no keys and values to learn: use --method lora")
         if self.length >= config.max_positions:
             raise InputError(
                 f"--prefix_length {self.length}: the model reads at most {config.max_positions} tokens; shorten it"

@@ -19,6 +19,7 @@ FAMILY_FILES = (
     "gpt_neo",
     "gpt_oss",
     "gptj",
+    "lfm2",
     "llama",
     "neox",
     "opt",

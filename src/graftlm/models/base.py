@@ -3,7 +3,7 @@
     ids [B, T] -> embedding -> blocks -> norm -> hidden states [B, T, d] -> (only where needed) head -> logits [B, T, V]
 
 Logits are computed only at the positions a caller names: with a vocabulary of 50,000 the head costs as much as a dozen
-layers. Every linear of a block has a role (q, k, v, o, up, gate, down), which `--targets` names.
+layers. Every linear of a block has a role (q, k, v, o, up, gate, down, …), which `--targets` names.
 
 Letters: B rows, T tokens, P tokens of a shared prefix, d hidden size, V vocabulary size.
 """
@@ -20,6 +20,7 @@ from graftlm.models.decoder import DecoderBlock
 from graftlm.models.fused_ops import FusedLinearCrossEntropy, FusedLinearLogProbs, ReferenceKernels
 from graftlm.models.layers import AttentionInputs, Dropout, Embedding, HasFusedOps, KVCache, Linear, PairedRow
 from graftlm.models.rope import RopeConfig, rope_cos_sin
+from graftlm.models.short_conv import ShortConv
 
 
 class PrefixModule(nn.Module):
@@ -96,9 +97,9 @@ class CausalLM(HasFusedOps):
 
     def empty_cache(self, rows: int, capacity: int) -> KVCache:
         """A key/value cache of `rows` rows, for `capacity` tokens each."""
-        size = (rows, self.config.num_kv_heads, capacity, self.config.head_dim)
-        keys, values = ([torch.zeros(size, device=self.device, dtype=self.dtype) for _ in self.blocks] for _ in "kv")
-        return KVCache(keys, values, torch.zeros(rows, dtype=torch.long, device=self.device))
+        like = torch.empty(0, device=self.device, dtype=self.dtype)
+        mixers = (m for m in self.blocks.modules() if isinstance(m, layers.Attention | ShortConv))
+        return KVCache.empty([mixer.cache_sizes for mixer in mixers], rows, capacity, like)
 
     def hidden_states(
         self, ids: Tensor, past: Sequence[KVCache] = (), cache: KVCache | None = None, positions: Tensor | None = None
@@ -169,7 +170,7 @@ class CausalLM(HasFusedOps):
             self._prefix_kv(),
             rotary_cos_sin=self.rotary_cos_sin(positions),
             masks=self._masks(hidden, n + p, at + n + p),
-            causal=paired is None,
+            paired=paired,
             shared_prefix=shared,
         )
 

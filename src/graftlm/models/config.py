@@ -22,7 +22,7 @@ from graftlm.models.nearest import refusal
 from graftlm.models.rope import RopeConfig
 from graftlm.models.settings import Activation, Settings, refuse_quantized
 
-ROLES = ("q", "k", "v", "o", "up", "gate", "down")
+ROLES = ("q", "k", "v", "o", "conv_in", "conv_out", "up", "gate", "down")
 Rows = slice | Tensor
 """Rows of a fused linear: a slice, or their indices [out]."""
 
@@ -74,12 +74,14 @@ class LayerConfig:
     """Of parallel attention and MLP: both read norm1(x) (GPT-J, Cohere)."""
     residual_multiplier: float = 1.0
     """Factor of the outputs of attention and MLP before they are added (Granite)."""
+    conv_length: int | None = None
+    """L: a short convolution over the last L tokens takes the place of attention (LFM2). None: attention."""
 
     @property
     def roles(self) -> tuple[str, ...]:
         """Its linears, in the order of `ROLES`."""
-        mlp = () if self.experts else ("up", "gate", "down") if self.gated else ("up", "down")
-        return (*"qkvo", *mlp)
+        mixer = ("q", "k", "v", "o") if self.conv_length is None else ("conv_in", "conv_out")
+        return (*mixer, *(() if self.experts else ("up", "gate", "down") if self.gated else ("up", "down")))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +133,8 @@ class ModelConfig:
 
     def has_bias(self, role: str) -> bool:
         """Whether the role's linear adds a bias."""
-        return self.qkv_bias if role in "qkv" else self.out_bias if role == "o" else self.mlp_bias
+        mixers = {**dict.fromkeys("qkv", self.qkv_bias), "o": self.out_bias, "conv_in": False, "conv_out": False}
+        return mixers.get(role, self.mlp_bias)
 
     @property
     def norm_biases(self) -> bool:
@@ -226,7 +229,8 @@ def with_biases(config: Mapping[str, Any], model: ModelConfig, where: str) -> di
     """The base's config.json, changed to have the biases of `model`: the inverse of `read_model_config`."""
     base = read_model_config(config, where)
     if base.tie_embeddings and not model.tie_embeddings:  # `untie_if_different`
-        base, config = replace(base, tie_embeddings=False), {**config, "tie_word_embeddings": False}
+        tied = dict.fromkeys(("tie_word_embeddings", *({"tie_embedding"} & {*config})), False)  # LFM2 has both
+        base, config = replace(base, tie_embeddings=False), {**config, **tied}
     if base == model:
         return dict(config)
     change = FAMILIES[model.family].with_biases
@@ -242,7 +246,7 @@ def with_biases(config: Mapping[str, Any], model: ModelConfig, where: str) -> di
 
 def our_linear(i: int, role: str) -> str:
     """The name of the role's linear in block i: `blocks.0.attn.q`, `blocks.0.mlp.up`."""
-    return f"blocks.{i}.{'attn' if role in 'qkvo' else 'mlp'}.{role}"
+    return f"blocks.{i}.{'mlp' if role in ('up', 'gate', 'down') else 'attn'}.{role}"
 
 
 @dataclass(frozen=True)
@@ -357,8 +361,10 @@ def tensor_mapping(config: ModelConfig) -> dict[str, TensorMapping]:
 
 
 def other_tensors(config: ModelConfig, layer: LayerConfig) -> dict[str, TensorMapping]:
-    """Attention sinks, router and experts, by our names and the checkpoint's inside a layer."""
+    """Short convolution, attention sinks, router and experts, by our names and the checkpoint's inside a layer."""
     family, found, kinds = FAMILIES[config.family], dict[str, TensorMapping](), ("weight", "bias")
+    if layer.conv_length is not None:
+        found["attn.conv.weight"] = TensorMapping("conv.conv.weight")
     if layer.attention_sinks:
         found["attn.sinks"] = TensorMapping("self_attn.sinks")
     if layer.experts is not None:

@@ -1,4 +1,4 @@
-"""The decoder block: attention and MLP with residual connections, as `LayerConfig` says.
+"""The decoder block: attention (or a short convolution) and MLP with residual connections, as `LayerConfig` says.
 
     pre    x + attention(norm1(x)), then x + mlp(norm2(x))                (GPT-2, Llama)
     post   x + post_norm1(attention(x)), then x + post_norm2(mlp(x))      (OLMo 2)
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from graftlm.models.config import LayerConfig, ModelConfig
 from graftlm.models.layers import Attention, AttentionInputs, Dropout, make_norm
 from graftlm.models.mlp import MLP, MixtureOfExperts
+from graftlm.models.short_conv import ShortConv
 
 
 class DecoderBlock(nn.Module):
@@ -26,7 +27,7 @@ class DecoderBlock(nn.Module):
             return make_norm(config, layer, config.hidden_size) if used else nn.Identity()
 
         self.norm1 = norm("pre")
-        self.attn = Attention(config, layer)
+        self.attn = Attention(config, layer) if layer.conv_length is None else ShortConv(config, layer)
         self.post_norm1 = norm("post")
         self.norm2 = None if layer.single_norm else norm("pre")
         self.mlp = MLP(config, layer) if layer.experts is None else MixtureOfExperts(config, layer, layer.experts)

@@ -158,6 +158,8 @@ FUSED_FROM = 512
 
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values, each [1|B, K, S, D]."""
+CacheSizes = tuple[tuple[int, int], tuple[int, int]]
+"""(heads, width) of the keys and of the values that a layer caches."""
 Masks = Mapping[int | None, Tensor | None]
 """Sliding window (None: full attention) -> what is added to the scores: 0 or -inf, [1|B, 1, 1, T, S]; None: nothing."""
 
@@ -176,6 +178,13 @@ class KVCache:
         self, keys: Sequence[Tensor] = (), values: Sequence[Tensor] = (), lengths: Tensor | None = None
     ) -> None:
         self.keys, self.values, self.lengths = list(keys), list(values), lengths
+
+    @classmethod
+    def empty(cls, sizes: Sequence[CacheSizes], rows: int, capacity: int, like: Tensor) -> "KVCache":
+        """A cache per row for `capacity` tokens, with these sizes of each layer, of the dtype and device of `like`."""
+        parts = zip(*sizes, strict=True)
+        keys, values = ([like.new_zeros(rows, heads, capacity, d) for heads, d in part] for part in parts)
+        return cls(keys, values, torch.zeros(rows, dtype=torch.long, device=like.device))
 
     @property
     def size(self) -> int:
@@ -231,8 +240,8 @@ class AttentionInputs:
     rotary_cos_sin: Mapping[RopeConfig, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Cosine and sine of the current positions, each [T, D/2], [B, T, D/2] or flat [N, D/2]."""
     masks: Masks = field(default_factory=dict)
-    causal: bool = True
-    """Whether every token attends to all before it; False for `PairedRow`."""
+    paired: "PairedRow | None" = None
+    """Set if rows hold two answers, where not every token attends to all before it."""
     shared_prefix: SharedPrefix | None = None
     """Set if the tokens are the flat [N, d] of `CausalLM.forward_shared_prefix` instead of [B, T, d]."""
     positions: Tensor | None = None
@@ -286,6 +295,12 @@ class PairedRow:
         """Position of each token in its own text: [B, T]."""
         at = torch.arange(t, device=self.second.device)
         return at - (at >= self.second[:, None]) * (self.second - self.prompt)[:, None]
+
+    def earlier(self, t: int, back: int) -> Tensor:
+        """Index of the token that precedes each by `back` in its own text, negative before the row: [B, T]."""
+        at = torch.arange(t, device=self.second.device)
+        skips = (at >= self.second[:, None]) & (at - back < self.second[:, None])
+        return at - back - skips * (self.second - self.prompt)[:, None]
 
     def hidden(self, t: int) -> Tensor:
         """True where a token (dimension 1) must not attend to another (dimension 2): bool [B, T, T]."""
@@ -354,6 +369,11 @@ class Attention(HasFusedOps):
         self.q_norm, self.k_norm = (make_norm(config, layer, size) if size else None for size in sizes)
         self.drop = Dropout()
 
+    @property
+    def cache_sizes(self) -> CacheSizes:
+        """A key and a value for each key/value head."""
+        return (self.kv_heads, self.head_dim), (self.kv_heads, self.head_dim)
+
     def forward(self, x: Tensor, index: int, inputs: AttentionInputs) -> Tensor:
         """[B, T, d] or flat [N, d] -> the same; [B, M, d] where `inputs.positions` are selected."""
         if inputs.positions is None:
@@ -372,7 +392,7 @@ class Attention(HasFusedOps):
             return self.o(self._attend_shared_prefix(q, (k, v), past, inputs).flatten(-2))
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         plain = self.layer.window is None and self.layer.attention_softcap is None and self.sinks is None
-        if plain and not past and inputs.causal and inputs.positions is None and q.shape[1] >= FUSED_FROM:
+        if plain and not past and inputs.paired is None and inputs.positions is None and q.shape[1] >= FUSED_FROM:
             dropout_p, grouped = self.drop.p if self.training else 0.0, self.kv_heads < self.heads
             y = F.scaled_dot_product_attention(
                 q.transpose(1, 2), k, v, None, dropout_p, True, scale=self.layer.attention_scale, enable_gqa=grouped
