@@ -30,6 +30,16 @@ ARCHITECTURES = {
     "gemma2": MODEL_ARCH.GEMMA2,
     "gemma3_text": MODEL_ARCH.GEMMA3,
     "phi3": MODEL_ARCH.PHI3,
+    "starcoder2": MODEL_ARCH.STARCODER2,
+    "stablelm": MODEL_ARCH.STABLELM,
+    "ernie4_5": MODEL_ARCH.ERNIE4_5,
+    "glm4": MODEL_ARCH.GLM4,
+    "cohere": MODEL_ARCH.COMMAND_R,
+    "cohere2": MODEL_ARCH.COHERE2,
+    "phi": MODEL_ARCH.PHI2,
+    "gpt2": MODEL_ARCH.GPT2,
+    "gpt_bigcode": MODEL_ARCH.STARCODER,
+    "gpt_neox": MODEL_ARCH.GPTNEOX,
 }
 BYTE, LOOKS_SPECIAL = re.compile("<0x[0-9A-F]{2}>"), re.compile(r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<unused.*>")
 LLAMA_31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -59,6 +69,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 biased": ("Qwen3", {"attention_bias": True}),
     "phi3": ("Phi3", {"hidden_size": 32, "rope_parameters": theta(partial_rotary_factor=0.75), "sliding_window": 5}),
     "phi3 long": ("Phi3", {"hidden_size": 32, **LONGROPE}),
+    "starcoder2": ("Starcoder2", {"hidden_size": 32, "tie_word_embeddings": True, "sliding_window": None}),
+    "stablelm": ("StableLm", {"hidden_size": 32, "use_qkv_bias": True, "partial_rotary_factor": 0.5}),
+    "stablelm parallel": ("StableLm", {"hidden_size": 32, "use_parallel_residual": True}),
+    "ernie4_5": ("Ernie4_5", {"tie_word_embeddings": True}),
+    "glm4": ("Glm4", {"attention_bias": True}),
+    "cohere": ("Cohere", {"hidden_size": 32, "logit_scale": 0.3, "tie_word_embeddings": True}),
+    "cohere2": ("Cohere2", {"hidden_size": 32, "logit_scale": 0.5, "sliding_window": 5, "tie_word_embeddings": True}),
+    "phi": ("Phi", {"partial_rotary_factor": 0.75, "num_key_value_heads": 4, "intermediate_size": 96}),
+    "gpt2": ("GPT2", {"hidden_size": 32, "n_inner": 128, "tie_word_embeddings": True}),
+    "gpt_bigcode": (
+        "GPTBigCode",
+        {"hidden_size": 32, "num_key_value_heads": 1, "n_inner": 96, "tie_word_embeddings": True},
+    ),
+    "gpt_neox": ("GPTNeoX", {"hidden_size": 32, "rotary_pct": 0.5, "use_parallel_residual": False}),
     "gemma": ("Gemma", {"tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"}),
     "gemma2": ("Gemma2", {"tie_word_embeddings": True, "sliding_window": 5, "query_pre_attn_scalar": 8}),
     "gemma3": (
@@ -84,13 +108,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def tiny_model(name: str, width: int | None = None) -> transformers.PreTrainedModel:
     """The case's model with random weights; large ones, so that every setting shows. width: of all sides, if given."""
     kind, settings = CASES[name]
-    sizes = {**SIZES, "attn_implementation": "eager", **settings}
+    made = getattr(transformers, f"{kind}Config")
+    known = {key: value for key, value in SIZES.items() if key != "num_key_value_heads" or hasattr(made(), key)}
+    sizes = {**known, "attn_implementation": "eager", **settings}
     if width is not None:
         sizes |= {"hidden_size": width, "intermediate_size": width, "head_dim": width // 2}
         sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
-    config = getattr(transformers, f"{kind}Config")(**sizes)
+    config = made(**sizes)
     torch.manual_seed(0)
-    model: transformers.PreTrainedModel = getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config)
+    head = "LMHeadModel" if kind == "GPT2" else "ForCausalLM"
+    model: transformers.PreTrainedModel = getattr(transformers, f"{kind.removesuffix('Text')}{head}")(config)
     for parameter, p in model.named_parameters():
         if "norm" in parameter or parameter.endswith("bias"):
             torch.nn.init.normal_(p, std=0.3)
@@ -104,7 +131,9 @@ def write_gguf(
     change: Callable[[GGUFWriter], None] | None = None,
 ) -> None:
     """Write the model, with a byte-level tokenizer. Matrices are quantised."""
-    config = {**model.config.to_dict()}
+    config = {"rope_parameters": {}, "num_key_value_heads": None, **model.config.to_dict()}
+    config |= {key: getattr(model.config, key) for key in SIZES if hasattr(model.config, key)}
+    config["intermediate_size"] = config.get("n_inner") or config["intermediate_size"]
     architecture = ARCHITECTURES[config["model_type"]]
     writer = GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
     add_settings(writer, config)
@@ -174,20 +203,36 @@ def finish(writer: GGUFWriter) -> None:
 def add_settings(writer: GGUFWriter, config: dict[str, Any]) -> None:
     """`TextModel.set_gguf_parameters`, and what its subclasses add."""
     kind, ropes = config["model_type"], config["rope_parameters"]
-    rope = ropes.get("full_attention", ropes)
+    rope = {"rope_type": "default", **ropes.get("full_attention", ropes)}
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    if "rms_norm_eps" in config:
+    if kind == "gpt_bigcode" or config["num_key_value_heads"]:
+        writer.add_head_count_kv(config["num_key_value_heads"] or 1)
+    eps = [config[key] for key in ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon") if key in config]
+    if eps:
+        writer.add_layer_norm_eps(eps[0])
+    elif "rms_norm_eps" in config:
         writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     if config.get("head_dim"):
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
-    writer.add_rope_freq_base(rope["rope_theta"])
+    if kind not in ("gpt2", "gpt_bigcode", "gpt_neox", "stablelm", "phi"):
+        writer.add_rope_freq_base(rope["rope_theta"])
+    if kind in ("stablelm", "phi", "glm4", "gpt_neox"):
+        writer.add_rope_dimension_count(int(head_dim * rope["partial_rotary_factor"]))
+    if kind in ("stablelm", "gpt_neox"):
+        writer.add_parallel_residual(config["use_parallel_residual"])
+    if kind in ("cohere", "cohere2"):
+        writer.add_logit_scale(config["logit_scale"])
+        writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+    if kind == "cohere2":
+        writer.add_sliding_window(config["sliding_window"])
+        writer.add_vocab_size(config["vocab_size"])
+        writer.add_rope_dimension_count(head_dim)
     if rope["rope_type"] in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
         writer.add_rope_scaling_factor(rope["factor"])
@@ -218,6 +263,11 @@ def converted(config: dict[str, Any], name: str, values: np.ndarray) -> np.ndarr
         return permuted(values, config["num_attention_heads"])
     if kind == "llama" and name.endswith(("k_proj.weight", "k_proj.bias")):
         return permuted(values, config["num_key_value_heads"])
+    if kind == "gpt2" and name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
+        return values.T
+    if kind == "gpt_neox" and "query_key_value" in name:
+        parts = values.reshape(config["num_attention_heads"], 3, -1, *values.shape[1:])
+        return np.concatenate([parts[:, i].reshape(-1, *values.shape[1:]) for i in range(3)])
     if kind.startswith("gemma") and name.endswith("norm.weight"):
         return values + 1
     return values

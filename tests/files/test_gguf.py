@@ -101,7 +101,7 @@ def test_the_settings_of_a_small_file(tmp_path: Path) -> None:
         "intermediate_size": F, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV,
         "head_dim": H, "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
         "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True,
-        "torch_dtype": "float32", "bos_token_id": 0, "eos_token_id": 1,
+        "torch_dtype": "float32", "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None,
     }  # fmt: skip
     assert read_json(tmp_path / "out" / "generation_config.json") == {"bos_token_id": 0, "eos_token_id": 1}
     settings = read_json(tmp_path / "out" / "tokenizer_config.json")

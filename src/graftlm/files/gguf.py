@@ -13,7 +13,7 @@ from typing import Any
 from graftlm.files.atomic import write_json
 from graftlm.files.formats import write_safetensors
 from graftlm.files.gguf_file import GGUFFile, one_line
-from graftlm.files.gguf_models import read_config, tensor_entries
+from graftlm.files.gguf_models import config_json, read_config, tensor_entries
 from graftlm.files.gguf_tokenizer import token_ids, write_tokenizer
 
 
@@ -26,15 +26,9 @@ def gguf_to_folder(path: Path, folder: Path) -> None:
         file = GGUFFile(path)
         config, ids = read_config(file), token_ids(file)
         entries = tensor_entries(file, config)
-        write_safetensors(
-            folder / "model.safetensors",
-            [
-                (entry.name, "F32", entry.shape, file.float32(entry.source, entry.order, entry.offset))
-                for entry in entries
-            ],
-        )
+        write_safetensors(folder / "model.safetensors", [(e.name, "F32", e.shape, e.values(file)) for e in entries])
         write_tokenizer(file, config["max_position_embeddings"], folder)
-    write_json(folder / "config.json", config | ids)
+    write_json(folder / "config.json", config_json(file, config) | ids)
     write_json(folder / "generation_config.json", ids)
 
 
@@ -42,4 +36,4 @@ def gguf_config(path: Path) -> dict[str, Any]:
     """The config.json of a .gguf file, from its header. The weights are not read."""
     with one_line(path):
         file = GGUFFile(path)
-        return read_config(file) | token_ids(file)
+        return config_json(file, read_config(file)) | token_ids(file)

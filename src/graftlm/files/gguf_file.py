@@ -108,6 +108,12 @@ class GGUFFile:
         parts = [np.frombuffer(part, "<f4") for part in self.float32(name)]
         return np.concatenate(parts).reshape(self.shape(name))
 
+    def transposed(self, name: str) -> Iterator[memoryview]:
+        """A matrix's values in column-major order; all of them are in memory."""
+        import numpy as np
+
+        yield np.ascontiguousarray(self.values(name).T).data.cast("B")
+
     def float32(
         self, name: str, order: Callable[[np.ndarray], np.ndarray] | None = None, offset: float = 0.0
     ) -> Iterator[memoryview]:

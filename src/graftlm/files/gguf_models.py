@@ -10,13 +10,13 @@ undone:
 - A setting of the file that is not read here, and is not known to change nothing, is an error.
 
 Letters of shapes: d width, H heads, K key/value heads, D head width (HD and KD: their products), f feed-forward width,
-V vocabulary, Q rows of q, k and v together, 2 the number.
+V vocabulary, P positions, Q rows of q, k and v together, 2 the number.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,8 @@ class Target:
     """Sides, separated by spaces: a product of letters each (`HD d`); a bias has the first."""
     order: Callable[[np.ndarray, Config], np.ndarray] | None = None
     """The rows as the file has them, and config.json -> the checkpoint's rows."""
+    transposed: bool = False
+    """Whether the checkpoint has the matrix [in, out]. The shape is the file's, [out, in]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,14 +57,18 @@ class Architecture:
     """Those that may be missing."""
     outer: Mapping[str, Target]
     """Tensors outside the layers."""
+    layers: str = "model.layers."
+    """What comes before a layer's number in the checkpoint."""
     numbers: Mapping[str, str] = field(default_factory=lambda: {"rms_norm_eps": ".attention.layer_norm_rms_epsilon"})
     """Settings of config.json that are a number of the file."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Settings of config.json that all models have."""
     more: Callable[[GGUFFile, Config], Config] = lambda file, config: {}
     """Further settings of config.json."""
+    renamed: Mapping[str, str | None] = field(default_factory=dict)
+    """Settings that config.json has by another name than Llama's, or not at all (None)."""
     norm_offset: float = 0.0
-    """Added to what the file holds for norms."""
+    """Added to what the checkpoint holds for norms."""
     partial_rotary: bool = False
 
 
@@ -83,17 +89,26 @@ def _key_pairs(rows: np.ndarray, config: Config) -> np.ndarray:
     return from_pairs(rows, config["num_key_value_heads"])
 
 
+def _head_by_head(rows: np.ndarray, config: Config) -> np.ndarray:
+    """q of all heads, then k, then v -> q, k, v of the first head, then of the next."""
+    heads = config["num_attention_heads"]
+    return rows.reshape(3, heads, -1, *rows.shape[1:]).swapaxes(0, 1).reshape(rows.shape)
+
+
 # Settings -------------------------------------------------------------------------------------------------------------
 
 HARMLESS = (
     *("vocab_size", "tensor_data_layout", "expert_used_count", "rope.scaling.finetuned", "pooling_type"),
-    *("attention.layer_norm_epsilon", "embedding_length_out", "classifier.output_labels"),
+    *("attention.layer_norm_epsilon", "embedding_length_out", "classifier.output_labels", "use_parallel_residual"),
 )
 """Settings that change nothing in what is read: those of other programs, or said by the tensors too."""
 
 
 def read_config(file: GGUFFile) -> Config:
-    """The config.json of a file's model. InputError for an architecture or a setting that is not supported."""
+    """The settings of a file's model, with Llama's names of sizes.
+
+    InputError for an architecture or a setting that is not supported.
+    """
     kind = _architecture(file)
     width, heads = int(file.require(".embedding_length")), int(file.require(".attention.head_count"))
     head_dim = int(file.get(".attention.key_length", width // max(heads, 1)))
@@ -111,6 +126,7 @@ def read_config(file: GGUFFile) -> Config:
         "head_dim": head_dim,
         "max_position_embeddings": int(file.require(".context_length")),
         **{name: file.number(key) for name, key in kind.numbers.items()},
+        "pad_token_id": None,  # if the file has none: not transformers' default, which may be outside of the vocabulary
     }
     config |= _rope(file, config, kind.partial_rotary) | dict(kind.fixed)
     config |= {"tie_word_embeddings": "output.weight" not in file.tensors, "torch_dtype": "float32"}
@@ -119,6 +135,12 @@ def read_config(file: GGUFFile) -> Config:
         if value and value != "none" and key.removeprefix(f"{file.architecture}.") not in HARMLESS:
             raise InputError(f"{file.path}: the setting {key} = {value!r:.60} is not supported: {HINT}")
     return config
+
+
+def config_json(file: GGUFFile, config: Config) -> Config:
+    """The settings by the names of the model's own config.json."""
+    names = ARCHITECTURES[file.architecture].renamed
+    return {new: value for key, value in config.items() if (new := names.get(key, key)) is not None}
 
 
 def _architecture(file: GGUFFile) -> Architecture:
@@ -215,15 +237,23 @@ class Entry:
     source: str
     name: str
     shape: tuple[int, ...]
+    """The checkpoint's."""
     order: Callable[[np.ndarray], np.ndarray] | None
     offset: float
+    transposed: bool
+
+    def values(self, file: GGUFFile) -> Iterator[memoryview]:
+        """The checkpoint's values as float32, a part at a time."""
+        if self.transposed:
+            return file.transposed(self.source)
+        return file.float32(self.source, self.order, self.offset)
 
 
 def tensor_entries(file: GGUFFile, config: Config) -> list[Entry]:
     """Every tensor of a model. InputError if one is missing, has another shape, or is no part of it."""
     kind, entries = ARCHITECTURES[file.architecture], []
     for layer in range(-1, config["num_hidden_layers"]):
-        before, after = ("", "") if layer < 0 else (f"blk.{layer}.", f"model.layers.{layer}.")
+        before, after = ("", "") if layer < 0 else (f"blk.{layer}.", f"{kind.layers}{layer}.")
         for short, target in (kind.outer if layer < 0 else kind.block).items():
             for part in _parts(file, kind, short):
                 source = f"{before}{short}.{part}"
@@ -249,15 +279,18 @@ def _entry(config: Config, kind: Architecture, source: str, target: Target) -> E
         "V": config["vocab_size"],
         "Q": (config["num_attention_heads"] + 2 * config["num_key_value_heads"]) * config["head_dim"],
         "2": 2,
+        "P": config["max_position_embeddings"],
     }
     shape = tuple(math.prod(letters[letter] for letter in side) for side in target.shape.split())
-    order = target.order
+    shape = shape[:1] if source.endswith(".bias") else shape
+    order, transposed = target.order, target.transposed and len(shape) == 2
     return Entry(
         source,
         target.name,
-        shape[:1] if source.endswith(".bias") else shape,
+        shape[::-1] if transposed else shape,
         None if order is None else lambda rows: order(rows, config),
         -kind.norm_offset if "norm." in source else 0.0,
+        transposed,
     )
 
 
@@ -271,8 +304,9 @@ def _check(file: GGUFFile, entries: list[Entry]) -> None:
             f"supported: {HINT}"
         )
     for entry in entries:
-        if (given := file.shape(entry.source)) != entry.shape:
-            implied = f"its settings imply {entry.shape}"
+        shape = entry.shape[::-1] if entry.transposed else entry.shape
+        if (given := file.shape(entry.source)) != shape:
+            implied = f"its settings imply {shape}"
             raise InputError(f"{file.path}: tensor {entry.source} has shape {given}, {implied}: fetch it again")
 
 
@@ -302,6 +336,8 @@ _NORMS_AROUND = {
     "ffn_norm": Target("pre_feedforward_layernorm", "d"),
     "post_ffw_norm": Target("post_feedforward_layernorm", "d"),
 }
+_PLAIN_MLP = {"ffn_up": Target("mlp.c_fc", "f d"), "ffn_down": Target("mlp.c_proj", "d f")}
+_LAYER_NORM = {"layer_norm_eps": ".attention.layer_norm_epsilon"}
 _PAIRS = {
     "attn_q": Target("self_attn.q_proj", "HD d", _query_pairs),
     "attn_k": Target("self_attn.k_proj", "KD d", _key_pairs),
@@ -351,8 +387,36 @@ def _phi3(file: GGUFFile, config: Config) -> Config:
     return {
         "original_max_position_embeddings": original,
         "sliding_window": int(file.get(".attention.sliding_window", 0)) or None,
-        "pad_token_id": None,  # not transformers' default, which may be outside of the vocabulary
     }
+
+
+def _stablelm(file: GGUFFile, config: Config) -> Config:
+    """llama.cpp, too, believes the tensors, not the setting `use_parallel_residual`."""
+    return {
+        "use_parallel_residual": not file.has("ffn_norm", "weight"),
+        "use_qkv_bias": file.has("attn_q", "bias"),
+        "qk_layernorm": False,
+    }
+
+
+def _use_bias(file: GGUFFile, config: Config) -> Config:
+    return {"use_bias": file.has("attn_q", "bias")}
+
+
+def _command_r(file: GGUFFile, config: Config) -> Config:
+    return _attention_bias(file, config) | {"logit_scale": file.number(".logit_scale", 0.0625), "use_qk_norm": False}
+
+
+def _cohere2(file: GGUFFile, config: Config) -> Config:
+    """Every fourth layer has no window and does not rotate."""
+    return _command_r(file, config) | {
+        "sliding_window": int(file.require(".attention.sliding_window")),
+        "sliding_window_pattern": 4,
+    }
+
+
+def _neox(file: GGUFFile, config: Config) -> Config:
+    return {"use_parallel_residual": bool(file.get(".use_parallel_residual", True))}
 
 
 LLAMA = Architecture(
@@ -382,6 +446,33 @@ _QWEN2 = replace(
     biases=("attn_q", "attn_k", "attn_v"),
     fixed={"hidden_act": "silu", "use_sliding_window": False},
     more=lambda file, config: {},
+)
+_GPT2 = Architecture(
+    model_type="gpt2",
+    class_name="GPT2LMHeadModel",
+    block={
+        "attn_norm": Target("ln_1", "d"),
+        "ffn_norm": Target("ln_2", "d"),
+        "attn_qkv": Target("attn.c_attn", "Q d", transposed=True),
+        "attn_output": Target("attn.c_proj", "d HD", transposed=True),
+        "ffn_up": Target("mlp.c_fc", "f d", transposed=True),
+        "ffn_down": Target("mlp.c_proj", "d f", transposed=True),
+    },
+    biases=("output_norm", "attn_norm", "ffn_norm", "attn_qkv", "attn_output", "ffn_up", "ffn_down"),
+    outer={
+        "token_embd": Target("transformer.wte", "V d"),
+        "position_embd": Target("transformer.wpe", "P d"),
+        "output_norm": Target("transformer.ln_f", "d"),
+        "output": Target("lm_head", "V d"),
+    },
+    layers="transformer.h.",
+    numbers={"layer_norm_epsilon": ".attention.layer_norm_epsilon"},
+    fixed={"activation_function": "gelu_new"},
+    renamed={
+        **{"hidden_size": "n_embd", "intermediate_size": "n_inner", "num_hidden_layers": "n_layer"},
+        **{"num_attention_heads": "n_head", "max_position_embeddings": "n_positions"},
+        **dict.fromkeys(("num_key_value_heads", "head_dim", "rope_theta")),
+    },
 )
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": LLAMA,
@@ -422,6 +513,123 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         biases=(),
         more=_phi3,
+        partial_rotary=True,
+    ),
+    "starcoder2": replace(
+        LLAMA,
+        model_type="starcoder2",
+        class_name="Starcoder2ForCausalLM",
+        block={**_NORMS, **_ATTENTION, **_PLAIN_MLP},
+        biases=("output_norm", *_NORMS, *_ATTENTION, *_PLAIN_MLP),
+        numbers={"norm_epsilon": ".attention.layer_norm_epsilon"},
+        fixed={"hidden_act": "gelu_pytorch_tanh", "sliding_window": None},
+        more=_use_bias,
+    ),
+    "stablelm": replace(
+        LLAMA,
+        model_type="stablelm",
+        class_name="StableLmForCausalLM",
+        block={**_NORMS, **_ATTENTION, **_MLP},
+        biases=("output_norm", *_NORMS, "attn_q", "attn_k", "attn_v"),
+        optional=("ffn_norm",),
+        numbers=_LAYER_NORM,
+        more=_stablelm,
+        partial_rotary=True,
+    ),
+    "ernie4_5": replace(
+        LLAMA,
+        model_type="ernie4_5",
+        class_name="Ernie4_5ForCausalLM",
+        block={**_NORMS, **_ATTENTION, **_MLP},
+        more=_use_bias,
+    ),
+    "glm4": replace(
+        LLAMA,
+        model_type="glm4",
+        class_name="Glm4ForCausalLM",
+        block={
+            "attn_norm": Target("input_layernorm", "d"),
+            "post_attention_norm": Target("post_self_attn_layernorm", "d"),
+            "ffn_norm": Target("post_attention_layernorm", "d"),
+            "post_ffw_norm": Target("post_mlp_layernorm", "d"),
+            **_ATTENTION,
+            "ffn_up": Target("mlp.gate_up_proj", "2f d"),
+            "ffn_down": _MLP["ffn_down"],
+        },
+        biases=("attn_q", "attn_k", "attn_v"),
+        more=_attention_bias,
+        partial_rotary=True,
+    ),
+    "command-r": replace(
+        LLAMA,
+        model_type="cohere",
+        class_name="CohereForCausalLM",
+        block={"attn_norm": _NORMS["attn_norm"], **_ATTENTION, **_MLP},
+        biases=tuple(_ATTENTION),
+        numbers=_LAYER_NORM,
+        more=_command_r,
+    ),
+    "cohere2": replace(
+        LLAMA,
+        model_type="cohere2",
+        class_name="Cohere2ForCausalLM",
+        block={"attn_norm": _NORMS["attn_norm"], **_ATTENTION, **_MLP},
+        biases=tuple(_ATTENTION),
+        numbers=_LAYER_NORM,
+        more=_cohere2,
+    ),
+    "phi2": replace(
+        LLAMA,
+        model_type="phi",
+        class_name="PhiForCausalLM",
+        block={
+            "attn_norm": _NORMS["attn_norm"],
+            **_ATTENTION,
+            "attn_output": Target("self_attn.dense", "d HD"),
+            "ffn_up": Target("mlp.fc1", "f d"),
+            "ffn_down": Target("mlp.fc2", "d f"),
+        },
+        biases=("output_norm", "output", "attn_norm", *_ATTENTION, "ffn_up", "ffn_down"),
+        outer={**OUTER, "output_norm": Target("model.final_layernorm", "d")},
+        numbers=_LAYER_NORM,
+        fixed={"hidden_act": "gelu_new", "qk_layernorm": False},
+        more=lambda file, config: {},
+        partial_rotary=True,
+    ),
+    "gpt2": _GPT2,
+    "starcoder": replace(
+        _GPT2,
+        model_type="gpt_bigcode",
+        class_name="GPTBigCodeForCausalLM",
+        block={name: replace(target, transposed=False) for name, target in _GPT2.block.items()},
+        fixed={**_GPT2.fixed, "activation_function": "gelu_pytorch_tanh", "multi_query": True},
+    ),
+    "gptneox": replace(
+        LLAMA,
+        model_type="gpt_neox",
+        class_name="GPTNeoXForCausalLM",
+        block={
+            "attn_norm": Target("input_layernorm", "d"),
+            "ffn_norm": Target("post_attention_layernorm", "d"),
+            "attn_qkv": Target("attention.query_key_value", "Q d", _head_by_head),
+            "attn_output": Target("attention.dense", "d HD"),
+            "ffn_up": Target("mlp.dense_h_to_4h", "f d"),
+            "ffn_down": Target("mlp.dense_4h_to_h", "d f"),
+        },
+        biases=("output_norm", "attn_norm", "ffn_norm", "attn_qkv", "attn_output", "ffn_up", "ffn_down"),
+        outer={
+            "token_embd": Target("gpt_neox.embed_in", "V d"),
+            "output_norm": Target("gpt_neox.final_layer_norm", "d"),
+            "output": Target("embed_out", "V d"),
+        },
+        layers="gpt_neox.layers.",
+        numbers=_LAYER_NORM,
+        fixed={"hidden_act": "gelu", "attention_bias": True},
+        more=_neox,
+        renamed={
+            **{"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
+            **dict.fromkeys(("num_key_value_heads", "head_dim")),
+        },
         partial_rotary=True,
     ),
 }
