@@ -14,6 +14,7 @@ from graftlm.methods.cost_model import total
 from graftlm.models import CausalLM, KVCache, ModelConfig
 from graftlm.models.config import read_model_config, with_biases
 from graftlm.models.layers import PairedRow
+from graftlm.studies.cost_report import activation_bytes
 
 CASE = "lfm2 last attention"
 
@@ -82,6 +83,17 @@ def test_lora_on_every_linear_is_counted_and_merges(config: ModelConfig, model: 
     ids = ids_of(2, 9)
     before = model.train()(ids)
     torch.testing.assert_close(model.eval()(ids), before, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("targets", [("q", "v"), ("conv_in", "q", "down")])
+def test_activations_are_estimated_where_only_some_layers_are_adapted(
+    config: ModelConfig, targets: tuple[str, ...]
+) -> None:
+    conv, attention = config.layers[:2]
+    deep = replace(config, num_layers=7, layers=(conv, conv, attention, conv, attention, conv, attention))
+    method, sizes = LoRA(rank=2, targets=targets, dropout=0.0), ((2, 9), torch.bfloat16)
+    whole = activation_bytes(deep, replace(method, layers=(0, 7)), *sizes)  # all blocks, not some of each kind
+    assert activation_bytes(deep, method, *sizes) == whole
 
 
 @pytest.mark.parametrize(

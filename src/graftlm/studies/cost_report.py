@@ -22,6 +22,7 @@ from graftlm.files.assets import BUILTIN_MODELS, model_config
 from graftlm.methods import Adapter, Full, LoRA, Method, PrefixTuning, cost_model, method_from_flags
 from graftlm.methods.base import parse_layer_range
 from graftlm.methods.cost_model import CostItem, ParameterGroup, total
+from graftlm.methods.ia3 import IA3
 from graftlm.models import CausalLM, ModelConfig
 from graftlm.models.config import LayerConfig, read_model_config
 from graftlm.models.mlp import MLP
@@ -110,15 +111,28 @@ def activation_bytes(
         trained_dtype: of trained weights in blocks. Sharded ones are gathered in `dtype` and freed again; of others,
             in float32, copies in `dtype` are saved.
     """
-    if method.layers is None and config.num_layers > 3:  # every block after the second adds what those like it add
-        every = [config.layer(i) for i in range(config.num_layers)]
+    if method.layers is not None:
+        return _saved_bytes(config, method, shape, dtype, trained_dtype)
+    every = [config.layer(i) for i in range(config.num_layers)]
+    if isinstance(method, LoRA | IA3):  # blocks before the first that is adapted save nothing
+        every = every[[bool(set(layer.roles) & set(method.targets)) for layer in every].index(True) :]
 
-        def of(*layers: LayerConfig) -> int:
-            few = replace(config, num_layers=len(layers), layers=layers)
-            return activation_bytes(few, method, shape, dtype, trained_dtype)
+    def of(*layers: LayerConfig) -> int:
+        few, own = replace(config, num_layers=len(layers), layers=layers), method
+        if isinstance(own, LoRA | IA3):
+            own = replace(own, targets=tuple(role for role in own.targets if role in few.roles))
+        return _saved_bytes(few, own, shape, dtype, trained_dtype)
 
-        two = of(*every[:2])
-        return two + sum(n * (of(*every[:2], layer) - two) for layer, n in Counter(every[2:]).items())
+    # After two blocks and one of each other kind, a block adds what those like it add.
+    first = [*every[:2], *(layer for layer in dict.fromkeys(every[2:]) if layer not in every[:2])]
+    more, start = Counter(every) - Counter(first), of(*first)
+    return start + sum(n * (of(*first, layer) - start) for layer, n in more.items())
+
+
+def _saved_bytes(
+    config: ModelConfig, method: Method, shape: tuple[int, int], dtype: torch.dtype, trained_dtype: torch.dtype
+) -> int:
+    """`activation_bytes`, of all blocks."""
     from torch._subclasses.fake_tensor import FakeTensorMode  # takes half a second; has no public name
 
     if isinstance(method, LoRA):
