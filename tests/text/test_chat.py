@@ -77,16 +77,25 @@ def test_a_template_that_does_harm_or_fails_is_refused(template: str, line: str,
         Chat(tokenizer(tmp_path, template)).render([("user", "hi")])
 
 
-NAMED = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "{{ tools[0].name }}"}]
+ASKED = "{{ messages[0].content }}"
+NAMED = [
+    {"name": "default", "template": f"plain {ASKED}"},
+    {"name": "tool_use", "template": f"{ASKED} {{{{ tools }}}}"},
+]
 
 
 @pytest.mark.parametrize(
     ("files", "setting", "plain", "tools"),
     [
-        ({}, NAMED, "plain", "f"),
-        ({}, NAMED[:1], "plain", "plain"),
-        ({"chat_template.jinja": "own"}, NAMED, "own", "own"),
-        ({"chat_template.jinja": "own", "additional_chat_templates/tool_use.jinja": "more"}, "x", "own", "more"),
+        ({}, NAMED, "plain a", "a [{'name': 'f'}]"),
+        ({}, NAMED[:1], "plain a", "plain a"),
+        ({"chat_template.jinja": ASKED}, NAMED, "a", "a"),
+        (
+            {"chat_template.jinja": ASKED, "additional_chat_templates/tool_use.jinja": f"more {ASKED}"},
+            "x",
+            "a",
+            "more a",
+        ),
     ],
 )
 def test_templates_with_names_are_those_of_transformers(
@@ -140,7 +149,7 @@ def smollm2(template: str | None) -> Tokenizer:
     return read
 
 
-@pytest.mark.parametrize("template", [CHATML, TRIMMED, INST, "{% generation %}x{% endgeneration %}" + INST])
+@pytest.mark.parametrize("template", [CHATML, TRIMMED, INST, "So {% generation %}x{% endgeneration %}" + INST])
 @pytest.mark.parametrize("spaced", [False, True])
 def test_what_generation_marks_is_what_transformers_marks(template: str, spaced: bool) -> None:
     talk = [(role, f"{content}  " if spaced else content) for role, content in SAID]
@@ -151,16 +160,11 @@ def test_what_generation_marks_is_what_transformers_marks(template: str, spaced:
         return_dict=True,
         return_assistant_tokens_mask=True,
     )
-    chat = Chat(smollm2(template))
-    if template.startswith("{% generation %}x"):
-        with pytest.raises(InputError, match=r"marks 3 answers by {% generation %}, and the conversation has 2: use"):
-            chat.conversation(talk)
-        return
-    ours = chat.conversation(talk)
+    ours = Chat(smollm2(template)).conversation(talk)
     assert ours.ids == found["input_ids"]
     learned = {place for answer in ours.answers for place in answer}
     assert [int(place in learned) for place in range(len(ours.ids))] == found["assistant_masks"]
-    assert len(ours.answers) == 2 and sum(found["assistant_masks"]) > 5
+    assert len(ours.answers) == 2 + template.startswith("So") and sum(found["assistant_masks"]) > 5
 
 
 def test_the_demo_models_answers_are_its_contents_and_the_end_of_their_turns() -> None:
@@ -210,6 +214,7 @@ def test_an_answer_without_a_control_token_ends_with_its_turn(tmp_path: Path) ->
         ("<|end|>\n", False, "<|end|>"),
         ("\n<|end|><|stop|>", False, "<|end|>"),
         ("<|end|>\n", True, "<|end|>"),
+        ("<|end|>\n{% endgeneration %}", True, "<|end|>"),
         ("<|endoftext|>", False, "<|endoftext|>"),
         ("\n\n", False, "<|endoftext|>"),  # none: not the line break, and not the answer's own last token
         ("", True, "<|endoftext|>"),
@@ -218,7 +223,8 @@ def test_an_answer_without_a_control_token_ends_with_its_turn(tmp_path: Path) ->
 def test_a_turn_ends_with_the_first_control_token_behind_an_answer_or_else_with_the_text(
     behind: str, marked: bool, end: str, tmp_path: Path
 ) -> None:
-    content = "{% generation %}{{ m.content }}{% endgeneration %}" if marked else "{{ m.content }}"
+    mark = "" if "endgeneration" in behind else "{% endgeneration %}"
+    content = f"{{% generation %}}{{{{ m.content }}}}{mark}" if marked else "{{ m.content }}"
     template = (
         f"{{% for m in messages %}}<|stop|>{{{{ m.role }}}}: {content}{behind}{{% endfor %}}"
         "{% if add_generation_prompt %}<|stop|>assistant: {% endif %}"
@@ -247,6 +253,40 @@ def test_an_added_token_that_is_not_special_ends_a_turn_too(tmp_path: Path) -> N
         "b\n<|end|>",
         "d\n<|end|>",
     ]
+
+
+GLM = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("ending", [True, False])
+def test_a_turn_without_an_end_ends_with_the_next_ones_beginning_if_that_ends_a_text(
+    ending: bool, tmp_path: Path
+) -> None:
+    """As with GLM-4, whose generation_config.json names <|user|> and <|observation|>."""
+    read = tokenizer(tmp_path, GLM, "<|user|>", "<|assistant|>", "<|tool|>")
+    ids = [0, *(read.special_tokens[name] for name in ("<|user|>", "<|tool|>"))]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids[: 3 if ending else 1]}))
+    chat = Chat(Tokenizer.from_folder(tmp_path))
+    said = [("user", "a"), ("assistant", "b"), ("tool", "c"), ("assistant", "d"), ("user", "e"), ("assistant", "f")]
+    (talk,) = chat.conversations(said)
+    own = [read.decode_with_special([talk.ids[n] for n in answer]) for answer in talk.answers]
+    assert own == (["b<|tool|>", "d<|user|>", "f<|user|>"] if ending else ["b", "d", "f"])
+    assert chat.stop_tokens >= {*ids[: 3 if ending else 1]}
+
+
+def test_a_template_that_reads_no_text_is_refused(tmp_path: Path) -> None:
+    """As those of models that see: they read parts of text and images."""
+    parts = "{% for m in messages %}<|{{ m.role }}|>{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
+    chat = Chat(tokenizer(tmp_path, parts))
+    for asked in (
+        lambda: chat.encode([("user", "hi")]),
+        lambda: chat.conversation([("user", "hi"), ("assistant", "x")]),
+    ):
+        with pytest.raises(InputError, match="chat template does not write messages of text: use --chat off"):
+            asked()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ assistant says, are TRL's copies of the originals.
 """
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -25,6 +26,7 @@ from graftlm.text.chat import Chat
 from graftlm.text.layouts import Conversation, Row, recognise
 from graftlm.text.tokenizer import MarkedTokenizer, Tokenizer
 from real_tokenizers import tokenizer_folder
+from tiny import byte_tokenizer
 
 TEMPLATES: dict[tuple[str, str | None], dict[str, Any]] = {
     ("qwen3", None): {"ends": ("<|im_end|>",), "rewrites": True, "thinks": True, "calls": True},
@@ -71,6 +73,7 @@ TOOLS = [
     }
 ]
 CALL = [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Zürich"}}}]
+ANSWER = {"role": "assistant", "content": " Yes.\n"}
 THOUGHTFUL: list[list[dict[str, Any]]] = [
     [
         {"role": "user", "content": "Is it good?"},
@@ -98,11 +101,23 @@ CALLING: list[list[dict[str, Any]]] = [
 ]
 
 
-def trl_template(name: str) -> str:
-    """A chat template of TRL's; the package is not imported."""
+def trl_templates() -> Path:
+    """The folder of TRL's chat templates; the package is not imported."""
     spec = find_spec("trl")
     assert spec is not None and spec.submodule_search_locations
-    return (Path(spec.submodule_search_locations[0]) / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    return Path(spec.submodule_search_locations[0]) / "chat_templates"
+
+
+def trl_template(name: str) -> str:
+    return (trl_templates() / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def new_year() -> Iterator[None]:
+    """What transformers takes for today."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.utils.chat_template_utils.datetime", SimpleNamespace(now=lambda: NEW_YEAR))
+        yield
 
 
 @lru_cache(maxsize=1)
@@ -114,7 +129,7 @@ def loaded(name: str) -> tuple[Tokenizer, Any]:
 
 @pytest.fixture(scope="module", params=TEMPLATES, ids=lambda pair: "-".join(filter(None, pair)))
 def both(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """A tokenizer as graft and as transformers read it, with its own template or TRL's copy. It is New Year."""
+    """A tokenizer as graft and as transformers read it, with its own template or TRL's copy."""
     name, copied = request.param
     ours, theirs = loaded(name)
     with pytest.MonkeyPatch.context() as patch:
@@ -123,7 +138,6 @@ def both(request: pytest.FixtureRequest) -> Iterator[Any]:
             patch.setitem(ours.__dict__, "chat_template", template)
             patch.setattr(theirs, "chat_template", template)
         ours.date = NEW_YEAR.date().isoformat()
-        patch.setattr("transformers.utils.chat_template_utils.datetime", SimpleNamespace(now=lambda: NEW_YEAR))
         yield SimpleNamespace(name=name, ours=ours, theirs=theirs, **TEMPLATES[request.param])
 
 
@@ -215,3 +229,33 @@ def test_what_a_template_marks_is_what_transformers_marks(both: Any, monkeypatch
         learned = {place for answer in part.answers for place in answer}
         assert part.ids == found["input_ids"]
         assert [int(place in learned) for place in range(len(part.ids))] == found["assistant_masks"]
+
+
+CONTROL = re.compile(r"<[|\uff5c][^<>]*[|\uff5c]>|<\|?(?:start_of_turn|end_of_turn|turn|end_of_utterance)\|?>")
+SEEING = {"idefics3", "llava_next", "smolvlm"}
+"""Models that read parts of text and images."""
+
+
+def test_the_templates_of_many_models_write_and_mark_what_they_do_in_transformers(tmp_path: Path) -> None:
+    talk = [message for text in ("Hi 5", "And?") for message in ({"role": "user", "content": text}, ANSWER)]
+    refused, names = set(), sorted(path.stem for path in trl_templates().glob("*.jinja"))
+    for name in names:
+        template = trl_template(name)
+        byte_tokenizer(tmp_path, *sorted({*CONTROL.findall(template), "<s>"}))
+        settings = {"eos_token": "<|endoftext|>", "bos_token": "<s>", "chat_template": template}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        theirs, ours = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path), Tokenizer.from_folder(tmp_path)
+        ours.date = NEW_YEAR.date().isoformat()
+        try:
+            parts = Chat(ours).conversations(conversation(talk).messages)
+        except InputError:
+            refused.add(name.removesuffix("_training"))
+            continue
+        marks = "{%- generation" in template or "{% generation" in template
+        found = theirs.apply_chat_template(talk, return_dict=True, return_assistant_tokens_mask=marks)
+        assert parts[-1].ids == found["input_ids"], name
+        learned = {place for answer in parts[-1].answers for place in answer}
+        if marks:
+            assert [int(n in learned) for n in range(len(parts[-1].ids))] == found["assistant_masks"], name
+        assert sum(len(part.answers) for part in parts) == 2, name
+    assert refused == SEEING and len(names) > 60

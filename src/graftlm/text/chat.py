@@ -39,7 +39,8 @@ THINKING = "reasoning_content"
 THINKING_NAMES = (THINKING, "thinking", "reasoning")
 """What data calls it; templates read the first two."""
 BEGIN, END = "\ue002", "\ue003"  # enclose the template's {% generation %} blocks
-PRIVATE = "[\ue000-\ue005]"  # what a message has of these is escaped, as special tokens are
+HERE = "\ue006"  # ends messages where it is asked what the template writes after them
+PRIVATE = "[\ue000-\ue006]"  # what a message has of these is escaped, as special tokens are
 ESCAPED = re.compile("\ue004([0-9a-fA-F]+)\ue005")  # while the template runs
 
 
@@ -109,8 +110,8 @@ class Chat:
 
     @cached_property
     def _turn_end(self) -> str:
-        turn = self._run([("user", "a"), ("assistant", "a")], add_generation_prompt=False, after_content=END)
-        match = any_of(self._tokenizer.added_tokens).search(turn, turn.rfind(END)) if END in turn else None
+        turn = self._run([("user", "a"), ("assistant", "a")], add_generation_prompt=False, after_content=HERE)
+        match = any_of(self._tokenizer.added_tokens).search(turn, turn.rfind(HERE)) if HERE in turn else None
         return match[0] if match else ""
 
     @property
@@ -123,15 +124,10 @@ class Chat:
         text = self._run(messages, add_generation_prompt=False)
         ends = [end for end, message in enumerate(messages, 1) if message[0] == "assistant"]
         if BEGIN in text:
-            text, spans = _marked(text)
-            if len(spans) != len(ends):
-                raise InputError(
-                    f"the model's chat template marks {len(spans)} answers by {{% generation %}}, and the conversation "
-                    f"has {len(ends)}: {self._hint}"
-                )
-            return text, spans, []
-        answers = [self._answer(messages[:end]) for end in ends]
+            return *_marked(text), []
+        answers = [self._answer(messages[:end], messages[end : end + 1]) for end in ends]
         text = answers[-1][0] if ends and ends[-1] == len(messages) else text
+        self._refuse_unwritten(messages, text)
         return text, [(start, stop) for turn, start, stop in answers if text.startswith(turn[:stop])], answers
 
     def _encoded(self, text: str, spans: Sequence[tuple[int, int]]) -> EncodedConversation:
@@ -158,12 +154,15 @@ class Chat:
             if written(whole, self._tools) == written(part, tools):
                 raise InputError(f"the model's chat template does not write {name}: {self._hint}")
 
-    def _answer(self, messages: Sequence[Message]) -> tuple[str, int, int]:
+    def _answer(self, messages: Sequence[Message], following: Sequence[Message]) -> tuple[str, int, int]:
         """A conversation's text up to its last message, an answer, and where the answer begins and ends in it.
 
         A template may end the generation prompt with what it does not write before an answer (DeepSeek-R1's does): then
         the answer begins where the two differ. It may write a prompt differently once it is answered (gpt-oss's leaves
         out the reasoning before a call of a tool): then the text is that of the prompt, with the answer.
+
+        following: the next message, if any. Where no token ends a turn, one that begins the next and ends a text does
+        (GLM's <|user|>).
         """
         turn, prompt = self._run(messages, add_generation_prompt=False), self._prompt(messages[:-1])
         start = common_length(turn, prompt)
@@ -171,8 +170,15 @@ class Chat:
             shared = common_length(prompt, self._run(messages[:-1], add_generation_prompt=False))
             if start < shared:
                 turn, start = prompt + self._after(prompt[shared:], turn, messages), len(prompt)
+        turn += "" if self._turn_end else self._end_after(turn, messages, following)
         end = turn.rfind(self._turn_end, start) if self._turn_end else -1
         return turn, start, end + len(self._turn_end) if end >= 0 else len(turn)
+
+    def _end_after(self, turn: str, messages: Sequence[Message], following: Sequence[Message]) -> str:
+        """The token that begins the turn after an answer, if it ends a text; else nothing."""
+        more = self._run([*messages, *(following or [("user", "a")])], add_generation_prompt=False)
+        match = self._special_re.match(more, len(turn)) if more.startswith(turn) else None
+        return match[0] if match and self._tokenizer.special_tokens[match[0]] in self._tokenizer.stop_tokens else ""
 
     def _after(self, cue: str, turn: str, messages: Sequence[Message]) -> str:
         """What follows the last generation prompt, `cue`, in a conversation's text: its last message, an answer."""
@@ -188,7 +194,16 @@ class Chat:
 
     def _prompt(self, messages: Sequence[Message]) -> str:
         """The text of a prompt, after which the model answers."""
-        return self._run(messages, add_generation_prompt=True).replace(BEGIN, "").replace(END, "")
+        text = self._run(messages, add_generation_prompt=True)
+        self._refuse_unwritten(messages, text)
+        return text.replace(BEGIN, "").replace(END, "")
+
+    def _refuse_unwritten(self, messages: Sequence[Message], text: str) -> None:
+        """Raise InputError if no message is in a conversation's text: some templates read parts of text and images."""
+        if any(self._escaped(message[1]).strip() in text for message in messages):
+            return
+        if HERE not in self._run(messages, after_content=HERE, add_generation_prompt=False):
+            raise InputError(f"the model's chat template does not write messages of text: {self._hint}")
 
     def _ids(self, text: str) -> tuple[list[int], list[int]]:
         """The tokens of a text of the template's, and the places of its special tokens among them."""
@@ -241,14 +256,7 @@ class Chat:
         """Render the template. after_content: ends every message. options: those of `apply_chat_template`."""
         from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
-        dicts = []
-        for role, content, *fields in messages:
-            message = {"role": role, "content": self._escaped(content) + after_content}
-            for name, value in (fields[0] if fields else {}).items():
-                message |= {
-                    other: self._escaped(value) for other in (THINKING_NAMES[:2] if name == THINKING else [name])
-                }
-            dicts.append(message)
+        dicts = [self._dict(message, after_content) for message in messages]
         templates = (self._tokenizer.tool_template if self._tools else None, self._tokenizer.chat_template)
         try:
             return _compiled(next(filter(None, templates), "")).render(
@@ -264,6 +272,14 @@ class Chat:
         except (TemplateError, TypeError, ValueError) as error:
             raise InputError(f"the model's chat template rejects these messages ({error}): {self._hint}") from None
 
+    def _dict(self, message: Message, after_content: str) -> dict[str, Any]:
+        """A message as templates read it."""
+        role, content, *fields = message
+        named = {"role": role, "content": self._escaped(content) + after_content}
+        for name, value in (fields[0] if fields else {}).items():
+            named |= dict.fromkeys(THINKING_NAMES[:2] if name == THINKING else [name], self._escaped(value))
+        return named
+
     def _strftime(self, format: str) -> str:
         """The time now or, where the tokenizer is a run's, its date."""
         date = self._tokenizer.date
@@ -277,10 +293,14 @@ def any_of(names: Iterable[str]) -> re.Pattern[str]:
 
 
 def _marked(text: str) -> tuple[str, list[tuple[int, int]]]:
-    """A text without BEGIN and END, and the spans between them."""
+    """A text without BEGIN and END, and the spans between them, of which adjacent ones are one."""
     pieces = re.split(f"[{BEGIN}{END}]", text)
     ends = [0, *accumulate(map(len, pieces))]
-    return "".join(pieces), list(zip(ends[1::2], ends[2::2], strict=False))
+    spans: list[tuple[int, int]] = []
+    for start, stop in zip(ends[1::2], ends[2::2], strict=False):
+        first = spans.pop()[0] if spans and spans[-1][1] == start else start
+        spans.append((first, stop))
+    return "".join(pieces), spans
 
 
 @lru_cache(maxsize=8)
