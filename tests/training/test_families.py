@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from graftlm.models.config import read_model_config
 from graftlm.studies.cost_report import estimate
 from graftlm.text.collate import encode_rows
 from graftlm.text.dataset import load_dataset
+from graftlm.training import train as train_module
 from graftlm.training import trainer as trainer_module
+from graftlm.training.estimate import Estimate
 from graftlm.training.train import train
 from tiny import data_folder
 
@@ -48,12 +51,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return data_folder(tmp_path_factory.mktemp("families") / "data", train=24, other=6)
 
 
-def config(base: Path, data: Path, out_dir: Path, **changes: Any) -> TrainConfig:
-    roles = load(str(base), device="cpu", dtype="float32").model.config.roles
-    settings: dict[str, Any] = {"rank": 2, "alpha": 8.0, "targets": ",".join(roles), "lr": 2e-2, "template": SHORT}
+def config(plain: ModelBundle, data: Path, out_dir: Path, **changes: Any) -> TrainConfig:
+    targets = ",".join(plain.model.config.roles)
+    settings: dict[str, Any] = {"rank": 2, "alpha": 8.0, "targets": targets, "lr": 2e-2, "template": SHORT}
     settings |= {"max_iters": 3, "eval_every": 2, "batch_size": 8, "dtype": "float32", "device": "cpu"}
     return TrainConfig(
-        init_from=str(base), data=str(data), out_dir=str(out_dir), kernels="off", **{**settings, **changes}
+        init_from=plain.name, data=str(data), out_dir=str(out_dir), kernels="off", **{**settings, **changes}
     )
 
 
@@ -69,24 +72,36 @@ def random_adapter(base: Path, folder: Path) -> ModelBundle:
     return loaded
 
 
+def interrupted_at(step: int, patch: pytest.MonkeyPatch) -> None:
+    """Let Ctrl-C come in this step."""
+    real = trainer_module.Trainer.train_step
+
+    def train_step(self: Any, now: int, batches: Any) -> Any:
+        if now == step:
+            signal.raise_signal(signal.SIGINT)
+        return real(self, now, batches)
+
+    patch.setattr(trainer_module.Trainer, "train_step", train_step)
+
+
 @pytest.mark.parametrize("case", FAMILIES.values(), ids=list(FAMILIES))
-def test_trained_resumed_evaluated_and_served(
+def test_estimated_trained_resumed_evaluated_and_served(
     case: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, whole, parts = base_folder(tmp_path / "base", case), tmp_path / "whole", tmp_path / "parts"
-    results = train(config(base, data, whole))
-    assert results["last"]["step"] == 3
-    real = trainer_module.Trainer.train_step
+    plain = load(str(base), device="cpu", dtype="float32")
+    counted = estimate(EstimateConfig(init_from=str(base), rank=2, batch_size=4), {"rank", "batch_size"})
+    assert counted["total"] - counted["trainable"] == sum(p.numel() for p in plain.model.parameters())
+    planned = train(config(plain, data, whole, plan=True))
+    assert planned["minutes"] > 0 and counted["step"]["activation_bytes"] > 0 and not whole.exists()
 
-    def interrupted(self: Any, step: int, batches: Any) -> Any:
-        if step == 2:
-            signal.raise_signal(signal.SIGINT)
-        return real(self, step, batches)
-
+    plan = Estimate(**{field.name: planned[field.name] for field in fields(Estimate)})
+    monkeypatch.setattr(train_module, "make_plan", lambda *args, **kwargs: plan)  # once is enough
+    assert train(config(plain, data, whole))["last"]["step"] == 3
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match="step 2 is saved in"):
-        patch.setattr(trainer_module.Trainer, "train_step", interrupted)
-        train(config(base, data, parts))
-    train(config(base, data, parts, resume=True))
+        interrupted_at(2, patch)
+        train(config(plain, data, parts))
+    train(config(plain, data, parts, resume=True))
     for file in ("best/adapter_model.safetensors", "last/adapter_model.safetensors"):
         assert (whole / file).read_bytes() == (parts / file).read_bytes()
 
@@ -97,7 +112,6 @@ def test_trained_resumed_evaluated_and_served(
     found = evaluate(loaded.model, loaded.tokenizer, loaded.template, examples, mode="score")
     assert len(found.rows) == len(rows) and {row["predicted"] for row in found.rows} <= {0, 1}
 
-    plain = load(str(base), device="cpu", dtype="float32")
     models: dict[str | None, ModelBundle] = {
         None: plain,
         "run": loaded,
@@ -116,13 +130,3 @@ def test_trained_resumed_evaluated_and_served(
             assert [handle.done.result(60).text for handle in handles] == texts[name]
     finally:
         engine.close()
-
-
-@pytest.mark.parametrize("case", FAMILIES.values(), ids=list(FAMILIES))
-def test_estimated_and_planned(case: str, data: Path, tmp_path: Path) -> None:
-    base = base_folder(tmp_path / "base", case)
-    planned = train(config(base, data, tmp_path / "run", plan=True))
-    counted = estimate(EstimateConfig(init_from=str(base), rank=2, batch_size=4), {"rank", "batch_size"})
-    assert planned["minutes"] > 0 and planned["total"] > 0 and counted["step"]["activation_bytes"] > 0
-    plain = load(str(base), device="cpu", dtype="float32").model
-    assert counted["total"] - counted["trainable"] == sum(p.numel() for p in plain.parameters())
