@@ -3,8 +3,9 @@
 LoRA on all linears for every case of `family_cases.py`; other methods for one case of each layout of a checkpoint.
 """
 
+import copy
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,12 @@ from graftlm.files.formats import load_safetensors, read_json
 from graftlm.methods import DoRA, LoRA, Method, PrefixTuning
 from graftlm.methods.base import mergeable_linears, trainable, trainable_state_dict
 from graftlm.methods.ia3 import IA3
-from graftlm.models import CausalLM, ModelConfig
+from graftlm.models import CausalLM, ModelConfig, clone_with_shared_weights
 from graftlm.models.config import read_model_config, rotary_permutation, stored_linears
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 CPU = torch.device("cpu")
+BaseOf = Callable[[str], "Base"]
 IDS = torch.randint(0, VOCAB, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
@@ -44,11 +46,33 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@dataclass(frozen=True)
+class Base:
+    """A case's model: its folder, and the models read from it, of which each use takes its own."""
+
+    folder: Path
+    ours: CausalLM
+    theirs: nn.Module
+    logits: Tensor
+
+    def fresh(self) -> CausalLM:
+        return clone_with_shared_weights(self.ours)
+
+    def in_transformers(self) -> nn.Module:
+        return copy.deepcopy(self.theirs)
+
+
 @pytest.fixture(scope="module")
-def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a case's model, written when it is first asked for."""
+def base_of(tmp_path_factory: pytest.TempPathFactory) -> BaseOf:
+    """Reads a case's model when it is first asked for."""
     folder = tmp_path_factory.mktemp("families")
-    return cache(lambda name: base_folder(folder / name, name))
+
+    def read(name: str) -> Base:
+        base = base_folder(folder / name, name)
+        theirs = in_transformers(base)
+        return Base(base, load_model(base, CPU, torch.float32), theirs, logits_of(theirs))
+
+    return cache(read)
 
 
 def shape_of(name: str) -> ModelConfig:
@@ -56,11 +80,11 @@ def shape_of(name: str) -> ModelConfig:
 
 
 def layout_of(name: str) -> tuple[Any, ...]:
-    """What adapter folders of a case depend on: fused linears, and heads in another order."""
+    """What adapter folders of a case depend on: fused linears, and heads in another order in some or all layers."""
     config = shape_of(name)
-    fused = {tuple(rows) for i in range(config.num_layers) for rows in stored_linears(config, i).values()}
-    permuted = [rotary_permutation(config, i) is not None for i in range(config.num_layers)]
-    return tuple(sorted(fused)), tuple(permuted)
+    held = {tuple(rows) for i in range(config.num_layers) for rows in stored_linears(config, i).values()}
+    permuted = {rotary_permutation(config, i) is not None for i in range(config.num_layers)}
+    return tuple(sorted(roles for roles in held if len(roles) > 1)), tuple(permuted)
 
 
 def adaptable(config: ModelConfig) -> tuple[str, ...]:
@@ -75,8 +99,9 @@ def modules_of(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     return {name: roles for name, roles in modules.items() if set(roles) <= set(adaptable(config))}
 
 
-LAYOUTS = list({layout_of(name): name for name in reversed(CASES)}.values())
-"""One case, the first, of each layout."""
+PLAIN: tuple[Any, ...] = ((), (False,))
+LAYOUTS = [name for layout, name in {layout_of(name): name for name in reversed(CASES)}.items() if layout != PLAIN]
+"""The first case of each layout but the plain one, which test_peft.py has."""
 
 
 def in_transformers(folder: Path) -> nn.Module:
@@ -104,74 +129,69 @@ def near(got: Tensor, expected: Tensor, plain: Tensor) -> None:
     assert (got - expected).abs().max() <= tolerance
 
 
-def adapted(base: Path, method: Method) -> CausalLM:
-    model = load_model(base, CPU, torch.float32)
+def adapted(base: Base, method: Method) -> CausalLM:
+    model = base.fresh()
     method.install(model, torch.Generator().manual_seed(2))
     randomise(list(trainable(model).values()))
     return model
 
 
-def check_ours_in_peft(base: Path, method: Method, folder: Path) -> None:
+def check_ours_in_peft(base: Base, method: Method, folder: Path) -> None:
     """PEFT loads the folder of a method with the same logits, and it is read back bit for bit, and as a foreign one."""
     model = adapted(base, method)
     folder.mkdir()
-    assert save_adapter(folder, model, method, str(base)) == "peft"
+    assert save_adapter(folder, model, method, str(base.folder)) == "peft"
     state, again = trainable_state_dict(model), read_adapter(folder, model.config, method)
     assert again.keys() == state.keys() and all(torch.equal(again[name], state[name]) for name in state)
-    plain = in_transformers(base)
-    before = logits_of(plain)
-    expected = logits_of(peft.PeftModel.from_pretrained(plain, folder).eval())
-    near(logits_of(model.eval()), expected, before)
+    expected = logits_of(peft.PeftModel.from_pretrained(base.in_transformers(), folder).eval())
+    near(logits_of(model.eval()), expected, base.logits)
     found, state = from_foreign_peft(folder, model.config)
-    fresh = apply_adapter(load_model(base, CPU, torch.float32), found, state, "ours")
-    near(logits_of(fresh), expected, before)
+    fresh = apply_adapter(base.fresh(), found, state, "ours")
+    near(logits_of(fresh), expected, base.logits)
     if isinstance(method, LoRA) and isinstance(found, LoRA):
         assert (found.alpha, found.rank, found.layers) == (method.alpha, method.rank, method.layers)
         if set(found.targets) != set(method.targets):  # DoRA's magnitudes are those of all parts
             assert method.use_dora and set(found.targets) > set(method.targets)
             return
         tensors = load_safetensors(folder / "adapter_model.safetensors")
-        save_adapter(folder, fresh, found, str(base))
+        save_adapter(folder, fresh, found, str(base.folder))
         written = load_safetensors(folder / "adapter_model.safetensors")
         assert written.keys() == tensors.keys() and all(torch.equal(written[key], tensors[key]) for key in tensors)
 
 
-def check_theirs_here(base: Path, config: peft.PeftConfig, folder: Path) -> None:
-    plain = in_transformers(base)
-    before = logits_of(plain)
-    theirs = peft.get_peft_model(plain, config).eval()
+def check_theirs_here(base: Base, config: peft.PeftConfig, folder: Path) -> None:
+    theirs = peft.get_peft_model(base.in_transformers(), config).eval()
     randomise([p for p in theirs.parameters() if p.requires_grad])
     theirs.save_pretrained(folder)
-    model = load_model(base, CPU, torch.float32)
-    method, state = from_foreign_peft(folder, model.config)
-    near(logits_of(apply_adapter(model, method, state, "theirs")), logits_of(theirs), before)
+    method, state = from_foreign_peft(folder, base.ours.config)
+    near(logits_of(apply_adapter(base.fresh(), method, state, "theirs")), logits_of(theirs), base.logits)
 
 
 # Every case -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_peft_reads_lora_of_all_linears(case: str, base_of: Callable[[str], Path], tmp_path: Path) -> None:
+def test_peft_reads_lora_of_all_linears(case: str, base_of: BaseOf, tmp_path: Path) -> None:
     method = LoRA(rank=3, alpha=7.0, targets=adaptable(shape_of(case)), dropout=0.0)
     check_ours_in_peft(base_of(case), method, tmp_path / "ours")
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_lora_of_peft_is_the_same_here(case: str, base_of: Callable[[str], Path], tmp_path: Path) -> None:
+def test_lora_of_peft_is_the_same_here(case: str, base_of: BaseOf, tmp_path: Path) -> None:
     check_theirs_here(base_of(case), theirs("lora", shape_of(case)), tmp_path)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_merged_model_is_the_same_in_transformers(case: str, base_of: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_merged_model_is_the_same_in_transformers(case: str, base_of: BaseOf, tmp_path: Path) -> None:
     base = base_of(case)
     model = adapted(base, LoRA(rank=3, alpha=7.0, targets=adaptable(shape_of(case)), dropout=0.0))
     expected = logits_of(model.train())
     for linear in mergeable_linears(model.eval()):
         linear.merge()
     own = trainable_state_dict(model).keys()
-    save_model(tmp_path, model, {n: p.detach() for n, p in model.named_parameters() if n not in own}, base)
-    near(logits_of(in_transformers(tmp_path)), expected, logits_of(load_model(base, CPU, torch.float32)))
-    ours, theirs = (read_json(folder / "config.json") for folder in (tmp_path, base))
+    save_model(tmp_path, model, {n: p.detach() for n, p in model.named_parameters() if n not in own}, base.folder)
+    near(logits_of(in_transformers(tmp_path)), expected, base.logits)
+    ours, theirs = (read_json(folder / "config.json") for folder in (tmp_path, base.folder))
     assert ours == theirs and read_model_config(ours, "ours") == shape_of(case)
 
 
@@ -202,7 +222,7 @@ METHODS: dict[str, Callable[[ModelConfig], Method]] = {
 
 
 @pytest.mark.parametrize(("name", "case"), with_cases(*METHODS))
-def test_peft_reads_other_methods(name: str, case: str, base_of: Callable[[str], Path], tmp_path: Path) -> None:
+def test_peft_reads_other_methods(name: str, case: str, base_of: BaseOf, tmp_path: Path) -> None:
     method, roles = METHODS[name](shape_of(case)), adaptable(shape_of(case))
     if isinstance(method, LoRA | IA3):
         method = replace(method, targets=tuple(role for role in method.targets if role in roles))
@@ -222,7 +242,5 @@ def theirs(name: str, config: ModelConfig) -> peft.PeftConfig:
 
 
 @pytest.mark.parametrize(("name", "case"), with_cases("dora", "ia3", "prefix"))
-def test_other_methods_of_peft_are_the_same_here(
-    name: str, case: str, base_of: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_other_methods_of_peft_are_the_same_here(name: str, case: str, base_of: BaseOf, tmp_path: Path) -> None:
     check_theirs_here(base_of(case), theirs(name, shape_of(case)), tmp_path)
