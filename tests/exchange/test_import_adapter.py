@@ -138,6 +138,27 @@ def test_an_adapter_of_which_a_part_would_not_be_loaded_is_refused(written: str,
     assert cli.run(["serve", f"--adapters=x={folder}", "--port=0", "--device=cpu"]) == 2
 
 
+@pytest.mark.parametrize("name", ["lora", "adapter"])
+def test_an_adapter_next_to_a_model_is_not_passed_over(
+    name: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers would load both; `graft import` makes a run of them."""
+    both = shutil.copytree(place / "llama", tmp_path / "both")
+    for file in exported(place, "llama", name)[1].glob("*adapter*"):
+        shutil.copy(file, both)
+    for words in (
+        ["generate", "--prompt=a"],
+        ["evaluate", f"--data={place / 'data'}"],
+        ["train", f"--data={place / 'data'}", f"--out_dir={tmp_path / 'none'}"],
+        ["serve", "--port=0"],
+    ):
+        assert cli.run([*words, f"--init_from={both}", "--device=cpu"]) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith(f"graft: {both}: holds an adapter (") and f"graft import {both}" in line
+    import_adapter(config(both, tmp_path / "run", init_from=str(both)))
+    assert (tmp_path / "run" / "best").is_dir() and not (tmp_path / "none").exists()
+
+
 def test_notes_on_an_adapter_that_changes_nothing_or_has_another_tokenizer(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

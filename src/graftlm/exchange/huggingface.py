@@ -288,6 +288,16 @@ def check_source(folder: Path) -> None:
         raise InputError(f"{folder}: is a run folder already; use it with --out_dir {folder}")
 
 
+def check_no_adapter(folder: Path) -> None:
+    """An InputError if an adapter is next to a model's weights: transformers loads both, and we the model alone."""
+    for name in (ADAPTER_CONFIG, OWN_CONFIG):
+        if (folder / name).is_file():
+            raise InputError(
+                f"{folder}: holds an adapter ({name}) next to the model, which would not be loaded: make a run of it "
+                f"with graft import {folder}, or move the adapter's files"
+            )
+
+
 def check_exported_base(folder: Path, sha256: str, name: str) -> None:
     """An InputError if `graft export` wrote the folder, and for another base than `name` with this hash."""
     if (folder / EXPORT_JSON).is_file():

@@ -24,6 +24,7 @@ from graftlm.exchange.huggingface import (
     apply_adapter,
     base_hash,
     check_exported_base,
+    check_no_adapter,
     check_source,
     from_foreign_peft,
     load_model,
@@ -97,6 +98,7 @@ def load(
     compute_dtype, reason = pick_dtype(dtype, target)
     if init_from != "resume":
         folder = model_folder(init_from)
+        check_no_adapter(folder)
         model = load_model(folder, target, compute_dtype)
         return ModelBundle(model, read_tokenizer(folder), init_from, folder, reason)
     run_dir = user_path(out_dir or "graft-run")

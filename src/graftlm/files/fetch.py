@@ -43,7 +43,7 @@ MODEL_FILES = [
     "vocab.bpe",
     "chat_template.jinja",
 ]
-DATA_FILES = [f"*{case}" for suffix in DATA_READERS for case in (suffix, suffix.upper())]
+DATA_FILES = [*(f"*{case}" for suffix in DATA_READERS for case in (suffix, suffix.upper())), DATA_CARD]
 TIMEOUTS = ("connect", "read", "write", "pool")  # of a request in httpx
 SECONDS = 10.0  # to wait for a response; HF_HUB_ETAG_TIMEOUT changes it
 
@@ -90,8 +90,7 @@ def hub_folder(name: str, kind: str, hint: str, only: str | None = None) -> Path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    data = [f"*{suffix}" for name in DATA_READERS for suffix in (name, name.upper())]
-    files = MODEL_FILES if kind == "model" else [*data, DATA_CARD]
+    files = MODEL_FILES if kind == "model" else DATA_FILES
     # The HTTP library differs between versions of huggingface_hub; its errors are what HfHubHTTPError derives from.
     http_error = cast("type[Exception]", HfHubHTTPError.__bases__[0])
     seconds = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or SECONDS)

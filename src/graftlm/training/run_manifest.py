@@ -23,7 +23,7 @@ from torch import Tensor
 from graftlm.config import TrainConfig
 from graftlm.config.flags import MethodFlags
 from graftlm.errors import InputError
-from graftlm.exchange.huggingface import read_adapter
+from graftlm.exchange.huggingface import check_no_adapter, read_adapter
 from graftlm.exchange.load import check_base, read_run, resolve_path
 from graftlm.files.assets import model_folder
 from graftlm.files.atomic import LOCK_NAME, write_json
@@ -244,6 +244,7 @@ def resolve_init(config: TrainConfig, typed: Set[str], resumed: bool) -> InitSou
         run_dir, checkpoint = path.parent, path
     else:
         folder = model_folder(config.init_from)
+        check_no_adapter(folder)
         return InitSource(resolve_path(config.init_from), folder, method_from_flags(config, typed))
     run = read_run(run_dir)
     if not checkpoint.is_dir():
