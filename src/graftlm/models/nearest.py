@@ -14,18 +14,19 @@ NEAREST = {
     "gemma": ("vaultgemma",),
     "gemma2": ("shieldgemma2",),
     "gemma3_text": ("gemma3n", "gemma3n_text", "gemma4", "gemma4_text"),
+    "glm": ("chatglm",),
     "gpt2": ("biogpt", "bloom", "codegen", "ctrl", "gpt_sw3", "imagegpt", "mpt", "xglm"),
     "gpt_neox": ("falcon", "gpt_neox_japanese", "persimmon"),
     "llama": (
-        *("apertus", "arcee", "aquila", "baichuan", "chatglm", "dbrx", "deepseek", "deepseek_v2"),
-        *("deepseek_v3", "exaone", "glm", "helium", "hunyuan_v1_dense", "internlm", "internlm2", "llama4"),
+        *("apertus", "arcee", "aquila", "baichuan", "dbrx", "deepseek", "deepseek_v2"),
+        *("deepseek_v3", "exaone", "helium", "hunyuan_v1_dense", "internlm", "internlm2", "llama4"),
         *("llama4_text", "minicpm", "minicpm3", "nanochat", "nemotron", "yi"),
     ),
     "mistral": ("mistral3", "ministral3", "mixtral"),
     "phi3": ("phi4_multimodal", "phimoe"),
     "qwen2": ("qwen", "qwen2_moe", "qwen2_vl", "qwen2_5_vl"),
     "qwen3": ("qwen3_5", "qwen3_next", "qwen3_vl", "qwen3_vl_moe"),
-    "starcoder2": ("gpt_bigcode", "starcoder"),
+    "starcoder2": ("starcoder",),
 }
 """Supported model type -> others that are near to it, where the name alone does not tell or tells another."""
 
