@@ -1,6 +1,6 @@
-"""What every method must keep, on GPT-2 and Llama shapes (grouped queries, biases), in one table: methods x properties.
+"""What every method must keep, on four families and on other structures of a layer: methods x properties.
 
-In float64 on tiny models, where equality is the claim, and the same in float32 and bfloat16, to their rounding.
+In float64 on tiny models, where equality is the claim, and for the families in float32 and bfloat16, to their rounding.
 """
 
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import tiny
 from graftlm.errors import InputError
 from graftlm.exchange.huggingface import read_adapter, save_adapter
 from graftlm.exchange.load import adapter_on_shared_base
@@ -19,21 +20,37 @@ from graftlm.methods.base import count_parameters, load_trainable_state_dict, tr
 from graftlm.methods.cost_model import parameters
 from graftlm.methods.ia3 import IA3
 from graftlm.models import CausalLM
+from graftlm.models.config import FAMILIES as FAMILY_TABLE
+from graftlm.models.config import LayerConfig, RopeConfig
 from graftlm.text.collate import Example
 from graftlm.training.batches import CollateOptions
 from graftlm.training.objectives.sft import SFT
-from tiny import FAMILIES, model_of
+from tiny import FAMILIES
 
 EXAMPLES: dict[str, Method] = {
     f"{name} {label}".strip(): cls(**fields) for name, cls in METHODS.items() for label, fields in cls.examples.items()
 }
 """Label -> instance, of every method: what its class gives as `examples`."""
-table = pytest.mark.parametrize("kind", FAMILIES)
+STRUCTURES: dict[str, tuple[str, tuple[LayerConfig, ...]]] = {
+    "norms on both sides, a window": (
+        "gemma2",
+        (replace(FAMILY_TABLE["gemma2"].layer, window=4, attention_softcap=5.0), FAMILY_TABLE["gemma2"].layer),
+    ),
+    "fused and rotated in part": ("phi3", (replace(FAMILY_TABLE["phi3"].layer, rope=RopeConfig(dim=4)),)),
+    "parallel after one norm": ("cohere", (replace(FAMILY_TABLE["cohere"].layer, qk_norm="head"),)),
+}
+"""Kind -> family, whose names adapters have, and the settings of layers."""
+KINDS = [*FAMILIES, *STRUCTURES]
+table = pytest.mark.parametrize("kind", KINDS)
 rows = pytest.mark.parametrize("name", EXAMPLES)
 adapters = pytest.mark.parametrize("name", [n for n, method in EXAMPLES.items() if not method.is_full_finetune])
 # How far two ways of computing the same may lie apart, in units of the largest number compared.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05}
-formats = pytest.mark.parametrize("dtype", ROUNDING, ids=lambda dtype: str(dtype).removeprefix("torch."))
+formats = pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [(kind, dtype) for kind in KINDS for dtype in (ROUNDING if kind in FAMILIES else [torch.float64])],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +60,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def model_of(kind: str, dtype: torch.dtype = torch.float64, **sizes: int) -> CausalLM:
+    if kind in FAMILIES:
+        return tiny.model_of(kind, dtype=dtype, **sizes)
+    family, layers = STRUCTURES[kind]
+    return tiny.random_model(replace(tiny.shape_of("llama", **sizes), family=family, layers=layers), 0, 0.2, dtype)
 
 
 def example(prompt: list[int], completion_ids: list[int]) -> Example:
@@ -85,7 +109,6 @@ def near(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
     assert (got - expected).abs().max() <= ROUNDING[dtype] * max(1.0, expected.abs().max().item())
 
 
-@table
 @rows
 @formats
 def test_1_a_fresh_method_changes_nothing(name: str, kind: str, dtype: torch.dtype) -> None:
@@ -99,7 +122,6 @@ def test_1_a_fresh_method_changes_nothing(name: str, kind: str, dtype: torch.dty
     near(logits(model.eval()), expected, dtype)
 
 
-@table
 @rows
 @formats
 @pytest.mark.parametrize("evaluate_first", [False, True])
@@ -133,7 +155,6 @@ def test_2_the_gradient_of_a_key_bias_is_zero(name: str) -> None:
         assert (g.norm().item() < 1e-9 * norm) == n.endswith("attn.k.bias")
 
 
-@table
 @adapters
 @formats
 def test_3_save_and_load_is_exact(name: str, kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -200,7 +221,6 @@ def test_3_loading_is_strict(name: str, kind: str) -> None:
         )
 
 
-@table
 @adapters
 @formats
 def test_4_merged_equals_unmerged_and_unmerging_is_exact(name: str, kind: str, dtype: torch.dtype) -> None:
@@ -225,7 +245,6 @@ def test_5_the_count_is_the_closed_form(name: str, kind: str) -> None:
     assert total == sum(p.numel() for p in model_of(kind).parameters()) + new
 
 
-@table
 @rows
 @formats
 def test_7_batching_padding_and_sharing_change_rounding_only(name: str, kind: str, dtype: torch.dtype) -> None:
