@@ -338,6 +338,7 @@ def test_an_estimate_counts_the_reference_and_the_mismatched_pairs(assets: Path,
         ({"objective": "dpo"}, "--objective dpo: .* holds records for --objective kto; dpo needs preference pairs"),
         ({"label_smoothing": 0.1}, "--label_smoothing 0.1: --objective kto takes no --label_smoothing.*use dpo"),
         ({"loss_on": "all"}, "--loss_on all: --objective kto takes no --loss_on: leave it out, or use sft"),
+        ({"batch_size": 1}, "--batch_size 1: --objective kto compares the examples of a batch: give at least 2"),
         ({"desirable_weight": -1.0}, "--desirable_weight -1.0: must be 0 or more"),
     ],
 )
@@ -345,6 +346,17 @@ def test_what_does_not_fit_is_refused(assets: Path, tmp_path: Path, changes: dic
     with pytest.raises(InputError, match=words):
         train(config(assets, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_a_split_of_one_kind_of_answers_is_noted(good: bool, assets: Path, tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({**row, "label": good}) + "\n" for row in rows(12)))
+    for data, count in ((str(tmp_path / "data.jsonl"), 2), (None, 0)):  # of both splits
+        changes = {"data": data, "val_data": ""} if data else {}
+        notes = prepare(config(assets, tmp_path / "run", **changes)).notes
+        kind = "desirable" if good else "undesirable"
+        found = [note for note in notes if note.endswith(f" is {kind}: KTO learns from both")]
+        assert len(found) == count
 
 
 def test_every_label_is_checked(assets: Path, tmp_path: Path) -> None:

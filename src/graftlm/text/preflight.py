@@ -49,6 +49,8 @@ def preflight(
         labels = Counter(example.label for example in examples)
         if len(labels) == 1 and len(examples) > 1 and examples[0].label is not None:
             notes.append(f"every example in {split} is labelled {template.labels[examples[0].label]!r}")
+        if (mark := examples[0].desirable) is not None and all(example.desirable is mark for example in examples):
+            notes.append(f"every example in {split} is {'desirable' if mark else 'undesirable'}: KTO learns from both")
     if "\\n" in template.text:
         notes.append("the template has a backslash and an n, not a line break: in a shell, write $'…\\n…'")
     first = next((example for examples in splits.values() for example in examples), None)

@@ -41,6 +41,8 @@ class Objective(ABC):
     """The data it trains on, for errors: "preference pairs (fields prompt, chosen, rejected)"."""
     lr_multiplier: ClassVar[float] = 1.0
     """Factor on the method's default learning rate."""
+    min_batch_size: ClassVar[int] = 1
+    """The smallest --batch_size that its loss is defined for."""
     caches_activations: ClassVar[bool] = False
     """Whether its batches can use cached hidden states of frozen lower layers."""
 
@@ -186,4 +188,9 @@ def make_objective(config: TrainConfig, explicit: Set[str] = frozenset()) -> Obj
             raise InputError(
                 f"--{flag} {value}: --objective {config.objective} takes no --{flag}: leave it out, or use {users}"
             )
+    if config.batch_size < kind.min_batch_size:
+        raise InputError(
+            f"--batch_size {config.batch_size}: --objective {config.objective} compares the examples of a batch: give "
+            f"at least {kind.min_batch_size}"
+        )
     return kind(**{flag: value for flag in own if (value := getattr(config, flag)) is not None})

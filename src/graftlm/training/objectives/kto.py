@@ -8,9 +8,9 @@ With an answer's log-ratio h = log pi(y | x) - log ref(y | x), a sum over its to
 
 z estimates KL(pi || ref) from mismatched pairs, as TRL does: each prompt with the completion of the example before it
 in the batch, the first with the last one's. The batch has --batch_size examples: all micro-batches and all ranks, but
-not --grad_accum's other batches; at validation it is the whole split. It should have at least two examples. A
-completion that does not fit after another's prompt is truncated. z is computed without dropout, in two forward passes:
-one with the present weights and one with the initial ones.
+not --grad_accum's other batches; at validation it is the whole split. It has at least two examples, unless one is left
+at the end of an epoch. A completion that does not fit after another's prompt is truncated. z is computed without
+dropout, in two forward passes: one with the present weights and one with the initial ones.
 """
 
 import math
@@ -42,6 +42,7 @@ class KTO(ReferenceObjective):
     records: ClassVar = (Unpaired,)
     needs: ClassVar[str] = "files with the fields prompt, completion and label (true: desirable, false: undesirable)"
     answers: ClassVar[int] = 1
+    min_batch_size: ClassVar[int] = 2  # a prompt needs another example's completion
 
     @property
     def needs_initial(self) -> bool:
