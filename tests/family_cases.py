@@ -59,6 +59,10 @@ MOE = {
     "moe_intermediate_size": 12,
 }
 
+MULTIPLIERS = {"embedding_multiplier": 3.0, "logits_scaling": 0.5, "residual_multiplier": 0.6}
+HYBRID = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+OLMO_3 = {"full_attention": {**YARN, "rope_theta": 500.0}, "sliding_attention": theta(500.0)}
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere": ("Cohere", {"attention_bias": True, "logit_scale": 0.3}),
     "cohere2": (
@@ -74,6 +78,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "ernie4_5": ("Ernie4_5", {"tie_word_embeddings": True}),
     "ernie4_5 biased": ("Ernie4_5", {"use_bias": True, "rope_parameters": YARN}),
+    "exaone4": ("Exaone4", {**WINDOW_ONLY, "sliding_window_pattern": 2, "rope_parameters": LLAMA_3}),
+    "exaone4 full": (
+        "Exaone4",
+        {"sliding_window": None, "layer_types": ["full_attention"] * 4, "tie_word_embeddings": True},
+    ),
     "gemma": ("Gemma", {"attention_bias": True}),
     "gemma2": ("Gemma2", {**WINDOW_ONLY, **CAPS, "query_pre_attn_scalar": 11, "tie_word_embeddings": True}),
     "gemma2 uncapped": (
@@ -107,6 +116,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gptj": ("GPTJ", {"hidden_size": 32, "rotary_dim": 4, "n_inner": 40}),
     "gptj all rotate": ("GPTJ", {"rotary_dim": 6}),
+    "granite": ("Granite", {**MULTIPLIERS, "attention_multiplier": 0.2, "tie_word_embeddings": True}),
+    "granite biased": ("Granite", {"attention_bias": True, "mlp_bias": True}),
     "lfm2": (
         "Lfm2",
         {
@@ -122,10 +133,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "llama": ("Llama", {"num_attention_heads": 3, "num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True}),
-    "llama linear": ("Llama", {"hidden_size": 32, "rope_parameters": theta(rope_type="linear", factor=2.0)}),
     "llama 3": ("Llama", {"hidden_size": 32, "rope_parameters": LLAMA_3, "tie_word_embeddings": True}),
+    "internlm3": (
+        "InternLM3",
+        {"qkv_bias": True, "bias": True, "rope_parameters": theta(500.0, rope_type="dynamic", factor=6.0)},
+    ),
+    "llama linear": ("Llama", {"hidden_size": 32, "rope_parameters": theta(rope_type="linear", factor=2.0)}),
+    "ministral": ("Ministral", {**WINDOW_ONLY, "layer_types": HYBRID}),
     "mistral": ("Mistral", {"sliding_window": WINDOW}),
     "mistral yarn": ("Mistral", {"sliding_window": None, "rope_parameters": YARN}),
+    "olmo2": ("Olmo2", {"attention_bias": True}),
+    "olmo3": ("Olmo3", {**WINDOW_ONLY, "rope_parameters": OLMO_3}),
+    "olmo3 hybrid": ("Olmo3", {**WINDOW_ONLY, "layer_types": HYBRID, "tie_word_embeddings": True}),
     "opt": ("OPT", {"ffn_dim": 40, "tie_word_embeddings": True}),
     "opt without biases": ("OPT", {"ffn_dim": 40, "enable_bias": False, "activation_function": "gelu"}),
     "phi": ("Phi", {"partial_rotary_factor": 0.75}),
@@ -148,6 +167,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3",
         {"rope_parameters": YARN | {"attention_factor": 0.9, "beta_fast": 16.0, "truncate": False}},
     ),
+    "seed_oss": ("SeedOss", {}),
+    "seed_oss biased": ("SeedOss", {"attention_bias": False, "attention_out_bias": True, "mlp_bias": True}),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1, 1], "tie_word_embeddings": True}),
+    "smollm3 windows": (
+        "SmolLM3",
+        {**WINDOWS, "no_rope_layer_interval": 2, "attention_bias": True, "mlp_bias": True, "rope_parameters": YARN},
+    ),
     "stablelm": ("StableLm", {"hidden_size": 32, "use_qkv_bias": True, "partial_rotary_factor": 0.5}),
     "stablelm parallel": ("StableLm", {"hidden_size": 32, "use_parallel_residual": True, "tie_word_embeddings": True}),
     "starcoder2": ("Starcoder2", {"sliding_window": WINDOW, "tie_word_embeddings": True}),
@@ -169,8 +195,7 @@ def config_of(name: str) -> transformers.PretrainedConfig:
 def reference(name: str, dtype: torch.dtype) -> nn.Module:
     """The case's model of transformers with random weights; large ones, so that every setting shows."""
     torch.manual_seed(0)
-    kind, _ = CASES[name]
-    model: nn.Module = getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config_of(name)).eval()
+    model: nn.Module = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config_of(name))](config_of(name)).eval()
     for parameter, p in model.named_parameters():
         if "norm" in parameter or parameter.endswith("bias"):
             nn.init.normal_(p, std=0.3)

@@ -85,7 +85,8 @@ def test_logits_and_gradients_equal_transformers(case: str) -> None:
         for name, mapping in tensor_mapping(model.config).items():
             grad, want = model.get_parameter(name).grad, stored[mapping.name]
             assert grad is not None
-            torch.testing.assert_close(grad, mapping.read(want), rtol=1e-9, atol=1e-9 * want.abs().max().item())
+            scale = max(want.abs().max().item(), 1e-3)  # biases of k without a rotation have no gradient
+            torch.testing.assert_close(grad, mapping.read(want), rtol=1e-9, atol=1e-9 * scale)
 
 
 def test_float32_logits_equal_transformers_as_it_is(case: str) -> None:

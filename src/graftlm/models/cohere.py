@@ -11,7 +11,7 @@ from graftlm.models.config import LayerConfig, ModelConfig
 from graftlm.models.llama import FAMILY as LLAMA
 from graftlm.models.llama import read_sizes
 from graftlm.models.rope import RopeConfig, read_rope
-from graftlm.models.settings import Settings
+from graftlm.models.settings import Settings, every_nth_full
 
 
 def read(config: Mapping[str, Any], where: str) -> ModelConfig:
@@ -42,9 +42,10 @@ def _with_windows(layer: LayerConfig, settings: Settings) -> tuple[LayerConfig, 
     settings.require(head_dim=(settings.size("hidden_size") // settings.size("num_attention_heads"),))
     settings.size("sliding_window")
     every, count = settings.size("sliding_window_pattern"), settings.size("num_hidden_layers")
-    kinds = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(count)]
     full, sliding = replace(layer, rope=None), replace(layer, window=settings.window())
-    return tuple(full if kind == "full_attention" else sliding for kind in settings.layer_types(kinds))
+    return tuple(
+        full if kind == "full_attention" else sliding for kind in settings.layer_types(every_nth_full(every, count))
+    )
 
 
 FAMILY = replace(

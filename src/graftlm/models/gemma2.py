@@ -13,7 +13,7 @@ from graftlm.models.gemma import read_gemma_sizes
 from graftlm.models.llama import FAMILY as LLAMA
 from graftlm.models.llama import QK_NORMS
 from graftlm.models.rope import read_rope, read_ropes
-from graftlm.models.settings import Settings
+from graftlm.models.settings import Settings, every_nth_full
 
 
 def read(config: Mapping[str, Any], where: str) -> ModelConfig:
@@ -42,11 +42,6 @@ def read(config: Mapping[str, Any], where: str) -> ModelConfig:
         layers=tuple(replace(layer, rope=ropes[kind], window=windows[kind]) for kind in kinds),
         logits_softcap=settings.number_or_none("final_logit_softcapping", None if third else 30.0),
     )
-
-
-def every_nth_full(n: int, count: int) -> list[str]:
-    """The kinds of `count` layers: every n-th without a window."""
-    return ["full_attention" if (i + 1) % n == 0 else "sliding_attention" for i in range(count)]
 
 
 FAMILY = replace(

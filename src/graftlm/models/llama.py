@@ -1,4 +1,4 @@
-"""The Llama family (Touvron et al. 2023; SmolLM2, Mistral, Qwen2): rotary positions, RMS norm, gated SiLU."""
+"""The Llama family (Touvron et al. 2023; SmolLM2, Mistral, Qwen2, …): rotary positions, RMS norm, gated SiLU."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -9,26 +9,46 @@ from graftlm.models.config import ROLES, LayerConfig, ModelConfig, ModelFamily
 from graftlm.models.rope import read_rope
 from graftlm.models.settings import Settings, common_sizes
 
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "internlm3": {"kv_heads": 2, "head_dim": 128, "eps": ("rms_norm_eps", 1e-5)},
+    "ministral": {"kv_heads": 8},
+    "mistral": {"kv_heads": 8},
+    "qwen2": {"kv_heads": 32},
+    "seed_oss": {"kv_heads": 8, "head_dim": 128},
+}
+"""Model type -> defaults of its sizes, where they are not Llama's."""
+
 
 def read(config: Mapping[str, Any], where: str) -> ModelConfig:
-    """The model that the config.json of a Llama, Mistral or Qwen2 describes."""
+    """The model that the config.json of one of `FAMILY.model_types` describes."""
     settings, kind = Settings(config, where), config["model_type"]
-    sizes = read_sizes(settings, kv_heads={"mistral": 8, "qwen2": 32}.get(kind))
-    if kind == "llama" and sizes["hidden_size"] % sizes["num_heads"]:
+    sizes = read_sizes(settings, **DEFAULTS.get(kind, {}))
+    if kind in ("llama", "internlm3") and sizes["hidden_size"] % sizes["num_heads"]:
         raise InputError(f"{where}: hidden_size {sizes['hidden_size']} is not divided by {sizes['num_heads']} heads")
     layer = LayerConfig(
         rope=read_rope(settings, sizes["head_dim"]), activation=settings.activation("hidden_act", "silu")
     )
-    windows = {"mistral": _mistral_windows, "qwen2": qwen2_windows}[kind](settings) if kind != "llama" else [None]
-    own_biases = [kind == "llama" and settings.flag(key, False) for key in ("attention_bias", "mlp_bias")]
-    return ModelConfig(
-        family="llama",
-        **sizes,
-        layers=with_windows(layer, windows),
-        qkv_bias=kind == "qwen2" or own_biases[0],
-        out_bias=own_biases[0],
-        mlp_bias=own_biases[1],
-    )
+    read_windows = {"mistral": _mistral_windows, "ministral": _ministral_windows, "qwen2": qwen2_windows}.get(kind)
+    layers = with_windows(layer, read_windows(settings) if read_windows else [None])
+    return ModelConfig(family="llama", **sizes, layers=layers, **_biases(settings, kind))
+
+
+def _biases(settings: Settings, kind: str) -> dict[str, bool]:
+    """Which linears of a model type have biases."""
+    if kind in ("mistral", "ministral"):
+        return {}
+    if kind == "qwen2":
+        return {"qkv_bias": True}
+    qkv, mlp = settings.flag("attention_bias", kind == "seed_oss"), settings.flag("mlp_bias", False)
+    if kind == "internlm3":  # its own files have other names
+        qkv, mlp = settings.flag("qkv_bias", qkv), settings.flag("bias", mlp)
+        settings.require(attention_bias=(qkv,), mlp_bias=(mlp,))
+        if qkv != mlp:
+            raise InputError(
+                f"{settings.where}: qkv_bias = {qkv} and bias = {mlp} is not understood; they must be equal"
+            )
+    out = settings.flag("attention_out_bias", False) if kind == "seed_oss" else qkv
+    return {"qkv_bias": qkv, "out_bias": out, "mlp_bias": mlp}
 
 
 def read_sizes(
@@ -70,6 +90,14 @@ def _mistral_windows(settings: Settings) -> list[int | None]:
     return [settings.window(4096)]
 
 
+def _ministral_windows(settings: Settings) -> list[int | None]:
+    """In all layers, or in those of layer_types."""
+    window, count = settings.window(4096), settings.size("num_hidden_layers")
+    return [
+        window if kind == "sliding_attention" else None for kind in settings.layer_types(["sliding_attention"] * count)
+    ]
+
+
 def qwen2_windows(settings: Settings) -> list[int | None]:
     """The window of each layer: only where `use_sliding_window` says so, from layer `max_window_layers` on."""
     first, window = settings.values.get("max_window_layers", 28), settings.window(4096)
@@ -85,21 +113,22 @@ def qwen2_windows(settings: Settings) -> list[int | None]:
 def _with_biases(config: Mapping[str, Any], base: ModelConfig, changed: ModelConfig) -> dict[str, Any]:
     """A config.json with the biases of `changed`: the inverse of `read`.
 
-    Mistral's and Qwen2's configurations cannot say that every linear has a bias; Llama's can, and is otherwise the same
-    model. The settings it lacks are those that `read` accepts only where they change nothing.
+    Most other configurations cannot say that every linear has a bias; Llama's can, and is otherwise the same model. The
+    settings it lacks are those that `read` accepts only where they change nothing.
     """
     same = replace(base, qkv_bias=changed.qkv_bias, out_bias=changed.out_bias, mlp_bias=changed.mlp_bias)
     assert changed == same and changed.qkv_bias == changed.out_bias
     if any(layer.window for layer in base.layers):
         raise InputError("no config.json describes added biases and a sliding window: train without --add_biases")
     not_llamas = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
+    not_llamas |= {"qkv_bias", "bias", "attention_out_bias"}
     return {
         **{key: value for key, value in config.items() if key not in not_llamas},
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": changed.qkv_bias,
         "mlp_bias": changed.mlp_bias,
-        # The three model types have different defaults for these.
+        # The model types have different defaults for these.
         "num_key_value_heads": changed.num_kv_heads,
         "head_dim": changed.head_dim,
         "rms_norm_eps": changed.norm_eps,
@@ -109,7 +138,7 @@ def _with_biases(config: Mapping[str, Any], base: ModelConfig, changed: ModelCon
 
 FAMILY = ModelFamily(
     name="llama",
-    model_types=("llama", "mistral", "qwen2"),
+    model_types=("llama", "internlm3", "ministral", "mistral", "qwen2", "seed_oss"),
     read=read,
     layer=LayerConfig(),
     embed="model.embed_tokens",

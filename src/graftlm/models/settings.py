@@ -106,6 +106,11 @@ class Settings:
         return kinds
 
 
+def every_nth_full(n: int, count: int) -> list[str]:
+    """The kinds of `count` layers: every n-th without a window."""
+    return ["full_attention" if (i + 1) % n == 0 else "sliding_attention" for i in range(count)]
+
+
 def refuse_quantized(config: Mapping[str, Any], where: str) -> None:
     """InputError for a model whose weights are stored in a quantised format."""
     if found := config.get("quantization_config") or config.get("compression_config"):
