@@ -105,6 +105,7 @@ CHATS = {
     # template -> how many of 20 conversations end with what stops no text, and with what
     "<{r}>{c}<|endoftext|>": (0, ""),
     "{r}: {c}\n": (20, r"\n"),  # no token ends a turn
+    "<{r}>{generation}{c}<|endoftext|>\n{endgeneration}": (0, ""),  # LFM2.5's
     "<{r}>{generation}{c}{endgeneration}<|endoftext|>": (20, "!"),  # left out of what is learned
 }
 

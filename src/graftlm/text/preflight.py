@@ -102,7 +102,8 @@ def conversation_notes(
                 "model's chat template writes an answer differently once another turn follows"
             )
         stops = Chat(tokenizer).stop_tokens
-        if endless := [example for example in some if example.completion_ids[-1] not in stops]:
+        # some templates mark the line break after the end of a turn too
+        if endless := [example for example in some if stops.isdisjoint(example.completion_ids[-2:])]:
             end = tokenizer.token(endless[0].completion_ids[-1])
             notes.append(
                 f"{len(endless)} of {len(some)} conversations in {split} end with {end!r}, which stops no text: the "
