@@ -132,6 +132,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             **{"block_auto_adjust_ff_dim": False},
         },
     ),
+    "helium": ("Helium", {"head_dim": 6, "tie_word_embeddings": True}),
+    "helium biased": ("Helium", {"head_dim": 6, "attention_bias": True, "mlp_bias": True}),
     "llama": ("Llama", {"num_attention_heads": 3, "num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True}),
     "llama 3": ("Llama", {"hidden_size": 32, "rope_parameters": LLAMA_3, "tie_word_embeddings": True}),
     "internlm3": (

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from family_cases import CASES, VOCAB, config_of, reference, stored_tensors
+from graftlm import models
 from graftlm.errors import InputError
 from graftlm.files.formats import open_safetensors, save_safetensors
 from graftlm.methods.cost_model import parameters
@@ -176,6 +177,19 @@ def test_greedy_generation_with_the_cache_equals_recomputation(case: str) -> Non
             torch.testing.assert_close(logits[:, -1], model(ids)[:, -1], rtol=0, atol=1e-9)
             new = logits[:, -1:].argmax(-1)
             ids = torch.cat([ids, new], dim=1)
+
+
+def test_a_family_is_one_file_and_one_line() -> None:
+    source = Path(models.__file__).parents[1]
+    lines = [
+        (str(path.relative_to(source)), line.strip())
+        for path in source.rglob("*.py")
+        for line in path.read_text("utf-8").splitlines()
+        if "helium" in line.lower()
+    ]
+    assert [line for line in lines if line[0] != "models/helium.py"] == [("models/__init__.py", '"helium",')]
+    shown = (source.parents[1] / "docs" / "extending.md").read_text("utf-8")
+    assert (source / "models" / "helium.py").read_text("utf-8").partition("\n\n\n")[2].strip() in shown
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [

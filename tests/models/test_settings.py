@@ -83,7 +83,7 @@ SIZES: dict[str, Any] = {
     **{"intermediate_size": 24, "max_position_embeddings": CONTEXT, "vocab_size": 40},
     **{"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None},
 }
-LARGE = {"num_hidden_layers": 8, "num_attention_heads": 64, "hidden_size": 512, "max_position_embeddings": 8192}
+LARGE = {"num_hidden_layers": 8, "num_attention_heads": 320, "hidden_size": 40960, "max_position_embeddings": 8192}
 """Sizes that every default of the others fits."""
 FILES: dict[str, dict[str, Any]] = {  # config.json of families that have no shape in `tiny.py`, as in their old files
     "exaone4": {"rope_theta": 800.0, "sliding_window": WINDOW, "sliding_window_pattern": 2},
@@ -105,6 +105,7 @@ FILES: dict[str, dict[str, Any]] = {  # config.json of families that have no sha
     "ernie4_5": {"head_dim": 8, "rope_theta": 800.0, "use_bias": True},
     "glm": {"head_dim": 8, "rope_theta": 800.0},
     "glm4": {"head_dim": 8, "rope_theta": 800.0, "partial_rotary_factor": 0.25, "attention_bias": False},
+    "helium": {"head_dim": 8, "rope_theta": 800.0, "mlp_bias": True},
     "phi": {"partial_rotary_factor": 0.75, "rope_theta": 800.0, "rope_scaling": None, "qk_layernorm": False},
     "gemma": {"head_dim": 8},
     "gemma2": {"head_dim": 8, "sliding_window": WINDOW},

@@ -22,6 +22,7 @@ FAMILY_FILES = (
     "gptj",
     "granite",
     "lfm2",
+    "helium",
     "llama",
     "neox",
     "olmo2",

@@ -19,7 +19,7 @@ NEAREST = {
     "gpt_neox": ("falcon", "gpt_neox_japanese", "persimmon"),
     "llama": (
         *("apertus", "arcee", "aquila", "baichuan", "dbrx", "deepseek", "deepseek_v2"),
-        *("deepseek_v3", "exaone", "helium", "hunyuan_v1_dense", "internlm", "internlm2", "llama4"),
+        *("deepseek_v3", "exaone", "hunyuan_v1_dense", "internlm", "internlm2", "llama4"),
         *("llama4_text", "minicpm", "minicpm3", "nanochat", "nemotron", "yi"),
     ),
     "ministral": ("ministral3",),
