@@ -111,6 +111,8 @@ def read_config(file: GGUFFile) -> Config:
     """
     kind = _architecture(file)
     width, heads = int(file.require(".embedding_length")), int(file.require(".attention.head_count"))
+    if (layers := int(file.require(".block_count"))) > len(file.tensors):
+        raise InputError(f"{file.path}: holds {len(file.tensors)} tensors for {layers} layers: fetch it again")
     head_dim = int(file.get(".attention.key_length", width // max(heads, 1)))
     if file.get(".attention.value_length", head_dim) != head_dim:
         raise InputError(f"{file.path}: keys and values of different widths are not supported: {HINT}")
@@ -120,7 +122,7 @@ def read_config(file: GGUFFile) -> Config:
         "vocab_size": file.length("tokenizer.ggml.tokens"),
         "hidden_size": width,
         "intermediate_size": int(file.require(".feed_forward_length")),
-        "num_hidden_layers": int(file.require(".block_count")),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": int(file.get(".attention.head_count_kv", heads)),
         "head_dim": head_dim,
