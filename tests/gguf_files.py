@@ -40,10 +40,17 @@ ARCHITECTURES = {
     "gpt2": MODEL_ARCH.GPT2,
     "gpt_bigcode": MODEL_ARCH.STARCODER,
     "gpt_neox": MODEL_ARCH.GPTNEOX,
+    "granite": MODEL_ARCH.GRANITE,
+    "smollm3": MODEL_ARCH.SMOLLM3,
+    "olmo2": MODEL_ARCH.OLMO2,
+    "olmo3": MODEL_ARCH.OLMO2,
+    "exaone4": MODEL_ARCH.EXAONE4,
+    "lfm2": MODEL_ARCH.LFM2,
 }
 BYTE, LOOKS_SPECIAL = re.compile("<0x[0-9A-F]{2}>"), re.compile(r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<unused.*>")
 LLAMA_31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA_31 |= {"original_max_position_embeddings": 8192, "rope_theta": 500000.0}
+LONG = {"max_position_embeddings": 131072}
 LONGROPE = {
     "rope_parameters": theta(
         rope_type="longrope",
@@ -55,6 +62,9 @@ LONGROPE = {
     **{"max_position_embeddings": 256, "original_max_position_embeddings": 64},
 }
 
+PERMUTED = ("llama", "granite", "smollm3")
+"""Subclasses of llama.cpp's `LlamaModel`."""
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"num_attention_heads": 3, "num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True}),
     "llama tied": ("Llama", {"tie_word_embeddings": True}),
@@ -63,12 +73,40 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Llama",
         {"rope_parameters": theta(5e5, rope_type="yarn", factor=4.0, original_max_position_embeddings=16)},
     ),
-    "llama 3.1": ("Llama", {"rope_parameters": LLAMA_31, "max_position_embeddings": 131072}),
+    "llama 3.1": ("Llama", {"rope_parameters": LLAMA_31, **LONG}),
     "qwen2": ("Qwen2", {"hidden_size": 32, "rope_parameters": theta(1e6)}),
     "qwen3": ("Qwen3", {"tie_word_embeddings": True}),
     "qwen3 biased": ("Qwen3", {"attention_bias": True}),
     "phi3": ("Phi3", {"hidden_size": 32, "rope_parameters": theta(partial_rotary_factor=0.75), "sliding_window": 5}),
     "phi3 long": ("Phi3", {"hidden_size": 32, **LONGROPE}),
+    "granite": (
+        "Granite",
+        {
+            **{"hidden_size": 32, "attention_multiplier": 0.2, "embedding_multiplier": 3.0, "logits_scaling": 2.0},
+            **{"residual_multiplier": 0.3, "tie_word_embeddings": True},
+        },
+    ),
+    "smollm3": ("SmolLM3", {"hidden_size": 32, "num_hidden_layers": 5, "tie_word_embeddings": True}),
+    "olmo2": ("Olmo2", {}),
+    "olmo3": (
+        "Olmo3",
+        {
+            **{"sliding_window": 5, "num_hidden_layers": 5},
+            "rope_parameters": {
+                "sliding_attention": theta(5e5),
+                "full_attention": theta(5e5, rope_type="yarn", factor=4.0, original_max_position_embeddings=16),
+            },
+        },
+    ),
+    "exaone4": ("Exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 4}),
+    "exaone4 windows": ("Exaone4", {"sliding_window": 5, "rope_parameters": LLAMA_31, **LONG}),
+    "lfm2": (
+        "Lfm2",
+        {
+            **{"tie_word_embeddings": True, "full_attn_idxs": [1, 3], "conv_L_cache": 3, "norm_eps": 1e-5},
+            **{"block_auto_adjust_ff_dim": False, "hidden_size": 32, "layer_types": None},
+        },
+    ),
     "starcoder2": ("Starcoder2", {"hidden_size": 32, "tie_word_embeddings": True, "sliding_window": None}),
     "stablelm": ("StableLm", {"hidden_size": 32, "use_qkv_bias": True, "partial_rotary_factor": 0.5}),
     "stablelm parallel": ("StableLm", {"hidden_size": 32, "use_parallel_residual": True}),
@@ -146,7 +184,7 @@ def write_gguf(
     for name, values in [*tensors.items(), *extra_tensors(config)]:
         stored = names.get_name(name, try_suffixes=(".weight", ".bias")) or name
         values = np.ascontiguousarray(converted(config, name, values))
-        kind = quantised if values.ndim == 2 else GGMLQuantizationType.F32
+        kind = quantised if values.ndim == 2 and "conv.conv" not in name else GGMLQuantizationType.F32
         writer.add_tensor(stored, gguf.quantize(values, kind), raw_dtype=kind)
     if change is not None:
         change(writer)
@@ -210,14 +248,19 @@ def add_settings(writer: GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
+    if kind == "lfm2":
+        is_conv = [layer == "conv" for layer in config["layer_types"]]
+        config["num_key_value_heads"] = [0 if conv else config["num_key_value_heads"] for conv in is_conv]
+        writer.add_shortconv_l_cache(config["conv_L_cache"])
+        writer.add_layer_norm_rms_eps(config["norm_eps"])
     if kind == "gpt_bigcode" or config["num_key_value_heads"]:
         writer.add_head_count_kv(config["num_key_value_heads"] or 1)
     eps = [config[key] for key in ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon") if key in config]
     if eps:
         writer.add_layer_norm_eps(eps[0])
-    elif "rms_norm_eps" in config:
+    elif kind != "lfm2" and "rms_norm_eps" in config:
         writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    if config.get("head_dim"):
+    if config.get("head_dim") and kind not in ("granite", "lfm2"):
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
     if kind not in ("gpt2", "gpt_bigcode", "gpt_neox", "stablelm", "phi"):
@@ -238,7 +281,15 @@ def add_settings(writer: GGUFWriter, config: dict[str, Any]) -> None:
         writer.add_rope_scaling_factor(rope["factor"])
     if rope["rope_type"] == "yarn":
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-    if kind == "llama":
+    if kind in ("olmo3", "exaone4") and config["sliding_window"]:
+        writer.add_sliding_window(config["sliding_window"])
+        writer.add_sliding_window_pattern([layer == "sliding_attention" for layer in config["layer_types"]])
+    if kind == "granite":
+        writer.add_attention_scale(config["attention_multiplier"])
+        writer.add_embedding_scale(config["embedding_multiplier"])
+        writer.add_residual_scale(config["residual_multiplier"])
+        writer.add_logit_scale(config["logits_scaling"])
+    if kind in PERMUTED:
         writer.add_vocab_size(config["vocab_size"])
         writer.add_rope_dimension_count(head_dim)
     if kind == "phi3":
@@ -259,10 +310,12 @@ def add_settings(writer: GGUFWriter, config: dict[str, Any]) -> None:
 def converted(config: dict[str, Any], name: str, values: np.ndarray) -> np.ndarray:
     """What `modify_tensors` makes of a tensor."""
     kind = config["model_type"]
-    if kind == "llama" and name.endswith(("q_proj.weight", "q_proj.bias")):
+    if kind in PERMUTED and name.endswith(("q_proj.weight", "q_proj.bias")):
         return permuted(values, config["num_attention_heads"])
-    if kind == "llama" and name.endswith(("k_proj.weight", "k_proj.bias")):
+    if kind in PERMUTED and name.endswith(("k_proj.weight", "k_proj.bias")):
         return permuted(values, config["num_key_value_heads"])
+    if name.endswith("conv.conv.weight"):
+        return values.squeeze(1)
     if kind == "gpt2" and name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
         return values.T
     if kind == "gpt_neox" and "query_key_value" in name:

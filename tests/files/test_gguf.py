@@ -42,9 +42,9 @@ def tiny(path: Path, change: Change | None = None, seed: int = 0, **settings: An
     given = {"architecture": "llama", "pre": "gpt-2", "tied": True, "quantised": GGMLQuantizationType.Q8_0, **settings}
     writer = GGUFWriter(path, given["architecture"])
     for name, value in {
-        "block_count": given.get("layers", LAYERS), "context_length": 128, "embedding_length": D, "feed_forward_length": F,
-        "head_count": HEADS, "head_count_kv": KV, "layer_norm_rms_eps": 1e-5, "rope_freq_base": 5e5,
-        "rope_dimension_count": H,
+        "block_count": given.get("layers", LAYERS), "context_length": 128, "embedding_length": D,
+        "feed_forward_length": F, "head_count": HEADS, "head_count_kv": KV, "layer_norm_rms_eps": 1e-5,
+        "rope_freq_base": 5e5, "rope_dimension_count": H,
     }.items():  # fmt: skip
         getattr(writer, f"add_{name}")(value)
     writer.add_tokenizer_model("gpt2")

@@ -10,7 +10,7 @@ undone:
 - A setting of the file that is not read here, and is not known to change nothing, is an error.
 
 Letters of shapes: d width, H heads, K key/value heads, D head width (HD and KD: their products), f feed-forward width,
-V vocabulary, P positions, Q rows of q, k and v together, 2 the number.
+V vocabulary, P positions, Q rows of q, k and v together, L length of a convolution, digits the numbers.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ class Target:
     """The rows as the file has them, and config.json -> the checkpoint's rows."""
     transposed: bool = False
     """Whether the checkpoint has the matrix [in, out]. The shape is the file's, [out, in]."""
+    checkpoint: str | None = None
+    """The checkpoint's shape if it has a side of 1 more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,7 @@ class Architecture:
     biases: tuple[str, ...] = ()
     """Those that may have a bias."""
     optional: tuple[str, ...] = ()
-    """Those that may be missing."""
+    """Those that may be missing, in one layer or all."""
     outer: Mapping[str, Target]
     """Tensors outside the layers."""
     layers: str = "model.layers."
@@ -124,7 +126,7 @@ def read_config(file: GGUFFile) -> Config:
         "intermediate_size": int(file.require(".feed_forward_length")),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": int(file.get(".attention.head_count_kv", heads)),
+        "num_key_value_heads": _key_heads(file, heads),
         "head_dim": head_dim,
         "max_position_embeddings": int(file.require(".context_length")),
         **{name: file.number(key) for name, key in kind.numbers.items()},
@@ -137,6 +139,16 @@ def read_config(file: GGUFFile) -> Config:
         if value and value != "none" and key.removeprefix(f"{file.architecture}.") not in HARMLESS:
             raise InputError(f"{file.path}: the setting {key} = {value!r:.60} is not supported: {HINT}")
     return config
+
+
+def _key_heads(file: GGUFFile, heads: int) -> int:
+    """Heads of keys and values; of a list, one for each layer, its only number but 0 (no attention)."""
+    given = file.get(".attention.head_count_kv", heads)
+    if not isinstance(given, list):
+        return int(given)
+    if len(numbers := {*given} - {0}) != 1 or (0 in given and file.architecture != "lfm2"):
+        raise InputError(f"{file.path}: layers with different heads are not supported: {HINT}")
+    return int(numbers.pop())
 
 
 def config_json(file: GGUFFile, config: Config) -> Config:
@@ -237,6 +249,8 @@ class Entry:
     """A tensor of the file, and the one of the checkpoint that it becomes."""
 
     source: str
+    stored: tuple[int, ...]
+    """The file's shape."""
     name: str
     shape: tuple[int, ...]
     """The checkpoint's."""
@@ -257,17 +271,17 @@ def tensor_entries(file: GGUFFile, config: Config) -> list[Entry]:
     for layer in range(-1, config["num_hidden_layers"]):
         before, after = ("", "") if layer < 0 else (f"blk.{layer}.", f"{kind.layers}{layer}.")
         for short, target in (kind.outer if layer < 0 else kind.block).items():
-            for part in _parts(file, kind, short):
+            for part in _parts(file, kind, short, before):
                 source = f"{before}{short}.{part}"
                 entries.append(_entry(config, kind, source, replace(target, name=f"{after}{target.name}.{part}")))
     _check(file, entries)
     return entries
 
 
-def _parts(file: GGUFFile, kind: Architecture, short: str) -> list[str]:
+def _parts(file: GGUFFile, kind: Architecture, short: str, before: str) -> list[str]:
     """weight, and bias where the file has one."""
     optional = short in kind.optional or short == "output"
-    weight = ["weight"] if not optional or file.has(short, "weight") else []
+    weight = ["weight"] if not optional or f"{before}{short}.weight" in file.tensors else []
     return [*weight, "bias"] if short in kind.biases and file.has(short, "bias") else weight
 
 
@@ -280,14 +294,22 @@ def _entry(config: Config, kind: Architecture, source: str, target: Target) -> E
         "f": config["intermediate_size"],
         "V": config["vocab_size"],
         "Q": (config["num_attention_heads"] + 2 * config["num_key_value_heads"]) * config["head_dim"],
+        "1": 1,
         "2": 2,
+        "3": 3,
+        "L": config.get("conv_L_cache", 0),
         "P": config["max_position_embeddings"],
     }
-    shape = tuple(math.prod(letters[letter] for letter in side) for side in target.shape.split())
-    shape = shape[:1] if source.endswith(".bias") else shape
-    order, transposed = target.order, target.transposed and len(shape) == 2
+    stored, shape = (
+        tuple(math.prod(letters[letter] for letter in side) for side in sides.split())
+        for sides in (target.shape, target.checkpoint or target.shape)
+    )
+    if source.endswith(".bias"):
+        stored = shape = stored[:1]
+    order, transposed = target.order, target.transposed and len(stored) == 2
     return Entry(
         source,
+        stored,
         target.name,
         shape[::-1] if transposed else shape,
         None if order is None else lambda rows: order(rows, config),
@@ -306,9 +328,8 @@ def _check(file: GGUFFile, entries: list[Entry]) -> None:
             f"supported: {HINT}"
         )
     for entry in entries:
-        shape = entry.shape[::-1] if entry.transposed else entry.shape
-        if (given := file.shape(entry.source)) != shape:
-            implied = f"its settings imply {shape}"
+        if (given := file.shape(entry.source)) != entry.stored:
+            implied = f"its settings imply {entry.stored}"
             raise InputError(f"{file.path}: tensor {entry.source} has shape {given}, {implied}: fetch it again")
 
 
@@ -338,6 +359,25 @@ _NORMS_AROUND = {
     "ffn_norm": Target("pre_feedforward_layernorm", "d"),
     "post_ffw_norm": Target("post_feedforward_layernorm", "d"),
 }
+_NORMS_AFTER = {name: target for name, target in _NORMS_AROUND.items() if name.startswith("post_")}
+_LFM2_LAYER = {
+    "attn_norm": Target("operator_norm", "d"),
+    "ffn_norm": Target("ffn_norm", "d"),
+    "ffn_gate": Target("feed_forward.w1", "f d"),
+    "ffn_up": Target("feed_forward.w3", "f d"),
+    "ffn_down": Target("feed_forward.w2", "d f"),
+}
+_LFM2_ATTENTION = {
+    **_ATTENTION,
+    "attn_output": Target("self_attn.out_proj", "d HD"),
+    "attn_q_norm": Target("self_attn.q_layernorm", "D"),
+    "attn_k_norm": Target("self_attn.k_layernorm", "D"),
+}
+_LFM2_CONVOLUTION = {
+    "shortconv.conv": Target("conv.conv", "d L", checkpoint="d 1 L"),
+    "shortconv.in_proj": Target("conv.in_proj", "3d d"),
+    "shortconv.out_proj": Target("conv.out_proj", "d d"),
+}
 _PLAIN_MLP = {"ffn_up": Target("mlp.c_fc", "f d"), "ffn_down": Target("mlp.c_proj", "d f")}
 _LAYER_NORM = {"layer_norm_eps": ".attention.layer_norm_epsilon"}
 _PAIRS = {
@@ -352,6 +392,56 @@ def _llama_biases(file: GGUFFile, config: Config) -> Config:
 
 def _attention_bias(file: GGUFFile, config: Config) -> Config:
     return {"attention_bias": file.has("attn_q", "bias")}
+
+
+def _granite(file: GGUFFile, config: Config) -> Config:
+    keys = {"attention_multiplier": "attention.scale", "embedding_multiplier": "embedding_scale"}
+    keys |= {"residual_multiplier": "residual_scale", "logits_scaling": "logit_scale"}
+    return _llama_biases(file, config) | {name: file.number(f".{key}", 1.0) for name, key in keys.items()}
+
+
+def _smollm3(file: GGUFFile, config: Config) -> Config:
+    """Every fourth layer does not rotate; llama.cpp has the number in its code."""
+    return _llama_biases(file, config) | {"no_rope_layer_interval": 4, "use_sliding_window": False}
+
+
+def _olmo2(file: GGUFFile, config: Config) -> Config:
+    """A file with windows is an OLMo 3. Its scaled RoPE is that of layers without a window."""
+    if not (window := int(file.get(".attention.sliding_window", 0))):
+        return _attention_bias(file, config)
+    names = {"model_type": "olmo3", "architectures": ["Olmo3ForCausalLM"], "sliding_window": window}
+    return _attention_bias(file, config) | names | {"layer_types": _layer_types(file, config, every=4)}
+
+
+def _exaone4(file: GGUFFile, config: Config) -> Config:
+    """Without windows (1.2B) all layers rotate, with them (32B) those that have one."""
+    window = int(file.get(".attention.sliding_window", 0)) or None
+    kinds = _layer_types(file, config, every=4 if window else 1)
+    return {"sliding_window": window, "layer_types": kinds, "attention_bias": False}
+
+
+def _lfm2(file: GGUFFile, config: Config) -> Config:
+    """Layers without heads of keys are convolutions. The file's feed-forward width is the rounded one."""
+    heads, layers = file.get(".attention.head_count_kv"), config["num_hidden_layers"]
+    heads = heads if isinstance(heads, list) else [heads] * layers
+    attention = [i for i, count in enumerate(heads) if count]
+    return {
+        "conv_L_cache": int(file.require(".shortconv.l_cache")),
+        "conv_bias": False,
+        "block_auto_adjust_ff_dim": False,
+        "block_ff_dim": config["intermediate_size"],
+        "full_attn_idxs": attention,
+        "layer_types": ["full_attention" if i in attention else "conv" for i in range(layers)],
+        "tie_embedding": config["tie_word_embeddings"],
+    }
+
+
+def _layer_types(file: GGUFFile, config: Config, every: int) -> list[str]:
+    """The kind of each layer: the file's list, or every n-th without a window."""
+    given = file.get(".attention.sliding_window_pattern", every)
+    layers = range(config["num_hidden_layers"])
+    windows = given if isinstance(given, list) else [int(given) > 0 and (i + 1) % int(given) != 0 for i in layers]
+    return ["sliding_attention" if window else "full_attention" for window in windows]
 
 
 def _gemma2(file: GGUFFile, config: Config) -> Config:
@@ -369,13 +459,11 @@ def _gemma2(file: GGUFFile, config: Config) -> Config:
 
 def _gemma3(file: GGUFFile, config: Config) -> Config:
     """As `_gemma2`. Every sixth layer has no window, and the others their own theta."""
-    large, layers = config["num_hidden_layers"] == 62, range(config["num_hidden_layers"])
-    every = file.get(".attention.sliding_window_pattern", 6)
-    windows = every if isinstance(every, list) else [(i + 1) % max(int(every), 1) != 0 for i in layers]
+    large = config["num_hidden_layers"] == 62
     return {
         "final_logit_softcapping": file.number(".final_logit_softcapping", 0.0) or None,
         "sliding_window": int(file.get(".attention.sliding_window", 0)) or config["max_position_embeddings"],
-        "layer_types": ["sliding_attention" if window else "full_attention" for window in windows],
+        "layer_types": _layer_types(file, config, every=6),
         "rope_local_base_freq": file.number(".rope.freq_base_swa", 10000.0),
         "query_pre_attn_scalar": config["hidden_size"] // config["num_attention_heads"]
         if large
@@ -516,6 +604,46 @@ ARCHITECTURES: dict[str, Architecture] = {
         biases=(),
         more=_phi3,
         partial_rotary=True,
+    ),
+    "granite": replace(LLAMA, model_type="granite", class_name="GraniteForCausalLM", more=_granite),
+    "smollm3": replace(LLAMA, model_type="smollm3", class_name="SmolLM3ForCausalLM", more=_smollm3),
+    "olmo2": replace(
+        LLAMA,
+        model_type="olmo2",
+        class_name="Olmo2ForCausalLM",
+        block={
+            **_NORMS_AFTER,
+            **_ATTENTION,
+            "attn_q_norm": Target("self_attn.q_norm", "HD"),
+            "attn_k_norm": Target("self_attn.k_norm", "KD"),
+            **_MLP,
+        },
+        biases=tuple(_ATTENTION),
+        more=_olmo2,
+    ),
+    "exaone4": replace(
+        LLAMA,
+        model_type="exaone4",
+        class_name="Exaone4ForCausalLM",
+        block={**_NORMS_AFTER, **_ATTENTION, **_HEAD_NORMS, **_MLP},
+        biases=(),
+        more=_exaone4,
+    ),
+    "lfm2": replace(
+        LLAMA,
+        model_type="lfm2",
+        class_name="Lfm2ForCausalLM",
+        block={**_LFM2_LAYER, **_LFM2_ATTENTION, **_LFM2_CONVOLUTION},
+        biases=(),
+        optional=(*_LFM2_ATTENTION, *_LFM2_CONVOLUTION),
+        outer={
+            "token_embd": OUTER["token_embd"],
+            "token_embd_norm": Target("model.embedding_norm", "d"),
+            "output": OUTER["output"],
+        },
+        numbers={"norm_eps": ".attention.layer_norm_rms_epsilon"},
+        fixed={},
+        more=_lfm2,
     ),
     "starcoder2": replace(
         LLAMA,
