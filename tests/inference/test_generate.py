@@ -17,6 +17,7 @@ from graftlm.inference.generate import Batching, eval_mode, generate, generate_i
 from graftlm.inference.sampling import SamplingParams, candidates, counter_based_uniform, sample_tokens
 from graftlm.models import CausalLM
 from graftlm.serving.schemas import CompletionBody
+from graftlm.text.stream import TextStream
 from inference.tiny import CONTEXT, full_logits, ragged, stopping, tiny, words
 
 FAMILIES = pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -199,6 +200,16 @@ def test_a_stop_text_ends_a_text_and_is_not_part_of_it() -> None:
     assert generate(model, tokenizer, prompts, max_new_tokens=9, stop=("never", stop)) == expected != texts
     with pytest.raises(InputError, match=r"^--stop \('',\): must be texts that are not empty$"):
         generate(model, tokenizer, prompts, stop=("",))
+
+
+def test_a_row_ends_at_a_stop_text_of_any_length() -> None:
+    model, tokenizer = tiny("llama"), words(*[f"w{n}" for n in range(1, 48)])
+    ids = tokenizer.encode("w3 w1 w4")
+    (whole,) = generate_ids(model, [ids], stopping(30, -1))
+    stop = tokenizer.decode(whole[3:15])
+    streams = [TextStream(tokenizer, ids, (stop,))]
+    (row,) = generate_ids(model, [ids], stopping(30, -1, stop=(stop,)), streams=streams)
+    assert row == whole[: len(row)] and len(row) <= 15
 
 
 # Sampling -------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from graftlm.inference.prompting import (
 )
 from graftlm.inference.sampling import SamplingParams
 from graftlm.models import CausalLM
+from graftlm.text.stream import TextStream
 from graftlm.text.tasks import Problem, Task
 from graftlm.text.tokenizer import Tokenizer
 from inference.tiny import full_logits, stopping, tiny, words
@@ -279,9 +280,11 @@ def test_a_stop_ends_a_row_and_changes_no_other() -> None:
     rows = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
     free = generate_ids(model, rows, stopping(12, -1), batching=Batching(2))
     end = free[0][4]
-    params = stopping(12, -1, stop=("end",))
-    decode = lambda tokens, prompt: "the end" if tokens[-1] == end else ""  # noqa: E731
-    stopped = generate_ids(model, rows, params, decode=decode, batching=Batching(2))
+    tokenizer = words(*[f"w{n}" for n in range(1, 48)])
+    stop = (tokenizer.decode([end]),)
+    assert stop[0].strip()
+    streams = [TextStream(tokenizer, row, stop) for row in rows]
+    stopped = generate_ids(model, rows, stopping(12, -1, stop=stop), streams=streams, batching=Batching(2))
     for whole, cut in zip(free, stopped, strict=True):
         assert cut == (whole[: whole.index(end) + 1] if end in whole else whole)
     assert len(stopped[0]) <= 5

@@ -77,6 +77,12 @@ class Words:
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         return self.encode(text), [match.span() for match in re.finditer(r"\S+", text)]
 
+    def has_text(self, index: int) -> bool:
+        return True
+
+    def is_fallback(self, index: int) -> bool:
+        return False
+
     def decode(self, ids: Sequence[int], prompt: Sequence[int] = ()) -> str:
         return "".join(f" {self.words[n] if n < len(self.words) else 'hm'}" for n in ids)
 

@@ -10,7 +10,7 @@
 Letters: B rows, T tokens of a pass, V tokens of the vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,29 +18,28 @@ from torch import Tensor
 from graftlm.inference.sampling import SamplingParams, next_tokens
 from graftlm.models import CausalLM, KVCache
 from graftlm.text.collate import common_prefix_length
+from graftlm.text.stream import TextStream
 
 MIN_SHARED_PREFIX = 4
 """A common prefix of fewer tokens is not worth a forward pass of its own."""
 FIRST_CAPACITY = 32
 """New tokens per row that the cache first has capacity for; when they are used up, the capacity doubles."""
-STOP_WINDOW = 8
-"""A stop text is searched for in the text of this many last tokens."""
 MAX_PASS_TOKENS = 4096
 """Padded tokens of a pass without gradient, unless a single row has more. Such a pass keeps one layer's activations, so
 it takes less memory than a training pass of an eighth of them (--microbatch_tokens 512) in 8 layers or more."""
-
-Decode = Callable[[Sequence[int], Sequence[int]], str]
-"""`Tokenizer.decode`: (ids, the ids before them) -> text."""
 
 
 class Row:
     """A sequence in the decoder: its prompt, its settings and its new tokens.
 
-    number: with seed and step it decides the row's samples. limit: the maximum number of new tokens.
+    number: with seed and step it decides the row's samples. limit: the maximum number of new tokens. stream: finds the
+    stop texts, if the row has any.
     """
 
-    def __init__(self, prompt: Sequence[int], params: SamplingParams, number: int, limit: int) -> None:
-        self.prompt, self.params, self.number, self.limit = prompt, params, number, limit
+    def __init__(
+        self, prompt: Sequence[int], params: SamplingParams, number: int, limit: int, stream: TextStream | None = None
+    ) -> None:
+        self.prompt, self.params, self.number, self.limit, self.stream = prompt, params, number, limit, stream
         self.tokens: list[int] = []
         self.stop_token: int | None = None
         """The stop token that ended it, which is not in `tokens`."""
@@ -50,19 +49,15 @@ class Row:
         """Cache positions that the row needs at most: its last new token is never fed."""
         return len(self.prompt) + self.limit - 1
 
-    def append(self, token: int, decode: Decode | None = None) -> bool:
-        """Take the next token; False if it ends the row. `decode` is needed where the row has stop texts."""
+    def append(self, token: int) -> bool:
+        """Take the next token; False if it ends the row."""
         if token in self.params.stop_token_ids:
             self.stop_token = token
             return False
         self.tokens.append(token)
-        if len(self.tokens) >= self.limit:
-            return False
-        if not self.params.stop:
-            return True
-        assert decode is not None
-        text = decode(self.tokens[-STOP_WINDOW:], self.prompt)
-        return not any(stop in text for stop in self.params.stop)
+        if self.stream is not None:
+            self.stream.add(token)
+        return len(self.tokens) < self.limit and (self.stream is None or not self.stream.stopped)
 
 
 class DecodingBatch:

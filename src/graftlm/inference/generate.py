@@ -3,6 +3,7 @@
 Left out: beam search, repetition penalties, speculative decoding.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,7 +16,6 @@ from graftlm.errors import InputError
 from graftlm.inference.decoder import (
     FIRST_CAPACITY,
     MAX_PASS_TOKENS,
-    Decode,
     DecodingBatch,
     Row,
     choose_tokens,
@@ -26,6 +26,7 @@ from graftlm.inference.sampling import SamplingParams
 from graftlm.models import CausalLM
 from graftlm.text.boundary import split_prompt, without_space
 from graftlm.text.chat import Chat
+from graftlm.text.stream import TextStream
 from graftlm.text.tokenizer import Tokenizer
 
 MAX_BATCHES, MAX_CACHED_TOKENS = 4, 8192
@@ -74,7 +75,8 @@ def generate(
     else:
         split = [split_prompt(prompt, tokenizer) for prompt in prompts]
         ids, spaces = [tokenizer.encode_prompt(prompt) for prompt, _ in split], [space for _, space in split]
-    new = generate_ids(model, ids, params, decode=tokenizer.decode, batching=Batching(batch_size))
+    streams = [TextStream(tokenizer, prompt, params.stop, space) for prompt, space in zip(ids, spaces, strict=True)]
+    new = generate_ids(model, ids, params, streams=streams, batching=Batching(batch_size))
     texts = [
         without_space(tokenizer.decode(own, prompt), space) for own, prompt, space in zip(new, ids, spaces, strict=True)
     ]
@@ -86,18 +88,20 @@ def generate_ids(
     prompts: Sequence[Sequence[int]],
     params: SamplingParams,
     *,
-    decode: Decode | None = None,
+    streams: Sequence[TextStream] | None = None,
     batching: Batching | None = None,
 ) -> list[list[int]]:
     """The tokens that follow each prompt, in the order given, without the stop token that ended them.
 
     A continuation ends at a token of `params.stop_token_ids`, after `params.limit` tokens, at the end of the model's
-    context, or where its text contains a text of `params.stop` (which its tokens include; needs `decode`). A sample
-    depends on the seed, the row's index and the step only.
+    context, or where its text contains a text of `params.stop` (which its tokens include). A sample depends on the
+    seed, the row's index and the step only.
+
+    streams: of each prompt, needed for stop texts.
 
     Raises InputError for a prompt that is empty or longer than the context, GraftError if the logits are NaN.
     """
-    return [row.tokens for row in generate_rows(model, prompts, params, decode=decode, batching=batching)]
+    return [row.tokens for row in generate_rows(model, prompts, params, streams=streams, batching=batching)]
 
 
 def generate_rows(
@@ -105,28 +109,30 @@ def generate_rows(
     prompts: Sequence[Sequence[int]],
     params: SamplingParams,
     *,
-    decode: Decode | None = None,
+    streams: Sequence[TextStream] | None = None,
     batching: Batching | None = None,
 ) -> list[Row]:
     """`generate_ids`, with the stop token that ended each row."""
     _check(prompts, model.max_seq_len)
+    assert streams is not None or not params.stop, "stop texts need streams"
     batching = batching or Batching()
     with eval_mode(model):
         prefix, skip = prefill_shared_prefix(model, prompts, batching.shared)
+        each = streams or itertools.repeat(None)
         rows = [
-            Row(prompt[skip:], params, number, min(params.limit, model.max_seq_len - len(prompt)))
-            for number, prompt in enumerate(prompts)
+            Row(prompt[skip:], params, number, min(params.limit, model.max_seq_len - len(prompt)), stream)
+            for number, (prompt, stream) in enumerate(zip(prompts, each, strict=False))
         ]
         for group in decode_groups([len(row.prompt) for row in rows], batching.batch_size):
             unfinished = [rows[number] for number in group if rows[number].limit > 0]
             if unfinished:
-                _decode(DecodingBatch(model, prefix), unfinished, batching.batch_size, decode)
+                _decode(DecodingBatch(model, prefix), unfinished, batching.batch_size)
             if batching.progress is not None:
                 batching.progress(len(group))
     return rows
 
 
-def _decode(batch: DecodingBatch, rows: Sequence[Row], batch_size: int, decode: Decode | None) -> None:
+def _decode(batch: DecodingBatch, rows: Sequence[Row], batch_size: int) -> None:
     """Read the rows' prompts, `batch_size` at a time, and decode all rows together until each is finished."""
     capacity = max(row.capacity for row in rows)
     batch.reserve(len(rows), min(capacity, max(len(row.prompt) for row in rows) + FIRST_CAPACITY))
@@ -134,7 +140,7 @@ def _decode(batch: DecodingBatch, rows: Sequence[Row], batch_size: int, decode: 
     for numbers in token_batches(range(len(rows)), [len(row.prompt) for row in rows], batch_size):
         joining = [rows[number] for number in numbers]
         tokens += choose_tokens(batch.join(joining), joining)
-    while any(unfinished := [row.append(token, decode) for row, token in zip(batch.rows, tokens, strict=True)]):
+    while any(unfinished := [row.append(token) for row, token in zip(batch.rows, tokens, strict=True)]):
         batch.evict(unfinished)
         tokens = choose_tokens(batch.step(), batch.rows)
 

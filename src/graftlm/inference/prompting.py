@@ -43,6 +43,7 @@ from graftlm.models import CausalLM
 from graftlm.text.boundary import scored_labels, split_tokens
 from graftlm.text.chat import Chat, Message
 from graftlm.text.collate import Example, common_prefix_length
+from graftlm.text.stream import TextStream
 from graftlm.text.tasks import ANSWER, QUESTION, Problem, Task, load_task, normalize_answer
 from graftlm.text.template import answer_space
 from graftlm.text.tokenizer import Tokenizer
@@ -312,7 +313,8 @@ class Prompter:
             stop_token_ids=builder.stop_tokens,
         )
         decode = self._tokenizer.decode
-        new = generate_ids(self._model, rows, params, decode=decode, batching=batching)
+        streams = [TextStream(self._tokenizer, row, params.stop) for row in rows]
+        new = generate_ids(self._model, rows, params, streams=streams, batching=batching)
         texts = [truncate_at_stop(decode(own, row), params.stop) for own, row in zip(new, rows, strict=True)]
         prompt_tokens, new_tokens = sum(map(len, rows)), sum(map(len, new))
         if run.style != "zero-shot-cot":
