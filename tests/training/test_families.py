@@ -84,6 +84,13 @@ def interrupted_at(step: int, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(trainer_module.Trainer, "train_step", train_step)
 
 
+def test_planned_where_the_last_block_is_frozen(data: Path, tmp_path: Path) -> None:
+    """LoRA of q, k and v leaves convolutions as they are; gradients flow through those above."""
+    base_folder(tmp_path / "base", "lfm2")
+    plain = load(str(tmp_path / "base"), device="cpu", dtype="float32")
+    assert train(config(plain, data, tmp_path / "run", targets="q,k,v"))["last"]["step"] == 3
+
+
 @pytest.mark.parametrize("case", FAMILIES.values(), ids=list(FAMILIES))
 def test_estimated_trained_resumed_evaluated_and_served(
     case: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

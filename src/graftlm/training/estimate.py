@@ -178,15 +178,18 @@ class Probe:
     ) -> float:
         """What `measure` returns with these blocks, from what it returns with few of them.
 
-        These are the last probed[0] blocks, and then probed[1] - probed[0] more of each kind.
+        These are the last probed[0] blocks that are trained, and then probed[1] - probed[0] more of each kind. Frozen
+        ones come after them, so that gradients flow through all.
         """
+        every = self.model.blocks
+        trained = [i for i in blocks if any(p.requires_grad for p in every[i].parameters())]
 
         def with_blocks(indices: Sequence[int]) -> float:
-            with _truncated(self.model, [self.model.blocks[i] for i in indices]):
+            with _truncated(self.model, [every[i] for i in sorted(indices, key=lambda i: (i not in trained, i))]):
                 return measure()
 
-        last, others = blocks[-probed[0] :], defaultdict[LayerConfig, list[int]](list)
-        for i in blocks[: -probed[0]]:
+        last, others = (trained or blocks)[-probed[0] :], defaultdict[LayerConfig, list[int]](list)
+        for i in (i for i in blocks if i not in last):
             others[self.model.config.layer(i)].append(i)
         base = with_blocks(last)
         total = base
