@@ -100,6 +100,8 @@ def test_activations_are_estimated_where_only_some_layers_are_adapted(
     ("method", "message"),
     [
         (PrefixTuning(length=3), "short convolutions have no keys and values to learn: use --method lora"),
+        (BitFit(), "this lfm2 model has no biases to train: use --method lora"),
+        (LoRA(rank=2, targets=("q", "down"), layers=(2, 3)), "--targets q: layers 2 to 2 have none; leave it out"),
         (BitFit(add_biases=True), "--add_biases: short convolutions take no biases: use --method lora"),
         (Adapter(rank=2), "not every layer of this lfm2 model has o, which an adapter follows: use --method lora"),
         (LoRA(targets=("q", "in")), "conv_in"),

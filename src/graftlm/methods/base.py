@@ -216,13 +216,15 @@ def replace_linears(
 ) -> None:
     """Replace the targeted linears of these blocks by `make(linear, its name)`.
 
-    An InputError for no target, for an unknown one, and for a linear that was replaced before.
+    An InputError for no target, for one that these layers lack, and for a linear that was replaced before.
     """
     if not targets:
         raise InputError(f"--targets is empty: name at least one of {', '.join(model.config.roles)}")
     for role in targets:
         if role not in model.config.roles:
             raise unknown_name_error("target", role, model.config.roles)
+        if not model.config.layers_with(role, layers):
+            raise InputError(f"--targets {role}: layers {layers.start} to {layers[-1]} have none; leave it out")
     for i in layers:
         for role in (role for role in targets if role in model.config.layer(i).roles):
             name = our_linear(i, role)

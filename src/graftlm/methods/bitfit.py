@@ -49,9 +49,10 @@ class BitFit(Method):
             # A copy even if the dtype fits: models may share the base's tensors.
             module.bias = nn.Parameter(bias.data.to(master_dtype(bias.dtype), copy=True))
         if not biases:
+            added = "add --add_biases, which gives every linear one that starts at zero"
             raise InputError(
-                f"--method bitfit: this {model.config.family} model has no biases to train: add --add_biases, which "
-                "gives every linear one that starts at zero"
+                f"--method bitfit: this {model.config.family} model has no biases to train: "
+                + ("use --method lora" if "conv_in" in model.config.roles else added)
             )
 
     def adapted_config(self, config: ModelConfig) -> ModelConfig:
