@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,13 @@ import peft
 import pytest
 import torch
 import transformers
+from rich.console import Console
 from torch import Tensor, nn
 
 from family_cases import CASES, VOCAB, base_folder, config_of
+from graftlm.config import ExportConfig, TrainConfig
+from graftlm.errors import InputError
+from graftlm.exchange.export import export
 from graftlm.exchange.huggingface import (
     apply_adapter,
     from_foreign_peft,
@@ -30,7 +35,9 @@ from graftlm.methods import DoRA, LoRA, Method, PrefixTuning
 from graftlm.methods.base import mergeable_linears, trainable, trainable_state_dict
 from graftlm.methods.ia3 import IA3
 from graftlm.models import CausalLM, ModelConfig, clone_with_shared_weights
-from graftlm.models.config import read_model_config, rotary_permutation, stored_linears
+from graftlm.models.config import read_model_config, rotary_permutation, stored_linears, with_biases
+from graftlm.training.train import train
+from tiny import data_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 CPU = torch.device("cpu")
@@ -193,6 +200,37 @@ def test_a_merged_model_is_the_same_in_transformers(case: str, base_of: BaseOf, 
     near(logits_of(in_transformers(tmp_path)), expected, base.logits)
     ours, theirs = (read_json(folder / "config.json") for folder in (tmp_path, base.folder))
     assert ours == theirs and read_model_config(ours, "ours") == shape_of(case)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_config_json_with_added_biases_is_true_or_refused(case: str) -> None:
+    stored, plain = config_of(case).to_dict(), shape_of(case)
+    biased = replace(plain, qkv_bias=True, out_bias=True, mlp_bias=True)
+    try:
+        written = with_biases(stored, biased, case)
+    except InputError as error:
+        assert biased != plain and str(error).endswith(
+            f"no config.json is written for a {plain.family} model with added biases: export the adapter, without "
+            "--merged"
+        )
+    else:
+        assert read_model_config(written, case) == biased
+
+
+def test_added_biases_that_no_config_json_describes_are_a_note_at_the_start_and_an_adapter(
+    base_of: BaseOf, tmp_path: Path
+) -> None:
+    base, console = base_of("qwen3"), Console(file=StringIO(), width=1000)
+    settings: dict[str, Any] = {"method": "bitfit", "add_biases": True, "max_iters": 2, "template": "R: {text}\nA:"}
+    settings |= {"device": "cpu", "dtype": "float32", "kernels": "off", "lr": 0.1, "batch_size": 8}
+    data, run = data_folder(tmp_path / "data", train=16, other=4), tmp_path / "run"
+    train(TrainConfig(init_from=str(base.folder), data=str(data), out_dir=str(run), **settings), console=console)
+    message = "no config.json is written for a qwen3 model with added biases: export the adapter, without --merged"
+    assert isinstance(console.file, StringIO) and message in console.file.getvalue()
+    with pytest.raises(InputError, match=message):
+        export(ExportConfig(out_dir=str(run), to=str(tmp_path / "merged"), merged=True))
+    assert not (tmp_path / "merged").exists()
+    assert export(ExportConfig(out_dir=str(run), to=str(tmp_path / "adapter")))["format"] == "graft"
 
 
 # One case of each layout ----------------------------------------------------------------------------------------------

@@ -9,10 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from family_cases import CASES, config_of
 from graftlm.errors import InputError
 from graftlm.files.assets import model_folder
 from graftlm.files.formats import read_json
-from graftlm.methods import Adapter, BitFit, DoRA, Full, LoRA, Method, PrefixTuning
+from graftlm.methods import METHODS, Adapter, BitFit, DoRA, Full, LoRA, Method, PrefixTuning
 from graftlm.methods.base import count_parameters, trainable
 from graftlm.methods.cost_model import (
     Passes,
@@ -273,3 +274,29 @@ def test_a_method_that_cannot_be_installed_is_refused_without_memory_too() -> No
     for method in (LoRA(rank=577), LoRA(targets=("w",)), BitFit(), PrefixTuning(length=8192)):
         with torch.device("meta"), pytest.raises(InputError):
             method.install(CausalLM(shape), torch.Generator())
+
+
+FIRST_CASES = {read_model_config(config_of(case).to_dict(), case).family: case for case in reversed(CASES)}
+LACK = {"gpt_oss": {"adapter"}, "qwen3_moe": {"adapter"}, "lfm2": {"adapter", "bitfit", "prefix"}}
+"""Methods that a family's layers do not take."""
+
+
+@pytest.mark.parametrize("family", FIRST_CASES)
+def test_the_counts_of_each_family_are_the_closed_forms(family: str) -> None:
+    config = read_model_config(config_of(FIRST_CASES[family]).to_dict(), family)
+    for name, cls in METHODS.items():
+        method = cls(**cls.examples[""])
+        if isinstance(method, LoRA | IA3):
+            method = replace(method, targets=config.roles)
+        with torch.device("meta"):
+            model = CausalLM(config)
+            assert parameters(config) == count_parameters(model)[1]
+            if name in LACK.get(family, ()):
+                with pytest.raises(InputError, match="use --method lora"):
+                    method.install(model, torch.Generator())
+                continue
+            method.install(model, torch.Generator())
+        trained, every = count_parameters(model)
+        assert trained == method.count(config) == method.count(model.config), name
+        added = sum(group.count for group in method.param_breakdown(config) if group.added)
+        assert every == parameters(method.adapted_config(config)) + added, name

@@ -20,7 +20,7 @@ import torch
 from graftlm.config import ExportConfig
 from graftlm.errors import InputError
 from graftlm.exchange.endings import write_generation_config, write_tokenizer
-from graftlm.exchange.huggingface import EXPORT_JSON, load_model, save_adapter, save_model
+from graftlm.exchange.huggingface import EXPORT_JSON, config_json_of, load_model, save_adapter, save_model
 from graftlm.exchange.load import DTYPES, ModelBundle, hub_revision, load, load_foreign_adapter, read_run
 from graftlm.exchange.verify import ReferenceLogits
 from graftlm.files.atomic import atomic_directory, check_new_folder, write_json, write_text
@@ -57,6 +57,8 @@ def export(config: ExportConfig, say: Callable[[str], object] = lambda line: Non
     # The base is loaded first, so that the run's update is added to its output and not merged into its weights.
     base = None if method.is_full_finetune else load(run["base"]["name"], device="cpu", dtype="float32")
     loaded = load("resume", run_dir, config.checkpoint, "cpu", "float32", base)
+    if merged:
+        config_json_of(loaded.model.config, loaded.folder)  # refused before anything is computed
     reference, base_folder = ReferenceLogits(loaded, run["config"]), loaded.folder
     say(f"comparing logits on {reference.source}")
     with atomic_directory(target) as folder:

@@ -194,9 +194,14 @@ def save_model(
     save_config(folder, model.config, base, next(iter(tensors.values())).dtype)
 
 
+def config_json_of(model: ModelConfig, base: Path) -> dict[str, Any]:
+    """The base's config.json, changed to describe `model`; an InputError if that cannot be."""
+    return with_biases(formats.read_json(base / CONFIG), model, str(base / CONFIG))
+
+
 def save_config(folder: Path, model: ModelConfig, base: Path, stored: torch.dtype) -> None:
     """Write the base's config.json, with the biases, the head and the dtype that the weights have now."""
-    config = with_biases(formats.read_json(base / CONFIG), model, str(base / CONFIG))
+    config = config_json_of(model, base)
     fields = {k: v for k, v in config.items() if k not in ("torch_dtype", "dtype", "quantization_config")}
     write_json(folder / CONFIG, {**fields, "dtype": str(stored).removeprefix("torch.")})
 

@@ -24,7 +24,7 @@ class BitFit(Method):
     """Train the biases of linears and norms, kept in float32 and cast to the base's dtype in each forward."""
 
     add_biases: bool = False
-    """Give every linear of the model a zero bias if it has none."""
+    """Give every linear of the model a zero bias if it has none, but not the router of a mixture of experts."""
 
     name: ClassVar[str] = "bitfit"
     default_lr: ClassVar[float] = 2e-3
@@ -39,8 +39,8 @@ class BitFit(Method):
         freeze(model)
         if self.add_biases:
             model.config = self.adapted_config(model.config)
-            for linear in model.blocks.modules():
-                if isinstance(linear, Linear) and linear.bias is None:
+            for name, linear in model.blocks.named_modules():
+                if isinstance(linear, Linear) and linear.bias is None and not name.endswith("router"):
                     options = {"dtype": linear.weight.dtype, "device": target_device(linear.weight)}
                     linear.bias = nn.Parameter(torch.zeros(linear.out_features, **options), requires_grad=False)
         modules = (m for root in block_modules(model, self.layer_range(model.config)) for m in root.modules())

@@ -195,7 +195,7 @@ class ModelFamily:
     """(configuration, expert, role, weight or bias) -> where it is inside a layer."""
     ignored: str = r"(?!)"
     """Regular expression for the end of names of tensors that carry no weights (old files store masks)."""
-    with_biases: Callable[[Mapping[str, Any], ModelConfig, ModelConfig], dict[str, Any]] | None = None
+    with_biases: Callable[[Mapping[str, Any], ModelConfig, ModelConfig], dict[str, Any] | None] | None = None
     """(config.json, its configuration, the same with other biases) -> a config.json of the latter, if there is one."""
 
 
@@ -226,7 +226,10 @@ def read_model_config(config: Mapping[str, Any], where: str) -> ModelConfig:
 
 
 def with_biases(config: Mapping[str, Any], model: ModelConfig, where: str) -> dict[str, Any]:
-    """The base's config.json, changed to have the biases of `model`: the inverse of `read_model_config`."""
+    """The base's config.json, changed to have the biases of `model`: the inverse of `read_model_config`.
+
+    Raises InputError if none of the family's can be written.
+    """
     base = read_model_config(config, where)
     if base.tie_embeddings and not model.tie_embeddings:  # `untie_if_different`
         tied = dict.fromkeys(("tie_word_embeddings", *({"tie_embedding"} & {*config})), False)  # LFM2 has both
@@ -234,11 +237,12 @@ def with_biases(config: Mapping[str, Any], model: ModelConfig, where: str) -> di
     if base == model:
         return dict(config)
     change = FAMILIES[model.family].with_biases
-    if change is None:
+    if change is None or (changed := change(config, base, model)) is None:
         raise InputError(
-            f"{where}: no config.json of a {model.family} model describes added biases: export the adapter"
+            f"{where}: no config.json is written for a {base.family} model with added biases: export the adapter, "
+            "without --merged"
         )
-    return change(config, base, model)
+    return changed
 
 
 # Tensors --------------------------------------------------------------------------------------------------------------

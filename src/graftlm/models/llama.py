@@ -110,7 +110,7 @@ def qwen2_windows(settings: Settings) -> list[int | None]:
     return [window if kind == "sliding_attention" else None for kind in settings.layer_types(kinds)]
 
 
-def _with_biases(config: Mapping[str, Any], base: ModelConfig, changed: ModelConfig) -> dict[str, Any]:
+def _with_biases(config: Mapping[str, Any], base: ModelConfig, changed: ModelConfig) -> dict[str, Any] | None:
     """A config.json with the biases of `changed`: the inverse of `read`.
 
     Most other configurations cannot say that every linear has a bias; Llama's can, and is otherwise the same model. The
@@ -119,7 +119,7 @@ def _with_biases(config: Mapping[str, Any], base: ModelConfig, changed: ModelCon
     same = replace(base, qkv_bias=changed.qkv_bias, out_bias=changed.out_bias, mlp_bias=changed.mlp_bias)
     assert changed == same and changed.qkv_bias == changed.out_bias
     if any(layer.window for layer in base.layers):
-        raise InputError("no config.json describes added biases and a sliding window: train without --add_biases")
+        return None  # Llama has no windows
     not_llamas = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
     not_llamas |= {"qkv_bias", "bias", "attention_out_bias"}
     return {

@@ -20,6 +20,7 @@ from graftlm.config.training import OBJECTIVES
 from graftlm.errors import InputError
 from graftlm.exchange.huggingface import (
     base_hash,
+    config_json_of,
     fill_with_random,
     load_model,
     load_weights_into,
@@ -131,6 +132,7 @@ def prepare(
     data, notes = _examples(dataset, config, template, tokenizer, max_length)
     source = replace(source, method=_method(config, source, model, data.train, tokenizer))
     source.method.install(model, torch.Generator().manual_seed(config.seed))
+    notes += _export_notes(model, source.folder)
     if not sharded:
         source.load_initial_adapter(model)
     start = _initial_adapter(source, model, previous, out_dir)
@@ -153,6 +155,15 @@ def prepare(
     origin = {"base": hashing.result(), "start": start["sha256"] if start else None}
     objective.load(data, {**origin, "dtype": run.manifest.values["dtype"]}, out_dir if previous else None)
     return run
+
+
+def _export_notes(model: CausalLM, base: Path) -> list[str]:
+    """That the trained model cannot be exported as a whole, if no config.json describes it."""
+    try:
+        config_json_of(model.config, base)
+    except InputError as error:
+        return [str(error)]
+    return []
 
 
 def shard_and_load(run: RunContext) -> None:
