@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from family_cases import CASES, VOCAB, config_of, reference, stored_tensors
 from graftlm import models
 from graftlm.errors import InputError
-from graftlm.files.formats import open_safetensors, save_safetensors
+from graftlm.exchange.huggingface import load_model
+from graftlm.files.formats import load_safetensors, open_safetensors, save_safetensors
 from graftlm.methods.cost_model import parameters
 from graftlm.methods.peft_format import targeted
 from graftlm.models import CausalLM, KVCache, ModelConfig
@@ -225,3 +227,30 @@ def test_a_setting_that_is_not_supported_is_an_error(name: str, change: dict[str
     with pytest.raises(InputError) as caught:
         read_model_config({**config_of(name).to_dict(), **change}, "m/config.json")
     assert str(caught.value).startswith("m/config.json: ") and message in str(caught.value)
+
+
+def test_bfloat16_shards_of_gemma_lose_no_more_than_in_transformers(tmp_path: Path) -> None:
+    """1 + w of its norms, and the root of its width, are rounded where transformers rounds them."""
+    written, ids = reference("gemma3", torch.float32), ids_of()
+    assert isinstance(written, PreTrainedModel)
+    for name, p in written.named_parameters():
+        if "norm" in name:
+            nn.init.normal_(p, std=0.003)  # 1 + w would be 1 in bfloat16
+    written.bfloat16().save_pretrained(tmp_path, max_shard_size="20KB")
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    angles = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_safetensors(shard, {**load_safetensors(shard), **angles})
+    exact, theirs = (
+        AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval() for dtype in (torch.float32, torch.bfloat16)
+    )
+    ours = load_model(tmp_path, torch.device("cpu"), torch.bfloat16)
+    assert ours.dtype == torch.bfloat16
+    with torch.inference_mode():
+        x = theirs.model.embed_tokens(ids)
+        assert ours._embed(ids, torch.arange(T)).equal(x)
+        assert (
+            ours.get_submodule("blocks.0.norm1")(x) == theirs.model.layers[0].input_layernorm(x)
+        ).float().mean() > 0.99
+        found = [logits.float() - exact(ids).logits for logits in (ours(ids), theirs(ids).logits)]
+    lost, theirs_lost = (error.square().mean().sqrt() for error in found)
+    assert lost <= 1.2 * theirs_lost

@@ -15,12 +15,13 @@ NEAREST = {
     "gemma2": ("shieldgemma2",),
     "gemma3_text": ("gemma3n", "gemma3n_text", "gemma4", "gemma4_text"),
     "glm": ("chatglm",),
-    "gpt2": ("biogpt", "bloom", "codegen", "ctrl", "gpt_sw3", "imagegpt", "mpt", "xglm"),
+    "gpt2": ("biogpt", "bloom", "codegen", "ctrl", "imagegpt", "mpt", "openai-gpt", "xglm"),
     "gpt_neox": ("falcon", "gpt_neox_japanese", "persimmon"),
+    "granite": ("minicpm",),
     "llama": (
-        *("apertus", "arcee", "aquila", "baichuan", "dbrx", "deepseek", "deepseek_v2"),
-        *("deepseek_v3", "exaone", "hunyuan_v1_dense", "internlm", "internlm2", "llama4"),
-        *("llama4_text", "minicpm", "minicpm3", "nanochat", "nemotron", "yi"),
+        *("apertus", "arcee", "aquila", "baichuan", "dbrx", "deepseek", "deepseek_v2", "deepseek_v3", "deepseek_v32"),
+        *("exaone", "hunyuan_v1_dense", "hunyuan_v1_moe", "llama4", "llama4_text", "minicpm3", "nanochat"),
+        *("nemotron", "yi"),
     ),
     "ministral": ("ministral3",),
     "mistral": ("mistral3", "mistral4", "mixtral"),
@@ -50,4 +51,4 @@ def refusal(config: Mapping[str, Any], supported: Sequence[str]) -> str:
 def nearest(name: str, supported: Sequence[str]) -> str | None:
     """The supported model type that is nearest to this one; None if no name is near."""
     listed = (near for near, others in NEAREST.items() if name in others and near in supported)
-    return next(listed, None) or next(iter(difflib.get_close_matches(name, supported, n=1)), None)
+    return next(listed, None) or next(iter(difflib.get_close_matches(name, supported, n=1, cutoff=0.7)), None)
