@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import pyarrow
@@ -20,8 +21,10 @@ from graftlm.text.layouts import (
     Labelled,
     Preference,
     Record,
+    Row,
     Unpaired,
     hashed_values,
+    recognise,
 )
 
 WORDS = ("negative", "positive")
@@ -955,6 +958,31 @@ def test_a_message_has_what_templates_read(tmp_path: Path, name: str):
     )
     plain = replace(row, messages=row.messages[::3], tools=())
     assert hashed_values(plain) == [plain.text, None, None, plain.messages] != hashed_values(replace(plain, tools=(1,)))
+
+
+def test_parquet_has_the_tools_of_the_same_rows_elsewhere(tmp_path: Path):
+    """Arrow gives each object the keys of all others, with nulls."""
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "h"},
+                {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {name: "x"}}]},
+            ],
+            "tools": [{"name": "f", "parameters": {"properties": {name: {"type": "string"}}}}],
+        }
+        for name in ("a", "b")
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    found, expected = read(tmp_path / "a.parquet"), read(jsonl(tmp_path / "b.jsonl", *rows))
+    assert [hashed_values(row) for row in found] == [hashed_values(row) for row in expected]
+
+
+@pytest.mark.parametrize("tool", [{"name": "\ud800"}, {"name": date(2026, 1, 1)}])
+def test_tools_that_no_template_can_write(tmp_path: Path, tool: dict):
+    row = {"messages": [{"role": "user", "content": "h"}, {"role": "assistant", "content": "o"}], "tools": [tool]}
+    layout = recognise("a", row)
+    with pytest.raises(InputError, match=r"^a:1: tools holds what JSON and UTF-8 cannot \("):
+        layout.record(Row("a:1", row))
 
 
 def test_a_run_says_which_layout_it_took(tmp_path: Path):

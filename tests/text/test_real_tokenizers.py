@@ -23,7 +23,9 @@ import transformers
 from graftlm.errors import InputError
 from graftlm.files.assets import data_folder
 from graftlm.text.chat import Chat
-from graftlm.text.layouts import Conversation, Row, recognise
+from graftlm.text.collate import encode_rows
+from graftlm.text.layouts import Completion, Conversation, Labelled, Record, Row, recognise
+from graftlm.text.template import load_template
 from graftlm.text.tokenizer import MarkedTokenizer, Tokenizer
 from real_tokenizers import tokenizer_folder
 from tiny import byte_tokenizer
@@ -149,6 +151,20 @@ def test_a_thousand_reviews_have_the_tokens_of_transformers(both: Any) -> None:
     bare = both.theirs(texts, add_special_tokens=False).input_ids
     assert both.ours.encode_batch(texts) == bare
     assert [both.ours.decode(own) for own in bare] == both.theirs.batch_decode(bare, skip_special_tokens=True)
+
+
+def test_training_scoring_and_generation_begin_a_prompt_as_transformers_does(both: Any) -> None:
+    """With begin-of-text where the tokenizer itself adds it, and never twice."""
+    template = load_template("sentiment", "negative,positive")
+    rows: list[Record] = [Labelled("so funny", 1), Completion("Is it good?", " Yes.")]
+    for row, prompt in zip(rows, (template.prompt("so funny"), "Is it good?"), strict=True):
+        ((example,), _) = encode_rows([row], template, both.ours, 99)
+        expected = both.theirs(prompt).input_ids
+        assert list(example.prompt_ids) == both.ours.encode_prompt(prompt) == expected
+        answer = " positive" if isinstance(row, Labelled) else " Yes."
+        assert [*expected, *example.completion_ids[:-1]] == both.theirs(prompt + answer).input_ids
+    begins = both.theirs("a").input_ids[0] == both.theirs.bos_token_id
+    assert begins == (both.name in ("gemma3", "llama3_1"))
 
 
 def test_the_vocabulary_is_not_copied_for_chat(both: Any) -> None:

@@ -157,7 +157,14 @@ def _read_parquet(path: Path) -> Iterator[Record]:
         reason = str(error).partition("\n")[0].rstrip(".")
         raise InputError(f"{path}: not a whole parquet file: {reason}") from None
     for number, record in enumerate(records, start=1):
-        yield f"{path}: row {number}", record
+        yield f"{path}: row {number}", {name: _without_nulls(value) for name, value in record.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    """A column's value without the keys that Arrow adds to objects, as nulls, because other rows' objects have them."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def class_names(path: Path, column: str) -> tuple[str, ...]:

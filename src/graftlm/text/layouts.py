@@ -238,7 +238,15 @@ class Row:
                 raise self.error(f"tools is broken JSON: {short_repr(value)}") from None
         if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
             raise self.error(f"tools must be a list of JSON schemas, not {short_repr(value)}")
-        return tuple(value)
+        return tuple(self.as_json("tools", value))
+
+    def as_json(self, name: str, value: list[Any]) -> list[Any]:
+        """A list, which a chat template may write as JSON."""
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except (TypeError, ValueError) as error:
+            raise self.error(f"{name} holds what JSON and UTF-8 cannot ({error}): write it as text") from None
+        return value
 
     def finished(self, answers: int) -> tuple[bool, ...]:
         """Column "finished" ("ended" in old files): whether the text ends with each answer. Without it, it does."""
@@ -287,7 +295,8 @@ def _message(source: str, message: Any) -> Message:
             fields[THINKING] = thinking
         rest.pop(name, None)
         if calls := rest.pop("tool_calls", None):
-            fields["tool_calls"] = [_tool_call(row, call) for call in (calls if isinstance(calls, list) else [calls])]
+            calls = calls if isinstance(calls, list) else [calls]
+            fields["tool_calls"] = [_tool_call(row, call) for call in row.as_json("tool_calls", calls)]
     elif role == "tool":
         fields = {name: rest.pop(name) for name in ("name", "tool_call_id") if name in rest}
     if rest:
