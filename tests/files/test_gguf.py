@@ -19,7 +19,7 @@ from graftlm.errors import InputError
 from graftlm.files.assets import model_folder
 from graftlm.files.formats import load_safetensors, read_json, read_weights
 from graftlm.files.gguf import gguf_to_folder
-from graftlm.files.gguf_models import LLAMA
+from graftlm.files.gguf_architectures import LLAMA
 from graftlm.text.tokenizer import Tokenizer as TextTokenizer
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from gguf_files import write_tokenizer_file
 from graftlm.files.assets import data_folder
 from graftlm.files.gguf_file import GGUFFile
-from graftlm.files.gguf_tokenizer import PRE_TOKENIZERS, token_ids, write_tokenizer
+from graftlm.files.gguf_tokenizer import PRE_TOKENIZERS, splitter, token_ids, write_tokenizer
 from graftlm.text.tokenizer import Tokenizer as TextTokenizer
 from real_tokenizers import tokenizer_folder
 from tiny import piece_tokenizer
@@ -65,6 +65,25 @@ def test_the_rule_of_gpt_oss_is_its_tokenizers_own() -> None:
     content = json.loads((tokenizer_folder("gptoss") / "tokenizer.json").read_text(encoding="utf-8"))
     assert content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] == PRE_TOKENIZERS["gpt-4o"].splits[0]
     assert content["model"]["ignore_merges"] and PRE_TOKENIZERS["gpt-4o"].ignore_merges
+
+
+SPLITS = {
+    "gpt-2": "we|'ll| see|  |\t|Don|'|T| pay| 1234|!?|\n\n",
+    "smollm": "we|'ll| see|  |\t|Don|'|T| pay| |1|2|3|4|!?|\n\n",
+    "default": "we|'|ll| see|  |\t|Don|'|T| pay| |123|4|!?|\n\n",
+    "qwen2": "we|'ll| see|  |\tDon|'T| pay| |1|2|3|4|!?\n\n",
+    "llama-bpe": "we|'ll| see|  |\tDon|'T| pay| |123|4|!?\n\n",
+    "gpt-4o": "we'll| see|  |\tDon'T| pay| |123|4|!?\n\n",
+    "tekken": "we|'ll| see|  |\tDon|'T| pay| |1|2|3|4|!?\n\n",
+    "deepseek-coder": "we|'|ll| see|  |\tDon|'|T| pay| |1|2|3|4|!?|\n|\n",
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_a_rule_splits_as_its_name_says(name: str) -> None:
+    pieces = splitter(PRE_TOKENIZERS[name]).pre_tokenize_str("we'll see  \tDon'T pay 1234!?\n\n")
+    characters = {"Ġ": " ", "Ċ": "\n", "ĉ": "\t"}
+    assert "|".join(piece for piece, _ in pieces).translate(str.maketrans(characters)) == SPLITS[name]
 
 
 @pytest.mark.parametrize("kind", ["legacy", "never"])

@@ -1,6 +1,7 @@
 """A .gguf file -> a model folder in the Hugging Face layout: config.json, float32 weights, tokenizer.
 
-`gguf_file.py` reads the container, `gguf_models.py` has the architectures, `gguf_tokenizer.py` rebuilds the tokenizer.
+`gguf_file.py` reads the container, `gguf_models.py` maps settings and tensors by the table of `gguf_architectures.py`,
+`gguf_tokenizer.py` rebuilds the tokenizer.
 Weights are streamed: a slice of rows is dequantised and written at a time, so the peak memory is a few tens of MB for a
 model of any size. torch is not needed.
 """

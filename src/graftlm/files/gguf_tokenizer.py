@@ -72,13 +72,15 @@ PRE_TOKENIZERS = {
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _QWEN),
     "qwen35": PreTokenizer((_QWEN35,), nfc=True),
     "default": PreTokenizer(_DEFAULT),
-    **dict.fromkeys(("gpt-2", "phi-2", "exaone4", "trillion"), PreTokenizer()),
+    **dict.fromkeys(("gpt-2", "phi-2", "exaone4", "trillion", "mellum", "a.x-4.0"), PreTokenizer()),
     **dict.fromkeys(("mpt", "olmo"), PreTokenizer(nfc=True)),
-    **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell", "exaone"), _DIGITS),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell", "exaone", "minerva-7b"), _DIGITS),
     "command-r": replace(_DIGITS, nfc=True),
-    **dict.fromkeys(("dbrx", "smaug-bpe", "glm4", "chatglm-bpe"), PreTokenizer((_LLAMA3,))),
+    "smaug-bpe": replace(_LLAMA_BPE, bos=False),  # Llama 3's tokenizer without begin-of-text: SmolLM3
+    **dict.fromkeys(("dbrx", "glm4", "chatglm-bpe"), PreTokenizer((_LLAMA3,))),
     **dict.fromkeys(("stablelm2", "megrez", "hunyuan"), PreTokenizer((_QWEN2,))),
     **dict.fromkeys(("gpt-4o", "llama4"), PreTokenizer((_GPT4O,), ignore_merges=True)),
+    "deepseek-coder": PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+", DIGIT)),
     "tekken": PreTokenizer((_TEKKEN,), ignore_merges=True, bos=True),
 }
 """tokenizer.ggml.pre -> the rule. The regular expressions are those of the original tokenizer.json files; llama.cpp has
@@ -176,8 +178,22 @@ def _add_tokens(backend: tokenizers.Tokenizer, tokens: list[str], kinds: list[in
     backend.add_tokens(added)
 
 
+def splitter(pre: PreTokenizer) -> tokenizers.pre_tokenizers.PreTokenizer:
+    """The rule as the `tokenizers` package has it, with bytes written as characters."""
+    from tokenizers import Regex, pre_tokenizers
+
+    parts: list[Any] = [
+        pre_tokenizers.Digits(individual_digits=True)
+        if split == DIGIT
+        else pre_tokenizers.Split(Regex(split), behavior="isolated")
+        for split in pre.splits
+    ]
+    parts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.splits in ((), (DIGIT,))))
+    return pre_tokenizers.Sequence(parts) if len(parts) > 1 else parts[0]
+
+
 def _byte_level(file: GGUFFile, tokens: list[str], pre: PreTokenizer) -> tokenizers.Tokenizer:
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, normalizers
 
     kinds = file.get("tokenizer.ggml.token_type", [])
     vocab = _vocabulary(tokens, kinds)
@@ -188,14 +204,7 @@ def _byte_level(file: GGUFFile, tokens: list[str], pre: PreTokenizer) -> tokeniz
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre.ignore_merges))
     if pre.nfc:
         backend.normalizer = normalizers.NFC()
-    parts: list[Any] = [
-        pre_tokenizers.Digits(individual_digits=True)
-        if split == DIGIT
-        else pre_tokenizers.Split(Regex(split), behavior="isolated")
-        for split in pre.splits
-    ]
-    parts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.splits in ((), (DIGIT,))))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(parts) if len(parts) > 1 else parts[0]
+    backend.pre_tokenizer = splitter(pre)
     backend.decoder = decoders.ByteLevel()
     _add_tokens(backend, tokens, kinds, rstrip=False)
     return backend
