@@ -64,11 +64,16 @@ class Chat:
             raise InputError(f"the model has no chat template: {hint}")
         self._tokenizer, self._marking, self._hint = tokenizer, tokenizer.marking, hint
         self._tools: Sequence[Any] = ()
+        self._special_re = any_of(tokenizer.special_tokens)
+        self._written_re = re.compile(f"{self._special_re.pattern}|{PRIVATE}")  # what no message may have in a template
 
     def with_tools(self, tools: Sequence[Any]) -> "Chat":
         """The same template, with tools that the model may call, as JSON schemas."""
+        if not tools and not self._tools:
+            return self
         chat = copy(self)
         chat._tools = tools
+        chat.__dict__["_turn_end"] = self._turn_end  # the same with tools
         return chat
 
     def render(self, messages: Sequence[Message], answer_prefix: str = "") -> str:
@@ -229,10 +234,6 @@ class Chat:
 
         return ids, [range(before(start), before(stop)) for start, stop in spans]
 
-    @cached_property
-    def _special_re(self) -> re.Pattern[str]:
-        return any_of(self._tokenizer.special_tokens)
-
     def _escaped(self, value: Any) -> Any:
         """A message, or a part of one or of a tool, without names of special tokens in its texts."""
         if isinstance(value, Mapping):
@@ -242,11 +243,6 @@ class Chat:
         if not isinstance(value, str):
             return value
         return self._written_re.sub(lambda name: f"\ue004{name[0].encode().hex()}\ue005", value)
-
-    @cached_property
-    def _written_re(self) -> re.Pattern[str]:
-        """Matches what a message may not have while the template runs."""
-        return re.compile(f"{self._special_re.pattern}|{PRIVATE}")
 
     def _as_written(self, text: str) -> str:
         """A text of the template's, with the messages as they were written."""
