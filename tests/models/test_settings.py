@@ -189,6 +189,7 @@ UNDERSTOOD: list[tuple[str, dict[str, Any]]] = [  # what must not be refused
     ),
     ("exaone4", {"sliding_window_pattern": "LLLG", "layer_types": ["sliding_attention", "full_attention"]}),
     ("exaone4", {"sliding_window": None, "layer_types": ["full_attention", "full_attention"]}),
+    ("exaone4", {"sliding_window": CONTEXT}),  # changes nothing, but full attention does not rotate
     ("internlm3", {"qkv_bias": MISSING, "bias": MISSING, "rope_scaling": {"rope_type": "dynamic", "factor": 6.0}}),
     ("olmo3", {"rope_parameters": {"sliding_attention": {"rope_theta": 800.0}}, "rope_scaling": MISSING}),
     ("smollm3", {"no_rope_layers": [1, 0, 1], "max_window_layers": 28}),
@@ -285,6 +286,31 @@ def test_what_changes_nothing_or_is_supported_is_not_refused(kind: str, change: 
         config = changed(config, key, value)
     theirs, logits = outputs(config, tmp_path)
     assert torch.allclose(logits, theirs, rtol=1e-4, atol=1e-4)
+
+
+HYBRID = ["sliding_attention", "full_attention"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "said"),
+    [
+        ("smollm3", {"use_sliding_window": False, "layer_types": HYBRID}, "layer_types has a window, but "),
+        ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers = [1] is not understood; understood: 0 or 1 each"),
+        ("exaone4", {"sliding_window": None, "layer_types": HYBRID}, "layer_types has a sliding window, and "),
+        ("internlm3", {"bias": False}, "qkv_bias = True and bias = False is not understood; they must be equal"),
+        ("olmo3", {"rope_theta": 1e6}, "rope_theta = 1000000.0 is not understood; understood: 500000.0, 500000"),
+        ("gemma3_text", {"rope_parameters": {"rope_theta": 5.0}}, "the rope setting 'rope_theta' is not understood"),
+        ("gemma3_text", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "the rope setting 'type' is not "),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not understood"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True is not understood"),
+    ],
+)
+def test_settings_that_contradict_each_other_or_are_read_otherwise_are_refused(
+    kind: str, change: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        read_model_config(config_of(kind) | change, "config.json")
+    assert str(caught.value).startswith(f"config.json: {said}")
 
 
 def test_mistral_without_a_window_has_transformers_window() -> None:
