@@ -99,6 +99,18 @@ def test_float32_logits_equal_transformers_as_it_is(case: str) -> None:
         assert (ours(case, reference)(ids) - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
+def test_bfloat16_logits_lose_no_more_than_in_transformers(case: str) -> None:
+    """The median over positions: where a router's choice is close, its rounding decides, here as there."""
+    exact, rounded, ids = theirs(case, torch.float32), reference(case, torch.bfloat16), ids_of(16)
+    with torch.inference_mode():
+        expected = exact(ids).logits
+        lost, theirs_lost = (
+            (logits.float() - expected).square().mean(-1).sqrt().median()
+            for logits in (ours(case, rounded)(ids), rounded(ids).logits)
+        )
+    assert lost <= 1.2 * theirs_lost
+
+
 def test_export_is_the_inverse_of_reading_and_rows_are_read_alone(case: str, tmp_path: Path) -> None:
     reference = theirs(case, torch.float32)
     model, state = ours(case, reference), stored_tensors(reference, reference.state_dict())
