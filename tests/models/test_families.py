@@ -148,7 +148,10 @@ def test_caches_shared_prefixes_and_pairs_equal_one_pass(case: str) -> None:
     assert lead is not None
     some = model.forward_shared_prefix(ids[:1, :7], ids[:, 7:], at)[1]
     alone = model.forward_shared_prefix(ids[:1, :0], ids)[1]
+    lower = model.forward_lower_layers(ids[:1, :7], ids[:, 7:], 2)
+    upper = model.forward_shared_prefix(ids[:1, :7], ids[:, 7:], cached_hidden=(2, lower))[1]
     equal = [(lead, whole[0, :7]), (behind, whole[:, 7:]), (some, whole[:, 7:][rows, at]), (alone, whole)]
+    equal.append((upper, whole[:, 7:]))
     with torch.no_grad():
         shared, cache, lengths = KVCache(), model.empty_cache(3, 12), (6, 8, 2)
         model.hidden_states(ids[:1, :7], cache=shared)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+from family_cases import base_folder
 from graftlm.cli import run
 from graftlm.config import TrainConfig
 from graftlm.errors import InputError, Interrupted
@@ -59,11 +60,23 @@ FEW: dict[str, dict[str, Any]] = {
 """Validation splits of fewer examples than processes: one process has nothing to evaluate."""
 
 
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gemma3": {"rank": 0},
+    "gpt-oss": {"rank": 4, "shard": True},
+    "lfm2": {"rank": 0},
+    "phi3 longrope": {"rank": 4, "shard": True},
+    "qwen3 moe": {"rank": 0},
+}
+"""Files with windows, experts in one tensor, convolutions, fused linears with heads in another order, single experts."""
+
+
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("assets")
     model_folder(folder / "model")
     model_folder(folder / "gpt2", "gpt2", layers=3)  # files that hold q, k and v as one, and transposed
+    for case in FAMILIES:
+        base_folder(folder / case, case)
     data_folder(folder / "data")
     (folder / "pairs").mkdir()
     for split, count in (("train", 14), ("validation", 5), ("test", 5)):
@@ -150,6 +163,8 @@ def several(assets: Path, place: Path) -> list[dict[str, Any]]:
     job("pairs of all", **short, objective="dpo", kl_samples=0)
     for name, flags in METHODS.items():
         job(name, **{**SHORT, "base": "gpt2", **flags}, shard=True, plan=name in ("span", "pairs"))
+    for case, flags in FAMILIES.items():
+        job(case, **{**SHORT, "template": "R: {text}\nA:", "base": case, **flags})
     for name, flags in FEW.items():
         job(name, **SHORT, **flags)
     job("wrong", rank=0, train_layers="1:")
@@ -221,6 +236,15 @@ def test_every_method_on_a_base_that_is_cut(
 ) -> None:
     assert several[0][name]["status"] == 0, several[0][name]["err"]
     check_same(one_process(assets, tmp_path / "one", **{**SHORT, "base": "gpt2", **METHODS[name]}), place / name, 2)
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_files_of_other_families_are_read_and_written_in_parts(
+    case: str, assets: Path, place: Path, several: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    assert several[0][case]["status"] == 0, several[0][case]["err"]
+    flags = {**SHORT, "template": "R: {text}\nA:", "base": case, **FAMILIES[case], "shard": False}
+    check_same(one_process(assets, tmp_path / "one", **flags), place / case, 2)
 
 
 @pytest.mark.parametrize("name", FEW)
