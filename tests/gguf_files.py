@@ -114,11 +114,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4": ("Glm4", {"attention_bias": True}),
     "cohere": ("Cohere", {"hidden_size": 32, "logit_scale": 0.3, "tie_word_embeddings": True}),
     "cohere2": ("Cohere2", {"hidden_size": 32, "logit_scale": 0.5, "sliding_window": 5, "tie_word_embeddings": True}),
-    "phi": ("Phi", {"partial_rotary_factor": 0.75, "num_key_value_heads": 4, "intermediate_size": 96}),
+    "phi": (
+        "Phi",
+        {"hidden_size": 32, "partial_rotary_factor": 0.75, "num_key_value_heads": 4, "intermediate_size": 128},
+    ),
     "gpt2": ("GPT2", {"hidden_size": 32, "n_inner": 128, "tie_word_embeddings": True}),
     "gpt_bigcode": (
         "GPTBigCode",
-        {"hidden_size": 32, "num_key_value_heads": 1, "n_inner": 96, "tie_word_embeddings": True},
+        {"hidden_size": 32, "num_key_value_heads": 1, "n_inner": 128, "tie_word_embeddings": True},
     ),
     "gpt_neox": ("GPTNeoX", {"hidden_size": 32, "rotary_pct": 0.5, "use_parallel_residual": False}),
     "gemma": ("Gemma", {"tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"}),
@@ -265,6 +268,8 @@ def add_settings(writer: GGUFWriter, config: dict[str, Any]) -> None:
         writer.add_value_length(head_dim)
     if kind not in ("gpt2", "gpt_bigcode", "gpt_neox", "stablelm", "phi"):
         writer.add_rope_freq_base(rope["rope_theta"])
+    if kind != "gemma3_text" and "sliding_attention" in ropes:  # older files of Gemma 3 lack it
+        writer.add_rope_freq_base_swa(ropes["sliding_attention"]["rope_theta"])
     if kind in ("stablelm", "phi", "glm4", "gpt_neox"):
         writer.add_rope_dimension_count(int(head_dim * rope["partial_rotary_factor"]))
     if kind in ("stablelm", "gpt_neox"):

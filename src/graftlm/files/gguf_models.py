@@ -24,7 +24,8 @@ HINT = "use the model's Hugging Face folder"
 
 HARMLESS = (
     *("vocab_size", "tensor_data_layout", "expert_used_count", "rope.scaling.finetuned", "pooling_type"),
-    *("attention.layer_norm_epsilon", "embedding_length_out", "classifier.output_labels", "use_parallel_residual"),
+    *("attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon", "use_parallel_residual"),
+    *("embedding_length_out", "classifier.output_labels"),
 )
 """Settings that change nothing in what is read: those of other programs, or said by the tensors too."""
 
@@ -59,6 +60,8 @@ def read_config(file: GGUFFile) -> Config:
     config |= {"tie_word_embeddings": "output.weight" not in file.tensors, "torch_dtype": "float32"}
     config |= kind.more(file, config)
     for key, value in file.ignored(f"{file.architecture}.").items():
+        if key.endswith(".rope.freq_base_swa") and value == file.get(".rope.freq_base"):
+            continue  # layers with a window rotate as the others do
         if value and value != "none" and key.removeprefix(f"{file.architecture}.") not in HARMLESS:
             raise InputError(f"{file.path}: the setting {key} = {value!r:.60} is not supported: {HINT}")
     return config
