@@ -67,7 +67,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3 longrope": {"rank": 4, "shard": True},
     "qwen3 moe": {"rank": 0},
 }
-"""Files with windows, experts in one tensor, convolutions, fused linears with heads in another order, single experts."""
+"""Files with windows, experts in one tensor, convolutions, fused linears with permuted heads, and single experts."""
 
 
 @pytest.fixture(scope="module")
