@@ -299,7 +299,7 @@ def compare(name: str, flags: argparse.Namespace) -> bool:
     chance, ours, theirs = random.Random(0), Tokenizer.from_folder(source), AutoTokenizer.from_pretrained(source)
     texts = [written(chance, 8) for _ in range(flags.texts)]
     talks = [conversation(chance) for _ in range(flags.talks if ours.chat_template is not None else 0)]
-    wrong = [texts_differ(ours, theirs, texts), talks_differ(ours, theirs, talks)]
+    wrong = [texts_differ(ours, theirs, texts), talks_differ(ours, theirs, talks) if talks else 0]
     lines = [f"{wrong[0]} of {len(texts)} texts and {wrong[1]} of {len(talks)} conversations differ"]
     with tempfile.TemporaryDirectory() as scratch:
         folder = random_folder(source, Path(scratch) / "model", theirs, ours)
