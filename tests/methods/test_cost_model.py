@@ -276,6 +276,17 @@ def test_a_method_that_cannot_be_installed_is_refused_without_memory_too() -> No
             method.install(CausalLM(shape), torch.Generator())
 
 
+def test_attention_counts_the_keys_that_windows_let_a_query_see() -> None:
+    """Of 9 tokens with a window of 4 the queries see 1 + 2 + 3 + 6 times 4 keys; without, 45."""
+    full = replace(shape_of("llama"), num_heads=4, head_dim=8, num_layers=3)
+    local = replace(full.layers[0], window=4)
+    for layers, seen in (((local,), 3 * 30), ((local, full.layers[0], local), 30 + 45 + 30), ((full.layers[0],), 135)):
+        flops = forward_flops(replace(full, layers=layers), 0, 9, 0)["attention"].count
+        assert flops == pytest.approx(4 * 4 * 8 * seen / 9, rel=0.1)  # the mean number of keys is rounded down
+    wide = replace(full, layers=(replace(local, window=9),))
+    assert forward_flops(wide, 0, 9, 2) == forward_flops(full, 0, 9, 2)
+
+
 FIRST_CASES = {read_model_config(config_of(case).to_dict(), case).family: case for case in reversed(CASES)}
 LACK = {"gpt_oss": {"adapter"}, "qwen3_moe": {"adapter"}, "lfm2": {"adapter", "bitfit", "prefix"}}
 """Methods that a family's layers do not take."""

@@ -3,7 +3,7 @@
 Each number is a `CostItem`, computed from the formula that is displayed with it, so the two cannot disagree.
 
 Letters: L layers, d hidden size, V vocabulary size, C context length, H heads, D width of a head, T tokens of a text,
-n positions of a learned prefix.
+n positions of a learned prefix, K / 2 keys that a query sees where layers have windows.
 """
 
 import math
@@ -178,21 +178,32 @@ def model_flops(config: ModelConfig, tokens: int, passes: Passes) -> int:
     return 2 * (passes.forward + passes.backward + passes.weight_grads) * layer_weights(config) * tokens
 
 
-_KEYS = "H D (T + 1 + 2 n)"  # a query sees (T + 1) / 2 keys of its text on average, and n; scores and values
+def _keys(config: ModelConfig, tokens: int) -> tuple[str, dict[str, int]]:
+    """The formula of attention's scores and values of a token in a layer, and its letters.
+
+    A query sees (T + 1) / 2 keys of its text on average, and n; with windows K / 2 and n, in the mean of the layers.
+    """
+    widths = [min(config.layer(i).window or tokens, tokens) for i in config.layers_with("q")]
+    if set(widths) == {tokens}:
+        return "H D (T + 1 + 2 n)", {}
+    return "H D (K + 2 n)", {"K": sum(w * (2 * tokens - w + 1) for w in widths) // (tokens * len(widths))}
 
 
 def forward_flops(config: ModelConfig, method_weights: int, tokens: int, prefix: int) -> dict[str, CostItem]:
     """FLOPs per token of the forward pass over a text of `tokens`, after a learned prefix of `prefix` positions."""
-    return _flops(("2 L W", "2 M", f"2 L {_KEYS}", "2 V d"), _letters(config, method_weights, tokens, prefix))
+    keys, letters = _keys(config, tokens)
+    letters |= _letters(config, method_weights, tokens, prefix)
+    return _flops(("2 L W", "2 M", f"2 L {keys}", "2 V d"), letters)
 
 
 def training_flops(
     config: ModelConfig, method_weights: int, tokens: int, prefix: int, passes: Passes
 ) -> dict[str, CostItem]:
     """FLOPs per token of forward and backward pass, with a target at each token."""
-    letters = _letters(config, method_weights, tokens, prefix) | {"B": passes.backward, "G": passes.weight_grads}
+    keys, letters = _keys(config, tokens)
+    letters |= _letters(config, method_weights, tokens, prefix) | {"B": passes.backward, "G": passes.weight_grads}
     head = f"{2 * passes.head} V d"
-    return _flops(("2 (L + B + G) W", "6 M", f"2 (L + 2 B) {_KEYS}", head), letters)
+    return _flops(("2 (L + B + G) W", "6 M", f"2 (L + 2 B) {keys}", head), letters)
 
 
 def _letters(config: ModelConfig, method_weights: int, tokens: int, prefix: int) -> dict[str, int]:
