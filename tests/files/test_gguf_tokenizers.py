@@ -3,11 +3,14 @@
 import json
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
+from gguf import GGUFWriter
 from tokenizers import Tokenizer
 
-from gguf_files import write_tokenizer_file
+from gguf_files import finish, write_tokenizer_file
+from graftlm.errors import InputError
 from graftlm.files.assets import data_folder
 from graftlm.files.gguf_file import GGUFFile
 from graftlm.files.gguf_tokenizer import PRE_TOKENIZERS, splitter, token_ids, write_tokenizer
@@ -94,3 +97,57 @@ def test_a_space_before_a_text_is_kept(kind: str, tmp_path: Path) -> None:
     piece_tokenizer(folder, kind, texts, "<|x|>")
     original, found = convert(folder, tmp_path, "llama", "default")
     check(original, found, [*texts, *ODD, "the<|x|>film <|x|> is", "<s>the film</s>"])
+
+
+def test_white_space_after_phi_3s_special_tokens_is_a_part_of_them(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    piece_tokenizer(folder, "legacy", ["the film is good"] * 3, "<|x|>")
+    original, found = convert(folder, tmp_path, "phi3", "default")
+    assert found.encode("the<|x|>\n  film").ids == original.encode("the<|x|>film").ids
+
+
+def small_file(path: Path, tokens: dict[str, int], **settings: Any) -> GGUFFile:
+    """A file with these tokens and their types, and with settings of the tokenizer."""
+    writer = GGUFWriter(path, "llama")
+    writer.add_token_list([*tokens])
+    writer.add_token_types([*tokens.values()])
+    for name, value in settings.items():
+        getattr(writer, f"add_{name}")(value)
+    finish(writer)
+    return GGUFFile(path)
+
+
+ENDS = {
+    "one": (["<|im_start|>", "a"], {"eos_token_id": 1}, 1),
+    "turns": (["<|eot_id|>", "<|end_of_text|>", "<|eom_id|>"], {"eos_token_id": 1}, [1, 0, 2]),
+    "gpt-oss": (["<|end|>", "<|call|>", "<|return|>", "a"], {"eos_token_id": 2}, [2, 1]),
+    "phi": (["<|end|>", "<|endoftext|>"], {"eos_token_id": 1, "eot_token_id": 0}, [1, 0]),
+    "SentencePiece": (["<unk>", "<s>", "</s>"], {"tokenizer_model": "llama"}, 2),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_a_text_ends_at_the_files_tokens_and_at_ends_of_turns(case: str, tmp_path: Path) -> None:
+    tokens, settings, expected = ENDS[case]
+    ids = token_ids(small_file(tmp_path / "m.gguf", dict.fromkeys(tokens, 3), **settings))
+    assert ids["eos_token_id"] == expected
+    assert ids.get("bos_token_id") == (1 if case == "SentencePiece" else None)
+
+
+def test_tokens_around_each_text_are_the_files(tmp_path: Path) -> None:
+    settings = {"tokenizer_model": "gpt2", "tokenizer_pre": "llama-bpe", "token_merges": ["a b"]}
+    tokens = {"<s>": 3, "</s>": 3, "a": 1, "b": 1, "ab": 1}
+    ids = {"bos_token_id": 0, "eos_token_id": 1}
+    write_tokenizer(small_file(tmp_path / "1.gguf", tokens, **settings, **ids), 9, tmp_path)
+    assert Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode("ab").ids == [0, 4]  # as Llama 3's
+    settings |= {"add_bos_token": False, "add_eos_token": True}
+    write_tokenizer(small_file(tmp_path / "2.gguf", tokens, **settings, **ids), 9, tmp_path)
+    assert Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode("ab").ids == [4, 1]
+
+
+def test_a_vocabulary_without_scores_is_refused(tmp_path: Path) -> None:
+    settings = {"tokenizer_model": "llama", "token_scores": [-1000.0] * 4}
+    file = small_file(tmp_path / "m.gguf", {"<unk>": 2, "a": 1, "b": 1, "ab": 1}, **settings)
+    with pytest.raises(InputError, match=r"m\.gguf: its tokens have no scores to merge by"):
+        write_tokenizer(file, 9, tmp_path)
