@@ -43,8 +43,8 @@ def tiny(path: Path, change: Change | None = None, seed: int = 0, **settings: An
     writer = GGUFWriter(path, given["architecture"])
     for name, value in {
         "block_count": given.get("layers", LAYERS), "context_length": 128, "embedding_length": D,
-        "feed_forward_length": F, "head_count": HEADS, "head_count_kv": KV, "layer_norm_rms_eps": 1e-5,
-        "rope_freq_base": 5e5, "rope_dimension_count": H,
+        "feed_forward_length": given.get("feed_forward", F), "head_count": HEADS, "head_count_kv": KV,
+        "layer_norm_rms_eps": 1e-5, "rope_freq_base": 5e5, "rope_dimension_count": H,
     }.items():  # fmt: skip
         getattr(writer, f"add_{name}")(value)
     writer.add_tokenizer_model("gpt2")
@@ -172,6 +172,11 @@ REFUSED: dict[str, tuple[Change | None, dict[str, Any], str]] = {
     "head": (lambda w, t: w.add_key_length(16), {}, "RoPE of 8 of 16 dimensions is not supported"),
     "adapter": (lambda w, t: w.add_type("adapter"), {}, "is an adapter: name the file of its model"),
     "layers": (None, {"layers": 2**32 - 1}, "holds 20 tensors for 4294967295 layers"),
+    "widths": (
+        None,
+        {"feed_forward": [F, 2 * F]},
+        r"layers that differ in their feed_forward_length are not supported",
+    ),
     "twice": (None, {"tokens": [*TOKENS[:-1], "a"]}, "contains a token twice"),
     "merge": (None, {"merges": ["a zzz"]}, "its merge 'a zzz' is not made of its tokens"),
 }

@@ -36,10 +36,10 @@ def read_config(file: GGUFFile) -> Config:
     InputError for an architecture or a setting that is not supported.
     """
     kind = _architecture(file)
-    width, heads = int(file.require(".embedding_length")), int(file.require(".attention.head_count"))
-    if (layers := int(file.require(".block_count"))) > len(file.tensors):
+    width, heads = _size(file, ".embedding_length"), _size(file, ".attention.head_count")
+    if (layers := _size(file, ".block_count")) > len(file.tensors):
         raise InputError(f"{file.path}: holds {len(file.tensors)} tensors for {layers} layers: fetch it again")
-    head_dim = int(file.get(".attention.key_length", width // max(heads, 1)))
+    head_dim = _size(file, ".attention.key_length", width // max(heads, 1))
     if file.get(".attention.value_length", head_dim) != head_dim:
         raise InputError(f"{file.path}: keys and values of different widths are not supported: {HINT}")
     config: Config = {
@@ -47,12 +47,12 @@ def read_config(file: GGUFFile) -> Config:
         "model_type": kind.model_type,
         "vocab_size": file.length("tokenizer.ggml.tokens"),
         "hidden_size": width,
-        "intermediate_size": int(file.require(".feed_forward_length")),
+        "intermediate_size": _size(file, ".feed_forward_length"),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": _key_heads(file, heads),
+        "num_key_value_heads": _size(file, ".attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "max_position_embeddings": int(file.require(".context_length")),
+        "max_position_embeddings": _size(file, ".context_length"),
         **{name: file.number(key) for name, key in kind.numbers.items()},
         "pad_token_id": None,  # if the file has none: not transformers' default, which may be outside of the vocabulary
     }
@@ -67,13 +67,13 @@ def read_config(file: GGUFFile) -> Config:
     return config
 
 
-def _key_heads(file: GGUFFile, heads: int) -> int:
-    """Heads of keys and values; of a list, one for each layer, its only number but 0 (no attention)."""
-    given = file.get(".attention.head_count_kv", heads)
+def _size(file: GGUFFile, key: str, default: int | None = None) -> int:
+    """A size; of a list, one for each layer, its only number but 0 (LFM2's layers without attention)."""
+    given = file.require(key) if default is None else file.get(key, default)
     if not isinstance(given, list):
         return int(given)
     if len(numbers := {*given} - {0}) != 1 or (0 in given and file.architecture != "lfm2"):
-        raise InputError(f"{file.path}: layers with different heads are not supported: {HINT}")
+        raise InputError(f"{file.path}: layers that differ in their {key[1:]} are not supported: {HINT}")
     return int(numbers.pop())
 
 
