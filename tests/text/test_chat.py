@@ -308,3 +308,18 @@ def test_a_template_that_cannot_be_learned_from(template: str, line: str, tmp_pa
 def test_a_template_that_makes_marks_of_its_own_gets_no_message_for_them(tmp_path: Path) -> None:
     template = "{{ '\ue0007\ue001' }}{% for m in messages %}{{ m.content }}{% endfor %}"
     assert Chat(tokenizer(tmp_path, template)).render([("user", "hi")]) == "\ue0007\ue001hi"
+
+
+@pytest.mark.parametrize("template", [CHATML, UNMARKED])
+def test_an_answer_of_weight_0_is_read_and_not_learned(tmp_path: Path, template: str) -> None:
+    read = tokenizer(tmp_path, template, "<|im_start|>", "<|im_end|>")
+    talk = [("user", "a"), ("assistant", "bad"), ("user", "b"), ("assistant", "good"), ("assistant", "more")]
+    (every,), (some,) = (Chat(read).conversations(talk, hidden) for hidden in ((), (1, 4)))
+    assert some.ids == every.ids and some.answers == every.answers[1:2]
+    assert read.decode_with_special([some.ids[n] for n in some.answers[0]]) == "good<|im_end|>"
+
+
+def test_weight_0_is_refused_where_a_template_does_not_show_which_answer_is_which(tmp_path: Path) -> None:
+    read = tokenizer(tmp_path, CHATML.replace("{{ m['content'] }}", "{{ m['content'][:3] }}"), "<|im_end|>")
+    with pytest.raises(InputError, match="does not show which answer is which, and some have weight 0"):
+        Chat(read).conversations([("user", "a"), ("assistant", "answer"), ("assistant", "answer")], (1,))

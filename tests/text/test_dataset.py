@@ -16,16 +16,17 @@ from graftlm.errors import InputError
 from graftlm.text.dataset import default_labels, load_dataset, load_prompts
 from graftlm.text.layouts import (
     LAYOUTS,
+    MORE_LAYOUTS,
     Completion,
     Conversation,
     Labelled,
     Preference,
     Record,
-    Row,
     Unpaired,
     hashed_values,
     recognise,
 )
+from graftlm.text.rows import Row
 
 WORDS = ("negative", "positive")
 NEL = "a\x85b\u2028c\x0bd\x1ce\ff"  # characters at which str.splitlines breaks a line
@@ -330,9 +331,9 @@ def test_prompt_and_completion(tmp_path: Path):
     ("record", "options", "message"),
     [
         (
-            {"review": "a", "label": 1},
+            {"story": "a", "label": 1},
             {},
-            "no column 'text': the columns are review, label; name it with --columns text=COLUMN",
+            "no column 'text': the columns are story, label; name it with --columns text=COLUMN",
         ),
         (
             {"Text": "a", "label": 1},
@@ -358,7 +359,8 @@ def test_no_such_field(tmp_path: Path, record: dict, options: dict, message: str
     else:
         jsonl(path, record)
     if kind == "jsonl" or record:  # the other two cannot hold a record without fields
-        layouts = "" if options else f"; the layouts are {', '.join(map(str, LAYOUTS))}"
+        every = f"{', '.join(map(str, LAYOUTS))}, and {len(MORE_LAYOUTS)} more (docs/how-to.md)"
+        layouts = "" if options else f"; the layouts are {every}"
         fails(path, path.read_bytes(), f"FILE: {message}{layouts}", **options)
 
 
@@ -874,10 +876,16 @@ def test_alpaca(tmp_path: Path, context: str | None):
     assert row == Completion(prompt, "ab", row.source)
 
 
-def test_alpaca_with_columns_that_its_prompt_lacks(tmp_path: Path):
-    record = {"instruction": "i", "output": "o", "history": [], "system": "Be brief."}
-    message = "FILE:1: system would be lost, and it changes what is learned: write it into the texts, or leave it out"
-    fails(tmp_path / "a.jsonl", json.dumps(record), message)
+def test_alpaca_with_a_history_is_a_conversation(tmp_path: Path):
+    record = {"instruction": "i", "input": "n", "output": "o", "history": [["a", "b"]], "system": "Be brief."}
+    (row,) = read(jsonl(tmp_path / "a.jsonl", record))
+    told: list[tuple[str, str]] = [("system", "Be brief."), ("user", "a"), ("assistant", "b"), ("user", "i\nn")]
+    assert row == Conversation((*told, ("assistant", "o")), row.source)
+    for bad, message in (
+        ([["a"]], "history must be a list of pairs, what was asked and what was answered"),
+        ([["a", ""]], "empty the answer in history: fill it in, or leave the row out"),
+    ):
+        fails(tmp_path / "b.jsonl", json.dumps({**record, "history": bad}), f"FILE:1: {message}")
 
 
 @pytest.mark.parametrize("name", ["system", "tools", "images", "chat_template_kwargs"])
@@ -932,8 +940,8 @@ def test_sharegpt(tmp_path: Path):
     path = jsonl(tmp_path / "a.jsonl", {"id": "1", "conversations": turns})
     (row,) = read(path)
     assert row == Conversation((("system", "s"), ("user", "h"), ("assistant", "o")), row.source)
-    turns[1] = {"from": "observation", "value": "h"}
-    message = "FILE:1: message 2: unknown role 'observation': known are system, user, assistant, tool"
+    turns[1] = {"from": "narrator", "value": "h"}
+    message = "FILE:1: message 2: unknown role 'narrator': known are system, user, assistant, tool"
     fails(path, json.dumps({"conversations": turns}), message)
 
 
@@ -1032,10 +1040,12 @@ def test_columns_of_any_layout_can_be_mapped(tmp_path: Path):
 
 def test_columns_that_no_layout_reads(tmp_path: Path):
     path = jsonl(tmp_path / "a.jsonl", *many(20))
-    fields = list(dict.fromkeys(key for layout in LAYOUTS for key in (*layout.keys, *layout.optional)))
+    fields = list(
+        dict.fromkeys(key for layout in (*LAYOUTS, *MORE_LAYOUTS) for key in (*layout.keys, *layout.optional))
+    )
     with refused(f"--columns texts=a: no field 'texts': did you mean 'text'? fields are {', '.join(fields)}"):
         load_dataset(str(path), columns={"texts": "a"})
-    layouts = ", ".join(map(str, LAYOUTS))
+    layouts = f"{', '.join(map(str, LAYOUTS))}, and {len(MORE_LAYOUTS)} more (docs/how-to.md)"
     with refused(f"--columns: no layout reads label and chosen together: leave one out; the layouts are {layouts}"):
         load_dataset(str(path), columns={"label": "a", "chosen": "b"})
 

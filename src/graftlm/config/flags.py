@@ -136,7 +136,7 @@ class DataFlags(Flags):
     columns: str = ""
     """Which columns of the data to read, as text=sentence,label=stars. Default: the record layout is recognised by
     its columns: text, label; prompt, completion; prompt, chosen, rejected; messages or conversations; instruction,
-    input, output."""
+    input, output; and others (docs/how-to.md)."""
     template: str = "sentiment"
     """The prompt template: a built-in name (sentiment, question, plain), a file, or a string with {text} in it."""
     labels: str = "negative,positive"

@@ -69,6 +69,13 @@ def _json(path: Path, text: str, line: int | None = None) -> Any:
 
 
 def _object(source: str, value: object) -> Record:
+    """A record: an object, or a list of messages, which is a conversation."""
+    if (
+        isinstance(value, list)
+        and value
+        and all(isinstance(item, dict) and {"role", "from"} & {*item} for item in value)
+    ):
+        value = {"messages": value}
     if not isinstance(value, dict):
         raise InputError(f'{source}: a record must be a JSON object like {{"text": …}}, not {short_repr(value)}')
     return source, value
@@ -167,15 +174,19 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def class_names(path: Path, column: str) -> tuple[str, ...]:
-    """The label words by label number that a parquet file's schema has for a column (`datasets.ClassLabel`)."""
+def class_names(path: Path, *columns: str) -> tuple[str, ...]:
+    """The label words by label number in a parquet file's schema (`datasets.ClassLabel`).
+
+    They are those of the first of the columns that the file has.
+    """
     if not has_suffix(path, ".parquet"):
         return ()
     try:
         import pyarrow.parquet
 
-        metadata = pyarrow.parquet.read_schema(path).metadata or {}
-        names = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"][column]["names"]
+        schema = pyarrow.parquet.read_schema(path)
+        column = next(name for name in columns if name in schema.names)
+        names = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"][column]["names"]
         return tuple(map(str, names))
     except (
         ImportError,
@@ -184,6 +195,7 @@ def class_names(path: Path, column: str) -> tuple[str, ...]:
         ValueError,
         KeyError,
         TypeError,
+        StopIteration,
     ):  # no such metadata; reading says what is broken
         return ()
 

@@ -16,7 +16,7 @@ A template is a program from a downloaded file: it runs in jinja2's immutable sa
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from datetime import datetime
@@ -94,13 +94,14 @@ class Chat:
         text, spans, _ = self._answers(messages)
         return self._encoded(text, spans)
 
-    def conversations(self, messages: Sequence[Message]) -> list[EncodedConversation]:
+    def conversations(self, messages: Sequence[Message], unlearned: Collection[int] = ()) -> list[EncodedConversation]:
         """A whole conversation with all its answers or, if the template rewrites earlier ones, one for each answer.
 
-        Raises InputError if the template writes no tools, no result of one, or another field of an answer nowhere.
+        unlearned: the messages, by number, that are no answers to learn. Raises InputError if the template writes no
+        tools, no result of one, or another field of an answer nowhere.
         """
         self._refuse_lost(messages)
-        text, spans, answers = self._answers(messages)
+        text, spans, answers = self._answers(messages, unlearned)
         if len(spans) < len(answers):
             return [self._encoded(turn, [(start, stop)]) for turn, start, stop in answers]
         return [self._encoded(text, spans)]
@@ -124,16 +125,33 @@ class Chat:
         """The tokens that end an answer: `turn_end` and those that end a text."""
         return self._tokenizer.stop_tokens | {self.turn_end}
 
-    def _answers(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]], list[tuple[str, int, int]]]:
+    def _answers(
+        self, messages: Sequence[Message], unlearned: Collection[int] = ()
+    ) -> tuple[str, list[tuple[int, int]], list[tuple[str, int, int]]]:
         """A conversation's text, where the answers in it are, and without marks each answer as of `_answer`."""
         text = self._run(messages, add_generation_prompt=False)
-        ends = [end for end, message in enumerate(messages, 1) if message[0] == "assistant"]
+        ends = [n + 1 for n, message in enumerate(messages) if message[0] == "assistant" and n not in unlearned]
         if BEGIN in text:
-            return *_marked(text), []
+            return *_marked(self._without_marks(text, messages, unlearned) if unlearned else text), []
         answers = [self._answer(messages[:end], messages[end : end + 1]) for end in ends]
         text = answers[-1][0] if ends and ends[-1] == len(messages) else text
         self._refuse_unwritten(messages, text)
         return text, [(start, stop) for turn, start, stop in answers if text.startswith(turn[:stop])], answers
+
+    def _without_marks(self, text: str, messages: Sequence[Message], unlearned: Collection[int]) -> str:
+        """A conversation's text, where the template marks no answers that are not learned."""
+        ended = self._run(messages, add_generation_prompt=False, after_content=HERE)
+        pieces, found = text.split(BEGIN), ended.split(BEGIN)
+        if ended.count(HERE) != len(messages) or len(pieces) != len(found):
+            raise InputError(
+                f"the model's chat template does not show which answer is which, and some have weight 0: {self._hint}"
+            )
+        numbers = accumulate(piece.count(HERE) for piece in found[:-1])
+        marked = [
+            piece.replace(END, "", 1) if n in unlearned else BEGIN + piece
+            for n, piece in zip(numbers, pieces[1:], strict=True)
+        ]
+        return "".join([pieces[0], *marked])
 
     def _encoded(self, text: str, spans: Sequence[tuple[int, int]]) -> EncodedConversation:
         ids, ranges = self._ranges(text, spans)
@@ -152,7 +170,7 @@ class Chat:
             before, own = messages[: end - 1], fields[0] if fields else {}
             if role == "tool":
                 without.append(("messages of role tool", messages[:end], before, self._tools))
-            for name in own if role == "assistant" else ():
+            for name in [key for key in own if key != "name"] if role == "assistant" else ():
                 rest = {key: value for key, value in own.items() if key != name}
                 without.append((name, messages[:end], [*before, (role, content, rest)], self._tools))
         for name, whole, part, tools in without:

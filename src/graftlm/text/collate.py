@@ -159,7 +159,7 @@ def _conversations(rows: Sequence[Conversation], tokenizer: Tokenizer, max_lengt
     examples, truncated = [], 0
     for row in rows:
         try:
-            encoded = chat.with_tools(row.tools).conversations(row.messages)
+            encoded = chat.with_tools(row.tools).conversations(row.messages, row.unlearned)
         except InputError as error:
             raise InputError(f"{row.source}: {error}") from None
         fitting = [[answer for answer in some.answers if answer.stop <= max_length] for some in encoded]

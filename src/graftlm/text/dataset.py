@@ -19,16 +19,16 @@ from graftlm.files.readers import DATA_CARD, DATA_READERS, class_names, read_rec
 from graftlm.text.dataset_card import data_files
 from graftlm.text.layouts import (
     CONTEXT,
+    LABELLED_NAMES,
     Document,
-    LabelWords,
     Layout,
     Record,
-    Row,
     check_columns,
     hashed_values,
     missing_column,
     recognise,
 )
+from graftlm.text.rows import LabelWords, Row
 from graftlm.text.template import DEFAULT_LABELS
 from graftlm.text.words import UNSPACED, normalize
 
@@ -210,7 +210,7 @@ def _rows(path: Path, columns: Mapping[str, str], labels: LabelWords = NO_LABELS
 def default_labels(data: str, columns: Mapping[str, str] | None = None) -> str:
     """What --labels is where it is not given: the names in a parquet file's schema, if they are not the default's."""
     path = next(paths[0] for paths in _files(data_folder(data), "train").values())
-    names, default = class_names(path, (columns or {}).get("label", "label")), tuple(DEFAULT_LABELS.split(","))
+    names, default = _class_names(path, columns or {}), tuple(DEFAULT_LABELS.split(","))
     numbers = all(map(str.isdecimal, names)) and len(names) == len(default)
     if numbers or not names or [_meant(name, default) for name in names] == [[n] for n in range(len(default))]:
         return DEFAULT_LABELS
@@ -219,9 +219,14 @@ def default_labels(data: str, columns: Mapping[str, str] | None = None) -> str:
     return ",".join(names)
 
 
+def _class_names(path: Path, columns: Mapping[str, str]) -> tuple[str, ...]:
+    """The label words in a parquet file's schema, under any name of the label's column."""
+    return class_names(path, *([columns["label"]] if "label" in columns else LABELLED_NAMES["label"]))
+
+
 def _check_class_names(path: Path, columns: Mapping[str, str], labels: Sequence[str]) -> None:
     """Raise InputError if a parquet file's schema gives the label numbers other words than --labels."""
-    names = class_names(path, columns.get("label", "label"))
+    names = _class_names(path, columns)
     meant = [_meant(name, labels) for name in names]
     if (
         labels

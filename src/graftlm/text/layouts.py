@@ -1,23 +1,22 @@
 """Canonical records, and the layouts of data files that are converted to them.
 
 The rest of the program knows six kinds of record (`Labelled` … `Document`). Files differ in their columns: `LAYOUTS`
-has one entry for each set of columns, with a function that converts a row to a canonical record. A file's first row
-decides which layout it has (`recognise`). Every value is checked; errors name file and line.
+and `MORE_LAYOUTS` have one entry for each set of columns, with a function that converts a row to a canonical record.
+A file's first row decides which layout it has (`recognise`). Every value is checked (`rows.py`); errors name file and
+line.
 
 To add a layout, write its function and its entry here.
 """
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from functools import cached_property
 from typing import Any
 
 from graftlm.errors import InputError, did_you_mean
-from graftlm.files.readers import short_repr
-from graftlm.text.chat import ROLES, THINKING, THINKING_NAMES, Message
-from graftlm.text.words import normalize
+from graftlm.text.chat import Message
+from graftlm.text.rows import BOOLEANS, Row, as_bool
+from graftlm.text.transcripts import alpaca_prompt, best_branch, history, transcript, with_system
 
 # Canonical records ----------------------------------------------------------------------------------------------------
 
@@ -89,6 +88,8 @@ class Conversation:
     source: str = ""
     tools: tuple[Any, ...] = ()
     """What the assistant may call, as JSON schemas."""
+    unlearned: tuple[int, ...] = ()
+    """The assistant's messages that are not learned, by number."""
 
     @property
     def text(self) -> str:
@@ -118,206 +119,9 @@ def hashed_values(record: Record) -> list[Any]:
             return [prompt, None, chosen, rejected, *([] if all(finished) else [finished])]
         case Unpaired(prompt, completion, label, finished=finished):
             return [prompt, None, completion, label, *([] if finished else [False])]
-        case Conversation(messages, tools=tools):
-            return [record.text, None, None, messages, *([tools] if tools else [])]
-
-
-# Reading a row --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LabelWords:
-    """The label words by label number; without words a label is any number.
-
-    Words that are numbers themselves, such as 1,2,3,4,5, leave the label numbers (0 to 4) without a reading of their
-    own: then a label must be a word.
-    """
-
-    words: tuple[str, ...] = ()
-
-    @cached_property
-    def _numbers(self) -> dict[str, int]:
-        """By normalized word; by label number too, unless a number is the word of another label."""
-        words = {normalize(word): number for number, word in enumerate(self.words)}
-        numbers = {str(number): number for number in range(len(self.words))}
-        return {**words, **numbers} if numbers.items() >= {(n, words[n]) for n in numbers if n in words} else words
-
-    def number(self, value: object) -> int | None:
-        """A label's number, from 1, "1" or "Positive". True only if it is a label word; 1.0 never."""
-        text = normalize(str(value).strip()) if isinstance(value, int | str) else ""
-        if not self.words and text.isascii() and text.isdecimal() and len(text) < 10:
-            return int(text)
-        return self._numbers.get(text)
-
-    def problem(self, value: object) -> str:
-        """What is wrong with a value that is no label, and what is allowed."""
-        shown, words = short_repr(value), ",".join(self.words)
-        if not self.words:
-            return f"unknown label {shown}: a number from 0 on is needed, or --labels with the words"
-        if str(value).strip() in map(str, range(len(self.words))):
-            return (
-                f"label {shown} has two readings: as a word it is not in --labels {words}, and as a label's number it "
-                f"is {self.words[int(str(value))]!r}: write the words, or give the data's own numbers as --labels"
-            )
-        allowed = (f"{n} or {word!r}" if str(n) in self._numbers else repr(word) for n, word in enumerate(self.words))
-        return f"unknown label {shown}: allowed are {', '.join(allowed)}"
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row of a file. Its methods read a column and raise InputError, with file and line, for a wrong value."""
-
-    source: str
-    columns: Mapping[str, Any]
-    labels: LabelWords = LabelWords()
-
-    def error(self, message: str) -> InputError:
-        """An error in this row, to raise."""
-        return InputError(f"{self.source}: {message}")
-
-    def text(self, name: str) -> str:
-        """A column's text, which must not be blank."""
-        value = self.columns.get(name)
-        if value is None or (isinstance(value, str) and not value.strip()):
-            if name in self.columns:
-                raise self.error(f"empty {name}: fill it in, or leave the row out")
-            raise self.error(f"no field {name!r}: every row needs it")
-        if not isinstance(value, str):
-            raise self.error(f"{name} must be text, not {short_repr(value)}")
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            bad = f"U+{ord(value[error.start]):04X}"
-            raise self.error(f"{name} holds half a character ({bad} alone); write the whole one") from None
-        return value
-
-    def optional_text(self, name: str) -> str:
-        """A column's text, "" if the column is missing or blank."""
-        value = self.columns.get(name)
-        return "" if value is None or (isinstance(value, str) and not value.strip()) else self.text(name)
-
-    def label(self) -> int:
-        """Column "label" as a label number."""
-        value = self.columns.get("label")
-        if value is None or value == "":
-            raise self.error("no label (field 'label' is missing or empty): every row needs one")
-        number = self.labels.number(value)
-        if number is None:
-            raise self.error(self.labels.problem(value))
-        return number
-
-    def refuse(self, names: Iterable[str]) -> None:
-        """Raise InputError if one of these columns has a value: it would be lost."""
-        for name in names:
-            if self.columns.get(name) not in (None, "", [], {}, "[]", "{}"):
-                raise self.error(
-                    f"{name} would be lost, and it changes what is learned: write it into the texts, or leave it out"
-                )
-
-    def desirable(self) -> bool:
-        """Column "label" as true or false, or 1 or 0."""
-        value = _as_bool(self.columns.get("label"))
-        if value is None:
-            raise self.error(f"label must be true or false, not {short_repr(self.columns.get('label'))}")
-        return value
-
-    def messages(self, name: str) -> tuple[Message, ...]:
-        """A column of messages."""
-        messages = self.columns.get(name)
-        if not isinstance(messages, list) or not messages:
-            raise self.error(f"{name} must be a list of role and content, not {short_repr(messages)}")
-        return tuple(_message(f"{self.source}: message {number}", item) for number, item in enumerate(messages, 1))
-
-    def tools(self) -> tuple[Any, ...]:
-        """Column "tools": a list of JSON schemas, also as JSON text."""
-        value = self.columns.get("tools") or []
-        if isinstance(value, str):
-            try:
-                value = json.loads(value)
-            except ValueError:
-                raise self.error(f"tools is broken JSON: {short_repr(value)}") from None
-        if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-            raise self.error(f"tools must be a list of JSON schemas, not {short_repr(value)}")
-        return tuple(self.as_json("tools", value))
-
-    def as_json(self, name: str, value: list[Any]) -> list[Any]:
-        """A list, which a chat template may write as JSON."""
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except (TypeError, ValueError) as error:
-            raise self.error(f"{name} holds what JSON and UTF-8 cannot ({error}): write it as text") from None
-        return value
-
-    def finished(self, answers: int) -> tuple[bool, ...]:
-        """Column "finished" ("ended" in old files): whether the text ends with each answer. Without it, it does."""
-        name = "finished" if "finished" in self.columns else "ended"
-        value = self.columns.get(name)
-        if value is None:
-            return (True,) * answers
-        flags = value if isinstance(value, list) else [value]
-        if len(flags) != answers or not all(isinstance(flag, bool) for flag in flags):
-            allowed = "true or false" if answers == 1 else "a list of two, each true or false: for chosen and rejected"
-            raise self.error(f"{name} must be {allowed}, not {short_repr(value)}")
-        return tuple(flags)
-
-
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
-"""What the roles of messages with the keys from and value are called elsewhere."""
-
-
-BOOLEANS = {"true": True, "false": False}
-
-
-def _as_bool(value: object) -> bool | None:
-    """True or false, also as 1 or 0, and as text: csv has no booleans."""
-    return {**BOOLEANS, "1": True, "0": False}.get(str(value).strip().casefold())
-
-
-def _message(source: str, message: Any) -> Message:
-    """A message's role and content, or from and value, and what else templates read.
-
-    That is an assistant's reasoning, and the tools that it calls. Anything else would be lost, and is an error.
-    """
-    if not isinstance(message, dict):
-        raise InputError(f"{source} must be an object with role and content, not {short_repr(message)}")
-    row, keys = Row(source, message), ("role", "content")
-    if "from" in message and "role" not in message:
-        keys = ("from", "value")
-    role = row.text(keys[0])
-    role = SHAREGPT_ROLES.get(role, role) if keys[0] == "from" else role
-    if role not in ROLES:
-        raise row.error(f"unknown role {short_repr(role)}: known are {', '.join(ROLES)}")
-    rest = {name: value for name, value in message.items() if name not in keys and value is not None}
-    fields: dict[str, Any] = {}
-    if role == "assistant":
-        name = next((name for name in THINKING_NAMES if name in rest), "")
-        if thinking := row.optional_text(name):
-            fields[THINKING] = thinking
-        rest.pop(name, None)
-        if calls := rest.pop("tool_calls", None):
-            calls = calls if isinstance(calls, list) else [calls]
-            fields["tool_calls"] = [_tool_call(row, call) for call in row.as_json("tool_calls", calls)]
-    elif role == "tool":
-        fields = {name: rest.pop(name) for name in ("name", "tool_call_id") if name in rest}
-    if rest:
-        raise row.error(f"{short_repr(next(iter(rest)))} is not understood: a message has role and content, of text")
-    content = row.optional_text(keys[1]) if "tool_calls" in fields else row.text(keys[1])
-    return (role, content, fields) if fields else (role, content)
-
-
-def _tool_call(row: Row, call: Any) -> dict[str, Any]:
-    """A call of a tool. OpenAI's files have its arguments as JSON text; chat templates take an object."""
-    inner = call.get("function", call) if isinstance(call, dict) else {}
-    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
-        raise row.error(f"tool_calls must be a list of functions with name and arguments, not {short_repr(call)}")
-    arguments = inner.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except ValueError:
-            raise row.error(f"the arguments of {inner['name']} are broken JSON: {short_repr(arguments)}") from None
-    inner = {**inner, "arguments": arguments}
-    return {**call, "function": inner} if "function" in call else inner
+        case Conversation(messages, tools=tools, unlearned=unlearned):
+            hidden = [{"unlearned": unlearned}] if unlearned else []
+            return [record.text, None, None, messages, *([tools] if tools else []), *hidden]
 
 
 # Layouts --------------------------------------------------------------------------------------------------------------
@@ -343,13 +147,17 @@ class Layout:
     """A further condition on the columns, where other layouts have the same keys."""
     refused: tuple[str, ...] = CONTEXT
     """Columns without which a row would mean something else, unless they are optional."""
+    columns: tuple[tuple[str, str], ...] = ()
+    """The columns that are read for some of the keys, as (key, column)."""
 
     def __str__(self) -> str:
-        return f"{self.name} ({', '.join(self.keys)})"
+        return f"{self.name} ({', '.join(dict(self.columns).get(key, key) for key in self.keys)})"
 
     def record(self, row: Row) -> Record:
         """A row as a canonical record. Raises InputError for wrong values, and for what would be lost."""
-        row.refuse(name for name in self.refused if name not in self.optional)
+        if named := {key: row.columns[column] for key, column in self.columns if column in row.columns}:
+            row = replace(row, columns={**row.columns, **named})
+        row.refuse(name for name in self.refused if name not in (*self.keys, *self.optional))
         record = self.convert(row)
         if not self.matches(row.columns):
             raise row.error(f"its columns do not fit the file's layout, {self}: write all rows in one layout")
@@ -357,7 +165,10 @@ class Layout:
 
     def unused(self, columns: Mapping[str, Any]) -> set[str]:
         """The columns with a value that the layout does not read."""
-        return {name for name, value in columns.items() if value is not None} - {*self.keys, *self.optional}
+        return {name for name, value in columns.items() if value is not None} - {
+            *(dict(self.columns).get(key, key) for key in self.keys),
+            *self.optional,
+        }
 
 
 def _labelled(row: Row) -> Labelled:
@@ -368,6 +179,11 @@ def _completion(row: Row) -> Completion:
     prompt, completion = row.text("prompt"), row.text("completion")
     (finished,) = row.finished(1)
     return Completion(prompt, completion, row.source, finished)
+
+
+def _pair(prompt: str, completion: str) -> Callable[[Row], Completion]:
+    """A prompt and its completion, unchanged, in columns of these names."""
+    return lambda row: Completion(row.text(prompt), row.text(completion), row.source)
 
 
 def _preference(row: Row) -> Preference:
@@ -384,64 +200,157 @@ def _unpaired(row: Row) -> Unpaired:
     return Unpaired(prompt, completion, label, row.source, finished)
 
 
-def _chat(row: Row) -> Conversation:
-    messages = row.messages("messages" if "messages" in row.columns else "conversations")
-    if system := row.optional_text("system"):
-        if any(message[0] == "system" for message in messages):
-            raise row.error("both a column system and a system message: leave one out")
-        messages = (("system", system), *messages)
-    if str(row.columns.get("label")).strip().casefold() in BOOLEANS:
-        raise row.error(
-            "label would be lost: the answers of all rows are learned: leave out the bad ones, and the column"
-        )
-    if not any(message[0] == "assistant" for message in messages):
+def _chat(name: str) -> Callable[[Row], Conversation]:
+    """Messages in the column of this name."""
+
+    def convert(row: Row) -> Conversation:
+        messages, unlearned = row.messages(name), row.unlearned(name)
+        if str(row.columns.get("label")).strip().casefold() in BOOLEANS:
+            raise row.error(
+                "label would be lost: the answers of all rows are learned: leave out the bad ones, and the column"
+            )
+        return _conversation(row, messages, unlearned)
+
+    return convert
+
+
+def _conversation(row: Row, messages: tuple[Message, ...], unlearned: Iterable[int] = ()) -> Conversation:
+    """A conversation, after the column system if there is one. unlearned: the messages that are not learned."""
+    before = len(messages)
+    messages = with_system(row, "system", messages)
+    hidden = tuple(n + len(messages) - before for n in unlearned)
+    if not any(message[0] == "assistant" and n not in hidden for n, message in enumerate(messages)):
         raise row.error("the assistant says nothing, so there is nothing to learn: leave the row out")
-    return Conversation(messages, row.source, row.tools())
+    hidden = tuple(n for n in hidden if messages[n][0] == "assistant")
+    return Conversation(messages, row.source, row.tools(), hidden)
 
 
-def _alpaca(row: Row) -> Completion:
-    """Stanford Alpaca's prompt (Taori et al. 2023), without or with an input."""
-    instruction, context, output = row.text("instruction"), row.optional_text("input"), row.text("output")
-    task = "Below is an instruction that describes a task"
-    if context:
-        task += ", paired with an input that provides further context"
-        context = f"### Input:\n{context}\n\n"
-    task += ". Write a response that appropriately completes the request."
-    prompt = f"{task}\n\n### Instruction:\n{instruction}\n\n{context}### Response:\n"
-    return Completion(prompt, output, row.source)
+def _chat_completion(row: Row) -> Conversation:
+    """TRL's conversational prompt and completion: only what the completion says is learned."""
+    prompt, completion = row.messages("prompt"), row.messages("completion")
+    return _conversation(row, prompt + completion, range(len(prompt)))
 
+
+def _alpaca(answer: str, context: str = "input") -> Callable[[Row], Completion]:
+    """Alpaca's prompt, with the answer and the input in columns of these names."""
+
+    def convert(row: Row) -> Completion:
+        prompt = alpaca_prompt(row.text("instruction"), row.optional_text(context))
+        return Completion(prompt, row.text(answer), row.source)
+
+    return convert
+
+
+def _alpaca_chat(row: Row) -> Conversation:
+    """LLaMA-Factory's Alpaca: earlier pairs of question and answer are a history, and all answers are learned."""
+    asked = "\n".join(filter(None, (row.text("instruction"), row.optional_text("input"))))
+    return _conversation(row, (*history(row), ("user", asked), ("assistant", row.text("output"))))
+
+
+def _orca(row: Row) -> Conversation:
+    messages: tuple[Message, ...] = (("user", row.text("question")), ("assistant", row.text("response")))
+    return _conversation(row, with_system(row, "system_prompt", messages))
+
+
+def _guanaco(row: Row) -> Conversation:
+    return _conversation(row, transcript(row, "text"))
+
+
+def _oasst_tree(row: Row) -> Conversation:
+    return _conversation(row, best_branch(row, "prompt"))
+
+
+def _oasst_message(row: Row) -> Conversation:
+    raise row.error("a row is one message of a tree: use OASST's file of trees, or write a conversation a row")
+
+
+def _is_list(*names: str) -> Callable[[Mapping[str, Any]], bool]:
+    """Whether any of these columns holds a list, as messages are."""
+    return lambda columns: any(isinstance(columns.get(name), list) for name in names)
+
+
+def _without(*names: str) -> Callable[[Mapping[str, Any]], bool]:
+    """Whether none of these columns is there."""
+    return lambda columns: columns.keys().isdisjoint(names)
+
+
+def _is_completion(columns: Mapping[str, Any]) -> bool:
+    return str(columns.get("label")).strip().casefold() not in BOOLEANS and not _is_list("prompt")(columns)
+
+
+def _is_transcript(columns: Mapping[str, Any]) -> bool:
+    return str(columns["text"]).lstrip().startswith("### Human:")
+
+
+ENDS = ("finished", "ended")
+SPEAKERS = ("system", "tools", "functions")
+"""What conversations may have with their messages."""
+ASIDE = (*CONTEXT, "context", "passage", "input")
 
 LAYOUTS = (
     Layout("labelled", ("text", "label"), _labelled, refused=()),
-    Layout(
-        "completion",
-        ("prompt", "completion"),
-        _completion,
-        optional=("finished", "ended"),
-        matches=lambda columns: str(columns.get("label")).strip().casefold() not in BOOLEANS,
-    ),
-    Layout("preference", ("chosen", "rejected"), _preference, optional=("prompt", "finished", "ended")),
+    Layout("completion", ("prompt", "completion"), _completion, ENDS, _is_completion),
+    Layout("preference", ("chosen", "rejected"), _preference, ("prompt", *ENDS)),
     Layout(
         "unpaired preference",
         ("prompt", "completion", "label"),
         _unpaired,
-        optional=("finished", "ended"),
-        matches=lambda columns: _as_bool(columns.get("label")) is not None,
+        ENDS,
+        lambda columns: as_bool(columns.get("label")) is not None,
     ),
-    Layout("chat", ("messages",), _chat, ("system", "tools"), matches=lambda columns: "chosen" not in columns),
-    Layout("sharegpt", ("conversations",), _chat, ("system", "tools"), matches=lambda columns: "chosen" not in columns),
-    Layout("alpaca", ("instruction", "output"), _alpaca, optional=("input",)),
+    Layout("chat", ("messages",), _chat("messages"), SPEAKERS, _without("chosen")),
+    Layout("sharegpt", ("conversations",), _chat("conversations"), SPEAKERS, _without("chosen")),
+    Layout("alpaca", ("instruction", "output"), _alpaca("output"), ("input",), _without("history", "system")),
 )
+"""The layouts that are tried first."""
+
+MORE_LAYOUTS = (
+    Layout(
+        "alpaca chat",
+        ("instruction", "output"),
+        _alpaca_chat,
+        ("input", "history", *SPEAKERS),
+        lambda columns: not _without("history", "system")(columns),
+    ),
+    Layout("instruction", ("instruction", "response"), _alpaca("response"), ("input",), _without("context")),
+    Layout("dolly", ("instruction", "context", "response"), _alpaca("response", "context")),
+    Layout("orca", ("system_prompt", "question", "response"), _orca, SPEAKERS),
+    Layout("chat completion", ("prompt", "completion"), _chat_completion, SPEAKERS, _is_list("prompt")),
+    *(
+        Layout(f"{prompt} and {answer}", (prompt, answer), _pair(prompt, answer), refused=ASIDE)
+        for prompt, answer in (
+            *(("prompt", "response"), ("prompt", "generation"), ("prompt", "output"), ("prompt", "answer")),
+            *(("question", "answer"), ("question", "response"), ("query", "response"), ("document", "summary")),
+            *(("article", "highlights"), ("article", "summary"), ("dialogue", "summary")),
+        )
+    ),
+    Layout("input and output", ("input", "output"), _pair("input", "output"), matches=_without("instruction")),
+    *(
+        Layout(f"chat in {name}", (name,), _chat(name), SPEAKERS, _is_list(name))
+        for name in ("conversation", "dialogue", "dialog")
+    ),
+    Layout("guanaco", ("text",), _guanaco, matches=_is_transcript),
+    Layout("oasst tree", ("prompt", "message_tree_id"), _oasst_tree),
+    Layout("oasst message", ("message_id", "parent_id", "text", "role"), _oasst_message),
+)
+"""The layouts that are tried where none of LAYOUTS fits."""
+
+LABELLED_NAMES = {
+    "text": ("text", "sentence", "review", "content", "tweet", "question", "comment"),
+    "label": ("label", "labels", "sentiment", "stars", "rating", "category", "class"),
+}
+"""What the columns of a labelled text are called elsewhere, tried last."""
 
 
 def check_columns(columns: Mapping[str, str]) -> None:
     """Raise InputError for fields of --columns that no layout reads, or none reads together."""
-    fields = list(dict.fromkeys(key for layout in LAYOUTS for key in (*layout.keys, *layout.optional)))
+    every = (*LAYOUTS, *MORE_LAYOUTS)
+    fields = list(dict.fromkeys(key for layout in every for key in (*layout.keys, *layout.optional)))
     for key, column in columns.items():
         if key not in fields:
             hint = did_you_mean(key, fields)
             raise InputError(f"--columns {key}={column}: no field {key!r}: {hint}fields are {', '.join(fields)}")
-    if not _readable(columns):
+    if not _readable(every, columns):
         raise InputError(
             f"--columns: no layout reads {' and '.join(columns)} together: leave one out; the layouts are {_names()}"
         )
@@ -450,22 +359,40 @@ def check_columns(columns: Mapping[str, str]) -> None:
 def recognise(path: object, columns: Mapping[str, Any], mapped: Sequence[str] = ()) -> Layout:
     """The layout of a file, from the columns of its first row.
 
-    mapped: the columns named by --columns; the layout must read all of them. A layout whose keys are a part of
-    another's gives way to it, unless --columns names exactly its keys. Raises InputError for an unknown layout, and
-    where several remain.
+    mapped: the columns named by --columns; the layout must read all of them. LAYOUTS are tried before MORE_LAYOUTS, and
+    those before the other names of a labelled text's columns. A layout whose keys are a part of another's gives way to
+    it, unless --columns names exactly its keys. Raises InputError for an unknown layout, and where several remain.
     """
-    readable = _readable(mapped)
-    fitting = [layout for layout in readable if columns.keys() >= {*layout.keys} and layout.matches(columns)]
-    fitting = [layout for layout in fitting if {*layout.keys} <= {*mapped}] or fitting
-    fitting = [layout for layout in fitting if not any({*layout.keys} < {*other.keys} for other in fitting)]
-    if not fitting:
-        raise _unknown(path, columns, readable)
-    if len(fitting) > 1:
-        choices = " or ".join(f"--columns {','.join(f'{key}={key}' for key in layout.keys)}" for layout in fitting)
-        raise InputError(
-            f"{path}: the columns fit several layouts, {' and '.join(map(str, fitting))}: choose {choices}"
-        )
-    return fitting[0]
+    for layouts in (LAYOUTS, MORE_LAYOUTS):
+        readable = _readable(layouts, mapped)
+        fitting = [layout for layout in readable if columns.keys() >= {*layout.keys} and layout.matches(columns)]
+        fitting = [layout for layout in fitting if {*layout.keys} <= {*mapped}] or fitting
+        fitting = [layout for layout in fitting if not any({*layout.keys} < {*other.keys} for other in fitting)]
+        if len(fitting) > 1:
+            choices = " or ".join(f"--columns {','.join(f'{key}={key}' for key in layout.keys)}" for layout in fitting)
+            raise InputError(
+                f"{path}: the columns fit several layouts, {' and '.join(map(str, fitting))}: choose {choices}"
+            )
+        if fitting:
+            return fitting[0]
+    named = _named_otherwise(path, columns)
+    if named is None or not {*mapped} <= {*named.keys}:
+        raise _unknown(path, columns, _readable((*LAYOUTS, *MORE_LAYOUTS), mapped))
+    return named
+
+
+def _named_otherwise(path: object, columns: Mapping[str, Any]) -> Layout | None:
+    """The layout of a labelled text whose columns have other names. Raises InputError if there are several of them."""
+    found: dict[str, list[str]] = {}
+    for key, known in LABELLED_NAMES.items():
+        found[key] = [key] if key in columns else [name for name in known if name in columns]
+    if not all(found.values()):
+        return None
+    for key, names in found.items():
+        if len(names) > 1:
+            choices = " or ".join(f"--columns {key}={name}" for name in names)
+            raise InputError(f"{path}: the {key} may be in column {' or '.join(names)}: choose {choices}")
+    return replace(LAYOUTS[0], columns=tuple((key, names[0]) for key, names in found.items() if names != [key]))
 
 
 def _unknown(path: object, columns: Mapping[str, Any], layouts: Sequence[Layout]) -> InputError:
@@ -480,18 +407,20 @@ def _unknown(path: object, columns: Mapping[str, Any], layouts: Sequence[Layout]
             f"{path}: is plain text, with nothing to learn from it: add a column label, or give prompt and completion"
         )
     lacking = [layout for layout in layouts if not columns.keys() >= {*layout.keys}] or layouts
-    closest = max(lacking, key=lambda layout: len(columns.keys() & {*layout.keys}))
+    shared = [len(columns.keys() & {*layout.keys}) for layout in lacking]
+    ranks = [(count, count / len(layout.keys)) for count, layout in zip(shared, lacking, strict=True)]
+    closest = lacking[ranks.index(max(ranks))]
     missing = next((key for key in closest.keys if key not in columns), closest.keys[0])
     return InputError(f"{path}: {missing_column(missing, columns, missing)}; the layouts are {_names()}")
 
 
-def _readable(fields: Iterable[str]) -> list[Layout]:
-    """The layouts that read all these fields."""
-    return [layout for layout in LAYOUTS if {*fields} <= {*layout.keys, *layout.optional}]
+def _readable(layouts: Sequence[Layout], fields: Iterable[str]) -> list[Layout]:
+    """Those of the layouts that read all these fields."""
+    return [layout for layout in layouts if {*fields} <= {*layout.keys, *layout.optional}]
 
 
 def _names() -> str:
-    return ", ".join(map(str, LAYOUTS))
+    return f"{', '.join(map(str, LAYOUTS))}, and {len(MORE_LAYOUTS)} more (docs/how-to.md)"
 
 
 def missing_column(column: str, columns: Mapping[str, Any], key: str) -> str:
