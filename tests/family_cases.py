@@ -106,6 +106,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-oss plain": ("GptOss", MOE | {"attention_bias": False, "rope_parameters": theta(), "num_experts_per_tok": 5}),
     "gpt_bigcode": ("GPTBigCode", {**ONE_KEY_HEAD, "n_inner": 40, "tie_word_embeddings": True}),
     "gpt_bigcode wide": ("GPTBigCode", {**ONE_KEY_HEAD, "activation_function": "gelu"}),
+    "gpt2": ("GPT2", {"n_inner": 40, "tie_word_embeddings": True}),
+    "gpt_neox": ("GPTNeoX", {"hidden_size": 32}),
+    "gpt_neox sequential": (
+        "GPTNeoX",
+        {"hidden_size": 32, "use_parallel_residual": False, "rope_parameters": theta(partial_rotary_factor=1.0)},
+    ),
     "gpt_neo": (
         "GPTNeo",
         {"attention_types": [[["global", "local"], 2]], "window_size": WINDOW, "tie_word_embeddings": True},
@@ -158,6 +164,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             **{"original_max_position_embeddings": 32, "max_position_embeddings": 128, "hidden_size": 32},
         },
     ),
+    "qwen2": ("Qwen2", WINDOWS | {"max_window_layers": 2, "hidden_size": 32}),
     "qwen3": ("Qwen3", {"tie_word_embeddings": True}),
     "qwen3 biased": (
         "Qwen3",
@@ -213,6 +220,8 @@ def reference(name: str, dtype: torch.dtype) -> nn.Module:
 
 def stored_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Parameters or gradients of transformers' model by the names that its files have: of each expert on its own."""
+    if isinstance(model, transformers.GPTNeoXForCausalLM):
+        return {name.replace("lm_head", "embed_out"): tensor for name, tensor in tensors.items()}
     if not isinstance(model, transformers.Qwen3MoeForCausalLM):
         return dict(tensors)
     found: dict[str, Tensor] = {}

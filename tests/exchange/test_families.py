@@ -35,7 +35,7 @@ from graftlm.methods import DoRA, LoRA, Method, PrefixTuning
 from graftlm.methods.base import mergeable_linears, trainable, trainable_state_dict
 from graftlm.methods.ia3 import IA3
 from graftlm.models import CausalLM, ModelConfig, clone_with_shared_weights
-from graftlm.models.config import read_model_config, rotary_permutation, stored_linears, with_biases
+from graftlm.models.config import FAMILIES, read_model_config, rotary_permutation, stored_linears, with_biases
 from graftlm.training.train import train
 from tiny import data_folder
 
@@ -269,14 +269,15 @@ def test_peft_reads_other_methods(name: str, case: str, base_of: BaseOf, tmp_pat
 
 def theirs(name: str, config: ModelConfig) -> peft.PeftConfig:
     modules = modules_of(config)
+    options: dict[str, Any] = {"target_modules": list(modules), "task_type": "CAUSAL_LM"}
+    options["fan_in_fan_out"] = FAMILIES[config.family].transposed
     if name == "lora":
-        return peft.LoraConfig(r=3, lora_alpha=7, target_modules=list(modules), task_type="CAUSAL_LM")
+        return peft.LoraConfig(r=3, lora_alpha=7, **options)
     if name == "ia3":
-        down = [module for module, roles in modules.items() if "down" in roles]
-        return peft.IA3Config(target_modules=list(modules), feedforward_modules=down, task_type="CAUSAL_LM")
+        return peft.IA3Config(feedforward_modules=[m for m, roles in modules.items() if "down" in roles], **options)
     if name == "prefix":
         return peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM")
-    return peft.LoraConfig(r=3, target_modules=list(modules), use_dora=True, use_rslora=True, task_type="CAUSAL_LM")
+    return peft.LoraConfig(r=3, use_dora=True, use_rslora=True, **options)
 
 
 @pytest.mark.parametrize(("name", "case"), with_cases("dora", "ia3", "prefix"))

@@ -1,4 +1,4 @@
-"""Every family through the commands: trained, interrupted and resumed, evaluated, generated with, served, estimated."""
+"""Every model type through the commands: estimated, trained, resumed, evaluated, generated with and served."""
 
 import signal
 from collections.abc import Iterator
@@ -21,7 +21,6 @@ from graftlm.inference.requests import Request
 from graftlm.inference.sampling import SamplingParams
 from graftlm.methods import LoRA
 from graftlm.methods.base import trainable
-from graftlm.models.config import read_model_config
 from graftlm.studies.cost_report import estimate
 from graftlm.text.collate import encode_rows
 from graftlm.text.dataset import load_dataset
@@ -31,8 +30,8 @@ from graftlm.training.estimate import Estimate
 from graftlm.training.train import train
 from tiny import data_folder
 
-FAMILIES = {read_model_config(config_of(case).to_dict(), case).family: case for case in reversed(CASES)}
-"""Family -> its first case."""
+MODEL_TYPES = {config_of(case).model_type: case for case in reversed(CASES)}
+"""Model type -> its first case."""
 PROMPTS = ["good fun", "Review: dull\nIs it:"]
 SHORT = "R: {text}\nA:"
 """The contexts of the cases are short."""
@@ -91,7 +90,7 @@ def test_planned_where_the_last_block_is_frozen(data: Path, tmp_path: Path) -> N
     assert train(config(plain, data, tmp_path / "run", targets="q,k,v"))["last"]["step"] == 3
 
 
-@pytest.mark.parametrize("case", FAMILIES.values(), ids=list(FAMILIES))
+@pytest.mark.parametrize("case", MODEL_TYPES.values(), ids=list(MODEL_TYPES))
 def test_estimated_trained_resumed_evaluated_and_served(
     case: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
