@@ -13,6 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from graftlm.errors import InputError
+from graftlm.files.readers import SUFFIXES
 from graftlm.text.dataset import default_labels, load_dataset, load_prompts
 from graftlm.text.layouts import (
     LAYOUTS,
@@ -566,10 +567,10 @@ def test_names_of_splits(tmp_path: Path, names: tuple[str, ...]):
 
 def test_what_is_not_read_is_named(tmp_path: Path):
     source = folder(tmp_path, train=many(20), dev=many(2, first=30))
-    for name in ("test.tsv", "train_extra.jsonl", "train_test.jsonl", "README.md", "LICENSE", "more/train.csv"):
+    for name in ("test.xls", "train_extra.jsonl", "train_test.jsonl", "README.md", "LICENSE", "more/train.csv"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("text,label\na,1\n")
-    note = f"{source}: not read: more/train.csv, test.tsv, train_extra.jsonl, train_test.jsonl"
+    note = f"{source}: not read: more/train.csv, test.xls, train_extra.jsonl, train_test.jsonl"
     assert load_dataset(str(source)).notes == [note, read_as(source)]
     for n in range(9):
         (tmp_path / f"z{n}.txt").write_text("x")
@@ -649,7 +650,7 @@ def test_the_card_of_a_data_set_says_which_files_its_splits_are(tmp_path: Path, 
             "\n- data_files: hf://x/a.csv",
             "'hf://x/a.csv' of split train is not in this folder: name its file with --data",
         ),
-        ("\n- data_files: b*.csv", "split train: b*.csv is no file that is read (.jsonl, .csv, .parquet, .json)"),
+        ("\n- data_files: b*.csv", f"split train: b*.csv is no file that is read ({SUFFIXES})"),
         ("\n- data_files: a**", "'a**' of split train is not in this folder: name its file with --data"),
         (" x", "configs must be a list of configurations: correct it, or name files with --data"),
         ("\n- data_files: {a: 1}", "each of data_files needs split and path: correct it, or name files with --data"),
@@ -702,8 +703,7 @@ def test_folder_without_splits(tmp_path: Path):
     jsonl(tmp_path / "reviews.jsonl", *many(2))
     jsonl(tmp_path / "en" / "notes.jsonl", *many(2))
     with refused(
-        f"{tmp_path}: no train, validation or test file (.jsonl, .csv, .parquet, .json) in this folder; "
-        "it holds en, reviews.jsonl"
+        f"{tmp_path}: no train, validation or test file ({SUFFIXES}) in this folder; it holds en, reviews.jsonl"
     ):
         load_dataset(str(tmp_path))
 
@@ -795,7 +795,7 @@ def test_val_or_test_that_cannot_be(tmp_path: Path):
         load_dataset(str(source), test=str(tmp_path / "none"))
     text = tmp_path / "b.txt"
     text.write_text("text")
-    with refused(f"{text}: unknown file format '.txt': use .jsonl, .csv, .parquet, .json"):
+    with refused(f"{text}: unknown file format '.txt': use {SUFFIXES}"):
         load_dataset(str(source), test=str(text))
 
 

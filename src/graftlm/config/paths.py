@@ -65,6 +65,11 @@ def read_text(path: Path, label: str = "") -> str:
         content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{label}{path}: cannot read it: {error.strerror}") from None
+    return decode_named(content, f"{label}{path}")
+
+
+def decode_named(content: bytes, where: str) -> str:
+    """The text of a file's bytes (`decode_text`). Raises an InputError that begins with `where`, the file."""
     try:
         if content[:64].count(0) * 4 > len(content[:64]) and not content.startswith(tuple(mark for mark, _ in _MARKS)):
             raise UnicodeDecodeError("utf-8", content, content.index(0), 0, "zero bytes")
@@ -73,5 +78,5 @@ def read_text(path: Path, label: str = "") -> str:
         line, byte = content.count(b"\n", 0, error.start) + 1, error.start - content.rfind(b"\n", 0, error.start)
         kind = "it looks like UTF-16" if 0 in content[:64] else f"0x{content[error.start]:02x}"
         raise InputError(
-            f"{label}{path}:{line}: byte {byte} is not {error.encoding.upper()} ({kind}); save the file as UTF-8"
+            f"{where}:{line}: byte {byte} is not {error.encoding.upper()} ({kind}); save the file as UTF-8"
         ) from None

@@ -28,7 +28,8 @@ from graftlm.errors import InputError, unknown_name_error
 from graftlm.files.atomic import atomic_directory, cleanup_tmp, lock_file, write_json, write_text
 from graftlm.files.fetch import HUB_NAME, NotOnHub, PinnedWheel, hub_folder, wheel_file, wheel_member
 from graftlm.files.formats import read_json, sha256_file, weight_files
-from graftlm.files.readers import DATA_READERS, GGUF, WEIGHT_SUFFIXES
+from graftlm.files.packed import COMPRESSED
+from graftlm.files.readers import DATA_SUFFIXES, GGUF, SUFFIXES, WEIGHT_SUFFIXES, is_data_file
 
 FORMAT_VERSION = 1  # raise it when the content of an unpacked folder changes: older folders are then built again
 HELD_OUT = 533  # reviews of each label in test, and as many in validation
@@ -183,13 +184,13 @@ def data_folder(name: str) -> Path:
         return _unpacked(name)
     path = user_path(name)
     if not name or not path.exists():
-        _check_hub_name("data set", name, [*BUILTIN_DATA, *HUB_DATA], tuple(DATA_READERS))
+        _check_hub_name("data set", name, [*BUILTIN_DATA, *HUB_DATA], (*DATA_SUFFIXES, *COMPRESSED))
         hint = f"use the built-in {' or '.join(BUILTIN_DATA)}, or a local jsonl, csv or parquet file"
         path = hub_folder(name, "dataset", hint)
     files = [path] if path.is_file() else path.rglob("*")
-    if not any(has_suffix(file, *DATA_READERS) for file in files):
+    if not any(map(is_data_file, files)):
         problem = "is not a data file that we read" if path.is_file() else "holds no data file"
-        raise InputError(f"{path}: {problem}: use {', '.join(DATA_READERS)}")
+        raise InputError(f"{path}: {problem}: use {SUFFIXES}")
     return path
 
 
@@ -203,7 +204,7 @@ def is_local_data(name: str) -> bool:
 def download(name: str) -> Path:
     """The local folder of a model or a data set, whichever the name is."""
     path = user_path(name)
-    if name in BUILTIN_DATA or name in HUB_DATA or has_suffix(name, *DATA_READERS):
+    if name in BUILTIN_DATA or name in HUB_DATA or is_data_file(name):
         return data_folder(name)
     if name in BUILTIN or name in HUB_MODELS or has_suffix(name, GGUF):
         return model_folder(name)

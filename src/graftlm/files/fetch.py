@@ -30,7 +30,8 @@ from graftlm.config.paths import user_path
 from graftlm.errors import InputError
 from graftlm.files.atomic import disk_errors
 from graftlm.files.formats import sha256_file
-from graftlm.files.readers import DATA_CARD, DATA_READERS
+from graftlm.files.packed import COMPRESSED
+from graftlm.files.readers import DATA_CARD, DATA_SUFFIXES
 
 LOG = logging.getLogger("graftlm")  # the command prints it to stderr
 HUB_NAME = re.compile(r"(?P<id>[\w][\w.-]*(/[\w][\w.-]*)?)(@(?P<revision>[\w][\w./-]*))?")
@@ -43,7 +44,11 @@ MODEL_FILES = [
     "vocab.bpe",
     "chat_template.jinja",
 ]
-DATA_FILES = [*(f"*{case}" for suffix in DATA_READERS for case in (suffix, suffix.upper())), DATA_CARD]
+DATA_FILES = [
+    *(f"*{suffix}{packed}" for suffix in DATA_SUFFIXES for packed in ("", *COMPRESSED)),
+    *(f"*{suffix.upper()}" for suffix in DATA_SUFFIXES),
+    DATA_CARD,
+]
 TIMEOUTS = ("connect", "read", "write", "pool")  # of a request in httpx
 SECONDS = 10.0  # to wait for a response; HF_HUB_ETAG_TIMEOUT changes it
 

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from graftlm.config.paths import has_suffix, user_path
+from graftlm.config.paths import user_path
 from graftlm.errors import InputError
+from graftlm.files.arrow_rows import class_names
 from graftlm.files.assets import data_folder
 from graftlm.files.formats import read_json
-from graftlm.files.readers import DATA_CARD, DATA_READERS, class_names, read_records
+from graftlm.files.packed import data_stem, data_suffix
+from graftlm.files.readers import DATA_CARD, SUFFIXES, is_data_file, read_records, splits_inside
 from graftlm.text.dataset_card import data_files
 from graftlm.text.layouts import (
     CONTEXT,
@@ -92,7 +94,7 @@ def load_dataset(
     splits, unused = {}, set[str]()
     for split in SPLITS:
         if split in files:
-            layout, splits[split], others = _read_split(files[split], columns or {}, label_words)
+            layout, splits[split], others = _read_split(files[split], split, columns or {}, label_words)
             layouts[layout] = None
             unused |= others
     name, notes = data or val or test, _notes(path, data, files) if path else []
@@ -130,7 +132,7 @@ def load_prompts(
     first_words = re.compile(rf"(?:{word}\s*){{0,{max(opening - 1, 0)}}}{word}")
     prompts, unused = [], set[str]()
     for file in files[split]:
-        for row in _rows(file, columns or {}):
+        for row in _rows(file, split, columns or {}):
             row.refuse(() if opening else CONTEXT)
             column = "text" if opening else _prompt_column(row)
             unused |= {name for name, value in row.columns.items() if value is not None and name != column}
@@ -167,7 +169,7 @@ def text_hash(text: str) -> str:
 
 
 def _read_split(
-    files: Sequence[Path], columns: Mapping[str, str], labels: LabelWords
+    files: Sequence[Path], split: str, columns: Mapping[str, str], labels: LabelWords
 ) -> tuple[Layout, list[Record], set[str]]:
     """The layout of a split's files, their records, and the columns that were not read.
 
@@ -178,7 +180,7 @@ def _read_split(
     unused: set[str] = set()
     for path in files:
         _check_class_names(path, columns, labels.words)
-        for number, row in enumerate(_rows(path, columns, labels)):
+        for number, row in enumerate(_rows(path, split, columns, labels)):
             if number == 0:
                 layouts.append(recognise(path, row.columns, tuple(columns)))
                 if layouts[-1] != layouts[0]:
@@ -191,9 +193,9 @@ def _read_split(
     return layouts[0], records, unused
 
 
-def _rows(path: Path, columns: Mapping[str, str], labels: LabelWords = NO_LABELS) -> Iterator[Row]:
+def _rows(path: Path, split: str, columns: Mapping[str, str], labels: LabelWords = NO_LABELS) -> Iterator[Row]:
     """The rows of a file, with columns renamed: `columns` maps a layout's key to the column of the file."""
-    for number, (source, values) in enumerate(read_records(path)):
+    for number, (source, values) in enumerate(read_records(path, split)):
         for key, column in columns.items():
             if column not in values:
                 raise InputError(f"{source if number else path}: {missing_column(column, values, key)}")
@@ -266,8 +268,11 @@ def _notes(folder: Path, data: str, files: Mapping[str, Sequence[Path]]) -> list
 
 
 def _files(path: Path, split: str) -> dict[str, list[Path]]:
-    """The files of each split of a folder; a single file is of the split that is given."""
-    return _split_files(path) if path.is_dir() else {split: [path]}
+    """The files of each split of a folder; a single file is of the split that is given, unless it holds several."""
+    if path.is_dir():
+        return _split_files(path)
+    inside = splits_inside(path)
+    return {name: [path] for name in SPLITS if name in inside} or {split: [path]}
 
 
 def _hold_out(splits: dict[str, list[Record]], missing: tuple[str, ...], source: str) -> dict[str, list[Record]]:
@@ -302,8 +307,7 @@ def _split_files(folder: Path) -> dict[str, list[Path]]:
     if inside:
         raise InputError(f"{folder}: holds several data sets, {', '.join(inside)}: name one of these folders")
     names = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-    suffixes = ", ".join(DATA_READERS)
-    raise InputError(f"{folder}: no train, validation or test file ({suffixes}) in this folder; it holds {names}")
+    raise InputError(f"{folder}: no train, validation or test file ({SUFFIXES}) in this folder; it holds {names}")
 
 
 def _card_files(folder: Path) -> dict[str, list[Path]]:
@@ -320,13 +324,12 @@ def _card_files(folder: Path) -> dict[str, list[Path]]:
             )
         matched = {path for pattern in patterns for path in folder.glob(pattern)}
         inner = {file for path in matched if path.is_dir() for file in path.rglob("*")}
-        files = sorted(path for path in matched | inner if path.is_file() and has_suffix(path, *DATA_READERS))
+        files = sorted(path for path in matched | inner if path.is_file() and is_data_file(path))
         if not files:
-            suffixes = ", ".join(DATA_READERS)
             raise InputError(
-                f"{folder / DATA_CARD}: split {name}: {', '.join(patterns)} is no file that is read ({suffixes})"
+                f"{folder / DATA_CARD}: split {name}: {', '.join(patterns)} is no file that is read ({SUFFIXES})"
             )
-        totals = {part[3] for path in files if (part := _PART.search(path.stem)) and part[3]}
+        totals = {part[3] for path in files if (part := _PART.search(data_stem(path))) and part[3]}
         _check_parts(folder, split, files, totals.pop() if len(totals) == 1 else "")
         found[split] = name, files
     return {split: found[split][1] for split in SPLITS if split in found}
@@ -342,14 +345,14 @@ def _splits_in(folder: Path) -> dict[str, list[Path]]:
     """The files and folders named after a split. The parts of a split (train-00000-of-00002) must be complete."""
     sets: dict[str, dict[_FileSet, list[Path]]] = {}
     for path in sorted(folder.iterdir()):
-        is_data = path.suffix.lower() in DATA_READERS and path.is_file()
+        is_data = is_data_file(path) and path.is_file()
         is_folder = path.is_dir() and path.name.lower() in _SPLIT_WORDS
-        name = path.name if is_folder else path.stem if is_data else ""
+        name = path.name if is_folder else data_stem(path) if is_data else ""
         if (word := _split_word(name)) and (files := [path] if is_data else _files_of_split(path, word)):
             part = _PART.search(name) if is_data else None
             stem = name[: part.start()] if part else name
             total = (part[3] or "several") if part else "whole"
-            sets.setdefault(word, {}).setdefault(_FileSet(stem, path.suffix, total), []).extend(files)
+            sets.setdefault(word, {}).setdefault(_FileSet(stem, data_suffix(path), total), []).extend(files)
     if evaluation := sets.pop("eval", None):
         sets.setdefault("validation" if "test" in sets else "test", {}).update(evaluation)
     found = {}
@@ -384,5 +387,5 @@ def _split_word(name: str) -> str:
 def _files_of_split(folder: Path, split: str) -> list[Path]:
     """The data files of a folder named after a split, in which none is of another split."""
     inner = _splits_in(folder)
-    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix.lower() in DATA_READERS]
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and is_data_file(path)]
     return inner.get("test" if split == "eval" else split, []) if inner else files

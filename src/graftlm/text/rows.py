@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from graftlm.errors import InputError
-from graftlm.files.readers import short_repr
+from graftlm.files.json_rows import short_repr
 from graftlm.text.chat import ROLES, THINKING, THINKING_NAMES, Message
 from graftlm.text.words import normalize
 

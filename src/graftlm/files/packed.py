@@ -1,0 +1,102 @@
+"""Data files and what they are packed in: .gz, .zst and .zip.
+
+    reviews.csv.gz   one file; the suffix before .gz or .zst says its format
+    reviews.zip      the only data file inside
+
+A packed file is unpacked into memory. zstd is pyarrow's, because Python has none of its own before 3.14.
+"""
+
+import gzip
+import io
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from graftlm.errors import InputError
+
+COMPRESSED = (".gz", ".zst")
+ZIP = ".zip"
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A data file, or the one in an archive."""
+
+    path: Path
+    """The file on disk, which errors name."""
+    suffix: str
+    """Its format, such as ".csv"."""
+    member: str = ""
+    """Its name in a .zip."""
+    split: str = ""
+    """The split to read of a file that holds several."""
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether its bytes on disk are not its content."""
+        return bool(self.member) or self.path.suffix.lower() in COMPRESSED
+
+    def content(self) -> bytes:
+        """All bytes, unpacked. Raises InputError for a file that is truncated, damaged or locked by a password."""
+        try:
+            if self.member:
+                with zipfile.ZipFile(self.path) as archive:
+                    return archive.read(self.member)
+            content = self.path.read_bytes()
+            kind = self.path.suffix.lower()
+            return gzip.decompress(content) if kind == ".gz" else _unzstd(content) if kind == ".zst" else content
+        except EOFError:
+            raise InputError(f"{self.path}: the file is truncated: fetch it again") from None
+        except (gzip.BadGzipFile, zlib.error, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+            reason = str(error).partition("\n")[0].rstrip(".")
+            raise InputError(f"{self.path}: cannot be unpacked ({reason}): fetch it again, or unpack it") from None
+        except OSError as error:
+            reason = error.strerror or str(error).partition("\n")[0]
+            raise InputError(f"{self.path}: cannot read it: {reason}") from None
+
+
+def data_suffix(path: Path | str) -> str:
+    """The suffix that says the format, in lower case: ".csv" of reviews.csv.gz; ".zip" of an archive."""
+    name = PurePosixPath(str(path).lower())
+    return PurePosixPath(name.stem).suffix if name.suffix in COMPRESSED else name.suffix
+
+
+def data_stem(path: Path) -> str:
+    """The name without what `data_suffix` and compression add: "reviews" of reviews.csv.gz."""
+    return Path(path.stem).stem if path.suffix.lower() in COMPRESSED else path.stem
+
+
+def open_data(path: Path, suffixes: Sequence[str]) -> DataFile:
+    """The data file of a path. Of an archive it is the only file with one of the suffixes. Raises InputError."""
+    if (suffix := data_suffix(path)) != ZIP:
+        return DataFile(path, suffix)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if not name.endswith("/")]
+    except zipfile.BadZipFile:
+        raise InputError(f"{path}: not a whole .zip file: fetch it again") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot read it: {error.strerror}") from None
+    shown = [name for name in names if not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))]
+    found = [name for name in shown if data_suffix(name) in suffixes and data_suffix(name) != ZIP]
+    tables = [name for name in found if data_suffix(name) != ".txt"] or found
+    if len(tables) != 1:
+        holds = f"holds {', '.join(sorted(tables or shown)[:8]) or 'nothing'}"
+        raise InputError(f"{path}: {holds}: only a .zip with one data file is read; unpack it and name the folder")
+    if PurePosixPath(tables[0]).suffix.lower() in COMPRESSED:
+        raise InputError(f"{path}: {tables[0]} in it is compressed again: unpack it and name the file")
+    return DataFile(path, data_suffix(tables[0]), tables[0])
+
+
+def _unzstd(content: bytes) -> bytes:
+    import pyarrow
+
+    try:
+        with pyarrow.input_stream(io.BytesIO(content), compression="zstd") as stream:
+            return bytes(stream.read())
+    except OSError as error:
+        if "Truncated" in str(error):
+            raise EOFError from None
+        raise RuntimeError(str(error)) from None
