@@ -1,4 +1,4 @@
-"""Data files in the forms that people have: every file of tests/layouts that is read here, and what is refused."""
+"""Data files in the forms that people have: the files of layouts/, and what is refused."""
 
 import gzip
 import io
@@ -19,7 +19,7 @@ from graftlm.files.arrow_rows import class_names
 from graftlm.files.readers import read_records
 from graftlm.text.dataset import load_dataset
 
-LAYOUTS = Path(__file__).parent.parent / "layouts"
+LAYOUTS = Path(__file__).parent / "layouts"
 SUBJECTS = re.split(
     ", ",
     "red fox, blue garden, green island, quick desert, slow library, old bridge, young kitchen, warm river, "
@@ -114,6 +114,7 @@ def test_forms_of_a_json_file(tmp_path: Path, content: dict[str, Any], indent: i
         {"translation": {"en": "a", "fr": "b"}},
         {"conversations": [{"from": "human", "value": "a"}], "data": "none"},
         {"text": "a", "data": []},
+        {"conversation": [{"input": "a", "output": "b"}]},
     ],
 )
 def test_one_record_alone_is_a_record(tmp_path: Path, record: dict[str, Any]) -> None:

@@ -142,11 +142,11 @@ def _from_table(where: str, columns: list[Any], rows: list[Any]) -> list[Any]:
 
 
 def _are_columns(value: dict[str, Any]) -> bool:
-    """Whether all values are lists of one length, none of which is a conversation: then a row would have no text."""
+    """Whether all values are lists of one length, without objects: a list of messages is a value of one row."""
     lists = [column for column in value.values() if isinstance(column, list)]
     if len(lists) < len(value) or len(set(map(len, lists))) != 1:
         return False
-    return not any(isinstance(item, dict) and ("role" in item or "from" in item) for column in lists for item in column)
+    return not any(isinstance(item, dict) for column in lists for item in column)
 
 
 def _from_columns(value: dict[str, list[Any]]) -> list[Any]:
