@@ -34,6 +34,7 @@ COMMANDS = (
     "report",
     "serve",
     "estimate",
+    "data",
     "export",
     "import",
     "download",

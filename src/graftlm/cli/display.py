@@ -257,6 +257,38 @@ def _cost_facts(result: Result) -> dict[str, str]:
     return facts
 
 
+EXAMPLE_CHARACTERS = 320  # of an example on the screen
+
+
+def data(out: "Console", result: Result) -> None:
+    """Layout, a row per split, what is truncated and what is in two splits, and examples with targets in ⟦brackets⟧."""
+    facts = {
+        "data": result["data"],
+        "layout": " and ".join(result["layouts"]),
+        "not read": f"columns {unused}" if (unused := ", ".join(result["unused_columns"])) else "no column",
+        "train with": f"--objective {result['objective']}",
+        "tokenizer": f"{result['tokenizer']}, examples of at most {result['max_length']:,} tokens",
+    }
+    _facts(out, facts)
+    columns = ["split", "rows", "examples", "p50", "p90", "p99", "max", "targets", "truncated", "tokens lost"]
+    rows = [_split_row(name, split) for name, split in result["splits"].items()]
+    _table(out, columns, rows, title="lengths in tokens of prompt and completion, before truncation")
+    common = {names.replace("_", " and "): count for names, count in result["duplicates"].items() if count}
+    shared = "; ".join(f"{count:,} in {names}" for names, count in common.items())
+    _facts(out, {"duplicates": f"{shared or 'no text is in two splits'} (without case and white space)"})
+    for example in result["examples"]:
+        text, rest = example["text"][:EXAMPLE_CHARACTERS], len(example["text"]) - EXAMPLE_CHARACTERS
+        _verbatim(out, f"\n{example['source']}\n  {text}" + f" … {rest:,} more characters" * (rest > 0))
+
+
+def _split_row(name: str, split: Result) -> list[str]:
+    if "tokens" not in split:  # it cannot be tokenized
+        return [name, f"{split['rows']:,}", *["-"] * 8]
+    lengths = [split["tokens"][key] for key in ("p50", "p90", "p99", "max")]
+    numbers = [split["rows"], split["examples"], *lengths, split["targets"], split["truncated"]["rows"]]
+    return [name, *(f"{number:,}" for number in (*numbers, split["truncated"]["tokens"]))]
+
+
 def export(out: "Console", result: Result) -> None:
     """The folder, its format, and how much its model's logits differ from the run's or the adapter's."""
     formats = {"peft": "an adapter that PEFT loads", "graft": "an adapter in graftlm's own format"}

@@ -18,6 +18,7 @@ from graftlm.cli import display
 from graftlm.cli.evaluate import check_run_flags, evaluate, generate, ray_log_level
 from graftlm.config import (
     CompareConfig,
+    DataConfig,
     DownloadConfig,
     EstimateConfig,
     EvaluateConfig,
@@ -297,6 +298,15 @@ def _estimate(parsed: "ParsedArgs", notes: "Console") -> Result:
     return estimate(parsed.config, parsed.explicit)
 
 
+def _data(parsed: "ParsedArgs", notes: "Console") -> Result:
+    from graftlm.training.data_report import describe_data
+
+    result = describe_data(parsed.config, parsed.explicit)
+    for note in result["notes"]:
+        notes.print(note, markup=False)
+    return result
+
+
 def _export(parsed: "ParsedArgs", notes: "Console") -> Result:
     from graftlm.exchange.export import export
 
@@ -372,6 +382,7 @@ COMMANDS = {
     "report": Command(ReportConfig, _report, display.path, positional="folders", uses_tensors=False),
     "serve": Command(ServeConfig, _serve, display.serve, positional="adapters"),
     "estimate": Command(EstimateConfig, _estimate, display.estimate, uses_tensors=False, epilog=_methods_help),
+    "data": Command(DataConfig, _data, display.data, positional="data", uses_tensors=False),
     "export": Command(ExportConfig, _export, display.export, positional="out_dir"),
     "import": Command(ImportConfig, _import, display.export, positional="folder"),
     "download": Command(DownloadConfig, _download, display.path, positional="name", uses_tensors=False),

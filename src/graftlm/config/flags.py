@@ -241,7 +241,7 @@ def _build(
 
 def _title(positional: str) -> str:
     """What the usage line calls a word without dashes."""
-    return "RUN" if positional == "out_dir" else positional.upper()
+    return {"out_dir": "RUN", "data": "SOURCE"}.get(positional, positional.upper())
 
 
 def _by_owner(config: type) -> Iterator[tuple[type, list["Field[Any]"]]]:

@@ -1,9 +1,9 @@
-"""Flags of the subcommands about several runs or none: compare, report and estimate."""
+"""Flags of the subcommands about several runs or none: compare, report, estimate and data."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from graftlm.config.flags import Flags, MethodFlags, bounded, require
+from graftlm.config.flags import DataFlags, Flags, MethodFlags, bounded, require
 from graftlm.config.inference import Mode, RayFlags
 from graftlm.config.paths import has_suffix
 from graftlm.errors import InputError
@@ -61,6 +61,14 @@ class ReportConfig(Flags):
         require(bool(self.folders) and all(map(str.strip, self.folders)), "folders", "''", "folders' names")
         require(has_suffix(self.out, ".html", ".htm"), "out", repr(self.out), "a file's name that ends in .html")
         require(bool(self.title.strip()), "title", repr(self.title), "a text")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(DataFlags):
+    """Show what training would read of a data set: layout, lengths, duplicates, examples; loads no weights."""
+
+    init_from: str = "smollm2-135m"
+    """The base model whose tokenizer, chat template and context length are used: as in graft train."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,6 +57,10 @@ class Dataset:
     """What was decided for the user: the layout, held-out splits, and what was not read."""
     fingerprint: str
     """See `fingerprint`."""
+    layouts: tuple[str, ...] = ()
+    """The layouts of its files."""
+    unused_columns: tuple[str, ...] = ()
+    """Columns with values that are not read."""
 
 
 def load_dataset(
@@ -107,7 +111,7 @@ def load_dataset(
         )
     skipped = f"; columns not read: {', '.join(sorted(unused))}" if unused else ""
     notes.append(f"{name}: read as {' and '.join(map(str, layouts))}{skipped}")
-    return Dataset(name, splits, notes, fingerprint(splits))
+    return Dataset(name, splits, notes, fingerprint(splits), tuple(map(str, layouts)), tuple(sorted(unused)))
 
 
 def load_prompts(

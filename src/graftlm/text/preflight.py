@@ -1,9 +1,11 @@
 """The checks before training: unusable data stops a run, notes follow, and one example is shown."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from itertools import combinations
+from typing import Protocol
 
 from graftlm.errors import InputError
 from graftlm.text.boundary import label_ids
@@ -12,6 +14,7 @@ from graftlm.text.collate import Example, too_long_message
 from graftlm.text.layouts import Conversation, Record
 from graftlm.text.template import Template
 from graftlm.text.tokenizer import Tokenizer
+from graftlm.text.words import normalize
 
 
 def preflight(
@@ -132,11 +135,8 @@ def _check(example: Example, template: Template, eot: int, max_length: int) -> N
 
 def _duplicates(splits: Mapping[str, Sequence[Example]]) -> list[str]:
     """Notes on texts in two splits, texts with different answers, and preferences that occur in both directions."""
-    notes = []
-    texts = {split: {example.text for example in examples} for split, examples in splits.items()}
-    for first, second in combinations(splits, 2):
-        if common := len(texts[first] & texts[second]):
-            notes.append(f"{_count_texts(common)} in both {first} and {second}")
+    common = common_texts(splits).items()
+    notes = [f"{_count_texts(count)} in both {first} and {second}" for (first, second), count in common if count]
     for split, examples in splits.items():
         answers: dict[str, set[object]] = {}
         for example in examples:
@@ -149,6 +149,21 @@ def _duplicates(splits: Mapping[str, Sequence[Example]]) -> list[str]:
             subject = "pair is" if reversed_pairs == 1 else "pairs are"
             notes.append(f"{reversed_pairs} {subject} in {split} the other way round too")
     return notes
+
+
+class _HasText(Protocol):
+    @property
+    def text(self) -> str: ...
+
+
+def common_texts(splits: Mapping[str, Sequence[_HasText]]) -> dict[tuple[str, str], int]:
+    """How many texts are in both of each two splits. Case, Unicode form and amount of white space do not count."""
+    hashes = {split: {_text_key(row.text) for row in rows} for split, rows in splits.items()}
+    return {(first, second): len(hashes[first] & hashes[second]) for first, second in combinations(splits, 2)}
+
+
+def _text_key(text: str) -> bytes:
+    return hashlib.blake2b(" ".join(normalize(text).split()).encode(), digest_size=16).digest()
 
 
 def _count_texts(count: int) -> str:

@@ -20,6 +20,8 @@ WORD = f"[{UNSPACED}]|[^\\W{UNSPACED}]+"
 
 def normalize(text: str) -> str:
     """The form in which texts are compared: without case, and with composed characters (NFC)."""
+    if text.isascii():
+        return text.lower()  # the same, at once
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", text).casefold())
 
 

@@ -15,8 +15,6 @@ from typing import Any
 import torch
 
 from graftlm.config import TrainConfig
-from graftlm.config.flags import parse_columns
-from graftlm.config.training import OBJECTIVES
 from graftlm.errors import InputError
 from graftlm.exchange.huggingface import (
     base_hash,
@@ -28,20 +26,23 @@ from graftlm.exchange.huggingface import (
     random_weights_model,
 )
 from graftlm.exchange.load import ModelBundle, check_base, pick_device, pick_dtype, read_tokenizer, resolve_path
-from graftlm.inference.decoder import MAX_PASS_TOKENS
 from graftlm.methods import Method
 from graftlm.methods.base import mergeable_linears, parse_layer_range
 from graftlm.models.base import CausalLM
-from graftlm.text.boundary import label_ids
-from graftlm.text.collate import Example, encode_rows, subset
-from graftlm.text.dataset import Dataset, default_labels, load_dataset
-from graftlm.text.layouts import Labelled
-from graftlm.text.preflight import control_token_notes, conversation_notes, preflight
-from graftlm.text.template import DEFAULT, Template, load_template
+from graftlm.text.collate import Example
+from graftlm.text.template import Template, load_template
 from graftlm.text.tokenizer import Tokenizer
 from graftlm.training.batches import BatchLoader, TrainingData
+from graftlm.training.data import (
+    CPU_TOKENS,
+    check_records,
+    max_example_tokens,
+    read_data,
+    training_data,
+    with_labels,
+)
 from graftlm.training.distributed import DistContext, shard, warmup_fsdp
-from graftlm.training.objectives import Objective, flags_of, make_objective, objective_class
+from graftlm.training.objectives import Objective, flags_of, make_objective
 from graftlm.training.reporting import check_loggers
 from graftlm.training.run_manifest import (
     CONTENT_CHECKED,
@@ -54,10 +55,6 @@ from graftlm.training.run_manifest import (
     resolve_init,
     resumed_config,
 )
-
-# Maximum tokens per micro-batch on a CPU: a typical batch of 16 reviews fits. Of 320, 384, 512 and 640 this was the
-# fastest on an AMD Zen 3 in float32, with 4% less memory than 640 (--microbatch_tokens).
-CPU_TOKENS = 512
 
 
 @dataclass
@@ -106,14 +103,15 @@ def prepare(
     check_loggers(config)
     objective = make_objective(config, explicit)
     source = resolve_init(config, explicit, previous is not None)
-    if previous is None and "labels" not in explicit:
-        config = replace(config, labels=default_labels(config.data, parse_columns(config.columns)))
+    if previous is None:
+        config = with_labels(config, explicit)
     # Of a resumed run the recorded one, wherever its file may be now.
     template = Template.of_run(previous) if previous else load_template(config.template, config.labels)
     device = pick_device(config.device if dist.size == 1 else dist.device_flag)
     _check_ranks(config, objective, source, dist)
     dtype, reason = _dtype(config, previous, device)
-    dataset = _read_data(config, explicit, objective, template)
+    dataset = read_data(config, explicit, template)
+    check_records(dataset, config.objective)
     tokenizer = read_tokenizer(source.folder)
     tokenizer.date = previous.get("date") if previous else date.today().isoformat()
     if previous is not None:
@@ -128,8 +126,8 @@ def prepare(
     with ThreadPoolExecutor(1) as background:  # hashing uses one core, loading mostly another
         hashing = background.submit(_base_sha256, config, previous, source.folder)
         model = _base_model(config, source.folder, device, dtype, sharded)
-    max_length = _max_example_tokens(config, model, source.method)
-    data, notes = _examples(dataset, config, template, tokenizer, max_length)
+    max_length = max_example_tokens(config, model.config, source.method)
+    data, notes = training_data(dataset, config, template, tokenizer, max_length)
     source = replace(source, method=_method(config, source, model, data.train, tokenizer))
     source.method.install(model, torch.Generator().manual_seed(config.seed))
     notes += _export_notes(model, source.folder)
@@ -239,69 +237,6 @@ def _resolved(
         warmup_steps=min(100, math.ceil(0.06 * steps)) if config.warmup_steps is None else config.warmup_steps,
         max_length=max_length,
     )
-
-
-# Data -----------------------------------------------------------------------------------------------------------------
-
-
-def _read_data(config: TrainConfig, explicit: Set[str], objective: Objective, template: Template) -> Dataset:
-    """The records; an InputError if the objective does not train on their kind, a note on flags for another kind."""
-    dataset = load_dataset(
-        config.data, config.val_data, config.test_data, parse_columns(config.columns), template.labels
-    )
-    if "train" not in dataset.splits:
-        raise InputError(f"--data {dataset.name}: has no train split; it has {', '.join(dataset.splits)}")
-    for record in (dataset.splits["train"][0], dataset.splits["validation"][0]):
-        if not isinstance(record, objective.records):
-            users = [name for name in OBJECTIVES if isinstance(record, objective_class(name).records)]
-            raise InputError(
-                f"--objective {config.objective}: {dataset.name} holds records for --objective {' or '.join(users)}; "
-                f"{config.objective} needs {objective.needs}"
-            )
-    unused = sorted({"template", "labels"} & explicit)
-    if unused and not isinstance(dataset.splits["train"][0], Labelled):
-        dataset.notes.append(f"--{' and --'.join(unused)} not used: only texts with labels are put into a template")
-    labelled = isinstance(dataset.splits["train"][0], Labelled)
-    reviews = any(name in str(config.data) for name in ("tomatoes", "imdb"))
-    if labelled and config.template == DEFAULT and "template" not in explicit and not reviews:
-        dataset.notes.append(
-            "each text is put into the default template, which asks whether a movie review is "
-            f"{' or '.join(template.labels)}: if it is no review, give --template and --labels"
-        )
-    return dataset
-
-
-def _max_example_tokens(config: TrainConfig, model: CausalLM, method: Method) -> int:
-    """Maximum tokens of an example: the model's context without the positions that the method takes."""
-    limit = model.config.max_positions - method.positions
-    if limit < 1:
-        raise InputError(
-            f"--prefix_length {config.prefix_length}: the model reads at most "
-            f"{model.config.max_positions} tokens; shorten it"
-        )
-    return min(config.max_length or limit, limit)
-
-
-def _examples(
-    dataset: Dataset, config: TrainConfig, template: Template, tokenizer: Tokenizer, max_length: int
-) -> tuple[TrainingData, list[str]]:
-    """The tokenized and checked splits, and notes about them."""
-    records = {"train": dataset.splits["train"], "validation": subset(dataset.splits["validation"], config.val_limit)}
-    encoded = {
-        split: encode_rows(some, template, tokenizer, max_length, score_labels=split == "validation")
-        for split, some in records.items()
-    }
-    examples = {split: some for split, (some, _) in encoded.items()}
-    truncated = {split: count for split, (_, count) in encoded.items()}
-    notes = list(dataset.notes)
-    notes += conversation_notes(records, examples, tokenizer)
-    notes += control_token_notes(records, tokenizer)
-    notes += preflight(examples, template, tokenizer, max_length, truncated)
-    labelled = all(e.label is not None for some in examples.values() for e in some)
-    labels = label_ids(template, tokenizer) if labelled else []
-    # Passes without gradient keep one layer's activations, so they may have more tokens than a micro-batch.
-    max_tokens = min(MAX_PASS_TOKENS, MAX_PASS_TOKENS // CPU_TOKENS * (config.microbatch_tokens or CPU_TOKENS))
-    return TrainingData(examples["train"], examples["validation"], labels, tokenizer.stop_tokens, max_tokens), notes
 
 
 # Model ----------------------------------------------------------------------------------------------------------------
