@@ -13,7 +13,7 @@ from graftlm.inference.prompting import PromptBuilder
 from graftlm.inference.requests import Request
 from graftlm.inference.sampling import SamplingParams
 from graftlm.text.collate import encode_rows
-from graftlm.text.layouts import Labelled
+from graftlm.text.records import Labelled
 from graftlm.text.template import load_template
 from inference.test_prompting import SUMS
 from tiny import TEMPLATE, model_folder

@@ -25,7 +25,7 @@ from graftlm.methods.lora import LoRALinear
 from graftlm.models import CausalLM, clone_with_shared_weights
 from graftlm.text.boundary import label_ids
 from graftlm.text.collate import encode_rows
-from graftlm.text.layouts import Labelled
+from graftlm.text.records import Labelled
 from inference.tiny import stopping
 from tiny import data_folder, model_folder
 

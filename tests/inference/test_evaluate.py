@@ -18,7 +18,7 @@ from graftlm.inference.sampling import SamplingParams
 from graftlm.inference.scoring import score, score_labels
 from graftlm.models import CausalLM
 from graftlm.text.collate import Example, encode_rows
-from graftlm.text.layouts import Labelled
+from graftlm.text.records import Labelled
 from graftlm.text.template import Template
 from inference.tiny import CONTEXT, full_logits, ragged, tiny, words
 

@@ -22,7 +22,7 @@ from graftlm.inference.generate import Batching, generate_ids
 from graftlm.inference.metrics import calibrated
 from graftlm.inference.scoring import score_labels
 from graftlm.text.boundary import label_ids
-from graftlm.text.layouts import Completion, Labelled
+from graftlm.text.records import Completion, Labelled
 from graftlm.text.template import Template
 from inference.tiny import full_logits, stopping, tiny, words
 

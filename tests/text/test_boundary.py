@@ -12,8 +12,8 @@ from graftlm.files.assets import model_folder as asset_folder
 from graftlm.text.boundary import label_ids, split_prompt, split_tokens, without_space
 from graftlm.text.chat import Chat
 from graftlm.text.collate import encode_rows
-from graftlm.text.layouts import Completion, Conversation, Labelled, Preference
 from graftlm.text.preflight import preflight, show_targets
+from graftlm.text.records import Completion, Conversation, Labelled, Preference
 from graftlm.text.stream import TextStream, TokenStream
 from graftlm.text.template import load_template
 from graftlm.text.tokenizer import Tokenizer

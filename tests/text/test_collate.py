@@ -23,8 +23,8 @@ from graftlm.text.collate import (
     subset,
 )
 from graftlm.text.dataset import load_dataset
-from graftlm.text.layouts import Completion, Labelled, Preference, Unpaired
 from graftlm.text.preflight import preflight, show_targets
+from graftlm.text.records import Completion, Labelled, Preference, Unpaired
 from graftlm.text.template import Template, load_template
 from graftlm.text.tokenizer import Tokenizer
 from tiny import byte_tokenizer

@@ -15,18 +15,8 @@ import pytest
 from graftlm.errors import InputError
 from graftlm.files.readers import SUFFIXES
 from graftlm.text.dataset import default_labels, load_dataset, load_prompts
-from graftlm.text.layouts import (
-    LAYOUTS,
-    MORE_LAYOUTS,
-    Completion,
-    Conversation,
-    Labelled,
-    Preference,
-    Record,
-    Unpaired,
-    hashed_values,
-    recognise,
-)
+from graftlm.text.layouts import LAYOUTS, MORE_LAYOUTS, recognise
+from graftlm.text.records import Completion, Conversation, Labelled, Preference, Record, Unpaired, hashed_values
 from graftlm.text.rows import Row
 
 WORDS = ("negative", "positive")
@@ -416,7 +406,8 @@ def test_what_was_rejected_and_where_answers_end_are_part_of_the_fingerprint(tmp
         ({"chosen": ""}, "empty chosen: fill it in, or leave the row out"),
         ({"rejected": " \n"}, "empty rejected: fill it in, or leave the row out"),
         ({"prompt": ""}, "empty prompt: fill it in, or leave the row out"),
-        ({"chosen": [{"role": "user"}]}, "chosen must be text, not [{'role': 'user'}]"),
+        ({"chosen": [{"role": "user"}]}, "message 1: no field 'content': every row needs it"),
+        ({"chosen": 5}, "chosen must be text, not 5"),
         (
             {"ended": True},
             "ended must be a list of two, each true or false: for chosen and rejected, not True",
@@ -432,9 +423,12 @@ def test_pairs_that_are_none(tmp_path: Path, change: dict, message: str):
     fails(tmp_path / "a.jsonl", json.dumps(record), f"FILE:1: {message}")
 
 
+NO_PROMPT = "FILE:1: no field 'prompt', and chosen and rejected are not one beginning with two ends: add the prompt"
+
+
 def test_a_pair_without_its_prompt(tmp_path: Path):
     record = {"chosen": "a", "rejected": "b"}
-    fails(tmp_path / "a.jsonl", json.dumps(record), "FILE:1: no field 'prompt': every row needs it")
+    fails(tmp_path / "a.jsonl", json.dumps(record), NO_PROMPT)
 
 
 # ------------------------------------------------------------------------------------------------ broken files
@@ -912,16 +906,26 @@ def test_a_column_that_changes_what_is_learned_is_used_or_refused(tmp_path: Path
         fails(path, path.read_bytes(), "FILE:4: tools must be a list of JSON schemas, not ['x']")
         fails(path, json.dumps({**record, "tools": "[{"}), "FILE:1: tools is broken JSON: '[{'")
         return
+    if name == "system" and ("chosen" in record or "label" in record):
+        fails(path, path.read_bytes(), "FILE:4: system must be text, not ['x']")
+        return
     message = f"FILE:4: {name} would be lost, and it changes what is learned: write it into the texts, or leave it out"
     fails(path, path.read_bytes(), message)
 
 
-@pytest.mark.parametrize("key", ["messages", "conversations"])
-def test_a_conversation_that_is_marked_as_good_or_bad_is_refused(tmp_path: Path, key: str):
+@pytest.mark.parametrize(("key", "name"), [("messages", "chat"), ("conversations", "sharegpt")])
+def test_a_conversation_that_is_marked_as_good_or_bad(tmp_path: Path, key: str, name: str):
     talk = {key: [{"role": "user", "content": "h"}, {"role": "assistant", "content": "o"}]}
     lines = "\n".join(json.dumps({**talk, **more}) for more in ({"label": 0}, {"label": None}, {"label": False}))
-    message = "label would be lost: the answers of all rows are learned: leave out the bad ones, and the column"
+    message = f"its columns do not fit the file's layout, {name} ({key}): write all rows in one layout"
     fails(tmp_path / "a.jsonl", lines, f"FILE:3: {message}")
+    (row,) = read(jsonl(tmp_path / "b.jsonl", {**talk, "label": False, "system": "s"}))
+    assert row == Unpaired((("system", "s"), ("user", "h")), (("assistant", "o"),), False, row.source)
+    fails(
+        tmp_path / "a.jsonl",
+        json.dumps({key: talk[key][:1], "label": True}),
+        "FILE:1: its last message is no answer of the assistant: leave the row out",
+    )
 
 
 def test_columns_that_are_not_read_are_named(tmp_path: Path):

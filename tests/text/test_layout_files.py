@@ -10,7 +10,8 @@ import pytest
 
 from graftlm.errors import InputError
 from graftlm.text.dataset import load_dataset
-from graftlm.text.layouts import LAYOUTS, MORE_LAYOUTS, Completion, Conversation, Labelled, Record, Unpaired
+from graftlm.text.layouts import LAYOUTS, MORE_LAYOUTS
+from graftlm.text.records import Completion, Conversation, Labelled, Preference, Record, Unpaired
 
 FILES = Path(__file__).parent.parent / "layouts"
 ASKED, SAID, BAD = "What does the red fox mean?", "It means that the fox is red, number 0.", "No 0."
@@ -34,6 +35,10 @@ WEATHER = {
 
 def talk(*messages: Any, tools: tuple[Any, ...] = (), unlearned: tuple[int, ...] = ()) -> Conversation:
     return Conversation(messages, "", tools, unlearned)
+
+
+def pair(*prompt: Any) -> Preference:
+    return Preference(prompt, (ANSWER,), (("assistant", BAD),))
 
 
 def call(name: str, arguments: dict[str, Any], **others: str) -> tuple[str, str, dict[str, Any]]:
@@ -123,6 +128,30 @@ READ: dict[str, tuple[str, Record]] = {
     "sharegpt_tools.json": (
         "sharegpt (conversations)",
         talk(USER, call("f", {}), ("tool", '{"r":1}'), ANSWER, tools=({"name": "f"},)),
+    ),
+    "hh.jsonl": (
+        "preference (chosen, rejected)",
+        Preference(
+            f"\n\nHuman: {ASKED}\n\nAssistant: Which?\n\nHuman: The old one.\n\nAssistant:", f" {SAID}", f" {BAD}"
+        ),
+    ),
+    "pref_conv.jsonl": ("preference (chosen, rejected)", pair(USER)),
+    "pref_implicit_text.jsonl": ("preference (chosen, rejected)", Preference(ASKED, f" {SAID}", f" {BAD}")),
+    "pref_lf_alpaca.json": (
+        "preference after instruction (instruction, chosen, rejected)",
+        Preference(ALPACA, SAID, BAD),
+    ),
+    "pref_lf_sharegpt.json": ("preference after conversations (conversations, chosen, rejected)", pair(USER)),
+    "pref_orca.jsonl": (
+        "preference after question (question, chosen, rejected)",
+        pair(("system", "Be kind."), USER),
+    ),
+    "pref_prompt_system.jsonl": ("preference (chosen, rejected)", pair(("system", "Answer in rhyme."), USER)),
+    "pref_std.jsonl": ("preference (chosen, rejected)", Preference(ASKED, SAID, BAD)),
+    "pref_std_space.jsonl": ("preference (chosen, rejected)", Preference(ASKED, f" {SAID}", f" {BAD}")),
+    "ultrafeedback.jsonl": (
+        "preference (chosen, rejected); columns not read: messages, prompt_id, score_chosen, score_rejected",
+        pair(USER),
     ),
     "sst2.jsonl": (
         "labelled (sentence, label); columns not read: idx",
@@ -223,6 +252,45 @@ ROWS: list[tuple[dict[str, Any], str, Record]] = [
         "labelled (review, rating); columns not read: title",
         Labelled("a", 3),
     ),
+    (
+        {"chosen": [SAY_A, SAY_B], "rejected": [SAY_A, {**SAY_B, "content": "c"}], "system": "s"},
+        "preference (chosen, rejected)",
+        Preference((("system", "s"), A), (B,), (("assistant", "c"),)),
+    ),
+    (
+        {"prompt": [SAY_A], "chosen": "b", "rejected": "c"},
+        "preference (chosen, rejected)",
+        Preference((A,), (B,), (("assistant", "c"),)),
+    ),
+    (
+        {"prompt": "a", "chosen": [SAY_B], "rejected": [{**SAY_B, "content": "c"}], "tools": [WEATHER]},
+        "preference (chosen, rejected)",
+        Preference((A,), (B,), (("assistant", "c"),), tools=(WEATHER,)),
+    ),
+    (
+        {"instruction": "a", "history": [["x", "y"]], "chosen": "b", "rejected": "c"},
+        "preference after instruction (instruction, chosen, rejected)",
+        Preference((("user", "x"), ("assistant", "y"), A), (B,), (("assistant", "c"),)),
+    ),
+    (
+        {
+            "input": {"messages": [SAY_A], "tools": [WEATHER], "parallel_tool_calls": True},
+            "preferred_output": [SAY_B],
+            "non_preferred_output": [{**SAY_B, "content": "c"}],
+        },
+        "OpenAI preference (input, preferred_output, non_preferred_output)",
+        Preference((A,), (B,), (("assistant", "c"),), tools=(WEATHER,)),
+    ),
+    (
+        {"prompt": [SAY_A], "completion": [SAY_B], "label": True},
+        "unpaired preference (prompt, completion, label)",
+        Unpaired((A,), (B,), True),
+    ),
+    (
+        {"prompt": "a", "completion": "b", "label": False, "system": "s"},
+        "unpaired preference (prompt, completion, label)",
+        Unpaired((("system", "s"), A), (B,), False),
+    ),
     ({"tweet": "a", "class": 0}, "labelled (tweet, class)", Labelled("a", 0)),
     ({"text": "a", "label": 1, "stars": 5}, "labelled (text, label); columns not read: stars", Labelled("a", 1)),
     (
@@ -268,6 +336,23 @@ def test_the_record_of_a_row(tmp_path: Path, row: dict[str, Any], note: str, rec
         (
             {"question": "q", "answer": "a", "context": "c"},
             ":1: context would be lost, and it changes what is learned: write it into the texts, or leave it out",
+        ),
+        (
+            {"chosen": [SAY_A, SAY_B], "rejected": [SAY_A, SAY_B]},
+            ":1: chosen and rejected must begin with the same messages, and each end with an answer of its own: leave "
+            "the pair out, or give a column prompt",
+        ),
+        (
+            {"chosen": "a b", "rejected": "a c", "system": "s"},
+            ":1: system would be lost, and it changes what is learned: write it into the texts, or leave it out",
+        ),
+        (
+            {"prompt": [SAY_A], "chosen": [SAY_A], "rejected": [SAY_B]},
+            ":1: the last message of chosen is no answer of the assistant: leave the pair out",
+        ),
+        (
+            {"prompt": [SAY_A], "chosen": [SAY_B], "rejected": "c", "finished": [True, False]},
+            ":1: an answer that is not finished must be text: a message ends its turn",
         ),
         (
             {"text": "### Human: a### Assistant: "},

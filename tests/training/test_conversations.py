@@ -201,8 +201,8 @@ def test_the_store_of_frozen_layers_changes_no_bit_of_the_losses(base: Path, tmp
         ("hi", r":1: messages must be a list of role and content, not 'hi'"),
         ([{"role": "user", "content": "hi"}], r":1: the assistant says nothing, so there is nothing to learn: leave"),
         (
-            [{"role": "bot", "content": "hi"}],
-            r":1: message 1: unknown role 'bot': known are system, user, assistant, tool",
+            [{"role": "narrator", "content": "hi"}],
+            r":1: message 1: unknown role 'narrator': known are system, user, assistant, tool",
         ),
         ([{"role": "user", "content": " "}], r":1: message 1: empty content: fill it in, or leave the row out"),
         ([{"role": "user"}], r":1: message 1: no field 'content': every row needs it"),

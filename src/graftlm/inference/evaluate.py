@@ -27,7 +27,7 @@ from graftlm.inference.scoring import LabelIds, score_batches, score_labels
 from graftlm.models import CausalLM
 from graftlm.text.boundary import Tokens, label_ids
 from graftlm.text.collate import Example, encode_rows
-from graftlm.text.layouts import Labelled
+from graftlm.text.records import Labelled
 from graftlm.text.template import Template
 from graftlm.text.tokenizer import Tokenizer
 from graftlm.text.words import normalize, word_pattern

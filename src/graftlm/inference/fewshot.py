@@ -30,7 +30,7 @@ from graftlm.inference.generate import eval_mode
 from graftlm.models import CausalLM
 from graftlm.text.boundary import label_ids
 from graftlm.text.collate import Example, encode_rows, sort_by_hash
-from graftlm.text.layouts import Labelled, Record
+from graftlm.text.records import Labelled, Record
 from graftlm.text.template import Template
 from graftlm.text.tokenizer import Tokenizer
 from graftlm.text.words import WORD, normalize

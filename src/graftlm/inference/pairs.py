@@ -41,7 +41,7 @@ from graftlm.models import CausalLM
 from graftlm.text.boundary import split_prompt
 from graftlm.text.collate import subset
 from graftlm.text.dataset import load_prompts
-from graftlm.text.layouts import Document
+from graftlm.text.records import Document
 from graftlm.text.rows import LabelWords
 from graftlm.text.template import Template
 from graftlm.text.tokenizer import BROKEN, Tokenizer

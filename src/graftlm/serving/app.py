@@ -44,7 +44,7 @@ from graftlm.serving.schemas import MAX_CHOICES, APIError, ChatBody, ClassifyBod
 from graftlm.text.boundary import split_prompt
 from graftlm.text.chat import Chat
 from graftlm.text.collate import Example, encode_rows
-from graftlm.text.layouts import Labelled
+from graftlm.text.records import Labelled
 from graftlm.text.template import Template
 from graftlm.text.tokenizer import Tokenizer
 

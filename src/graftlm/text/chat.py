@@ -84,6 +84,17 @@ class Chat:
         """The tokens of the same prompt."""
         return self._ids(self._prompt(messages) + self._escaped(answer_prefix))[0]
 
+    def answered(self, prompt: Sequence[Message], *answers: Sequence[Message]) -> list[list[int]]:
+        """The tokens of a prompt, and those of it with each answer, as TRL's trainers of preferences take them.
+
+        Raises InputError as `conversations` does.
+        """
+        wholes = [[*prompt, *answer] for answer in answers]
+        for whole in wholes:
+            self._refuse_lost(whole)
+        texts = [self._run(whole, add_generation_prompt=False).replace(BEGIN, "").replace(END, "") for whole in wholes]
+        return [self.encode(prompt), *(self._ids(text)[0] for text in texts)]
+
     def conversation(self, messages: Sequence[Message]) -> EncodedConversation:
         """The tokens of a whole conversation, and the answers in it that are as the model is to give them.
 

@@ -24,7 +24,7 @@ from graftlm.text.boundary import (
 )
 from graftlm.text.chat import Chat
 from graftlm.text.dataset import text_hash
-from graftlm.text.layouts import Completion, Conversation, Labelled, Preference, Record, Unpaired
+from graftlm.text.records import Completion, Conversation, Labelled, Preference, Record, Unpaired
 from graftlm.text.template import Template
 from graftlm.text.tokenizer import Tokenizer
 
@@ -110,6 +110,8 @@ def encode_rows(
     if conversations := [row for row in rows if isinstance(row, Conversation)]:
         assert len(conversations) == len(rows), "conversations among other records"
         return _conversations(conversations, tokenizer, max_length)
+    if any(isinstance(row, Preference | Unpaired) and not isinstance(row.prompt, str) for row in rows):
+        return [_chat_preference(row, tokenizer, max_length) for row in rows], 0
     prompts = _prompts(rows, template, tokenizer, max_length)
     scored = range(len(template.labels)) if score_labels else ()
     answers = [_answers(row, prompt.space, template, scored) for row, prompt in zip(rows, prompts, strict=True)]
@@ -122,9 +124,8 @@ def encode_rows(
         if not isinstance(row, Labelled) and not all(split.answers):
             raise InputError(f"{row.source}: an answer has no tokens for this model: leave the row out")
         examples.append(_example(row, own[0], split, tokenizer.eot))
-        limit = max_length - max(map(len, examples[-1].answers))
-        if not isinstance(row, Labelled) and len(split.prompt) > limit:
-            raise InputError(f"{row.source}: {too_long_message(len(split.prompt), limit)}")
+        if not isinstance(row, Labelled):
+            _check_length(examples[-1], max_length)
     return examples, sum(prompt.truncated for prompt in prompts)
 
 
@@ -148,15 +149,51 @@ def _example(row: Record, text: str, split: Split, eot: int) -> Example:
     )
 
 
-def _conversations(rows: Sequence[Conversation], tokenizer: Tokenizer, max_length: int) -> tuple[list[Example], int]:
-    """Conversations in the model's chat template; the assistant's answers are learned."""
+def _check_length(example: Example, max_length: int) -> None:
+    limit = max_length - max(map(len, example.answers))
+    if len(example.prompt_ids) > limit:
+        raise InputError(f"{example.source}: {too_long_message(len(example.prompt_ids), limit)}")
+
+
+def _chat_preference(row: Record, tokenizer: Tokenizer, max_length: int) -> Example:
+    """A preference of messages, in TRL's tokens: an answer is all that its text adds to what the texts share."""
+    if not isinstance(row, Preference | Unpaired) or isinstance(row.prompt, str):
+        raise InputError(f"{row.source}: its prompt is text, and other rows have messages: write all rows in one form")
+    chat, answers = _chat_of(row, tokenizer).with_tools(row.tools), [a for a in row.answers if not isinstance(a, str)]
+    try:
+        prompt, *wholes = chat.answered(row.prompt, *answers)
+    except InputError as error:
+        raise InputError(f"{row.source}: {error}") from None
+    shared = common_length(prompt, *wholes)
+    chosen, *rejected = (tuple(whole[shared:]) for whole in wholes)
+    example = Example(
+        prompt_ids=tuple(prompt[:shared]),
+        completion_ids=chosen,
+        label=None,
+        text=row.text,
+        instr_tuned_text=tokenizer.decode_with_special(wholes[0]),
+        source=row.source,
+        rejected_ids=rejected[0] if rejected else (),
+        desirable=row.label if isinstance(row, Unpaired) else None,
+        finished=False,
+    )
+    _check_length(example, max_length)
+    return example
+
+
+def _chat_of(row: Record, tokenizer: Tokenizer) -> Chat:
+    """The model's chat template, for messages."""
     if tokenizer.chat_template is None:
         raise InputError(
-            f"{rows[0].source}: the base model has no chat template to write messages in: choose one that is tuned for "
+            f"{row.source}: the base model has no chat template to write messages in: choose one that is tuned for "
             "chat, or give records with prompt and completion"
         )
-    chat = Chat(tokenizer, "leave the row out, choose another base model, or give prompts with completions")
-    examples, truncated = [], 0
+    return Chat(tokenizer, "leave the row out, choose another base model, or give prompts with completions")
+
+
+def _conversations(rows: Sequence[Conversation], tokenizer: Tokenizer, max_length: int) -> tuple[list[Example], int]:
+    """Conversations in the model's chat template; the assistant's answers are learned."""
+    chat, examples, truncated = _chat_of(rows[0], tokenizer), [], 0
     for row in rows:
         try:
             encoded = chat.with_tools(row.tools).conversations(row.messages, row.unlearned)
@@ -195,12 +232,12 @@ def _answers(row: Record, space: str, template: Template, scored: Sequence[int])
     match row:
         case Labelled():
             return [space + template.completion(number) for number in (row.label, *scored)]
-        case Completion() | Unpaired():
-            return [space + row.completion]
-        case Preference():
-            return [space + row.chosen, space + row.rejected]
-        case Conversation():
-            raise AssertionError("conversations have answers of their own")
+        case Completion(completion=str(answer)) | Unpaired(completion=str(answer)):
+            return [space + answer]
+        case Preference(chosen=str(chosen), rejected=str(rejected)):
+            return [space + chosen, space + rejected]
+        case _:
+            raise AssertionError("messages are written by the chat template")
 
 
 class _Prompt(NamedTuple):

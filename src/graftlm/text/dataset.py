@@ -19,17 +19,8 @@ from graftlm.files.formats import read_json
 from graftlm.files.packed import data_stem, data_suffix
 from graftlm.files.readers import DATA_CARD, SUFFIXES, is_data_file, read_records, splits_inside
 from graftlm.text.dataset_card import data_files
-from graftlm.text.layouts import (
-    CONTEXT,
-    LABELLED_NAMES,
-    Document,
-    Layout,
-    Record,
-    check_columns,
-    hashed_values,
-    missing_column,
-    recognise,
-)
+from graftlm.text.layouts import CONTEXT, LABELLED_NAMES, Layout, check_columns, missing_column, recognise
+from graftlm.text.records import Document, Record, hashed_values
 from graftlm.text.rows import LabelWords, Row
 from graftlm.text.template import DEFAULT_LABELS
 from graftlm.text.words import UNSPACED, normalize

@@ -1,6 +1,6 @@
-"""Canonical records, and the layouts of data files that are converted to them.
+"""The layouts of data files, and how their rows are converted to canonical records.
 
-The rest of the program knows six kinds of record (`Labelled` … `Document`). Files differ in their columns: `LAYOUTS`
+The rest of the program knows six kinds of record (`records.py`). Files differ in their columns: `LAYOUTS`
 and `MORE_LAYOUTS` have one entry for each set of columns, with a function that converts a row to a canonical record.
 A file's first row decides which layout it has (`recognise`). Every value is checked (`rows.py`); errors name file and
 line.
@@ -15,114 +15,21 @@ from typing import Any
 
 from graftlm.errors import InputError, did_you_mean
 from graftlm.text.chat import Message
+from graftlm.text.records import Completion, Conversation, Labelled, Preference, Record, Unpaired
 from graftlm.text.rows import BOOLEANS, Row, as_bool
-from graftlm.text.transcripts import alpaca_prompt, best_branch, history, transcript, with_system
-
-# Canonical records ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Labelled:
-    """A text to classify, and its label number."""
-
-    text: str
-    label: int
-    source: str = ""
-    """File and line of a record, for errors."""
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """A prompt and the completion to learn."""
-
-    prompt: str
-    completion: str
-    source: str = ""
-    finished: bool = True
-    """Whether the text ends where the completion does; False for a truncated answer, which gets no end-of-text."""
-
-    @property
-    def text(self) -> str:
-        """The prompt."""
-        return self.prompt
-
-
-@dataclass(frozen=True, slots=True)
-class Preference:
-    """A prompt with two answers: the chosen one was preferred to the rejected one."""
-
-    prompt: str
-    chosen: str
-    rejected: str
-    source: str = ""
-    finished: tuple[bool, bool] = (True, True)
-    """As in `Completion`, for each answer."""
-
-    @property
-    def text(self) -> str:
-        """The prompt."""
-        return self.prompt
-
-
-@dataclass(frozen=True, slots=True)
-class Unpaired:
-    """A prompt with one answer, and whether that answer is desirable (KTO)."""
-
-    prompt: str
-    completion: str
-    label: bool
-    source: str = ""
-    finished: bool = True
-
-    @property
-    def text(self) -> str:
-        """The prompt."""
-        return self.prompt
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """Messages of several roles; what the assistant says is learned."""
-
-    messages: tuple[Message, ...]
-    source: str = ""
-    tools: tuple[Any, ...] = ()
-    """What the assistant may call, as JSON schemas."""
-    unlearned: tuple[int, ...] = ()
-    """The assistant's messages that are not learned, by number."""
-
-    @property
-    def text(self) -> str:
-        """All that is said."""
-        return "\n\n".join(f"{message[0]}: {message[1]}" for message in self.messages)
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """A text on its own, such as a prompt to answer."""
-
-    text: str
-    source: str = ""
-
-
-Record = Labelled | Completion | Preference | Unpaired | Conversation
-
-
-def hashed_values(record: Record) -> list[Any]:
-    """What a data set's fingerprint hashes. Runs record the hash, so the values of existing data must not change."""
-    match record:
-        case Labelled(text, label):
-            return [text, label, None]
-        case Completion(prompt, completion, finished=finished):
-            return [prompt, None, completion, *([] if finished else [(False, True)])]
-        case Preference(prompt, chosen, rejected, finished=finished):
-            return [prompt, None, chosen, rejected, *([] if all(finished) else [finished])]
-        case Unpaired(prompt, completion, label, finished=finished):
-            return [prompt, None, completion, label, *([] if finished else [False])]
-        case Conversation(messages, tools=tools, unlearned=unlearned):
-            hidden = [{"unlearned": unlearned}] if unlearned else []
-            return [record.text, None, None, messages, *([tools] if tools else []), *hidden]
-
+from graftlm.text.transcripts import (
+    Said,
+    all_said,
+    alpaca_prompt,
+    asked,
+    asked_alpaca,
+    best_branch,
+    history,
+    said,
+    transcript,
+    whole_pair,
+    with_system,
+)
 
 # Layouts --------------------------------------------------------------------------------------------------------------
 
@@ -186,18 +93,61 @@ def _pair(prompt: str, completion: str) -> Callable[[Row], Completion]:
     return lambda row: Completion(row.text(prompt), row.text(completion), row.source)
 
 
-def _preference(row: Row) -> Preference:
-    prompt, chosen, rejected = row.text("prompt"), row.text("chosen"), row.text("rejected")
-    if chosen.strip() == rejected.strip():
+def _preference(ask: Callable[[Row], Said]) -> Callable[[Row], Preference]:
+    """A pair of answers to what `ask` finds in a row."""
+
+    def convert(row: Row) -> Preference:
+        prompt, chosen, rejected = said(row, ask(row), "chosen", "rejected")
+        return _pair_of_answers(row, prompt, chosen, rejected)
+
+    return convert
+
+
+def _implicit_preference(row: Row) -> Preference:
+    """A pair that says its prompt in a column or, as TRL reads it, at the beginning of both answers."""
+    return _pair_of_answers(row, *whole_pair(row))
+
+
+def _pair_of_answers(row: Row, prompt: Said, chosen: Said, rejected: Said) -> Preference:
+    if all_said(chosen).strip() == all_said(rejected).strip():
         raise row.error("chosen and rejected are the same text: leave the pair out")
-    first, second = row.finished(2)
-    return Preference(prompt, chosen, rejected, row.source, (first, second))
+    first, second = _finished(row, 2, prompt)
+    return Preference(prompt, chosen, rejected, row.source, (first, second), row.tools())
 
 
 def _unpaired(row: Row) -> Unpaired:
-    prompt, completion, label = row.text("prompt"), row.text("completion"), row.desirable()
-    (finished,) = row.finished(1)
-    return Unpaired(prompt, completion, label, row.source, finished)
+    prompt, completion = said(row, asked(row, "prompt"), "completion")
+    label, (finished,) = row.desirable(), _finished(row, 1, prompt)
+    return Unpaired(prompt, completion, label, row.source, finished, row.tools())
+
+
+def _unpaired_chat(name: str) -> Callable[[Row], Unpaired]:
+    """LLaMA-Factory's conversation in the column of this name, whose last answer is desirable or not."""
+
+    def convert(row: Row) -> Unpaired:
+        messages = with_system(row, "system", row.messages(name))
+        if messages[-1][0] != "assistant" or len(messages) < 2:
+            raise row.error("its last message is no answer of the assistant: leave the row out")
+        return Unpaired(messages[:-1], messages[-1:], row.desirable(), row.source, tools=row.tools())
+
+    return convert
+
+
+def _openai_preference(row: Row) -> Preference:
+    """OpenAI's pair: messages and tools are in its input."""
+    source = f"{row.source}: input"
+    inner = Row(source, given) if isinstance(given := row.columns.get("input"), dict) else row
+    row = Row(row.source, {**row.columns, **{name: inner.columns.get(name) for name in ("tools", "functions")}})
+    prompt, chosen, rejected = said(row, inner.messages("messages"), "preferred_output", "non_preferred_output")
+    return _pair_of_answers(row, prompt, chosen, rejected)
+
+
+def _finished(row: Row, answers: int, prompt: Said) -> tuple[bool, ...]:
+    """Whether the text ends with each answer; messages always end theirs."""
+    finished = row.finished(answers)
+    if not isinstance(prompt, str) and not all(finished):
+        raise row.error("an answer that is not finished must be text: a message ends its turn")
+    return finished
 
 
 def _chat(name: str) -> Callable[[Row], Conversation]:
@@ -205,10 +155,6 @@ def _chat(name: str) -> Callable[[Row], Conversation]:
 
     def convert(row: Row) -> Conversation:
         messages, unlearned = row.messages(name), row.unlearned(name)
-        if str(row.columns.get("label")).strip().casefold() in BOOLEANS:
-            raise row.error(
-                "label would be lost: the answers of all rows are learned: leave out the bad ones, and the column"
-            )
         return _conversation(row, messages, unlearned)
 
     return convert
@@ -278,6 +224,15 @@ def _is_completion(columns: Mapping[str, Any]) -> bool:
     return str(columns.get("label")).strip().casefold() not in BOOLEANS and not _is_list("prompt")(columns)
 
 
+def _is_marked(columns: Mapping[str, Any]) -> bool:
+    """Whether a conversation is marked as desirable or not."""
+    return "chosen" not in columns and str(columns.get("label")).strip().casefold() in BOOLEANS
+
+
+def _is_chat(columns: Mapping[str, Any]) -> bool:
+    return "chosen" not in columns and not _is_marked(columns)
+
+
 def _is_transcript(columns: Mapping[str, Any]) -> bool:
     return str(columns["text"]).lstrip().startswith("### Human:")
 
@@ -290,16 +245,37 @@ ASIDE = (*CONTEXT, "context", "passage", "input")
 LAYOUTS = (
     Layout("labelled", ("text", "label"), _labelled, refused=()),
     Layout("completion", ("prompt", "completion"), _completion, ENDS, _is_completion),
-    Layout("preference", ("chosen", "rejected"), _preference, ("prompt", *ENDS)),
+    Layout("preference", ("chosen", "rejected"), _implicit_preference, ("prompt", *ENDS, *SPEAKERS)),
     Layout(
         "unpaired preference",
         ("prompt", "completion", "label"),
         _unpaired,
-        ENDS,
+        (*ENDS, *SPEAKERS),
         lambda columns: as_bool(columns.get("label")) is not None,
     ),
-    Layout("chat", ("messages",), _chat("messages"), SPEAKERS, _without("chosen")),
-    Layout("sharegpt", ("conversations",), _chat("conversations"), SPEAKERS, _without("chosen")),
+    Layout("chat", ("messages",), _chat("messages"), SPEAKERS, _is_chat),
+    Layout("sharegpt", ("conversations",), _chat("conversations"), SPEAKERS, _is_chat),
+    Layout("unpaired chat", ("messages", "label"), _unpaired_chat("messages"), SPEAKERS, _is_marked),
+    Layout("unpaired sharegpt", ("conversations", "label"), _unpaired_chat("conversations"), SPEAKERS, _is_marked),
+    *(
+        Layout(
+            f"preference after {keys[0]}",
+            (*keys, "chosen", "rejected"),
+            convert,
+            (*optional, *SPEAKERS),
+            _without("prompt"),
+        )
+        for keys, optional, convert in (
+            (("instruction",), ("input", "history"), _preference(asked_alpaca)),
+            (("question",), (), _preference(lambda row: asked(row, "question"))),
+            (("conversations",), (), _preference(lambda row: row.messages("conversations"))),
+        )
+    ),
+    Layout(
+        "OpenAI preference",
+        ("input", "preferred_output", "non_preferred_output"),
+        _openai_preference,
+    ),
     Layout("alpaca", ("instruction", "output"), _alpaca("output"), ("input",), _without("history", "system")),
 )
 """The layouts that are tried first."""

@@ -11,7 +11,7 @@ from graftlm.errors import InputError
 from graftlm.text.boundary import label_ids
 from graftlm.text.chat import Chat, any_of
 from graftlm.text.collate import Example, too_long_message
-from graftlm.text.layouts import Conversation, Record
+from graftlm.text.records import Conversation, Record
 from graftlm.text.template import Template
 from graftlm.text.tokenizer import Tokenizer
 from graftlm.text.words import normalize

@@ -211,7 +211,7 @@ def _message(source: str, message: Any) -> Message:
         raise InputError(f"{source} must be an object with role and content, not {short_repr(message)}")
     keys = next((keys for keys in ROLE_KEYS if message.keys() >= {*keys}), None)
     keys = keys or (ROLE_KEYS[1] if "from" in message and "role" not in message else ROLE_KEYS[0])
-    row = Row(source, {**message, keys[1]: _joined(source, message.get(keys[1]))})
+    row = Row(source, {name: _joined(source, value) if name == keys[1] else value for name, value in message.items()})
     written = row.text(keys[0])
     role = ROLE_NAMES.get(written, written)
     if role not in ROLES:

@@ -35,7 +35,7 @@ from graftlm.errors import InputError, did_you_mean, unknown_name_error
 from graftlm.files.readers import Record, read_records
 from graftlm.text.collate import sort_by_hash
 from graftlm.text.dataset import load_dataset, text_hash
-from graftlm.text.layouts import Labelled
+from graftlm.text.records import Labelled
 from graftlm.text.words import normalize, word_pattern
 
 QUESTION, ANSWER = "{question}", "{answer}"

@@ -1,11 +1,16 @@
 """Messages and prompts from rows that hold them as one text, as a tree, or as a history of pairs."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from graftlm.text.chat import Message
 from graftlm.text.rows import ROLE_NAMES, Row
 
+Said = str | tuple[Message, ...]
+"""A prompt or an answer: a text, or messages."""
+
+HH_HUMAN, HH_ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 TURN = re.compile(r"### ?(Human|Assistant): ?")
 
 
@@ -69,3 +74,89 @@ def best_branch(row: Row, name: str) -> tuple[Message, ...]:
 def _rank(reply: dict[str, Any]) -> float:
     rank = reply.get("rank")
     return float(rank) if isinstance(rank, int | float) else float("inf")
+
+
+# Preferences ----------------------------------------------------------------------------------------------------------
+
+
+def all_said(value: Said) -> str:
+    """A text, or what messages say, as one text."""
+    return value if isinstance(value, str) else "\n\n".join(f"{message[0]}: {message[1]}" for message in value)
+
+
+def asked(row: Row, name: str) -> Said:
+    """A prompt in the column of this name."""
+    return row.messages(name) if isinstance(row.columns.get(name), list | dict) else row.text(name)
+
+
+def asked_alpaca(row: Row) -> Said:
+    """What Alpaca's columns ask: its prompt or, where there may be a history or a system message, messages."""
+    if row.columns.get("history") is None and row.columns.get("system") is None:
+        return alpaca_prompt(row.text("instruction"), row.optional_text("input"))
+    question = "\n".join(filter(None, (row.text("instruction"), row.optional_text("input"))))
+    return (*history(row), ("user", question))
+
+
+def said(row: Row, prompt: Said, *names: str) -> tuple[Said, ...]:
+    """A prompt and the answers in the columns of these names.
+
+    They are texts or, if one of them is messages or the row has a system message, all are messages.
+    """
+    are_texts = [not isinstance(row.columns.get(name), list | dict) for name in names]
+    if isinstance(prompt, str) and all(are_texts) and row.columns.get("system") in (None, [], {}):
+        row.refuse(("tools", "functions"))
+        return (prompt, *map(row.text, names))
+    prompt = with_system(row, "system", (("user", prompt),) if isinstance(prompt, str) else prompt)
+    answers: list[Said] = []
+    for name, is_text in zip(names, are_texts, strict=True):
+        answer = (("assistant", row.text(name)),) if is_text else row.messages(name)
+        if answer[-1][0] != "assistant":
+            raise row.error(f"the last message of {name} is no answer of the assistant: leave the pair out")
+        answers.append(answer)
+    return (prompt, *answers)
+
+
+def whole_pair(row: Row) -> tuple[Said, Said, Said]:
+    """Prompt, chosen and rejected answer; without a prompt it is what both answers begin with, as TRL extracts it.
+
+    Of texts that are transcripts of Anthropic's (HH) it ends with their last shared "Assistant:".
+    """
+    is_messages, prompt = isinstance(row.columns.get("chosen"), list | dict), row.columns.get("prompt")
+    if prompt is not None and is_messages <= isinstance(prompt, list | dict):
+        first, second, third = said(row, asked(row, "prompt"), "chosen", "rejected")
+        return first, second, third
+    if not is_messages:
+        return _whole_texts(row, row.text("chosen"), row.text("rejected"))
+    whole, other = row.messages("chosen"), row.messages("rejected")
+    end = _shared(whole, other)
+    before: tuple[Message, ...] = whole[:end] or ((("user", row.text("prompt")),) if prompt else ())
+    answers = (whole[end:], other[end:])
+    if not before or not all(answer and answer[-1][0] == "assistant" for answer in answers):
+        raise row.error(
+            "chosen and rejected must begin with the same messages, and each end with an answer of its own: leave the "
+            "pair out, or give a column prompt"
+        )
+    return with_system(row, "system", before), *answers
+
+
+def _whole_texts(row: Row, chosen: str, rejected: str) -> tuple[str, str, str]:
+    row.refuse(("system", "tools", "functions"))
+    end = _shared(chosen, rejected)
+    if chosen.startswith(HH_HUMAN):
+        end = chosen.rfind(HH_ASSISTANT, 0, end) + len(HH_ASSISTANT)
+        end = 0 if end < len(HH_ASSISTANT) else end
+    elif chosen[end - 1 : end] == " ":
+        end -= 1
+    if chosen.strip() == rejected.strip():
+        raise row.error("chosen and rejected are the same text: leave the pair out")
+    if not chosen[:end].strip() or not chosen[end:].strip() or not rejected[end:].strip():
+        raise row.error(
+            "no field 'prompt', and chosen and rejected are not one beginning with two ends: add the prompt"
+        )
+    return chosen[:end], chosen[end:], rejected[end:]
+
+
+def _shared(first: Sequence[object], second: Sequence[object]) -> int:
+    """How many first elements the two have in common."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((n for n, (one, other) in pairs if one != other), min(len(first), len(second)))

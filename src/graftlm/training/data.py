@@ -13,8 +13,8 @@ from graftlm.models.config import ModelConfig
 from graftlm.text.boundary import label_ids
 from graftlm.text.collate import Example, encode_rows, subset
 from graftlm.text.dataset import Dataset, default_labels, load_dataset
-from graftlm.text.layouts import Labelled, Record
 from graftlm.text.preflight import control_token_notes, conversation_notes, preflight
+from graftlm.text.records import Labelled, Record
 from graftlm.text.template import DEFAULT, Template
 from graftlm.text.tokenizer import Tokenizer
 from graftlm.training.batches import TrainingData

@@ -18,8 +18,8 @@ from graftlm.files.formats import read_json
 from graftlm.models.config import read_model_config
 from graftlm.text.collate import Example, encode_rows
 from graftlm.text.dataset import SPLITS, Dataset
-from graftlm.text.layouts import Record
 from graftlm.text.preflight import common_texts, show_targets
+from graftlm.text.records import Record
 from graftlm.text.template import Template, load_template
 from graftlm.text.tokenizer import Tokenizer
 from graftlm.training.data import (

@@ -33,7 +33,7 @@ from graftlm.methods.base import count_parameters, load_trainable_state_dict
 from graftlm.models.base import CausalLM
 from graftlm.models.config import ModelConfig
 from graftlm.text.dataset import Dataset
-from graftlm.text.layouts import Conversation
+from graftlm.text.records import is_chat
 from graftlm.training.distributed import DistContext
 from graftlm.training.reference import REFERENCE_FILES
 
@@ -85,7 +85,7 @@ def new_manifest(
             "name": dataset.name,
             "fingerprint": dataset.fingerprint,
             "examples": {split: len(examples) for split, examples in run.data.splits.items()},
-            "chat": isinstance(dataset.splits["train"][0], Conversation),
+            "chat": is_chat(dataset.splits["train"][0]),
         },
         "template": {"name": template.name, "text": template.text, "labels": list(template.labels)},
         "device": str(run.device),

@@ -21,7 +21,7 @@ from graftlm.inference.decoder import token_batches
 from graftlm.inference.generate import eval_mode
 from graftlm.models.base import CausalLM
 from graftlm.text.collate import Example
-from graftlm.text.layouts import Record
+from graftlm.text.records import Record
 from graftlm.training.batches import CollateOptions, HiddenStates, TrainingBatch, TrainingData, forward_batch
 from graftlm.training.distributed import DistContext, uneven_forward
 

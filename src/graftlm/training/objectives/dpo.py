@@ -34,7 +34,7 @@ from graftlm.config.training import LossType
 from graftlm.errors import InputError
 from graftlm.models.base import CausalLM
 from graftlm.text.collate import Example
-from graftlm.text.layouts import Preference
+from graftlm.text.records import Preference
 from graftlm.training.batches import CollateOptions, HiddenStates, TrainingBatch, collate, sequence_logps
 from graftlm.training.objectives import Sums
 from graftlm.training.reference import ReferenceObjective

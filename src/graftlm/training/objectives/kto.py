@@ -24,7 +24,7 @@ from torch import Tensor
 from graftlm.errors import InputError
 from graftlm.models.base import CausalLM
 from graftlm.text.collate import Example
-from graftlm.text.layouts import Unpaired
+from graftlm.text.records import Unpaired
 from graftlm.training.batches import CollateOptions, HiddenStates, TrainingBatch, collate, sequence_logps
 from graftlm.training.distributed import DistContext
 from graftlm.training.objectives import Statistics, Sums

@@ -15,7 +15,7 @@ from torch import Tensor
 from graftlm.inference.scoring import score
 from graftlm.models.base import CausalLM
 from graftlm.text.collate import Example
-from graftlm.text.layouts import Completion, Conversation, Labelled
+from graftlm.text.records import Completion, Conversation, Labelled
 from graftlm.training.batches import CollateOptions, HiddenStates, LossOn, TrainingBatch, TrainingData, collate
 from graftlm.training.objectives import Objective, Statistics, Sums
 

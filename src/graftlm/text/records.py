@@ -1,0 +1,128 @@
+"""The canonical records: the six kinds that the rest of the program knows, from files of any layout."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from graftlm.text.chat import Message
+from graftlm.text.transcripts import Said, all_said
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A text to classify, and its label number."""
+
+    text: str
+    label: int
+    source: str = ""
+    """File and line of a record, for errors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A prompt and the completion to learn."""
+
+    prompt: str
+    completion: str
+    source: str = ""
+    finished: bool = True
+    """Whether the text ends where the completion does; False for a truncated answer, which gets no end-of-text."""
+
+    @property
+    def text(self) -> str:
+        """The prompt."""
+        return self.prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """A prompt with two answers, as texts or all as messages: the chosen one was preferred to the rejected one."""
+
+    prompt: Said
+    chosen: Said
+    rejected: Said
+    source: str = ""
+    finished: tuple[bool, bool] = (True, True)
+    """As in `Completion`, for each answer."""
+    tools: tuple[Any, ...] = ()
+    """As in `Conversation`."""
+
+    @property
+    def text(self) -> str:
+        """The prompt."""
+        return all_said(self.prompt)
+
+    @property
+    def answers(self) -> tuple[Said, Said]:
+        """The chosen and the rejected answer."""
+        return self.chosen, self.rejected
+
+
+@dataclass(frozen=True, slots=True)
+class Unpaired:
+    """A prompt with one answer, as texts or both as messages, and whether that answer is desirable (KTO)."""
+
+    prompt: Said
+    completion: Said
+    label: bool
+    source: str = ""
+    finished: bool = True
+    tools: tuple[Any, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The prompt."""
+        return all_said(self.prompt)
+
+    @property
+    def answers(self) -> tuple[Said]:
+        """The answer."""
+        return (self.completion,)
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages of several roles; what the assistant says is learned."""
+
+    messages: tuple[Message, ...]
+    source: str = ""
+    tools: tuple[Any, ...] = ()
+    """What the assistant may call, as JSON schemas."""
+    unlearned: tuple[int, ...] = ()
+    """The assistant's messages that are not learned, by number."""
+
+    @property
+    def text(self) -> str:
+        """All that is said."""
+        return all_said(self.messages)
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text on its own, such as a prompt to answer."""
+
+    text: str
+    source: str = ""
+
+
+Record = Labelled | Completion | Preference | Unpaired | Conversation
+
+
+def is_chat(record: Record) -> bool:
+    """Whether a record is written by the model's chat template."""
+    return isinstance(record, Conversation) or not isinstance(getattr(record, "prompt", ""), str)
+
+
+def hashed_values(record: Record) -> list[Any]:
+    """What a data set's fingerprint hashes. Runs record the hash, so the values of existing data must not change."""
+    match record:
+        case Labelled(text, label):
+            return [text, label, None]
+        case Completion(prompt, completion, finished=finished):
+            return [prompt, None, completion, *([] if finished else [(False, True)])]
+        case Preference(prompt, chosen, rejected, finished=finished, tools=tools):
+            return [prompt, None, chosen, rejected, *([] if all(finished) else [finished]), *([tools] if tools else [])]
+        case Unpaired(prompt, completion, label, finished=finished, tools=tools):
+            return [prompt, None, completion, label, *([] if finished else [False]), *([tools] if tools else [])]
+        case Conversation(messages, tools=tools, unlearned=unlearned):
+            hidden = [{"unlearned": unlearned}] if unlearned else []
+            return [record.text, None, None, messages, *([tools] if tools else []), *hidden]
