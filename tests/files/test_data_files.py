@@ -14,21 +14,12 @@ import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
+from data_files import LAYOUTS, TEXTS, WORDS
 from graftlm.errors import InputError
 from graftlm.files.arrow_rows import class_names
 from graftlm.files.readers import read_records
 from graftlm.text.dataset import load_dataset
 
-LAYOUTS = Path(__file__).parent / "layouts"
-SUBJECTS = re.split(
-    ", ",
-    "red fox, blue garden, green island, quick desert, slow library, old bridge, young kitchen, warm river, "
-    "cold castle, bright village, dark valley, heavy teacher, light window, gentle theatre, rough mountain, "
-    "silent market, loud harbour, simple city, clever painter, brave forest, calm ocean, eager engine, "
-    "fancy station, jolly museum",
-)
-TEXTS = [f"the {name} was a {('bore', 'joy')[n % 2]} to see , take {n}" for n, name in enumerate(SUBJECTS)]
-WORDS = ("negative", "positive")
 NUMBERED = [{"text": text, "label": n % 2} for n, text in enumerate(TEXTS)]
 NAMED = [{"text": text, "label": WORDS[n % 2]} for n, text in enumerate(TEXTS)]
 SST2 = [{"idx": n, "sentence": text, "label": n % 2} for n, text in enumerate(TEXTS)]

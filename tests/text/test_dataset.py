@@ -468,7 +468,7 @@ def test_broken_json_array(tmp_path: Path):
     )
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.json"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
 def test_bytes_that_are_not_utf8(tmp_path: Path, name: str):
     path, message = tmp_path / name, "not UTF-8 (0xe9); save the file as UTF-8"
     fails(path, b"text,label\ncaf\xe9,1\n", f"FILE:2: byte 4 is {message}")

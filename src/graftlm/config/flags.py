@@ -17,6 +17,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
 
+from graftlm.config.csv_format import csv_format
 from graftlm.config.paths import PATH_FLAGS, expand_home, read_text, user_path
 from graftlm.config.renamed import new_flag
 from graftlm.errors import InputError, did_you_mean
@@ -136,7 +137,8 @@ class DataFlags(Flags):
     columns: str = ""
     """Which columns of the data to read, as text=sentence,label=stars. Default: the record layout is recognised by
     its columns: text, label; prompt, completion; prompt, chosen, rejected; messages or conversations; instruction,
-    input, output; and others (docs/how-to.md)."""
+    input, output; and others (docs/how-to.md). Of a .csv also how it is written, where that is not found:
+    encoding=cp1252; delimiter=comma, semicolon, tab or pipe; header=yes, or no for columns column1, column2, …"""
     template: str = "sentiment"
     """The prompt template: a built-in name (sentiment, question, plain), a file, or a string with {text} in it."""
     labels: str = "negative,positive"
@@ -433,4 +435,5 @@ def parse_columns(text: str) -> dict[str, str]:
                 f"--columns {part}: must be FIELD=COLUMN, each field once, as in text=sentence,label=stars"
             )
         columns[name] = column
+    csv_format(columns)  # raises InputError for an unknown value
     return columns

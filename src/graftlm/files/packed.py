@@ -11,9 +11,10 @@ import io
 import zipfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from graftlm.config.csv_format import AUTOMATIC, CsvFormat
 from graftlm.errors import InputError
 
 COMPRESSED = (".gz", ".zst")
@@ -32,6 +33,10 @@ class DataFile:
     """Its name in a .zip."""
     split: str = ""
     """The split to read of a file that holds several."""
+    csv: CsvFormat = AUTOMATIC
+    """How a table is written, where the user says it."""
+    notes: list[str] = field(default_factory=list)
+    """Where a reader says what it found."""
 
     @property
     def is_packed(self) -> bool:

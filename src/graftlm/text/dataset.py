@@ -7,10 +7,11 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from graftlm.config.csv_format import CsvFormat, csv_format
 from graftlm.config.paths import user_path
 from graftlm.errors import InputError
 from graftlm.files.arrow_rows import class_names
@@ -54,6 +55,17 @@ class Dataset:
     """Columns with values that are not read."""
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How the user wants files to be read, and what is found in them."""
+
+    columns: Mapping[str, str]
+    """A column of the files by key of the layout."""
+    csv: CsvFormat
+    labels: LabelWords = NO_LABELS
+    notes: list[str] = field(default_factory=list)
+
+
 def load_dataset(
     data: str,
     val: str = "",
@@ -66,14 +78,16 @@ def load_dataset(
     Args:
         data: a built-in name, a hub name, a local folder or file (`files.assets.data_folder`); "" for none.
         val, test: files with these splits, in addition to `data`.
-        columns: the column of the files by key of the layout ("text", "label", "prompt", …), where they differ.
+        columns: the column of the files by key of the layout ("text", "label", "prompt", …), where they differ, and how
+            a .csv is written (`config.csv_format`).
         labels: the label words by label number. A label in the data is one of them in any case, or a number from 0
             on; without words, any number.
 
     A data set with a train split always gets a validation split: if it is missing, a tenth of train is held out by
     hash, and so is a test split if neither is named. Raises InputError with file, line and value.
     """
-    check_columns(columns or {})
+    named, csv = csv_format(columns or {})
+    check_columns(named)
     path = data_folder(data) if data else None
     files = _files(path, "train") if path else {}
     for split, flag, file in (("validation", "val_data", val), ("test", "test_data", test)):
@@ -84,15 +98,15 @@ def load_dataset(
         files[split] = [user_path(file)]
         if not files[split][0].is_file():
             raise InputError(f"--{flag} {file}: no such file")
-    label_words = LabelWords(tuple(labels))
+    reading = Reading(named, csv, LabelWords(tuple(labels)))
     layouts: dict[Layout, None] = {}
     splits, unused = {}, set[str]()
     for split in SPLITS:
         if split in files:
-            layout, splits[split], others = _read_split(files[split], split, columns or {}, label_words)
+            layout, splits[split], others = _read_split(files[split], split, reading)
             layouts[layout] = None
             unused |= others
-    name, notes = data or val or test, _notes(path, data, files) if path else []
+    name, notes = data or val or test, [*(_notes(path, data, files) if path else []), *reading.notes]
     if "train" in splits and "validation" not in splits:
         missing = ("validation",) if "test" in splits else ("validation", "test")
         splits = _hold_out(splits, missing, data)
@@ -116,7 +130,9 @@ def load_prompts(
 
     Raises InputError with file, line and value.
     """
-    check_columns(columns or {})
+    named, csv = csv_format(columns or {})
+    check_columns(named)
+    reading = Reading(named, csv)
     path = data_folder(data)
     if path.is_file() and split != "train":
         raise InputError(f"--split {split}: {data} is one file, which is read whole; leave --split out")
@@ -127,14 +143,14 @@ def load_prompts(
     first_words = re.compile(rf"(?:{word}\s*){{0,{max(opening - 1, 0)}}}{word}")
     prompts, unused = [], set[str]()
     for file in files[split]:
-        for row in _rows(file, split, columns or {}):
+        for row in _rows(file, split, reading):
             row.refuse(() if opening else CONTEXT)
             column = "text" if opening else _prompt_column(row)
             unused |= {name for name, value in row.columns.items() if value is not None and name != column}
             prompt = row.text(column)
             match = first_words.search(prompt) if opening else None
             prompts.append(Document(prompt if match is None else match[0], row.source))
-    notes = _notes(path, data, files) if path.is_dir() else []
+    notes = [*(_notes(path, data, files) if path.is_dir() else []), *reading.notes]
     return prompts, [*notes, *([f"{data}: columns not read: {', '.join(sorted(unused))}"] if unused else [])]
 
 
@@ -163,9 +179,7 @@ def text_hash(text: str) -> str:
 # Rows -----------------------------------------------------------------------------------------------------------------
 
 
-def _read_split(
-    files: Sequence[Path], split: str, columns: Mapping[str, str], labels: LabelWords
-) -> tuple[Layout, list[Record], set[str]]:
+def _read_split(files: Sequence[Path], split: str, reading: Reading) -> tuple[Layout, list[Record], set[str]]:
     """The layout of a split's files, their records, and the columns that were not read.
 
     The first row of each file decides its layout, and all must have one.
@@ -174,10 +188,10 @@ def _read_split(
     layouts: list[Layout] = []
     unused: set[str] = set()
     for path in files:
-        _check_class_names(path, columns, labels.words)
-        for number, row in enumerate(_rows(path, split, columns, labels)):
+        _check_class_names(path, reading.columns, reading.labels.words)
+        for number, row in enumerate(_rows(path, split, reading)):
             if number == 0:
-                layouts.append(recognise(path, row.columns, tuple(columns)))
+                layouts.append(_layout(path, row, reading))
                 if layouts[-1] != layouts[0]:
                     raise InputError(
                         f"{path}: its layout is {layouts[-1]}, that of {files[0].name} is {layouts[0]}: "
@@ -188,9 +202,19 @@ def _read_split(
     return layouts[0], records, unused
 
 
-def _rows(path: Path, split: str, columns: Mapping[str, str], labels: LabelWords = NO_LABELS) -> Iterator[Row]:
-    """The rows of a file, with columns renamed: `columns` maps a layout's key to the column of the file."""
-    for number, (source, values) in enumerate(read_records(path, split)):
+def _layout(path: Path, row: Row, reading: Reading) -> Layout:
+    """The layout of a file's first row; an error says too what was found of the file's format."""
+    try:
+        return recognise(path, row.columns, tuple(reading.columns))
+    except InputError as error:
+        found = [note for note in reading.notes if note.startswith(f"{path}: read with")]
+        raise InputError("; ".join([str(error), *(note.removeprefix(f"{path}: ") for note in found)])) from None
+
+
+def _rows(path: Path, split: str, reading: Reading) -> Iterator[Row]:
+    """The rows of a file, with columns renamed."""
+    columns = reading.columns
+    for number, (source, values) in enumerate(read_records(path, split, reading.csv, reading.notes)):
         for key, column in columns.items():
             if column not in values:
                 raise InputError(f"{source if number else path}: {missing_column(column, values, key)}")
@@ -198,7 +222,7 @@ def _rows(path: Path, split: str, columns: Mapping[str, str], labels: LabelWords
             renamed = {key: values[column] for key, column in columns.items()}
             others = {column: value for column, value in values.items() if column not in columns.values()}
             values = {**others, **renamed}
-        yield Row(source, values, labels)
+        yield Row(source, values, reading.labels)
 
 
 # Label names of parquet files -----------------------------------------------------------------------------------------
