@@ -15,6 +15,7 @@ from graftlm.training.batches import CollateOptions
 from graftlm.training.data_report import describe_data
 from graftlm.training.setup import prepare
 from graftlm.training.train import train
+from hub_mirror import serve
 from tiny import TEMPLATE, model_folder
 
 CHAT = (
@@ -198,3 +199,16 @@ def test_the_command_reads_no_weights_and_fits_a_screen(base: Path, tmp_path: Pa
     assert "rows.jsonl: read as preference (chosen, rejected)" in done.stderr
     told = json.loads(graft(*words, "--json", cwd=tmp_path).stdout)
     assert {*told["splits"]} == {"train", "validation", "test"} and len(told["examples"]) == 3
+
+
+def test_no_weights_are_fetched_from_the_hub(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    data = write(tmp_path / "rows.jsonl", ROWS["chat"][0])
+    with serve(models={"org/name": base}) as mirror:
+        monkeypatch.setenv("HF_ENDPOINT", mirror.url)
+        told = describe(Path("org/name"), data)
+        assert any("tokenizer.json" in request for request in mirror.requests)
+        assert not any("safetensors" in request for request in mirror.requests)
+    assert {**told, "tokenizer": ""} == {**describe(base, data), "tokenizer": ""}

@@ -26,7 +26,7 @@ from typing import Any
 from graftlm.config.paths import has_suffix, user_path
 from graftlm.errors import InputError, unknown_name_error
 from graftlm.files.atomic import atomic_directory, cleanup_tmp, lock_file, write_json, write_text
-from graftlm.files.fetch import HUB_NAME, NotOnHub, PinnedWheel, hub_folder, wheel_file, wheel_member
+from graftlm.files.fetch import HUB_NAME, TOKENIZER_FILES, NotOnHub, PinnedWheel, hub_folder, wheel_file, wheel_member
 from graftlm.files.formats import read_json, sha256_file, weight_files
 from graftlm.files.packed import COMPRESSED
 from graftlm.files.readers import DATA_SUFFIXES, GGUF, SUFFIXES, WEIGHT_SUFFIXES, is_data_file
@@ -136,10 +136,15 @@ def cache_home() -> Path:
     return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME ").absolute() / "graftlm"
 
 
-def model_folder(name: str) -> Path:
-    """A model's folder: a built-in name, a local folder, a .gguf file (converted once), or `org/name[@revision]`."""
+def model_folder(name: str, weights: bool = True) -> Path:
+    """A model's folder: a built-in name, a local folder, a .gguf file (converted once), or `org/name[@revision]`.
+
+    weights: without them, only config and tokenizer are fetched from the hub.
+    """
     if _is_gguf_file(name):
         return _converted(user_path(name))
+    if not (weights or name in BUILTIN_MODELS or (name and user_path(name).exists())):
+        return _folder_with_config(name, TOKENIZER_FILES)
     folder = _folder_with_config(name)
     if name not in INTERNAL:
         weight_files(folder)  # raises InputError without any
@@ -160,8 +165,8 @@ def _is_gguf_file(name: str) -> bool:
     return has_suffix(name, GGUF) and user_path(name).is_file()
 
 
-def _folder_with_config(name: str, only: str | None = None) -> Path:
-    """The folder of a model; from the hub, all files that we read, or only this one."""
+def _folder_with_config(name: str, only: str | list[str] | None = None) -> Path:
+    """The folder of a model; from the hub, all files that we read, or only this one or these patterns."""
     if name in BUILTIN_MODELS or name in INTERNAL:
         return _unpacked(name)
     folder = user_path(name)

@@ -44,6 +44,8 @@ MODEL_FILES = [
     "vocab.bpe",
     "chat_template.jinja",
 ]
+TOKENIZER_FILES = [pattern for pattern in MODEL_FILES if not pattern.endswith(".safetensors")]
+"""The same without weights."""
 DATA_FILES = [
     *(f"*{suffix}{packed}" for suffix in DATA_SUFFIXES for packed in ("", *COMPRESSED)),
     *(f"*{suffix.upper()}" for suffix in DATA_SUFFIXES),
@@ -79,14 +81,14 @@ def _cache() -> str | None:
     return None
 
 
-def hub_folder(name: str, kind: str, hint: str, only: str | None = None) -> Path:
+def hub_folder(name: str, kind: str, hint: str, only: str | list[str] | None = None) -> Path:
     """The local snapshot of a repository.
 
     Args:
         name: `org/name` or `name`, with or without `@revision`.
         kind: "model" or "dataset".
         hint: what works without the hub; it ends the error message.
-        only: fetch this file; by default all files that we read.
+        only: fetch this file, or these patterns of files; by default all that we read.
     """
     match = HUB_NAME.fullmatch(name)
     assert match is not None, f"{name!r} is not a hub name; the caller checks"

@@ -57,7 +57,7 @@ def describe_data(config: DataConfig, explicit: Set[str]) -> dict[str, Any]:
     Raises InputError where `graft train` would, with the same line.
     """
     flags = TrainConfig(**asdict(config), plan=True)  # of a plan no weights are read
-    source = resolve_init(flags, explicit, resumed=False)
+    source = resolve_init(flags, explicit, resumed=False, weights=False)
     flags = with_labels(flags, explicit)
     template = load_template(flags.template, flags.labels)
     dataset = read_data(flags, explicit, template)

@@ -231,8 +231,8 @@ class InitSource:
         return read_adapter(self.adapter, shape, self.saved)
 
 
-def resolve_init(config: TrainConfig, typed: Set[str], resumed: bool) -> InitSource:
-    """Resolve --init_from and the method's flags; `typed` are the explicit flags.
+def resolve_init(config: TrainConfig, typed: Set[str], resumed: bool, weights: bool = True) -> InitSource:
+    """Resolve --init_from and the method's flags; `typed` are the explicit flags. weights: as in `model_folder`.
 
     Raises InputError for a model that cannot be found, a run whose base has changed, and flags that contradict the
     method of the run it starts from.
@@ -243,7 +243,7 @@ def resolve_init(config: TrainConfig, typed: Set[str], resumed: bool) -> InitSou
     elif path.is_dir() and (path.parent / "run.json").is_file():
         run_dir, checkpoint = path.parent, path
     else:
-        folder = model_folder(config.init_from)
+        folder = model_folder(config.init_from, weights)
         check_no_adapter(folder)
         return InitSource(resolve_path(config.init_from), folder, method_from_flags(config, typed))
     run = read_run(run_dir)
@@ -257,7 +257,7 @@ def resolve_init(config: TrainConfig, typed: Set[str], resumed: bool) -> InitSou
         flag: field for flag, field in saved.flags.items() if flag in OVERRIDABLE_FLAGS and (resumed or flag in typed)
     }
     method = replace(saved.for_inference, **{field: getattr(config, flag) for flag, field in free.items()})
-    folder = model_folder(run["base"]["name"])
+    folder = model_folder(run["base"]["name"], weights)
     if not config.plan:
         check_base(folder, run, run_dir)
     return InitSource(run["base"]["name"], folder, method, checkpoint, saved)
