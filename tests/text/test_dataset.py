@@ -20,6 +20,7 @@ from graftlm.text.records import Completion, Conversation, Labelled, Preference,
 from graftlm.text.rows import Row
 
 WORDS = ("negative", "positive")
+COMMON_LAYOUTS = f"{', '.join(map(str, LAYOUTS[:7]))}, and {len(LAYOUTS) + len(MORE_LAYOUTS) - 7} more (docs/how-to.md)"
 NEL = "a\x85b\u2028c\x0bd\x1ce\ff"  # characters at which str.splitlines breaks a line
 
 
@@ -327,9 +328,9 @@ def test_prompt_and_completion(tmp_path: Path):
             "no column 'text': the columns are story, label; name it with --columns text=COLUMN",
         ),
         (
-            {"Text": "a", "label": 1},
+            {"Texts": "a", "label": 1},
             {},
-            "no column 'text': did you mean 'Text'? the columns are Text, label; name it with --columns text=COLUMN",
+            "no column 'text': did you mean 'Texts'? the columns are Texts, label; name it with --columns text=COLUMN",
         ),
         ({"text": "a", "y": 1}, {}, "no column 'label': the columns are text, y; name it with --columns label=COLUMN"),
         (
@@ -350,7 +351,7 @@ def test_no_such_field(tmp_path: Path, record: dict, options: dict, message: str
     else:
         jsonl(path, record)
     if kind == "jsonl" or record:  # the other two cannot hold a record without fields
-        every = f"{', '.join(map(str, LAYOUTS))}, and {len(MORE_LAYOUTS)} more (docs/how-to.md)"
+        every = COMMON_LAYOUTS
         layouts = "" if options else f"; the layouts are {every}"
         fails(path, path.read_bytes(), f"FILE: {message}{layouts}", **options)
 
@@ -1049,7 +1050,7 @@ def test_columns_that_no_layout_reads(tmp_path: Path):
     )
     with refused(f"--columns texts=a: no field 'texts': did you mean 'text'? fields are {', '.join(fields)}"):
         load_dataset(str(path), columns={"texts": "a"})
-    layouts = f"{', '.join(map(str, LAYOUTS))}, and {len(MORE_LAYOUTS)} more (docs/how-to.md)"
+    layouts = COMMON_LAYOUTS
     with refused(f"--columns: no layout reads label and chosen together: leave one out; the layouts are {layouts}"):
         load_dataset(str(path), columns={"label": "a", "chosen": "b"})
 

@@ -160,7 +160,7 @@ READ: dict[str, tuple[str, Record]] = {
     "stars.jsonl": ("labelled (text, stars)", Labelled("the red fox was a bore to see , take 0", 1)),
 }
 
-EVERY = f"{', '.join(map(str, LAYOUTS))}, and {len(MORE_LAYOUTS)} more (docs/how-to.md)"
+EVERY = f"{', '.join(map(str, LAYOUTS[:7]))}, and {len(LAYOUTS) + len(MORE_LAYOUTS) - 7} more (docs/how-to.md)"
 REFUSED = {
     "banking77_names.jsonl": "FILE:1: unknown label 'intent_00': a number from 0 on is needed, or --labels with the "
     "words",
@@ -291,8 +291,10 @@ ROWS: list[tuple[dict[str, Any], str, Record]] = [
         "unpaired preference (prompt, completion, label)",
         Unpaired((("system", "s"), A), (B,), False),
     ),
+    ({"Text": "a", " Label": 0}, "labelled (Text,  Label)", Labelled("a", 0)),
     ({"tweet": "a", "class": 0}, "labelled (tweet, class)", Labelled("a", 0)),
     ({"text": "a", "label": 1, "stars": 5}, "labelled (text, label); columns not read: stars", Labelled("a", 1)),
+    ({"messages": [SAY_A, SAY_B], "chosen": [SAY_B]}, "chat (messages); columns not read: chosen", talk(A, B)),
     (
         {"messages": [SAY_A, SAY_B], "question": "q", "answer": "b"},
         "chat (messages); columns not read: answer, question",

@@ -229,7 +229,7 @@ def test_the_store_of_frozen_layers_changes_no_bit_of_the_losses(base: Path, tmp
 )
 def test_messages_that_are_none(messages: Any, line: str, tmp_path: Path) -> None:
     file = tmp_path / "c.jsonl"
-    file.write_text(json.dumps({"messages": messages}) + "\n")
+    file.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in (messages, [])))
     with pytest.raises(InputError, match=line):
         load_dataset(str(file), str(file))
 

@@ -224,13 +224,17 @@ def _is_completion(columns: Mapping[str, Any]) -> bool:
     return str(columns.get("label")).strip().casefold() not in BOOLEANS and not _is_list("prompt")(columns)
 
 
+def _is_pair(columns: Mapping[str, Any]) -> bool:
+    return columns.keys() >= {"chosen", "rejected"}
+
+
 def _is_marked(columns: Mapping[str, Any]) -> bool:
     """Whether a conversation is marked as desirable or not."""
-    return "chosen" not in columns and str(columns.get("label")).strip().casefold() in BOOLEANS
+    return not _is_pair(columns) and str(columns.get("label")).strip().casefold() in BOOLEANS
 
 
 def _is_chat(columns: Mapping[str, Any]) -> bool:
-    return "chosen" not in columns and not _is_marked(columns)
+    return not _is_pair(columns) and not _is_marked(columns)
 
 
 def _is_transcript(columns: Mapping[str, Any]) -> bool:
@@ -255,6 +259,7 @@ LAYOUTS = (
     ),
     Layout("chat", ("messages",), _chat("messages"), SPEAKERS, _is_chat),
     Layout("sharegpt", ("conversations",), _chat("conversations"), SPEAKERS, _is_chat),
+    Layout("alpaca", ("instruction", "output"), _alpaca("output"), ("input",), _without("history", "system")),
     Layout("unpaired chat", ("messages", "label"), _unpaired_chat("messages"), SPEAKERS, _is_marked),
     Layout("unpaired sharegpt", ("conversations", "label"), _unpaired_chat("conversations"), SPEAKERS, _is_marked),
     *(
@@ -276,9 +281,10 @@ LAYOUTS = (
         ("input", "preferred_output", "non_preferred_output"),
         _openai_preference,
     ),
-    Layout("alpaca", ("instruction", "output"), _alpaca("output"), ("input",), _without("history", "system")),
 )
 """The layouts that are tried first."""
+COMMON = 7
+"""How many of them errors list."""
 
 MORE_LAYOUTS = (
     Layout(
@@ -315,7 +321,7 @@ LABELLED_NAMES = {
     "text": ("text", "sentence", "review", "content", "tweet", "question", "comment"),
     "label": ("label", "labels", "sentiment", "stars", "rating", "category", "class"),
 }
-"""What the columns of a labelled text are called elsewhere, tried last."""
+"""What the columns of a labelled text are called elsewhere, in any case; tried last."""
 
 
 def check_columns(columns: Mapping[str, str]) -> None:
@@ -360,8 +366,10 @@ def recognise(path: object, columns: Mapping[str, Any], mapped: Sequence[str] = 
 def _named_otherwise(path: object, columns: Mapping[str, Any]) -> Layout | None:
     """The layout of a labelled text whose columns have other names. Raises InputError if there are several of them."""
     found: dict[str, list[str]] = {}
+    written = {str(column).strip().casefold(): column for column in columns}
     for key, known in LABELLED_NAMES.items():
-        found[key] = [key] if key in columns else [name for name in known if name in columns]
+        found[key] = [key] if key in columns else [written[name] for name in known if name in written]
+        found[key] = [name for name in found[key] if name.strip().casefold() == key] or found[key]
     if not all(found.values()):
         return None
     for key, names in found.items():
@@ -396,7 +404,8 @@ def _readable(layouts: Sequence[Layout], fields: Iterable[str]) -> list[Layout]:
 
 
 def _names() -> str:
-    return f"{', '.join(map(str, LAYOUTS))}, and {len(MORE_LAYOUTS)} more (docs/how-to.md)"
+    others = len(LAYOUTS) + len(MORE_LAYOUTS) - COMMON
+    return f"{', '.join(map(str, LAYOUTS[:COMMON]))}, and {others} more (docs/how-to.md)"
 
 
 def missing_column(column: str, columns: Mapping[str, Any], key: str) -> str:

@@ -113,7 +113,9 @@ class Row:
 
     def messages(self, name: str) -> tuple[Message, ...]:
         """A column of messages; one message, as LLaMA-Factory's pairs have it, is a list of one."""
-        items = _turns(self.columns.get(name))
+        if name not in self.columns:
+            raise self.error(f"no field {name!r}: every row needs it")
+        items = _turns(self.columns[name])
         if not isinstance(items, list) or not items:
             raise self.error(f"{name} must be a list of role and content, not {short_repr(items)}")
         return tuple(_message(f"{self.source}: message {number}", item) for number, item in enumerate(items, 1))
