@@ -171,9 +171,9 @@ def test_local_models(tmp_path: Path) -> None:
 def test_local_data(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"holds no data file: use \.jsonl, \.ndjson, .*; \.gz or \.zst may follow$"):
         data_folder(str(tmp_path))
-    (tmp_path / "notes.txt").touch()
+    (tmp_path / "notes.doc").touch()
     with pytest.raises(InputError, match="is not a data file that we read"):
-        data_folder(str(tmp_path / "notes.txt"))
+        data_folder(str(tmp_path / "notes.doc"))
     (tmp_path / "train.csv").touch()
     assert data_folder(str(tmp_path)) == tmp_path == download(str(tmp_path))
     assert data_folder(str(tmp_path / "train.csv")) == tmp_path / "train.csv" == download(str(tmp_path / "train.csv"))

@@ -695,10 +695,10 @@ def test_split_in_two_files(tmp_path: Path, first: str, second: str, split: str)
 
 
 def test_folder_without_splits(tmp_path: Path):
-    jsonl(tmp_path / "reviews.jsonl", *many(2))
+    (tmp_path / "reviews.xls").write_text("x")
     jsonl(tmp_path / "en" / "notes.jsonl", *many(2))
     with refused(
-        f"{tmp_path}: no train, validation or test file ({SUFFIXES}) in this folder; it holds en, reviews.jsonl"
+        f"{tmp_path}: no train, validation or test file ({SUFFIXES}) in this folder; it holds en, reviews.xls"
     ):
         load_dataset(str(tmp_path))
 
@@ -788,9 +788,9 @@ def test_val_or_test_that_cannot_be(tmp_path: Path):
     assert len(load_dataset(str(source), test=str(other)).splits["test"]) == 3
     with refused(f"--test_data {tmp_path / 'none'}: no such file"):
         load_dataset(str(source), test=str(tmp_path / "none"))
-    text = tmp_path / "b.txt"
+    text = tmp_path / "b.doc"
     text.write_text("text")
-    with refused(f"{text}: unknown file format '.txt': use {SUFFIXES}"):
+    with refused(f"{text}: unknown file format '.doc': use {SUFFIXES}"):
         load_dataset(str(source), test=str(text))
 
 

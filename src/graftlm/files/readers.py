@@ -14,6 +14,7 @@ from graftlm.config.csv_format import AUTOMATIC, CsvFormat
 from graftlm.config.paths import decode_named
 from graftlm.errors import InputError
 from graftlm.files.arrow_rows import read_arrow, read_parquet
+from graftlm.files.data_folders import TEXT, read_class_folders
 from graftlm.files.json_rows import json_rows, split_names
 from graftlm.files.packed import COMPRESSED, ZIP, DataFile, data_suffix, open_data
 from graftlm.files.tables import read_table
@@ -32,13 +33,16 @@ def read_records(
     """The records of one file, each with its source.
 
     Args:
-        path: the file.
+        path: the file, or a folder of class folders (`data_folders.py`).
         split: which rows to read of a JSON file with several splits.
         csv: how a table is written; what it leaves out is found in the file.
         notes: one line is added for what was found and is not the plain case.
 
     Raises InputError for a file without records.
     """
+    if path.is_dir():
+        yield from read_class_folders(path)
+        return
     file = open_data(path, DATA_SUFFIXES)
     read = DATA_READERS.get(file.suffix)
     if read is None:
@@ -73,6 +77,11 @@ def _read_json(file: DataFile) -> Iterator[Record]:
     return json_rows(str(file.path), _text(file), file.split)
 
 
+def _read_text(file: DataFile) -> Iterator[Record]:
+    """The whole file as one document."""
+    yield str(file.path), {"text": _text(file)}
+
+
 DATA_READERS: dict[str, Callable[[DataFile], Iterator[Record]]] = {
     ".jsonl": _read_json,
     ".ndjson": _read_json,
@@ -81,6 +90,7 @@ DATA_READERS: dict[str, Callable[[DataFile], Iterator[Record]]] = {
     ".tsv": read_table,
     ".parquet": read_parquet,
     ".arrow": read_arrow,
+    TEXT: _read_text,
 }
 """Suffix -> reader."""
 DATA_SUFFIXES = (*DATA_READERS, ZIP)

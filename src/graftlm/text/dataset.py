@@ -16,6 +16,7 @@ from graftlm.config.paths import user_path
 from graftlm.errors import InputError
 from graftlm.files.arrow_rows import class_names
 from graftlm.files.assets import data_folder
+from graftlm.files.data_folders import TEXT, check_classes, class_files, class_folders, saved_splits
 from graftlm.files.formats import read_json
 from graftlm.files.packed import data_stem, data_suffix
 from graftlm.files.readers import DATA_CARD, SUFFIXES, is_data_file, read_records, splits_inside
@@ -35,7 +36,7 @@ _SPLIT_WORDS = {
 }
 """As `datasets` reads the names of files and folders; eval is validation if another file is test."""
 _PART = re.compile(r"[-_](\d+)(-of-(\d+))?(-[0-9a-f]+)?$")  # train-00000-of-00002
-_NO_DATA = re.compile(r"readme.*|licen[cs]e.*|.*\.(md|py)|graft\.json|dataset_infos?\.json", re.IGNORECASE)
+_NO_DATA = re.compile(r"readme.*|licen[cs]e.*|.*\.(md|py)|(graft|state|dataset_(dict|infos?))\.json", re.IGNORECASE)
 MAX_NAMED = 8  # files that a note names
 
 
@@ -242,6 +243,8 @@ def default_labels(data: str, columns: Mapping[str, str] | None = None) -> str:
 
 def _class_names(path: Path, columns: Mapping[str, str]) -> tuple[str, ...]:
     """The label words in a parquet file's schema, under any name of the label's column."""
+    if path.is_dir():
+        return tuple(folder.name for folder in class_folders(path))
     return class_names(path, *([columns["label"]] if "label" in columns else LABELLED_NAMES["label"]))
 
 
@@ -273,7 +276,9 @@ def _meant(name: str, labels: Sequence[str]) -> list[int]:
 def _notes(folder: Path, data: str, files: Mapping[str, Sequence[Path]]) -> list[str]:
     """Notes on a folder: what was not read, and splits of a built-in data set that are not the official ones."""
     notes = []
-    read = {path.resolve() for paths in files.values() for path in paths}
+    named = [path for paths in files.values() for path in paths]
+    texts = [file for path in named if path.is_dir() for _, file in class_files(path)]
+    read = {path.resolve() for path in (*named, *texts)}
     card = folder / "graft.json"
     content = read_json(card) if card.is_file() else None
     if isinstance(content, dict) and content.get("derived_splits") is True:
@@ -289,7 +294,9 @@ def _notes(folder: Path, data: str, files: Mapping[str, Sequence[Path]]) -> list
 def _files(path: Path, split: str) -> dict[str, list[Path]]:
     """The files of each split of a folder; a single file is of the split that is given, unless it holds several."""
     if path.is_dir():
-        return _split_files(path)
+        splits = _split_files(path)
+        check_classes([folder for paths in splits.values() for folder in paths if folder.is_dir()])
+        return splits
     inside = splits_inside(path)
     return {name: [path] for name in SPLITS if name in inside} or {split: [path]}
 
@@ -317,7 +324,7 @@ def _split_files(folder: Path) -> dict[str, list[Path]]:
 
     They are in the folder, else in its data/, else in its only subfolder that has any.
     """
-    if files := _card_files(folder) or _splits_in(folder):
+    if files := _saved_files(folder) or _card_files(folder) or _splits_in(folder):
         return files
     inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     inside = {path.name: splits for path in inner if (splits := _splits_in(path))}
@@ -325,8 +332,38 @@ def _split_files(folder: Path) -> dict[str, list[Path]]:
         return inside.get("data") or next(iter(inside.values()))
     if inside:
         raise InputError(f"{folder}: holds several data sets, {', '.join(inside)}: name one of these folders")
+    if class_folders(folder):
+        return {"train": [folder]}
+    if unnamed := _unnamed_files(folder) or _unnamed_files(folder / "data"):
+        return {"train": unnamed}
     names = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
     raise InputError(f"{folder}: no train, validation or test file ({SUFFIXES}) in this folder; it holds {names}")
+
+
+def _saved_files(folder: Path) -> dict[str, list[Path]]:
+    """The files of each split of a folder of `datasets.save_to_disk`; {} for any other folder."""
+    found: dict[str, list[Path]] = {}
+    for name, files in saved_splits(folder).items():
+        if (split := _split_word(name)) in found:
+            raise InputError(f"{folder}: several of its splits are {split}: name the folder of one")
+        if split:
+            found["test" if split == "eval" else split] = files
+    return {split: found[split] for split in SPLITS if split in found}
+
+
+def _unnamed_files(folder: Path) -> list[Path]:
+    """The data files of a folder that names no splits: all are train. They must be of one format."""
+    files = [path for path in (_data_files(folder) if folder.is_dir() else ()) if not _NO_DATA.fullmatch(path.name)]
+    if len({data_suffix(path) for path in files}) > 1:
+        names = ", ".join(path.name for path in files[:MAX_NAMED])
+        raise InputError(f"{folder}: its data files are of several formats, {names}: name one, or a split in each name")
+    return files
+
+
+def _data_files(folder: Path) -> list[Path]:
+    """The data files of a folder, in the order of their names; text files only if there are no others."""
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and is_data_file(path)]
+    return [path for path in files if data_suffix(path) != TEXT] or files
 
 
 def _card_files(folder: Path) -> dict[str, list[Path]]:
@@ -363,8 +400,9 @@ def _check_parts(folder: Path, split: str, files: Sequence[Path], total: str) ->
 def _splits_in(folder: Path) -> dict[str, list[Path]]:
     """The files and folders named after a split. The parts of a split (train-00000-of-00002) must be complete."""
     sets: dict[str, dict[_FileSet, list[Path]]] = {}
+    data = _data_files(folder)
     for path in sorted(folder.iterdir()):
-        is_data = is_data_file(path) and path.is_file()
+        is_data = path in data
         is_folder = path.is_dir() and path.name.lower() in _SPLIT_WORDS
         name = path.name if is_folder else data_stem(path) if is_data else ""
         if (word := _split_word(name)) and (files := [path] if is_data else _files_of_split(path, word)):
@@ -405,6 +443,7 @@ def _split_word(name: str) -> str:
 
 def _files_of_split(folder: Path, split: str) -> list[Path]:
     """The data files of a folder named after a split, in which none is of another split."""
-    inner = _splits_in(folder)
-    files = [path for path in sorted(folder.iterdir()) if path.is_file() and is_data_file(path)]
+    if class_folders(folder):
+        return [folder]
+    inner, files = _splits_in(folder), _data_files(folder)
     return inner.get("test" if split == "eval" else split, []) if inner else files
