@@ -275,6 +275,14 @@ def test_label_words_of_a_parquet_schema(tmp_path: Path, names: list[str], words
     assert [row.label for row in rows[: len(names)]] == list(range(len(names)))
 
 
+def test_label_words_of_a_column_with_another_usual_name(tmp_path: Path):
+    path = class_labels(tmp_path / "a.parquet", ["positive", "negative"], "sentiment")
+    assert default_labels(str(path)) == "positive,negative"
+    assert [row.label for row in read(path, labels=("positive", "negative"))[:2]] == [0, 1]
+    with pytest.raises(InputError, match="its labels are positive, negative in this order, and --labels are neg"):
+        load_dataset(str(path), labels=WORDS)
+
+
 @pytest.mark.parametrize(
     ("names", "labels"),
     [
