@@ -478,10 +478,10 @@ def test_too_few_texts_to_hold_out(assets: Path, refuse: Refuse) -> None:
 
 def test_data_that_is_not_there(assets: Path, refuse: Refuse) -> None:
     Path("hollow").mkdir()
-    line = "hollow: holds no data file: use .jsonl, .csv, .parquet, .json"
-    assert refuse(*train(assets, "--data=hollow")) == line
+    line = "hollow: holds no data file: use .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow"
+    assert refuse(*train(assets, "--data=hollow")).startswith(line)
     Path("hollow", "thesis.docx").write_text("x")
-    assert refuse(*train(assets, "--data=hollow")) == line
+    assert refuse(*train(assets, "--data=hollow")).startswith(line)
     assert refuse(*train(assets, "--data=hollow/thesis.docx")).startswith("hollow/thesis.docx: is not a data file")
     Path("hollow", "reviews.jsonl").write_text(ROW)
     has(refuse(*train(assets, "--data=hollow")), "hollow: no train, validation or test file", "it holds reviews.jsonl")
