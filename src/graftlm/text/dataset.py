@@ -331,7 +331,9 @@ def _split_files(folder: Path) -> dict[str, list[Path]]:
     if "data" in inside or len(inside) == 1:
         return inside.get("data") or next(iter(inside.values()))
     if inside:
-        raise InputError(f"{folder}: holds several data sets, {', '.join(inside)}: name one of these folders")
+        raise InputError(
+            f"{folder}: holds several data sets, {', '.join(inside)}: name one, as in NAME:{next(iter(inside))}"
+        )
     if class_folders(folder):
         return {"train": [folder]}
     if unnamed := _unnamed_files(folder) or _unnamed_files(folder / "data"):
