@@ -149,11 +149,6 @@ def test_content_decides_how_a_file_is_read(tmp_path: Path, name: str, content: 
             '{"text": "a", "label": 1}\n{\n"text"',
             "FILE:2: broken JSON: Expecting property name enclosed in double quotes at column 2",
         ),
-        (
-            "a.jsonl",
-            '{"text": "words alone"}',
-            "FILE: is plain text, with nothing to learn from it: add a column label, or give prompt and completion",
-        ),
     ],
 )
 def test_a_file_that_is_something_else_is_told_so(tmp_path: Path, name: str, content: str, message: str):

@@ -145,8 +145,8 @@ class DataFlags(Flags):
     """The label words, comma-separated, in the order of the label numbers. Default: those that a parquet file's schema
     names, else negative,positive."""
     max_length: int | None = bounded(gt=0)
-    """Maximum length of an example in tokens; longer texts are truncated inside the template. Default: the model's
-    context length."""
+    """Maximum length of an example in tokens; longer texts are truncated inside the template, and documents are split.
+    Default: the model's context length."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -24,9 +24,10 @@ from graftlm.text.boundary import (
 )
 from graftlm.text.chat import Chat
 from graftlm.text.dataset import text_hash
-from graftlm.text.records import Completion, Conversation, Labelled, Preference, Record, Unpaired
+from graftlm.text.records import Completion, Conversation, Document, Labelled, Preference, Record, Unpaired
 from graftlm.text.template import Template
 from graftlm.text.tokenizer import Tokenizer
+from graftlm.text.windows import windows
 
 SORT_WINDOW = 64  # batches that are sorted by length together: little padding, and still well mixed
 CHARS_PER_TOKEN = 5  # an upper estimate for English
@@ -61,6 +62,9 @@ class Example:
     """The prompt's other tokens, where a token spans the boundary."""
     skip: int = 0
     """How many first tokens of each answer and label belong to the prompt, and are neither learned nor scored."""
+
+    is_window: bool = False
+    """Whether it is a window of documents (`text/windows.py`), which begins and ends at any token."""
 
     @property
     def answers(self) -> list[Tokens]:
@@ -102,16 +106,21 @@ def encode_rows(
 
     A text that is too long is truncated inside the template; a prompt of the user's own never is. All texts leave room
     for the longest label's completion, so that any label can be scored and truncation does not depend on the label.
-    A conversation that is too long ends with the last answer that fits. score_labels: tokenise all labels after a text.
+    A conversation that is too long ends with the last answer that fits. Documents become windows, of which all tokens
+    but the first are learned. score_labels: tokenise all labels after a text.
 
-    Returns the examples in order (a conversation may become several), and how many texts were truncated. Raises
-    InputError if template and completion leave no room for the text, or a prompt of the user's own is too long.
+    Returns the examples in order (of conversations and documents not one a record), and how many texts were
+    truncated. Raises InputError if template and completion leave no room for the text, or a prompt of the user's own is
+    too long.
     """
     if conversations := [row for row in rows if isinstance(row, Conversation)]:
         assert len(conversations) == len(rows), "conversations among other records"
         return _conversations(conversations, tokenizer, max_length)
     if any(isinstance(row, Preference | Unpaired) and not isinstance(row.prompt, str) for row in rows):
         return [_chat_preference(row, tokenizer, max_length) for row in rows], 0
+    if documents := [row for row in rows if isinstance(row, Document)]:
+        assert len(documents) == len(rows), "documents among other records"
+        return _windows(documents, tokenizer, max_length), 0
     prompts = _prompts(rows, template, tokenizer, max_length)
     scored = range(len(template.labels)) if score_labels else ()
     answers = [_answers(row, prompt.space, template, scored) for row, prompt in zip(rows, prompts, strict=True)]
@@ -238,6 +247,15 @@ def _answers(row: Record, space: str, template: Template, scored: Sequence[int])
             return [space + chosen, space + rejected]
         case _:
             raise AssertionError("messages are written by the chat template")
+
+
+def _windows(rows: Sequence[Document], tokenizer: Tokenizer, max_length: int) -> list[Example]:
+    """The windows of documents. Their first token is the prompt, as nothing predicts it."""
+    examples = []
+    for ids, source in windows(rows, tokenizer, max_length):
+        text = tokenizer.decode_with_special(ids)
+        examples.append(Example(ids[:1], ids[1:], None, text, text, source, finished=False, is_window=True))
+    return examples
 
 
 class _Prompt(NamedTuple):

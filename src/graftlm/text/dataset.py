@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,11 +111,9 @@ def load_dataset(
     name, notes = data or val or test, [*(_notes(path, data, files) if path else []), *reading.notes]
     if "train" in splits and "validation" not in splits:
         missing = ("validation",) if "test" in splits else ("validation", "test")
-        splits = _hold_out(splits, missing, data)
+        splits, how = _hold_out(splits, missing, data)
         sizes = ", ".join(f"{split} {len(splits[split])}" for split in SPLITS)
-        notes.append(
-            f"{data} names no {' or '.join(missing)} split: held out from train by hash of the text ({sizes} rows)"
-        )
+        notes.append(f"{data} names no {' or '.join(missing)} split: held out from train {how} ({sizes} rows)")
     skipped = f"; columns not read: {', '.join(sorted(unused))}" if unused else ""
     notes.append(f"{name}: read as {' and '.join(map(str, layouts))}{skipped}")
     return Dataset(name, splits, notes, fingerprint(splits), tuple(map(str, layouts)), tuple(sorted(unused)))
@@ -301,10 +300,19 @@ def _files(path: Path, split: str) -> dict[str, list[Path]]:
     return {name: [path] for name in SPLITS if name in inside} or {split: [path]}
 
 
-def _hold_out(splits: dict[str, list[Record]], missing: tuple[str, ...], source: str) -> dict[str, list[Record]]:
-    """Hold out a tenth of train's texts, the first by hash, for each missing split. Equal texts stay together."""
+def _hold_out(
+    splits: dict[str, list[Record]], missing: tuple[str, ...], source: str
+) -> tuple[dict[str, list[Record]], str]:
+    """Hold out a tenth of train for each missing split, and say how, after "held out from train".
+
+    They are the first texts by hash, and equal texts stay together. Of one or two documents, such as a book, it is
+    the end of the longest.
+    """
     texts = sorted({record.text for record in splits["train"]}, key=text_hash)
     if len(texts) <= len(missing):
+        if divided := _end_of_document(splits["train"], missing):
+            divided = {**splits, **divided}
+            return {split: divided[split] for split in SPLITS if split in divided}, "at a text's end"
         raise InputError(
             f"{source}: too few different texts ({len(texts)}) to hold out {' and '.join(missing)}: "
             f"name {'it' if len(missing) == 1 else 'them'} with --val_data FILE"
@@ -316,7 +324,28 @@ def _hold_out(splits: dict[str, list[Record]], missing: tuple[str, ...], source:
     for record in splits["train"]:
         parts[owner.get(record.text, "train")].append(record)
     parts = {**splits, **parts}
-    return {split: parts[split] for split in SPLITS if split in parts}
+    return {split: parts[split] for split in SPLITS if split in parts}, "by hash of the text"
+
+
+def _end_of_document(train: Sequence[Record], missing: tuple[str, ...]) -> dict[str, list[Record]]:
+    """Train without the end of its longest document, a tenth of which is each missing split; {} if it is too short.
+
+    The parts begin with a line if one begins near.
+    """
+    longest = max(train, key=lambda record: len(record.text))
+    text = longest.text
+    if not isinstance(longest, Document) or [record.text for record in train].count(text) > 1:
+        return {}
+    edges = [len(text) * (10 - n) // 10 for n in range(len(missing), 0, -1)]
+    edges = [text.rfind("\n", edge - len(text) // 20, edge) + 1 or edge for edge in edges]
+    parts = [text[start:stop] for start, stop in pairwise([0, *edges, len(text)])]
+    if not all(map(str.strip, parts)):
+        return {}
+    first, *others = [Document(part, longest.source) for part in parts]
+    return {
+        "train": [first if record is longest else record for record in train],
+        **{split: [part] for split, part in zip(missing, others, strict=True)},
+    }
 
 
 def _split_files(folder: Path) -> dict[str, list[Path]]:

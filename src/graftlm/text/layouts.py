@@ -15,7 +15,7 @@ from typing import Any
 
 from graftlm.errors import InputError, did_you_mean
 from graftlm.text.chat import Message
-from graftlm.text.records import Completion, Conversation, Labelled, Preference, Record, Unpaired
+from graftlm.text.records import Completion, Conversation, Document, Labelled, Preference, Record, Unpaired
 from graftlm.text.rows import BOOLEANS, Row, as_bool
 from graftlm.text.transcripts import (
     Said,
@@ -324,6 +324,15 @@ LABELLED_NAMES = {
 """What the columns of a labelled text are called elsewhere, in any case; tried last."""
 
 
+DOCUMENTS = Layout("documents", ("text",), lambda row: Document(row.optional_text("text"), row.source), refused=())
+"""The layout of a file with a column text, and no other but ABOUT_DOCUMENTS; a text may be empty."""
+ABOUT_DOCUMENTS = {
+    *("id", "url", "title", "source", "version", "meta", "metadata", "file_path", "dump"),
+    *("date", "timestamp", "added", "created", "language", "language_score", "token_count"),
+}
+"""Columns that say where a document is from; they are not learned."""
+
+
 def check_columns(columns: Mapping[str, str]) -> None:
     """Raise InputError for fields of --columns that no layout reads, or none reads together."""
     every = (*LAYOUTS, *MORE_LAYOUTS)
@@ -357,6 +366,8 @@ def recognise(path: object, columns: Mapping[str, Any], mapped: Sequence[str] = 
             )
         if fitting:
             return fitting[0]
+    if columns.keys() - ABOUT_DOCUMENTS == {"text"} and {*mapped} <= {"text"}:
+        return DOCUMENTS
     named = _named_otherwise(path, columns)
     if named is None or not {*mapped} <= {*named.keys}:
         raise _unknown(path, columns, _readable((*LAYOUTS, *MORE_LAYOUTS), mapped))
@@ -385,10 +396,6 @@ def _unknown(path: object, columns: Mapping[str, Any], layouts: Sequence[Layout]
         present = ", ".join(map(str, columns))
         return InputError(
             f"{path}: its columns, {present}, fit no layout: map them with --columns; they are {_names()}"
-        )
-    if set(columns) == {"text"}:
-        return InputError(
-            f"{path}: is plain text, with nothing to learn from it: add a column label, or give prompt and completion"
         )
     lacking = [layout for layout in layouts if not columns.keys() >= {*layout.keys}] or layouts
     shared = [len(columns.keys() & {*layout.keys}) for layout in lacking]

@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import combinations
 from typing import Protocol
 
@@ -11,10 +11,13 @@ from graftlm.errors import InputError
 from graftlm.text.boundary import label_ids
 from graftlm.text.chat import Chat, any_of
 from graftlm.text.collate import Example, too_long_message
-from graftlm.text.records import Conversation, Record
+from graftlm.text.records import Conversation, Document, Record
 from graftlm.text.template import Template
 from graftlm.text.tokenizer import Tokenizer
 from graftlm.text.words import normalize
+
+WINDOW_SHOWN = 40
+"""Tokens of a window that its example shows."""
 
 
 def preflight(
@@ -61,7 +64,14 @@ def preflight(
 
 
 def show_targets(example: Example, tokenizer: Tokenizer, width: int = 160) -> str:
-    """An example in one line, decoded: the end of the prompt, then every target token in ⟦brackets⟧."""
+    """An example in one line, decoded: the end of the prompt, then every target token in ⟦brackets⟧.
+
+    Of a window of documents only the first tokens are shown.
+    """
+    if example.is_window and (hidden_tokens := example.length - WINDOW_SHOWN) > 0:
+        shown = replace(example, completion_ids=example.completion_ids[: WINDOW_SHOWN - 1])
+        more = f" … and {hidden_tokens:,} more tokens"
+        return show_targets(replace(shown, is_window=False), tokenizer, width) + more
     prompt = tokenizer.decode_with_special(example.prompt_ids)
     prompt = prompt if len(prompt) <= width else "… " + prompt[-width:].partition(" ")[2]
     hidden = set().union(*example.masked_spans)
@@ -115,11 +125,35 @@ def conversation_notes(
     return notes
 
 
+def document_notes(
+    splits: Mapping[str, Sequence[Record]], examples: Mapping[str, Sequence[Example]], max_length: int
+) -> list[str]:
+    """A note on what documents become, and those on documents that are empty, or in two splits."""
+    documents = {
+        split: [row for row in rows if row.text.strip()]
+        for split, rows in splits.items()
+        if rows and isinstance(rows[0], Document)
+    }
+    if not documents:
+        return []
+    sizes = {split: [some.length for some in examples[split]] for split in documents}
+    parts = [
+        f"{split} {len(rows):,} documents, {sum(sizes[split]):,} tokens, {len(sizes[split]):,} windows"
+        for split, rows in documents.items()
+    ]
+    notes = [f"windows of at most {max_length:,} tokens, all but the first learned: {'; '.join(parts)}"]
+    for split, rows in documents.items():
+        if empty := len(splits[split]) - len(rows):
+            notes.append(f"{empty:,} of {len(splits[split]):,} documents in {split} are empty, and left out")
+    common = common_texts(documents).items()
+    return notes + [f"{_count_texts(count)} in both {first} and {second}" for (first, second), count in common if count]
+
+
 def _check(example: Example, template: Template, eot: int, max_length: int) -> None:
     source, prompt = example.source, len(example.prompt_ids)
     answers = example.answers
     longest = max(map(len, answers), default=0)
-    if not example.text.strip():
+    if not example.is_window and not example.text.strip():
         raise InputError(f"{source}: empty text")
     if example.label is not None and not 0 <= example.label < len(template.labels):
         raise InputError(f"{source}: unknown label {example.label}: the labels are {', '.join(template.labels)}")
@@ -135,12 +169,14 @@ def _check(example: Example, template: Template, eot: int, max_length: int) -> N
 
 def _duplicates(splits: Mapping[str, Sequence[Example]]) -> list[str]:
     """Notes on texts in two splits, texts with different answers, and preferences that occur in both directions."""
-    common = common_texts(splits).items()
+    whole = {split: [example for example in some if not example.is_window] for split, some in splits.items()}
+    common = common_texts(whole).items()
     notes = [f"{_count_texts(count)} in both {first} and {second}" for (first, second), count in common if count]
     for split, examples in splits.items():
         answers: dict[str, set[object]] = {}
         for example in examples:
-            if not example.rejected_ids and example.desirable is None:  # one prompt may have many preferences
+            # one prompt may have many preferences, and a window may begin at any token
+            if not example.rejected_ids and example.desirable is None and not example.is_window:
                 answers.setdefault(example.text, set()).add(example.completion_ids)
         if several := sum(len(distinct) > 1 for distinct in answers.values()):
             notes.append(f"{_count_texts(several)} in {split} with different answers")

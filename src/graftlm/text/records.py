@@ -98,13 +98,13 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text on its own, such as a prompt to answer."""
+    """A text on its own: to learn as a whole, or a prompt to answer."""
 
     text: str
     source: str = ""
 
 
-Record = Labelled | Completion | Preference | Unpaired | Conversation
+Record = Labelled | Completion | Preference | Unpaired | Conversation | Document
 
 
 def is_chat(record: Record) -> bool:
@@ -126,3 +126,5 @@ def hashed_values(record: Record) -> list[Any]:
         case Conversation(messages, tools=tools, unlearned=unlearned):
             hidden = [{"unlearned": unlearned}] if unlearned else []
             return [record.text, None, None, messages, *([tools] if tools else []), *hidden]
+        case Document(text):
+            return [text]

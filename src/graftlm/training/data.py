@@ -13,7 +13,7 @@ from graftlm.models.config import ModelConfig
 from graftlm.text.boundary import label_ids
 from graftlm.text.collate import Example, encode_rows, subset
 from graftlm.text.dataset import Dataset, default_labels, load_dataset
-from graftlm.text.preflight import control_token_notes, conversation_notes, preflight
+from graftlm.text.preflight import control_token_notes, conversation_notes, document_notes, preflight
 from graftlm.text.records import Labelled, Record
 from graftlm.text.template import DEFAULT, Template
 from graftlm.text.tokenizer import Tokenizer
@@ -102,6 +102,7 @@ def encode_splits(
     truncated = {split: count for split, (_, count) in encoded.items()}
     notes = list(dataset.notes)
     notes += conversation_notes(records, examples, tokenizer)
+    notes += document_notes(records, examples, max_length)
     notes += control_token_notes(records, tokenizer)
     notes += preflight(examples, template, tokenizer, max_length, truncated)
     return EncodedSplits(records, examples, truncated, notes)

@@ -10,6 +10,7 @@ measured peak of the machine's matrix products.
 """
 
 import json
+import math
 import os
 import sys
 import weakref
@@ -94,11 +95,14 @@ def metrics_row(
     return row | done.metrics | evaluated | _peak_cuda(model)
 
 
-def print_eval(row: dict[str, Any], console: Console, best: dict[str, Any]) -> None:
-    """A validation's row, in a line."""
+def print_eval(row: dict[str, Any], console: Console, best: dict[str, Any], documents: bool = False) -> None:
+    """A validation's row, in a line; of documents with the perplexity."""
     accuracy = "" if row["val_accuracy"] is None else f"  val accuracy {row['val_accuracy']:.3f}"
+    perplexity = f" (perplexity {math.exp(min(row['val_loss'], 700)):.4g})" if documents else ""
     console.print(
-        f"step {row['step']:>5}  train loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}{accuracy}"
+        f"step {row['step']:>5}  train loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}"
+        + perplexity
+        + accuracy
         + (f"  margin {row['reward_margin']:.3f}" if row.get("reward_margin") is not None else "")
         + (f"  KL {row['kl']:.2f}" if row.get("kl") is not None else "")
         + ("  best" if best["step"] == row["step"] else ""),

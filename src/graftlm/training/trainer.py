@@ -111,7 +111,7 @@ class Trainer:
                 row = metrics_row(done, state, self.model, evaluated)
                 self.metrics.write(row)
                 if is_eval_step:
-                    print_eval(row, bar.console, state.best)
+                    print_eval(row, bar.console, state.best, self.data.validation[0].is_window)
                 bar.update(task, completed=step, info=f"loss {done.loss:.3f}  {done.examples_per_s:.1f} examples/s")
                 if is_eval_step or stopping:
                     self.checkpoints.save(self.model, self.optimizer, state)

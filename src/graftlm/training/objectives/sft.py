@@ -1,7 +1,7 @@
 """Supervised fine-tuning: cross-entropy of the next token.
 
 completion   -sum of log p(token | all before it) over the completion and its end-of-text; of a conversation over
-             the assistant's answers
+             the assistant's answers; of documents over every token of a window but its first
 all          the same over every token but the first
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from graftlm.inference.scoring import score
 from graftlm.models.base import CausalLM
 from graftlm.text.collate import Example
-from graftlm.text.records import Completion, Conversation, Labelled
+from graftlm.text.records import Completion, Conversation, Document, Labelled
 from graftlm.training.batches import CollateOptions, HiddenStates, LossOn, TrainingBatch, TrainingData, collate
 from graftlm.training.objectives import Objective, Statistics, Sums
 
@@ -24,12 +24,12 @@ VALIDATION_BATCH = 32
 
 @dataclass
 class SFT(Objective):
-    """Supervised fine-tuning on labels, completions or conversations."""
+    """Supervised fine-tuning on labels, completions or conversations, and continued pretraining on documents."""
 
     loss_on: LossOn = "completion"
 
-    records: ClassVar = (Labelled, Completion, Conversation)
-    needs: ClassVar[str] = "texts with labels, prompts with completions, or conversations"
+    records: ClassVar = (Labelled, Completion, Conversation, Document)
+    needs: ClassVar[str] = "texts with labels, prompts with completions, conversations, or documents"
     caches_activations: ClassVar[bool] = True
 
     def collate(self, examples: Sequence[Example], options: CollateOptions) -> TrainingBatch:
