@@ -28,6 +28,10 @@ def refused(message: str):
     return pytest.raises(InputError, match=f"^{re.escape(message)}$")
 
 
+COUNTED = r"( \((all|\d+ of) \d+ rows (is|are) bad.*\))?"
+"""How many rows are bad, after the first of them."""
+
+
 def jsonl(path: Path, *records: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
@@ -58,9 +62,13 @@ def read_as(source: Path) -> str:
 
 
 def fails(path: Path, content: bytes | str, message: str, **options) -> None:
-    """Reading `content` as a file of this name fails with `message`, in which FILE stands for its path."""
+    """Reading `content` as a file of this name fails with `message`, in which FILE stands for its path.
+
+    The number of bad rows may follow it.
+    """
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with refused(message.replace("FILE", str(path))):
+    message = re.escape(message.replace("FILE", str(path)))
+    with pytest.raises(InputError, match=f"^{message}{COUNTED}$"):
         load_dataset(str(path), labels=options.pop("labels", WORDS), **options)
 
 
@@ -205,6 +213,9 @@ def test_fingerprint_is_the_documented_hash(tmp_path: Path):
         (("1", "2", "3"), [1, "3"], [0, 2]),  # a label word wins over a label number, in every format alike
         (("STRASSE", "b"), ["straße"], [0]),
         (("false", "true"), [True, "False", 1], [1, 0, 1]),
+        (WORDS, [1.0, "0.0", 0], [1, 0, 0]),
+        (("-1", "1"), [-1, "1", -1.0], [0, 1, 0]),
+        (("0.5", "1.0"), [0.5, 1, "1.0"], [0, 1, 1]),
         ((), [0, "7"], [0, 7]),
     ],
 )
@@ -213,7 +224,7 @@ def test_labels(tmp_path: Path, words: tuple[str, ...], values: list, numbers: l
     assert [row.label for row in read(path, labels=words)] == numbers
 
 
-@pytest.mark.parametrize("value", [2, -1, "2", "", "neutral", "01", "²", "1.0", 1.0, True, [1], {"a": 1}, None])
+@pytest.mark.parametrize("value", [2, -2, "2", 2.0, "", "neutral", "01", "²", True, {"a": 1}, None])
 def test_unknown_label(tmp_path: Path, value: object):
     lines = '{"text": "a", "label": 1}\n' + json.dumps({"text": "b", "label": value}) + "\n"
     if value in ("", None):

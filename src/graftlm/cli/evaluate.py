@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from graftlm.config.flags import ParsedArgs
     from graftlm.exchange.load import ModelBundle
     from graftlm.inference.evaluate import Predictor
+    from graftlm.text.bad_rows import BadRowsFlag
     from graftlm.text.collate import Example
     from graftlm.text.template import Template
 
 Result = dict[str, Any]
 Source = tuple[str, str, str, dict[str, str]]
 """data, val, test and columns of `load_dataset`."""
-DATA_FLAGS = ("data", "val_data", "test_data", "columns")
+DATA_FLAGS = ("data", "val_data", "test_data", "columns", "bad_rows")
 
 
 def evaluate(parsed: "ParsedArgs", notes: "Console") -> Result:
@@ -151,19 +152,23 @@ def _examples(
     from graftlm.inference.fewshot import FewShotConfig, build_fewshot
     from graftlm.text.collate import subset
     from graftlm.text.dataset import default_labels, load_dataset
-    from graftlm.text.template import load_template
+    from graftlm.text.labels import taken_from_data
+    from graftlm.text.template import AUTO_LABELS, DEFAULT_LABELS, load_template
 
     run: Result = (loaded.run or {}).get("config", {})
     source, train_source = _sources(config, run)
     template = loaded.template
     if template is None or config.template or config.labels:
         named = next(filter(None, source[:3]))
-        template = load_template(
-            config.template or run.get("template", TrainConfig.template),
-            config.labels or run.get("labels") or default_labels(named, source[3]),
-        )
-    dataset = load_dataset(*source, template.labels)
-    train = load_dataset(*train_source, template.labels).splits if train_source else dataset.splits
+        labels = config.labels or run.get("labels") or AUTO_LABELS
+        if labels == AUTO_LABELS and (labels := default_labels(named, source[3])) != DEFAULT_LABELS:
+            notes.print(taken_from_data(labels.split(",")), soft_wrap=True)
+        template = load_template(config.template or run.get("template", TrainConfig.template), labels)
+    # What was skipped in training is skipped again, so that the run's own data has the same splits.
+    skip = config.bad_rows == "skip" or (not config.data and run.get("bad_rows") == "skip")
+    bad_rows: BadRowsFlag = "skip" if skip else "stop"
+    dataset = load_dataset(*source, template.labels, bad_rows)
+    train = load_dataset(*train_source, template.labels, bad_rows).splits if train_source else dataset.splits
     for note in dataset.notes:
         notes.print(note, soft_wrap=True)
     split = config.split or "test"

@@ -142,8 +142,11 @@ class DataFlags(Flags):
     template: str = "sentiment"
     """The prompt template: a built-in name (sentiment, question, plain), a file, or a string with {text} in it."""
     labels: str = "negative,positive"
-    """The label words, comma-separated, in the order of the label numbers. Default: those that a parquet file's schema
-    names, else negative,positive."""
+    """The label words, comma-separated, in the order of the label numbers. Default, and auto: negative,positive if the
+    data's labels are these words or 0 and 1, else the names in a parquet file's schema, else the train split's labels
+    themselves."""
+    bad_rows: Literal["stop", "skip"] = "stop"
+    """What to do with rows that cannot be read: stop with an error that counts them by reason, or skip them."""
     max_length: int | None = bounded(gt=0)
     """Maximum length of an example in tokens; longer texts are truncated inside the template, and documents are split.
     Default: the model's context length."""

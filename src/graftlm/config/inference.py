@@ -109,8 +109,8 @@ class EvaluateConfig(RunFlags, DataFlags, RayFlags):
     template: str = ""
     """The prompt template: as in graft train. Default: the run's, else sentiment."""
     labels: str = ""
-    """The label words, comma-separated, in the order of the label numbers. Default: the run's, else
-    negative,positive."""
+    """The label words, comma-separated, in the order of the label numbers. Default: the run's, else auto, as in graft
+    train."""
     split: Literal["train", "validation", "test"] | None = None
     """The split to evaluate on. Default: test, or all of a single --data FILE."""
     mode: Mode = "both"
@@ -204,6 +204,8 @@ class PairsConfig(RunFlags, SamplingFlags):
     """Use the first this many words of each text as the prompt; 0: the data has prompts."""
     columns: str = ""
     """Which columns of the data to read, as text=sentence (for --prompt_words) or prompt=question."""
+    bad_rows: Literal["stop", "skip"] = "stop"
+    """What to do with rows that cannot be read: stop with an error that counts them by reason, or skip them."""
     limit: int = bounded(0, ge=0)
     """Use only this many prompts (a fixed sample); 0: all. Duplicates count once."""
     num_samples: int = 2

@@ -94,7 +94,7 @@ def verification_prompts(loaded: ModelBundle, data: dict[str, Any]) -> tuple[lis
     if is_local_data(name):
         try:
             columns = parse_columns(data.get("columns") or "")
-            splits = load_dataset(name, val, test, columns, template.labels).splits
+            splits = load_dataset(name, val, test, columns, template.labels, data.get("bad_rows") or "stop").splits
             split = next(name for name in reversed(SPLITS) if splits.get(name))
             examples, _ = encode_rows(subset(splits[split], PROMPTS), template, tokenizer, longest)
             ids = [e.prompt_ids for e in examples]

@@ -280,7 +280,9 @@ def make_preferences(
 
 def _prompts(config: PairsConfig, note: Callable[[str], object]) -> list[Document]:
     """The distinct prompts, without regard to spaces at their ends; at most --limit."""
-    rows, notes = load_prompts(config.prompts, config.split, config.prompt_words, parse_columns(config.columns))
+    rows, notes = load_prompts(
+        config.prompts, config.split, config.prompt_words, parse_columns(config.columns), config.bad_rows
+    )
     for line in notes:
         note(line)
     unique: dict[str, Document] = {}

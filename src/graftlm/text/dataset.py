@@ -21,8 +21,10 @@ from graftlm.files.data_folders import TEXT, check_classes, class_files, class_f
 from graftlm.files.formats import read_json
 from graftlm.files.packed import data_stem, data_suffix
 from graftlm.files.readers import DATA_CARD, SUFFIXES, is_data_file, read_records, splits_inside
+from graftlm.text.bad_rows import BadRows, BadRowsFlag
 from graftlm.text.dataset_card import data_files
-from graftlm.text.layouts import CONTEXT, LABELLED_NAMES, Layout, check_columns, missing_column, recognise
+from graftlm.text.labels import labels_of
+from graftlm.text.layouts import CONTEXT, LABELLED, LABELLED_NAMES, Layout, check_columns, missing_column, recognise
 from graftlm.text.records import Document, Record, hashed_values
 from graftlm.text.rows import LabelWords, Row
 from graftlm.text.template import DEFAULT_LABELS
@@ -74,6 +76,7 @@ def load_dataset(
     test: str = "",
     columns: Mapping[str, str] | None = None,
     labels: Sequence[str] = (),
+    bad_rows: BadRowsFlag = "stop",
 ) -> Dataset:
     """Read a data set.
 
@@ -84,6 +87,7 @@ def load_dataset(
             a .csv is written (`config.csv_format`).
         labels: the label words by label number. A label in the data is one of them in any case, or a number from 0
             on; without words, any number.
+        bad_rows: stop with an error that counts them all, or skip them; of a data set with train, all of test.
 
     A data set with a train split always gets a validation split: if it is missing, a tenth of train is held out by
     hash, and so is a test split if neither is named. Raises InputError with file, line and value.
@@ -103,12 +107,17 @@ def load_dataset(
     reading = Reading(named, csv, LabelWords(tuple(labels)))
     layouts: dict[Layout, None] = {}
     splits, unused = {}, set[str]()
-    for split in SPLITS:
-        if split in files:
-            layout, splits[split], others = _read_split(files[split], split, reading)
-            layouts[layout] = None
-            unused |= others
-    name, notes = data or val or test, [*(_notes(path, data, files) if path else []), *reading.notes]
+    name, notes = data or val or test, _notes(path, data, files) if path else []
+    for split in (split for split in SPLITS if split in files):
+        bad = BadRows(bad_rows == "skip")
+        layout, records, others = _read_split(files[split], split, reading, bad)
+        if note := bad.finish(len(records) + bad.rows, split == "test" and "train" in splits):
+            notes.append(f"{name}: {split}: {note}")
+        if records:
+            splits[split] = records
+        layouts[layout] = None
+        unused |= others
+    notes += reading.notes
     if "train" in splits and "validation" not in splits:
         missing = ("validation",) if "test" in splits else ("validation", "test")
         splits, how = _hold_out(splits, missing, data)
@@ -120,13 +129,18 @@ def load_dataset(
 
 
 def load_prompts(
-    data: str, split: str = "train", opening: int = 0, columns: Mapping[str, str] | None = None
+    data: str,
+    split: str = "train",
+    opening: int = 0,
+    columns: Mapping[str, str] | None = None,
+    bad_rows: BadRowsFlag = "stop",
 ) -> tuple[list[Document], list[str]]:
     """The prompts of a data set, and notes on what was not read.
 
     Args:
         data: as in `load_dataset`. `split` is read of a folder; a single file is read whole.
         opening: 0: the column "prompt". N: the first N words of the text (a shorter text as a whole).
+        columns, bad_rows: as in `load_dataset`.
 
     Raises InputError with file, line and value.
     """
@@ -141,16 +155,21 @@ def load_prompts(
         raise InputError(f"--split {split}: {data} has no such split; it has {', '.join(files)}")
     word = rf"(?:[{UNSPACED}]|[^\s{UNSPACED}]+)"
     first_words = re.compile(rf"(?:{word}\s*){{0,{max(opening - 1, 0)}}}{word}")
-    prompts, unused = [], set[str]()
-    for file in files[split]:
-        for row in _rows(file, split, reading):
+    prompts, unused, bad = [], set[str](), BadRows(bad_rows == "skip")
+    for row in (row for file in files[split] for row in _rows(file, split, reading)):
+        try:
             row.refuse(() if opening else CONTEXT)
             column = "text" if opening else _prompt_column(row)
-            unused |= {name for name, value in row.columns.items() if value is not None and name != column}
             prompt = row.text(column)
-            match = first_words.search(prompt) if opening else None
-            prompts.append(Document(prompt if match is None else match[0], row.source))
+        except InputError as error:
+            bad.add(row.source, error)
+            continue
+        unused |= {name for name, value in row.columns.items() if value is not None and name != column}
+        match = first_words.search(prompt) if opening else None
+        prompts.append(Document(prompt if match is None else match[0], row.source))
     notes = [*(_notes(path, data, files) if path.is_dir() else []), *reading.notes]
+    if note := bad.finish(len(prompts) + bad.rows):
+        notes.append(f"{data}: {note}")
     return prompts, [*notes, *([f"{data}: columns not read: {', '.join(sorted(unused))}"] if unused else [])]
 
 
@@ -179,10 +198,12 @@ def text_hash(text: str) -> str:
 # Rows -----------------------------------------------------------------------------------------------------------------
 
 
-def _read_split(files: Sequence[Path], split: str, reading: Reading) -> tuple[Layout, list[Record], set[str]]:
+def _read_split(
+    files: Sequence[Path], split: str, reading: Reading, bad: BadRows
+) -> tuple[Layout, list[Record], set[str]]:
     """The layout of a split's files, their records, and the columns that were not read.
 
-    The first row of each file decides its layout, and all must have one.
+    The first row of each file decides its layout, and all must have one. Rows that cannot be read are added to `bad`.
     """
     records: list[Record] = []
     layouts: list[Layout] = []
@@ -197,7 +218,11 @@ def _read_split(files: Sequence[Path], split: str, reading: Reading) -> tuple[La
                         f"{path}: its layout is {layouts[-1]}, that of {files[0].name} is {layouts[0]}: "
                         "write the files of a split in one layout"
                     )
-            records.append(layouts[-1].record(row))
+            try:
+                records.append(layouts[-1].record(row))
+            except InputError as error:
+                bad.add(row.source, error)
+                continue
             unused |= layouts[-1].unused(row.columns)
     return layouts[0], records, unused
 
@@ -225,19 +250,50 @@ def _rows(path: Path, split: str, reading: Reading) -> Iterator[Row]:
         yield Row(source, values, reading.labels)
 
 
-# Label names of parquet files -----------------------------------------------------------------------------------------
+# Label words that the data names --------------------------------------------------------------------------------------
 
 
 def default_labels(data: str, columns: Mapping[str, str] | None = None) -> str:
-    """What --labels is where it is not given: the names in a parquet file's schema, if they are not the default's."""
-    path = next(paths[0] for paths in _files(data_folder(data), "train").values())
-    names, default = _class_names(path, columns or {}), tuple(DEFAULT_LABELS.split(","))
+    """What --labels is where it is not given: the default's, if they are the data's labels, else the data's own.
+
+    Those are the names in a parquet file's schema, or the different labels of the train split (`labels.labels_of`).
+    """
+    split, paths = next(iter(_files(data_folder(data), "train").items()))
+    path, default = paths[0], tuple(DEFAULT_LABELS.split(","))
+    reading = Reading(*csv_format(columns or {}))
+    names = _class_names(path, reading.columns)
+    if not names:
+        names = tuple(labels_of(_label_values(paths, split, reading)))
+        known = LabelWords(default)
+        if not names or all(known.number(name) is not None for name in names):
+            return DEFAULT_LABELS
+        return _joined(path, names)
     numbers = all(map(str.isdecimal, names)) and len(names) == len(default)
     if numbers or not names or [_meant(name, default) for name in names] == [[n] for n in range(len(default))]:
         return DEFAULT_LABELS
+    return _joined(path, names)
+
+
+def _joined(path: Path, names: Sequence[str]) -> str:
     if any("," in name for name in names):
         raise InputError(f"{path}: its labels are {', '.join(map(repr, names))}: name them without commas in --labels")
     return ",".join(names)
+
+
+def _label_values(paths: Iterable[Path], split: str, reading: Reading) -> Iterator[tuple[str, object]]:
+    """The source and the label of each row; nothing of files that hold no texts with labels."""
+    for path in paths:
+        key = "label"
+        for number, row in enumerate(_rows(path, split, reading)):
+            if number == 0:
+                try:
+                    layout = recognise(path, row.columns, tuple(reading.columns))
+                except InputError:
+                    return  # reading says what is wrong
+                if layout.name != LABELLED:
+                    return
+                key = dict(layout.columns).get("label", "label")
+            yield row.source, row.columns.get(key)
 
 
 def _class_names(path: Path, columns: Mapping[str, str]) -> tuple[str, ...]:

@@ -241,13 +241,14 @@ def _is_transcript(columns: Mapping[str, Any]) -> bool:
     return str(columns["text"]).lstrip().startswith("### Human:")
 
 
+LABELLED = "labelled"
 ENDS = ("finished", "ended")
 SPEAKERS = ("system", "tools", "functions")
 """What conversations may have with their messages."""
 ASIDE = (*CONTEXT, "context", "passage", "input")
 
 LAYOUTS = (
-    Layout("labelled", ("text", "label"), _labelled, refused=()),
+    Layout(LABELLED, ("text", "label"), _labelled, refused=()),
     Layout("completion", ("prompt", "completion"), _completion, ENDS, _is_completion),
     Layout("preference", ("chosen", "rejected"), _implicit_preference, ("prompt", *ENDS, *SPEAKERS)),
     Layout(

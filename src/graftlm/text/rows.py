@@ -12,6 +12,7 @@ from typing import Any
 from graftlm.errors import InputError
 from graftlm.files.json_rows import short_repr
 from graftlm.text.chat import ROLES, THINKING, THINKING_NAMES, Message
+from graftlm.text.labels import NO_LABEL, is_integer, is_missing, label_text, not_a_class
 from graftlm.text.words import normalize
 
 
@@ -19,22 +20,22 @@ from graftlm.text.words import normalize
 class LabelWords:
     """The label words by label number; without words a label is any number.
 
-    Words that are numbers themselves, such as 1,2,3,4,5, leave the label numbers (0 to 4) without a reading of their
-    own: then a label must be a word.
+    Words that are numbers themselves, such as 1,2,3,4,5 or 0,4, leave the label numbers without a reading of their own,
+    unless both readings agree: then a label must be a word.
     """
 
     words: tuple[str, ...] = ()
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
-        """By normalized word; by label number too, unless a number is the word of another label."""
-        words = {normalize(word): number for number, word in enumerate(self.words)}
+        """By normalized word; by label number too, unless words that are numbers have other numbers."""
+        words = {normalize(label_text(word) or ""): number for number, word in enumerate(self.words)}
         numbers = {str(number): number for number in range(len(self.words))}
-        return {**words, **numbers} if numbers.items() >= {(n, words[n]) for n in numbers if n in words} else words
+        return {**words, **numbers} if numbers.items() >= {w for w in words.items() if is_integer(w[0])} else words
 
     def number(self, value: object) -> int | None:
-        """A label's number, from 1, "1" or "Positive". True only if it is a label word; 1.0 never."""
-        text = normalize(str(value).strip()) if isinstance(value, int | str) else ""
+        """A label's number, from 1, "1", 1.0 or "Positive". True only if it is a label word."""
+        text = normalize(label_text(value) or "")
         if not self.words and text.isascii() and text.isdecimal() and len(text) < 10:
             return int(text)
         return self._numbers.get(text)
@@ -42,14 +43,20 @@ class LabelWords:
     def problem(self, value: object) -> str:
         """What is wrong with a value that is no label, and what is allowed."""
         shown, words = short_repr(value), ",".join(self.words)
+        if label_text(value) == NO_LABEL:
+            return "label -1 says that the row has no label: leave it out"
+        if problem := not_a_class(value):
+            return problem
         if not self.words:
             return f"unknown label {shown}: a number from 0 on is needed, or --labels with the words"
-        if str(value).strip() in map(str, range(len(self.words))):
+        if (text := label_text(value) or "") in map(str, range(len(self.words))):
             return (
                 f"label {shown} has two readings: as a word it is not in --labels {words}, and as a label's number it "
-                f"is {self.words[int(str(value))]!r}: write the words, or give the data's own numbers as --labels"
+                f"is {self.words[int(text)]!r}: write the words, or give the data's own numbers as --labels"
             )
-        allowed = (f"{n} or {word!r}" if str(n) in self._numbers else repr(word) for n, word in enumerate(self.words))
+        allowed = (
+            f"{n} or {word!r}" if self._numbers.get(str(n)) == n else repr(word) for n, word in enumerate(self.words)
+        )
         return f"unknown label {shown}: allowed are {', '.join(allowed)}"
 
 
@@ -89,9 +96,9 @@ class Row:
     def label(self) -> int:
         """Column "label" as a label number."""
         value = self.columns.get("label")
-        if value is None or value == "":
-            raise self.error("no label (field 'label' is missing or empty): every row needs one")
         number = self.labels.number(value)
+        if number is None and is_missing(value):
+            raise self.error("no label (field 'label' is missing or empty): every row needs one")
         if number is None:
             raise self.error(self.labels.problem(value))
         return number

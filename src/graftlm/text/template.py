@@ -37,6 +37,7 @@ BUILTIN = {
 DEFAULT = "sentiment"
 CUSTOM = "custom"  # the name of a template given as a string
 DEFAULT_LABELS = "negative,positive"
+AUTO_LABELS = "auto"  # the label words that the data names
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from graftlm.models.config import ModelConfig
 from graftlm.text.boundary import label_ids
 from graftlm.text.collate import Example, encode_rows, subset
 from graftlm.text.dataset import Dataset, default_labels, load_dataset
+from graftlm.text.labels import taken_from_data
 from graftlm.text.preflight import control_token_notes, conversation_notes, document_notes, preflight
 from graftlm.text.records import Labelled, Record
-from graftlm.text.template import DEFAULT, Template
+from graftlm.text.template import AUTO_LABELS, DEFAULT, DEFAULT_LABELS, Template
 from graftlm.text.tokenizer import Tokenizer
 from graftlm.training.batches import TrainingData
 from graftlm.training.objectives import objective_class
@@ -26,8 +27,8 @@ CPU_TOKENS = 512
 
 
 def with_labels(config: TrainConfig, explicit: Set[str]) -> TrainConfig:
-    """The config with the label words that the data names, unless --labels is given."""
-    if "labels" in explicit:
+    """The config with the label words that the data names, unless --labels is given (auto: as if it is not)."""
+    if "labels" in explicit and config.labels != AUTO_LABELS:
         return config
     return replace(config, labels=default_labels(config.data, parse_columns(config.columns)))
 
@@ -35,7 +36,12 @@ def with_labels(config: TrainConfig, explicit: Set[str]) -> TrainConfig:
 def read_data(config: TrainConfig, explicit: Set[str], template: Template) -> Dataset:
     """The records, with notes on flags that are not used; an InputError if there is no train split."""
     dataset = load_dataset(
-        config.data, config.val_data, config.test_data, parse_columns(config.columns), template.labels
+        config.data,
+        config.val_data,
+        config.test_data,
+        parse_columns(config.columns),
+        template.labels,
+        config.bad_rows,
     )
     if "train" not in dataset.splits:
         raise InputError(f"--data {dataset.name}: has no train split; it has {', '.join(dataset.splits)}")
@@ -43,6 +49,8 @@ def read_data(config: TrainConfig, explicit: Set[str], template: Template) -> Da
     if unused and not isinstance(dataset.splits["train"][0], Labelled):
         dataset.notes.append(f"--{' and --'.join(unused)} not used: only texts with labels are put into a template")
     labelled = isinstance(dataset.splits["train"][0], Labelled)
+    if labelled and "labels" not in explicit and template.labels != tuple(DEFAULT_LABELS.split(",")):
+        dataset.notes.append(taken_from_data(template.labels))
     reviews = any(name in str(config.data) for name in ("tomatoes", "imdb"))
     if labelled and config.template == DEFAULT and "template" not in explicit and not reviews:
         dataset.notes.append(

@@ -1,0 +1,159 @@
+"""Label words taken from the data, and rows that cannot be read: counted by reason, or left out."""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from graftlm.config import TrainConfig
+from graftlm.errors import InputError
+from graftlm.text.dataset import default_labels, load_dataset, load_prompts
+from graftlm.text.records import Labelled
+from graftlm.text.rows import LabelWords
+from graftlm.text.template import load_template
+from graftlm.training.data import read_data, with_labels
+
+
+def write(path: Path, labels: Iterable[object], **others: object) -> Path:
+    rows = ({"text": f"text {n}", "label": label, **others} for n, label in enumerate(labels))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        ([0, 1] * 6, "negative,positive"),
+        (["Positive", "negative"] * 6, "negative,positive"),
+        ([1.0, 0.0] * 6, "negative,positive"),
+        ([0, 1, None, ""] * 3, "negative,positive"),
+        ([2, 1] * 6, "1,2"),
+        ([10, 9, 2] * 4, "2,9,10"),
+        ([1.0, "2.0", 3] * 4, "1,2,3"),
+        ([True, False] * 6, "false,true"),
+        (["True", "False"] * 6, "False,True"),
+        ([-1, 1] * 6, "-1,1"),
+        ([-2, -1, 0, 1, 2] * 3, "-2,-1,0,1,2"),
+        ([0, 1, 2, -1] * 3, "0,1,2"),
+        (["spam", "Spam", "ham"] * 4, "ham,spam"),
+        ([4, 0, float("nan")] * 4, "0,4"),
+        ([7, 8], "negative,positive"),  # too few rows to say
+        (["a, b", "c"] * 6, "its labels are 'a, b', 'c': name them without commas"),
+        ([[0, 2], [1]] * 6, "FILE:1: label [0, 2] is a list: a text has one label here"),
+        ([0.5, 1.5] * 6, "FILE:1: label 0.5 is a fraction, and there is no regression: round the numbers"),
+        (["0.25", "1"] * 6, "FILE:1: label '0.25' is a fraction"),
+        ([-1, 0, 1] * 6, "FILE:1: label -1 has two readings next to 0 and 1: a class, with --labels=-1,0,1, or no"),
+        (
+            ["good", "bad"] * 15 + ["godo"],
+            "FILE:31: label 'godo' occurs once in 31 rows: if it is no slip, give --labels",
+        ),
+        ([f"name {n}" for n in range(30)], "FILE:1: 30 different labels in 30 rows: too many to be classes"),
+        ([n // 2 for n in range(600)], "FILE:513: 257 different labels in 513 rows: too many to be classes"),
+    ],
+)
+def test_label_words_of_the_data(tmp_path: Path, labels: list[object], words: str):
+    path = write(tmp_path / "a.jsonl", labels)
+    if " " not in words:
+        assert default_labels(str(path)) == words
+        return
+    with pytest.raises(InputError, match=re.escape(words.replace("FILE", str(path)))):
+        default_labels(str(path))
+
+
+def test_label_words_are_those_of_train_in_every_file(tmp_path: Path):
+    for n, labels in enumerate(([3, 1] * 4, [5, 1] * 4)):
+        write(tmp_path / f"train-0000{n}-of-00002.jsonl", labels)
+    write(tmp_path / "test.jsonl", [1, 9])
+    assert default_labels(str(tmp_path)) == "1,3,5"
+    message = (
+        r"test.jsonl:2: unknown label 9: allowed are '1', '3', '5' \(1 of 2 rows is bad; --bad_rows skip leaves it"
+    )
+    with pytest.raises(InputError, match=message):
+        load_dataset(str(tmp_path), labels=("1", "3", "5"))
+
+
+def test_files_without_labels_have_the_default_words(tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n' * 9)
+    assert default_labels(str(path)) == "negative,positive"
+
+
+def test_words_that_are_other_numbers_are_not_read_by_number():
+    words = LabelWords(("0", "4"))
+    assert [words.number(value) for value in (0, 4, "4.0", 1)] == [0, 1, 1, None]
+    assert "label 1 has two readings" in words.problem(1)
+    assert [LabelWords(("no", "yes")).number(value) for value in (0, 1.0, "YES", True)] == [0, 1, 1, None]
+
+
+def test_the_run_says_which_words_it_took(tmp_path: Path):
+    path = write(tmp_path / "a.jsonl", [3, 4, 5] * 20)
+    for explicit in (frozenset(), frozenset({"labels"})):
+        config = TrainConfig(data=str(path), labels="auto" if explicit else "negative,positive")
+        config = with_labels(config, explicit)
+        assert config.labels == "3,4,5"
+    data = read_data(config, frozenset(), load_template(config.template, config.labels))
+    assert "label words, taken from the data in the order of their numbers: 3, 4, 5" in data.notes
+    records = [record for split in data.splits.values() for record in split]
+    assert {(r.text, r.label) for r in records if isinstance(r, Labelled)} == {(f"text {n}", n % 3) for n in range(60)}
+    given = TrainConfig(data=str(path), labels="5,4,3")
+    assert with_labels(given, frozenset({"labels"})) is given
+
+
+# ------------------------------------------------------------------------------------------------ bad rows
+
+BAD = [0, 1, None, 7, 1, 0, "meh", 1, -1, 0]
+
+
+def test_bad_rows_are_counted_by_reason(tmp_path: Path):
+    path = write(tmp_path / "a.jsonl", BAD)
+    counts = "2 unknown label, 1 no label, 1 label -1 says that the row has no label"
+    message = (
+        f"{path}:3: no label (field 'label' is missing or empty): every row needs one (4 of 10 rows are bad: {counts}"
+    )
+    with pytest.raises(InputError, match=f"^{re.escape(message)}; --bad_rows skip leaves them out\\)$"):
+        load_dataset(str(path), labels=("negative", "positive"))
+    data = load_dataset(str(path), labels=("negative", "positive"), bad_rows="skip")
+    assert f"{path}: train: 4 of 10 rows left out (--bad_rows skip): {counts}" in data.notes
+    assert {record.text for split in data.splits.values() for record in split} == {
+        f"text {n}" for n in (0, 1, 4, 5, 7, 9)
+    }
+
+
+def test_a_split_of_bad_rows_alone_is_an_error_but_for_test(tmp_path: Path):
+    write(tmp_path / "train.jsonl", [0, 1] * 4)
+    write(tmp_path / "validation.jsonl", [0, 1])
+    test = write(tmp_path / "test.jsonl", [-1, -1])
+    with pytest.raises(InputError, match=r"test.jsonl:1: label -1 .*leave it out \(all 2 rows are bad\)$"):
+        load_dataset(str(tmp_path), labels=("no", "yes"))
+    data = load_dataset(str(tmp_path), labels=("no", "yes"), bad_rows="skip")
+    assert {split: len(rows) for split, rows in data.splits.items()} == {"train": 8, "validation": 2}
+    assert "test: 2 of 2 rows left out" in data.notes[0]
+    test.rename(tmp_path / "validation.jsonl")
+    with pytest.raises(InputError, match=r"validation.jsonl:1: label -1 .* \(all 2 rows are bad\)$"):
+        load_dataset(str(tmp_path), labels=("no", "yes"), bad_rows="skip")
+
+
+def test_bad_rows_of_other_layouts(tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    say = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    chats = [[{**turn, "content": f"{turn['content']} {n}"} for turn in say] for n in range(9)]
+    chats += [[*say, {"role": "owl", "content": "hoo"}], [*say, {"role": "elf", "content": "hi"}], say[:1]]
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    with pytest.raises(InputError, match=r"3 of 12 rows are bad: 2 unknown role, 1 the assistant says nothing, so"):
+        load_dataset(str(path))
+    assert sum(map(len, load_dataset(str(path), bad_rows="skip").splits.values())) == 9
+
+
+def test_bad_prompts(tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": ""}\n{"prompt": 5}\n{"prompt": "b", "system": "s"}\n{"prompt": "c"}\n')
+    counts = "1 empty prompt, 1 prompt must be text, 1 system would be lost, and it changes what is learned"
+    with pytest.raises(InputError, match=rf"a.jsonl:2: empty prompt: .*\(3 of 5 rows are bad: {counts}; --bad_rows"):
+        load_prompts(str(path))
+    prompts, notes = load_prompts(str(path), bad_rows="skip")
+    assert ([prompt.text for prompt in prompts], notes) == (
+        ["a", "c"],
+        [f"{path}: 3 of 5 rows left out (--bad_rows skip): {counts}"],
+    )
