@@ -94,8 +94,8 @@ def keys(value: Any, at: str = "") -> set[str]:
     return {f"{at}/{key}" for key in value} | {path for key in value for path in keys(value[key], f"{at}/{key}")}
 
 
-ADDED = {"desirable_weight", "undesirable_weight"}
-"""Flags that came with KTO, which old runs do not have; a resumed run takes their defaults."""
+ADDED = {"bad_rows", "desirable_weight", "undesirable_weight"}
+"""Flags that are newer than old runs, which a resumed run takes by their defaults."""
 
 
 def test_an_old_run_json_has_the_new_names_when_it_is_read(train: Callable[..., Path]) -> None:
