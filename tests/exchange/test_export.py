@@ -17,7 +17,7 @@ from graftlm.exchange import export as export_module
 from graftlm.exchange.export import export
 from graftlm.exchange.huggingface import base_hash, load_model
 from graftlm.exchange.load import load
-from graftlm.exchange.verify import SHARES
+from graftlm.exchange.verify import SHARES, verification_prompts
 from graftlm.files.formats import load_safetensors, read_json
 from graftlm.inference.evaluate import evaluate
 from graftlm.models import CausalLM
@@ -217,7 +217,7 @@ def test_an_update_that_is_not_merged_is_found_out(
 def test_without_the_runs_data_built_in_texts_are_compared(place: Path, tmp_path: Path) -> None:
     data = data_folder(tmp_path / "data", train=16, other=4)
     run = run_of(tmp_path / "run", place / "llama", data, "lora")
-    for line in ('{"text": "spoiled"}\n', None):
+    for line in ('{"words": "spoiled"}\n', None):
         for file in data.iterdir():
             file.write_text(line) if line else file.unlink()
         said: list[str] = []
@@ -234,3 +234,12 @@ def test_the_folder_to_write_must_be_free(place: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=re.escape(f"--to {tmp_path / 'empty'}: holds other files; name a folder")):
         export(ExportConfig(out_dir=str(run), to=str(tmp_path / "empty")))
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
+def test_windows_of_documents_are_compared_whole(place: Path, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("Once upon a time there was a king. " * 60)
+    run = load("resume", run_of(tmp_path / "run", place / "llama", corpus, "lora"), device="cpu", dtype="float32")
+    prompts, source = verification_prompts(run, {"data": str(corpus), "max_length": 40})
+    assert source.endswith("prompts of the test split of corpus.txt")
+    assert max(map(len, prompts)) == 40

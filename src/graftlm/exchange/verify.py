@@ -97,7 +97,8 @@ def verification_prompts(loaded: ModelBundle, data: dict[str, Any]) -> tuple[lis
             splits = load_dataset(name, val, test, columns, template.labels, data.get("bad_rows") or "stop").splits
             split = next(name for name in reversed(SPLITS) if splits.get(name))
             examples, _ = encode_rows(subset(splits[split], PROMPTS), template, tokenizer, longest)
-            ids = [e.prompt_ids for e in examples]
+            # The prompt of a window of documents is one token: the whole window is compared.
+            ids = [e.prompt_ids + e.completion_ids if e.is_window else e.prompt_ids for e in examples]
             return ids, f"{len(ids)} prompts of the {split} split of {Path(name).name}"
         except InputError:
             pass  # it has changed since the run
