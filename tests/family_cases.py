@@ -171,7 +171,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"attention_bias": True, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
     ),
     "qwen3 moe": ("Qwen3Moe", MOE | {"norm_topk_prob": True, "decoder_sparse_step": 2}),
-    "qwen3 moe unnormalized": ("Qwen3Moe", MOE | {"mlp_only_layers": [1], "attention_bias": True}),
+    "qwen3 moe unnormalized": ("Qwen3Moe", MOE | WINDOWS | {"mlp_only_layers": [1], "attention_bias": True}),
     "qwen3 yarn": (
         "Qwen3",
         {"rope_parameters": YARN | {"attention_factor": 0.9, "beta_fast": 16.0, "truncate": False}},

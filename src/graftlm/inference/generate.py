@@ -3,7 +3,6 @@
 Left out: beam search, repetition penalties, speculative decoding.
 """
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -118,10 +117,10 @@ def generate_rows(
     batching = batching or Batching()
     with eval_mode(model):
         prefix, skip = prefill_shared_prefix(model, prompts, batching.shared)
-        each = streams or itertools.repeat(None)
+        each: Sequence[TextStream | None] = streams or [None] * len(prompts)
         rows = [
             Row(prompt[skip:], params, number, min(params.limit, model.max_seq_len - len(prompt)), stream)
-            for number, (prompt, stream) in enumerate(zip(prompts, each, strict=False))
+            for number, (prompt, stream) in enumerate(zip(prompts, each, strict=True))
         ]
         for group in decode_groups([len(row.prompt) for row in rows], batching.batch_size):
             unfinished = [rows[number] for number in group if rows[number].limit > 0]

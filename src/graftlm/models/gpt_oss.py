@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from graftlm.errors import InputError
-from graftlm.models.config import ExpertsConfig, LayerConfig, ModelConfig, TensorMapping
+from graftlm.models.config import LayerConfig, ModelConfig, TensorMapping
 from graftlm.models.llama import FAMILY as LLAMA
 from graftlm.models.llama import read_sizes
 from graftlm.models.mlp import SWIGLU_ALPHA, SWIGLU_LIMIT
+from graftlm.models.qwen3_moe import read_experts
 from graftlm.models.rope import read_rope
 from graftlm.models.settings import Settings
 
@@ -27,25 +27,18 @@ def read(config: Mapping[str, Any], where: str) -> ModelConfig:
         config = {**config, "rope_parameters": YARN}
     settings = Settings(config, where)
     settings.require(hidden_act=("silu",), swiglu_alpha=(SWIGLU_ALPHA,), swiglu_limit=(SWIGLU_LIMIT, int(SWIGLU_LIMIT)))
-    sizes, bias = read_sizes(settings, head_dim=64), settings.flag("attention_bias", True)
-    sizes["norm_eps"] = settings.number("rms_norm_eps", 1e-5)
+    sizes = read_sizes(settings, head_dim=64, eps=("rms_norm_eps", 1e-5))
+    bias = settings.flag("attention_bias", True)
+    experts = read_experts(settings, per_token=4, size=sizes["intermediate_size"])
     layer = replace(
         FAMILY.layer,
         rope=read_rope(settings, sizes["head_dim"], theta=150000.0),
-        experts=_read_experts(settings, sizes["intermediate_size"]),
+        experts=replace(experts, router_bias=True),
     )
     window = settings.window(128)
     kinds = settings.layer_types([f"{('sliding', 'full')[i % 2]}_attention" for i in range(sizes["num_layers"])])
     layers = [replace(layer, window=window if kind == "sliding_attention" else None) for kind in kinds]
     return ModelConfig(family="gpt_oss", **sizes, layers=tuple(layers), qkv_bias=bias, out_bias=bias, mlp_bias=True)
-
-
-def _read_experts(settings: Settings, size: int) -> ExpertsConfig:
-    values = settings.values
-    count, per_token = values.get("num_local_experts", 128), values.get("num_experts_per_tok", 4)
-    if per_token > count:
-        raise InputError(f"{settings.where}: num_experts_per_tok = {per_token} is more than the {count} experts")
-    return ExpertsConfig(count=count, per_token=per_token, intermediate_size=size, router_bias=True)
 
 
 def _expert(config: ModelConfig, expert: int, role: str, kind: str) -> TensorMapping:

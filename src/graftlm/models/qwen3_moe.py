@@ -23,7 +23,8 @@ def read(config: Mapping[str, Any], where: str) -> ModelConfig:
         window=window,
         activation=settings.activation("hidden_act", "silu"),
     )
-    mixed = replace(plain, experts=_read_experts(settings))
+    experts = read_experts(settings, per_token=8, size=config.get("moe_intermediate_size", 768))
+    mixed = replace(plain, experts=replace(experts, normalized=settings.flag("norm_topk_prob", False)))
     every, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
     if type(every) is not int or every < 1 or not isinstance(dense, list):
         raise InputError(
@@ -33,18 +34,14 @@ def read(config: Mapping[str, Any], where: str) -> ModelConfig:
     return ModelConfig(family="qwen3_moe", **sizes, layers=tuple(layers), qkv_bias=bias, out_bias=bias)
 
 
-def _read_experts(settings: Settings) -> ExpertsConfig:
-    counts = {**dict.fromkeys(("num_experts", "num_local_experts"), 128), **settings.values}
-    count = counts["num_experts"] if "num_experts" in settings.values else counts["num_local_experts"]
-    per_token = settings.values.get("num_experts_per_tok", 8)
+def read_experts(settings: Settings, per_token: int, size: int) -> ExpertsConfig:
+    """Experts of this intermediate size; `per_token` is the default."""
+    values = settings.values
+    count = values.get("num_experts", values.get("num_local_experts", 128))
+    per_token = values.get("num_experts_per_tok", per_token)
     if per_token > count:
         raise InputError(f"{settings.where}: num_experts_per_tok = {per_token} is more than the {count} experts")
-    return ExpertsConfig(
-        count=count,
-        per_token=per_token,
-        intermediate_size=settings.values.get("moe_intermediate_size", 768),
-        normalized=settings.flag("norm_topk_prob", False),
-    )
+    return ExpertsConfig(count=count, per_token=per_token, intermediate_size=size)
 
 
 def _expert(config: ModelConfig, expert: int, role: str, kind: str) -> TensorMapping:

@@ -79,7 +79,7 @@ def common_length(*items: Sequence[object]) -> int:
     shortest = min(items, key=len)
     if all(item[: len(shortest)] == shortest for item in items):  # nearly always
         return len(shortest)
-    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*items, strict=False)))
+    return sum(1 for _ in takewhile(lambda column: all(one == column[0] for one in column), zip(*items, strict=False)))
 
 
 # Labels ---------------------------------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """Messages and prompts from rows that hold them as one text, as a tree, or as a history of pairs."""
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
+from graftlm.text.boundary import common_length
 from graftlm.text.chat import Message
 from graftlm.text.rows import ROLE_NAMES, Row
 
@@ -128,7 +128,7 @@ def whole_pair(row: Row) -> tuple[Said, Said, Said]:
     if not is_messages:
         return _whole_texts(row, row.text("chosen"), row.text("rejected"))
     whole, other = row.messages("chosen"), row.messages("rejected")
-    end = _shared(whole, other)
+    end = common_length(whole, other)
     before: tuple[Message, ...] = whole[:end] or ((("user", row.text("prompt")),) if prompt else ())
     answers = (whole[end:], other[end:])
     if not before or not all(answer and answer[-1][0] == "assistant" for answer in answers):
@@ -141,7 +141,7 @@ def whole_pair(row: Row) -> tuple[Said, Said, Said]:
 
 def _whole_texts(row: Row, chosen: str, rejected: str) -> tuple[str, str, str]:
     row.refuse(("system", "tools", "functions"))
-    end = _shared(chosen, rejected)
+    end = common_length(chosen, rejected)
     if chosen.startswith(HH_HUMAN):
         end = chosen.rfind(HH_ASSISTANT, 0, end) + len(HH_ASSISTANT)
         end = 0 if end < len(HH_ASSISTANT) else end
@@ -154,9 +154,3 @@ def _whole_texts(row: Row, chosen: str, rejected: str) -> tuple[str, str, str]:
             "no field 'prompt', and chosen and rejected are not one beginning with two ends: add the prompt"
         )
     return chosen[:end], chosen[end:], rejected[end:]
-
-
-def _shared(first: Sequence[object], second: Sequence[object]) -> int:
-    """How many first elements the two have in common."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((n for n, (one, other) in pairs if one != other), min(len(first), len(second)))
