@@ -1,4 +1,4 @@
-"""Files as they are found in the world (`tests/layouts`, the first rows of each): the records that they become."""
+"""Rows in layouts of which no file is in layouts/ (`test_layout_table.py`): the records that they become."""
 
 import json
 import re
@@ -10,18 +10,12 @@ import pytest
 
 from graftlm.errors import InputError
 from graftlm.text.dataset import load_dataset
-from graftlm.text.layouts import LAYOUTS, MORE_LAYOUTS
 from graftlm.text.records import Completion, Conversation, Labelled, Preference, Record, Unpaired
 
-FILES = Path(__file__).parent.parent / "layouts"
-ASKED, SAID, BAD = "What does the red fox mean?", "It means that the fox is red, number 0.", "No 0."
-ASKED2, SAID2 = "What does the blue teacher mean?", "It means that the teacher is blue, number 1."
-USER, ANSWER = ("user", ASKED), ("assistant", SAID)
-STEM = "Write a response that appropriately completes the request."
-ALPACA = f"Below is an instruction that describes a task. {STEM}\n\n### Instruction:\n{ASKED}\n\n### Response:\n"
-ALPACA_INPUT = (
-    f"Below is an instruction that describes a task, paired with an input that provides further context. {STEM}\n\n"
-    f"### Instruction:\n{ASKED}\n\n### Input:\n{{}}\n\n### Response:\n"
+ASKED, SAID = "What does the red fox mean?", "It means that the fox is red, number 0."
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    f"### Instruction:\n{ASKED}\n\n### Response:\n"
 )
 WEATHER = {
     "type": "function",
@@ -37,15 +31,6 @@ def talk(*messages: Any, tools: tuple[Any, ...] = (), unlearned: tuple[int, ...]
     return Conversation(messages, "", tools, unlearned)
 
 
-def pair(*prompt: Any) -> Preference:
-    return Preference(prompt, (ANSWER,), (("assistant", BAD),))
-
-
-def call(name: str, arguments: dict[str, Any], **others: str) -> tuple[str, str, dict[str, Any]]:
-    inner = {"name": name, "arguments": arguments}
-    return "assistant", "", {"tool_calls": [{**others, "type": "function", "function": inner}]}
-
-
 def read(file: Path, folder: Path) -> tuple[Record, str]:
     """The first record of a file, without its source, and what the run says of its layout."""
     shutil.copy(file, folder / f"validation{file.suffix}")
@@ -54,149 +39,6 @@ def read(file: Path, folder: Path) -> tuple[Record, str]:
     object.__setattr__(record, "source", "")
     return record, data.notes[-1].removeprefix(f"{folder}: read as ")
 
-
-READ: dict[str, tuple[str, Record]] = {
-    "alpaca.json": (
-        "alpaca (instruction, output)",
-        Completion(ALPACA_INPUT.format("Context number 0."), SAID),
-    ),
-    "alpaca_gpt4_text.jsonl": ("alpaca (instruction, output); columns not read: text", Completion(ALPACA, SAID)),
-    "alpaca_history.json": (
-        "alpaca chat (instruction, output)",
-        talk(("system", "Be brief."), ("user", ASKED2), ("assistant", SAID2), USER, ANSWER),
-    ),
-    "chat.json": ("chat (messages)", talk(USER, ANSWER)),
-    "chat.parquet": ("chat (messages)", talk(USER, ANSWER)),
-    "chat_null_tool_calls.parquet": ("chat (messages)", talk(USER, ANSWER)),
-    "chat_bare_list.json": ("chat (messages)", talk(USER, ANSWER)),
-    "chat_developer.jsonl": ("chat (messages)", talk(("system", "Be a pirate."), USER, ANSWER)),
-    "chat_system.jsonl": ("chat (messages)", talk(("system", "Be a pirate."), USER, ANSWER)),
-    "chat_system_column.jsonl": ("chat (messages)", talk(("system", "Answer in rhyme."), USER, ANSWER)),
-    "chat_ends_user.jsonl": ("chat (messages)", talk(USER, ANSWER, ("user", "Thanks!"))),
-    "chat_name.jsonl": ("chat (messages)", talk(("user", ASKED, {"name": "Bob"}), ANSWER)),
-    "chat_plain.jsonl": ("chat (messages)", talk(USER, ANSWER, ("user", ASKED2), ("assistant", SAID2))),
-    "chat_weight.jsonl": (
-        "chat (messages)",
-        talk(USER, ("assistant", "BAD ANSWER"), ("user", ASKED2), ANSWER, unlearned=(1,)),
-    ),
-    "chat_function.jsonl": (
-        "chat (messages)",
-        talk(
-            *(USER, call("f", {}), ("tool", "1", {"name": "f"}), ANSWER),
-            tools=({"type": "function", "function": {"name": "f", "parameters": {}}},),
-        ),
-    ),
-    "chat_tools.jsonl": (
-        "chat (messages); columns not read: parallel_tool_calls",
-        talk(
-            *(USER, call("get_weather", {"city": "Paris"}, id="call_1")),
-            *(("tool", "15 C", {"tool_call_id": "call_1"}), ANSWER),
-            tools=(WEATHER,),
-        ),
-    ),
-    "chat_tools_column_only.jsonl": ("chat (messages)", talk(USER, ANSWER, tools=(WEATHER,))),
-    "chat_prompt_and_messages.jsonl": ("chat (messages); columns not read: prompt, prompt_id", talk(USER, ANSWER)),
-    "chat_reasoning_content.jsonl": (
-        "chat (messages)",
-        talk(USER, (*ANSWER, {"reasoning_content": "Let me see 0."})),
-    ),
-    "chat_think.jsonl": ("chat (messages)", talk(USER, ("assistant", f"<think>\nLet me see 0.\n</think>\n\n{SAID}"))),
-    "conversations_role_content.jsonl": ("sharegpt (conversations)", talk(USER, ANSWER)),
-    "dolly.jsonl": (
-        "dolly (instruction, context, response); columns not read: category",
-        Completion(ALPACA_INPUT.format("Context 0."), SAID),
-    ),
-    "gsm8k.jsonl": (
-        "question and answer (question, answer)",
-        Completion("Ann has 0 apples and buys 2 more. How many?", "She has 0 + 2 = <<0+2=2>>2 apples.\n#### 2"),
-    ),
-    "input_output.jsonl": ("input and output (input, output)", Completion(ASKED, SAID)),
-    "kto.jsonl": ("unpaired preference (prompt, completion, label)", Unpaired(ASKED, BAD, False)),
-    "metharme.jsonl": ("prompt and generation (prompt, generation)", Completion(ASKED, SAID)),
-    "oasst_guanaco.jsonl": ("guanaco (text)", talk(USER, ANSWER)),
-    "oasst_trees.jsonl": (
-        "oasst tree (prompt, message_tree_id); columns not read: tree_state",
-        talk(USER, ANSWER),
-    ),
-    "prompt_completion.jsonl": ("completion (prompt, completion)", Completion(ASKED, SAID)),
-    "prompt_completion_space.jsonl": ("completion (prompt, completion)", Completion(ASKED, f" {SAID}")),
-    "prompt_completion_conv.jsonl": ("chat completion (prompt, completion)", talk(USER, ANSWER)),
-    "sharegpt.json": (
-        "sharegpt (conversations); columns not read: id",
-        talk(("system", "You are kind."), USER, ANSWER, ("user", ASKED2), ("assistant", SAID2)),
-    ),
-    "sharegpt_tools.json": (
-        "sharegpt (conversations)",
-        talk(USER, call("f", {}), ("tool", '{"r":1}'), ANSWER, tools=({"name": "f"},)),
-    ),
-    "hh.jsonl": (
-        "preference (chosen, rejected)",
-        Preference(
-            f"\n\nHuman: {ASKED}\n\nAssistant: Which?\n\nHuman: The old one.\n\nAssistant:", f" {SAID}", f" {BAD}"
-        ),
-    ),
-    "pref_conv.jsonl": ("preference (chosen, rejected)", pair(USER)),
-    "pref_implicit_text.jsonl": ("preference (chosen, rejected)", Preference(ASKED, f" {SAID}", f" {BAD}")),
-    "pref_lf_alpaca.json": (
-        "preference after instruction (instruction, chosen, rejected)",
-        Preference(ALPACA, SAID, BAD),
-    ),
-    "pref_lf_sharegpt.json": ("preference after conversations (conversations, chosen, rejected)", pair(USER)),
-    "pref_orca.jsonl": (
-        "preference after question (question, chosen, rejected)",
-        pair(("system", "Be kind."), USER),
-    ),
-    "pref_prompt_system.jsonl": ("preference (chosen, rejected)", pair(("system", "Answer in rhyme."), USER)),
-    "pref_std.jsonl": ("preference (chosen, rejected)", Preference(ASKED, SAID, BAD)),
-    "pref_std_space.jsonl": ("preference (chosen, rejected)", Preference(ASKED, f" {SAID}", f" {BAD}")),
-    "ultrafeedback.jsonl": (
-        "preference (chosen, rejected); columns not read: messages, prompt_id, score_chosen, score_rejected",
-        pair(USER),
-    ),
-    "sst2.jsonl": (
-        "labelled (sentence, label); columns not read: idx",
-        Labelled("the red fox was a bore to see , take 0", 0),
-    ),
-    "stars.jsonl": ("labelled (text, stars)", Labelled("the red fox was a bore to see , take 0", 1)),
-}
-
-EVERY = f"{', '.join(map(str, LAYOUTS[:7]))}, and {len(LAYOUTS) + len(MORE_LAYOUTS) - 7} more (docs/how-to.md)"
-REFUSED = {
-    "banking77_names.jsonl": "FILE:1: unknown label 'intent_00': a number from 0 on is needed, or --labels with the "
-    "words",
-    "boolq.jsonl": "FILE:1: passage would be lost, and it changes what is learned: write it into the texts, or leave "
-    "it out",
-    "chat_empty_assistant.jsonl": "FILE:2: message 2: empty content: fill it in, or leave the row out",
-    "chat_image_parts.jsonl": "FILE:1: message 1: content holds a part of type 'image_url', and models here read text "
-    "alone: leave the row out",
-    "extra_fields.jsonl": "FILE: the columns fit several layouts, labelled (text, label) and unpaired preference "
-    "(prompt, completion, label) and chat (messages): choose --columns text=text,label=label or --columns "
-    "prompt=prompt,completion=completion,label=label or --columns messages=messages",
-    "oasst_flat.jsonl": "FILE:1: a row is one message of a tree: use OASST's file of trees, or write a conversation a "
-    "row",
-    "squad_hf.jsonl": f"FILE: no column 'answer': did you mean 'answers'? the columns are id, title, context, "
-    f"question, answers; name it with --columns answer=COLUMN; the layouts are {EVERY}",
-}
-
-
-@pytest.mark.parametrize("name", READ)
-def test_the_records_of_a_file(tmp_path: Path, name: str) -> None:
-    note, record = READ[name]
-    assert read(FILES / name, tmp_path) == (record, note)
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_the_line_that_refuses_a_file(tmp_path: Path, name: str) -> None:
-    message = REFUSED[name].replace("FILE", str(tmp_path / f"validation{Path(name).suffix}"))
-    with pytest.raises(InputError, match=f"^{re.escape(message)}( \\(.* bad.*\\))?$"):
-        read(FILES / name, tmp_path)
-
-
-def test_every_file_has_its_outcome() -> None:
-    assert {path.name for path in FILES.iterdir()} == READ.keys() | REFUSED.keys()
-
-
-# ------------------------------------------------------------------------------------------------ other rows
 
 A, B = ("user", "a"), ("assistant", "b")
 SAY_A, SAY_B = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
