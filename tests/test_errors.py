@@ -430,7 +430,7 @@ def test_accounts_that_cannot_be(words: str, line: str, refuse: Refuse) -> None:
             ROW + '{"text": "a", \n',
             "x.jsonl:2: broken JSON: Expecting property name enclosed in double quotes at column",
         ),
-        (ROW + "[1]\n", 'x.jsonl:2: a record must be a JSON object like {"text": …}, not [1]'),
+        (ROW + "[1]\n", 'x.jsonl:2: a record must be a JSON object (such as {"text": …}), not [1]'),
         (
             ROW + '{"text": "a", "label": 7}\n',
             "x.jsonl:2: unknown label 7: allowed are 0 or 'negative', 1 or 'positive'",

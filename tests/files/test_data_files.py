@@ -129,7 +129,7 @@ def test_conversations_without_a_key(tmp_path: Path) -> None:
             {"columns": ["text", "label"], "data": [["a", 1], ["b"]]},
             "FILE: item 2: its values do not fit the 2 columns: write records",
         ),
-        ([["a", 1]], "FILE: item 1: a record must be a JSON object like {\"text\": …}, not ['a', 1]"),
+        ([["a", 1]], "FILE: item 1: a record must be a JSON object (such as {\"text\": …}), not ['a', 1]"),
         ({"data": ROWS, "rows": ROWS}, "FILE: holds rows as data and rows: write each into a file of its own"),
     ],
 )

@@ -192,7 +192,7 @@ def test_whether_there_is_a_header(tmp_path: Path, content: str, header: bool) -
             2,
         ),
         ("text,label\ncaf\xe9,1\n".encode("latin-1"), "FILE:2: is not utf-8 (invalid continuation byte)", "", 1),
-        (b"good,1\nbad\n", "FILE:2: 1 values, but the first row has 2", "", 0),
+        (b"good,1\nbad\n", "FILE:2: wrong number of values: 1, but the first row has 2", "", 0),
     ],
 )
 def test_what_cannot_be_decided_names_the_flag(

@@ -456,7 +456,7 @@ GOOD = '{"text": "a", "label": 1}\n'
     [
         ('{"text": "a", "label" 1}', "broken JSON: Expecting ':' delimiter at column 23"),
         ('{"text": "a', "broken JSON: Unterminated string starting at at column 10"),
-        ('"text"', "a record must be a JSON object like {\"text\": …}, not 'text'"),
+        ('"text"', "a record must be a JSON object (such as {\"text\": …}), not 'text'"),
         (
             '{"text": "a", "label": ' + "1" * 5000 + "}",
             "broken JSON: Exceeds the limit (4300 digits) for integer string conversion: value has 5000 digits",
@@ -479,7 +479,9 @@ def test_brackets_without_end(tmp_path: Path):
 def test_broken_json_array(tmp_path: Path):
     fails(tmp_path / "a.json", "[" + GOOD + "," + GOOD, "FILE:3: broken JSON: Expecting ',' delimiter at column 1")
     fails(
-        tmp_path / "a.json", "[" + GOOD + ", 7]", 'FILE: item 2: a record must be a JSON object like {"text": …}, not 7'
+        tmp_path / "a.json",
+        "[" + GOOD + ", 7]",
+        'FILE: item 2: a record must be a JSON object (such as {"text": …}), not 7',
     )
 
 
@@ -497,8 +499,8 @@ def test_bytes_that_are_not_utf8(tmp_path: Path, name: str):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ("a,1\nb,1,2\n", "FILE:3: 3 values, but the header names 2 fields"),
-        ("a,1\n\nb\n", "FILE:4: 1 values, but the header names 2 fields"),
+        ("a,1\nb,1,2\n", "FILE:3: wrong number of values: 3, but the header names 2 fields"),
+        ("a,1\n\nb\n", "FILE:4: wrong number of values: 1, but the header names 2 fields"),
         ('a,1\n"b,1\nc,0\n', "FILE:3: broken csv: unexpected end of data"),
         ('"a"b,1\n', "FILE:2: broken csv: ',' expected after '\"'"),
         ("a\rb,1\n", "FILE:2: broken csv: new-line character seen in unquoted field"),

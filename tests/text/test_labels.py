@@ -146,6 +146,51 @@ def test_bad_rows_of_other_layouts(tmp_path: Path):
     assert sum(map(len, load_dataset(str(path), bad_rows="skip").splits.values())) == 9
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "first", "counts"),
+    [
+        (
+            "a.jsonl",
+            '{"text": "a", "label": 0}\n{"text": "b", "label"\n{"text": "c", "label": 1}\n{"text": "d"}\nx\n7\n'
+            '{"text": "e", "label": 1}\n',
+            "2: broken JSON: Expecting ':' delimiter at column 22",
+            "2 broken JSON, 1 no label, 1 a record must be a JSON object",
+        ),
+        (
+            "a.csv",
+            'text,label\na,0\nb,c,1\nc,1\nd\n"e"e,1\nf,\n"e, or\n""f""",1\n',
+            "3: wrong number of values: 3, but the header names 2 fields",
+            "2 wrong number of values, 1 broken csv, 1 no label",
+        ),
+    ],
+)
+def test_rows_that_no_reader_understands(tmp_path: Path, name: str, content: str, first: str, counts: str):
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(InputError, match=f"^{re.escape(f'{path}:{first} (4 of 7 rows are bad: {counts}; --bad')}"):
+        load_dataset(str(path), labels=("negative", "positive"))
+    assert default_labels(str(path)) == "negative,positive"
+    data = load_dataset(str(path), labels=("negative", "positive"), bad_rows="skip")
+    assert f"{path}: train: 4 of 7 rows left out (--bad_rows skip): {counts}" in data.notes
+    third = "e" if name == "a.jsonl" else 'e, or\n"f"'
+    assert {record.text for split in data.splits.values() for record in split} == {"a", "c", third}
+
+
+def test_a_file_whose_rows_are_not_known_is_not_skipped(tmp_path: Path):
+    """After a quote that nothing ends, the rest of the file would be one bad row."""
+    path = tmp_path / "a.csv"
+    for rows, line in (('b,1\n"c,1\nd,0\n', 4), ('b,1\n"c\nd"d,0\n', 4)):
+        path.write_text(f"text,label\na,0\n{rows}")
+        with pytest.raises(InputError, match=f"^{re.escape(str(path))}:{line}: broken csv: "):
+            load_dataset(str(path), labels=("negative", "positive"), bad_rows="skip")
+    path.write_text('{"text": "a"\n')
+    with pytest.raises(InputError, match=r"a\.csv: holds JSON"):
+        load_dataset(str(path), bad_rows="skip")
+    path = path.rename(tmp_path / "a.jsonl")
+    with pytest.raises(InputError, match=r"a\.jsonl:1: broken JSON: .* at column 13$"):
+        load_dataset(str(path), bad_rows="skip")
+
+
 def test_bad_prompts(tmp_path: Path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "a"}\n{"prompt": ""}\n{"prompt": 5}\n{"prompt": "b", "system": "s"}\n{"prompt": "c"}\n')

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from graftlm.errors import InputError
+from graftlm.files.packed import DataFile
 
 ROWS_KEYS = ("data", "rows", "records", "examples", "items")
 """What an object around the rows of a file calls them."""
@@ -30,14 +31,12 @@ _SPACE = re.compile(r"\s*")
 _BY_SPLIT = re.compile(rf'\s*\{{\s*"(?:{"|".join(SPLIT_KEYS)})"\s*:\s*\[')
 
 
-def json_rows(where: str, text: str, split: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """The source and fields of each row.
+def json_rows(file: DataFile, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The source and fields of each row of a file with this text.
 
-    Args:
-        where: the file, for sources and errors.
-        text: its content.
-        split: which rows to read where an object holds several splits (`split_names`).
+    Of an object that holds several splits (`split_names`) the rows of the file's are read.
     """
+    where = str(file.path)
     first, _, rest = text.strip().partition("\n")
     line = _values(first)
     if line is None and first[0] not in "[{":
@@ -45,13 +44,32 @@ def json_rows(where: str, text: str, split: str = "") -> Iterator[tuple[str, dic
     items = _parse(where, text) if first[0] == "[" else None
     if first[0] != "[" and (line is None or not rest):
         values = _values(text) or []
-        items = _rows_inside(where, values[0], split) if len(values) == 1 else None
+        items = _rows_inside(where, values[0], file.split) if len(values) == 1 else None
         items = items if items is not None else (values if line is None else None) or None
-    for number, item in enumerate(items or (), start=1):
-        yield _row(f"{where}: item {number}", item)
-    for number, row in enumerate(text.split("\n") if items is None else (), start=1):
-        if row.strip():
-            yield _row(f"{where}:{number}", _parse(where, row, number))
+    for source, item in _lines(file, text) if items is None else _items(where, items):
+        if isinstance(item, list) and item and all(isinstance(m, dict) and {"role", "from"} & {*m} for m in item):
+            item = {"messages": item}
+        if isinstance(item, dict):
+            yield source, item
+        else:
+            file.bad_row(source, f'a record must be a JSON object (such as {{"text": …}}), not {short_repr(item)}')
+
+
+def _items(where: str, items: list[Any]) -> Iterator[tuple[str, Any]]:
+    return ((f"{where}: item {number}", item) for number, item in enumerate(items, start=1))
+
+
+def _lines(file: DataFile, text: str) -> Iterator[tuple[str, Any]]:
+    """The source and value of each line."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        source = f"{file.path}:{number}"
+        if line.strip():
+            try:
+                value = _parse(str(file.path), line, number)
+            except InputError as error:
+                file.on_bad_row(source, error)
+            else:
+                yield source, value
 
 
 def split_names(text: str) -> set[str]:
@@ -79,15 +97,6 @@ def _parse(where: str, text: str, line: int | None = None) -> Any:
     except (ValueError, RecursionError) as error:  # a number with thousands of digits, or endless brackets
         where = f"{where}:{line}" if line else where
         raise InputError(f"{where}: broken JSON: {str(error).partition(';')[0]}") from None
-
-
-def _row(source: str, value: object) -> tuple[str, dict[str, Any]]:
-    """A record: an object, or a list of messages, which is a conversation."""
-    if isinstance(value, list) and value and all(isinstance(m, dict) and {"role", "from"} & {*m} for m in value):
-        value = {"messages": value}
-    if not isinstance(value, dict):
-        raise InputError(f'{source}: a record must be a JSON object like {{"text": …}}, not {short_repr(value)}')
-    return source, value
 
 
 def _values(text: str) -> list[Any] | None:

@@ -10,7 +10,7 @@ import gzip
 import io
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -19,6 +19,11 @@ from graftlm.errors import InputError
 
 COMPRESSED = (".gz", ".zst")
 ZIP = ".zip"
+
+
+def raise_error(source: str, error: InputError) -> None:
+    """What is done with a bad row where the caller does not count them."""
+    raise error
 
 
 @dataclass(frozen=True)
@@ -37,11 +42,17 @@ class DataFile:
     """How a table is written, where the user says it."""
     notes: list[str] = field(default_factory=list)
     """Where a reader says what it found."""
+    on_bad_row: Callable[[str, InputError], None] = raise_error
+    """Called with the source and the error of each row that cannot be read; if it returns, reading continues."""
 
     @property
     def is_packed(self) -> bool:
         """Whether its bytes on disk are not its content."""
         return bool(self.member) or self.path.suffix.lower() in COMPRESSED
+
+    def bad_row(self, source: str, message: str) -> None:
+        """Report a row that cannot be read. source: its file and line, with which the error begins."""
+        self.on_bad_row(source, InputError(f"{source}: {message}"))
 
     def content(self) -> bytes:
         """All bytes, unpacked. Raises InputError for a file that is truncated, damaged or locked by a password."""

@@ -16,7 +16,7 @@ from graftlm.errors import InputError
 from graftlm.files.arrow_rows import read_arrow, read_parquet
 from graftlm.files.data_folders import TEXT, read_class_folders
 from graftlm.files.json_rows import json_rows, split_names
-from graftlm.files.packed import COMPRESSED, ZIP, DataFile, data_suffix, open_data
+from graftlm.files.packed import COMPRESSED, ZIP, DataFile, data_suffix, open_data, raise_error
 from graftlm.files.tables import read_table
 
 Record = tuple[str, dict[str, Any]]  # its source (file and line), and its fields
@@ -28,7 +28,11 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def read_records(
-    path: Path, split: str = "", csv: CsvFormat = AUTOMATIC, notes: list[str] | None = None
+    path: Path,
+    split: str = "",
+    csv: CsvFormat = AUTOMATIC,
+    notes: list[str] | None = None,
+    on_bad_row: Callable[[str, InputError], None] = raise_error,
 ) -> Iterator[Record]:
     """The records of one file, each with its source.
 
@@ -37,6 +41,8 @@ def read_records(
         split: which rows to read of a JSON file with several splits.
         csv: how a table is written; what it leaves out is found in the file.
         notes: one line is added for what was found and is not the plain case.
+        on_bad_row: called with the source and the error of each row that cannot be read, such as broken JSON. By
+            default it raises the error; if it returns, reading continues.
 
     Raises InputError for a file without records.
     """
@@ -47,11 +53,18 @@ def read_records(
     read = DATA_READERS.get(file.suffix)
     if read is None:
         raise InputError(f"{path}: unknown file format {path.suffix!r}: use {SUFFIXES}")
-    record = None
+    is_empty = True
+
+    def on_bad(source: str, error: InputError) -> None:
+        nonlocal is_empty
+        is_empty = False
+        on_bad_row(source, error)
+
     notes = notes if notes is not None else []
-    for record in read(replace(file, split=split, csv=csv, notes=notes)):
+    for record in read(replace(file, split=split, csv=csv, notes=notes, on_bad_row=on_bad)):
+        is_empty = False
         yield record
-    if record is None:
+    if is_empty:
         raise InputError(f"{path}: no records in this file: write some, or name another")
 
 
@@ -74,7 +87,7 @@ def _text(file: DataFile) -> str:
 
 
 def _read_json(file: DataFile) -> Iterator[Record]:
-    return json_rows(str(file.path), _text(file), file.split)
+    return json_rows(file, _text(file))
 
 
 def _read_text(file: DataFile) -> Iterator[Record]:

@@ -170,8 +170,8 @@ class _Table:
             return False
         return any(c.startswith('"') and not re.fullmatch(r'"([^"]|"")*"', c) for row in rows for c in row)
 
-    def rows(self) -> Rows:
-        """The line number and the cells of each row that holds something."""
+    def rows(self, report: bool = False) -> Rows:
+        """The line number and the cells of each row that holds something. report: broken rows are bad rows."""
         reader = csv.reader(
             io.StringIO(self._text, newline="\n"),
             strict=True,
@@ -180,16 +180,33 @@ class _Table:
             skipinitialspace=self._skip_space,
         )
         start, first = self._first_line, True
-        try:
-            for cells in reader:
-                line, start = start, reader.line_num + self._first_line
-                if first and cells and cells[0].startswith("#") and self._is_comment(cells):
-                    self.comments += 1
-                elif any(cell.strip() for cell in cells):
-                    first = False
-                    yield line, cells
-        except csv.Error as error:
-            raise InputError(f"{self.file.path}:{start}: broken csv: {str(error).partition(' - ')[0]}") from None
+        for cells in self._cells(reader, report):
+            line, start = start, reader.line_num + self._first_line
+            if first and cells and cells[0].startswith("#") and self._is_comment(cells):
+                self.comments += 1
+            elif any(cell.strip() for cell in cells):
+                first = False
+                yield line, cells
+
+    def _cells(self, reader: Any, report: bool) -> Iterator[list[str]]:
+        """The cells of each row; none of a broken row, which is a bad row of the file if `report`.
+
+        A broken row of several lines is an error: after a quote that nothing ends, where rows begin is not known.
+        """
+        while True:
+            before = reader.line_num
+            try:
+                yield next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                source = f"{self.file.path}:{before + self._first_line}"
+                message = f"broken csv: {str(error).partition(' - ')[0]}"
+                if reader.line_num > before + 1 or "unexpected end" in message:
+                    raise InputError(f"{source}: {message}") from None
+                if report:
+                    self.file.bad_row(source, message)
+                yield []
 
     def _is_comment(self, cells: list[str]) -> bool:
         """Whether a line before the header has another number of cells than the first row without #."""
@@ -232,7 +249,7 @@ class _Table:
     def records(self, header: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         """The rows after the header as fields."""
         size = len(header)
-        for number, (line, cells) in enumerate(self.rows()):
+        for number, (line, cells) in enumerate(self.rows(report=True)):
             if number == 0 and self.has_header:
                 continue
             source = f"{self.file.path}:{line}"
@@ -242,7 +259,7 @@ class _Table:
                 self.comments += 1
             elif len(cells) != size:
                 names = f"the header names {size} fields" if self.has_header else f"the first row has {size}"
-                raise InputError(f"{source}: {len(cells)} values, but {names}")
+                self.file.bad_row(source, f"wrong number of values: {len(cells)}, but {names}")
             else:
                 yield source, dict(zip(header, cells, strict=True))
 

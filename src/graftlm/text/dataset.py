@@ -6,8 +6,8 @@ A split that the data does not name is held out by a hash of the text, so that n
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from graftlm.files.arrow_rows import class_names
 from graftlm.files.assets import data_folder
 from graftlm.files.data_folders import TEXT, check_classes, class_files, class_folders, saved_splits
 from graftlm.files.formats import read_json
-from graftlm.files.packed import data_stem, data_suffix
+from graftlm.files.packed import data_stem, data_suffix, raise_error
 from graftlm.files.readers import DATA_CARD, SUFFIXES, is_data_file, read_records, splits_inside
 from graftlm.text.bad_rows import BadRows, BadRowsFlag
 from graftlm.text.dataset_card import data_files
@@ -68,6 +68,8 @@ class Reading:
     csv: CsvFormat
     labels: LabelWords = NO_LABELS
     notes: list[str] = field(default_factory=list)
+    on_bad_row: Callable[[str, InputError], None] = raise_error
+    """As in `read_records`."""
 
 
 def load_dataset(
@@ -110,12 +112,11 @@ def load_dataset(
     name, notes = data or val or test, _notes(path, data, files) if path else []
     for split in (split for split in SPLITS if split in files):
         bad = BadRows(bad_rows == "skip")
-        layout, records, others = _read_split(files[split], split, reading, bad)
+        layout, records, others = _read_split(files[split], split, replace(reading, on_bad_row=bad.add))
         if note := bad.finish(len(records) + bad.rows, split == "test" and "train" in splits):
             notes.append(f"{name}: {split}: {note}")
-        if records:
-            splits[split] = records
-        layouts[layout] = None
+        if layout and records:
+            splits[split], layouts[layout] = records, None
         unused |= others
     notes += reading.notes
     if "train" in splits and "validation" not in splits:
@@ -156,6 +157,7 @@ def load_prompts(
     word = rf"(?:[{UNSPACED}]|[^\s{UNSPACED}]+)"
     first_words = re.compile(rf"(?:{word}\s*){{0,{max(opening - 1, 0)}}}{word}")
     prompts, unused, bad = [], set[str](), BadRows(bad_rows == "skip")
+    reading = replace(reading, on_bad_row=bad.add)
     for row in (row for file in files[split] for row in _rows(file, split, reading)):
         try:
             row.refuse(() if opening else CONTEXT)
@@ -198,12 +200,10 @@ def text_hash(text: str) -> str:
 # Rows -----------------------------------------------------------------------------------------------------------------
 
 
-def _read_split(
-    files: Sequence[Path], split: str, reading: Reading, bad: BadRows
-) -> tuple[Layout, list[Record], set[str]]:
+def _read_split(files: Sequence[Path], split: str, reading: Reading) -> tuple[Layout | None, list[Record], set[str]]:
     """The layout of a split's files, their records, and the columns that were not read.
 
-    The first row of each file decides its layout, and all must have one. Rows that cannot be read are added to `bad`.
+    The first row of each file decides its layout, and all must have one; None if no row can be read.
     """
     records: list[Record] = []
     layouts: list[Layout] = []
@@ -221,10 +221,10 @@ def _read_split(
             try:
                 records.append(layouts[-1].record(row))
             except InputError as error:
-                bad.add(row.source, error)
+                reading.on_bad_row(row.source, error)
                 continue
             unused |= layouts[-1].unused(row.columns)
-    return layouts[0], records, unused
+    return layouts[0] if layouts else None, records, unused
 
 
 def _layout(path: Path, row: Row, reading: Reading) -> Layout:
@@ -239,10 +239,16 @@ def _layout(path: Path, row: Row, reading: Reading) -> Layout:
 def _rows(path: Path, split: str, reading: Reading) -> Iterator[Row]:
     """The rows of a file, with columns renamed."""
     columns = reading.columns
-    for number, (source, values) in enumerate(read_records(path, split, reading.csv, reading.notes)):
-        for key, column in columns.items():
-            if column not in values:
-                raise InputError(f"{source if number else path}: {missing_column(column, values, key)}")
+    records = read_records(path, split, reading.csv, reading.notes, reading.on_bad_row)
+    for number, (source, values) in enumerate(records):
+        if lacking := [key for key, column in columns.items() if column not in values]:
+            error = InputError(
+                f"{source if number else path}: {missing_column(columns[lacking[0]], values, lacking[0])}"
+            )
+            if number == 0:
+                raise error
+            reading.on_bad_row(source, error)
+            continue
         if columns:
             renamed = {key: values[column] for key, column in columns.items()}
             others = {column: value for column, value in values.items() if column not in columns.values()}
@@ -260,7 +266,7 @@ def default_labels(data: str, columns: Mapping[str, str] | None = None) -> str:
     """
     split, paths = next(iter(_files(data_folder(data), "train").items()))
     path, default = paths[0], tuple(DEFAULT_LABELS.split(","))
-    reading = Reading(*csv_format(columns or {}))
+    reading = Reading(*csv_format(columns or {}), on_bad_row=lambda source, error: None)  # reading says what is wrong
     names = _class_names(path, reading.columns)
     if not names:
         names = tuple(labels_of(_label_values(paths, split, reading)))
