@@ -10,19 +10,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 from graftlm.config.csv_format import CsvFormat, csv_format
 from graftlm.config.paths import user_path
 from graftlm.errors import InputError
 from graftlm.files.arrow_rows import class_names
 from graftlm.files.assets import data_folder
-from graftlm.files.data_folders import TEXT, check_classes, class_files, class_folders, saved_splits
+from graftlm.files.data_folders import class_files, class_folders
 from graftlm.files.formats import read_json
-from graftlm.files.packed import data_stem, data_suffix, raise_error
-from graftlm.files.readers import DATA_CARD, SUFFIXES, is_data_file, read_records, splits_inside
+from graftlm.files.packed import raise_error
+from graftlm.files.readers import read_records
+from graftlm.files.split_files import MAX_NAMED, NO_DATA, SPLITS, files_by_split
 from graftlm.text.bad_rows import BadRows, BadRowsFlag
-from graftlm.text.dataset_card import data_files
 from graftlm.text.labels import labels_of
 from graftlm.text.layouts import CONTEXT, LABELLED, LABELLED_NAMES, Layout, check_columns, missing_column, recognise
 from graftlm.text.records import Document, Record, hashed_values
@@ -30,17 +29,7 @@ from graftlm.text.rows import LabelWords, Row
 from graftlm.text.template import DEFAULT_LABELS
 from graftlm.text.words import UNSPACED, normalize
 
-SPLITS = ("train", "validation", "test")
 NO_LABELS = LabelWords()
-_SPLIT_WORDS = {
-    **{"train": "train", "training": "train"},
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
-}
-"""As `datasets` reads the names of files and folders; eval is validation if another file is test."""
-_PART = re.compile(r"[-_](\d+)(-of-(\d+))?(-[0-9a-f]+)?$")  # train-00000-of-00002
-_NO_DATA = re.compile(r"readme.*|licen[cs]e.*|.*\.(md|py)|(graft|state|dataset_(dict|infos?))\.json", re.IGNORECASE)
-MAX_NAMED = 8  # files that a note names
 
 
 @dataclass(frozen=True)
@@ -97,7 +86,7 @@ def load_dataset(
     named, csv = csv_format(columns or {})
     check_columns(named)
     path = data_folder(data) if data else None
-    files = _files(path, "train") if path else {}
+    files = files_by_split(path, "train") if path else {}
     for split, flag, file in (("validation", "val_data", val), ("test", "test_data", test)):
         if not file:
             continue
@@ -151,7 +140,7 @@ def load_prompts(
     path = data_folder(data)
     if path.is_file() and split != "train":
         raise InputError(f"--split {split}: {data} is one file, which is read whole; leave --split out")
-    files = _files(path, split)
+    files = files_by_split(path, split)
     if split not in files:
         raise InputError(f"--split {split}: {data} has no such split; it has {', '.join(files)}")
     word = rf"(?:[{UNSPACED}]|[^\s{UNSPACED}]+)"
@@ -264,7 +253,7 @@ def default_labels(data: str, columns: Mapping[str, str] | None = None) -> str:
 
     Those are the names in a parquet file's schema, or the different labels of the train split (`labels.labels_of`).
     """
-    split, paths = next(iter(_files(data_folder(data), "train").items()))
+    split, paths = next(iter(files_by_split(data_folder(data), "train").items()))
     path, default = paths[0], tuple(DEFAULT_LABELS.split(","))
     reading = Reading(*csv_format(columns or {}), on_bad_row=lambda source, error: None)  # reading says what is wrong
     names = _class_names(path, reading.columns)
@@ -345,21 +334,11 @@ def _notes(folder: Path, data: str, files: Mapping[str, Sequence[Path]]) -> list
     if isinstance(content, dict) and content.get("derived_splits") is True:
         notes.append(f"{data}: its splits are derived by hash of the text; they are not the official ones")
     others = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.resolve() not in read]
-    names = [str(path.relative_to(folder)) for path in others if not _NO_DATA.fullmatch(path.name)]
+    names = [str(path.relative_to(folder)) for path in others if not NO_DATA.fullmatch(path.name)]
     if names := [name for name in names if not any(part.startswith(".") for part in Path(name).parts)]:
         more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
         notes.append(f"{data}: not read: {', '.join(names[:MAX_NAMED])}{more}")
     return notes
-
-
-def _files(path: Path, split: str) -> dict[str, list[Path]]:
-    """The files of each split of a folder; a single file is of the split that is given, unless it holds several."""
-    if path.is_dir():
-        splits = _split_files(path)
-        check_classes([folder for paths in splits.values() for folder in paths if folder.is_dir()])
-        return splits
-    inside = splits_inside(path)
-    return {name: [path] for name in SPLITS if name in inside} or {split: [path]}
 
 
 def _hold_out(
@@ -408,135 +387,3 @@ def _end_of_document(train: Sequence[Record], missing: tuple[str, ...]) -> dict[
         "train": [first if record is longest else record for record in train],
         **{split: [part] for split, part in zip(missing, others, strict=True)},
     }
-
-
-def _split_files(folder: Path) -> dict[str, list[Path]]:
-    """The files of each split: those that the folder's card names, or by their names.
-
-    They are in the folder, else in its data/, else in its only subfolder that has any.
-    """
-    if files := _saved_files(folder) or _card_files(folder) or _splits_in(folder):
-        return files
-    inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    inside = {path.name: splits for path in inner if (splits := _splits_in(path))}
-    if "data" in inside or len(inside) == 1:
-        return inside.get("data") or next(iter(inside.values()))
-    if inside:
-        raise InputError(
-            f"{folder}: holds several data sets, {', '.join(inside)}: name one, as in NAME:{next(iter(inside))}"
-        )
-    if class_folders(folder):
-        return {"train": [folder]}
-    if unnamed := _unnamed_files(folder) or _unnamed_files(folder / "data"):
-        return {"train": unnamed}
-    names = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-    raise InputError(f"{folder}: no train, validation or test file ({SUFFIXES}) in this folder; it holds {names}")
-
-
-def _saved_files(folder: Path) -> dict[str, list[Path]]:
-    """The files of each split of a folder of `datasets.save_to_disk`; {} for any other folder."""
-    found: dict[str, list[Path]] = {}
-    for name, files in saved_splits(folder).items():
-        if (split := _split_word(name)) in found:
-            raise InputError(f"{folder}: several of its splits are {split}: name the folder of one")
-        if split:
-            found["test" if split == "eval" else split] = files
-    return {split: found[split] for split in SPLITS if split in found}
-
-
-def _unnamed_files(folder: Path) -> list[Path]:
-    """The data files of a folder that names no splits: all are train. They must be of one format."""
-    files = [path for path in (_data_files(folder) if folder.is_dir() else ()) if not _NO_DATA.fullmatch(path.name)]
-    if len({data_suffix(path) for path in files}) > 1:
-        names = ", ".join(path.name for path in files[:MAX_NAMED])
-        raise InputError(f"{folder}: its data files are of several formats, {names}: name one, or a split in each name")
-    return files
-
-
-def _data_files(folder: Path) -> list[Path]:
-    """The data files of a folder, in the order of their names; text files only if there are no others."""
-    files = [path for path in sorted(folder.iterdir()) if path.is_file() and is_data_file(path)]
-    return [path for path in files if data_suffix(path) != TEXT] or files
-
-
-def _card_files(folder: Path) -> dict[str, list[Path]]:
-    """The files of each split by the folder's card, and in the order of their names; {} if it names none."""
-    found: dict[str, tuple[str, list[Path]]] = {}
-    for name, patterns in data_files(folder).items():
-        split = _SPLIT_WORDS.get(name.lower()) or _split_word(name)
-        if not split:
-            continue
-        split = "test" if split == "eval" else split
-        if split in found:
-            raise InputError(
-                f"{folder / DATA_CARD}: {found[split][0]} and {name} both say they are the {split} split: keep one"
-            )
-        matched = {path for pattern in patterns for path in folder.glob(pattern)}
-        inner = {file for path in matched if path.is_dir() for file in path.rglob("*")}
-        files = sorted(path for path in matched | inner if path.is_file() and is_data_file(path))
-        if not files:
-            raise InputError(
-                f"{folder / DATA_CARD}: split {name}: {', '.join(patterns)} is no file that is read ({SUFFIXES})"
-            )
-        totals = {part[3] for path in files if (part := _PART.search(data_stem(path))) and part[3]}
-        _check_parts(folder, split, files, totals.pop() if len(totals) == 1 else "")
-        found[split] = name, files
-    return {split: found[split][1] for split in SPLITS if split in found}
-
-
-def _check_parts(folder: Path, split: str, files: Sequence[Path], total: str) -> None:
-    """Raise InputError if fewer files are there than their names say."""
-    if total.isdecimal() and len(files) != int(total):
-        raise InputError(f"{folder}: split {split} has {len(files)} of its {int(total)} files: fetch the rest")
-
-
-def _splits_in(folder: Path) -> dict[str, list[Path]]:
-    """The files and folders named after a split. The parts of a split (train-00000-of-00002) must be complete."""
-    sets: dict[str, dict[_FileSet, list[Path]]] = {}
-    data = _data_files(folder)
-    for path in sorted(folder.iterdir()):
-        is_data = path in data
-        is_folder = path.is_dir() and path.name.lower() in _SPLIT_WORDS
-        name = path.name if is_folder else data_stem(path) if is_data else ""
-        if (word := _split_word(name)) and (files := [path] if is_data else _files_of_split(path, word)):
-            part = _PART.search(name) if is_data else None
-            stem = name[: part.start()] if part else name
-            total = (part[3] or "several") if part else "whole"
-            sets.setdefault(word, {}).setdefault(_FileSet(stem, data_suffix(path), total), []).extend(files)
-    if evaluation := sets.pop("eval", None):
-        sets.setdefault("validation" if "test" in sets else "test", {}).update(evaluation)
-    found = {}
-    for split, every in sets.items():
-        exact = {key: paths for key, paths in every.items() if key.stem.lower() in _SPLIT_WORDS}
-        sets_of_split = exact or every
-        if len(sets_of_split) > 1:
-            names = " and ".join(str(paths[0].relative_to(folder)) for paths in sets_of_split.values())
-            raise InputError(f"{folder}: {names} both say they are the {split} split: keep one")
-        ((key, paths),) = sets_of_split.items()
-        _check_parts(folder, split, paths, key.total)
-        found[split] = paths
-    return {split: found[split] for split in SPLITS if split in found}
-
-
-class _FileSet(NamedTuple):
-    """What the files of a split have in common."""
-
-    stem: str
-    suffix: str
-    total: str
-    """The number of parts; "several" if their names do not say it, "whole" for a file that is no part."""
-
-
-def _split_word(name: str) -> str:
-    """The split that a name without suffix speaks of, or "eval"; "" for none, and for several."""
-    words = {word for word in re.findall(r"[^\W\d_]+", name.lower()) if word in _SPLIT_WORDS}
-    found = {"eval" if word.startswith("eval") else _SPLIT_WORDS[word] for word in words}
-    return found.pop() if len(found) == 1 else ""
-
-
-def _files_of_split(folder: Path, split: str) -> list[Path]:
-    """The data files of a folder named after a split, in which none is of another split."""
-    if class_folders(folder):
-        return [folder]
-    inner, files = _splits_in(folder), _data_files(folder)
-    return inner.get("test" if split == "eval" else split, []) if inner else files

@@ -15,9 +15,10 @@ from graftlm.config import DataConfig, TrainConfig
 from graftlm.errors import InputError
 from graftlm.exchange.load import read_tokenizer
 from graftlm.files.formats import read_json
+from graftlm.files.split_files import SPLITS
 from graftlm.models.config import read_model_config
 from graftlm.text.collate import Example, encode_rows
-from graftlm.text.dataset import SPLITS, Dataset
+from graftlm.text.dataset import Dataset
 from graftlm.text.preflight import common_texts, show_targets
 from graftlm.text.records import Record
 from graftlm.text.template import Template, load_template
