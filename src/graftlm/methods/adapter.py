@@ -30,8 +30,8 @@ class BottleneckLinear(AdaptedLinear):
 
     def __init__(self, linear: Linear, rank: int, rng: torch.Generator) -> None:
         super().__init__(linear)
-        d, options = linear.out_features, master_options(linear.weight)
-        self.adapter_down = kaiming_parameter(rank, d, linear.weight, rng)
+        d, options = linear.out_features, master_options(linear.stored_weight)
+        self.adapter_down = kaiming_parameter(rank, d, linear.stored_weight, rng)
         self.adapter_down_bias = nn.Parameter(torch.zeros(rank, **options))
         self.adapter_up = nn.Parameter(torch.zeros(d, rank, **options))
         self.adapter_up_bias = nn.Parameter(torch.zeros(d, **options))

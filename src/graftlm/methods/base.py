@@ -18,6 +18,7 @@ from graftlm.errors import InputError, unknown_name_error
 from graftlm.methods.cost_model import ParameterGroup, Passes, total
 from graftlm.models import CausalLM, Linear, ModelConfig
 from graftlm.models.config import our_linear
+from graftlm.models.packed import Weight, dense, packed_weights
 
 PeftFolder = tuple[dict[str, Any], dict[str, Tensor]]
 """The contents of PEFT's two files: adapter_config.json (without the base's name) and adapter_model.safetensors."""
@@ -137,17 +138,17 @@ def master_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def target_device(weight: Tensor) -> torch.device:
+def target_device(weight: Weight) -> torch.device:
     """The device of a trained parameter next to `weight`: the same, or torch's default if that has no data yet."""
     return torch.get_default_device() if weight.device.type == "meta" else weight.device
 
 
-def master_options(weight: Tensor) -> dict[str, Any]:
+def master_options(weight: Weight) -> dict[str, Any]:
     """dtype and device of a trained parameter next to `weight`, as keyword arguments of torch's constructors."""
     return {"dtype": master_dtype(weight.dtype), "device": target_device(weight)}
 
 
-def kaiming_parameter(rows: int, columns: int, weight: Tensor, rng: torch.Generator) -> nn.Parameter:
+def kaiming_parameter(rows: int, columns: int, weight: Weight, rng: torch.Generator) -> nn.Parameter:
     """A trained [rows, columns] matrix next to `weight`, uniform within 1 / sqrt(columns), drawn on the CPU."""
     drawn = torch.empty(rows, columns, dtype=master_dtype(weight.dtype))
     nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=rng)
@@ -166,7 +167,9 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trained, all) parameters; tied embeddings count once."""
-    return sum(p.numel() for p in trainable(model).values()), sum(p.numel() for p in model.parameters())
+    trained, packed = trainable(model).values(), packed_weights(model)
+    every = sum(p.numel() for p in model.parameters()) + sum(weight.numel() for weight in packed)
+    return sum(p.numel() for p in trained), every
 
 
 def trainable_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -240,7 +243,8 @@ class AdaptedLinear(Linear):
     def __init__(self, linear: Linear) -> None:
         with torch.device("meta"):  # no memory, no random numbers: every tensor is set below
             super().__init__(linear.in_features, linear.out_features, linear.bias is not None)
-        self.weight, self.bias = linear.weight, linear.bias
+        self.set_weight(linear.stored_weight)
+        self.bias = linear.bias
 
 
 # Merging --------------------------------------------------------------------------------------------------------------
@@ -255,7 +259,7 @@ class MergeableLinear(Linear):
 
     merge_on_eval = True
     """Whether evaluation merges. Models that share one base's tensors do not, since each merged weight would be a copy;
-    neither do models whose base is sharded across ranks."""
+    neither do models whose base is sharded across ranks. A packed weight is never merged into."""
     _base_tensors: dict[str, Tensor] | None = None
 
     def merged_tensors(self) -> dict[str, Tensor]:
@@ -269,7 +273,9 @@ class MergeableLinear(Linear):
 
     @property
     def base_weight(self) -> Tensor:
-        """The base's own weight, merged or not."""
+        """The base's own weight, merged or not. A packed one's values are in a buffer that the next call overwrites."""
+        if self.packed is not None:
+            return dense(self.packed, self.packed.dtype)
         return self.weight.data if self._base_tensors is None else self._base_tensors["weight"]
 
     def train(self, mode: bool = True) -> Self:
@@ -283,8 +289,8 @@ class MergeableLinear(Linear):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Merge the update, computed in float32 (or wider), if it is not merged yet."""
-        if self.merged or not (merged := self.merged_tensors()):
+        """Merge the update, computed in float32 (or wider), unless it is merged already or the weight is packed."""
+        if self.merged or self.packed is not None or not (merged := self.merged_tensors()):
             return
         self._base_tensors = {name: getattr(self, name).data for name in merged}
         for name, tensor in merged.items():

@@ -41,7 +41,8 @@ class BitFit(Method):
             model.config = self.adapted_config(model.config)
             for name, linear in model.blocks.named_modules():
                 if isinstance(linear, Linear) and linear.bias is None and not name.endswith("router"):
-                    options = {"dtype": linear.weight.dtype, "device": target_device(linear.weight)}
+                    weight = linear.stored_weight
+                    options = {"dtype": weight.dtype, "device": target_device(weight)}
                     linear.bias = nn.Parameter(torch.zeros(linear.out_features, **options), requires_grad=False)
         modules = (m for root in block_modules(model, self.layer_range(model.config)) for m in root.modules())
         biases = [(m, b) for m in modules if isinstance(b := getattr(m, "bias", None), nn.Parameter)]

@@ -34,7 +34,7 @@ class DoRALinear(LoRALinear):
         new = super().from_linear(linear, method, rng)
         assert isinstance(new, DoRALinear)
         empty = torch.empty(linear.out_features, dtype=new.lora_A.dtype, device="meta")
-        new.magnitude = nn.Parameter(empty if linear.weight.device.type == "meta" else new.weight_norm())
+        new.magnitude = nn.Parameter(empty if linear.stored_weight.device.type == "meta" else new.weight_norm())
         return new
 
     @torch.no_grad()

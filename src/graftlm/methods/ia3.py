@@ -34,7 +34,7 @@ class IA3Linear(AdaptedLinear, MergeableLinear):
         self.feedforward = name.endswith(".down")
         width = linear.in_features if self.feedforward else linear.out_features
         # l, by its name in checkpoints
-        self.stretch = nn.Parameter(torch.ones(width, **base.master_options(linear.weight)))
+        self.stretch = nn.Parameter(torch.ones(width, **base.master_options(linear.stored_weight)))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
@@ -46,9 +46,9 @@ class IA3Linear(AdaptedLinear, MergeableLinear):
     def merged_tensors(self) -> dict[str, Tensor]:
         """The weight with scaled columns, or with scaled rows and the bias likewise."""
         if self.feedforward:
-            return {"weight": self.weight.data * self.stretch}
+            return {"weight": self.base_weight * self.stretch}
         bias = {} if self.bias is None else {"bias": self.bias.data * self.stretch}
-        return {"weight": self.weight.data * self.stretch[:, None], **bias}
+        return {"weight": self.base_weight * self.stretch[:, None], **bias}
 
 
 @dataclass(frozen=True)

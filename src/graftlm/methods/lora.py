@@ -24,6 +24,7 @@ from graftlm.methods.cost_model import ParameterGroup, linear_group
 from graftlm.models import CausalLM, Linear, ModelConfig
 from graftlm.models.fused_ops import TORCH, DropoutMask, ReferenceKernels
 from graftlm.models.layers import Dropout, HasFusedOps, draw_mask
+from graftlm.models.packed import Weight, dense, linear
 
 
 class LoRALinear(HasFusedOps, MergeableLinear):
@@ -65,9 +66,10 @@ class LoRALinear(HasFusedOps, MergeableLinear):
         sizes = (linear.in_features, linear.out_features, linear.bias is not None)
         with torch.device("meta"):  # no memory, no random numbers: every tensor is set below
             new = cls(*sizes, method.rank, method.alpha, method.dropout, method.rslora)
-        new.weight, new.bias = linear.weight, linear.bias
-        new.lora_A = base.kaiming_parameter(method.rank, linear.in_features, linear.weight, rng)
-        new.lora_B = nn.Parameter(torch.zeros(linear.out_features, method.rank, **base.master_options(linear.weight)))
+        new.set_weight(weight := linear.stored_weight)
+        new.bias = linear.bias
+        new.lora_A = base.kaiming_parameter(method.rank, linear.in_features, weight, rng)
+        new.lora_B = nn.Parameter(torch.zeros(linear.out_features, method.rank, **base.master_options(weight)))
         return new
 
     def reset_parameters(self) -> None:
@@ -110,7 +112,7 @@ class LoRALinear(HasFusedOps, MergeableLinear):
         low_rank = F.linear(dropped, self.lora_A.to(x.dtype))
         # Scaling B costs out x r products, scaling the update would cost N x out.
         update = F.linear(low_rank, (self.lora_B * self.scale).to(x.dtype))
-        return self._post_process(F.linear(x, self.weight.to(x.dtype), self.bias_before_norm(x)) + update)
+        return self._post_process(linear(x, self.stored_weight, self.bias_before_norm(x)) + update)
 
     def bias_before_norm(self, x: Tensor) -> Tensor | None:
         """The bias that is added to the products, in the dtype of x."""
@@ -140,10 +142,20 @@ def scale_of(lora: "LoRALinear | LoRA") -> float:
 
 def fused_lora_forward(adapted: list["LoRALinear"], x: Tensor, mask: DropoutMask | None) -> list[Tensor]:
     """W x + bias_before_norm + s B A D x for each of the linears, with the hand-written backward pass."""
-    tensors = [t for m in adapted for t in (m.weight, m.bias_before_norm(x), m.lora_A, m.lora_B)]
-    scales, kernels = [m.scale for m in adapted], adapted[0].active_kernels
-    ys = _FusedLoRAFunction.apply(x.reshape(-1, x.shape[-1]), mask, scales, kernels, *tensors)
+    tensors = [t for m in adapted for t in (m.bias_before_norm(x), m.lora_A, m.lora_B)]
+    fixed = _Fixed([m.stored_weight for m in adapted], [m.scale for m in adapted], mask, adapted[0].active_kernels)
+    ys = _FusedLoRAFunction.apply(x.reshape(-1, x.shape[-1]), fixed, *tensors)
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+
+
+@dataclass(frozen=True)
+class _Fixed:
+    """What has no gradient. A weight is not a tensor if it is packed."""
+
+    weights: list[Weight]
+    scales: list[float]
+    mask: DropoutMask | None
+    kernels: ReferenceKernels
 
 
 class _FusedLoRAFunction(torch.autograd.Function):
@@ -158,38 +170,37 @@ class _FusedLoRAFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, mask: DropoutMask | None, scales: list[float], kernels: ReferenceKernels, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, fixed: _Fixed, *tensors: Tensor) -> tuple[Tensor, ...]:
+        mask, scales = fixed.mask, fixed.scales
         mask_scale = mask.scale if mask is not None else 1.0
-        weights, biases, a_s, b_s = (tensors[i::4] for i in range(4))
+        biases, a_s, b_s = (tensors[i::3] for i in range(3))
         a = torch.cat([t * mask_scale for t in a_s]).to(x.dtype)
         b_t = [(b * s).to(x.dtype) for b, s in zip(b_s, scales, strict=True)]
-        dropped = x if mask is None else kernels.apply_dropout_mask(x, mask)
+        dropped = x if mask is None else fixed.kernels.apply_dropout_mask(x, mask)
         low_rank = dropped @ a.T
-        ys = []
-        for weight, bias, b, t in zip(weights, biases, b_t, low_rank.split([len(t) for t in a_s], dim=-1), strict=True):
-            y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-            ys.append(y.addmm_(t, b.T))
-        ctx.save_for_backward(dropped, low_rank, *weights, *a_s, *b_s)
-        ctx.mask, ctx.mask_scale, ctx.scales, ctx.kernels = mask, mask_scale, scales, kernels
+        parts, ys = low_rank.split([len(t) for t in a_s], dim=-1), []
+        for weight, bias, b, t in zip(fixed.weights, biases, b_t, parts, strict=True):
+            ys.append(linear(x, weight, bias).addmm_(t, b.T))
+        ctx.save_for_backward(dropped, low_rank, *a_s, *b_s)
+        ctx.fixed, ctx.mask_scale = fixed, mask_scale
         return tuple(ys)
 
     @staticmethod
     def backward(ctx: Any, *g_s: Tensor) -> tuple[Tensor | None, ...]:
-        (dropped, low_rank, *tensors), n = ctx.saved_tensors, len(ctx.scales)
-        weights, a_s, b_s, dtype = tensors[:n], tensors[n : 2 * n], tensors[2 * n :], dropped.dtype
+        (dropped, low_rank, *tensors), fixed = ctx.saved_tensors, ctx.fixed
+        n, mask, scales, dtype = len(fixed.scales), fixed.mask, fixed.scales, dropped.dtype
+        a_s, b_s = tensors[:n], tensors[n:]
         parts = low_rank.split([len(a) for a in a_s], dim=-1)
-        d_b = [(g.T @ t).to(b.dtype).mul_(s) for g, t, b, s in zip(g_s, parts, b_s, ctx.scales, strict=True)]
-        d_low_rank = torch.cat([g @ (b * s).to(dtype) for g, b, s in zip(g_s, b_s, ctx.scales, strict=True)], dim=-1)
+        d_b = [(g.T @ t).to(b.dtype).mul_(s) for g, t, b, s in zip(g_s, parts, b_s, scales, strict=True)]
+        d_low_rank = torch.cat([g @ (b * s).to(dtype) for g, b, s in zip(g_s, b_s, scales, strict=True)], dim=-1)
         d_a = (d_low_rank.T @ dropped).to(a_s[0].dtype).mul_(ctx.mask_scale).split([len(a) for a in a_s])
         d_x = None
         if ctx.needs_input_grad[0]:
             d_x = d_low_rank @ torch.cat([a * ctx.mask_scale for a in a_s]).to(dtype)
-            d_x = d_x if ctx.mask is None else ctx.kernels.apply_dropout_mask(d_x, ctx.mask)
-            for g, weight in zip(g_s, weights, strict=True):
-                d_x.addmm_(g, weight.to(dtype))
-        return d_x, None, None, None, *(t for a, b in zip(d_a, d_b, strict=True) for t in (None, None, a, b))
+            d_x = d_x if mask is None else fixed.kernels.apply_dropout_mask(d_x, mask)
+            for g, weight in zip(g_s, fixed.weights, strict=True):
+                d_x.addmm_(g, dense(weight, dtype))
+        return d_x, None, *(t for a, b in zip(d_a, d_b, strict=True) for t in (None, a, b))
 
 
 def mark_only_lora_as_trainable(model: nn.Module) -> None:
@@ -267,7 +278,7 @@ class LoRA(Method):
         linears = [m for m in model.modules() if isinstance(m, LoRALinear)]
         d, scale = linears[0].in_features, linears[0].scale
         step = scale * lr * self.plus_ratio * math.sqrt(self.rank / (3 * d))
-        size = math.sqrt(sum(m.weight.float().square().mean().item() for m in linears) / len(linears))
+        size = math.sqrt(sum(m.base_weight.float().square().mean().item() for m in linears) / len(linears))
         divisor, formula = ("sqrt(r)", "alpha*lr/sqrt(3*d)") if self.rslora else ("r", "alpha*lr/sqrt(3*d*r)")
         return (
             f"effective scale: alpha/{divisor} = {scale:g}; one step at the full lr moves an adapted weight "

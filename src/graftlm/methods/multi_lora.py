@@ -182,7 +182,7 @@ def _adapt(
     for name in filter(ranks.__getitem__, names):
         linear = base.get_submodule(name)
         assert isinstance(linear, Linear)
-        options: dict[str, Any] = {"device": linear.weight.device, "dtype": base.dtype}
+        options: dict[str, Any] = {"device": linear.stored_weight.device, "dtype": base.dtype}
         if not adapted:
             a = torch.zeros(len(adapters), sum(ranks.values()), linear.in_features, **options)
         new = adapted[name] = MultiLoRALinear(linear, selection)

@@ -35,6 +35,8 @@ from graftlm.methods.base import PeftFolder, master_dtype, trainable_state_dict
 from graftlm.methods.cost_model import linear_size
 from graftlm.models.base import CausalLM
 from graftlm.models.config import FAMILIES, ModelConfig, Rows, our_linear, stored_linears
+from graftlm.models.layers import Linear
+from graftlm.models.packed import dense
 
 if TYPE_CHECKING:
     from graftlm.methods.lora import LoRA
@@ -321,8 +323,10 @@ def _magnitude(model: CausalLM, state: Mapping[str, Tensor], name: str) -> Tenso
     """[out] of our linear of this name; of one that is not adapted, the norms of the base's rows."""
     if f"{name}.magnitude" in state:
         return state[f"{name}.magnitude"]
-    weight = model.get_parameter(f"{name}.weight").detach()
-    return weight.to(master_dtype(weight.dtype)).square().sum(dim=1).sqrt()
+    linear = model.get_submodule(name)
+    assert isinstance(linear, Linear)
+    weight = linear.stored_weight
+    return dense(weight, master_dtype(weight.dtype)).detach().square().sum(dim=1).sqrt()
 
 
 def _config(config: ModelConfig, method: "LoRA", layouts: Mapping[str, _Layout]) -> dict[str, Any]:

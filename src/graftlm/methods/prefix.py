@@ -142,7 +142,7 @@ class PrefixTuning(Method):
             start = torch.zeros(self.length, width(config), dtype=master_dtype(model.dtype))
             if not self.tokens:
                 start = start.normal_(std=0.02, generator=rng) * (self.hidden == 0)
-            start = start.to(target_device(model.embed.weight))
+            start = start.to(target_device(model.embed.stored_weight))
         model.set_prefix(Prefix(config, start, self.hidden, 0.0 if self.tokens else 0.02, rng))
 
     def init_from_base_weights(self, model: CausalLM) -> None:

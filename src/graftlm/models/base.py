@@ -19,6 +19,7 @@ from graftlm.models.config import ModelConfig
 from graftlm.models.decoder import DecoderBlock
 from graftlm.models.fused_ops import FusedLinearCrossEntropy, FusedLinearLogProbs, ReferenceKernels
 from graftlm.models.layers import AttentionInputs, Dropout, Embedding, HasFusedOps, KVCache, Linear, PairedRow
+from graftlm.models.packed import HasWeight, Weight, linear
 from graftlm.models.rope import RopeConfig, rope_cos_sin
 from graftlm.models.short_conv import ShortConv
 
@@ -65,12 +66,12 @@ class CausalLM(HasFusedOps):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.embed.weight.device
+        return self.embed.stored_weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of activations: the one the base was loaded in, also where trained weights are float32."""
-        return self.compute_dtype or self.embed.weight.dtype
+        return self.compute_dtype or self.embed.stored_weight.dtype
 
     @property
     def max_seq_len(self) -> int:
@@ -211,8 +212,8 @@ class CausalLM(HasFusedOps):
         return x
 
     @property
-    def _head_weight(self) -> Tensor:
-        return self.embed.weight if self.head is None else self.head.weight
+    def _head_weight(self) -> Weight:
+        return (self.embed if self.head is None else self.head).stored_weight
 
     @property
     def _plain_head(self) -> bool:
@@ -223,7 +224,7 @@ class CausalLM(HasFusedOps):
         """[..., d] -> [..., V] in float32 (float64 stays float64)."""
         h, cap = self._scaled(h), self.config.logits_softcap
         bias = None if self.head is None or self.head.bias is None else self.head.bias.to(h.dtype)
-        logits = F.linear(h, self._head_weight.to(h.dtype), bias).to(torch.promote_types(h.dtype, torch.float32))
+        logits = linear(h, self._head_weight, bias).to(torch.promote_types(h.dtype, torch.float32))
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _scaled(self, h: Tensor) -> Tensor:
@@ -259,6 +260,11 @@ def clone_with_shared_weights(base: CausalLM) -> CausalLM:
     for name, p in base.named_parameters():
         module, attribute = name.rsplit(".", 1)
         setattr(model.get_submodule(module), attribute, nn.Parameter(p.data, requires_grad=False))
+    for name, module in base.named_modules():
+        if isinstance(module, HasWeight) and module.packed is not None:
+            new = model.get_submodule(name)
+            assert isinstance(new, HasWeight)
+            new.set_weight(module.packed)
     return model.eval()
 
 

@@ -44,6 +44,7 @@ from torch import Tensor
 from graftlm.errors import GraftError
 from graftlm.files.assets import cache_home
 from graftlm.files.atomic import atomic_write
+from graftlm.models.packed import PackedWeight, Weight, dense, embedding
 
 
 @dataclass
@@ -189,14 +190,14 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, head: Tensor, rows: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    def forward(ctx: Any, h: Tensor, head: Weight, rows: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """h [N, d], head [V, d], rows, targets [K] int64, weights [K] float -> the sum, in float32 or wider."""
         need_h, need_head = ctx.needs_input_grad[:2]
         exact = torch.promote_types(h.dtype, torch.float32)
-        w = head.to(h.dtype)
+        w = dense(head, h.dtype)
         total = torch.zeros((), dtype=exact, device=h.device)
         d_h = torch.empty_like(h) if need_h else None
-        d_head = torch.zeros_like(head) if need_head else None
+        d_head = torch.zeros_like(head) if need_head and isinstance(head, Tensor) else None
         row_weights = torch.zeros(len(h), dtype=exact, device=h.device).index_add_(0, rows, weights.to(exact))
         for start in range(0, len(h), CHUNK):
             here, mine = slice(start, start + CHUNK), (rows >= start) & (rows < start + CHUNK)
@@ -234,10 +235,10 @@ class FusedLinearLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, head: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, h: Tensor, head: Weight, rows: Tensor, targets: Tensor) -> Tensor:
         """h [N, d], head [V, d], rows, targets [K] int64 -> [K], in float32 or wider."""
         exact = torch.promote_types(h.dtype, torch.float32)
-        w = head.to(h.dtype)
+        w = dense(head, h.dtype)
         found = torch.empty(len(rows), dtype=exact, device=h.device)
         means = torch.empty_like(h) if ctx.needs_input_grad[0] and not ctx.needs_input_grad[1] else None
         for start in range(0, len(h), CHUNK):
@@ -246,7 +247,8 @@ class FusedLinearLogProbs(torch.autograd.Function):
             found[mine] = log_p[rows[mine] - start, targets[mine]]
             if means is not None:
                 torch.mm(log_p.exp_().to(h.dtype), w, out=means[here])
-        ctx.save_for_backward(h if means is None else None, head, rows, targets, means)
+        ctx.packed = head if isinstance(head, PackedWeight) else None
+        ctx.save_for_backward(h if means is None else None, None if ctx.packed else head, rows, targets, means)
         return found
 
     @staticmethod
@@ -256,7 +258,7 @@ class FusedLinearLogProbs(torch.autograd.Function):
         if means is not None:
             of_rows = torch.zeros(len(means), dtype=g.dtype, device=g.device).index_add_(0, rows, g)
             d_h = means.to(g.dtype) * -of_rows[:, None]
-            d_h.index_add_(0, rows, head[targets].to(g.dtype) * g[:, None])
+            d_h.index_add_(0, rows, embedding(targets, ctx.packed or head).to(g.dtype) * g[:, None])
             return d_h.to(means.dtype), None, None, None
         h, head = h.detach().requires_grad_(ctx.needs_input_grad[0]), head.detach().requires_grad_()
         with torch.enable_grad():

@@ -25,18 +25,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graftlm.models import fused_ops
+from graftlm.models import fused_ops, packed
 from graftlm.models.config import LayerConfig, ModelConfig
 from graftlm.models.fused_ops import TORCH, DropoutMask, ReferenceKernels
 from graftlm.models.rope import RopeConfig
 
 
-class Linear(nn.Linear):
-    """y = x W^T + b in the dtype of x; W may be stored in another."""
+class Linear(packed.HasWeight, nn.Linear):
+    """y = x W^T + b in the dtype of x; W may be stored in another, or packed (`packed.py`)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return packed.linear(x, self.stored_weight, None if self.bias is None else self.bias.to(x.dtype))
 
     @staticmethod
     def forward_many(linears: "Sequence[Linear]", x: Tensor) -> list[Tensor]:
@@ -50,12 +50,12 @@ def apply_linears(x: Tensor, *linears: Linear) -> list[Tensor]:
     return kind.forward_many(linears, x)
 
 
-class Embedding(nn.Embedding):
-    """Token or position embedding."""
+class Embedding(packed.HasWeight, nn.Embedding):
+    """Token or position embedding; the table may be packed."""
 
     def embed_in_dtype(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """[...] int64 -> [..., d] in `dtype`."""
-        return F.embedding(ids, self.weight).to(dtype)
+        return packed.embedding(ids, self.stored_weight).to(dtype)
 
 
 class LayerNorm(nn.LayerNorm):
