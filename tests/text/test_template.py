@@ -23,6 +23,7 @@ def refused(message: str):
         ("Review: {text}\n ", "Review: fine\n", " good"),
         ("{text}", "fine", " good"),
         ('{"review": "{text}", {0} {label}}: ', '{"review": "fine", {0} {label}}:', " good"),  # other braces stay
+        ("{{text}} {{a b}} {text}} {{{x", "{text} {a b} fine} {{{x", " good"),
     ],
 )
 def test_boundary_between_prompt_and_completion(text: str, prompt: str, completion: str):
@@ -87,7 +88,7 @@ def test_template_without_text_or_with_several(tmp_path: Path):
     with refused("template '{text} {text}' has {text} 2 times: write it once, where the text belongs"):
         load_template("{text} {text}")
     file = tmp_path / "t"
-    file.write_text("Review: {TEXT}")
+    file.write_text("Review: {{text}}, {label} {0}")
     with refused(f"template {str(file)!r} has no {{text}}: write it once, where the text belongs"):
         load_template(str(file))
 

@@ -2,12 +2,12 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftlm.cli import display
 from graftlm.config import EvaluateConfig, GenerateConfig, TrainConfig
-from graftlm.config.flags import parse_columns
 from graftlm.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from graftlm.inference.evaluate import Predictor
     from graftlm.text.bad_rows import BadRowsFlag
     from graftlm.text.collate import Example
+    from graftlm.text.fields import Columns
     from graftlm.text.template import Template
 
 Result = dict[str, Any]
-Source = tuple[str, str, str, dict[str, str]]
+Source = tuple[str, str, str, "Columns"]
 """data, val, test and columns of `load_dataset`."""
-DATA_FLAGS = ("data", "val_data", "test_data", "columns", "bad_rows")
+DATA_FLAGS = ("data", "val_data", "test_data", "bad_rows")
 
 
 def evaluate(parsed: "ParsedArgs", notes: "Console") -> Result:
@@ -153,11 +154,15 @@ def _examples(
     from graftlm.text.collate import subset
     from graftlm.text.dataset import default_labels, load_dataset
     from graftlm.text.labels import taken_from_data
-    from graftlm.text.template import AUTO_LABELS, DEFAULT_LABELS, load_template
+    from graftlm.text.template import AUTO_LABELS, COLUMN_FLAGS, DEFAULT_LABELS, load_template, read_columns
 
     run: Result = (loaded.run or {}).get("config", {})
-    source, train_source = _sources(config, run)
     template = loaded.template
+    # Flags of the run say how its own data are read; another file has its own columns.
+    own = config.data or any(getattr(config, flag) for flag in COLUMN_FLAGS)
+    flags = config if own else replace(config, **{flag: run[flag] for flag in COLUMN_FLAGS if flag in run})
+    asking = load_template(config.template) if config.template else template or load_template(TrainConfig.template)
+    source, train_source = _sources(config, run, read_columns(flags, asking))
     if template is None or config.template or config.labels:
         named = next(filter(None, source[:3]))
         labels = config.labels or run.get("labels") or AUTO_LABELS
@@ -201,10 +206,10 @@ def _examples(
     return template, asked.examples, asked.content_free
 
 
-def _sources(config: EvaluateConfig, run: Result) -> tuple["Source", "Source | None"]:
+def _sources(config: EvaluateConfig, run: Result, columns: "Columns") -> tuple["Source", "Source | None"]:
     """What to evaluate on, and where the demonstrations are if they are elsewhere, as arguments of `load_dataset`."""
     own = TrainConfig(**{flag: run[flag] for flag in DATA_FLAGS if flag in run})
-    split, columns = config.split or "test", parse_columns(config.columns)
+    split = config.split or "test"
     if config.data:
         several = config.split or config.val_data or config.test_data
         if several or not Path(config.data).is_file():
@@ -215,7 +220,6 @@ def _sources(config: EvaluateConfig, run: Result) -> tuple["Source", "Source | N
                 "add --split test, or name the texts to evaluate with --test_data"
             )
         return ("", "", config.data, columns), None
-    columns = columns or parse_columns(own.columns)
     everything = (own.data, own.val_data, own.test_data, columns)
     if file := config.test_data if split == "test" else config.val_data:
         source = ("", "", file, columns) if split == "test" else ("", file, "", columns)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from graftlm.errors import InputError
 
@@ -23,7 +24,7 @@ class CsvFormat:
 AUTOMATIC = CsvFormat()
 
 
-def csv_format(columns: Mapping[str, str]) -> tuple[dict[str, str], CsvFormat]:
+def csv_format(columns: Mapping[str, Any]) -> tuple[dict[str, Any], CsvFormat]:
     """The columns by field, and the format that CSV_KEYS among them name. Raises InputError for an unknown value."""
     given = {key: columns[key] for key in CSV_KEYS if key in columns}
     allowed = {

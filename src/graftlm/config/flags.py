@@ -140,7 +140,15 @@ class DataFlags(Flags):
     input, output; and others (docs/how-to.md). Of a .csv also how it is written, where that is not found:
     encoding=cp1252; delimiter=comma, semicolon, tab or pipe; header=yes, or no for columns column1, column2, …"""
     template: str = "sentiment"
-    """The prompt template: a built-in name (sentiment, question, plain), a file, or a string with {text} in it."""
+    """The prompt template of texts with labels: a built-in name (sentiment, question, plain), a file, or a string with
+    {text} or other fields of the data in it, as in 'Premise: {premise} Claim: {claim} True?'."""
+    prompt: str = ""
+    """A prompt made of the data's fields, together with --completion, as in $'{instruction}\\n{input}'; nested fields
+    are named with dots, as in {answers.text.0}."""
+    completion: str = ""
+    """The completion made of the data's fields, as in '{output}'; with --prompt."""
+    messages: str = ""
+    """The column that holds messages, or a field nested in one (data.turns)."""
     labels: str = "negative,positive"
     """The label words, comma-separated, in the order of the label numbers. Default, and auto: negative,positive if the
     data's labels are these words or 0 and 1, else the names in a parquet file's schema, else the train split's labels
@@ -154,6 +162,14 @@ class DataFlags(Flags):
     def __post_init__(self) -> None:
         super().__post_init__()
         parse_columns(self.columns)
+        if bool(self.prompt) != bool(self.completion):
+            flag, other = ("prompt", "completion") if self.prompt else ("completion", "prompt")
+            example = "{answer}" if self.prompt else "{question}"
+            raise InputError(f"--{flag} {getattr(self, flag)!r}: needs --{other}, as in --{other} '{example}'")
+        if self.prompt and self.messages:
+            raise InputError(
+                f"--messages {self.messages}: messages hold prompts and answers: leave --prompt and --completion out"
+            )
 
 
 # The command line -----------------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def import_adapter(config: ImportConfig, say: Callable[[str], object] = lambda l
             "method": method.to_json(),
             "base": {"name": name, "sha256": sha256},
             "data": {"name": None, "fingerprint": None, "examples": {}, "chat": learned_chat(source, tokenizer)},
-            "template": {"name": template.name, "text": template.text, "labels": list(template.labels)},
+            "template": template.to_json(),
             "versions": {"graftlm": version("graftlm")},
             "results": None,
             "trainable": trainable,

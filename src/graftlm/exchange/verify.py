@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftlm.config.flags import parse_columns
+from graftlm.config import TrainConfig
 from graftlm.errors import GraftError, InputError
 from graftlm.exchange.load import ModelBundle
 from graftlm.files.assets import is_local_data
 from graftlm.models import CausalLM
 from graftlm.text.collate import encode_rows, subset
 from graftlm.text.dataset import SPLITS, load_dataset
+from graftlm.text.template import COLUMN_FLAGS, read_columns
 
 PROMPTS, POSITIONS = 8, 32
 """Number of prompts, and of each one's last positions: at V = 50,000 their logits take 50 MB."""
@@ -93,7 +94,8 @@ def verification_prompts(loaded: ModelBundle, data: dict[str, Any]) -> tuple[lis
     name, val, test = (data.get(flag) or "" for flag in ("data", "val_data", "test_data"))
     if is_local_data(name):
         try:
-            columns = parse_columns(data.get("columns") or "")
+            flags = TrainConfig(**{flag: data[flag] for flag in COLUMN_FLAGS if data.get(flag)})
+            columns = read_columns(flags, template)
             splits = load_dataset(name, val, test, columns, template.labels, data.get("bad_rows") or "stop").splits
             split = next(name for name in reversed(SPLITS) if splits.get(name))
             examples, _ = encode_rows(subset(splits[split], PROMPTS), template, tokenizer, longest)

@@ -22,8 +22,9 @@ from graftlm.files.packed import raise_error
 from graftlm.files.readers import read_records
 from graftlm.files.split_files import MAX_NAMED, NO_DATA, SPLITS, files_by_split
 from graftlm.text.bad_rows import BadRows, BadRowsFlag
+from graftlm.text.fields import Columns, UnknownFieldError, field_names, read_fields, taken_from
 from graftlm.text.labels import labels_of
-from graftlm.text.layouts import CONTEXT, LABELLED, LABELLED_NAMES, Layout, check_columns, missing_column, recognise
+from graftlm.text.layouts import CONTEXT, LABELLED, LABELLED_NAMES, Layout, check_columns, recognise
 from graftlm.text.records import Document, Record, hashed_values
 from graftlm.text.rows import LabelWords, Row
 from graftlm.text.template import DEFAULT_LABELS
@@ -52,8 +53,8 @@ class Dataset:
 class Reading:
     """How the user wants files to be read, and what is found in them."""
 
-    columns: Mapping[str, str]
-    """A column of the files by key of the layout."""
+    columns: Columns
+    """By key of the layout, where it is taken from."""
     csv: CsvFormat
     labels: LabelWords = NO_LABELS
     notes: list[str] = field(default_factory=list)
@@ -65,7 +66,7 @@ def load_dataset(
     data: str,
     val: str = "",
     test: str = "",
-    columns: Mapping[str, str] | None = None,
+    columns: Columns | None = None,
     labels: Sequence[str] = (),
     bad_rows: BadRowsFlag = "stop",
 ) -> Dataset:
@@ -74,8 +75,8 @@ def load_dataset(
     Args:
         data: a built-in name, a hub name, a local folder or file (`files.assets.data_folder`); "" for none.
         val, test: files with these splits, in addition to `data`.
-        columns: the column of the files by key of the layout ("text", "label", "prompt", …), where they differ, and how
-            a .csv is written (`config.csv_format`).
+        columns: by key of the layout ("text", "label", "prompt", …) the column of the files where it differs, a nested
+            field, or a text with fields (`text/fields.py`); and how a .csv is written (`config.csv_format`).
         labels: the label words by label number. A label in the data is one of them in any case, or a number from 0
             on; without words, any number.
         bad_rows: stop with an error that counts them all, or skip them; of a data set with train, all of test.
@@ -114,7 +115,8 @@ def load_dataset(
         sizes = ", ".join(f"{split} {len(splits[split])}" for split in SPLITS)
         notes.append(f"{data} names no {' or '.join(missing)} split: held out from train {how} ({sizes} rows)")
     skipped = f"; columns not read: {', '.join(sorted(unused))}" if unused else ""
-    notes.append(f"{name}: read as {' and '.join(map(str, layouts))}{skipped}")
+    taken = f"; {taken}" if (taken := taken_from(named)) else ""
+    notes.append(f"{name}: read as {' and '.join(map(str, layouts))}{taken}{skipped}")
     return Dataset(name, splits, notes, fingerprint(splits), tuple(map(str, layouts)), tuple(sorted(unused)))
 
 
@@ -122,7 +124,7 @@ def load_prompts(
     data: str,
     split: str = "train",
     opening: int = 0,
-    columns: Mapping[str, str] | None = None,
+    columns: Columns | None = None,
     bad_rows: BadRowsFlag = "stop",
 ) -> tuple[list[Document], list[str]]:
     """The prompts of a data set, and notes on what was not read.
@@ -226,29 +228,23 @@ def _layout(path: Path, row: Row, reading: Reading) -> Layout:
 
 
 def _rows(path: Path, split: str, reading: Reading) -> Iterator[Row]:
-    """The rows of a file, with columns renamed."""
-    columns = reading.columns
+    """The rows of a file, with the layout's keys."""
     records = read_records(path, split, reading.csv, reading.notes, reading.on_bad_row)
     for number, (source, values) in enumerate(records):
-        if lacking := [key for key, column in columns.items() if column not in values]:
-            error = InputError(
-                f"{source if number else path}: {missing_column(columns[lacking[0]], values, lacking[0])}"
-            )
-            if number == 0:
-                raise error
-            reading.on_bad_row(source, error)
-            continue
-        if columns:
-            renamed = {key: values[column] for key, column in columns.items()}
-            others = {column: value for column, value in values.items() if column not in columns.values()}
-            values = {**others, **renamed}
+        if reading.columns:
+            values, problem = read_fields(values, reading.columns)
+            if number == 0 and isinstance(problem, UnknownFieldError):
+                raise InputError(f"{path}: {problem}")
+            if problem is not None:
+                reading.on_bad_row(source, InputError(f"{source}: {problem}"))
+                continue
         yield Row(source, values, reading.labels)
 
 
 # Label words that the data names --------------------------------------------------------------------------------------
 
 
-def default_labels(data: str, columns: Mapping[str, str] | None = None) -> str:
+def default_labels(data: str, columns: Columns | None = None) -> str:
     """What --labels is where it is not given: the default's, if they are the data's labels, else the data's own.
 
     Those are the names in a parquet file's schema, or the different labels of the train split (`labels.labels_of`).
@@ -291,14 +287,14 @@ def _label_values(paths: Iterable[Path], split: str, reading: Reading) -> Iterat
             yield row.source, row.columns.get(key)
 
 
-def _class_names(path: Path, columns: Mapping[str, str]) -> tuple[str, ...]:
+def _class_names(path: Path, columns: Columns) -> tuple[str, ...]:
     """The label words in a parquet file's schema, under any name of the label's column."""
     if path.is_dir():
         return tuple(folder.name for folder in class_folders(path))
-    return class_names(path, *([columns["label"]] if "label" in columns else LABELLED_NAMES["label"]))
+    return class_names(path, *(field_names(columns["label"]) if "label" in columns else LABELLED_NAMES["label"]))
 
 
-def _check_class_names(path: Path, columns: Mapping[str, str], labels: Sequence[str]) -> None:
+def _check_class_names(path: Path, columns: Columns, labels: Sequence[str]) -> None:
     """Raise InputError if a parquet file's schema gives the label numbers other words than --labels."""
     names = _class_names(path, columns)
     meant = [_meant(name, labels) for name in names]

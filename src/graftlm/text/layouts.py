@@ -10,11 +10,11 @@ To add a layout, write its function and its entry here.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from typing import Any
 
 from graftlm.errors import InputError, did_you_mean
 from graftlm.text.chat import Message
+from graftlm.text.fields import Columns, missing_column
 from graftlm.text.records import Completion, Conversation, Document, Labelled, Preference, Record, Unpaired
 from graftlm.text.rows import BOOLEANS, Row, as_bool
 from graftlm.text.transcripts import (
@@ -334,7 +334,7 @@ ABOUT_DOCUMENTS = {
 """Columns that say where a document is from; they are not learned."""
 
 
-def check_columns(columns: Mapping[str, str]) -> None:
+def check_columns(columns: Columns) -> None:
     """Raise InputError for fields of --columns that no layout reads, or none reads together."""
     every = (*LAYOUTS, *MORE_LAYOUTS)
     fields = list(dict.fromkeys(key for layout in every for key in (*layout.keys, *layout.optional)))
@@ -414,11 +414,3 @@ def _readable(layouts: Sequence[Layout], fields: Iterable[str]) -> list[Layout]:
 def _names() -> str:
     others = len(LAYOUTS) + len(MORE_LAYOUTS) - COMMON
     return f"{', '.join(map(str, LAYOUTS[:COMMON]))}, and {others} more (docs/how-to.md)"
-
-
-def missing_column(column: str, columns: Mapping[str, Any], key: str) -> str:
-    """What is wrong when a file has no column of this name, and what to do."""
-    near = get_close_matches(column, list(map(str, columns)), n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    present = ", ".join(map(str, columns)) or "none"
-    return f"no column {column!r}: {hint}the columns are {present}; name it with --columns {key}=COLUMN"

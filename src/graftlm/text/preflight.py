@@ -16,6 +16,7 @@ from graftlm.text.template import Template
 from graftlm.text.tokenizer import Tokenizer
 from graftlm.text.words import normalize
 
+BACKSLASH = "has a backslash and an n, not a line break: in a shell, write $'…\\n…'"
 WINDOW_SHOWN = 40
 """Tokens of a window that its example shows."""
 
@@ -58,7 +59,7 @@ def preflight(
         if (mark := examples[0].desirable) is not None and all(example.desirable is mark for example in examples):
             notes.append(f"every example in {split} is {'desirable' if mark else 'undesirable'}: KTO learns from both")
     if "\\n" in template.text:
-        notes.append("the template has a backslash and an n, not a line break: in a shell, write $'…\\n…'")
+        notes.append(f"the template {BACKSLASH}")
     first = next((example for examples in splits.values() for example in examples), None)
     return [*notes, f"example: {show_targets(first, tokenizer)}"] if first else notes
 

@@ -7,8 +7,13 @@
 
 The space belongs to the completion (`text/boundary.py`), so a trailing space of the template moves there. Without one,
 a space is added, but not after a line break, nor in scripts that are written without spaces (Chinese, Japanese, Thai).
-A template that ends in `{label}` says itself what precedes the label: "{text} ({label}". Other braces are plain
-characters.
+A template that ends in `{label}` says itself what precedes the label: "{text} ({label}".
+
+A template may name any fields of the data (`text/fields.py`); `{text}` alone is the common case. The text is then all
+from the first field to the last, and is truncated as one:
+
+    "Premise: {premise}\\nHypothesis: {hypothesis}\\nAnswer:"
+    head  "Premise: "       text  "{premise}\\nHypothesis: {hypothesis}"       tail  "\\nAnswer:"
 """
 
 import re
@@ -18,8 +23,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from graftlm.config.flags import DataFlags, parse_columns
 from graftlm.config.paths import read_text, user_path
 from graftlm.errors import InputError, unknown_name_error
+from graftlm.text.fields import Columns, FieldText, with_one_field
 from graftlm.text.words import UNSPACED, normalize
 
 FIELD, LABEL = "{text}", "{label}"
@@ -38,14 +45,16 @@ DEFAULT = "sentiment"
 CUSTOM = "custom"  # the name of a template given as a string
 DEFAULT_LABELS = "negative,positive"
 AUTO_LABELS = "auto"  # the label words that the data names
+COLUMN_FLAGS = ("columns", "prompt", "completion", "messages")
+"""The flags that, with the template, say what of the data is read."""
 
 
 @dataclass(frozen=True)
 class Template:
     """The prompt for a text and the completion for a label.
 
-    text: contains `{text}` exactly once. labels: the label words by label number.
-    Raises InputError if it does not, or if label words are equal.
+    text: has a field, and none of them twice. labels: the label words by label number.
+    Raises InputError if it has not, or if label words are equal.
     """
 
     name: str
@@ -58,12 +67,19 @@ class Template:
     def of_run(cls, run: Mapping[str, Any]) -> "Template":
         """The template that run.json records."""
         recorded = run["template"]
-        return cls(recorded["name"], recorded["text"], tuple(recorded["labels"]))
+        text = recorded["text"] if "fields" in recorded else with_one_field(recorded["text"], "text")
+        return cls(recorded["name"], text, tuple(recorded["labels"]))
+
+    def to_json(self) -> dict[str, Any]:
+        """What run.json records."""
+        fields = list(self._fields.fields)
+        return {"name": self.name, "text": self.text, "labels": list(self.labels), "fields": fields}
 
     def __post_init__(self) -> None:
-        count = self.text.count(FIELD)
-        if count != 1:
-            problem = f"has no {FIELD}" if count == 0 else f"has {FIELD} {count} times"
+        fields = self._fields.fields
+        if len(fields) != len(set(fields)) or not fields:
+            twice = next((name for name in fields if fields.count(name) > 1), "")
+            problem = f"has {{{twice}}} {fields.count(twice)} times" if fields else f"has no {FIELD}"
             name = repr(self.name if self.name != CUSTOM else self.text)
             raise InputError(f"template {name} {problem}: write it once, where the text belongs")
         _check_labels(self.labels)
@@ -75,12 +91,22 @@ class Template:
     @cached_property
     def head(self) -> str:
         """The prompt before the text."""
-        return self.text_prefix + self._prompt_text.partition(FIELD)[0]
+        return self.text_prefix + self._fields.parts[0][0]
 
     @cached_property
     def tail(self) -> str:
         """The prompt after the text, without trailing spaces, which belong to the completion."""
-        return self._prompt_text.partition(FIELD)[2].rstrip(" ")
+        return self._fields.end.rstrip(" ")
+
+    @cached_property
+    def columns(self) -> Columns:
+        """What of the data is the text; empty if it is the column "text"."""
+        (_, first), *others = self._fields.parts
+        return {} if self._fields.fields == ("text",) else {"text": FieldText((("", first), *others), "")}
+
+    @cached_property
+    def _fields(self) -> FieldText:
+        return FieldText.parse(self._prompt_text, plain="label")
 
     @property
     def _prompt_text(self) -> str:
@@ -114,8 +140,8 @@ def load_template(spec: str, labels: str = DEFAULT_LABELS) -> Template:
     """The template of `--template` and `--labels`.
 
     Args:
-        spec: a built-in name, a string with `{text}` in it, or the path of a UTF-8 file with such a string (without
-            the line break at its end). Escapes such as \\n are not interpreted.
+        spec: a built-in name, a string with `{text}` or other fields in it, or the path of a UTF-8 file with such a
+            string (without the line break at its end). Escapes such as \\n are not interpreted.
         labels: the label words by label number, comma-separated: "negative,positive".
 
     Raises InputError for an unknown name, an unreadable file or an invalid template.
@@ -124,7 +150,7 @@ def load_template(spec: str, labels: str = DEFAULT_LABELS) -> Template:
     if spec in BUILTIN:
         _check_labels(words)
         return Template(spec, BUILTIN[spec].replace("{labels}", " or ".join(words)), words)
-    if FIELD in spec:
+    if FieldText.parse(spec, plain="label").fields:
         return Template(CUSTOM, spec, words)
     path = user_path(spec, "template ")
     if spec.strip() and _is_file(path):
@@ -132,6 +158,26 @@ def load_template(spec: str, labels: str = DEFAULT_LABELS) -> Template:
         return Template(spec, text.removesuffix("\n"), words)  # which editors add
     error = unknown_name_error("template", spec, BUILTIN)
     raise InputError(f"{error}; or give a file, or a string with {FIELD} in it")
+
+
+def read_columns(flags: DataFlags, template: Template) -> Columns:
+    """What of the data is read, by `--columns`, `--prompt`, `--completion`, `--messages` and the template.
+
+    Raises InputError if a key is named twice, and for a completion without fields.
+    """
+    named, own = parse_columns(flags.columns), dict[str, str | FieldText]()
+    if flags.prompt:
+        own = {"prompt": FieldText.parse(flags.prompt), "completion": FieldText.parse(flags.completion)}
+    elif flags.messages:
+        own = {"messages": flags.messages}
+    else:
+        own = dict(template.columns)
+    if flags.prompt and not FieldText.parse(flags.completion).fields:
+        raise InputError(f"--completion {flags.completion!r}: names no field: write one in braces, as in {{output}}")
+    for key in named.keys() & own.keys():
+        flag = "template" if key == "text" else key
+        raise InputError(f"--columns {key}={named[key]}: --{flag} names the {key}'s fields already: leave one out")
+    return {**named, **own}
 
 
 def get_sentiment_prompt(text: str, label: int | str | None = None) -> str:

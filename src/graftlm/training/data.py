@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 from graftlm.config import TrainConfig
-from graftlm.config.flags import parse_columns
 from graftlm.config.training import OBJECTIVES
 from graftlm.errors import InputError
 from graftlm.inference.decoder import MAX_PASS_TOKENS
@@ -14,9 +13,9 @@ from graftlm.text.boundary import label_ids
 from graftlm.text.collate import Example, encode_rows, subset
 from graftlm.text.dataset import Dataset, default_labels, load_dataset
 from graftlm.text.labels import taken_from_data
-from graftlm.text.preflight import control_token_notes, conversation_notes, document_notes, preflight
+from graftlm.text.preflight import BACKSLASH, control_token_notes, conversation_notes, document_notes, preflight
 from graftlm.text.records import Labelled, Record
-from graftlm.text.template import AUTO_LABELS, DEFAULT, DEFAULT_LABELS, Template
+from graftlm.text.template import AUTO_LABELS, DEFAULT, DEFAULT_LABELS, Template, load_template, read_columns
 from graftlm.text.tokenizer import Tokenizer
 from graftlm.training.batches import TrainingData
 from graftlm.training.objectives import objective_class
@@ -30,7 +29,8 @@ def with_labels(config: TrainConfig, explicit: Set[str]) -> TrainConfig:
     """The config with the label words that the data names, unless --labels is given (auto: as if it is not)."""
     if "labels" in explicit and config.labels != AUTO_LABELS:
         return config
-    return replace(config, labels=default_labels(config.data, parse_columns(config.columns)))
+    columns = read_columns(config, load_template(config.template))
+    return replace(config, labels=default_labels(config.data, columns))
 
 
 def read_data(config: TrainConfig, explicit: Set[str], template: Template) -> Dataset:
@@ -39,7 +39,7 @@ def read_data(config: TrainConfig, explicit: Set[str], template: Template) -> Da
         config.data,
         config.val_data,
         config.test_data,
-        parse_columns(config.columns),
+        read_columns(config, template),
         template.labels,
         config.bad_rows,
     )
@@ -51,6 +51,8 @@ def read_data(config: TrainConfig, explicit: Set[str], template: Template) -> Da
     labelled = isinstance(dataset.splits["train"][0], Labelled)
     if labelled and "labels" not in explicit and template.labels != tuple(DEFAULT_LABELS.split(",")):
         dataset.notes.append(taken_from_data(template.labels))
+    if "\\n" in config.prompt + config.completion:
+        dataset.notes.append("--prompt or --completion " + BACKSLASH)
     reviews = any(name in str(config.data) for name in ("tomatoes", "imdb"))
     if labelled and config.template == DEFAULT and "template" not in explicit and not reviews:
         dataset.notes.append(

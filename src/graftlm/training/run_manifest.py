@@ -87,7 +87,7 @@ def new_manifest(
             "examples": {split: len(examples) for split, examples in run.data.splits.items()},
             "chat": is_chat(dataset.splits["train"][0]),
         },
-        "template": {"name": template.name, "text": template.text, "labels": list(template.labels)},
+        "template": template.to_json(),
         "device": str(run.device),
         "dtype": str(run.loaded.model.dtype).removeprefix("torch."),
         "dtype_reason": run.loaded.dtype_reason,
