@@ -216,12 +216,37 @@ def test_a_configuration_of_a_data_set(tmp_path: Path, monkeypatch: pytest.Monke
         assert {split: len(rows) for split, rows in data.splits.items()} == {"train": 8, "validation": 1, "test": 9}
         assert not any("helpful-base" in request for request in mirror.requests)
         with pytest.raises(
-            InputError, match=r":cola: this data set has no folder 'cola': leave it out, or name another$"
+            InputError, match=r"^org/hh:cola: this data set has no 'cola': leave it out, or name another$"
         ):
             data_folder("org/hh:cola")
         with pytest.raises(
             InputError, match=r"several data sets, harmless-base, helpful-base: name one, as in NAME:harm"
         ):
             load_dataset("org/hh")
-        with pytest.raises(InputError, match=r":\.\.: this data set has no folder"):
+        with pytest.raises(InputError, match=r":\.\.: this data set has no '\.\.': leave it out"):
             data_folder(f"{tmp_path / 'hh'}:..")
+
+
+def test_the_files_of_a_configuration_are_what_its_card_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only they are fetched, wherever they are; without a default configuration nothing is."""
+    line = '{"prompt": "p", "completion": "c"}\n'
+    for name in ("en/train_sft.jsonl", "en/test_sft.jsonl", "en/train_gen.jsonl", "de.jsonl", "en/run.py", "big.jsonl"):
+        (tmp_path / "chats" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "chats" / name).write_text(line * 3)
+    paths = {"train_sft": "en/train_sft*", "test_sft": "en/t*_sft.jsonl", "train_gen": "en"}
+    splits = ", ".join(f"{{split: {split}, path: {path}}}" for split, path in paths.items())
+    configs = f"- {{config_name: english, data_files: [{splits}]}}\n- {{config_name: german, data_files: de.jsonl}}"
+    (tmp_path / "chats" / "README.md").write_text(f"---\nconfigs:\n{configs}\n---\n")
+    with serve(datasets={"org/chats": tmp_path / "chats"}) as mirror:
+        monkeypatch.setenv("HF_ENDPOINT", mirror.url)
+        with pytest.raises(
+            InputError, match=r"^org/chats: holds several data sets, english, german: name one, as in NAME:english"
+        ):
+            data_folder("org/chats")
+        assert files(data_folder("org/chats:german")) == {"README.md", "de.jsonl"}
+        sft = {"en/train_sft.jsonl", "en/test_sft.jsonl"}
+        assert files(data_folder("org/chats:english:sft")) == {"README.md", "de.jsonl", *sft}
+        with pytest.raises(InputError, match=r":french: this data set has no 'french': it has english, german$"):
+            data_folder("org/chats:french")
+        assert files(data_folder("org/chats:english")) == {"README.md", "de.jsonl", *sft, "en/train_gen.jsonl"}
+        assert not any(name in request for request in mirror.requests for name in ("run.py", "big"))

@@ -629,8 +629,9 @@ CARDS = {
         "",
     ),
     "no split of ours": ("\n- data_files: [{split: train, path: a.jsonl}, {split: raw, path: none.txt}]", "a", ""),
-    "several": ("\n- {config_name: x, data_files: a.jsonl}\n- {config_name: y, data_files: sub/*.jsonl}", "t", ""),
-    "none": ("\n- {config_name: x, data_dir: sub}", "t", ""),
+    "only a folder": ("\n- {config_name: x, data_dir: sub}", "bc", ""),
+    "no files": ("\n- {config_name: x, description: y}", "t", ""),
+    "one split": ("\n- data_files: [{split: raw, path: 'sub/*'}]", "bc", ""),
 }
 
 
@@ -712,7 +713,7 @@ def test_split_in_two_files(tmp_path: Path, first: str, second: str, split: str)
 
 def test_folder_without_splits(tmp_path: Path):
     (tmp_path / "reviews.xls").write_text("x")
-    jsonl(tmp_path / "en" / "notes.jsonl", *many(2))
+    jsonl(tmp_path / "en" / "old" / "notes.jsonl", *many(2))
     with refused(
         f"{tmp_path}: no train, validation or test file ({SUFFIXES}) in this folder; it holds en, reviews.xls"
     ):

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 from collections import ChainMap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -26,6 +26,7 @@ from typing import Any
 from graftlm.config.paths import has_suffix, user_path
 from graftlm.errors import InputError, unknown_name_error
 from graftlm.files.atomic import atomic_directory, cleanup_tmp, lock_file, write_json, write_text
+from graftlm.files.dataset_card import DataSource, read_card, several_configs
 from graftlm.files.fetch import (
     DATA_FILES,
     HUB_NAME,
@@ -38,7 +39,7 @@ from graftlm.files.fetch import (
 )
 from graftlm.files.formats import read_json, sha256_file, weight_files
 from graftlm.files.packed import COMPRESSED
-from graftlm.files.readers import DATA_SUFFIXES, GGUF, SUFFIXES, WEIGHT_SUFFIXES, is_data_file
+from graftlm.files.readers import DATA_CARD, DATA_SUFFIXES, GGUF, SUFFIXES, WEIGHT_SUFFIXES, is_data_file
 
 FORMAT_VERSION = 1  # raise it when the content of an unpacked folder changes: older folders are then built again
 HELD_OUT = 533  # reviews of each label in test, and as many in validation
@@ -193,35 +194,82 @@ def _folder_with_config(name: str, only: str | list[str] | None = None) -> Path:
 
 
 def data_folder(name: str) -> Path:
-    """A data set's folder or file: a built-in name, a local folder or file, or `org/name[@revision]` on the hub.
+    """A data set's folder or file: see `data_source`."""
+    return data_source(name).path
 
-    `org/name:sst2`, and `folder:sst2`, is its folder sst2: on the hub, configurations have folders of their names.
+
+def data_source(name: str) -> DataSource:
+    """A data set: a built-in name, a local folder or file, or `org/name[@revision]` on the hub.
+
+    `NAME:mnli`, also of a local folder, is a configuration: one of its card, or its folder of that name. What follows,
+    as in `NAME:mnli:matched` or `NAME:sft`, is a kind of splits (`split_files.py`).
     """
     if name in BUILTIN_DATA:
-        return _unpacked(name)
-    path, whole, config = user_path(name), name, ""
-    if ":" in name and not path.exists():
-        whole, _, config = name.rpartition(":")
-        path = user_path(whole)
-    if not whole or not path.exists():
+        return DataSource(_unpacked(name))
+    whole, choices = name, list[str]()
+    while ":" in whole and not user_path(whole).exists():
+        whole, _, choice = whole.rpartition(":")
+        choices.insert(0, choice)
+    if not all(choices) or len(choices) > 2:
+        raise InputError(f"{name}: name a configuration and a kind of splits at most, as in NAME:mnli:matched")
+    if whole and user_path(whole).exists():
+        source = _chosen(user_path(whole), choices)
+    else:
         _check_hub_name("data set", whole, [*BUILTIN_DATA, *HUB_DATA], (*DATA_SUFFIXES, *COMPRESSED))
-        hint = f"use the built-in {' or '.join(BUILTIN_DATA)}, or a local jsonl, csv or parquet file"
-        path = hub_folder(whole, "dataset", hint, [f"{config}/{pattern}" for pattern in DATA_FILES] if config else None)
-    if config:
-        path = _configuration(path, config)
-    files = [path] if path.is_file() else path.rglob("*")
+        source = _from_hub(whole, choices)
+    files = [source.path] if source.path.is_file() else source.path.rglob("*")
     if not any(map(is_data_file, files)):
-        problem = "is not a data file that we read" if path.is_file() else "holds no data file"
-        raise InputError(f"{path}: {problem}: use {SUFFIXES}")
-    return path
+        problem = "is not a data file that we read" if source.path.is_file() else "holds no data file"
+        raise InputError(f"{source.path}: {problem}: use {SUFFIXES}")
+    if source.kind and not _has_kind(source):
+        raise InputError(f"{name}: this data set has no {source.kind!r}: leave it out, or name another")
+    return source
 
 
-def _configuration(path: Path, config: str) -> Path:
-    """The folder of a configuration. Raises InputError if the data set has none of that name."""
-    folder = path / config
-    if Path(config).name != config or config == ".." or not folder.is_dir():
-        raise InputError(f"{path}:{config}: this data set has no folder {config!r}: leave it out, or name another")
-    return folder
+def _has_kind(source: DataSource) -> bool:
+    """Whether a split or a file has the kind in its name."""
+    config = read_card(source.path).config(source.config)
+    names = [*(config.files if config else ()), *(path.name for path in source.path.rglob("*") if is_data_file(path))]
+    return any(source.kind.lower() in name.lower() for name in names)
+
+
+def _chosen(path: Path, choices: Sequence[str]) -> DataSource:
+    """What the choices after a data set's name say: a configuration, a folder or a kind of splits, in this order."""
+    if not choices:
+        return DataSource(path)
+    first, kind = choices[0], "".join(choices[1:])
+    if not path.is_dir():
+        raise InputError(f"{path}:{first}: {path.name} is one file: leave {first!r} out")
+    card = read_card(path)
+    if first in card.configs:
+        return DataSource(path, first, kind)
+    if Path(first).name == first != ".." and (path / first).is_dir():
+        return DataSource(path / first, kind=kind)
+    if kind or (card.configs and card.default is None):
+        known = f"it has {', '.join(card.configs)}" if card.configs else "leave it out, or name another"
+        raise InputError(f"{path}:{first}: this data set has no {first!r}: {known}")
+    return DataSource(path, kind=first)
+
+
+def _from_hub(name: str, choices: Sequence[str]) -> DataSource:
+    """The snapshot of a data set: first its card, then the files of one configuration, or all if the card has none."""
+    hint = f"use the built-in {' or '.join(BUILTIN_DATA)}, or a local jsonl, csv or parquet file"
+    inside = [f"{first}/{form}" for first in choices[:1] for form in DATA_FILES]
+    folder = hub_folder(name, "dataset", hint, [DATA_CARD, *inside])
+    source, card = _chosen(folder, choices), read_card(folder)
+    if source.path != folder:
+        return source
+    config = card.config(source.config)
+    if card.configs and config is None:
+        raise several_configs(name, card.configs)
+    named = config.patterns(source.kind) if config else [f"*{source.kind}*" if source.kind else ""]
+    patterns = [form for one in named for form in ([one] if is_data_file(one) else _data_files(one))]
+    return source._replace(path=hub_folder(name, "dataset", hint, [DATA_CARD, *patterns]))
+
+
+def _data_files(pattern: str) -> list[str]:
+    """Patterns of the data files that this pattern names, or that are in folders that it names."""
+    return [f"{start}{form}" for start in ((pattern, f"{pattern}/") if pattern else ("",)) for form in DATA_FILES]
 
 
 def is_local_data(name: str) -> bool:

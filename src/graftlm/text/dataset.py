@@ -15,12 +15,12 @@ from graftlm.config.csv_format import CsvFormat, csv_format
 from graftlm.config.paths import user_path
 from graftlm.errors import InputError
 from graftlm.files.arrow_rows import class_names
-from graftlm.files.assets import data_folder
+from graftlm.files.assets import data_source
 from graftlm.files.data_folders import class_files, class_folders
 from graftlm.files.formats import read_json
 from graftlm.files.packed import raise_error
 from graftlm.files.readers import read_records
-from graftlm.files.split_files import MAX_NAMED, NO_DATA, SPLITS, files_by_split
+from graftlm.files.split_files import MAX_NAMED, NO_DATA, SPLITS, files_by_split, label_names
 from graftlm.text.bad_rows import BadRows, BadRowsFlag
 from graftlm.text.fields import Columns, UnknownFieldError, field_names, read_fields, taken_from
 from graftlm.text.labels import labels_of
@@ -60,6 +60,8 @@ class Reading:
     notes: list[str] = field(default_factory=list)
     on_bad_row: Callable[[str, InputError], None] = raise_error
     """As in `read_records`."""
+    label_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """The label words by column, as the card of the data set gives them."""
 
 
 def load_dataset(
@@ -86,8 +88,8 @@ def load_dataset(
     """
     named, csv = csv_format(columns or {})
     check_columns(named)
-    path = data_folder(data) if data else None
-    files = files_by_split(path, "train") if path else {}
+    source = data_source(data) if data else None
+    files = files_by_split(source, "train") if source else {}
     for split, flag, file in (("validation", "val_data", val), ("test", "test_data", test)):
         if not file:
             continue
@@ -96,10 +98,10 @@ def load_dataset(
         files[split] = [user_path(file)]
         if not files[split][0].is_file():
             raise InputError(f"--{flag} {file}: no such file")
-    reading = Reading(named, csv, LabelWords(tuple(labels)))
+    reading = Reading(named, csv, LabelWords(tuple(labels)), label_names=label_names(source) if source else {})
     layouts: dict[Layout, None] = {}
     splits, unused = {}, set[str]()
-    name, notes = data or val or test, _notes(path, data, files) if path else []
+    name, notes = data or val or test, _notes(source.path, data, files) if source else []
     for split in (split for split in SPLITS if split in files):
         bad = BadRows(bad_rows == "skip")
         layout, records, others = _read_split(files[split], split, replace(reading, on_bad_row=bad.add))
@@ -139,10 +141,10 @@ def load_prompts(
     named, csv = csv_format(columns or {})
     check_columns(named)
     reading = Reading(named, csv)
-    path = data_folder(data)
+    path = (source := data_source(data)).path
     if path.is_file() and split != "train":
         raise InputError(f"--split {split}: {data} is one file, which is read whole; leave --split out")
-    files = files_by_split(path, split)
+    files = files_by_split(source, split)
     if split not in files:
         raise InputError(f"--split {split}: {data} has no such split; it has {', '.join(files)}")
     word = rf"(?:[{UNSPACED}]|[^\s{UNSPACED}]+)"
@@ -200,7 +202,7 @@ def _read_split(files: Sequence[Path], split: str, reading: Reading) -> tuple[La
     layouts: list[Layout] = []
     unused: set[str] = set()
     for path in files:
-        _check_class_names(path, reading.columns, reading.labels.words)
+        _check_class_names(path, reading)
         for number, row in enumerate(_rows(path, split, reading)):
             if number == 0:
                 layouts.append(_layout(path, row, reading))
@@ -249,10 +251,12 @@ def default_labels(data: str, columns: Columns | None = None) -> str:
 
     Those are the names in a parquet file's schema, or the different labels of the train split (`labels.labels_of`).
     """
-    split, paths = next(iter(files_by_split(data_folder(data), "train").items()))
+    source = data_source(data)
+    split, paths = next(iter(files_by_split(source, "train").items()))
     path, default = paths[0], tuple(DEFAULT_LABELS.split(","))
-    reading = Reading(*csv_format(columns or {}), on_bad_row=lambda source, error: None)  # reading says what is wrong
-    names = _class_names(path, reading.columns)
+    reading = Reading(*csv_format(columns or {}), label_names=label_names(source))
+    reading = replace(reading, on_bad_row=lambda *row: None)  # what is wrong is said when the records are read
+    names = _class_names(path, reading)
     if not names:
         names = tuple(labels_of(_label_values(paths, split, reading)))
         known = LabelWords(default)
@@ -287,16 +291,18 @@ def _label_values(paths: Iterable[Path], split: str, reading: Reading) -> Iterat
             yield row.source, row.columns.get(key)
 
 
-def _class_names(path: Path, columns: Columns) -> tuple[str, ...]:
-    """The label words in a parquet file's schema, under any name of the label's column."""
+def _class_names(path: Path, reading: Reading) -> tuple[str, ...]:
+    """The label words in a parquet file's schema, else in the data set's card, by any name of the label's column."""
     if path.is_dir():
         return tuple(folder.name for folder in class_folders(path))
-    return class_names(path, *(field_names(columns["label"]) if "label" in columns else LABELLED_NAMES["label"]))
+    columns = field_names(reading.columns["label"]) if "label" in reading.columns else LABELLED_NAMES["label"]
+    of_card = next((reading.label_names[name] for name in columns if name in reading.label_names), ())
+    return class_names(path, *columns) or of_card
 
 
-def _check_class_names(path: Path, columns: Columns, labels: Sequence[str]) -> None:
-    """Raise InputError if a parquet file's schema gives the label numbers other words than --labels."""
-    names = _class_names(path, columns)
+def _check_class_names(path: Path, reading: Reading) -> None:
+    """Raise InputError if a parquet file's schema, or the card, gives the label numbers other words than --labels."""
+    names, labels = _class_names(path, reading), reading.labels.words
     meant = [_meant(name, labels) for name in names]
     if (
         labels
