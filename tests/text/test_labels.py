@@ -125,14 +125,30 @@ def test_a_split_of_bad_rows_alone_is_an_error_but_for_test(tmp_path: Path):
     write(tmp_path / "train.jsonl", [0, 1] * 4)
     write(tmp_path / "validation.jsonl", [0, 1])
     test = write(tmp_path / "test.jsonl", [-1, -1])
-    with pytest.raises(InputError, match=r"test.jsonl:1: label -1 .*leave it out \(all 2 rows are bad\)$"):
+    write(tmp_path / "test.jsonl", [-1, 7])
+    with pytest.raises(InputError, match=r"test.jsonl:1: label -1 .*leave it out \(all 2 rows are bad"):
         load_dataset(str(tmp_path), labels=("no", "yes"))
     data = load_dataset(str(tmp_path), labels=("no", "yes"), bad_rows="skip")
     assert {split: len(rows) for split, rows in data.splits.items()} == {"train": 8, "validation": 2}
     assert "test: 2 of 2 rows left out" in data.notes[0]
+    write(tmp_path / "test.jsonl", [-1, -1])
     test.rename(tmp_path / "validation.jsonl")
     with pytest.raises(InputError, match=r"validation.jsonl:1: label -1 .* \(all 2 rows are bad\)$"):
         load_dataset(str(tmp_path), labels=("no", "yes"), bad_rows="skip")
+
+
+def test_a_test_split_without_labels_is_left_out(tmp_path: Path):
+    """As GLUE's (-1), and as Kaggle's, which lack the column."""
+    train = write(tmp_path / "train.jsonl", [0, 1] * 4)
+    write(tmp_path / "validation.jsonl", [0, 1])
+    test = write(tmp_path / "test.jsonl", [-1, None, -1])
+    for _ in range(2):
+        data = load_dataset(str(tmp_path), labels=("no", "yes"))
+        assert {split: len(rows) for split, rows in data.splits.items()} == {"train": 8, "validation": 2}
+        assert data.notes[0] == f"{tmp_path}: test: left out: none of its 3 rows has a label"
+        test.write_text("".join(f'{{"text": "text {n}", "id": {n}}}\n' for n in range(3)))
+    with pytest.raises(InputError, match=r"test.jsonl:1: no label .* \(all 3 rows are bad\)$"):
+        load_dataset(str(train), test=str(test), labels=("no", "yes"))  # it was named
 
 
 def test_bad_rows_of_other_layouts(tmp_path: Path):

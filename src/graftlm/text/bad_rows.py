@@ -8,6 +8,8 @@ from graftlm.errors import InputError
 
 BadRowsFlag = Literal["stop", "skip"]
 REASONS = 5  # that one line names
+UNLABELLED = {"no label", "label -1 says that the row has no label"}
+"""The reasons of `rows.Row.label` for a row that is not to be learned."""
 
 
 class BadRows:
@@ -28,13 +30,16 @@ class BadRows:
         self._first = self._first or str(error)
         self._reasons[_reason(str(error).removeprefix(source).lstrip(": "))] += 1
 
-    def finish(self, rows: int, may_be_empty: bool = False) -> str:
+    def finish(self, rows: int, may_be_empty: bool = False, may_be_unlabelled: bool = False) -> str:
         """The note on what is left out of a split with this many rows, "" for nothing.
 
-        Raises InputError unless bad rows are skipped and good ones are left; may_be_empty: none need be.
+        Raises InputError unless bad rows are skipped and good ones are left. may_be_empty: none need be.
+        may_be_unlabelled: a split of which no row has a label is left out, and is no error.
         """
         if not self.rows:
             return ""
+        if may_be_unlabelled and self.rows == rows and self._reasons.keys() <= UNLABELLED:
+            return f"left out: none of its {rows} rows has a label"
         several = f": {self._by_reason()}" if len(self._reasons) > 1 else ""
         if self.skip and (self.rows < rows or may_be_empty):
             return f"{self.rows} of {rows} rows left out (--bad_rows skip): {self._by_reason()}"

@@ -62,6 +62,8 @@ class Reading:
     """As in `read_records`."""
     label_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """The label words by column, as the card of the data set gives them."""
+    of_train: Layout | None = None
+    """The layout of the train split, once it is read."""
 
 
 def load_dataset(
@@ -81,7 +83,8 @@ def load_dataset(
             field, or a text with fields (`text/fields.py`); and how a .csv is written (`config.csv_format`).
         labels: the label words by label number. A label in the data is one of them in any case, or a number from 0
             on; without words, any number.
-        bad_rows: stop with an error that counts them all, or skip them; of a data set with train, all of test.
+        bad_rows: stop with an error that counts them all, or skip them; of a data set with train, all of test. A test
+            split in `data` of which no row has a label is left out in either case.
 
     A data set with a train split always gets a validation split: if it is missing, a tenth of train is held out by
     hash, and so is a test split if neither is named. Raises InputError with file, line and value.
@@ -104,8 +107,12 @@ def load_dataset(
     name, notes = data or val or test, _notes(source.path, data, files) if source else []
     for split in (split for split in SPLITS if split in files):
         bad = BadRows(bad_rows == "skip")
-        layout, records, others = _read_split(files[split], split, replace(reading, on_bad_row=bad.add))
-        if note := bad.finish(len(records) + bad.rows, split == "test" and "train" in splits):
+        of_train = next(iter(layouts), None)
+        layout, records, others = _read_split(
+            files[split], split, replace(reading, on_bad_row=bad.add, of_train=of_train)
+        )
+        second = split == "test" and "train" in splits
+        if note := bad.finish(len(records) + bad.rows, second, second and not test):
             notes.append(f"{name}: {split}: {note}")
         if layout and records:
             splits[split], layouts[layout] = records, None
@@ -221,7 +228,15 @@ def _read_split(files: Sequence[Path], split: str, reading: Reading) -> tuple[La
 
 
 def _layout(path: Path, row: Row, reading: Reading) -> Layout:
-    """The layout of a file's first row; an error says too what was found of the file's format."""
+    """The layout of a file's first row; an error says too what was found of the file's format.
+
+    A file that lacks nothing but the label column of the train split has its layout: its rows have no labels.
+    """
+    train = reading.of_train
+    if train and train.name == LABELLED:
+        text, label = (dict(train.columns).get(key, key) for key in ("text", "label"))
+        if text in row.columns and label not in row.columns:
+            return train
     try:
         return recognise(path, row.columns, tuple(reading.columns))
     except InputError as error:
