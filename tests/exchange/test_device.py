@@ -28,8 +28,9 @@ def test_auto_is_float32_without_the_instructions(monkeypatch: pytest.MonkeyPatc
     assert dtype == torch.float32 and "no native bfloat16" in reason
 
 
-def test_the_probe_times_a_product() -> None:
-    assert load._matmul_seconds(torch.float32, width=64, tries=2) > 0
+def test_the_probe_times_a_product_once() -> None:
+    seconds = load._matmul_seconds(torch.float32, width=64, tries=2)
+    assert seconds > 0 and load._matmul_seconds(torch.float32, width=64, tries=2) is seconds
 
 
 def test_what_is_asked_for_is_not_second_guessed() -> None:

@@ -171,7 +171,7 @@ def serve(address: str) -> None:
 
 
 def _import_everything() -> None:
-    """What commands import at their first use; nothing here may start a thread, which no fork would have."""
+    """What commands import, or measure, at their first use; nothing here may start a thread, which no fork would have."""
     import pyarrow.parquet
     import torch
     import torch._dynamo
@@ -184,9 +184,12 @@ def _import_everything() -> None:
     import graftlm.inference.pairs
     import graftlm.studies.compare
     import graftlm.training.train  # noqa: F401
+    from graftlm.exchange.load import measure_matmul_flops, pick_dtype
 
     assert pyarrow.parquet
     torch.set_num_threads(1)
+    measure_matmul_flops(torch.device("cpu"), pick_dtype("auto", torch.device("cpu"))[0])
+    measure_matmul_flops(torch.device("cpu"), torch.float32)
 
 
 def _reap(waiting: dict[int, socket.socket]) -> None:

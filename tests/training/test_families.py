@@ -2,7 +2,6 @@
 
 import signal
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from graftlm.config import EstimateConfig, TrainConfig
 from graftlm.errors import Interrupted
 from graftlm.exchange.huggingface import save_adapter
 from graftlm.exchange.load import ModelBundle, load
+from graftlm.files.formats import read_json
 from graftlm.inference.engine import Engine
 from graftlm.inference.evaluate import evaluate
 from graftlm.inference.generate import generate
@@ -32,6 +32,9 @@ from tiny import data_folder
 
 MODEL_TYPES = {config_of(case).model_type: case for case in reversed(CASES)}
 """Model type -> its first case."""
+EACH_KIND = ("gpt2", "gemma3", "gpt-oss", "lfm2", "phi3", "qwen3 moe")
+"""One of each kind of block: plain, with norms on both sides, experts, short convolutions, fused weights. What is
+resumed, and what autograd saves, depends on nothing else of a model type."""
 PROMPTS = ["good fun", "Review: dull\nIs it:"]
 SHORT = "R: {text}\nA:"
 """The contexts of the cases are short."""
@@ -96,20 +99,22 @@ def test_estimated_trained_resumed_evaluated_and_served(
 ) -> None:
     base, whole, parts = base_folder(tmp_path / "base", case), tmp_path / "whole", tmp_path / "parts"
     plain = load(str(base), device="cpu", dtype="float32")
-    counted = estimate(EstimateConfig(init_from=str(base), rank=2, batch_size=4), {"rank", "batch_size"})
+    step = {"batch_size": 4} if case in EACH_KIND else {}
+    counted = estimate(EstimateConfig(init_from=str(base), rank=2, **step), {"rank", *step})
     assert counted["total"] - counted["trainable"] == sum(p.numel() for p in plain.model.parameters())
-    planned = train(config(plain, data, whole, plan=True))
-    assert planned["minutes"] > 0 and counted["step"]["activation_bytes"] > 0 and not whole.exists()
-
-    plan = Estimate(**{field.name: planned[field.name] for field in fields(Estimate)})
-    monkeypatch.setattr(train_module, "make_plan", lambda *args, **kwargs: plan)  # once is enough
     assert train(config(plain, data, whole))["last"]["step"] == 3
-    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="step 2 is saved in"):
-        interrupted_at(2, patch)
-        train(config(plain, data, parts))
-    train(config(plain, data, parts, resume=True))
-    for file in ("best/adapter_model.safetensors", "last/adapter_model.safetensors"):
-        assert (whole / file).read_bytes() == (parts / file).read_bytes()
+    planned = read_json(whole / "run.json")["plan"]
+    assert planned["minutes"] > 0
+    if case in EACH_KIND:
+        assert counted["step"]["activation_bytes"] > 0
+        plan = Estimate(**planned)
+        monkeypatch.setattr(train_module, "make_plan", lambda *args, **kwargs: plan)  # once is enough
+        with monkeypatch.context() as patch, pytest.raises(Interrupted, match="step 2 is saved in"):
+            interrupted_at(2, patch)
+            train(config(plain, data, parts))
+        train(config(plain, data, parts, resume=True))
+        for file in ("best/adapter_model.safetensors", "last/adapter_model.safetensors"):
+            assert (whole / file).read_bytes() == (parts / file).read_bytes()
 
     loaded = load("resume", whole, device="cpu", dtype="float32")
     assert loaded.template is not None
@@ -123,7 +128,7 @@ def test_estimated_trained_resumed_evaluated_and_served(
         "run": loaded,
         "other": random_adapter(base, tmp_path / "other"),
     }
-    params = SamplingParams(max_new_tokens=12, temperature=1.0, seed=1)
+    params = SamplingParams(max_new_tokens=8, temperature=1.0, seed=1)
     texts = {
         name: [generate(m.model, m.tokenizer, [text], params)[0] for text in PROMPTS] for name, m in models.items()
     }

@@ -10,6 +10,7 @@ each chosen with a reason, because both change what a run costs.
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -319,8 +320,9 @@ def measure_matmul_flops(device: torch.device, dtype: torch.dtype, width: int = 
     return 2 * width**3 / _matmul_seconds(dtype, width, tries=10, device=device)
 
 
+@cache
 def _matmul_seconds(dtype: torch.dtype, width: int = 512, tries: int = 5, device: torch.device | str = "cpu") -> float:
-    """Wall seconds of a square matrix product: the shortest after one to warm up."""
+    """Wall seconds of a square matrix product: the shortest after one to warm up. Measured once per process."""
     x = torch.ones(width, width, dtype=dtype, device=device)
     seconds = []
     for _ in range(tries + 1):
