@@ -87,22 +87,32 @@ def child_environment(**changes: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def graft() -> Graft:
-    """Run `python -m graftlm WORDS` in a process of its own; keyword arguments are environment variables and `cwd`."""
+def graft_process() -> Graft:
+    """Run `python -m graftlm WORDS`; keyword arguments are environment variables and `cwd`."""
 
-    def run(*words: str, cwd: Path | None = None, stdin: str = "", **environment: str) -> Any:
+    def run(*words: str, cwd: Path | None = None, **environment: str) -> Any:
         command = [sys.executable, "-m", "graftlm", *words]
         env = child_environment(**environment)
-        return subprocess.run(command, cwd=cwd, env=env, input=stdin, capture_output=True, text=True, timeout=300)
+        return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
     return run
 
 
 @pytest.fixture(scope="session")
 def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    """Runs it many times, in forks of a process that has imported torch once."""
+    """Runs graft many times, in forks of a process that has imported torch once."""
     with Forks(tmp_path_factory.mktemp("f")) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def graft(forks: Forks) -> Graft:
+    """Run `graft WORDS` in a fork; keyword arguments are environment variables and `cwd`."""
+
+    def run(*words: str, cwd: Path | None = None, **environment: str) -> Any:
+        return forks.output(*words, cwd=cwd or Path.cwd(), **child_environment(**environment))
+
+    return run
 
 
 @pytest.fixture

@@ -450,25 +450,25 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"graft {__version__}\n"
 
 
-def test_help_answers_within_a_third_of_a_second_of_cpu_time(graft: Graft) -> None:
+def test_help_answers_within_a_third_of_a_second_of_cpu_time(graft_process: Graft) -> None:
     def seconds() -> float:
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)
         return usage.ru_utime + usage.ru_stime
 
-    graft("--help")  # compiles the modules' bytecode, once
+    graft_process("--help")  # compiles the modules' bytecode, once
     times = []
     for _ in range(3):
         before = seconds()
-        assert graft("--help").returncode == 0
+        assert graft_process("--help").returncode == 0
         times.append(seconds() - before)
     assert min(times) <= 0.3
 
 
-def test_json_of_a_real_fetch_is_one_object(graft: Graft, tmp_path: Path) -> None:
-    done = graft("download", "--json", "no-such-thing", GRAFT_HOME=str(tmp_path))
+def test_json_of_a_real_fetch_is_one_object(graft_process: Graft, tmp_path: Path) -> None:
+    done = graft_process("download", "--json", "no-such-thing", GRAFT_HOME=str(tmp_path))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1 and "no-such-thing" in done.stderr
-    done = graft("download", "rotten-tomatoes-pypi", "--json")
+    done = graft_process("download", "rotten-tomatoes-pypi", "--json")
     assert done.returncode == 0, done.stderr
     assert Path(json.loads(done.stdout)["path"], "train.jsonl").is_file()
 

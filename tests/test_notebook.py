@@ -1,6 +1,7 @@
 """The notebook runs from top to bottom, on the CPU and offline with its small settings; committed without outputs.
 
-It runs in a process and a home folder of its own, by the command that a user would type (`jupyter execute`).
+It runs in a process and a home folder of its own, by the command that a user would type (`jupyter execute`). The graft
+commands that it starts are forks.
 """
 
 import ast
@@ -23,6 +24,7 @@ from conftest import child_environment
 from graftlm.cli import COMMANDS, main
 from graftlm.config import TrainConfig
 from graftlm.config.flags import parse
+from soak.forks import Forks, ask_script
 from tiny import data_folder, model_folder, shape_of
 
 ROOT = Path(__file__).parent.parent
@@ -73,11 +75,17 @@ def roomy_model(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+def ran(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Ran:
     folder = tmp_path_factory.mktemp("notebook")
     (folder / "home").mkdir()
+    begin = folder / "home" / ".ipython" / "profile_default" / "startup"
+    begin.mkdir(parents=True)
+    instead = f"import sys; sys.executable = {str(ask_script(folder / 'home' / 'ask'))!r}"
+    (begin / "forks.py").write_text(instead)
     environment = {
         **home_of_its_own(folder / "home"),
+        "SOAK_SERVER": forks.address,
+        "SOAK_PRELUDE": instead,
         "GRAFT_NOTEBOOK_SMALL": "1",
         "GRAFT_NOTEBOOK_MODEL": str(roomy_model(folder / "model")),
         "GRAFT_NOTEBOOK_DATA": str(data_folder(folder / "data", train=192, other=64)),

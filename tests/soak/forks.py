@@ -18,8 +18,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 TESTS = Path(__file__).parents[1]
 FAULT, PRELUDE, SERVER = "SOAK_FAULT", "SOAK_PRELUDE", "SOAK_SERVER"
@@ -88,14 +90,26 @@ class Forks:
 
     def start(self, *words: str, cwd: Path, log: Path, fault: str = "", prelude: str = "", **environment: str) -> Life:
         """Begin `graft WORDS`; both of its outputs go to the file `log`."""
-        extra = {FAULT: fault, PRELUDE: prelude, SERVER: self.address, "PYTHONPATH": str(TESTS.parent / "src")}
-        request = {"words": list(words), "cwd": str(cwd), "environment": {**os.environ, **extra, **environment}}
+        extra = {FAULT: fault, PRELUDE: prelude, **environment}
         with open(os.devnull, "rb") as nothing, open(log, "ab") as out:
-            return Life(ask(self.address, request, [nothing.fileno(), out.fileno(), out.fileno()]))
+            return self._begin(words, cwd, extra, [nothing, out, out])
+
+    def _begin(self, words: Sequence[str], cwd: Path, environment: dict[str, str], files: list[IO[bytes]]) -> Life:
+        extra = {SERVER: self.address, "PYTHONPATH": str(TESTS.parent / "src"), **environment}
+        request = {"words": list(words), "cwd": str(cwd), "environment": {**os.environ, **extra}}
+        return Life(ask(self.address, request, [file.fileno() for file in files]))
 
     def run(self, *words: str, cwd: Path, log: Path, fault: str = "", prelude: str = "", **environment: str) -> int:
         """`graft WORDS`; its exit status."""
         return self.start(*words, cwd=cwd, log=log, fault=fault, prelude=prelude, **environment).wait()
+
+    def output(self, *words: str, cwd: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
+        """`graft WORDS`; its exit status and what it wrote to each of its outputs."""
+        with open(os.devnull, "rb") as nothing, TemporaryFile() as out, TemporaryFile() as err:
+            status = self._begin(words, cwd, environment, [nothing, out, err]).wait(300)
+            for file in (out, err):
+                file.seek(0)
+            return subprocess.CompletedProcess(words, status, out.read().decode(), err.read().decode())
 
 
 def ask(address: str, request: dict[str, Any], files: list[int]) -> socket.socket:
@@ -171,7 +185,7 @@ def serve(address: str) -> None:
 
 
 def _import_everything() -> None:
-    """What commands import, or measure, at their first use; nothing here may start a thread, which no fork would have."""
+    """What commands import or measure at their first use; nothing here may start a thread, which no fork would have."""
     import pyarrow.parquet
     import torch
     import torch._dynamo

@@ -243,10 +243,10 @@ def test_the_command_writes_the_page_and_says_where(
     assert "<h1>Films &amp; more</h1>" in Path("report.html").read_text()
 
 
-def test_it_needs_no_torch(tmp_path: Path, graft: Graft) -> None:
+def test_it_needs_no_torch(tmp_path: Path, graft_process: Graft) -> None:
     (tmp_path / "torch.py").write_text("raise AssertionError('torch was imported')")
     measured(tmp_path / "mine")
-    done = graft("report", "mine", cwd=tmp_path, PYTHONPATH=f"{tmp_path}:{Path(cli.__file__).parent.parent}")
+    done = graft_process("report", "mine", cwd=tmp_path, PYTHONPATH=f"{tmp_path}:{Path(cli.__file__).parent.parent}")
     assert (done.returncode, done.stderr) == (0, "")
 
 
