@@ -15,7 +15,8 @@ import pytest
 from graftlm.errors import InputError
 from graftlm.files.readers import SUFFIXES
 from graftlm.text.dataset import default_labels, load_dataset, load_prompts
-from graftlm.text.layouts import LAYOUTS, MORE_LAYOUTS, recognise
+from graftlm.text.layouts import LAYOUTS, MORE_LAYOUTS
+from graftlm.text.recognise import recognise
 from graftlm.text.records import Completion, Conversation, Labelled, Preference, Record, Unpaired, hashed_values
 from graftlm.text.rows import Row
 
@@ -390,8 +391,17 @@ def test_bad_value_in_a_later_row(tmp_path: Path, record: dict, message: str):
 
 @pytest.mark.parametrize(("field", "value"), [("prompt", " "), ("completion", "")])
 def test_empty_prompt_or_completion(tmp_path: Path, field: str, value: str):
-    record = {"prompt": "p", "completion": "c", field: value}
-    fails(tmp_path / "a.jsonl", json.dumps(record), f"FILE:1: empty {field}: fill it in, or leave the row out")
+    record = {"prompt": "p", "completion": "c"}
+    lines = json.dumps(record) + "\n" + json.dumps({**record, field: value})
+    fails(tmp_path / "a.jsonl", lines, f"FILE:2: empty {field}: fill it in, or leave the row out")
+
+
+def test_completions_of_nothing_are_documents(tmp_path: Path):
+    rows = read(jsonl(tmp_path / "a.jsonl", {"prompt": "", "completion": "a"}, {"prompt": "\n", "completion": "b"}))
+    assert [row.text for row in rows] == ["a", "\nb"] and {type(row).__name__ for row in rows} == {"Document"}
+    row = {"prompt": "p", "completion": "b"}
+    message = "FILE:2: its columns do not fit the file's layout, documents (prompt, completion): write all rows in one"
+    fails(tmp_path / "a.jsonl", json.dumps({**row, "prompt": ""}) + "\n" + json.dumps(row), f"{message} layout")
 
 
 def test_pairs_of_answers(tmp_path: Path):

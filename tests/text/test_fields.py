@@ -156,7 +156,7 @@ def test_rows_without_a_field_are_bad_rows(tmp_path: Path) -> None:
     ]
     data = read(tmp_path, rows, "skip", **ASKED)
     assert [row.text for row in data.splits["validation"] if isinstance(row, Completion)] == ["Add.\n1, 2", "Add.\n"]
-    reasons = "1 empty input, 1 no field, 1 output is a list, 1 output is an object, 1 empty completion"
+    reasons = "1 empty input, 1 no field 'input', 1 output is a list, 1 output is an object, 1 empty completion"
     assert data.notes[0].endswith(f": 5 of 7 rows left out (--bad_rows skip): {reasons}")
     with pytest.raises(
         InputError, match=r"validation.jsonl:3: empty input: .*; --prompt names it \(5 of 7 rows are bad"

@@ -10,7 +10,7 @@ import pytest
 
 from graftlm.errors import InputError
 from graftlm.text.dataset import load_dataset
-from graftlm.text.records import Completion, Conversation, Labelled, Preference, Record, Unpaired
+from graftlm.text.records import Completion, Conversation, Document, Labelled, Preference, Record, Unpaired
 
 ASKED, SAID = "What does the red fox mean?", "It means that the fox is red, number 0."
 ALPACA = (
@@ -52,16 +52,20 @@ TREE: dict[str, Any] = {
     ],
 }
 ROWS: list[tuple[dict[str, Any], str, Record]] = [
-    ({"instruction": ASKED, "response": SAID}, "instruction (instruction, response)", Completion(ALPACA, SAID)),
+    ({"instruction": ASKED, "response": SAID}, "alpaca (instruction, response)", Completion(ALPACA, SAID)),
     (
         {"system_prompt": "Be kind.", "question": "a", "response": "b"},
-        "orca (system_prompt, question, response)",
+        "chat of one turn (question, response, system_prompt)",
         talk(("system", "Be kind."), A, B),
     ),
-    ({"system_prompt": "", "question": "a", "response": "b"}, "orca (system_prompt, question, response)", talk(A, B)),
-    ({"prompt": "a", "response": "b"}, "prompt and response (prompt, response)", Completion("a", "b")),
-    ({"document": "a", "summary": "b"}, "document and summary (document, summary)", Completion("a", "b")),
-    ({"dialogue": "A: hi", "summary": "b"}, "dialogue and summary (dialogue, summary)", Completion("A: hi", "b")),
+    (
+        {"system_prompt": "", "question": "a", "response": "b"},
+        "chat of one turn (question, response, system_prompt)",
+        talk(A, B),
+    ),
+    ({"prompt": "a", "response": "b"}, "completion (prompt, response)", Completion("a", "b")),
+    ({"document": "a", "summary": "b"}, "completion (document, summary)", Completion("a", "b")),
+    ({"dialogue": "A: hi", "summary": "b"}, "completion (dialogue, summary)", Completion("A: hi", "b")),
     ({"dialogue": [SAY_A, SAY_B]}, "chat in dialogue (dialogue)", talk(A, B)),
     (
         {"conversation": [{"input": "a", "output": "b"}, {"input": "c", "output": "d"}]},
@@ -88,7 +92,7 @@ ROWS: list[tuple[dict[str, Any], str, Record]] = [
         "guanaco (text)",
         talk(A, B, ("user", "c"), ("assistant", "d")),
     ),
-    ({"message_tree_id": "t", "prompt": TREE}, "oasst tree (prompt, message_tree_id)", talk(A, B)),
+    ({"message_tree_id": "t", "prompt": TREE}, "best branch of OASST's tree (prompt, message_tree_id)", talk(A, B)),
     (
         {"review": "a", "rating": 3, "title": "t"},
         "labelled (review, rating); columns not read: title",
@@ -142,6 +146,67 @@ ROWS: list[tuple[dict[str, Any], str, Record]] = [
         "chat (messages); columns not read: answer, question",
         talk(A, B),
     ),
+    (
+        {"QUESTION": "a", "Answer ": "b", "id": 1},
+        "completion (QUESTION, Answer ); columns not read: id",
+        Completion("a", "b"),
+    ),
+    (
+        {"article": "c", "question": "a", "answer": "b"},
+        "question about a text (article, question, answer)",
+        Completion("Context: c\nQuestion: a\nAnswer:", " b"),
+    ),
+    (
+        {"context": "c", "question": "a", "answers": [{"text": "b", "answer_start": 0}, {"text": "d"}]},
+        "question about a text (context, question, answers)",
+        Completion("Context: c\nQuestion: a\nAnswer:", " b"),
+    ),
+    (
+        {"prompt": "a", "completion": "b", "tools": [WEATHER]},
+        "chat of one turn (prompt, completion)",
+        talk(A, B, tools=(WEATHER,)),
+    ),
+    (
+        {"INSTRUCTION": "a", "RESPONSE": "b"},
+        "alpaca (INSTRUCTION, RESPONSE)",
+        Completion(ALPACA.replace(ASKED, "a"), "b"),
+    ),
+    (
+        {"instruction": "a", "output": "b", "system_prompt": "s"},
+        "alpaca chat (instruction, output, system_prompt)",
+        talk(("system", "s"), A, B),
+    ),
+    (
+        {"instruction": "a", "input": "", "output": "b", "kto_tag": False},
+        "unpaired alpaca (instruction, output, kto_tag)",
+        Unpaired(ALPACA.replace(ASKED, "a"), "b", False),
+    ),
+    (
+        {"messages": [SAY_A, SAY_B], "kto_tag": True},
+        "unpaired chat (messages, kto_tag)",
+        Unpaired((A,), (B,), True),
+    ),
+    (
+        {"question": "a", "answer": "b", "label": True},
+        "unpaired preference (question, answer, label)",
+        Unpaired("a", "b", True),
+    ),
+    (
+        {"system": "s", "input": "a", "chosen": "b", "rejected": "c"},
+        "preference after input (input, chosen, rejected)",
+        Preference((("system", "s"), A), (B,), (("assistant", "c"),)),
+    ),
+    (
+        {"question": "a", "sentence": "b", "label": 1, "idx": 0},
+        "labelled (question, sentence, label); columns not read: idx",
+        Labelled("question: a\nsentence: b", 1),
+    ),
+    (
+        {"review_text": "a", "star_rating": 2, "star_label": 1},
+        "labelled (review_text, star_label); columns not read: star_rating",
+        Labelled("a", 1),
+    ),
+    ({"text": "a", "lang": ["en"], "score": 0.5}, "documents (text); columns not read: lang, score", Document("a")),
 ]
 
 
@@ -178,7 +243,7 @@ def test_the_record_of_a_row(tmp_path: Path, row: dict[str, Any], note: str, rec
             ":1: message 2: value is broken JSON: 'f()'",
         ),
         (
-            {"question": "q", "answer": "a", "context": "c"},
+            {"prompt": "q", "answer": "a", "context": "c"},
             ":1: context would be lost, and it changes what is learned: write it into the texts, or leave it out",
         ),
         (

@@ -24,7 +24,7 @@ import pytest
 from graftlm.config import TrainConfig
 from graftlm.errors import InputError
 from graftlm.text.dataset import Dataset
-from graftlm.text.layouts import LAYOUTS, MORE_LAYOUTS
+from graftlm.text.recognise import _names
 from graftlm.text.records import Record
 from graftlm.text.template import load_template
 from graftlm.text.tokenizer import Tokenizer
@@ -42,8 +42,8 @@ CHAT = (
     "{{ tools or '' }}{% for m in messages %}<{{ m.role }}>{{ m.reasoning_content }}{{ m.content }}{{ m.tool_calls }}"
     "<|endoftext|>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-MAX_LENGTH = 4096
-NAMED = f"{', '.join(map(str, LAYOUTS[:7]))}, and {len(LAYOUTS) + len(MORE_LAYOUTS) - 7} more (docs/how-to.md)"
+MAX_LENGTH = 16384
+NAMED = _names()
 MADE = {
     "long_rows.jsonl": "".join(
         json.dumps({"text": f"the fox was a bore to see , take {n} " * 1000, "label": n % 2}) + "\n" for n in range(24)

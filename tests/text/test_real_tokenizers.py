@@ -24,7 +24,7 @@ from graftlm.errors import InputError
 from graftlm.files.assets import data_folder
 from graftlm.text.chat import Chat
 from graftlm.text.collate import encode_rows
-from graftlm.text.layouts import recognise
+from graftlm.text.recognise import recognise
 from graftlm.text.records import Completion, Conversation, Labelled, Record
 from graftlm.text.rows import Row
 from graftlm.text.template import load_template

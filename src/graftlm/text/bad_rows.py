@@ -60,4 +60,8 @@ def _reason(message: str) -> str:
     """What is wrong, without the message of a conversation, the value, and what to do."""
     message = re.sub(r"^message \d+:? ", "", message)
     message = re.split(r": | \(|; |, not ", message, maxsplit=1)[0]
-    return re.sub(r" ('.*'|\".*\"|-?\d[\d.e-]*|\[.*|True|False)$", "", message)
+    return (
+        message
+        if message.startswith("no field")
+        else re.sub(r" ('.*'|\".*\"|-?\d[\d.e-]*|\[.*|True|False)$", "", message)
+    )

@@ -234,7 +234,7 @@ class Chat:
 
     def _refuse_unwritten(self, messages: Sequence[Message], text: str) -> None:
         """Raise InputError if no message is in a conversation's text: some templates read parts of text and images."""
-        if any(self._escaped(message[1]).strip() in text for message in messages):
+        if not messages or any(self._escaped(message[1]).strip() in text for message in messages):
             return
         if HERE not in self._run(messages, after_content=HERE, add_generation_prompt=False):
             raise InputError(f"the model's chat template does not write messages of text: {self._hint}")

@@ -24,8 +24,10 @@ from graftlm.files.split_files import MAX_NAMED, NO_DATA, SPLITS, files_by_split
 from graftlm.text.bad_rows import BadRows, BadRowsFlag
 from graftlm.text.fields import Columns, UnknownFieldError, field_names, read_fields, taken_from
 from graftlm.text.labels import labels_of
-from graftlm.text.layouts import CONTEXT, LABELLED, LABELLED_NAMES, Layout, check_columns, recognise
+from graftlm.text.layouts import CONTEXT, LABELLED, LABELS, Layout
+from graftlm.text.recognise import check_columns, recognise
 from graftlm.text.records import Document, Record, hashed_values
+from graftlm.text.regroup import regroup
 from graftlm.text.rows import LabelWords, Row
 from graftlm.text.template import DEFAULT_LABELS
 from graftlm.text.words import UNSPACED, normalize
@@ -246,7 +248,7 @@ def _layout(path: Path, row: Row, reading: Reading) -> Layout:
 
 def _rows(path: Path, split: str, reading: Reading) -> Iterator[Row]:
     """The rows of a file, with the layout's keys."""
-    records = read_records(path, split, reading.csv, reading.notes, reading.on_bad_row)
+    records = regroup(read_records(path, split, reading.csv, reading.notes, reading.on_bad_row))
     for number, (source, values) in enumerate(records):
         if reading.columns:
             values, problem = read_fields(values, reading.columns)
@@ -310,7 +312,7 @@ def _class_names(path: Path, reading: Reading) -> tuple[str, ...]:
     """The label words in a parquet file's schema, else in the data set's card, by any name of the label's column."""
     if path.is_dir():
         return tuple(folder.name for folder in class_folders(path))
-    columns = field_names(reading.columns["label"]) if "label" in reading.columns else LABELLED_NAMES["label"]
+    columns = field_names(reading.columns["label"]) if "label" in reading.columns else LABELS["label"]
     of_card = next((reading.label_names[name] for name in columns if name in reading.label_names), ())
     return class_names(path, *columns) or of_card
 

@@ -2,19 +2,18 @@
 
 The rest of the program knows six kinds of record (`records.py`). Files differ in their columns: `LAYOUTS`
 and `MORE_LAYOUTS` have one entry for each set of columns, with a function that converts a row to a canonical record.
-A file's first row decides which layout it has (`recognise`). Every value is checked (`rows.py`); errors name file and
-line.
+A file's first row decides which layout it has (`recognise.py`). Every value is checked (`rows.py`); errors name file
+and line.
 
 To add a layout, write its function and its entry here.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
-from graftlm.errors import InputError, did_you_mean
 from graftlm.text.chat import Message
-from graftlm.text.fields import Columns, missing_column
 from graftlm.text.records import Completion, Conversation, Document, Labelled, Preference, Record, Unpaired
 from graftlm.text.rows import BOOLEANS, Row, as_bool
 from graftlm.text.transcripts import (
@@ -25,6 +24,7 @@ from graftlm.text.transcripts import (
     asked_alpaca,
     best_branch,
     history,
+    instruction,
     said,
     transcript,
     whole_pair,
@@ -34,7 +34,7 @@ from graftlm.text.transcripts import (
 # Layouts --------------------------------------------------------------------------------------------------------------
 
 CONTEXT = (
-    *("system", "tools", "functions", "documents", "history", "chat_template_kwargs"),
+    *("system", "system_prompt", "tools", "functions", "documents", "history", "chat_template_kwargs"),
     *("images", "image", "videos", "audios"),
 )
 """Columns that hold a part of what an answer answers."""
@@ -52,18 +52,31 @@ class Layout:
     """Columns that `convert` reads if they are there."""
     matches: Callable[[Mapping[str, Any]], bool] = lambda columns: True
     """A further condition on the columns, where other layouts have the same keys."""
+    without: tuple[str, ...] = ()
+    """Columns that other layouts read: a file whose first row has one, even a blank one, has not this layout."""
     refused: tuple[str, ...] = CONTEXT
     """Columns without which a row would mean something else, unless they are optional."""
+    also: Mapping[str, tuple[str, ...]] = field(default_factory=dict, compare=False)
+    """What the columns are called elsewhere, by key."""
     columns: tuple[tuple[str, str], ...] = ()
-    """The columns that are read for some of the keys, as (key, column)."""
+    """The columns of a file that are read for some of the keys, as (key, column)."""
 
     def __str__(self) -> str:
-        return f"{self.name} ({', '.join(dict(self.columns).get(key, key) for key in self.keys)})"
+        given = [key for key in self.optional if key in dict(self.columns)]
+        return f"{self.name} ({', '.join(dict(self.columns).get(key, key) for key in (*self.keys, *given))})"
+
+    def fits(self, columns: Mapping[str, Any]) -> bool:
+        """Whether a file whose first row has these columns may have this layout."""
+        return (
+            columns.keys() >= {*self.keys}
+            and self.matches(columns)
+            and all(columns.get(name) is None for name in self.without)
+        )
 
     def record(self, row: Row) -> Record:
         """A row as a canonical record. Raises InputError for wrong values, and for what would be lost."""
-        if named := {key: row.columns[column] for key, column in self.columns if column in row.columns}:
-            row = replace(row, columns={**row.columns, **named})
+        if self.columns:
+            row = replace(row, columns={self.key(name): value for name, value in row.columns.items()})
         row.refuse(name for name in self.refused if name not in (*self.keys, *self.optional))
         record = self.convert(row)
         if not self.matches(row.columns):
@@ -72,10 +85,18 @@ class Layout:
 
     def unused(self, columns: Mapping[str, Any]) -> set[str]:
         """The columns with a value that the layout does not read."""
-        return {name for name, value in columns.items() if value is not None} - {
-            *(dict(self.columns).get(key, key) for key in self.keys),
-            *self.optional,
-        }
+        read = {*self.keys, *self.optional}
+        return {name for name, value in columns.items() if value is not None and self.key(name) not in read}
+
+    def key(self, column: str) -> str:
+        """The key for which a column is read; another column's name in small letters, if columns have other names."""
+        keys = {name: key for key, name in self.columns}
+        return keys.get(column) or (small(column) if keys else column)
+
+
+def small(column: object) -> str:
+    """The name of a column in small letters, without space around it."""
+    return str(column).strip().casefold()
 
 
 def _labelled(row: Row) -> Labelled:
@@ -88,9 +109,40 @@ def _completion(row: Row) -> Completion:
     return Completion(prompt, completion, row.source, finished)
 
 
-def _pair(prompt: str, completion: str) -> Callable[[Row], Completion]:
-    """A prompt and its completion, unchanged, in columns of these names."""
-    return lambda row: Completion(row.text(prompt), row.text(completion), row.source)
+def _answered_from_text(row: Row) -> Completion:
+    """A question about a text; of several answers the first (SQuAD's evaluation files have several) is learned.
+
+    axolotl's context_qa.load_v2 writes it so.
+    """
+    answer = row.columns.get("answer")
+    answer = answer.get("text") if isinstance(answer, dict) else answer
+    if isinstance(answer, list):
+        first = answer[0] if answer else None
+        answer = first.get("text") if isinstance(first, dict) else first
+    if isinstance(answer, bool):
+        answer = "yes" if answer else "no"
+    text = Row(row.source, {**row.columns, "answer": answer}).text("answer")
+    prompt = f"Context: {row.text('context')}\nQuestion: {row.text('question')}\nAnswer:"
+    return Completion(prompt, f" {text}", row.source)
+
+
+def _document(row: Row) -> Document:
+    return Document(row.optional_text("text"), row.source)
+
+
+def _unprompted(row: Row) -> Document:
+    """A completion of nothing, or of a line break."""
+    return Document((row.columns["prompt"] or "") + row.text("completion"), row.source)
+
+
+def _two_texts(first: str, second: str) -> Callable[[Row], Labelled]:
+    """Two texts with one label, as one text: each follows its column's name, as T5 reads GLUE (Raffel et al. 2020)."""
+
+    def convert(row: Row) -> Labelled:
+        texts = f"{first}: {row.text(first)}\n{second}: {row.text(second)}"
+        return Labelled(texts, row.label(), row.source)
+
+    return convert
 
 
 def _preference(ask: Callable[[Row], Said]) -> Callable[[Row], Preference]:
@@ -177,25 +229,24 @@ def _chat_completion(row: Row) -> Conversation:
     return _conversation(row, prompt + completion, range(len(prompt)))
 
 
-def _alpaca(answer: str, context: str = "input") -> Callable[[Row], Completion]:
-    """Alpaca's prompt, with the answer and the input in columns of these names."""
-
-    def convert(row: Row) -> Completion:
-        prompt = alpaca_prompt(row.text("instruction"), row.optional_text(context))
-        return Completion(prompt, row.text(answer), row.source)
-
-    return convert
+def _alpaca(row: Row) -> Completion:
+    prompt = alpaca_prompt(row.text("instruction"), row.optional_text("input"))
+    return Completion(prompt, row.text("output"), row.source)
 
 
 def _alpaca_chat(row: Row) -> Conversation:
     """LLaMA-Factory's Alpaca: earlier pairs of question and answer are a history, and all answers are learned."""
-    asked = "\n".join(filter(None, (row.text("instruction"), row.optional_text("input"))))
-    return _conversation(row, (*history(row), ("user", asked), ("assistant", row.text("output"))))
+    return _conversation(row, (*history(row), ("user", instruction(row)), ("assistant", row.text("output"))))
 
 
-def _orca(row: Row) -> Conversation:
-    messages: tuple[Message, ...] = (("user", row.text("question")), ("assistant", row.text("response")))
-    return _conversation(row, with_system(row, "system_prompt", messages))
+def _unpaired_alpaca(row: Row) -> Unpaired:
+    prompt, completion = said(row, asked_alpaca(row), "output")
+    return Unpaired(prompt, completion, row.desirable(), row.source, tools=row.tools())
+
+
+def _single_turn(row: Row) -> Conversation:
+    """A question and its answer, after a history or a system message."""
+    return _conversation(row, (*history(row), ("user", row.text("prompt")), ("assistant", row.text("completion"))))
 
 
 def _guanaco(row: Row) -> Conversation:
@@ -203,11 +254,16 @@ def _guanaco(row: Row) -> Conversation:
 
 
 def _oasst_tree(row: Row) -> Conversation:
-    return _conversation(row, best_branch(row, "prompt"))
+    tree = row.columns.get("prompt")
+    if not isinstance(tree, dict):
+        raise row.error("prompt must be a tree of messages with text, role and replies")
+    return _conversation(row, best_branch(row, tree))
 
 
-def _oasst_message(row: Row) -> Conversation:
-    raise row.error("a row is one message of a tree: use OASST's file of trees, or write a conversation a row")
+def _oasst_messages(row: Row) -> Conversation:
+    if row.columns.get("parent_id") is not None:
+        raise row.error(f"the message before it, {row.columns['parent_id']}, is not in the file: leave the row out")
+    return _conversation(row, best_branch(row, row.columns))
 
 
 def _is_list(*names: str) -> Callable[[Mapping[str, Any]], bool]:
@@ -215,13 +271,9 @@ def _is_list(*names: str) -> Callable[[Mapping[str, Any]], bool]:
     return lambda columns: any(isinstance(columns.get(name), list) for name in names)
 
 
-def _without(*names: str) -> Callable[[Mapping[str, Any]], bool]:
-    """Whether none of these columns is there."""
-    return lambda columns: columns.keys().isdisjoint(names)
-
-
-def _is_completion(columns: Mapping[str, Any]) -> bool:
-    return str(columns.get("label")).strip().casefold() not in BOOLEANS and not _is_list("prompt")(columns)
+def _lacks(*names: str) -> Callable[[Mapping[str, Any]], bool]:
+    """Whether none of these columns has a value; a blank one counts."""
+    return lambda columns: all(columns.get(name) is None for name in names)
 
 
 def _is_pair(columns: Mapping[str, Any]) -> bool:
@@ -229,12 +281,23 @@ def _is_pair(columns: Mapping[str, Any]) -> bool:
 
 
 def _is_marked(columns: Mapping[str, Any]) -> bool:
-    """Whether a conversation is marked as desirable or not."""
-    return not _is_pair(columns) and str(columns.get("label")).strip().casefold() in BOOLEANS
+    """Whether an answer is marked as desirable or not; LLaMA-Factory's mark is kto_tag."""
+    return not _is_pair(columns) and small(columns.get("label", columns.get("kto_tag"))) in BOOLEANS
 
 
 def _is_chat(columns: Mapping[str, Any]) -> bool:
+    """Whether what a row answers is learned."""
     return not _is_pair(columns) and not _is_marked(columns)
+
+
+def _is_turn(columns: Mapping[str, Any]) -> bool:
+    """Whether prompt and completion are texts."""
+    return _is_chat(columns) and not _is_list("prompt", "completion")(columns) and not _is_unprompted(columns)
+
+
+def _is_unprompted(columns: Mapping[str, Any]) -> bool:
+    prompt = columns.get("prompt")
+    return isinstance(prompt, str) and not prompt.strip()
 
 
 def _is_transcript(columns: Mapping[str, Any]) -> bool:
@@ -245,172 +308,151 @@ LABELLED = "labelled"
 ENDS = ("finished", "ended")
 SPEAKERS = ("system", "tools", "functions")
 """What conversations may have with their messages."""
-ASIDE = (*CONTEXT, "context", "passage", "input")
+BEFORE = ("history", "system_prompt", *SPEAKERS)
+"""What a prompt may follow."""
+CHOICES = ("choices", "options")
+ASIDE = (*CONTEXT, *CHOICES, "context", "passage", "input")
+
+LABELS = {"label": ("label", "labels", "sentiment", "stars", "rating", "category", "class", "_label", "label_")}
+TEXTS = {"text": ("sentence", "review", "content", "tweet", "question", "comment", "_text"), **LABELS}
+TURN = {
+    "prompt": ("question", "query", "problem", "input", "document", "article", "dialogue"),
+    "completion": ("response", "generation", "output", "answer", "solution", "summary", "highlights"),
+    "system": ("system_prompt",),
+    "label": ("kto_tag",),
+}
+TASK = {"output": ("response", "completion", "answer"), "input": ("context",), "label": ("kto_tag",)}
+ABOUT_TEXT = {"context": ("passage", "article", "document"), "answer": ("answers",)}
+"""What columns are called elsewhere. A name that begins or ends with _ is a part of one: star_label, label_text."""
+
+TEXT_AND_LABEL = Layout(LABELLED, ("text", "label"), _labelled, refused=(), also=TEXTS)
+PAIR = Layout(
+    "completion",
+    ("prompt", "completion"),
+    _completion,
+    ENDS,
+    _is_turn,
+    BEFORE,
+    also=TURN,
+)
+ALPACA = Layout(
+    "alpaca",
+    ("instruction", "output"),
+    _alpaca,
+    ("input",),
+    _is_chat,
+    BEFORE,
+    also=TASK,
+)
+UNPAIRED = Layout(
+    "unpaired preference",
+    ("prompt", "completion", "label"),
+    _unpaired,
+    (*ENDS, *SPEAKERS),
+    lambda columns: as_bool(columns.get("label")) is not None,
+    also=TURN,
+)
 
 LAYOUTS = (
-    Layout(LABELLED, ("text", "label"), _labelled, refused=()),
-    Layout("completion", ("prompt", "completion"), _completion, ENDS, _is_completion),
+    TEXT_AND_LABEL,
+    PAIR,
     Layout("preference", ("chosen", "rejected"), _implicit_preference, ("prompt", *ENDS, *SPEAKERS)),
-    Layout(
-        "unpaired preference",
-        ("prompt", "completion", "label"),
-        _unpaired,
-        (*ENDS, *SPEAKERS),
-        lambda columns: as_bool(columns.get("label")) is not None,
-    ),
+    UNPAIRED,
     Layout("chat", ("messages",), _chat("messages"), SPEAKERS, _is_chat),
     Layout("sharegpt", ("conversations",), _chat("conversations"), SPEAKERS, _is_chat),
-    Layout("alpaca", ("instruction", "output"), _alpaca("output"), ("input",), _without("history", "system")),
-    Layout("unpaired chat", ("messages", "label"), _unpaired_chat("messages"), SPEAKERS, _is_marked),
-    Layout("unpaired sharegpt", ("conversations", "label"), _unpaired_chat("conversations"), SPEAKERS, _is_marked),
+    ALPACA,
     *(
         Layout(
-            f"preference after {keys[0]}",
-            (*keys, "chosen", "rejected"),
+            f"preference after {prompt}",
+            (prompt, "chosen", "rejected"),
             convert,
             (*optional, *SPEAKERS),
-            _without("prompt"),
+            _lacks("prompt"),
+            without,
         )
-        for keys, optional, convert in (
-            (("instruction",), ("input", "history"), _preference(asked_alpaca)),
-            (("question",), (), _preference(lambda row: asked(row, "question"))),
-            (("conversations",), (), _preference(lambda row: row.messages("conversations"))),
+        for prompt, optional, convert, without in (
+            ("instruction", ("input", "history"), _preference(asked_alpaca), ()),
+            *(
+                (name, (), _preference(partial(asked, name=name)), ("instruction",))
+                for name in ("question", "query", "input", "conversations")
+            ),
         )
     ),
-    Layout(
-        "OpenAI preference",
-        ("input", "preferred_output", "non_preferred_output"),
-        _openai_preference,
-    ),
+    Layout("OpenAI preference", ("input", "preferred_output", "non_preferred_output"), _openai_preference),
 )
 """The layouts that are tried first."""
 COMMON = 7
 """How many of them errors list."""
 
-MORE_LAYOUTS = (
+UNPAIRED_CHATS = tuple(
     Layout(
-        "alpaca chat",
-        ("instruction", "output"),
-        _alpaca_chat,
-        ("input", "history", *SPEAKERS),
-        lambda columns: not _without("history", "system")(columns),
-    ),
-    Layout("instruction", ("instruction", "response"), _alpaca("response"), ("input",), _without("context")),
-    Layout("dolly", ("instruction", "context", "response"), _alpaca("response", "context")),
-    Layout("orca", ("system_prompt", "question", "response"), _orca, SPEAKERS),
+        f"unpaired {layout}", (name, "label"), _unpaired_chat(name), SPEAKERS, _is_marked, also={"label": ("kto_tag",)}
+    )
+    for layout, name in (("chat", "messages"), ("sharegpt", "conversations"))
+)
+UNPAIRED_ALPACA = Layout(
+    "unpaired alpaca",
+    ("instruction", "output", "label"),
+    _unpaired_alpaca,
+    ("input", "history", *SPEAKERS),
+    _is_marked,
+    also=TASK,
+)
+ALPACA_CHAT = Layout(
+    "alpaca chat", ("instruction", "output"), _alpaca_chat, ("input", "history", *SPEAKERS), _is_chat, also=TASK | TURN
+)
+CHAT_TURN = Layout(
+    "chat of one turn", ("prompt", "completion"), _single_turn, ("history", *SPEAKERS), _is_turn, also=TURN
+)
+ABOUT_A_TEXT = Layout(
+    "question about a text",
+    ("context", "question", "answer"),
+    _answered_from_text,
+    refused=(*CONTEXT, *CHOICES),
+    also=ABOUT_TEXT,
+)
+TWO_TEXTS = tuple(
+    Layout(LABELLED, (*texts, "label"), _two_texts(*texts), refused=(), also=LABELS)
+    for texts in (
+        *(("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2")),
+        *(("question", "sentence"), ("question", "passage")),
+    )
+)
+
+MORE_LAYOUTS = (
+    *UNPAIRED_CHATS,
+    UNPAIRED_ALPACA,
+    ALPACA_CHAT,
+    CHAT_TURN,
     Layout("chat completion", ("prompt", "completion"), _chat_completion, SPEAKERS, _is_list("prompt")),
-    *(
-        Layout(f"{prompt} and {answer}", (prompt, answer), _pair(prompt, answer), refused=ASIDE)
-        for prompt, answer in (
-            *(("prompt", "response"), ("prompt", "generation"), ("prompt", "output"), ("prompt", "answer")),
-            *(("question", "answer"), ("question", "response"), ("query", "response"), ("document", "summary")),
-            *(("article", "highlights"), ("article", "summary"), ("dialogue", "summary")),
-        )
-    ),
-    Layout("input and output", ("input", "output"), _pair("input", "output"), matches=_without("instruction")),
+    Layout("documents", ("prompt", "completion"), _unprompted, (), _is_unprompted),
+    ABOUT_A_TEXT,
+    *TWO_TEXTS,
     *(
         Layout(f"chat in {name}", (name,), _chat(name), SPEAKERS, _is_list(name))
         for name in ("conversation", "dialogue", "dialog")
     ),
     Layout("guanaco", ("text",), _guanaco, matches=_is_transcript),
-    Layout("oasst tree", ("prompt", "message_tree_id"), _oasst_tree),
-    Layout("oasst message", ("message_id", "parent_id", "text", "role"), _oasst_message),
+    Layout("best branch of OASST's tree", ("prompt", "message_tree_id"), _oasst_tree),
+    Layout(
+        "best branch of OASST's messages", ("message_id", "parent_id", "text", "role"), _oasst_messages, ("replies",)
+    ),
 )
 """The layouts that are tried where none of LAYOUTS fits."""
 
-LABELLED_NAMES = {
-    "text": ("text", "sentence", "review", "content", "tweet", "question", "comment"),
-    "label": ("label", "labels", "sentiment", "stars", "rating", "category", "class"),
-}
-"""What the columns of a labelled text are called elsewhere, in any case; tried last."""
+OTHER_NAMES = (
+    ABOUT_A_TEXT,
+    *TWO_TEXTS,
+    *UNPAIRED_CHATS,
+    *(ALPACA, UNPAIRED_ALPACA, ALPACA_CHAT),
+    *(replace(PAIR, refused=ASIDE), UNPAIRED, CHAT_TURN, TEXT_AND_LABEL),
+)
+"""The layouts that are tried with other names of their columns, in this order."""
 
-
-DOCUMENTS = Layout("documents", ("text",), lambda row: Document(row.optional_text("text"), row.source), refused=())
+DOCUMENTS = Layout("documents", ("text",), _document, refused=())
 """The layout of a file with a column text, and no other but ABOUT_DOCUMENTS; a text may be empty."""
 ABOUT_DOCUMENTS = {
     *("id", "url", "title", "source", "version", "meta", "metadata", "file_path", "dump"),
     *("date", "timestamp", "added", "created", "language", "language_score", "token_count"),
 }
 """Columns that say where a document is from; they are not learned."""
-
-
-def check_columns(columns: Columns) -> None:
-    """Raise InputError for fields of --columns that no layout reads, or none reads together."""
-    every = (*LAYOUTS, *MORE_LAYOUTS)
-    fields = list(dict.fromkeys(key for layout in every for key in (*layout.keys, *layout.optional)))
-    for key, column in columns.items():
-        if key not in fields:
-            hint = did_you_mean(key, fields)
-            raise InputError(f"--columns {key}={column}: no field {key!r}: {hint}fields are {', '.join(fields)}")
-    if not _readable(every, columns):
-        raise InputError(
-            f"--columns: no layout reads {' and '.join(columns)} together: leave one out; the layouts are {_names()}"
-        )
-
-
-def recognise(path: object, columns: Mapping[str, Any], mapped: Sequence[str] = ()) -> Layout:
-    """The layout of a file, from the columns of its first row.
-
-    mapped: the columns named by --columns; the layout must read all of them. LAYOUTS are tried before MORE_LAYOUTS, and
-    those before the other names of a labelled text's columns. A layout whose keys are a part of another's gives way to
-    it, unless --columns names exactly its keys. Raises InputError for an unknown layout, and where several remain.
-    """
-    for layouts in (LAYOUTS, MORE_LAYOUTS):
-        readable = _readable(layouts, mapped)
-        fitting = [layout for layout in readable if columns.keys() >= {*layout.keys} and layout.matches(columns)]
-        fitting = [layout for layout in fitting if {*layout.keys} <= {*mapped}] or fitting
-        fitting = [layout for layout in fitting if not any({*layout.keys} < {*other.keys} for other in fitting)]
-        if len(fitting) > 1:
-            choices = " or ".join(f"--columns {','.join(f'{key}={key}' for key in layout.keys)}" for layout in fitting)
-            raise InputError(
-                f"{path}: the columns fit several layouts, {' and '.join(map(str, fitting))}: choose {choices}"
-            )
-        if fitting:
-            return fitting[0]
-    if columns.keys() - ABOUT_DOCUMENTS == {"text"} and {*mapped} <= {"text"}:
-        return DOCUMENTS
-    named = _named_otherwise(path, columns)
-    if named is None or not {*mapped} <= {*named.keys}:
-        raise _unknown(path, columns, _readable((*LAYOUTS, *MORE_LAYOUTS), mapped))
-    return named
-
-
-def _named_otherwise(path: object, columns: Mapping[str, Any]) -> Layout | None:
-    """The layout of a labelled text whose columns have other names. Raises InputError if there are several of them."""
-    found: dict[str, list[str]] = {}
-    written = {str(column).strip().casefold(): column for column in columns}
-    for key, known in LABELLED_NAMES.items():
-        found[key] = [key] if key in columns else [written[name] for name in known if name in written]
-        found[key] = [name for name in found[key] if name.strip().casefold() == key] or found[key]
-    if not all(found.values()):
-        return None
-    for key, names in found.items():
-        if len(names) > 1:
-            choices = " or ".join(f"--columns {key}={name}" for name in names)
-            raise InputError(f"{path}: the {key} may be in column {' or '.join(names)}: choose {choices}")
-    return replace(LAYOUTS[0], columns=tuple((key, names[0]) for key, names in found.items() if names != [key]))
-
-
-def _unknown(path: object, columns: Mapping[str, Any], layouts: Sequence[Layout]) -> InputError:
-    """The error for columns without a layout: it names the first column that the closest layout lacks."""
-    if columns and not any(columns.keys() & {*layout.keys} for layout in layouts):
-        present = ", ".join(map(str, columns))
-        return InputError(
-            f"{path}: its columns, {present}, fit no layout: map them with --columns; they are {_names()}"
-        )
-    lacking = [layout for layout in layouts if not columns.keys() >= {*layout.keys}] or layouts
-    shared = [len(columns.keys() & {*layout.keys}) for layout in lacking]
-    ranks = [(count, count / len(layout.keys)) for count, layout in zip(shared, lacking, strict=True)]
-    closest = lacking[ranks.index(max(ranks))]
-    missing = next((key for key in closest.keys if key not in columns), closest.keys[0])
-    return InputError(f"{path}: {missing_column(missing, columns, missing)}; the layouts are {_names()}")
-
-
-def _readable(layouts: Sequence[Layout], fields: Iterable[str]) -> list[Layout]:
-    """Those of the layouts that read all these fields."""
-    return [layout for layout in layouts if {*fields} <= {*layout.keys, *layout.optional}]
-
-
-def _names() -> str:
-    others = len(LAYOUTS) + len(MORE_LAYOUTS) - COMMON
-    return f"{', '.join(map(str, LAYOUTS[:COMMON]))}, and {others} more (docs/how-to.md)"

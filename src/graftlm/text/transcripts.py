@@ -24,6 +24,11 @@ def alpaca_prompt(instruction: str, context: str) -> str:
     return f"{task}\n\n### Instruction:\n{instruction}\n\n{context}### Response:\n"
 
 
+def instruction(row: Row) -> str:
+    """An instruction with its input, as LLaMA-Factory writes them into a message."""
+    return "\n".join(filter(None, (row.text("instruction"), row.optional_text("input"))))
+
+
 def with_system(row: Row, name: str, messages: tuple[Message, ...]) -> tuple[Message, ...]:
     """The messages after the system message in the column of this name, if it has one."""
     system = row.optional_text(name)
@@ -52,16 +57,13 @@ def transcript(row: Row, name: str) -> tuple[Message, ...]:
     return tuple((ROLE_NAMES.get(speaker.lower(), speaker.lower()), text) for speaker, text in messages)
 
 
-def best_branch(row: Row, name: str) -> tuple[Message, ...]:
+def best_branch(row: Row, node: Any) -> tuple[Message, ...]:
     """The branch of a tree of messages (OASST) with the reply of best rank after each, up to its last answer.
 
     A reply without a rank comes after those that have one; a deleted one is left out.
     """
     messages: list[Message] = []
-    node: Any = row.columns.get(name)
     while node is not None:
-        if not isinstance(node, dict):
-            raise row.error(f"{name} must be a tree of messages with text, role and replies")
         part = Row(row.source, node)
         messages.append((ROLE_NAMES.get(part.text("role"), part.text("role")), part.text("text")))
         replies = [reply for reply in node.get("replies") or () if isinstance(reply, dict) and not reply.get("deleted")]
@@ -93,8 +95,7 @@ def asked_alpaca(row: Row) -> Said:
     """What Alpaca's columns ask: its prompt or, where there may be a history or a system message, messages."""
     if row.columns.get("history") is None and row.columns.get("system") is None:
         return alpaca_prompt(row.text("instruction"), row.optional_text("input"))
-    question = "\n".join(filter(None, (row.text("instruction"), row.optional_text("input"))))
-    return (*history(row), ("user", question))
+    return (*history(row), ("user", instruction(row)))
 
 
 def said(row: Row, prompt: Said, *names: str) -> tuple[Said, ...]:
