@@ -17,7 +17,7 @@ import pytest
 from data_files import LAYOUTS, TEXTS, WORDS
 from graftlm.errors import InputError
 from graftlm.files.arrow_rows import class_names
-from graftlm.files.readers import read_records
+from graftlm.files.readers import SUFFIXES, read_records
 from graftlm.text.dataset import load_dataset
 
 NUMBERED = [{"text": text, "label": n % 2} for n, text in enumerate(TEXTS)]
@@ -59,6 +59,34 @@ def refused(path: Path, message: str) -> None:
 )
 def test_a_file_gives_its_rows(name: str, expected: list[dict[str, Any]]) -> None:
     assert rows(LAYOUTS / name) == expected
+
+
+def test_the_content_of_a_file_without_a_suffix_decides(tmp_path: Path) -> None:
+    for number, name in enumerate(("array.jsonl", "cls.jsonl.gz", "cls.arrow", "cls.zip", "rt.parquet", "plain.csv")):
+        path = shutil.copy(LAYOUTS / name, tmp_path / f"a{number}")
+        if name.endswith(".gz"):
+            refused(path, f"FILE: unknown file format '': use {SUFFIXES}")
+            continue
+        notes: list[str] = []
+        assert [row for _, row in read_records(path, notes=notes)] == (NAMED if number == 5 else NUMBERED)
+        kind = {0: ".json", 3: ".jsonl"}.get(number, Path(name).suffix)
+        assert notes == [f"{path}: no suffix: read as {kind}"]
+    data = load_dataset(
+        str(LAYOUTS / "SMSSpamCollection"), "", "", {"text": "column2", "label": "column1"}, ("ham", "spam")
+    )
+    assert sorted(row.text for rows in data.splits.values() for row in rows) == sorted(
+        f"free prize {n}" for n in range(24)
+    )
+    assert rows(shutil.copy(LAYOUTS / "cls.arrow", tmp_path / "a.feather")) == NUMBERED
+    (tmp_path / "LICENSE").write_text("MIT\n\nPermission is granted, free of charge.\n")
+    with pytest.raises(InputError, match=r"LICENSE: is not a data file that we read"):
+        load_dataset(str(tmp_path / "LICENSE"))
+
+
+@pytest.mark.parametrize("end", ["", " ", "\r"])
+def test_objects_of_one_line(tmp_path: Path, end: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes("".join(json.dumps(row) + end for row in ROWS).encode())
+    assert rows(tmp_path / "a.jsonl") == ROWS
 
 
 def test_splits_inside_one_json_file(tmp_path: Path) -> None:

@@ -209,6 +209,38 @@ def test_what_cannot_be_decided_names_the_flag(
         refused(path, message)
 
 
+def test_tabs_in_a_tsv_precede_commas_in_its_texts(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_text("text, and more\tlabel\na, b\t1\nc, d\t0\n")
+    assert table(path)[0] == [{"text, and more": "a, b", "label": "1"}, {"text, and more": "c, d", "label": "0"}]
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"), [(b"PAR1\0", "parquet"), (b"\x1f\x8b\x08", "gzip"), (b"PK\x03\x04x", "a .zip or .xlsx")]
+)
+def test_a_table_that_is_none(tmp_path: Path, content: bytes, kind: str) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(content)
+    refused(path, f"FILE: holds {kind}, not csv: give it its own suffix, or save it as csv")
+
+
+@pytest.mark.parametrize("mark", ["\t", ";"])
+def test_a_text_file_that_looks_like_a_table(tmp_path: Path, mark: str) -> None:
+    path = tmp_path / "a.txt"
+    lines = [f"the {word}, I say{mark}{n}\n" for n, word in enumerate(("fox", "owl", "elk", "emu"))]
+    path.write_text("".join(lines))
+    rows, notes = table(path)
+    assert rows == [{"text": "".join(lines)}]
+    assert notes == [
+        "read as one text, and its lines look like the rows of a table: if it is one, name it .csv or give "
+        "--columns delimiter=tab (or semicolon, pipe)"
+    ]
+    rows, _ = table(path, f"delimiter={'tab' if mark != ';' else 'semicolon'},header=no")
+    assert rows[3] == {"column1": "the emu, I say", "column2": "3"}
+    path.write_text("".join([*lines, "So they ended.\n"]))
+    assert table(path)[1] == []
+
+
 def test_a_table_without_a_header_is_mapped(tmp_path: Path) -> None:
     named = parse_columns("text=column3,label=column1")
     data = load_dataset(str(LAYOUTS / "agnews_raw.csv"), columns=named, labels=("1", "2", "3", "4"))

@@ -39,7 +39,7 @@ from graftlm.files.fetch import (
 )
 from graftlm.files.formats import read_json, sha256_file, weight_files
 from graftlm.files.packed import COMPRESSED
-from graftlm.files.readers import DATA_CARD, DATA_SUFFIXES, GGUF, SUFFIXES, WEIGHT_SUFFIXES, is_data_file
+from graftlm.files.readers import DATA_CARD, DATA_SUFFIXES, GGUF, SUFFIXES, WEIGHT_SUFFIXES, is_data_file, is_readable
 
 FORMAT_VERSION = 1  # raise it when the content of an unpacked folder changes: older folders are then built again
 HELD_OUT = 533  # reviews of each label in test, and as many in validation
@@ -217,10 +217,11 @@ def data_source(name: str) -> DataSource:
     else:
         _check_hub_name("data set", whole, [*BUILTIN_DATA, *HUB_DATA], (*DATA_SUFFIXES, *COMPRESSED))
         source = _from_hub(whole, choices)
-    files = [source.path] if source.path.is_file() else source.path.rglob("*")
-    if not any(map(is_data_file, files)):
-        problem = "is not a data file that we read" if source.path.is_file() else "holds no data file"
-        raise InputError(f"{source.path}: {problem}: use {SUFFIXES}")
+    one = source.path.is_file()
+    if not (is_readable(source.path) if one else any(map(is_data_file, source.path.rglob("*")))):
+        raise InputError(
+            f"{source.path}: {'is not a data file that we read' if one else 'holds no data file'}: use {SUFFIXES}"
+        )
     if source.kind and not _has_kind(source):
         raise InputError(f"{name}: this data set has no {source.kind!r}: leave it out, or name another")
     return source

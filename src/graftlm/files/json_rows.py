@@ -45,7 +45,8 @@ def json_rows(file: DataFile, text: str) -> Iterator[tuple[str, dict[str, Any]]]
     if first[0] != "[" and (line is None or not rest):
         values = _values(text) or []
         items = _rows_inside(where, values[0], file.split) if len(values) == 1 else None
-        items = items if items is not None else (values if line is None else None) or None
+        several = line is None or len(line) > 1
+        items = items if items is not None else (values if several else None) or None
     for source, item in _lines(file, text) if items is None else _items(where, items):
         if isinstance(item, list) and item and all(isinstance(m, dict) and {"role", "from"} & {*m} for m in item):
             item = {"messages": item}

@@ -6,6 +6,7 @@
 A packed file is unpacked into memory. zstd is pyarrow's, because Python has none of its own before 3.14.
 """
 
+import csv
 import gzip
 import io
 import zipfile
@@ -19,6 +20,7 @@ from graftlm.errors import InputError
 
 COMPRESSED = (".gz", ".zst")
 ZIP = ".zip"
+HEAD = 100_000  # bytes that say what a file without a suffix is
 
 
 def raise_error(source: str, error: InputError) -> None:
@@ -85,8 +87,11 @@ def data_stem(path: Path) -> str:
 
 
 def open_data(path: Path, suffixes: Sequence[str]) -> DataFile:
-    """The data file of a path. Of an archive it is the only file with one of the suffixes. Raises InputError."""
-    if (suffix := data_suffix(path)) != ZIP:
+    """The data file of a path. Of an archive it is the only file with one of the suffixes. Raises InputError.
+
+    The content of a file whose name has no suffix says what it is.
+    """
+    if (suffix := data_suffix(path) or _content_suffix(path)) != ZIP:
         return DataFile(path, suffix)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -104,6 +109,32 @@ def open_data(path: Path, suffixes: Sequence[str]) -> DataFile:
     if PurePosixPath(tables[0]).suffix.lower() in COMPRESSED:
         raise InputError(f"{path}: {tables[0]} in it is compressed again: unpack it and name the file")
     return DataFile(path, data_suffix(tables[0]), tables[0])
+
+
+def _content_suffix(path: Path) -> str:
+    """The suffix that fits the beginning of a file; "" for none."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(HEAD)
+    except OSError as error:
+        raise InputError(f"{path}: cannot read it: {error.strerror}") from None
+    starts = {
+        b"PAR1": ".parquet",
+        b"ARROW1": ".arrow",
+        b"\xff\xff\xff\xff": ".arrow",
+        b"PK\x03\x04": ZIP,
+        b"{": ".jsonl",
+        b"[": ".json",
+    }
+    if found := [suffix for start, suffix in starts.items() if head.lstrip().startswith(start)]:
+        return found[0]
+    text = head.decode(errors="replace").rstrip()
+    lines = text.split("\n")[: -1 if len(head) == HEAD else None]
+    for mark, suffix in (("\t", ".tsv"), (",", ".csv")):
+        sizes = {len(row) for row in csv.reader(lines, delimiter=mark)}
+        if len(lines) > 1 and len(sizes) == 1 and sizes != {1}:
+            return suffix
+    return ""
 
 
 def _unzstd(content: bytes) -> bytes:

@@ -17,12 +17,13 @@ from graftlm.files.arrow_rows import read_arrow, read_parquet
 from graftlm.files.data_folders import TEXT, read_class_folders
 from graftlm.files.json_rows import json_rows, split_names
 from graftlm.files.packed import COMPRESSED, ZIP, DataFile, data_suffix, open_data, raise_error
-from graftlm.files.tables import read_table
+from graftlm.files.tables import looks_like_table, read_table
 
 Record = tuple[str, dict[str, Any]]  # its source (file and line), and its fields
 
 GGUF, SAFETENSORS = ".gguf", ".safetensors"
 WEIGHT_SUFFIXES = (GGUF, SAFETENSORS)
+AS_TABLE = "if it is one, name it .csv or give --columns delimiter=tab (or semicolon, pipe)"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 """Weights that are never read: a pickle can run code."""
 
@@ -53,14 +54,15 @@ def read_records(
     read = DATA_READERS.get(file.suffix)
     if read is None:
         raise InputError(f"{path}: unknown file format {path.suffix!r}: use {SUFFIXES}")
-    is_empty = True
+    is_empty, notes = True, notes if notes is not None else []
+    if not data_suffix(path):
+        notes.append(f"{path}: no suffix: read as {file.suffix}")
 
     def on_bad(source: str, error: InputError) -> None:
         nonlocal is_empty
         is_empty = False
         on_bad_row(source, error)
 
-    notes = notes if notes is not None else []
     for record in read(replace(file, split=split, csv=csv, notes=notes, on_bad_row=on_bad)):
         is_empty = False
         yield record
@@ -78,6 +80,11 @@ def splits_inside(path: Path) -> set[str]:
     return split_names(_text(open_data(path, DATA_SUFFIXES))) if data_suffix(path) == ".json" else set()
 
 
+def is_readable(path: Path) -> bool:
+    """Whether a file has a suffix that is read, or none and a content that is (`open_data`)."""
+    return is_data_file(path) or (not data_suffix(path) and open_data(path, DATA_SUFFIXES).suffix in DATA_SUFFIXES)
+
+
 def _text(file: DataFile) -> str:
     """The file's text; a file without any is an error."""
     text = decode_named(file.content(), str(file.path))
@@ -91,8 +98,14 @@ def _read_json(file: DataFile) -> Iterator[Record]:
 
 
 def _read_text(file: DataFile) -> Iterator[Record]:
-    """The whole file as one document."""
-    yield str(file.path), {"text": _text(file)}
+    """The whole file as one document. A table in it is only looked for if `--columns` names its delimiter."""
+    if file.csv.delimiter:
+        yield from read_table(file)
+        return
+    text = _text(file)
+    if looks_like_table(text):
+        file.notes.append(f"{file.path}: read as one text, and its lines look like the rows of a table: {AS_TABLE}")
+    yield str(file.path), {"text": text}
 
 
 DATA_READERS: dict[str, Callable[[DataFile], Iterator[Record]]] = {
@@ -103,6 +116,7 @@ DATA_READERS: dict[str, Callable[[DataFile], Iterator[Record]]] = {
     ".tsv": read_table,
     ".parquet": read_parquet,
     ".arrow": read_arrow,
+    ".feather": read_arrow,
     TEXT: _read_text,
 }
 """Suffix -> reader."""

@@ -27,8 +27,10 @@ from graftlm.errors import InputError
 from graftlm.files.packed import DataFile
 
 SAMPLE = 200  # rows that decide delimiter and header
+MIN_ROWS = 4  # of a text that looks like a table
 LONG = 60  # characters of a cell that is no column's name
 _SEP = re.compile(r"sep=(.)\r?\n", re.IGNORECASE)
+_BINARY = {b"PAR1": "parquet", b"\x1f\x8b": "gzip", b"PK\x03\x04": "a .zip or .xlsx"}
 _UTF8 = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
 _HIGH = re.compile(rb"[\x80-\xff]+")
 _NAME = re.compile(r"[^\W\d]\w*")
@@ -64,6 +66,8 @@ def read_table(file: DataFile) -> Iterator[tuple[str, dict[str, Any]]]:
 def _text(file: DataFile) -> tuple[str, list[str]]:
     """The file's text, and what was found of its encoding and line ends."""
     content, said = file.content(), []
+    if kind := next((kind for start, kind in _BINARY.items() if content.startswith(start)), ""):
+        raise InputError(f"{file.path}: holds {kind}, not csv: give it its own suffix, or save it as csv")
     encoding = file.csv.encoding or _encoding(file, content)
     if encoding:
         try:
@@ -128,11 +132,20 @@ def _delimiter(file: DataFile, text: str) -> str:
     even = [mark for mark in possible if len({len(row) for row in samples[mark]}) == 1]
     if len(even) == 1:
         return even[0]
+    if plain == "\t" and plain in even:  # the suffix says it; texts have commas
+        return plain
     if not even and plain in possible:
         return plain
     names = " and ".join(name for name, mark in DELIMITERS.items() if mark in (even or possible))
     evenly = "split its rows evenly" if even else "are in its first row"
     raise InputError(f"{file.path}: {names} {evenly}: say which, as in --columns delimiter=tab")
+
+
+def looks_like_table(text: str) -> bool:
+    """Whether a tab, semicolon or pipe splits all rows of a text evenly."""
+    samples = [_sample(text, mark) for mark in DELIMITERS.values() if mark != ","]
+    sizes = [{*map(len, rows)} for rows in samples if len(rows) >= MIN_ROWS]
+    return any(len(some) == 1 and some != {1} for some in sizes)
 
 
 def _sample(text: str, delimiter: str) -> list[list[str]]:

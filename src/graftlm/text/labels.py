@@ -23,6 +23,7 @@ FEW_LABELS = 20
 NO_LABEL = "-1"
 _WHOLE = re.compile(r"(-?\d+)\.0+", re.ASCII)
 _FRACTION = re.compile(r"-?\d*\.\d+(e-?\d+)?", re.ASCII)
+_LIST = re.compile(r"\[[^\[\]]*\]|-?\d+(, ?-?\d+)+", re.ASCII)
 _INTEGER = re.compile(r"-?\d+", re.ASCII)
 _SHOWN = 8
 
@@ -60,7 +61,7 @@ def is_integer(text: str) -> bool:
 
 def not_a_class(value: object) -> str:
     """What is wrong with a label that is no class, and what would work; "" for any other value."""
-    if isinstance(value, list):
+    if isinstance(value, list) or (isinstance(value, str) and _LIST.fullmatch(value.strip())):
         return (
             f"label {short_repr(value)} is a list: a text has one label here: leave one in each row, or write them "
             "all as a completion (--columns prompt=…,completion=…)"
