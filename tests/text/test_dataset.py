@@ -165,11 +165,14 @@ def test_a_file_that_is_something_else_is_told_so(tmp_path: Path, name: str, con
 
 
 def test_columns_that_no_layout_has(tmp_path: Path):
-    with pytest.raises(
-        InputError,
-        match=r"a.jsonl: its columns, story, mood, fit no layout: map them with --columns; they are labelled \(",
+    for row, proposal in (
+        ({"story": "a", "mood": "b"}, "prompt=story,completion=mood, or text=story,label=mood"),
+        ({"story": "a", "mood": 1, "id": 0}, "text=story,label=mood"),
+        ({"of": {"en": "a", "de": "b"}}, "prompt=of.en,completion=of.de, or text=of.en,label=of.de"),
     ):
-        load_dataset(str(jsonl(tmp_path / "a.jsonl", {"story": "a", "mood": "b"})))
+        message = f"fit no layout: map them, as in --columns {proposal}; the layouts are labelled ("
+        with pytest.raises(InputError, match=re.escape(message)):
+            load_dataset(str(jsonl(tmp_path / "a.jsonl", row)))
 
 
 def test_parquet(tmp_path: Path):
@@ -347,7 +350,12 @@ def test_prompt_and_completion(tmp_path: Path):
             {},
             "no column 'text': did you mean 'Texts'? the columns are Texts, label; name it with --columns text=COLUMN",
         ),
-        ({"text": "a", "y": 1}, {}, "no column 'label': the columns are text, y; name it with --columns label=COLUMN"),
+        (
+            {"text": "a", "y": 1},
+            {},
+            "no column 'label': the columns are text, y; name it with --columns label=COLUMN, or --columns text=text "
+            "to learn the texts as documents",
+        ),
         (
             {"prompt": "a", "completion": "b"},
             {"columns": {"label": "stars"}},
@@ -937,7 +945,10 @@ def test_a_column_that_changes_what_is_learned_is_used_or_refused(tmp_path: Path
     if name == "system" and ("chosen" in record or "label" in record):
         fails(path, path.read_bytes(), "FILE:4: system must be text, not ['x']")
         return
-    message = f"FILE:4: {name} would be lost, and it changes what is learned: write it into the texts, or leave it out"
+    message = (
+        f"FILE:4: {name} would be lost, and it changes what is learned: write it into the texts (--prompt and "
+        "--completion name fields), or leave it out"
+    )
     fails(path, path.read_bytes(), message)
 
 

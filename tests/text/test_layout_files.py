@@ -27,6 +27,12 @@ WEATHER = {
 }
 
 
+LOST = (
+    "would be lost, and it changes what is learned: write it into the texts (--prompt and --completion name fields), "
+    "or leave it out"
+)
+
+
 def talk(*messages: Any, tools: tuple[Any, ...] = (), unlearned: tuple[int, ...] = ()) -> Conversation:
     return Conversation(messages, "", tools, unlearned)
 
@@ -244,7 +250,7 @@ def test_the_record_of_a_row(tmp_path: Path, row: dict[str, Any], note: str, rec
         ),
         (
             {"prompt": "q", "answer": "a", "context": "c"},
-            ":1: context would be lost, and it changes what is learned: write it into the texts, or leave it out",
+            f":1: context {LOST}",
         ),
         (
             {"chosen": [SAY_A, SAY_B], "rejected": [SAY_A, SAY_B]},
@@ -253,7 +259,7 @@ def test_the_record_of_a_row(tmp_path: Path, row: dict[str, Any], note: str, rec
         ),
         (
             {"chosen": "a b", "rejected": "a c", "system": "s"},
-            ":1: system would be lost, and it changes what is learned: write it into the texts, or leave it out",
+            f":1: system {LOST}",
         ),
         (
             {"prompt": [SAY_A], "chosen": [SAY_A], "rejected": [SAY_B]},

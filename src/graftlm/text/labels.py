@@ -63,14 +63,14 @@ def not_a_class(value: object) -> str:
     """What is wrong with a label that is no class, and what would work; "" for any other value."""
     if isinstance(value, list) or (isinstance(value, str) and _LIST.fullmatch(value.strip())):
         return (
-            f"label {short_repr(value)} is a list: a text has one label here: leave one in each row, or write them "
-            "all as a completion (--columns prompt=…,completion=…)"
+            f"label {short_repr(value)} is a list: a text has one label here: leave one in each row, take the first "
+            "(--columns label=COLUMN.0), or learn them as text (--prompt '{…}' --completion '{…}')"
         )
     if _FRACTION.fullmatch(label_text(value) or ""):
         return (
             f"label {short_repr(value)} is a fraction, and there is no regression: round the numbers to a few "
-            "classes, name the classes with --labels, or write each number as a completion "
-            "(--columns prompt=…,completion=…)"
+            "classes, name the classes with --labels, or learn each number as a text (--prompt '{…}' --completion "
+            "'{…}')"
         )
     return ""
 
@@ -118,7 +118,7 @@ def taken_from_data(words: Sequence[str]) -> str:
 def _too_many(labels: int, rows: int) -> str:
     return (
         f"{labels} different labels in {rows} rows: too many to be classes: name them with --labels, or learn them as "
-        "completions (--columns prompt=…,completion=…)"
+        "texts (--prompt '{…}' --completion '{…}')"
     )
 
 

@@ -17,6 +17,8 @@ from graftlm.text.tokenizer import Tokenizer
 from graftlm.text.words import normalize
 
 BACKSLASH = "has a backslash and an n, not a line break: in a shell, write $'…\\n…'"
+CHAT_TOKENS = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "[INST]", "<|user|>", "<|assistant|>")
+"""Names of special tokens that begin a turn in chat templates."""
 WINDOW_SHOWN = 40
 """Tokens of a window that its example shows."""
 
@@ -88,7 +90,7 @@ def show_targets(example: Example, tokenizer: Tokenizer, width: int = 160) -> st
 
 def control_token_notes(splits: Mapping[str, Sequence[Record]], tokenizer: Tokenizer) -> list[str]:
     """A note for each split with records, other than conversations, that hold special tokens' names."""
-    names = any_of(tokenizer.special_tokens)
+    names = any_of({*tokenizer.special_tokens, *CHAT_TOKENS})
     notes = []
     for split, rows in splits.items():
         texts = [[getattr(row, f.name) for f in fields(row) if f.name not in ("source", "messages")] for row in rows]

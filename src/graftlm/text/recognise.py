@@ -1,8 +1,8 @@
 """Which layout a file has, by the columns of its first row (`layouts.py`), and what is said where it has none."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 from graftlm.errors import InputError, did_you_mean
 from graftlm.text.fields import Columns, missing_column
@@ -68,11 +68,12 @@ def _by_keys(
 
 
 def _documents(columns: Mapping[str, Any], mapped: Sequence[str]) -> Layout | None:
-    """Documents, if no column but the text may be a label."""
+    """Documents, if no column but the text may be a label, or --columns names the text alone."""
     others = {name: columns[name] for name in columns.keys() - ABOUT_DOCUMENTS - {"text"}}
     may_be_labels = [name for name, value in others.items() if isinstance(value, str | int)]
     may_be_labels += _called(TEXT_AND_LABEL, "label", others)
-    return DOCUMENTS if "text" in columns and {*mapped} <= {"text"} and not may_be_labels else None
+    is_documents = [*mapped] == ["text"] or not (mapped or may_be_labels)
+    return DOCUMENTS if "text" in columns and is_documents else None
 
 
 def _by_other_names(path: object, columns: Mapping[str, Any], mapped: Sequence[str]) -> Layout | None:
@@ -110,18 +111,44 @@ def _called(layout: Layout, key: str, columns: Iterable[str]) -> list[str]:
     return whole or [column for name, column in written.items() if name.startswith(starts) or name.endswith(ends)]
 
 
-def _unknown(path: object, columns: Mapping[str, Any], mapped: Sequence[str]) -> Layout:
+def _unknown(path: object, columns: Mapping[str, Any], mapped: Sequence[str]) -> NoReturn:
     """Raise the error for columns without a layout: it names the first column that the closest layout lacks."""
     layouts = _readable(EVERY_LAYOUT, mapped)
     if columns and not any(columns.keys() & {*layout.keys} for layout in layouts):
         present = ", ".join(map(str, columns))
-        raise InputError(f"{path}: its columns, {present}, fit no layout: map them with --columns; they are {_names()}")
+        raise InputError(
+            f"{path}: its columns, {present}, fit no layout: {_proposal(columns)}; the layouts are {_names()}"
+        )
     lacking = [layout for layout in layouts if not columns.keys() >= {*layout.keys}] or layouts
     shared = [len(columns.keys() & {*layout.keys}) for layout in lacking]
     ranks = [(count, count / len(layout.keys)) for count, layout in zip(shared, lacking, strict=True)]
     closest = lacking[ranks.index(max(ranks))]
     missing = next((key for key in closest.keys if key not in columns), closest.keys[0])
-    raise InputError(f"{path}: {missing_column(missing, columns, missing)}; the layouts are {_names()}")
+    documents = ", or --columns text=text to learn the texts as documents" if "text" in columns else ""
+    raise InputError(f"{path}: {missing_column(missing, columns, missing)}{documents}; the layouts are {_names()}")
+
+
+def _proposal(columns: Mapping[str, Any]) -> str:
+    """The flags that may say what columns are, by their values."""
+    fields = {name: value for name, value in _fields(columns) if small(name) != "id"}
+    texts, numbers, lists = ([name for name in fields if isinstance(fields[name], kind)] for kind in (str, int, list))
+    if lists and not texts:
+        return f"{' and '.join(lists)} are lists, and no list is a text: write prompts and completions"
+    if texts and numbers:
+        return f"map them, as in --columns text={texts[0]},label={numbers[0]}"
+    if len(texts) > 1:
+        first, second = texts[:2]
+        return f"map them, as in --columns prompt={first},completion={second}, or text={first},label={second}"
+    return "map them with --columns"
+
+
+def _fields(columns: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The columns and, of objects, what is in them."""
+    for name, value in columns.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}.{inner}", item) for inner, item in value.items())
+        else:
+            yield str(name), value
 
 
 def _readable(layouts: Sequence[Layout], fields: Iterable[str]) -> list[Layout]:

@@ -108,7 +108,8 @@ class Row:
         for name in names:
             if self.columns.get(name) not in (None, "", [], {}, "[]", "{}"):
                 raise self.error(
-                    f"{name} would be lost, and it changes what is learned: write it into the texts, or leave it out"
+                    f"{name} would be lost, and it changes what is learned: write it into the texts (--prompt and "
+                    "--completion name fields), or leave it out"
                 )
 
     def desirable(self) -> bool:
