@@ -11,8 +11,9 @@ from torch import Tensor
 
 from graftlm.methods import LoRA
 from graftlm.methods.base import trainable
-from graftlm.models import fused_ops as kernels
-from graftlm.models.fused_ops import TORCH, CppKernels, DropoutMask, KernelsUnavailable, load_kernels
+from graftlm.models import cpp
+from graftlm.models.cpp import KernelsUnavailable
+from graftlm.models.fused_ops import TORCH, CppKernels, DropoutMask, load_kernels
 from tiny import FAMILIES, model_of
 
 # How far apart two results may be, for values of about one.
@@ -197,10 +198,10 @@ def test_they_are_compiled_once_into_a_folder_of_the_users_own(home: Path, monke
     (file,) = (home / "compiled").iterdir()
     assert file.name.startswith("kernels-") and stat.S_IMODE((home / "compiled").stat().st_mode) == 0o700
     (home / "compiled").chmod(0o777)
-    monkeypatch.setattr(kernels, "_compile", None)  # not called again
+    monkeypatch.setattr(cpp, "_compile", None)  # not called again
     load_kernels()
     assert stat.S_IMODE((home / "compiled").stat().st_mode) == 0o700
-    monkeypatch.setattr(kernels, "FLAGS", (*kernels.FLAGS, "-g"))
+    monkeypatch.setattr(cpp, "FLAGS", (*cpp.FLAGS, "-g"))
     with pytest.raises(TypeError):  # another flag is another file
         load_kernels()
 
@@ -213,7 +214,7 @@ def test_a_folder_of_somebody_else_is_refused(home: Path, monkeypatch: pytest.Mo
 
 
 def test_a_file_that_is_no_library_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_compile", lambda cxx, openmp, path: path.write_bytes(b"nothing"))
+    monkeypatch.setattr(cpp, "_compile", lambda cxx, openmp, source, path: path.write_bytes(b"nothing"))
     with pytest.raises(KernelsUnavailable, match=r"kernels-.*\.so cannot be loaded: "):
         load_kernels()
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from graftlm.inference.sampling import SamplingParams, next_tokens
 from graftlm.models import CausalLM, KVCache
+from graftlm.models.decode_kernels import decode_program
 from graftlm.text.collate import common_prefix_length
 from graftlm.text.stream import TextStream
 
@@ -68,7 +69,7 @@ class DecodingBatch:
     """
 
     def __init__(self, model: CausalLM, prefix: Sequence[KVCache] = ()) -> None:
-        self._model, self._prefix = model, prefix
+        self._model, self._prefix, self._program = model, prefix, decode_program(model)
         self._cache = model.empty_cache(0, 0)
         self.rows: list[Row] = []
         self._lengths: list[int] = []  # tokens in the cache, by row
@@ -108,9 +109,13 @@ class DecodingBatch:
         """Feed each of the B rows its newest token; the logits [B, V] after it."""
         longest = max(self._lengths) + 1
         self._ensure_capacity(len(self.rows), longest, longest, max(row.capacity for row in self.rows))
-        part = self._part(slice(len(self.rows)), longest)
-        ids = torch.tensor([row.tokens[-1] for row in self.rows], device=self._model.device)[:, None]
-        logits = self._model(ids, past=[*self._prefix, part], cache=part)[:, 0]
+        ids = torch.tensor([row.tokens[-1] for row in self.rows], device=self._model.device)
+        if self._program is not None:
+            cache = KVCache(self._cache.keys, self._cache.values, torch.tensor(self._lengths))
+            logits = self._program.step(ids, self._prefix, cache)
+        else:
+            part = self._part(slice(len(self.rows)), longest)
+            logits = self._model(ids[:, None], past=[*self._prefix, part], cache=part)[:, 0]
         self._lengths = [length + 1 for length in self._lengths]
         return logits
 

@@ -18,6 +18,7 @@ from graftlm.errors import InputError, unknown_name_error
 from graftlm.methods.cost_model import ParameterGroup, Passes, total
 from graftlm.models import CausalLM, Linear, ModelConfig
 from graftlm.models.config import our_linear
+from graftlm.models.layers import LowRankUpdate
 from graftlm.models.packed import Weight, dense, packed_weights
 
 PeftFolder = tuple[dict[str, Any], dict[str, Tensor]]
@@ -277,6 +278,10 @@ class MergeableLinear(Linear):
         if self.packed is not None:
             return dense(self.packed, self.packed.dtype)
         return self.weight.data if self._base_tensors is None else self._base_tensors["weight"]
+
+    def low_rank_updates(self) -> Sequence[LowRankUpdate] | None:
+        """None are left when it is merged."""
+        return () if self.merged else super().low_rank_updates()
 
     def train(self, mode: bool = True) -> Self:
         """Unmerge for training, merge for evaluation; a repeated call has no effect."""

@@ -23,7 +23,7 @@ from graftlm.methods.base import MergeableLinear, Method, PeftFolder
 from graftlm.methods.cost_model import ParameterGroup, linear_group
 from graftlm.models import CausalLM, Linear, ModelConfig
 from graftlm.models.fused_ops import TORCH, DropoutMask, ReferenceKernels
-from graftlm.models.layers import Dropout, HasFusedOps, draw_mask
+from graftlm.models.layers import Dropout, HasFusedOps, LowRankUpdate, draw_mask
 from graftlm.models.packed import Weight, dense, linear
 
 
@@ -121,6 +121,15 @@ class LoRALinear(HasFusedOps, MergeableLinear):
     def _post_process(self, y: Tensor) -> Tensor:
         """The output, from the sum of products and `bias_before_norm`; DoRA scales it."""
         return y
+
+    def low_rank_updates(self) -> Sequence[LowRankUpdate] | None:
+        """Its own, if it is not merged; DoRA's rows are scaled too."""
+        if self.merged or not self.rank:
+            return ()
+        if type(self) is not LoRALinear:
+            return None
+        a, b = self.lora_A.detach()[None], (self.lora_B.detach() * self.scale)[None]
+        return (LowRankUpdate(a, b, lambda rows: torch.zeros(rows, dtype=torch.long)),)
 
     def merged_tensors(self) -> dict[str, Tensor]:
         """The weight with its update."""

@@ -27,6 +27,7 @@ from graftlm.methods.base import AdaptedLinear, Method, replace_linears
 from graftlm.methods.lora import LoRA, scale_of
 from graftlm.models import CausalLM, Linear, clone_with_shared_weights
 from graftlm.models.config import our_linear
+from graftlm.models.layers import LowRankUpdate
 
 Adapters = Mapping[str, tuple[Method, Mapping[str, Tensor]]]
 """Name -> the method, and its trained tensors by our names (`exchange.huggingface`)."""
@@ -46,6 +47,8 @@ class RowGroups:
         """Whether all rows have the same adapter: then nothing is gathered."""
         self.count = len(rows)
         self._rows, self._device = rows, device
+        self.adapters = torch.tensor([-1 if n is None else n for n in rows])
+        """Each row's adapter, -1 for the base: [B] on the CPU."""
         self._indices: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def of(self, t: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,6 +73,13 @@ class AdapterSelection:
 
     groups: RowGroups | None = None
 
+    def adapters(self, rows: int) -> Tensor | None:
+        """The adapter of each of these rows, -1 for the base: [B] int64; None: the base for all."""
+        if self.groups is None:
+            return None
+        assert self.groups.is_uniform or self.groups.count == rows, f"adapters were set for {self.groups.count} rows"
+        return self.groups.adapters if self.groups.count == rows else self.groups.adapters[:1].repeat(rows)
+
 
 class MultiLoRALinear(AdaptedLinear):
     """A frozen linear with the low-rank updates of N adapters; `a`, `columns` and `b` are set by the caller."""
@@ -88,6 +98,10 @@ class MultiLoRALinear(AdaptedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """[B, ..., in] -> [B, ..., out]."""
         return self.forward_many([self], x)[0]
+
+    def low_rank_updates(self) -> Sequence[LowRankUpdate]:
+        """Those of its adapters."""
+        return (LowRankUpdate(self.a[:, self.columns.start : self.columns.stop], self.b, self.selection.adapters),)
 
     @staticmethod
     def forward_many(linears: Sequence[Linear], x: Tensor) -> list[Tensor]:

@@ -50,7 +50,7 @@ class CausalLM(HasFusedOps):
         self.positions = Embedding(config.position_rows, d) if config.learned_positions else None
         self.compute_dtype: torch.dtype | None = None
         self._windows = tuple(dict.fromkeys(layer.window for layer in settings))
-        self._ropes = tuple(dict.fromkeys(layer.rope for layer in settings if layer.rope is not None))
+        self.rope_configs = tuple(dict.fromkeys(layer.rope for layer in settings if layer.rope is not None))
 
     @property
     def prefix(self) -> PrefixModule | None:
@@ -110,13 +110,13 @@ class CausalLM(HasFusedOps):
         With `positions` [B, M] of each row: [B, M, d], equal to indexing the result with them; in the last layer,
         everything after keys and values is then computed there only.
         """
-        past = (*self._prefix_kv(), *past)
+        past = (*self.learned_prefix, *past)
         at = torch.arange(ids.shape[1], device=ids.device)
         for segment in past:
             at = at + segment.offset
         masks = layers.attention_masks(self._windows, past, at, self.dtype)
         inputs = AttentionInputs(past, cache, self.rotary_cos_sin(at), masks)
-        return self.norm(self._run_blocks(self._embed(ids, at), inputs, positions))
+        return self.norm(self._run_blocks(self.embed_tokens(ids, at), inputs, positions))
 
     def forward_shared_prefix(
         self,
@@ -150,7 +150,7 @@ class CausalLM(HasFusedOps):
         """[1, P] and [B, T] ids -> the input of block `end`: [P + B T, d], the prefix first; P may be 0."""
         p, (b, t) = prefix.shape[1], ids.shape
         positions = _positions(p, b, t, ids.device, paired) + self._num_prefix_tokens
-        x = self._embed(torch.cat([prefix.flatten(), ids.flatten()]), positions)
+        x = self.embed_tokens(torch.cat([prefix.flatten(), ids.flatten()]), positions)
         if end:
             inputs = self._shared_prefix_inputs(prefix, ids, paired)
             x = self._run_blocks(x if p else x.unflatten(0, (b, t)), inputs, None, 0, end)
@@ -168,7 +168,7 @@ class CausalLM(HasFusedOps):
             shared = layers.SharedPrefix(p, b, t, self._masks(layers.causal_hidden(p, device), n, first))
             positions = _positions(p, b, t, device, paired) + n
         return AttentionInputs(
-            self._prefix_kv(),
+            self.learned_prefix,
             rotary_cos_sin=self.rotary_cos_sin(positions),
             masks=self._masks(hidden, n + p, at + n + p),
             paired=paired,
@@ -183,16 +183,19 @@ class CausalLM(HasFusedOps):
 
     def rotary_cos_sin(self, positions: Tensor) -> dict[RopeConfig, tuple[Tensor, Tensor]]:
         """Cosine and sine of positions, of each kind of rotation that layers use."""
-        return {rope: rope_cos_sin(positions, self.config.head_dim, rope, self.dtype) for rope in self._ropes}
+        return {rope: rope_cos_sin(positions, self.config.head_dim, rope, self.dtype) for rope in self.rope_configs}
 
-    def _prefix_kv(self) -> tuple[KVCache, ...]:
+    @property
+    def learned_prefix(self) -> tuple[KVCache, ...]:
+        """The keys and values of the learned prefix, if there is one."""
         return () if self.prefix is None else (self.prefix.segment(self.dtype),)
 
     @property
     def _num_prefix_tokens(self) -> int:
         return 0 if self.prefix is None else self.prefix.size
 
-    def _embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+    def embed_tokens(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """The first block's input: [...] ids at these positions -> [..., d]."""
         x = self.embed.embed_in_dtype(ids, self.dtype)
         if self.config.embedding_multiplier != 1:
             x = x * torch.tensor(self.config.embedding_multiplier, dtype=x.dtype, device=x.device)

@@ -7,32 +7,16 @@
     FusedLinearLogProbs      head and log-probabilities, for losses that are not a sum of them
 
 Each is tested against autograd on the plain formula (tests/models/test_fused_ops.py). Their element-wise parts are
-`ReferenceKernels` in PyTorch, or in training `CppKernels`: kernels.cpp, compiled by this machine's C++ compiler once
-per processor, and called through ctypes.
-
-It is plain C++ with a C interface: without torch's headers it compiles in about a second, where torch.compile takes
-minutes for the same blocks. One object serves every shape, so longer batches do not recompile, and a resumed run
-computes the same bits.
-
-    GRAFT_HOME/compiled/kernels-KEY.so      KEY: hash of the source, the compiler, its flags and the processor
-
-The objects are loaded as code, so their folder must belong to the user (mode 0700). Tensors on GPUs, and silu(g) u
-forward, which PyTorch computes as fast, use `ReferenceKernels`.
+`ReferenceKernels` in PyTorch, or in training `CppKernels`: kernels.cpp, which `cpp.py` compiles in a second, where
+torch.compile takes minutes for the same blocks. One object serves every shape, so longer batches do not recompile, and
+a resumed run computes the same bits. Tensors on GPUs, and silu(g) u forward, which PyTorch computes as fast, use
+`ReferenceKernels`.
 
 Letters: N tokens, d width, H heads, D width of a head, V vocabulary, K targets.
 """
 
 import ctypes
-import hashlib
-import os
-import platform
-import re
-import shutil
-import stat
-import subprocess
-import tempfile
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -41,9 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graftlm.errors import GraftError
-from graftlm.files.assets import cache_home
-from graftlm.files.atomic import atomic_write
+from graftlm.models.cpp import load_library
 from graftlm.models.packed import PackedWeight, Weight, dense, embedding
 
 
@@ -271,8 +253,6 @@ class FusedLinearLogProbs(torch.autograd.Function):
 
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
-TIMEOUT_S = 120
 _P, _I, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 SIGNATURES = {
     "norm": (_P, _P, _I, _I, _D, _P, _P),
@@ -284,102 +264,18 @@ SIGNATURES = {
 DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 
 
-class KernelsUnavailable(GraftError):
-    """The kernels cannot be compiled or loaded on this machine; the message says why."""
-
-
-def compiler() -> str:
-    """The C++ compiler's path: $CXX, else g++; raises KernelsUnavailable."""
-    asked = os.environ.get("CXX") or "g++"
-    found = shutil.which(asked)
-    if platform.system() != "Linux":
-        raise KernelsUnavailable("kernels are compiled on Linux only")
-    if found is None:
-        raise KernelsUnavailable(f"no C++ compiler is found ({asked})")
-    return found
-
-
 def load_kernels() -> "CppKernels":
     """Load the kernels, compiled first if needed (about a second). Raises KernelsUnavailable."""
-    cxx = compiler()
-    version, openmp = _run([cxx, "--version"]).splitlines()[0], _openmp()
-    parts = (SOURCE.read_text(encoding="utf-8"), version, *FLAGS, str(openmp), _processor())
-    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
-    path = _own_folder(cache_home() / "compiled") / f"kernels-{key}.so"
-    if not path.is_file():
-        _compile(cxx, openmp, path)
-    return CppKernels(path)
-
-
-def _own_folder(folder: Path) -> Path:
-    """The folder, created if needed; code is loaded from it, so it must be ours and closed to others."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if folder.stat().st_uid != os.getuid():
-            raise KernelsUnavailable(f"{folder} belongs to another user, and code would be loaded from it")
-        if stat.S_IMODE(folder.stat().st_mode) != 0o700:
-            folder.chmod(0o700)
-    except OSError as error:
-        raise KernelsUnavailable(f"cannot use {folder}: {error.strerror}") from error
-    return folder
-
-
-def _compile(cxx: str, openmp: Path, path: Path) -> None:
-    with tempfile.TemporaryDirectory(prefix="graft-") as scratch:
-        part, whole = Path(scratch) / "kernels.o", Path(scratch) / "kernels.so"
-        _run([cxx, *FLAGS, "-c", str(SOURCE), "-o", str(part)])
-        # Linked against the OpenMP that torch has loaded: a second one would start threads of its own, which compete
-        # with torch's for the cores.
-        _run([cxx, "-shared", str(part), str(openmp), "-o", str(whole)])
-        try:
-            with atomic_write(path) as file:
-                file.write(whole.read_bytes())
-        except GraftError as error:
-            raise KernelsUnavailable(str(error)) from error
-
-
-def _run(command: list[str]) -> str:
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S, stdin=subprocess.DEVNULL
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise KernelsUnavailable(f"the C++ compiler {command[0]} cannot be run: {error}") from error
-    if done.returncode:
-        said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
-        raise KernelsUnavailable(f"the C++ compiler {command[0]} failed: {said.strip()}")
-    return done.stdout
-
-
-@cache
-def _processor() -> str:
-    """What -march=native depends on."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    told = {line.split(":")[0].strip(): line for line in lines if ":" in line}
-    return "\n".join(told.get(name, "") for name in ("vendor_id", "cpu family", "model", "flags", "Features"))
-
-
-def _openmp() -> Path:
-    """The OpenMP library that this process has loaded with torch."""
-    torch.get_num_threads()
-    lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
-    paths = sorted({line.split(maxsplit=5)[5] for line in lines if re.search(r"/lib(gomp|iomp5)[^/]*\.so", line)})
-    if len(paths) != 1:
-        raise KernelsUnavailable(f"torch has loaded {len(paths)} GNU-compatible OpenMP libraries, not one")
-    return Path(paths[0])
+    return CppKernels(load_library(SOURCE))
 
 
 class CppKernels(ReferenceKernels):
     """Each operation in one pass, equal to `ReferenceKernels` up to rounding, which handles unsupported tensors."""
 
-    def __init__(self, path: Path) -> None:
-        try:
-            library = ctypes.CDLL(str(path))
-            for name, dtype in product(SIGNATURES, DTYPES.values()):
-                function = getattr(library, f"{name}_{dtype}")
-                function.argtypes, function.restype = SIGNATURES[name], None
-        except (OSError, AttributeError) as error:
-            raise KernelsUnavailable(f"{path} cannot be loaded: {error}") from error
+    def __init__(self, library: ctypes.CDLL) -> None:
+        for name, dtype in product(SIGNATURES, DTYPES.values()):
+            function = getattr(library, f"{name}_{dtype}")
+            function.argtypes, function.restype = SIGNATURES[name], None
         self._library = library
 
     def _call(self, name: str, x: Tensor, *arguments: Tensor | float) -> None:

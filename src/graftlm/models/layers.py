@@ -18,7 +18,7 @@ query heads per key/value head, D head dimension, of which R rotate; N = P + B T
 flat tensor.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -29,6 +29,18 @@ from graftlm.models import fused_ops, packed
 from graftlm.models.config import LayerConfig, ModelConfig
 from graftlm.models.fused_ops import TORCH, DropoutMask, ReferenceKernels
 from graftlm.models.rope import RopeConfig
+
+
+@dataclass(frozen=True)
+class LowRankUpdate:
+    """What adapters add to a linear's output: b_n (a_n x), for the adapter n of each row."""
+
+    a: Tensor
+    """[N, r, in], of N adapters."""
+    b: Tensor
+    """[N, out, r], times the scale."""
+    adapters: Callable[[int], Tensor | None]
+    """Number of rows -> the adapter of each [B] int64, -1 for none; None: none in any row."""
 
 
 class Linear(packed.HasWeight, nn.Linear):
@@ -42,6 +54,10 @@ class Linear(packed.HasWeight, nn.Linear):
     def forward_many(linears: "Sequence[Linear]", x: Tensor) -> list[Tensor]:
         """The outputs of several linears for the same x. Methods override it where their linears can share work."""
         return [linear(x) for linear in linears]
+
+    def low_rank_updates(self) -> Sequence[LowRankUpdate] | None:
+        """What its output is in addition to x W^T + b, in evaluation; None if it is something else."""
+        return () if type(self).forward is Linear.forward else None
 
 
 def apply_linears(x: Tensor, *linears: Linear) -> list[Tensor]:

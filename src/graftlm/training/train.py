@@ -19,7 +19,8 @@ from graftlm.errors import InputError
 from graftlm.exchange.load import pick_device, pick_dtype
 from graftlm.files.assets import cache_home
 from graftlm.files.atomic import LOCK_NAME, cleanup_tmp, lock_dir, lock_owner
-from graftlm.models.fused_ops import CppKernels, KernelsUnavailable, compiler, load_kernels
+from graftlm.models.cpp import KernelsUnavailable, compiler
+from graftlm.models.fused_ops import CppKernels, load_kernels
 from graftlm.training.activation_cache import ActivationCache, CacheSpec, open_activation_cache
 from graftlm.training.checkpoint import FIRST_SCALE, CheckpointManager, TrainState
 from graftlm.training.distributed import DistContext, model_is_sharded

@@ -1,0 +1,783 @@
+// One decode step of a model: one new token for each of B rows, from its embedding to its logits; decode.py calls it.
+//
+// A step reads every weight once and does little with it, so its time is that of reading memory. Weights are read as
+// they are stored and unpacked in registers; activations and sums are float32.
+//
+//     y[b][n] = sum over k of w[n][k] x[b][k]
+//
+// Each y[b][n] is computed by one thread and added up in one order. So a row's results depend neither on the other rows
+// nor on the number of threads. Threads meet at a barrier where one needs what another has computed; the residual
+// stream x, which all need, is kept by each thread for itself.
+//
+// Letters: B rows, d hidden size, H query heads, K key/value heads, D head dimension, V vocabulary, S cached tokens.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+#include <type_traits>
+
+#include <omp.h>
+
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+// Vectors --------------------------------------------------------------------------------------------------------------
+
+#ifdef __AVX512F__
+constexpr int LANES = 16, MOST_ROWS = 5;  // 4 outputs x 5 rows of sums stay in 32 registers
+#else
+constexpr int LANES = 8, MOST_ROWS = 2;
+#endif
+constexpr int OUTPUTS = 4, CHUNK = 32, PARTS = CHUNK / LANES;  // outputs at a time; weights at a time, in vectors
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef float eight __attribute__((vector_size(32)));
+typedef float four __attribute__((vector_size(16)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+
+template <class V>
+inline V load(const void *from) {
+    V v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+inline void store(float *to, vec v) { std::memcpy(to, &v, sizeof v); }
+
+// LANES unsigned or signed bytes, or unsigned 16-bit numbers. GCC 12 converts such vectors one element at a time.
+#if defined(__AVX512F__)
+inline ints unsigned8(const void *from) { return (ints)_mm512_cvtepu8_epi32(load<__m128i>(from)); }
+inline ints signed8(const void *from) { return (ints)_mm512_cvtepi8_epi32(load<__m128i>(from)); }
+inline ints unsigned16(const void *from) { return (ints)_mm512_cvtepu16_epi32(load<__m256i>(from)); }
+#elif defined(__AVX2__)
+inline ints unsigned8(const void *from) { return (ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from)); }
+inline ints signed8(const void *from) { return (ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from)); }
+inline ints unsigned16(const void *from) { return (ints)_mm256_cvtepu16_epi32(load<__m128i>(from)); }
+#else
+template <class T>
+inline ints each(const void *from) {
+    ints v;
+    for (int i = 0; i < LANES; i++) v[i] = load<T>((const T *)from + i);
+    return v;
+}
+inline ints unsigned8(const void *from) { return each<uint8_t>(from); }
+inline ints signed8(const void *from) { return each<int8_t>(from); }
+inline ints unsigned16(const void *from) { return each<uint16_t>(from); }
+#endif
+inline vec real(ints v) { return __builtin_convertvector(v, vec); }
+
+// The sums of four vectors; each is added up in the same order, by halves.
+inline four quartered(vec v) {
+#ifdef __AVX512F__
+    eight half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                 __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+    eight half = v;
+#endif
+    return __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+}
+inline four totals(vec a, vec b, vec c, vec d) {
+    four f = quartered(a), g = quartered(b), h = quartered(c), i = quartered(d);
+    four fg = __builtin_shufflevector(f, g, 0, 4, 1, 5) + __builtin_shufflevector(f, g, 2, 6, 3, 7);
+    four hi = __builtin_shufflevector(h, i, 0, 4, 1, 5) + __builtin_shufflevector(h, i, 2, 6, 3, 7);
+    return __builtin_shufflevector(fg, hi, 0, 1, 4, 5) + __builtin_shufflevector(fg, hi, 2, 3, 6, 7);
+}
+inline float total(vec v) {
+    four f = quartered(v);
+    return (f[0] + f[2]) + (f[1] + f[3]);
+}
+
+inline float from_bits(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+inline float half(const uint8_t *from) {  // float16
+    uint16_t h = load<uint16_t>(from);
+#ifdef __F16C__
+    return _cvtsh_ss(h);
+#else
+    uint32_t sign = uint32_t(h & 0x8000) << 16, rest = h & 0x7fff;
+    if (rest >= 0x7c00) return from_bits(sign | 0x7f800000 | (rest & 0x3ff) << 13);  // infinity, NaN
+    return from_bits(sign) + (sign ? -1 : 1) * from_bits(rest << 13) * 0x1p112f;
+#endif
+}
+
+inline four halves(const uint8_t *from) {  // two float16
+#ifdef __F16C__
+    return (four)_mm_cvtph_ps(_mm_cvtsi32_si128(load<int32_t>(from)));
+#else
+    return four{half(from), half(from + 2)};
+#endif
+}
+
+inline float exponential(float x) {  // Cephes' expf, without branches: 2^n times a polynomial in |r| <= ln(2)/2
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 88.0f ? 88.0f : x;
+    float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // to the nearest whole number
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return p * from_bits(uint32_t(int32_t(n) + 127) << 23);
+}
+
+// Storage formats ------------------------------------------------------------------------------------------------------
+//
+// unpack(row, c, w): the CHUNK weights from CHUNK c on of a stored row. GGUF's blocks have 32 weights, its K blocks 256.
+
+struct F32 {
+    static constexpr int BYTES = 4;  // of a weight; 0: whole blocks only
+    static void unpack(const uint8_t *row, int64_t c, vec *w) {
+        for (int p = 0; p < PARTS; p++) w[p] = load<vec>(row + (c * CHUNK + p * LANES) * 4);
+    }
+};
+
+struct BF16 {
+    static constexpr int BYTES = 2;
+    static void unpack(const uint8_t *row, int64_t c, vec *w) {
+        for (int p = 0; p < PARTS; p++) w[p] = (vec)(unsigned16(row + (c * CHUNK + p * LANES) * 2) << 16);
+    }
+};
+
+struct F16 {
+    static constexpr int BYTES = 2;
+    static void unpack(const uint8_t *row, int64_t c, vec *w) {
+        float x[CHUNK];
+#ifdef __F16C__
+        for (int i = 0; i < CHUNK; i += 8)
+            _mm256_storeu_ps(x + i, _mm256_cvtph_ps(load<__m128i>(row + (c * CHUNK + i) * 2)));
+#else
+        for (int i = 0; i < CHUNK; i++) x[i] = half(row + (c * CHUNK + i) * 2);
+#endif
+        for (int p = 0; p < PARTS; p++) w[p] = load<vec>(x + p * LANES);
+    }
+};
+
+// 16 bytes: weight i of 32 in the lower four bits of byte i, weight 16 + i in the upper four.
+inline void nibbles(const uint8_t *from, ints *q) {
+    for (int p = 0; p < PARTS / 2; p++) {
+        ints both = unsigned8(from + p * LANES);
+        q[p] = both & 15;
+        q[PARTS / 2 + p] = both >> 4;
+    }
+}
+
+// The fifth bits of 32 weights: bit i of a word.
+inline void fifth_bits(const uint8_t *from, ints *q) {
+    ints shifts, word = ints{} + load<int32_t>(from);
+    for (int i = 0; i < LANES; i++) shifts[i] = i;
+    for (int p = 0; p < PARTS; p++) q[p] |= ((word >> (shifts + p * LANES)) & 1) << 4;
+}
+
+template <bool FIVE, bool MINIMUM>
+struct Q45 {  // Q4_0, Q4_1, Q5_0, Q5_1: a scale; a minimum, or the middle; fifth bits; lower four bits
+    static constexpr int BYTES = 0;
+    static constexpr int BLOCK = 2 + 2 * MINIMUM + 4 * FIVE + 16;
+    static void unpack(const uint8_t *row, int64_t c, vec *w) {
+        const uint8_t *block = row + c * BLOCK;
+        ints q[PARTS];
+        nibbles(block + BLOCK - 16, q);
+        if (FIVE) fifth_bits(block + BLOCK - 20, q);
+        const four scales = halves(block);
+        const float d = scales[0], least = MINIMUM ? scales[1] : d * (FIVE ? -16 : -8);
+        for (int p = 0; p < PARTS; p++) w[p] = real(q[p]) * d + least;
+    }
+};
+
+struct Q8_0 {
+    static constexpr int BYTES = 0;
+    static constexpr int BLOCK = 34;
+    static void unpack(const uint8_t *row, int64_t c, vec *w) {
+        const uint8_t *block = row + c * BLOCK;
+        float d = half(block);
+        for (int p = 0; p < PARTS; p++)
+            w[p] = real(signed8(block + 2 + p * LANES)) * d;
+    }
+};
+
+// Q4_K and Q5_K: 8 times 32 weights, each with a scale and a minimum of six bits, in 12 bytes.
+template <bool FIVE>
+struct Q45_K {
+    static constexpr int BYTES = 0;
+    static constexpr int BLOCK = FIVE ? 176 : 144;
+    static void unpack(const uint8_t *row, int64_t c, vec *w) {
+        const uint8_t *block = row + c / 8 * BLOCK, *s = block + 4, *q = block + (FIVE ? 48 : 16) + c % 8 / 2 * 32;
+        const int j = int(c % 8);
+        int scale = j < 4 ? s[j] & 63 : (s[j + 4] & 15) | (s[j - 4] >> 6) << 4;
+        int least = j < 4 ? s[j + 4] & 63 : (s[j + 4] >> 4) | (s[j] >> 6) << 4;
+        const four scales = halves(block);
+        const float d = scales[0] * scale, m = scales[1] * least;
+        for (int p = 0; p < PARTS; p++) {
+            ints v = (unsigned8(q + p * LANES) >> (4 * (j & 1))) & 15;
+            if (FIVE) v |= ((unsigned8(block + 16 + p * LANES) >> j) & 1) << 4;
+            w[p] = real(v) * d - m;
+        }
+    }
+};
+
+// 16 times 16 weights with a scale each; of 128 weights the lower four bits are in 64 bytes, the upper two in 32.
+struct Q6_K {
+    static constexpr int BYTES = 0;
+    static constexpr int BLOCK = 210;
+    static void unpack(const uint8_t *row, int64_t c, vec *w) {
+        const uint8_t *block = row + c / 8 * BLOCK;
+        const int upper = int(c % 8) / 4, j = int(c % 4);
+        const uint8_t *low = block + 64 * upper + 32 * (j & 1), *high = block + 128 + 32 * upper;
+        const int8_t *scales = (const int8_t *)block + 192 + 8 * upper + 2 * j;
+        const float d = half(block + 208);
+        for (int p = 0; p < PARTS; p++) {
+            ints v = (unsigned8(low + p * LANES) >> (4 * (j / 2))) & 15;
+            v |= ((unsigned8(high + p * LANES) >> (2 * j)) & 3) << 4;
+            w[p] = real(v - 32) * (d * scales[p * LANES / 16]);
+        }
+    }
+};
+
+// Products -------------------------------------------------------------------------------------------------------------
+
+enum Format { FORMAT_F32, FORMAT_BF16, FORMAT_F16, FORMAT_Q4_0, FORMAT_Q4_1, FORMAT_Q5_0, FORMAT_Q5_1, FORMAT_Q8_0,
+              FORMAT_Q4_K, FORMAT_Q5_K, FORMAT_Q6_K };
+
+struct Matrix {  // [rows, columns]; without data it is missing
+    const uint8_t *data;
+    int64_t format, rows, columns, row_bytes;
+};
+
+struct Span {
+    int64_t begin, end;
+};
+
+inline int64_t padded(int64_t n) { return (n + CHUNK - 1) / CHUNK * CHUNK; }
+
+// This thread's part of n, in whole groups.
+inline Span share(int64_t n, int64_t group = OUTPUTS) {
+    int64_t groups = (n + group - 1) / group, t = omp_get_thread_num(), threads = omp_get_num_threads();
+    return {std::min(n, groups * t / threads * group), std::min(n, groups * (t + 1) / threads * group)};
+}
+
+
+// Unpacked formats may end within a chunk: the weights beyond the last column are 0.
+template <class F>
+inline void unpack_end(const uint8_t *row, int64_t columns, int64_t c, vec *w) {
+    if constexpr (F::BYTES > 0) {
+        uint8_t rest[CHUNK * F::BYTES] = {};
+        std::memcpy(rest, row + c * CHUNK * F::BYTES, (columns - c * CHUNK) * F::BYTES);
+        F::unpack(rest, 0, w);
+    }
+}
+
+// The columns of a row, padded to whole chunks: use(c, the weights) for each.
+template <class F, class Use>
+inline void each_chunk(const uint8_t *row, int64_t columns, const Use &use) {
+    vec w[PARTS];
+    const int64_t whole = columns / CHUNK;
+    for (int64_t c = 0; c < whole; c++) F::unpack(row, c, w), use(c, w);
+    if (whole * CHUNK < columns) unpack_end<F>(row, columns, whole, w), use(whole, w);
+}
+
+// y[b * y_stride + n] = sum of w[n] x[b] for N rows of w and B rows of x, which is padded with zeros to whole chunks.
+template <class F, int N, int B>
+void tile(const uint8_t *w, int64_t row_bytes, int64_t columns, const float *x, int64_t x_stride, float *y,
+          int64_t y_stride) {
+    vec sums[N][B] = {};
+    auto add = [&](int64_t c, auto unpack) {
+        vec parts[N][PARTS];
+        for (int n = 0; n < N; n++) unpack(w + n * row_bytes, parts[n]);
+        for (int p = 0; p < PARTS; p++)
+            for (int b = 0; b < B; b++) {
+                const vec v = load<vec>(x + b * x_stride + c * CHUNK + p * LANES);
+                for (int n = 0; n < N; n++) sums[n][b] += parts[n][p] * v;
+            }
+    };
+    const int64_t whole = columns / CHUNK;
+    for (int64_t c = 0; c < whole; c++) {
+        if constexpr (B == 1)  // the next rows: the processor does not foresee N streams so close to each other
+            for (int n = 0; n < N; n++)
+                for (int64_t at = 0; at < row_bytes / whole; at += 64)
+                    __builtin_prefetch(w + (N + n) * row_bytes + c * row_bytes / whole + at);
+        add(c, [&](const uint8_t *row, vec *parts) { F::unpack(row, c, parts); });
+    }
+    if (whole * CHUNK < columns)
+        add(whole, [&](const uint8_t *row, vec *parts) { unpack_end<F>(row, columns, whole, parts); });
+    for (int b = 0; b < B; b++)
+        if constexpr (N == 4) {
+            four found = totals(sums[0][b], sums[1][b], sums[2][b], sums[3][b]);
+            std::memcpy(y + b * y_stride, &found, sizeof found);
+        } else {
+            for (int n = 0; n < N; n++) y[b * y_stride + n] = total(sums[n][b]);
+        }
+}
+
+struct Rows {  // B vectors, one after another
+    float *data;
+    int64_t count, stride;
+    float *operator[](int64_t b) const { return data + b * stride; }
+};
+
+// Row n of y for all rows of x, MOST_ROWS at a time; `first` is the first that is left.
+template <int N, int B = MOST_ROWS>
+void float_tiles(const uint8_t *w, int64_t columns, const Rows &x, int64_t first, const Rows &y, int64_t n) {
+    if (x.count - first >= B) {
+        tile<F32, N, B>(w, columns * 4, columns, x[first], x.stride, y[first] + n, y.stride);
+        if (x.count - first > B) float_tiles<N, B>(w, columns, x, first + B, y, n);
+    } else if constexpr (B > 1) {
+        float_tiles<N, B - 1>(w, columns, x, first, y, n);
+    }
+}
+
+// y = w x for some rows of w. Of one row of x the weights are used as they are unpacked; for several they are kept in
+// `unpacked`, OUTPUTS rows of floats.
+template <class F>
+void product(const Matrix &w, Span rows, const Rows &x, const Rows &y, float *unpacked) {
+    for (int64_t n = rows.begin; n < rows.end; n += OUTPUTS) {
+        const int64_t count = std::min<int64_t>(OUTPUTS, rows.end - n);
+        const uint8_t *from = w.data + n * w.row_bytes;
+        if (x.count == 1 && count == OUTPUTS) {
+            tile<F, OUTPUTS, 1>(from, w.row_bytes, w.columns, x.data, x.stride, y.data + n, y.stride);
+            continue;
+        }
+        int64_t width = w.columns;
+        if constexpr (!std::is_same<F, F32>::value) {
+            width = padded(w.columns);
+            for (int64_t i = 0; i < count; i++)
+                each_chunk<F>(from + i * w.row_bytes, w.columns, [&](int64_t c, const vec *parts) {
+                    for (int p = 0; p < PARTS; p++) store(unpacked + i * width + c * CHUNK + p * LANES, parts[p]);
+                });
+            from = (const uint8_t *)unpacked;
+        }
+        if (count == OUTPUTS)
+            float_tiles<OUTPUTS>(from, width, x, 0, y, n);
+        else
+            for (int64_t i = 0; i < count; i++) float_tiles<1>(from + i * width * 4, width, x, 0, y, n + i);
+    }
+}
+
+void multiply(const Matrix &w, Span rows, const Rows &x, const Rows &y, float *unpacked) {
+    switch (w.format) {
+        case FORMAT_F32: return product<F32>(w, rows, x, y, unpacked);
+        case FORMAT_BF16: return product<BF16>(w, rows, x, y, unpacked);
+        case FORMAT_F16: return product<F16>(w, rows, x, y, unpacked);
+        case FORMAT_Q4_0: return product<Q45<false, false>>(w, rows, x, y, unpacked);
+        case FORMAT_Q4_1: return product<Q45<false, true>>(w, rows, x, y, unpacked);
+        case FORMAT_Q5_0: return product<Q45<true, false>>(w, rows, x, y, unpacked);
+        case FORMAT_Q5_1: return product<Q45<true, true>>(w, rows, x, y, unpacked);
+        case FORMAT_Q8_0: return product<Q8_0>(w, rows, x, y, unpacked);
+        case FORMAT_Q4_K: return product<Q45_K<false>>(w, rows, x, y, unpacked);
+        case FORMAT_Q5_K: return product<Q45_K<true>>(w, rows, x, y, unpacked);
+        case FORMAT_Q6_K: return product<Q6_K>(w, rows, x, y, unpacked);
+    }
+}
+
+// The model ------------------------------------------------------------------------------------------------------------
+//
+// decode.py fills these in; the order of fields is the same there.
+
+struct Norm {
+    const float *weight, *bias;
+    int64_t kind;  // 0: none, 1: RMS, 2: layer norm
+    double eps;
+};
+
+struct Linear {
+    Matrix weight;
+    const float *bias;
+    Matrix a, b;  // low-rank update b (a x) of adapter 0; the others follow at these distances in bytes
+    int64_t a_distance, b_distance;
+};
+
+struct Layer {
+    Norm norm1, post_norm1, norm2, post_norm2, q_norm, k_norm;
+    Linear q, k, v, o, gate, up, down;
+    const float *sinks;
+    int64_t rope, window, norm_of_heads, activation, gated, parallel, single_norm;  // rope -1: none; window 0: none
+    double scale, softcap, residual;                                                // softcap 0: none
+};
+
+struct Model {
+    const Layer *layers;
+    int64_t count, width, heads, kv_heads, head_dim, inner, wide_cache;
+    Norm norm;
+    Linear head;
+    double logits_multiplier, logits_softcap;
+};
+
+struct Segment {  // keys and values of earlier tokens: pointers by layer; strides in elements
+    const void *const *keys, *const *values;
+    const int64_t *lengths;  // by row
+    int64_t row_stride, head_stride, token_stride;
+};
+
+struct Step {
+    const float *embedded;  // [B, d]
+    float *logits;          // [B, V]
+    const int64_t *positions, *adapters;  // by row; adapter -1: none
+    const float *const *cosines, *const *sines;  // by rope: [positions, D/2]
+    const Segment *segments;  // the last one takes the new keys and values
+    int64_t rows, segment_count, adapted;
+    float *scratch;
+};
+
+// A step ---------------------------------------------------------------------------------------------------------------
+
+struct Memory {  // consecutive parts of one block; without a block it counts how much is needed
+    float *base;
+    int64_t used;
+    float *floats(int64_t n) {
+        used += padded(n);
+        return base ? base + used - padded(n) : nullptr;
+    }
+    Rows rows(int64_t count, int64_t width) { return {floats(count * padded(width)), count, padded(width)}; }
+};
+
+struct Shared {  // what some threads write and others read, each between two barriers
+    Rows q, k, v, mixed, branch, inner, up, low_rank;
+    Shared(const Model &m, int64_t rows, int64_t ranks, Memory &memory)
+        : q(memory.rows(rows, m.heads * m.head_dim)), k(memory.rows(rows, m.kv_heads * m.head_dim)),
+          v(memory.rows(rows, m.kv_heads * m.head_dim)), mixed(memory.rows(rows, m.heads * m.head_dim)),
+          branch(memory.rows(rows, m.width)), inner(memory.rows(rows, m.inner)), up(memory.rows(rows, m.inner)),
+          low_rank(memory.rows(rows, ranks)) {}
+};
+
+struct Own {  // of one thread
+    Rows x, h, h2;
+    float *unpacked, *update, *scores, *query, *value, *q_row, *k_row;
+    uint8_t *key_value;
+    Own(const Model &m, int64_t rows, int64_t ranks, int64_t tokens, Memory &memory)
+        : x(memory.rows(rows, m.width)), h(memory.rows(rows, m.width)), h2(memory.rows(rows, m.width)) {
+        const int64_t attended = m.heads * m.head_dim, most = std::max({m.width, m.inner, attended, ranks});
+        unpacked = memory.floats(OUTPUTS * padded(most));
+        update = memory.floats(std::max(most, m.head.weight.rows));
+        scores = memory.floats(tokens + 1);
+        query = memory.floats(m.head_dim);
+        value = memory.floats(m.head_dim);
+        q_row = memory.floats(attended);
+        k_row = memory.floats(m.kv_heads * m.head_dim);
+        key_value = (uint8_t *)memory.floats(2 * m.head_dim);
+    }
+};
+
+float sum_of_squares(const float *x, int64_t n, float mean = 0) {
+    vec sum = {};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        vec v = load<vec>(x + i) - mean;
+        sum += v * v;
+    }
+    float rest = total(sum);
+    for (; i < n; i++) rest += (x[i] - mean) * (x[i] - mean);
+    return rest;
+}
+
+// w x / sqrt(mean(x^2) + eps), or w (x - mean(x)) / sqrt(variance(x) + eps) + b; y may be x.
+void normalize(const Norm &norm, const float *x, int64_t n, float *y) {
+    float mean = 0;
+    if (norm.kind == 2) {
+        double sum = 0;
+        for (int64_t i = 0; i < n; i++) sum += x[i];
+        mean = float(sum / n);
+    }
+    const float s = norm.kind ? 1 / std::sqrt(sum_of_squares(x, n, mean) / n + float(norm.eps)) : 1;
+    for (int64_t i = 0; i < n; i++) y[i] = (x[i] - mean) * s * (norm.weight ? norm.weight[i] : 1);
+    if (norm.bias)
+        for (int64_t i = 0; i < n; i++) y[i] += norm.bias[i];
+}
+
+void normalize(const Norm &norm, const Rows &x, int64_t n, const Rows &y) {
+    for (int64_t b = 0; b < x.count; b++) normalize(norm, x[b], n, y[b]);
+}
+
+Matrix of_adapter(Matrix m, int64_t distance, int64_t adapter) {
+    m.data += distance * adapter;
+    return m;
+}
+
+// low_rank = a x for each row's adapter, of linears with the same x; ends with a barrier if there is one.
+void low_ranks(const Step &s, std::initializer_list<const Linear *> linears, const Rows &x, const Shared &shared,
+               const Own &own) {
+    int64_t start = 0;
+    if (!s.adapted) return;
+    for (const Linear *linear : linears) {
+        if (!linear->a.data) continue;
+        const Span rows = share(linear->a.rows);
+        for (int64_t b = 0; b < x.count; b++) {
+            if (s.adapters[b] < 0) continue;
+            float *to = shared.low_rank[b] + start;
+            multiply(of_adapter(linear->a, linear->a_distance, s.adapters[b]), rows, {x[b], 1, 0}, {to, 1, 0},
+                     own.unpacked);
+            if (rows.end == linear->a.rows) std::fill(to + rows.end, to + padded(rows.end), 0.0f);
+        }
+        start += padded(linear->a.rows);
+    }
+    if (start) {
+#pragma omp barrier
+    }
+}
+
+// y = weight x + bias + b low_rank for some outputs; start: of this linear's part of low_rank, moved to the next one's.
+void apply(const Step &s, const Linear &linear, Span rows, const Rows &x, const Rows &y, const Shared &shared,
+           const Own &own, int64_t &start) {
+    multiply(linear.weight, rows, x, y, own.unpacked);
+    for (int64_t b = 0; b < x.count; b++) {
+        float *to = y[b];
+        if (linear.bias)
+            for (int64_t n = rows.begin; n < rows.end; n++) to[n] += linear.bias[n];
+        if (!s.adapted || !linear.a.data || s.adapters[b] < 0) continue;
+        multiply(of_adapter(linear.b, linear.b_distance, s.adapters[b]), rows, {shared.low_rank[b] + start, 1, 0},
+                 {own.update, 1, 0}, own.unpacked);
+        for (int64_t n = rows.begin; n < rows.end; n++) to[n] += own.update[n];
+    }
+    if (linear.a.data) start += padded(linear.a.rows);
+}
+
+void apply(const Step &s, const Linear &linear, const Rows &x, const Rows &y, const Shared &shared, const Own &own,
+           int64_t &start) {
+    apply(s, linear, share(linear.weight.rows), x, y, shared, own, start);
+}
+
+void put(float *to, float x) { *to = x; }
+void put(uint16_t *to, float x) {  // bfloat16, to nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    *to = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// Rotates the pairs (x_i, x_{i + D/2}) by the angles of a position.
+void rotate(float *x, const float *cosine, const float *sine, int64_t half) {
+    for (int64_t i = 0; i < half; i++) {
+        const float one = x[i], two = x[half + i];
+        x[i] = one * cosine[i] - two * sine[i];
+        x[half + i] = two * cosine[i] + one * sine[i];
+    }
+}
+
+// softmax(q K^T scale) V of one row and head. C: the cache's format, T its type.
+template <class C, class T>
+struct Attention {
+    const Model &m;
+    const Step &s;
+    const Layer &layer;
+    int64_t index;  // of the layer
+    const Own &own;
+
+    // use(key or value, how many tokens precede it) for each token that the window shows, the row's new one last.
+    template <class Use>
+    void each_token(bool values, int64_t b, int64_t kv, const Use &use) const {
+        const int64_t first = layer.window ? std::max<int64_t>(0, s.positions[b] + 1 - layer.window) : 0;
+        int64_t before = 0;
+        for (int64_t i = 0; i < s.segment_count; i++) {
+            const Segment &segment = s.segments[i];
+            const T *at = (const T *)(values ? segment.values : segment.keys)[index] + b * segment.row_stride +
+                          kv * segment.head_stride;
+            for (int64_t t = std::max<int64_t>(0, first - before); t < segment.lengths[b]; t++)
+                use((const uint8_t *)(at + t * segment.token_stride), before + t - first);
+            before += segment.lengths[b];
+        }
+        use(own.key_value + (values ? m.head_dim * 4 : 0), before - first);
+    }
+
+    // The row's new key, normalised and rotated, and its new value, in the cache's format; also into the cache.
+    void take(int64_t b, int64_t kv, const float *key, const float *value, bool write) const {
+        const Segment &last = s.segments[s.segment_count - 1];
+        const int64_t d = m.head_dim, at = b * last.row_stride + kv * last.head_stride +
+                                           last.lengths[b] * last.token_stride;
+        std::copy(key + kv * d, key + (kv + 1) * d, own.query);
+        turn(layer.k_norm, b);
+        T *k = (T *)own.key_value, *v = (T *)(own.key_value + d * 4);
+        for (int64_t i = 0; i < d; i++) put(k + i, own.query[i]), put(v + i, value[kv * d + i]);
+        if (write) {
+            std::copy(k, k + d, (T *)const_cast<void *>(last.keys[index]) + at);
+            std::copy(v, v + d, (T *)const_cast<void *>(last.values[index]) + at);
+        }
+    }
+
+    void turn(const Norm &norm, int64_t b) const {
+        if (layer.norm_of_heads == 1) normalize(norm, own.query, m.head_dim, own.query);
+        const int64_t half = m.head_dim / 2, at = s.positions[b] * half;
+        if (layer.rope >= 0) rotate(own.query, s.cosines[layer.rope] + at, s.sines[layer.rope] + at, half);
+    }
+
+    void attend(int64_t b, int64_t h, const float *q, float *out) const {
+        const int64_t d = m.head_dim, kv = h / (m.heads / m.kv_heads);
+        std::copy(q + h * d, q + (h + 1) * d, own.query);
+        turn(layer.q_norm, b);
+        for (int64_t i = 0; i < d; i++) own.query[i] *= float(layer.scale);
+        float most = layer.sinks ? layer.sinks[h] : -INFINITY, sum = 0;
+        int64_t tokens = 0;
+        each_token(false, b, kv, [&](const uint8_t *key, int64_t t) {
+            vec sums = {};
+            each_chunk<C>(key, d, [&](int64_t c, const vec *parts) {
+                for (int p = 0; p < PARTS; p++) sums += parts[p] * load<vec>(own.query + c * CHUNK + p * LANES);
+            });
+            float score = total(sums);
+            if (layer.softcap) score = float(layer.softcap) * std::tanh(score / float(layer.softcap));
+            own.scores[t] = score;
+            most = std::max(most, score);
+            tokens = t + 1;
+        });
+        for (int64_t t = 0; t < tokens; t++) sum += own.scores[t] = exponential(own.scores[t] - most);
+        if (layer.sinks) sum += exponential(layer.sinks[h] - most);
+        std::fill(own.value, own.value + padded(d), 0.0f);
+        each_token(true, b, kv, [&](const uint8_t *value, int64_t t) {
+            const float weight = own.scores[t] / sum;
+            each_chunk<C>(value, d, [&](int64_t c, const vec *parts) {
+                for (int p = 0; p < PARTS; p++) {
+                    float *to = own.value + c * CHUNK + p * LANES;
+                    store(to, load<vec>(to) + parts[p] * weight);
+                }
+            });
+        });
+        std::copy(own.value, own.value + d, out + h * d);
+    }
+
+    // This thread's part of the B times H heads.
+    void run(const Shared &shared) const {
+        const Span part = share(s.rows * m.heads, 1);
+        const int64_t group = m.heads / m.kv_heads;
+        for (int64_t i = part.begin; i < part.end; i++) {
+            const int64_t b = i / m.heads, h = i % m.heads;
+            const float *q = shared.q[b], *k = shared.k[b];
+            if (layer.norm_of_heads == 2) {
+                if (i == part.begin || h == 0) {
+                    normalize(layer.q_norm, q, m.heads * m.head_dim, own.q_row);
+                    normalize(layer.k_norm, k, m.kv_heads * m.head_dim, own.k_row);
+                }
+                q = own.q_row, k = own.k_row;
+            }
+            if (i == part.begin || h % group == 0) take(b, h / group, k, shared.v[b], h % group == 0);
+            attend(b, h, q, shared.mixed[b]);
+        }
+    }
+};
+
+enum Activation { SILU, GELU, GELU_TANH, RELU, CLAMPED_SWIGLU };
+
+inline float sigmoid(float x) { return 1 / (1 + exponential(-x)); }
+
+float activated(int64_t kind, float x) {
+    switch (kind) {
+        case SILU: return x * sigmoid(x);
+        case GELU: return 0.5f * x * (1 + std::erf(x * 0.70710678f));
+        case GELU_TANH: return x * sigmoid(1.5957691216f * (x + 0.044715f * x * x * x));  // tanh(u) = 2 sigmoid(2u) - 1
+        default: return x > 0 ? x : x == x ? 0 : x;
+    }
+}
+
+void activate(const Layer &layer, float *inner, const float *up, Span part) {
+    for (int64_t i = part.begin; i < part.end; i++) {
+        if (layer.activation == CLAMPED_SWIGLU) {
+            const float g = inner[i] > 7 ? 7 : inner[i], u = up[i] > 7 ? 7 : up[i] < -7 ? -7 : up[i];
+            inner[i] = (u + 1) * g * sigmoid(1.702f * g);
+        } else {
+            inner[i] = activated(layer.activation, inner[i]) * (layer.gated ? up[i] : 1);
+        }
+    }
+}
+
+// x += residual times post_norm(branch), by every thread in its own x.
+void add_branch(const Model &m, const Layer &layer, const Norm &post, const Shared &shared, const Own &own) {
+    for (int64_t b = 0; b < own.x.count; b++) {
+        const float *y = shared.branch[b];
+        float *x = own.x[b];
+        if (post.kind) normalize(post, y, m.width, own.update), y = own.update;
+        for (int64_t i = 0; i < m.width; i++) x[i] += y[i] * float(layer.residual);
+    }
+}
+
+void run_layer(const Model &m, const Step &s, int64_t index, const Shared &shared, const Own &own) {
+    const Layer &layer = m.layers[index];
+    int64_t start = 0;
+    normalize(layer.norm1, own.x, m.width, own.h);
+    low_ranks(s, {&layer.q, &layer.k, &layer.v}, own.h, shared, own);
+    apply(s, layer.q, own.h, shared.q, shared, own, start);
+    apply(s, layer.k, own.h, shared.k, shared, own, start);
+    apply(s, layer.v, own.h, shared.v, shared, own, start);
+#pragma omp barrier
+    if (m.wide_cache)
+        Attention<F32, float>{m, s, layer, index, own}.run(shared);
+    else
+        Attention<BF16, uint16_t>{m, s, layer, index, own}.run(shared);
+#pragma omp barrier
+    low_ranks(s, {&layer.o}, shared.mixed, shared, own);
+    start = 0;
+    apply(s, layer.o, shared.mixed, shared.branch, shared, own, start);
+#pragma omp barrier
+    if (layer.parallel && !layer.single_norm) normalize(layer.norm2, own.x, m.width, own.h2);
+    add_branch(m, layer, layer.post_norm1, shared, own);
+    if (!layer.parallel && !layer.single_norm) normalize(layer.norm2, own.x, m.width, own.h2);
+    const Rows &h = layer.single_norm ? own.h : own.h2;
+    const Span part = share(layer.up.weight.rows);
+    low_ranks(s, {&layer.gate, &layer.up}, h, shared, own);
+    start = 0;
+    if (layer.gated) apply(s, layer.gate, part, h, shared.inner, shared, own, start);
+    apply(s, layer.up, part, h, layer.gated ? shared.up : shared.inner, shared, own, start);
+    for (int64_t b = 0; b < s.rows; b++) activate(layer, shared.inner[b], shared.up[b], part);
+#pragma omp barrier
+    low_ranks(s, {&layer.down}, shared.inner, shared, own);
+    start = 0;
+    apply(s, layer.down, shared.inner, shared.branch, shared, own, start);
+#pragma omp barrier
+    add_branch(m, layer, layer.post_norm2, shared, own);
+}
+
+void run(const Model &m, const Step &s, const Shared &shared, const Own &own) {
+    for (int64_t b = 0; b < s.rows; b++) std::copy(s.embedded + b * m.width, s.embedded + (b + 1) * m.width, own.x[b]);
+    for (int64_t index = 0; index < m.count; index++) run_layer(m, s, index, shared, own);
+    normalize(m.norm, own.x, m.width, own.h);
+    for (int64_t i = 0; m.logits_multiplier != 1 && i < s.rows * own.h.stride; i++)
+        own.h.data[i] *= float(m.logits_multiplier);
+    const int64_t vocabulary = m.head.weight.rows;
+    const Span part = share(vocabulary);
+    const Rows logits = {s.logits, s.rows, vocabulary};
+    int64_t start = 0;
+    apply(s, m.head, part, own.h, logits, shared, own, start);
+    const float cap = float(m.logits_softcap);
+    for (int64_t b = 0; cap && b < s.rows; b++)
+        for (int64_t n = part.begin; n < part.end; n++) logits[b][n] = cap * std::tanh(logits[b][n] / cap);
+}
+
+}  // namespace
+
+extern "C" {
+
+// The floats of scratch memory that a step needs. ranks: the most that linears with the same input have together.
+int64_t decode_scratch(const Model *m, int64_t rows, int64_t ranks, int64_t tokens, int64_t threads) {
+    Memory shared = {nullptr, 0}, own = {nullptr, 0};
+    Shared(*m, rows, ranks, shared);
+    Own(*m, rows, ranks, tokens, own);
+    return shared.used + threads * own.used;
+}
+
+void decode_step(const Model *m, const Step *s, int64_t ranks, int64_t tokens, int64_t threads) {
+    Memory memory = {s->scratch, 0};
+    const Shared shared(*m, s->rows, ranks, memory);
+    std::fill(s->scratch, s->scratch + memory.used, 0.0f);  // the padding of rows is read
+#pragma omp parallel num_threads(threads)
+    {
+        Memory counted = {nullptr, 0};
+        Own(*m, s->rows, ranks, tokens, counted);
+        Memory mine = {s->scratch + memory.used + omp_get_thread_num() * counted.used, 0};
+        const Own own(*m, s->rows, ranks, tokens, mine);
+        std::fill(mine.base, mine.base + mine.used, 0.0f);
+        run(*m, *s, shared, own);
+    }
+}
+
+// y [B, N] = x [B, K] w^T, with K padded with zeros to a multiple of 32; unpacked: 4 K floats for each thread.
+void decode_product(const Matrix *w, const float *x, int64_t rows, float *y, float *unpacked, int64_t threads) {
+    const int64_t width = padded(w->columns);
+#pragma omp parallel num_threads(threads)
+    multiply(*w, share(w->rows), {const_cast<float *>(x), rows, width}, {y, rows, w->rows},
+             unpacked + omp_get_thread_num() * OUTPUTS * width);
+}
+
+}  // extern "C"
