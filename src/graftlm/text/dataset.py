@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 from graftlm.config.csv_format import CsvFormat, csv_format
@@ -25,10 +25,11 @@ from graftlm.text.bad_rows import BadRows, BadRowsFlag
 from graftlm.text.fields import Columns, UnknownFieldError, field_names, read_fields, taken_from
 from graftlm.text.labels import labels_of
 from graftlm.text.layouts import CONTEXT, LABELLED, LABELS, Layout
-from graftlm.text.recognise import check_columns, recognise
+from graftlm.text.recognise import UnknownLayoutError, check_columns, recognise
 from graftlm.text.records import Document, Record, hashed_values
 from graftlm.text.regroup import regroup
 from graftlm.text.rows import LabelWords, Row
+from graftlm.text.suggestions import SAMPLE, suggestion
 from graftlm.text.template import DEFAULT_LABELS
 from graftlm.text.words import UNSPACED, normalize
 
@@ -214,7 +215,7 @@ def _read_split(files: Sequence[Path], split: str, reading: Reading) -> tuple[La
         _check_class_names(path, reading)
         for number, row in enumerate(_rows(path, split, reading)):
             if number == 0:
-                layouts.append(_layout(path, row, reading))
+                layouts.append(_layout(path, split, row, reading))
                 if layouts[-1] != layouts[0]:
                     raise InputError(
                         f"{path}: its layout is {layouts[-1]}, that of {files[0].name} is {layouts[0]}: "
@@ -229,8 +230,8 @@ def _read_split(files: Sequence[Path], split: str, reading: Reading) -> tuple[La
     return layouts[0] if layouts else None, records, unused
 
 
-def _layout(path: Path, row: Row, reading: Reading) -> Layout:
-    """The layout of a file's first row; an error says too what was found of the file's format.
+def _layout(path: Path, split: str, row: Row, reading: Reading) -> Layout:
+    """The layout of a file's first row; an error says too what was found of the file's format, and what may be meant.
 
     A file that lacks nothing but the label column of the train split has its layout: its rows have no labels.
     """
@@ -243,7 +244,12 @@ def _layout(path: Path, row: Row, reading: Reading) -> Layout:
         return recognise(path, row.columns, tuple(reading.columns))
     except InputError as error:
         found = [note for note in reading.notes if note.startswith(f"{path}: read with")]
-        raise InputError("; ".join([str(error), *(note.removeprefix(f"{path}: ") for note in found)])) from None
+        line, hint = str(error), ""
+        if isinstance(error, UnknownLayoutError) and not reading.columns:
+            rows = read_records(path, split, reading.csv, on_bad_row=lambda *row: None)
+            hint = suggestion([columns for _, columns in islice(rows, SAMPLE)], error.unknown)
+            line = f"{error.problem}: {hint}" if hint else line
+        raise InputError("; ".join([line, *(note.removeprefix(f"{path}: ") for note in found)])) from None
 
 
 def _rows(path: Path, split: str, reading: Reading) -> Iterator[Row]:

@@ -86,7 +86,7 @@ class Layout:
     def unused(self, columns: Mapping[str, Any]) -> set[str]:
         """The columns with a value that the layout does not read."""
         read = {*self.keys, *self.optional}
-        return {name for name, value in columns.items() if value is not None and self.key(name) not in read}
+        return {name for name, value in columns.items() if value not in (None, "") and self.key(name) not in read}
 
     def key(self, column: str) -> str:
         """The key for which a column is read; another column's name in small letters, if columns have other names."""

@@ -21,6 +21,16 @@ from graftlm.text.layouts import (
 EVERY_LAYOUT = (*LAYOUTS, *MORE_LAYOUTS)
 
 
+class UnknownLayoutError(InputError):
+    """No layout reads the columns of a file."""
+
+    def __init__(self, problem: str, what_to_do: str, unknown: bool) -> None:
+        super().__init__(problem + what_to_do)
+        self.problem = problem
+        self.unknown = unknown
+        """Whether no column is one of a layout."""
+
+
 def check_columns(columns: Columns) -> None:
     """Raise InputError for fields of --columns that no layout reads, or none reads together."""
     fields = list(dict.fromkeys(key for layout in EVERY_LAYOUT for key in (*layout.keys, *layout.optional)))
@@ -116,16 +126,16 @@ def _unknown(path: object, columns: Mapping[str, Any], mapped: Sequence[str]) ->
     layouts = _readable(EVERY_LAYOUT, mapped)
     if columns and not any(columns.keys() & {*layout.keys} for layout in layouts):
         present = ", ".join(map(str, columns))
-        raise InputError(
-            f"{path}: its columns, {present}, fit no layout: {_proposal(columns)}; the layouts are {_names()}"
-        )
+        problem = f"{path}: its columns, {present}, fit no layout"
+        raise UnknownLayoutError(problem, f": {_proposal(columns)}; the layouts are {_names()}", True)
     lacking = [layout for layout in layouts if not columns.keys() >= {*layout.keys}] or layouts
     shared = [len(columns.keys() & {*layout.keys}) for layout in lacking]
     ranks = [(count, count / len(layout.keys)) for count, layout in zip(shared, lacking, strict=True)]
     closest = lacking[ranks.index(max(ranks))]
     missing = next((key for key in closest.keys if key not in columns), closest.keys[0])
     documents = ", or --columns text=text to learn the texts as documents" if "text" in columns else ""
-    raise InputError(f"{path}: {missing_column(missing, columns, missing)}{documents}; the layouts are {_names()}")
+    problem = f"{path}: {missing_column(missing, columns, missing)}"
+    raise UnknownLayoutError(problem, f"{documents}; the layouts are {_names()}", False)
 
 
 def _proposal(columns: Mapping[str, Any]) -> str:

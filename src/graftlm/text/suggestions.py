@@ -1,0 +1,41 @@
+"""Which columns a user may have meant, for the error about a file whose columns fit no layout."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from graftlm.text.labels import label_text
+
+SAMPLE = 200  # rows that are looked at
+NAMED = 4  # columns that one line names
+Values = dict[str, list[Any]]
+
+
+def suggestion(rows: Sequence[Mapping[str, Any]], may_map: bool) -> str:
+    """What to do with the columns of these rows, "" if nothing is likely.
+
+    Several columns of 0 and 1 are several labels of a text. may_map: say that the longest texts are the text,
+    and few values that repeat are the label; not where some columns are those of a layout.
+    """
+    values = {name: [row.get(name) for row in rows] for name in rows[0]}
+    texts = {name: sum(map(len, filter(None, some))) for name, some in values.items() if _is_text(some)}
+    if not texts:
+        return ""
+    text = max(texts, key=lambda name: texts[name])
+    others = {name: {label_text(value) for value in some} for name, some in values.items() if name != text}
+    flags = [name for name, some in others.items() if some <= {"0", "1", "True", "False"}]
+    labels = [name for name, some in others.items() if 2 <= len(some - {None}) <= max(2, len(rows) // 3)]
+    if len(flags) > 1 and {*labels} <= {*flags}:
+        more = f" and {len(flags) - NAMED} more" if len(flags) > NAMED else ""
+        return (
+            f"{', '.join(flags[:NAMED])}{more} are 0 or 1 for each text, and a text has one label here: choose one, as "
+            f"in --columns text={text},label={flags[0]}, or write them all as a completion"
+        )
+    choices = " or ".join(f"label={name}" for name in labels[:NAMED])
+    return f"map them, as in --columns text={text},{choices}" if labels and may_map else ""
+
+
+def _is_text(values: Sequence[Any]) -> bool:
+    """Whether most of the values are several words, and most differ."""
+    several = [value for value in values if isinstance(value, str) and " " in value.strip()]
+    plain = all(value is None or isinstance(value, str) for value in values)
+    return plain and 2 * len(several) > len(values) and 2 * len({*several}) > len(several)
