@@ -203,6 +203,11 @@ ROWS: list[tuple[dict[str, Any], str, Record]] = [
         Preference((("system", "s"), A), (B,), (("assistant", "c"),)),
     ),
     (
+        {"messages": [SAY_A], "chosen": SAY_B, "rejected": {**SAY_B, "content": "c"}},
+        "preference after messages (messages, chosen, rejected)",
+        Preference((A,), (B,), (("assistant", "c"),)),
+    ),
+    (
         {"question": "a", "sentence": "b", "label": 1, "idx": 0},
         "labelled (question, sentence, label); columns not read: idx",
         Labelled("question: a\nsentence: b", 1),

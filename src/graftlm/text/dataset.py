@@ -24,7 +24,8 @@ from graftlm.files.split_files import MAX_NAMED, NO_DATA, SPLITS, files_by_split
 from graftlm.text.bad_rows import BadRows, BadRowsFlag
 from graftlm.text.fields import Columns, UnknownFieldError, field_names, read_fields, taken_from
 from graftlm.text.labels import labels_of
-from graftlm.text.layouts import CONTEXT, LABELLED, LABELS, Layout
+from graftlm.text.layout import CONTEXT, Layout
+from graftlm.text.layouts import LABELLED, LABELS
 from graftlm.text.recognise import UnknownLayoutError, check_columns, recognise
 from graftlm.text.records import Document, Record, hashed_values
 from graftlm.text.regroup import regroup

@@ -9,12 +9,13 @@ To add a layout, write its function and its entry here.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from graftlm.text.chat import Message
-from graftlm.text.records import Completion, Conversation, Document, Labelled, Preference, Record, Unpaired
+from graftlm.text.layout import CONTEXT, Layout, small
+from graftlm.text.records import Completion, Conversation, Document, Labelled, Preference, Unpaired
 from graftlm.text.rows import BOOLEANS, Row, as_bool
 from graftlm.text.transcripts import (
     Said,
@@ -31,72 +32,7 @@ from graftlm.text.transcripts import (
     with_system,
 )
 
-# Layouts --------------------------------------------------------------------------------------------------------------
-
-CONTEXT = (
-    *("system", "system_prompt", "tools", "functions", "documents", "history", "chat_template_kwargs"),
-    *("images", "image", "videos", "audios"),
-)
-"""Columns that hold a part of what an answer answers."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A set of columns, and how a row that has them becomes a canonical record."""
-
-    name: str
-    keys: tuple[str, ...]
-    """A row with all of these columns has this layout."""
-    convert: Callable[[Row], Record]
-    optional: tuple[str, ...] = ()
-    """Columns that `convert` reads if they are there."""
-    matches: Callable[[Mapping[str, Any]], bool] = lambda columns: True
-    """A further condition on the columns, where other layouts have the same keys."""
-    without: tuple[str, ...] = ()
-    """Columns that other layouts read: a file whose first row has one, even a blank one, has not this layout."""
-    refused: tuple[str, ...] = CONTEXT
-    """Columns without which a row would mean something else, unless they are optional."""
-    also: Mapping[str, tuple[str, ...]] = field(default_factory=dict, compare=False)
-    """What the columns are called elsewhere, by key."""
-    columns: tuple[tuple[str, str], ...] = ()
-    """The columns of a file that are read for some of the keys, as (key, column)."""
-
-    def __str__(self) -> str:
-        given = [key for key in self.optional if key in dict(self.columns)]
-        return f"{self.name} ({', '.join(dict(self.columns).get(key, key) for key in (*self.keys, *given))})"
-
-    def fits(self, columns: Mapping[str, Any]) -> bool:
-        """Whether a file whose first row has these columns may have this layout."""
-        return (
-            columns.keys() >= {*self.keys}
-            and self.matches(columns)
-            and all(columns.get(name) is None for name in self.without)
-        )
-
-    def record(self, row: Row) -> Record:
-        """A row as a canonical record. Raises InputError for wrong values, and for what would be lost."""
-        if self.columns:
-            row = replace(row, columns={self.key(name): value for name, value in row.columns.items()})
-        row.refuse(name for name in self.refused if name not in (*self.keys, *self.optional))
-        record = self.convert(row)
-        if not self.matches(row.columns):
-            raise row.error(f"its columns do not fit the file's layout, {self}: write all rows in one layout")
-        return record
-
-    def unused(self, columns: Mapping[str, Any]) -> set[str]:
-        """The columns with a value that the layout does not read."""
-        read = {*self.keys, *self.optional}
-        return {name for name, value in columns.items() if value not in (None, "") and self.key(name) not in read}
-
-    def key(self, column: str) -> str:
-        """The key for which a column is read; another column's name in small letters, if columns have other names."""
-        keys = {name: key for key, name in self.columns}
-        return keys.get(column) or (small(column) if keys else column)
-
-
-def small(column: object) -> str:
-    """The name of a column in small letters, without space around it."""
-    return str(column).strip().casefold()
+# Rows to records ------------------------------------------------------------------------------------------------------
 
 
 def _labelled(row: Row) -> Labelled:
@@ -204,12 +140,7 @@ def _finished(row: Row, answers: int, prompt: Said) -> tuple[bool, ...]:
 
 def _chat(name: str) -> Callable[[Row], Conversation]:
     """Messages in the column of this name."""
-
-    def convert(row: Row) -> Conversation:
-        messages, unlearned = row.messages(name), row.unlearned(name)
-        return _conversation(row, messages, unlearned)
-
-    return convert
+    return lambda row: _conversation(row, row.messages(name), row.unlearned(name))
 
 
 def _conversation(row: Row, messages: tuple[Message, ...], unlearned: Iterable[int] = ()) -> Conversation:
@@ -266,6 +197,9 @@ def _oasst_messages(row: Row) -> Conversation:
     return _conversation(row, best_branch(row, row.columns))
 
 
+# Conditions on columns ------------------------------------------------------------------------------------------------
+
+
 def _is_list(*names: str) -> Callable[[Mapping[str, Any]], bool]:
     """Whether any of these columns holds a list, as messages are."""
     return lambda columns: any(isinstance(columns.get(name), list) for name in names)
@@ -304,6 +238,8 @@ def _is_transcript(columns: Mapping[str, Any]) -> bool:
     return str(columns["text"]).lstrip().startswith("### Human:")
 
 
+# The tables -----------------------------------------------------------------------------------------------------------
+
 LABELLED = "labelled"
 ENDS = ("finished", "ended")
 SPEAKERS = ("system", "tools", "functions")
@@ -313,37 +249,28 @@ BEFORE = ("history", "system_prompt", *SPEAKERS)
 CHOICES = ("choices", "options")
 ASIDE = (*CONTEXT, *CHOICES, "context", "passage", "input")
 
-LABELS = {"label": ("label", "labels", "sentiment", "stars", "rating", "category", "class", "_label", "label_")}
-TEXTS = {"text": ("sentence", "review", "content", "tweet", "question", "comment", "_text"), **LABELS}
-TURN = {
+Names = dict[str, tuple[str, ...]]
+LABELS: Names = {
+    "label": (
+        *("label", "labels", "sentiment", "stars", "rating", "category", "class", "target"),
+        *("emotion", "intent", "topic", "_label", "label_"),
+    )
+}
+TEXTS: Names = {
+    "text": ("sentence", "review", "content", "tweet", "question", "comment", "utterance", "headline", "_text")
+}
+TURN: Names = {
     "prompt": ("question", "query", "problem", "input", "document", "article", "dialogue"),
     "completion": ("response", "generation", "output", "answer", "solution", "summary", "highlights"),
     "system": ("system_prompt",),
     "label": ("kto_tag",),
 }
-TASK = {"output": ("response", "completion", "answer"), "input": ("context",), "label": ("kto_tag",)}
-ABOUT_TEXT = {"context": ("passage", "article", "document"), "answer": ("answers",)}
+TASK: Names = {"output": ("response", "completion", "answer"), "input": ("context",), **TURN}
 """What columns are called elsewhere. A name that begins or ends with _ is a part of one: star_label, label_text."""
 
-TEXT_AND_LABEL = Layout(LABELLED, ("text", "label"), _labelled, refused=(), also=TEXTS)
-PAIR = Layout(
-    "completion",
-    ("prompt", "completion"),
-    _completion,
-    ENDS,
-    _is_turn,
-    BEFORE,
-    also=TURN,
-)
-ALPACA = Layout(
-    "alpaca",
-    ("instruction", "output"),
-    _alpaca,
-    ("input",),
-    _is_chat,
-    BEFORE,
-    also=TASK,
-)
+TEXT_AND_LABEL = Layout(LABELLED, ("text", "label"), _labelled, refused=(), also=TEXTS | LABELS)
+PAIR = Layout("completion", ("prompt", "completion"), _completion, ENDS, _is_turn, BEFORE, also=TURN)
+ALPACA = Layout("alpaca", ("instruction", "output"), _alpaca, ("input",), _is_chat, BEFORE, also=TASK)
 UNPAIRED = Layout(
     "unpaired preference",
     ("prompt", "completion", "label"),
@@ -378,6 +305,13 @@ LAYOUTS = (
             ),
         )
     ),
+    Layout(
+        "preference after messages",
+        ("messages", "chosen", "rejected"),
+        _preference(partial(asked, name="messages")),
+        SPEAKERS,
+        lambda columns: _lacks("prompt")(columns) and not _is_list("chosen")(columns),
+    ),
     Layout("OpenAI preference", ("input", "preferred_output", "non_preferred_output"), _openai_preference),
 )
 """The layouts that are tried first."""
@@ -385,9 +319,7 @@ COMMON = 7
 """How many of them errors list."""
 
 UNPAIRED_CHATS = tuple(
-    Layout(
-        f"unpaired {layout}", (name, "label"), _unpaired_chat(name), SPEAKERS, _is_marked, also={"label": ("kto_tag",)}
-    )
+    Layout(f"unpaired {layout}", (name, "label"), _unpaired_chat(name), SPEAKERS, _is_marked, also=TURN)
     for layout, name in (("chat", "messages"), ("sharegpt", "conversations"))
 )
 UNPAIRED_ALPACA = Layout(
@@ -399,7 +331,7 @@ UNPAIRED_ALPACA = Layout(
     also=TASK,
 )
 ALPACA_CHAT = Layout(
-    "alpaca chat", ("instruction", "output"), _alpaca_chat, ("input", "history", *SPEAKERS), _is_chat, also=TASK | TURN
+    "alpaca chat", ("instruction", "output"), _alpaca_chat, ("input", "history", *SPEAKERS), _is_chat, also=TASK
 )
 CHAT_TURN = Layout(
     "chat of one turn", ("prompt", "completion"), _single_turn, ("history", *SPEAKERS), _is_turn, also=TURN
@@ -409,7 +341,7 @@ ABOUT_A_TEXT = Layout(
     ("context", "question", "answer"),
     _answered_from_text,
     refused=(*CONTEXT, *CHOICES),
-    also=ABOUT_TEXT,
+    also={"context": ("passage", "article", "document"), "answer": ("answers",)},
 )
 TWO_TEXTS = tuple(
     Layout(LABELLED, (*texts, "label"), _two_texts(*texts), refused=(), also=LABELS)

@@ -1,11 +1,12 @@
 """Which layout a file has, by the columns of its first row (`layouts.py`), and what is said where it has none."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
 from graftlm.errors import InputError, did_you_mean
 from graftlm.text.fields import Columns, missing_column
+from graftlm.text.layout import Layout, small
 from graftlm.text.layouts import (
     ABOUT_DOCUMENTS,
     COMMON,
@@ -14,9 +15,8 @@ from graftlm.text.layouts import (
     MORE_LAYOUTS,
     OTHER_NAMES,
     TEXT_AND_LABEL,
-    Layout,
-    small,
 )
+from graftlm.text.suggestions import proposal
 
 EVERY_LAYOUT = (*LAYOUTS, *MORE_LAYOUTS)
 
@@ -127,7 +127,7 @@ def _unknown(path: object, columns: Mapping[str, Any], mapped: Sequence[str]) ->
     if columns and not any(columns.keys() & {*layout.keys} for layout in layouts):
         present = ", ".join(map(str, columns))
         problem = f"{path}: its columns, {present}, fit no layout"
-        raise UnknownLayoutError(problem, f": {_proposal(columns)}; the layouts are {_names()}", True)
+        raise UnknownLayoutError(problem, f": {proposal(columns)}; the layouts are {_names()}", True)
     lacking = [layout for layout in layouts if not columns.keys() >= {*layout.keys}] or layouts
     shared = [len(columns.keys() & {*layout.keys}) for layout in lacking]
     ranks = [(count, count / len(layout.keys)) for count, layout in zip(shared, lacking, strict=True)]
@@ -136,29 +136,6 @@ def _unknown(path: object, columns: Mapping[str, Any], mapped: Sequence[str]) ->
     documents = ", or --columns text=text to learn the texts as documents" if "text" in columns else ""
     problem = f"{path}: {missing_column(missing, columns, missing)}"
     raise UnknownLayoutError(problem, f"{documents}; the layouts are {_names()}", False)
-
-
-def _proposal(columns: Mapping[str, Any]) -> str:
-    """The flags that may say what columns are, by their values."""
-    fields = {name: value for name, value in _fields(columns) if small(name) != "id"}
-    texts, numbers, lists = ([name for name in fields if isinstance(fields[name], kind)] for kind in (str, int, list))
-    if lists and not texts:
-        return f"{' and '.join(lists)} are lists, and no list is a text: write prompts and completions"
-    if texts and numbers:
-        return f"map them, as in --columns text={texts[0]},label={numbers[0]}"
-    if len(texts) > 1:
-        first, second = texts[:2]
-        return f"map them, as in --columns prompt={first},completion={second}, or text={first},label={second}"
-    return "map them with --columns"
-
-
-def _fields(columns: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The columns and, of objects, what is in them."""
-    for name, value in columns.items():
-        if isinstance(value, Mapping):
-            yield from ((f"{name}.{inner}", item) for inner, item in value.items())
-        else:
-            yield str(name), value
 
 
 def _readable(layouts: Sequence[Layout], fields: Iterable[str]) -> list[Layout]:

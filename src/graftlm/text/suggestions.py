@@ -1,9 +1,10 @@
 """Which columns a user may have meant, for the error about a file whose columns fit no layout."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from graftlm.text.labels import label_text
+from graftlm.text.layout import small
 
 SAMPLE = 200  # rows that are looked at
 NAMED = 4  # columns that one line names
@@ -39,3 +40,26 @@ def _is_text(values: Sequence[Any]) -> bool:
     several = [value for value in values if isinstance(value, str) and " " in value.strip()]
     plain = all(value is None or isinstance(value, str) for value in values)
     return plain and 2 * len(several) > len(values) and 2 * len({*several}) > len(several)
+
+
+def proposal(columns: Mapping[str, Any]) -> str:
+    """The flags that may say what columns are, by their values."""
+    fields = {name: value for name, value in _fields(columns) if small(name) != "id"}
+    texts, numbers, lists = ([name for name in fields if isinstance(fields[name], kind)] for kind in (str, int, list))
+    if lists and not texts:
+        return f"{' and '.join(lists)} are lists, and no list is a text: write prompts and completions"
+    if texts and numbers:
+        return f"map them, as in --columns text={texts[0]},label={numbers[0]}"
+    if len(texts) > 1:
+        first, second = texts[:2]
+        return f"map them, as in --columns prompt={first},completion={second}, or text={first},label={second}"
+    return "map them with --columns"
+
+
+def _fields(columns: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The columns and, of objects, what is in them."""
+    for name, value in columns.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}.{inner}", item) for inner, item in value.items())
+        else:
+            yield str(name), value
