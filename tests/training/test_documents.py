@@ -77,7 +77,7 @@ def test_every_token_is_in_one_window_and_all_but_its_first_are_learned(base: Pa
 
 
 def test_a_last_window_of_one_token_takes_one_from_the_window_before(base: Path) -> None:
-    found = windows(documents("123456", "89"), Tokenizer.from_folder(base), 9)
+    found = list(windows(documents("123456", "89"), Tokenizer.from_folder(base), 9))
     assert [len(window.ids) for window in found] == [8, 2] and found[1].ids[-1] == EOT
     assert [window.source for window in found] == ["corpus.txt:1", "corpus.txt:2"]
 
@@ -88,7 +88,7 @@ def test_begin_of_text_stands_before_documents_and_not_before_windows(tmp_path: 
     reference = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
     whole = [token for text in ("one two three", "four") for token in (*reference(text)["input_ids"], tokenizer.eot)]
     bos = tokenizer.encode_prompt("")[0]
-    found = windows(documents("one two three", "four"), tokenizer, 4)
+    found = list(windows(documents("one two three", "four"), tokenizer, 4))
     assert [token for window in found for token in window.ids] == whole
     assert sum(window.ids.count(bos) for window in found) == 2 < len(found)
 
@@ -113,9 +113,9 @@ def test_the_loss_per_token_is_that_of_a_plain_loop_over_the_same_windows(base: 
 def test_documents_without_a_token_and_windows_that_are_too_short_are_refused(base: Path) -> None:
     tokenizer = Tokenizer.from_folder(base)
     with pytest.raises(InputError, match="the documents have no text: write some"):
-        windows(documents("", " \n"), tokenizer, 16)
+        list(windows(documents("", " \n"), tokenizer, 16))
     with pytest.raises(InputError, match="--max_length 2: windows of documents take at least 3 tokens"):
-        windows(documents("text"), tokenizer, 2)
+        list(windows(documents("text"), tokenizer, 2))
 
 
 def test_columns_about_documents_are_named_and_others_are_refused(tmp_path: Path) -> None:

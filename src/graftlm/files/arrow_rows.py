@@ -9,6 +9,7 @@ from typing import Any
 from graftlm.errors import InputError
 from graftlm.files.packed import DataFile, data_suffix
 
+BATCH = 4096  # rows of a parquet file that are Python objects at a time
 ARROW_MAGIC = b"ARROW1"
 """The first bytes of Arrow's file format; its stream format, which `datasets` writes, has none."""
 
@@ -18,7 +19,7 @@ def read_parquet(file: DataFile) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow.parquet
 
     with _arrow_errors(file.path, "parquet"), pyarrow.parquet.ParquetFile(_arrow_source(file)) as table:
-        yield from _arrow_rows(file.path, table.iter_batches())
+        yield from _arrow_rows(file.path, table.iter_batches(BATCH))
 
 
 def read_arrow(file: DataFile) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -13,7 +13,7 @@ The content decides, not the suffix: many .json files hold lines, and many .json
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from graftlm.errors import InputError
@@ -27,6 +27,8 @@ SPLIT_KEYS = {
     "test": "test",
 }
 """What an object around several splits calls them."""
+HEAD = 1_000_000
+"""Bytes that decide whether a file has one object a line."""
 _SPACE = re.compile(r"\s*")
 _BY_SPLIT = re.compile(rf'\s*\{{\s*"(?:{"|".join(SPLIT_KEYS)})"\s*:\s*\[')
 
@@ -47,7 +49,25 @@ def json_rows(file: DataFile, text: str) -> Iterator[tuple[str, dict[str, Any]]]
         items = _rows_inside(where, values[0], file.split) if len(values) == 1 else None
         several = line is None or len(line) > 1
         items = items if items is not None else (values if several else None) or None
-    for source, item in _lines(file, text) if items is None else _items(where, items):
+    yield from _rows(file, _lines(file, text.split("\n")) if items is None else _items(where, items))
+
+
+def json_lines(file: DataFile) -> Iterator[tuple[str, dict[str, Any]]] | None:
+    """The source and fields of each row of a file that has one object a line, read line by line.
+
+    None for other files, of which the whole text decides (`json_rows`): whose first line is no object, or the only one.
+    """
+    if file.is_packed:
+        return None
+    head = file.head(HEAD).decode(errors="replace").removeprefix("\ufeff")
+    first, _, rest = head.lstrip().partition("\n")
+    if not first.startswith("{") or not rest.strip() or "\0" in head[:64] or _values(first) is None:
+        return None
+    return _rows(file, _lines(file, file.lines()))
+
+
+def _rows(file: DataFile, items: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for source, item in items:
         if isinstance(item, list) and item and all(isinstance(m, dict) and {"role", "from"} & {*m} for m in item):
             item = {"messages": item}
         if isinstance(item, dict):
@@ -60,9 +80,9 @@ def _items(where: str, items: list[Any]) -> Iterator[tuple[str, Any]]:
     return ((f"{where}: item {number}", item) for number, item in enumerate(items, start=1))
 
 
-def _lines(file: DataFile, text: str) -> Iterator[tuple[str, Any]]:
+def _lines(file: DataFile, lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
     """The source and value of each line."""
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(lines, start=1):
         source = f"{file.path}:{number}"
         if line.strip():
             try:
@@ -73,9 +93,14 @@ def _lines(file: DataFile, text: str) -> Iterator[tuple[str, Any]]:
                 yield source, value
 
 
+def names_splits(head: str) -> bool:
+    """Whether a text that begins like this may be one object around the rows of several splits."""
+    return _BY_SPLIT.match(head.removeprefix("\ufeff")) is not None
+
+
 def split_names(text: str) -> set[str]:
     """The splits, if the text is one object around the rows of each; none otherwise."""
-    if not _BY_SPLIT.match(text):
+    if not names_splits(text):
         return set()
     values = _values(text) or []
     found = values[0] if len(values) == 1 and isinstance(values[0], dict) else {}

@@ -3,7 +3,8 @@
     reviews.csv.gz   one file; the suffix before .gz or .zst says its format
     reviews.zip      the only data file inside
 
-A packed file is unpacked into memory. zstd is pyarrow's, because Python has none of its own before 3.14.
+A packed file is unpacked into memory; the lines of others can be read one by one. zstd is pyarrow's, because Python has
+none of its own before 3.14.
 """
 
 import csv
@@ -11,11 +12,12 @@ import gzip
 import io
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from graftlm.config.csv_format import AUTOMATIC, CsvFormat
+from graftlm.config.paths import decode_named
 from graftlm.errors import InputError
 
 COMPRESSED = (".gz", ".zst")
@@ -52,6 +54,31 @@ class DataFile:
         """Whether its bytes on disk are not its content."""
         return bool(self.member) or self.path.suffix.lower() in COMPRESSED
 
+    def lines(self) -> Iterator[str]:
+        """The lines of a file that is not packed, one by one, without the line break. Raises InputError as `content`.
+
+        A byte order mark is left out.
+        """
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file):
+                try:
+                    text = line.removesuffix(b"\n").decode()
+                except UnicodeDecodeError:
+                    decode_named(self.content(), str(self.path))  # for its error
+                    raise
+                yield text if number else text.removeprefix("\ufeff")
+
+    def head(self, size: int) -> bytes:
+        """The first bytes of a file that is not packed."""
+        try:
+            with open(self.path, "rb") as file:
+                return file.read(size)
+        except OSError as error:
+            raise self._unreadable(error) from None
+
+    def _unreadable(self, error: OSError) -> InputError:
+        return InputError(f"{self.path}: cannot read it: {error.strerror or str(error).partition(chr(10))[0]}")
+
     def bad_row(self, source: str, message: str) -> None:
         """Report a row that cannot be read. source: its file and line, with which the error begins."""
         self.on_bad_row(source, InputError(f"{source}: {message}"))
@@ -71,8 +98,7 @@ class DataFile:
             reason = str(error).partition("\n")[0].rstrip(".")
             raise InputError(f"{self.path}: cannot be unpacked ({reason}): fetch it again, or unpack it") from None
         except OSError as error:
-            reason = error.strerror or str(error).partition("\n")[0]
-            raise InputError(f"{self.path}: cannot read it: {reason}") from None
+            raise self._unreadable(error) from None
 
 
 def data_suffix(path: Path | str) -> str:

@@ -15,7 +15,7 @@ from graftlm.config.paths import decode_named
 from graftlm.errors import InputError
 from graftlm.files.arrow_rows import read_arrow, read_parquet
 from graftlm.files.data_folders import TEXT, read_class_folders
-from graftlm.files.json_rows import json_rows, split_names
+from graftlm.files.json_rows import HEAD, json_lines, json_rows, names_splits, split_names
 from graftlm.files.packed import COMPRESSED, ZIP, DataFile, data_suffix, open_data, raise_error
 from graftlm.files.tables import looks_like_table, read_table
 
@@ -77,7 +77,13 @@ def is_data_file(path: Path | str) -> bool:
 
 def splits_inside(path: Path) -> set[str]:
     """The splits that one JSON file holds as arrays; none for any other file."""
-    return split_names(_text(open_data(path, DATA_SUFFIXES))) if data_suffix(path) == ".json" else set()
+    if data_suffix(path) != ".json":
+        return set()
+    file = open_data(path, DATA_SUFFIXES)
+    head = b"\0" if file.is_packed else file.head(HEAD)
+    if b"\0" not in head and not names_splits(head.decode(errors="replace")):  # UTF-16 has zeros
+        return set()
+    return split_names(_text(file))
 
 
 def is_readable(path: Path) -> bool:
@@ -94,7 +100,8 @@ def _text(file: DataFile) -> str:
 
 
 def _read_json(file: DataFile) -> Iterator[Record]:
-    return json_rows(file, _text(file))
+    lines = json_lines(file)
+    return json_rows(file, _text(file)) if lines is None else lines
 
 
 def _read_text(file: DataFile) -> Iterator[Record]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
 from pathlib import Path
 
+import numpy as np
+
 from graftlm.config.csv_format import CsvFormat, csv_format
 from graftlm.config.paths import user_path
 from graftlm.errors import InputError
@@ -27,6 +29,7 @@ from graftlm.text.labels import labels_of
 from graftlm.text.layout import CONTEXT, Layout
 from graftlm.text.layouts import LABELLED, LABELS
 from graftlm.text.recognise import UnknownLayoutError, check_columns, recognise
+from graftlm.text.record_file import RecordFile, select
 from graftlm.text.records import Document, Record, hashed_values
 from graftlm.text.regroup import regroup
 from graftlm.text.rows import LabelWords, Row
@@ -42,7 +45,7 @@ class Dataset:
     """Records by split."""
 
     name: str
-    splits: dict[str, list[Record]]
+    splits: dict[str, Sequence[Record]]
     notes: list[str]
     """What was decided for the user: the layout, held-out splits, and what was not read."""
     fingerprint: str
@@ -68,6 +71,8 @@ class Reading:
     """The label words by column, as the card of the data set gives them."""
     of_train: Layout | None = None
     """The layout of the train split, once it is read."""
+    on_disk: bool = False
+    """As in `load_dataset`."""
 
 
 def load_dataset(
@@ -77,6 +82,8 @@ def load_dataset(
     columns: Columns | None = None,
     labels: Sequence[str] = (),
     bad_rows: BadRowsFlag = "stop",
+    *,
+    on_disk: bool = False,
 ) -> Dataset:
     """Read a data set.
 
@@ -89,6 +96,7 @@ def load_dataset(
             on; without words, any number.
         bad_rows: stop with an error that counts them all, or skip them; of a data set with train, all of test. A test
             split in `data` of which no row has a label is left out in either case.
+        on_disk: leave large splits in a temporary file (`record_file.py`) rather than in memory.
 
     A data set with a train split always gets a validation split: if it is missing, a tenth of train is held out by
     hash, and so is a test split if neither is named. Raises InputError with file, line and value.
@@ -105,9 +113,10 @@ def load_dataset(
         files[split] = [user_path(file)]
         if not files[split][0].is_file():
             raise InputError(f"--{flag} {file}: no such file")
-    reading = Reading(named, csv, LabelWords(tuple(labels)), label_names=label_names(source) if source else {})
+    names = label_names(source) if source else {}
+    reading = Reading(named, csv, LabelWords(tuple(labels)), label_names=names, on_disk=on_disk)
     layouts: dict[Layout, None] = {}
-    splits, unused = {}, set[str]()
+    splits, unused = dict[str, Sequence[Record]](), set[str]()
     name, notes = data or val or test, _notes(source.path, data, files) if source else []
     for split in (split for split in SPLITS if split in files):
         bad = BadRows(bad_rows == "skip")
@@ -204,12 +213,14 @@ def text_hash(text: str) -> str:
 # Rows -----------------------------------------------------------------------------------------------------------------
 
 
-def _read_split(files: Sequence[Path], split: str, reading: Reading) -> tuple[Layout | None, list[Record], set[str]]:
+def _read_split(
+    files: Sequence[Path], split: str, reading: Reading
+) -> tuple[Layout | None, Sequence[Record], set[str]]:
     """The layout of a split's files, their records, and the columns that were not read.
 
     The first row of each file decides its layout, and all must have one; None if no row can be read.
     """
-    records: list[Record] = []
+    records: list[Record] | RecordFile = RecordFile() if reading.on_disk else []
     layouts: list[Layout] = []
     unused: set[str] = set()
     for path in files:
@@ -368,17 +379,21 @@ def _notes(folder: Path, data: str, files: Mapping[str, Sequence[Path]]) -> list
 
 
 def _hold_out(
-    splits: dict[str, list[Record]], missing: tuple[str, ...], source: str
-) -> tuple[dict[str, list[Record]], str]:
+    splits: dict[str, Sequence[Record]], missing: tuple[str, ...], source: str
+) -> tuple[dict[str, Sequence[Record]], str]:
     """Hold out a tenth of train for each missing split, and say how, after "held out from train".
 
     They are the first texts by hash, and equal texts stay together. Of one or two documents, such as a book, it is
     the end of the longest.
     """
-    texts = sorted({record.text for record in splits["train"]}, key=text_hash)
+    digests = bytearray()  # of all texts, as `text_hash`
+    for record in splits["train"]:
+        digests += hashlib.sha256(record.text.encode()).digest()
+    # Equal where all bytes are, and in their order, although numpy leaves out zeros at the end.
+    texts, place = np.unique(np.frombuffer(digests, dtype="S32"), return_inverse=True)
     if len(texts) <= len(missing):
-        if divided := _end_of_document(splits["train"], missing):
-            divided = {**splits, **divided}
+        if ends := _end_of_document(splits["train"], missing):
+            divided = {**splits, **ends}
             return {split: divided[split] for split in SPLITS if split in divided}, "at a text's end"
         raise InputError(
             f"{source}: too few different texts ({len(texts)}) to hold out {' and '.join(missing)}: "
@@ -386,19 +401,19 @@ def _hold_out(
             f"{' and --test_data FILE' * (len(missing) > 1)}"
         )
     size = max(1, round(len(texts) / 10))
-    owner = {text: split for n, split in enumerate(reversed(missing)) for text in texts[n * size : (n + 1) * size]}
-    parts: dict[str, list[Record]] = {split: [] for split in ("train", *missing)}
-    for record in splits["train"]:
-        parts[owner.get(record.text, "train")].append(record)
-    parts = {**splits, **parts}
+    owners = (*reversed(missing), "train")
+    owner = np.minimum(place // size, len(missing))
+    held = {split: np.flatnonzero(owner == n) for n, split in enumerate(owners)}
+    parts = {**splits, **{split: select(splits["train"], rows) for split, rows in held.items()}}
     return {split: parts[split] for split in SPLITS if split in parts}, "by hash of the text"
 
 
-def _end_of_document(train: Sequence[Record], missing: tuple[str, ...]) -> dict[str, list[Record]]:
+def _end_of_document(train: Sequence[Record], missing: tuple[str, ...]) -> dict[str, Sequence[Record]]:
     """Train without the end of its longest document, a tenth of which is each missing split; {} if it is too short.
 
     The parts begin with a line if one begins near.
     """
+    train = list(train)
     longest = max(train, key=lambda record: len(record.text))
     text = longest.text
     if not isinstance(longest, Document) or [record.text for record in train].count(text) > 1:

@@ -1,7 +1,8 @@
 """The canonical records: the six kinds that the rest of the program knows, from files of any layout."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from graftlm.text.chat import Message
 from graftlm.text.transcripts import Said, all_said
@@ -105,6 +106,23 @@ class Document:
 
 
 Record = Labelled | Completion | Preference | Unpaired | Conversation | Document
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+CHUNK_RECORDS, CHUNK_CHARACTERS = 4096, 2_000_000
+
+
+def chunks(records: Iterable[AnyRecord]) -> Iterator[list[AnyRecord]]:
+    """The records in parts that are tokenized at a time, of a few MB of text unless one record is longer."""
+    part, characters = list[AnyRecord](), 0
+    for record in records:
+        part.append(record)
+        characters += len(record.text)
+        if len(part) == CHUNK_RECORDS or characters >= CHUNK_CHARACTERS:
+            yield part
+            part, characters = [], 0
+    if part:
+        yield part
 
 
 def is_chat(record: Record) -> bool:

@@ -7,13 +7,13 @@ of the next, and attends across, as in nanoGPT. A window that begins inside a do
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 from graftlm.errors import InputError
 from graftlm.text.boundary import Tokens
-from graftlm.text.records import Document
+from graftlm.text.records import Document, chunks
 from graftlm.text.tokenizer import Tokenizer
 
 MIN_WINDOW = 3
@@ -28,27 +28,38 @@ class Window(NamedTuple):
     """File and line of the document in which it begins."""
 
 
-def windows(documents: Sequence[Document], tokenizer: Tokenizer, max_length: int) -> list[Window]:
+def windows(documents: Iterable[Document], tokenizer: Tokenizer, max_length: int) -> Iterator[Window]:
     """The windows of some documents, a pure function of the arguments; documents of white space alone are left out.
 
-    If a single token would remain for the last window, the one before it is a token shorter.
+    If a single token would remain for the last window, the one before it is a token shorter. The documents are read
+    and tokenized in parts.
 
     Raises InputError for documents without tokens, and a max_length that is too short.
     """
     if max_length < MIN_WINDOW:
         raise InputError(f"--max_length {max_length}: windows of documents take at least {MIN_WINDOW} tokens")
-    documents = [document for document in documents if document.text.strip()]
-    ids: list[int] = []
-    begins: list[int] = []
-    for tokens in tokenizer.encode_prompts([document.text for document in documents]):
-        begins.append(len(ids))
-        ids += (*tokens, tokenizer.eot)
+    ids: list[int] = []  # of the windows that are not complete
+    begins: list[tuple[int, str]] = []  # where documents begin in them, and their sources
+    for part in chunks(document for document in documents if document.text.strip()):
+        for document, tokens in zip(part, tokenizer.encode_prompts([d.text for d in part]), strict=True):
+            begins.append((len(ids), document.source))
+            ids += (*tokens, tokenizer.eot)
+        bounds = range(0, len(ids) - max_length, max_length)  # the last window may give or take a token
+        for start in bounds[:-1]:
+            yield _window(ids[start : start + max_length], begins, start)
+        if len(bounds) > 1:
+            at = bounds[-1]
+            del ids[:at]
+            first = bisect_right(begins, at, key=lambda begin: begin[0]) - 1
+            begins = [(start - at, source) for start, source in begins[first:]]
     if len(ids) < 2:
         raise InputError("the documents have no text: write some, or name other files")
-    bounds = [*range(0, len(ids), max_length), len(ids)]
-    if bounds[-1] - bounds[-2] == 1:
-        bounds[-2] -= 1
-    return [
-        Window(tuple(ids[start:stop]), documents[bisect_right(begins, start) - 1].source)
-        for start, stop in pairwise(bounds)
-    ]
+    bounds_left = [*range(0, len(ids), max_length), len(ids)]
+    if bounds_left[-1] - bounds_left[-2] == 1:
+        bounds_left[-2] -= 1
+    for start, stop in pairwise(bounds_left):
+        yield _window(ids[start:stop], begins, start)
+
+
+def _window(ids: Sequence[int], begins: Sequence[tuple[int, str]], start: int) -> Window:
+    return Window(tuple(ids), begins[bisect_right(begins, start, key=lambda begin: begin[0]) - 1][1])

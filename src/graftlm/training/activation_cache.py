@@ -31,6 +31,7 @@ from graftlm.inference.decoder import shared_prefix_length, token_batches
 from graftlm.inference.generate import eval_mode
 from graftlm.models.base import CausalLM
 from graftlm.text.collate import Example
+from graftlm.text.example_table import Prompts
 
 GROUP = 32
 FORMAT_VERSION = 1  # raised when the same name would hold other values
@@ -122,7 +123,7 @@ def open_activation_cache(
     None if it would take more than `max_bytes`, or more than the disk has left: then the lower layers are recomputed in
     each step. Caches of other runs are deleted, least recently used first, until all fit into `max_bytes`.
     """
-    prefix = shared_prefix_length([e.prompt_ids for e in examples]) if spec.share_prefix else 0
+    prefix = shared_prefix_length(Prompts(examples)) if spec.share_prefix else 0
     rows = prefix + sum(suffix_length(e, prefix) for e in examples)
     size = rows * model.config.hidden_size * torch.empty(0, dtype=model.dtype).element_size()
     what = f"the output of the {spec.layers} frozen lower layers takes {size / 1e9:.2f} GB"

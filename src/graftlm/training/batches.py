@@ -24,6 +24,7 @@ from graftlm.models.base import CausalLM, flat_to_padded
 from graftlm.models.layers import PairedRow
 from graftlm.text.boundary import Tokens
 from graftlm.text.collate import SORT_WINDOW, Example, epoch_batches
+from graftlm.text.example_table import lengths_of
 from graftlm.training.activation_cache import ActivationCache
 from graftlm.training.distributed import DistContext
 
@@ -34,8 +35,8 @@ LossOn = Literal["completion", "all"]
 class TrainingData:
     """The tokenized data of a run."""
 
-    train: list[Example]
-    validation: list[Example]
+    train: Sequence[Example]
+    validation: Sequence[Example]
     label_ids: list[Tokens]
     """The tokens scored for each label after a short text; empty for data without labels."""
     stop_tokens: frozenset[int]
@@ -44,7 +45,7 @@ class TrainingData:
     """Padded tokens of a pass without gradient, unless a single row has more."""
 
     @property
-    def splits(self) -> dict[str, list[Example]]:
+    def splits(self) -> dict[str, Sequence[Example]]:
         """Examples by split name."""
         return {"train": self.train, "validation": self.validation}
 
@@ -245,7 +246,7 @@ class BatchLoader:
 
     def stream(self, first: int) -> Iterator[list[int]]:
         """The endless stream of batches, as indices into `examples`, from batch number `first` on."""
-        config, lengths = self.config, [e.length for e in self.examples]
+        config, lengths = self.config, lengths_of(self.examples)
         per_epoch = math.ceil(len(lengths) / config.batch_size)
         epoch, skip = divmod(first, per_epoch)
         window = SORT_WINDOW if config.group_by_length else 0

@@ -1,6 +1,6 @@
 """The data of a run: read, checked and tokenized; `graft train` and `graft data` share these functions."""
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Set
 from dataclasses import dataclass, replace
 
 from graftlm.config import TrainConfig
@@ -10,10 +10,11 @@ from graftlm.inference.decoder import MAX_PASS_TOKENS
 from graftlm.methods import Method
 from graftlm.models.config import ModelConfig
 from graftlm.text.boundary import label_ids
-from graftlm.text.collate import Example, encode_rows, subset
+from graftlm.text.collate import encode_parts, subset
 from graftlm.text.dataset import Dataset, default_labels, load_dataset
+from graftlm.text.example_table import ExampleTable, ExampleWriter
 from graftlm.text.labels import taken_from_data
-from graftlm.text.preflight import BACKSLASH, control_token_notes, conversation_notes, document_notes, preflight
+from graftlm.text.preflight import BACKSLASH, ControlTokens, Preflight, conversation_notes, document_notes
 from graftlm.text.records import Labelled, Record
 from graftlm.text.template import AUTO_LABELS, DEFAULT, DEFAULT_LABELS, Template, load_template, read_columns
 from graftlm.text.tokenizer import Tokenizer
@@ -42,6 +43,7 @@ def read_data(config: TrainConfig, explicit: Set[str], template: Template) -> Da
         read_columns(config, template),
         template.labels,
         config.bad_rows,
+        on_disk=True,
     )
     if "train" not in dataset.splits:
         raise InputError(f"--data {dataset.name}: has no train split; it has {', '.join(dataset.splits)}")
@@ -92,8 +94,7 @@ def max_example_tokens(config: TrainConfig, model: ModelConfig, method: Method) 
 class EncodedSplits:
     """The tokenized and checked records that a run reads, by split."""
 
-    records: Mapping[str, Sequence[Record]]
-    examples: dict[str, list[Example]]
+    examples: dict[str, ExampleTable]
     truncated: dict[str, int]
     """How many of the texts are truncated."""
     notes: list[str]
@@ -104,18 +105,21 @@ def encode_splits(
 ) -> EncodedSplits:
     """Tokenize and check train and `val_limit` rows of validation (0: all)."""
     records = {"train": dataset.splits["train"], "validation": subset(dataset.splits["validation"], val_limit)}
-    encoded = {
-        split: encode_rows(some, template, tokenizer, max_length, score_labels=split == "validation")
-        for split, some in records.items()
-    }
-    examples = {split: some for split, (some, _) in encoded.items()}
-    truncated = {split: count for split, (_, count) in encoded.items()}
-    notes = list(dataset.notes)
-    notes += conversation_notes(records, examples, tokenizer)
+    checks, controls = Preflight(template, tokenizer, max_length), ControlTokens(tokenizer)
+    examples, truncated = dict[str, ExampleTable](), dict[str, int]()
+    for split, rows in records.items():
+        writer, truncated[split] = ExampleWriter(), 0
+        score = split == "validation"
+        for part, encoded, cut in encode_parts(rows, template, tokenizer, max_length, score_labels=score):
+            controls.add(split, part)
+            checks.add(split, encoded)
+            writer.add(encoded)
+            truncated[split] += cut
+        examples[split] = writer.table()
+    notes = [*dataset.notes, *conversation_notes(records, examples, tokenizer)]
     notes += document_notes(records, examples, max_length)
-    notes += control_token_notes(records, tokenizer)
-    notes += preflight(examples, template, tokenizer, max_length, truncated)
-    return EncodedSplits(records, examples, truncated, notes)
+    notes += [*controls.notes(), *checks.notes(truncated)]
+    return EncodedSplits(examples, truncated, notes)
 
 
 def training_data(
@@ -124,7 +128,7 @@ def training_data(
     """The tokenized and checked splits, and notes about them."""
     encoded = encode_splits(dataset, config.val_limit, template, tokenizer, max_length)
     examples = encoded.examples
-    labelled = all(e.label is not None for some in examples.values() for e in some)
+    labelled = all(isinstance(dataset.splits[split][0], Labelled) for split in examples)
     labels = label_ids(template, tokenizer) if labelled else []
     # Passes without gradient keep one layer's activations, so they may have more tokens than a micro-batch.
     max_tokens = min(MAX_PASS_TOKENS, MAX_PASS_TOKENS // CPU_TOKENS * (config.microbatch_tokens or CPU_TOKENS))

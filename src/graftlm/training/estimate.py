@@ -22,6 +22,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from heapq import nsmallest
 from itertools import islice
 from statistics import median
 
@@ -37,6 +38,7 @@ from graftlm.methods.cost_model import model_flops
 from graftlm.models.base import CausalLM
 from graftlm.models.config import LayerConfig
 from graftlm.text.collate import Example
+from graftlm.text.example_table import lengths_of
 from graftlm.training.batches import BatchLoader, HiddenStates, TrainingBatch, TrainingData, forward_batch
 from graftlm.training.distributed import DistContext, unsharded_root
 from graftlm.training.objectives import Objective
@@ -236,23 +238,24 @@ class Probe:
 
     def validation_seconds(self, data: TrainingData, seed: int) -> float:
         """One validation, from examples of median length, and the objective's other measurements."""
-        return self._evaluation_seconds(data.validation, data) + self._full_depth(
+        return self._evaluation_seconds([data.validation], data) + self._full_depth(
             lambda: self.objective.monitor(self.model, data, seed)
         )
 
     def setup_seconds(self, data: TrainingData) -> float:
         """What the objective computes before the first step."""
         count = self.objective.unknown(data)
-        examples = [*data.train, *data.validation]
-        return self._evaluation_seconds(examples, data) * count / len(examples) if count else 0.0
+        parts = (data.train, data.validation)
+        return self._evaluation_seconds(parts, data) * count / sum(map(len, parts)) if count else 0.0
 
-    def _evaluation_seconds(self, examples: Sequence[Example], data: TrainingData) -> float:
-        ordered = sorted(self.objective.with_placeholders(examples), key=lambda e: e.length)
-        some = ordered[max(0, len(ordered) // 2 - PROBE_BATCH // 2) :][:PROBE_BATCH]
+    def _evaluation_seconds(self, parts: Sequence[Sequence[Example]], data: TrainingData) -> float:
+        ordered = _by_length(parts)
+        middle = ordered[max(0, len(ordered) // 2 - PROBE_BATCH // 2) :][:PROBE_BATCH]
+        some = self.objective.with_placeholders([parts[part][row] for _, part, row in middle])
         extra = self.objective.batch_statistics(self.model, some, DistContext())
         part = replace(data, validation=some)
         seconds = self._full_depth(lambda: self.objective.evaluate(self.model, part, extra))
-        return seconds * len(examples) / len(some)
+        return seconds * len(ordered) / len(some)
 
     def _full_depth(self, run: Callable[[], object]) -> float:
         return self.extrapolate(lambda: _median_time(run, 1), range(self.model.config.num_layers))
@@ -291,14 +294,14 @@ class MemoryProbe:
 
     def largest_microbatch(self, limit: int = 2**62) -> list[Example]:
         """The rows of the micro-batch with the longest row, that one first, each shortened to `limit` tokens."""
-        rows = _longest_first(self.run.data.train, self.run.config.batch_size, limit)
+        rows = _longest_first([self.run.data.train], self.run.config.batch_size, limit)
         return rows[: len(replace(self.run.loader, examples=rows).microbatches(list(range(len(rows))))[0].ids)]
 
     def largest_pass(self, limit: int = 2**62) -> list[Example]:
         """The same of the pass without gradient that has the longest row."""
         data = self.run.data
-        examples = [*data.validation, *(data.train if self.probe.objective.unknown(data) else ())]
-        rows = _longest_first(examples, PROBE_BATCH, limit)
+        parts = [data.validation, *([data.train] if self.probe.objective.unknown(data) else [])]
+        rows = _longest_first(parts, PROBE_BATCH, limit)
         return rows[: max(1, data.max_tokens // rows[0].length)]
 
     def train_mb(self, rows: Sequence[Example]) -> float:
@@ -318,8 +321,14 @@ def _halved(tokens: int) -> Iterator[int]:
         yield tokens
 
 
-def _longest_first(examples: Sequence[Example], count: int, limit: int) -> list[Example]:
-    return [_shortened(example, limit) for example in sorted(examples, key=lambda e: -e.length)[:count]]
+def _by_length(parts: Sequence[Sequence[Example]]) -> list[tuple[int, int, int]]:
+    """(length, part, number) of all examples, by length; those of one length stay in order."""
+    return sorted((length, part, n) for part, some in enumerate(parts) for n, length in enumerate(lengths_of(some)))
+
+
+def _longest_first(parts: Sequence[Sequence[Example]], count: int, limit: int) -> list[Example]:
+    longest = nsmallest(count, ((-length, part, n) for length, part, n in _by_length(parts)))
+    return [_shortened(parts[part][n], limit) for _, part, n in longest]
 
 
 def _shortened(example: Example, tokens: int) -> Example:

@@ -31,6 +31,7 @@ from graftlm.inference.scoring import score
 from graftlm.methods.base import trainable
 from graftlm.models.base import CausalLM
 from graftlm.text.collate import Example
+from graftlm.text.example_table import ExampleTable, lengths_of
 from graftlm.training.batches import CollateOptions, TrainingBatch, TrainingData, forward_batch, sequence_logps
 from graftlm.training.distributed import DistContext, uneven_forward
 from graftlm.training.objectives import Notify, Objective, Statistics
@@ -141,11 +142,11 @@ class ReferenceObjective(Objective):
         known = not self.needs_reference or self.logps is not None
         return 0 if known else len(data.train) + len(data.validation)
 
-    def with_placeholders(self, examples: Sequence[Example]) -> list[Example]:
+    def with_placeholders(self, examples: Sequence[Example]) -> Sequence[Example]:
         """Zeros for unknown reference log-probabilities."""
         if any(e.reference is None for e in examples):
             return with_reference(examples, torch.zeros(len(examples), self.answers))
-        return list(examples)
+        return examples
 
     def _attach(self, data: TrainingData, logps: dict[str, Tensor]) -> None:
         self.logps = logps
@@ -165,7 +166,7 @@ class ReferenceObjective(Objective):
         """
         dist = dist or DistContext()
         logps = torch.zeros(len(examples), self.answers, dtype=torch.float64)
-        lengths = [e.length for e in examples]
+        lengths = lengths_of(examples)
         groups = list(
             token_batches(sorted(range(len(examples)), key=lambda i: (lengths[i], i)), lengths, group, max_tokens)
         )
@@ -209,8 +210,10 @@ def read_reference(
     return logps
 
 
-def with_reference(examples: Sequence[Example], logps: Tensor) -> list[Example]:
+def with_reference(examples: Sequence[Example], logps: Tensor) -> Sequence[Example]:
     """The same examples with the reference's log-probabilities of their answers."""
+    if isinstance(examples, ExampleTable):
+        return examples.with_reference(logps)
     return [replace(e, reference=tuple(row)) for e, row in zip(examples, logps.tolist(), strict=True)]
 
 

@@ -30,6 +30,7 @@ from graftlm.methods import Method
 from graftlm.methods.base import mergeable_linears, parse_layer_range
 from graftlm.models.base import CausalLM
 from graftlm.text.collate import Example
+from graftlm.text.example_table import Prompts
 from graftlm.text.template import Template, load_template
 from graftlm.text.tokenizer import Tokenizer
 from graftlm.training.batches import BatchLoader, TrainingData
@@ -263,7 +264,7 @@ def _method(
     if source.adapter is not None:
         return source.method
     method = replace(source.method, layers=parse_layer_range(config.train_layers, model.config.num_layers))
-    return method.resolve_init([e.prompt_ids for e in train], lambda text: tokenizer.encode_prompt(text))
+    return method.resolve_init(Prompts(train), lambda text: tokenizer.encode_prompt(text))
 
 
 def _initial_adapter(

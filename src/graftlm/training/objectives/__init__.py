@@ -21,6 +21,7 @@ from graftlm.inference.decoder import token_batches
 from graftlm.inference.generate import eval_mode
 from graftlm.models.base import CausalLM
 from graftlm.text.collate import Example
+from graftlm.text.example_table import lengths_of
 from graftlm.text.records import Record
 from graftlm.training.batches import CollateOptions, HiddenStates, TrainingBatch, TrainingData, forward_batch
 from graftlm.training.distributed import DistContext, uneven_forward
@@ -94,7 +95,7 @@ class Objective(ABC):
         total, weight, totals = 0.0, 0, dict[str, float]()
         examples = data.validation
         with eval_mode(model):
-            for rows in token_batches(range(len(examples)), [e.length for e in examples], batch_size, data.max_tokens):
+            for rows in token_batches(range(len(examples)), lengths_of(examples), batch_size, data.max_tokens):
                 batch = self.collate([examples[row] for row in rows], CollateOptions()).with_extra(statistics)
                 loss, sums = self.loss(model, batch.to(model.device))
                 total, weight = total + loss.item(), weight + batch.weight
@@ -132,9 +133,9 @@ class Objective(ABC):
         """How many examples `setup` will run the model on."""
         return 0
 
-    def with_placeholders(self, examples: Sequence[Example]) -> list[Example]:
+    def with_placeholders(self, examples: Sequence[Example]) -> Sequence[Example]:
         """The examples with any value for what `setup` computes, for timing."""
-        return list(examples)
+        return examples
 
 
 def validate(
@@ -146,7 +147,7 @@ def validate(
     """
     examples = data.validation
     statistics = objective.batch_statistics(model, examples, dist)
-    mine = [examples[i] for i in dist.partition(range(len(examples)), [e.length for e in examples])]
+    mine = [examples[i] for i in dist.partition(range(len(examples)), lengths_of(examples))]
     loss, weight, correct = 0.0, 0.0, None
     with uneven_forward(model, dist):
         if mine:
