@@ -9,8 +9,9 @@ import torch
 
 from graftlm.errors import InputError
 from graftlm.text import records
-from graftlm.text.collate import Example, encode_parts, encode_rows
+from graftlm.text.collate import Example, encode_rows
 from graftlm.text.example_table import ExampleTable, Prompts, lengths_of
+from graftlm.text.parts import encode_parts
 from graftlm.text.preflight import Preflight, preflight
 from graftlm.text.records import Completion, Document, Labelled, Preference, Record, Unpaired
 from graftlm.text.template import load_template

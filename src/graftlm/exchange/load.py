@@ -187,10 +187,15 @@ def hub_revision(name: str) -> tuple[str, str | None]:
     return repo, revision or None
 
 
+def read_config(folder: Path) -> ModelConfig:
+    """The configuration of a model folder, of which no weights are read."""
+    path = folder / "config.json"
+    return read_model_config(read_json(path), str(path))
+
+
 def read_tokenizer(folder: Path) -> Tokenizer:
     """A model folder's tokenizer; an InputError if it has tokens without an embedding in the model."""
-    tokenizer, path = Tokenizer.from_folder(folder), folder / "config.json"
-    vocab = read_model_config(read_json(path), str(path)).vocab_size
+    tokenizer, vocab = Tokenizer.from_folder(folder), read_config(folder).vocab_size
     if tokenizer.largest >= vocab:
         raise InputError(
             f"{folder}: its tokenizer has a token {tokenizer.largest}, its model embeds {vocab}: the files are of two "

@@ -32,8 +32,6 @@ from graftlm.text.records import (
     Preference,
     Record,
     Unpaired,
-    chunks,
-    is_chat,
 )
 from graftlm.text.template import Template
 from graftlm.text.tokenizer import Tokenizer
@@ -130,7 +128,7 @@ def encode_rows(
         return [_chat_preference(row, tokenizer, max_length) for row in rows], 0
     if documents := [row for row in rows if isinstance(row, Document)]:
         assert len(documents) == len(rows), "documents among other records"
-        return list(_windows(documents, tokenizer, max_length)), 0
+        return list(window_examples(documents, tokenizer, max_length)), 0
     prompts = _prompts(rows, template, tokenizer, max_length)
     scored = range(len(template.labels)) if score_labels else ()
     answers = [_answers(row, prompt.space, template, scored) for row, prompt in zip(rows, prompts, strict=True)]
@@ -148,36 +146,8 @@ def encode_rows(
     return examples, sum(prompt.truncated for prompt in prompts)
 
 
-def encode_parts(
-    rows: Sequence[Record], template: Template, tokenizer: Tokenizer, max_length: int, *, score_labels: bool = True
-) -> Iterator[tuple[Sequence[Record], list[Example], int]]:
-    """`encode_rows` part by part, so that only a part is in memory: its records, their examples, texts truncated.
-
-    The windows of documents come one by one, each with the records that were read for it.
-    """
-    if rows and isinstance(rows[0], Document):
-        read: list[Record] = []
-        for window in _windows(_documents(rows, read), tokenizer, max_length):
-            yield read.copy(), [window], 0
-            read.clear()
-        yield read, [], 0
-        return
-    for part in chunks(rows):
-        if is_chat(part[0]) != is_chat(rows[0]) and not isinstance(rows[0], Conversation):
-            raise _two_forms(next(row for row in (rows[0], part[0]) if not is_chat(row)))
-        examples, truncated = encode_rows(part, template, tokenizer, max_length, score_labels=score_labels)
-        yield part, examples, truncated
-
-
-def _documents(rows: Iterable[Record], read: list[Record]) -> Iterator[Document]:
-    """The documents, which are appended to `read` too."""
-    for row in rows:
-        assert isinstance(row, Document), "documents among other records"
-        read.append(row)
-        yield row
-
-
-def _two_forms(row: Record) -> InputError:
+def two_forms_error(row: Record) -> InputError:
+    """The error for a row of texts among rows of messages."""
     return InputError(f"{row.source}: its prompt is text, and other rows have messages: write all rows in one form")
 
 
@@ -210,7 +180,7 @@ def _check_length(example: Example, max_length: int) -> None:
 def _chat_preference(row: Record, tokenizer: Tokenizer, max_length: int) -> Example:
     """A preference of messages, in TRL's tokens: an answer is all that its text adds to what the texts share."""
     if not isinstance(row, Preference | Unpaired) or isinstance(row.prompt, str):
-        raise _two_forms(row)
+        raise two_forms_error(row)
     chat, answers = _chat_of(row, tokenizer).with_tools(row.tools), [a for a in row.answers if not isinstance(a, str)]
     try:
         prompt, *wholes = chat.answered(row.prompt, *answers)
@@ -292,7 +262,7 @@ def _answers(row: Record, space: str, template: Template, scored: Sequence[int])
             raise AssertionError("messages are written by the chat template")
 
 
-def _windows(rows: Iterable[Document], tokenizer: Tokenizer, max_length: int) -> Iterator[Example]:
+def window_examples(rows: Iterable[Document], tokenizer: Tokenizer, max_length: int) -> Iterator[Example]:
     """The windows of documents. Their first token is the prompt, as nothing predicts it."""
     for ids, source in windows(rows, tokenizer, max_length):
         text = tokenizer.decode_with_special(ids)

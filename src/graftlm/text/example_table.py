@@ -87,8 +87,8 @@ class ExampleTable(Sequence[Example]):
     @property
     def lengths(self) -> list[int]:
         """`Example.length` of each."""
-        found: list[int] = sum(self.values[self.starts + column] for column in range(3)).tolist()  # type: ignore[union-attr]
-        return found
+        prompt, completion, rejected = (self.values[self.starts + column] for column in range(3))
+        return [int(length) for length in prompt + completion + rejected]
 
     def with_reference(self, logps: Any) -> "ExampleTable":
         """The same examples with the reference's log-probabilities [N, A] of their answers."""

@@ -14,6 +14,7 @@ decodes tokens that arrive one at a time.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Collection, Sequence
@@ -78,6 +79,16 @@ class Tokenizer:
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self.date: str | None = None  # YYYY-MM-DD, of the run, for chat templates that print today's; None: today
         self._letter = backend.encode(LETTER, add_special_tokens=False).ids
+
+    @cached_property
+    def sha256(self) -> str:
+        """A hash of all that decides the ids of texts and conversations."""
+        templates = f"{self.chat_template}{self.tool_template}"
+        date = self.date if "strftime_now" in templates else None
+        digest = hashlib.sha256(repr((self.eot, sorted(self.stop_tokens), date)).encode())
+        for name, content in sorted(self._files.items()):
+            digest.update(f"\n{name} {len(content)}\n".encode() + content)
+        return digest.hexdigest()
 
     @property
     def largest(self) -> int:

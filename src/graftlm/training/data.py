@@ -10,16 +10,18 @@ from graftlm.inference.decoder import MAX_PASS_TOKENS
 from graftlm.methods import Method
 from graftlm.models.config import ModelConfig
 from graftlm.text.boundary import label_ids
-from graftlm.text.collate import encode_parts, subset
+from graftlm.text.collate import subset
 from graftlm.text.dataset import Dataset, default_labels, load_dataset
 from graftlm.text.example_table import ExampleTable, ExampleWriter
 from graftlm.text.labels import taken_from_data
+from graftlm.text.parts import encode_parts
 from graftlm.text.preflight import BACKSLASH, ControlTokens, Preflight, conversation_notes, document_notes
-from graftlm.text.records import Labelled, Record
+from graftlm.text.records import Labelled, Record, is_chat
 from graftlm.text.template import AUTO_LABELS, DEFAULT, DEFAULT_LABELS, Template, load_template, read_columns
 from graftlm.text.tokenizer import Tokenizer
 from graftlm.training.batches import TrainingData
 from graftlm.training.objectives import objective_class
+from graftlm.training.token_cache import DataKey, PreparedData, TokenCache
 
 # Maximum tokens per micro-batch on a CPU: a typical batch of 16 reviews fits. Of 320, 384, 512 and 640 this was the
 # fastest on an AMD Zen 3 in float32, with 4% less memory than 640 (--microbatch_tokens).
@@ -122,15 +124,63 @@ def encode_splits(
     return EncodedSplits(examples, truncated, notes)
 
 
-def training_data(
-    dataset: Dataset, config: TrainConfig, template: Template, tokenizer: Tokenizer, max_length: int
-) -> tuple[TrainingData, list[str]]:
-    """The tokenized and checked splits, and notes about them."""
-    encoded = encode_splits(dataset, config.val_limit, template, tokenizer, max_length)
-    examples = encoded.examples
-    labelled = all(isinstance(dataset.splits[split][0], Labelled) for split in examples)
-    labels = label_ids(template, tokenizer) if labelled else []
+@dataclass(frozen=True)
+class DataRequest:
+    """What a run wants to read."""
+
+    config: TrainConfig
+    explicit: Set[str]
+    """The flags that were given."""
+    recorded: Template | None
+    """The template of the run that is resumed."""
+    tokenizer: Tokenizer
+    max_length: int
+    """Tokens of an example."""
+
+    def prepare(self) -> PreparedData:
+        """Read, check and tokenize the data. Raises InputError for data that cannot be used."""
+        config, template = self.config, self.recorded
+        if template is None:
+            config = with_labels(config, self.explicit)
+            template = load_template(config.template, config.labels)
+        dataset = read_data(config, self.explicit, template)
+        check_records(dataset, config.objective)
+        encoded = encode_splits(dataset, config.val_limit, template, self.tokenizer, self.max_length)
+        labelled = all(isinstance(dataset.splits[split][0], Labelled) for split in encoded.examples)
+        return PreparedData(
+            name=dataset.name,
+            fingerprint=dataset.fingerprint,
+            is_chat=is_chat(dataset.splits["train"][0]),
+            labels=config.labels,
+            label_ids=tuple(label_ids(template, self.tokenizer)) if labelled else (),
+            notes=tuple(encoded.notes),
+            examples=encoded.examples,
+        )
+
+    def cached(self, cache: TokenCache, recorded: str = "", is_writer: bool = True) -> PreparedData:
+        """The data from the cache, or prepared and stored there.
+
+        recorded: the name in the cache that the resumed run recorded, "" for another run.
+        """
+        key, notes = DataKey.of(self.config, self.explicit, self.tokenizer, self.max_length), list[str]()
+        for name in dict.fromkeys(filter(None, (recorded, key.name))):
+            try:
+                if (found := cache.read(name, key)) is not None:
+                    return found
+            except InputError as error:
+                notes.append(str(error))
+        data = self.prepare()
+        try:
+            if is_writer:
+                cache.write(key, data)
+        except InputError as error:
+            notes.append(f"tokens are not cached for a later start: {error}")
+        return replace(data, cached_as=key.name, notes=(*data.notes, *notes))
+
+
+def training_data(data: PreparedData, config: TrainConfig, tokenizer: Tokenizer) -> TrainingData:
+    """The splits that a run reads."""
     # Passes without gradient keep one layer's activations, so they may have more tokens than a micro-batch.
     max_tokens = min(MAX_PASS_TOKENS, MAX_PASS_TOKENS // CPU_TOKENS * (config.microbatch_tokens or CPU_TOKENS))
-    data = TrainingData(examples["train"], examples["validation"], labels, tokenizer.stop_tokens, max_tokens)
-    return data, encoded.notes
+    train, validation = data.examples["train"], data.examples["validation"]
+    return TrainingData(train, validation, list(data.label_ids), tokenizer.stop_tokens, max_tokens)

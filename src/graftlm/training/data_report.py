@@ -13,10 +13,8 @@ from typing import Any
 
 from graftlm.config import DataConfig, TrainConfig
 from graftlm.errors import InputError
-from graftlm.exchange.load import read_tokenizer
-from graftlm.files.formats import read_json
+from graftlm.exchange.load import read_config, read_tokenizer
 from graftlm.files.split_files import SPLITS
-from graftlm.models.config import read_model_config
 from graftlm.text.collate import Example, encode_rows
 from graftlm.text.dataset import Dataset
 from graftlm.text.preflight import common_texts, show_targets
@@ -66,8 +64,7 @@ def describe_data(config: DataConfig, explicit: Set[str]) -> dict[str, Any]:
     check_records(dataset, objective)
     tokenizer = read_tokenizer(source.folder)
     tokenizer.date = date.today().isoformat()
-    file = source.folder / "config.json"
-    max_length = max_example_tokens(flags, read_model_config(read_json(file), str(file)), source.method)
+    max_length = max_example_tokens(flags, read_config(source.folder), source.method)
     encoder = _Encoder(template, tokenizer, max_length)
     encoded = encode_splits(dataset, 0, template, tokenizer, max_length)
     splits = {

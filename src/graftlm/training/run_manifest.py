@@ -32,10 +32,9 @@ from graftlm.methods import Method, method_from_flags, method_from_json
 from graftlm.methods.base import count_parameters, load_trainable_state_dict
 from graftlm.models.base import CausalLM
 from graftlm.models.config import ModelConfig
-from graftlm.text.dataset import Dataset
-from graftlm.text.records import is_chat
 from graftlm.training.distributed import DistContext
 from graftlm.training.reference import REFERENCE_FILES
+from graftlm.training.token_cache import PreparedData
 
 if TYPE_CHECKING:
     from graftlm.training.setup import RunContext
@@ -65,7 +64,11 @@ class RunManifest:
 
 
 def new_manifest(
-    run: "RunContext", dataset: Dataset, base_sha256: str, start: dict[str, Any] | None, previous: dict[str, Any] | None
+    run: "RunContext",
+    data: PreparedData,
+    base_sha256: str,
+    start: dict[str, Any] | None,
+    previous: dict[str, Any] | None,
 ) -> RunManifest:
     """The manifest of a run that is ready to start; of a resumed run what its start recorded is taken over.
 
@@ -82,10 +85,11 @@ def new_manifest(
         "base": {"name": run.loaded.name, "sha256": base_sha256},
         "parent_run": start,
         "data": {
-            "name": dataset.name,
-            "fingerprint": dataset.fingerprint,
+            "name": data.name,
+            "fingerprint": data.fingerprint,
+            "tokens": data.cached_as,
             "examples": {split: len(examples) for split, examples in run.data.splits.items()},
-            "chat": is_chat(dataset.splits["train"][0]),
+            "chat": data.is_chat,
         },
         "template": template.to_json(),
         "device": str(run.device),

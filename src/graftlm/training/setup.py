@@ -25,7 +25,16 @@ from graftlm.exchange.huggingface import (
     meta_model,
     random_weights_model,
 )
-from graftlm.exchange.load import ModelBundle, check_base, pick_device, pick_dtype, read_tokenizer, resolve_path
+from graftlm.exchange.load import (
+    ModelBundle,
+    check_base,
+    pick_device,
+    pick_dtype,
+    read_config,
+    read_tokenizer,
+    resolve_path,
+)
+from graftlm.files.assets import cache_home
 from graftlm.methods import Method
 from graftlm.methods.base import mergeable_linears, parse_layer_range
 from graftlm.models.base import CausalLM
@@ -36,11 +45,9 @@ from graftlm.text.tokenizer import Tokenizer
 from graftlm.training.batches import BatchLoader, TrainingData
 from graftlm.training.data import (
     CPU_TOKENS,
-    check_records,
+    DataRequest,
     max_example_tokens,
-    read_data,
     training_data,
-    with_labels,
 )
 from graftlm.training.distributed import DistContext, shard, warmup_fsdp
 from graftlm.training.objectives import Objective, flags_of, make_objective
@@ -56,6 +63,7 @@ from graftlm.training.run_manifest import (
     resolve_init,
     resumed_config,
 )
+from graftlm.training.token_cache import TokenCache
 
 
 @dataclass
@@ -104,31 +112,31 @@ def prepare(
     check_loggers(config)
     objective = make_objective(config, explicit)
     source = resolve_init(config, explicit, previous is not None)
-    if previous is None:
-        config = with_labels(config, explicit)
-    # Of a resumed run the recorded one, wherever its file may be now.
-    template = Template.of_run(previous) if previous else load_template(config.template, config.labels)
     device = pick_device(config.device if dist.size == 1 else dist.device_flag)
     _check_ranks(config, objective, source, dist)
     dtype, reason = _dtype(config, previous, device)
-    dataset = read_data(config, explicit, template)
-    check_records(dataset, config.objective)
     tokenizer = read_tokenizer(source.folder)
     tokenizer.date = previous.get("date") if previous else date.today().isoformat()
-    if previous is not None:
-        if not config.plan:
-            check_base(source.folder, previous, out_dir)
-        if dataset.fingerprint != (recorded := previous["data"]["fingerprint"]):
-            raise InputError(
-                f"{out_dir}: was trained on other data (fingerprint {recorded[:12]}, now {dataset.fingerprint[:12]}); "
-                "restore the data, or start a new run"
-            )
+    if previous is not None and not config.plan:
+        check_base(source.folder, previous, out_dir)
+    max_length = max_example_tokens(config, read_config(source.folder), source.method)
+    # Of a resumed run the recorded template, wherever its file may be now.
+    recorded = Template.of_run(previous) if previous else None
+    request = DataRequest(config, explicit, recorded, tokenizer, max_length)
+    cached_as = previous["data"].get("tokens", "") if previous else ""
+    prepared = request.cached(TokenCache(cache_home() / "tokens"), cached_as, dist.is_main)
+    config = replace(config, labels=prepared.labels)
+    template = recorded or load_template(config.template, config.labels)
+    if previous is not None and prepared.fingerprint != (before := previous["data"]["fingerprint"]):
+        raise InputError(
+            f"{out_dir}: was trained on other data (fingerprint {before[:12]}, now {prepared.fingerprint[:12]}); "
+            "restore the data, or start a new run"
+        )
     sharded = dist.size > 1 and (source.method.is_full_finetune or config.shard)
     with ThreadPoolExecutor(1) as background:  # hashing uses one core, loading mostly another
         hashing = background.submit(_base_sha256, config, previous, source.folder)
         model = _base_model(config, source.folder, device, dtype, sharded)
-    max_length = max_example_tokens(config, model.config, source.method)
-    data, notes = training_data(dataset, config, template, tokenizer, max_length)
+    data, notes = training_data(prepared, config, tokenizer), list(prepared.notes)
     source = replace(source, method=_method(config, source, model, data.train, tokenizer))
     source.method.install(model, torch.Generator().manual_seed(config.seed))
     notes += _export_notes(model, source.folder)
@@ -150,7 +158,7 @@ def prepare(
         not_loaded=source if sharded else None,
         manifest=RunManifest(out_dir, {}),
     )
-    run.manifest = new_manifest(run, dataset, hashing.result(), start, previous)
+    run.manifest = new_manifest(run, prepared, hashing.result(), start, previous)
     origin = {"base": hashing.result(), "start": start["sha256"] if start else None}
     objective.load(data, {**origin, "dtype": run.manifest.values["dtype"]}, out_dir if previous else None)
     return run
