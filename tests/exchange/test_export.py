@@ -58,8 +58,10 @@ def ids_of(run: Path) -> torch.Tensor:
     return torch.tensor([tokenizer.encode("Review: a fine film, and good fun\nIs it:")])
 
 
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("name", MERGEABLE)
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [(base, name) for base in BASES for name in (MERGEABLE if base in ("llama", "gpt2") else ("lora", "full"))],
+)
 def test_a_merged_run_is_the_same_in_transformers(base: str, name: str, place: Path, tmp_path: Path) -> None:
     run = a_run(place, base, name)
     result = export(ExportConfig(out_dir=str(run), to=str(tmp_path / "out"), merged=True))
@@ -95,7 +97,7 @@ def test_added_biases_are_a_llamas(base: str, place: Path, tmp_path: Path) -> No
     assert all(bool(t.any()) for name, t in stored.items() if name.endswith("bias") and "k_proj" not in name)
 
 
-@pytest.mark.parametrize("base", ["llama", "llama-biased", "gpt2"])
+@pytest.mark.parametrize("base", ["llama", "gpt2"])
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_an_adapter_is_the_same_in_peft_or_is_our_own(base: str, name: str, place: Path, tmp_path: Path) -> None:
     run, own = a_run(place, base, name), name in ("bitfit", "adapter")

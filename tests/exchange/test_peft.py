@@ -470,16 +470,13 @@ def test_the_files_hold_what_the_format_says(bases: dict[str, Path], tmp_path: P
 REAL = torch.tensor([[1, 506, 2966, 436, 253, 1195, 28, 284, 2642, 314, 4384, 30]])
 REAL_THEIRS: dict[str, Callable[[], peft.PeftConfig]] = {
     "all linears": lambda: lora("llama"),
-    "dora, rslora": lambda: lora("llama", *QKV["llama"], use_dora=True, use_rslora=True),
     "ia3": lambda: ia3("llama"),
-    "prefix": prefix,
 }
 REAL_OURS: dict[str, Method] = {
-    "all linears": LoRA(rank=3, alpha=7.0, targets=("q", "k", "v", "o", "up", "gate", "down"), dropout=0.0),
     "dora, rslora": DoRA(rank=3, alpha=7.0, rslora=True, dropout=0.0),
-    "ia3": IA3(),
     "prefix": PrefixTuning(length=5, tokens=tuple(REAL[0, :5].tolist())),
 }
+"""Each method one way: what differs with real weights is the rounding, not the way."""
 
 
 def train_really(parameters: list[nn.Parameter], logits: Callable[[], Tensor]) -> None:
@@ -511,9 +508,6 @@ def really_near(got: Tensor, expected: Tensor, plain: Tensor, apart: float) -> N
 def test_real_weights_trained_by_peft(name: str, tmp_path: Path) -> None:
     base, ours, plain, apart = real_reference()
     theirs = peft.get_peft_model(base, REAL_THEIRS[name]())
-    if name == "prefix":  # PEFT draws it as wide as 1, which throws the model, and its rounding, far off
-        with torch.no_grad():
-            theirs.prompt_encoder["default"].embedding.weight.mul_(0.1)
     train_really([p for p in theirs.parameters() if p.requires_grad], lambda: theirs(REAL).logits)
     theirs.eval().save_pretrained(tmp_path)
     method, state = from_foreign_peft(tmp_path, ours.config)
