@@ -76,6 +76,14 @@ def loopback_only() -> Any:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def disks_do_not_wait() -> Iterator[None]:
+    """No test cuts the power, so none waits for the disk. That fsync is called is what `soak` and `files` test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 UNCOUNTED = {"COVERAGE_PROCESS_CONFIG": ""}
 """For a child that may write no large file: `make coverage` does not look at it, whose own file would be too large."""
 

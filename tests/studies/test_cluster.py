@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,18 @@ def parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
+@contextmanager
+def driven(*words: str) -> Iterator["subprocess.Popen[str]"]:
+    """A graft command in a process of its own, which does not outlive a test that fails."""
+    command = [sys.executable, "-m", "graftlm", *words]
+    with subprocess.Popen(command, env=child_environment(), stderr=subprocess.PIPE, text=True) as driver:
+        try:
+            yield driver
+        except BaseException:
+            driver.kill()
+            raise
+
+
 def compare(assets: Path, out: Path, *words: str) -> list[str]:
     return ["compare", "--config", str(assets / "sweep.toml"), "--out_dir", str(out), "--limit", "100", *words]
 
@@ -147,8 +160,7 @@ def test_a_sweep_on_two_nodes_has_the_table_of_the_local_one(
 
 def test_a_node_dies_midway_and_the_table_is_the_same(cluster: Any, assets: Path, local: Path, tmp_path: Path) -> None:
     out, node = tmp_path / "out", next(iter(cluster.worker_nodes))
-    words = [sys.executable, "-m", "graftlm", *compare(assets, out, "--ray", cluster.address)]
-    with subprocess.Popen(words, env=child_environment(), stderr=subprocess.PIPE, text=True) as driver:
+    with driven(*compare(assets, out, "--ray", cluster.address)) as driver:
         raylet = node.all_processes["raylet"][0].process.pid
         victim = wait_for(lambda: trained_below(raylet, out), driver)
         cluster.remove_node(node, allow_graceful=False)
@@ -184,8 +196,7 @@ def test_ctrl_c_saves_every_run_and_the_same_command_goes_on_here(cluster: Any, 
     out = tmp_path / "out"
     text = (assets / "sweep.toml").read_text().replace("max_iters = 60", "max_iters = 100000")
     (tmp_path / "sweep.toml").write_text(text.replace("eval_every = 5", "eval_every = 50000"))
-    words = [sys.executable, "-m", "graftlm", *compare(tmp_path, out, "--ray", cluster.address)]
-    with subprocess.Popen(words, env=child_environment(), stderr=subprocess.PIPE, text=True) as driver:
+    with driven(*compare(tmp_path, out, "--ray", cluster.address)) as driver:
         wait_for(lambda: len(list(out.glob("*/run/metrics.jsonl"))) == 2, driver)
         driver.send_signal(signal.SIGINT)
         assert driver.stderr is not None
