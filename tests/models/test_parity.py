@@ -1,6 +1,5 @@
 """Logits equal transformers', the reference, to 1e-4: every GPT-2 size, the Llama family, real weights."""
 
-import gc
 from pathlib import Path
 
 import pytest
@@ -13,11 +12,11 @@ from graftlm.files.assets import model_folder
 from graftlm.models import CausalLM
 from graftlm.models.config import check_names, read_model_config, stored_name, tensor_mapping
 
-GPT2_SIZES = {  # name: layers, heads, width, and the layers tested here (large and XL at reduced depth)
-    "gpt2": (12, 12, 768, 12),
-    "gpt2-medium": (24, 16, 1024, 24),
-    "gpt2-large": (36, 20, 1280, 3),
-    "gpt2-xl": (48, 25, 1600, 2),
+GPT2_SIZES = {  # name: heads, width, layers and vocabulary; the smallest whole, the others with fewer layers and words
+    "gpt2": (12, 768, 12, 50257),
+    "gpt2-medium": (16, 1024, 4, 1000),
+    "gpt2-large": (20, 1280, 3, 1000),
+    "gpt2-xl": (25, 1600, 2, 1000),
 }
 LLAMAS = {
     "grouped": {"num_attention_heads": 8, "num_key_value_heads": 2},
@@ -63,13 +62,12 @@ def largest_difference(reference: nn.Module, model: CausalLM, rows: int = 2, tok
 
 @pytest.mark.parametrize("size", GPT2_SIZES)
 def test_gpt2(size: str) -> None:
-    layers, heads, width, tested = GPT2_SIZES[size]
-    del layers
+    heads, width, layers, vocab = GPT2_SIZES[size]
     torch.manual_seed(0)
-    config = transformers.GPT2Config(n_layer=tested, n_head=heads, n_embd=width, initializer_range=0.04)
-    reference = transformers.GPT2LMHeadModel(config).eval()
+    sizes = {"n_layer": layers, "n_head": heads, "n_embd": width, "vocab_size": vocab}
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    reference = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **ends, initializer_range=0.04)).eval()
     assert largest_difference(reference, ours(reference)) <= 1e-4
-    gc.collect()
 
 
 @pytest.mark.parametrize("kind", LLAMAS)

@@ -1,4 +1,4 @@
-"""`graft serve` itself, in a process of its own, with a tiny model and real adapters: what it says, how it ends, what
+"""`graft serve` itself, in a fork of its own, with a tiny model and real adapters: what it says, how it ends, what
 it refuses to begin with; and many clients at once on the real engine."""
 
 import asyncio
@@ -7,12 +7,11 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from graftlm.files.formats import load_safetensors
 from graftlm.inference.evaluate import label_probabilities
 from graftlm.inference.generate import generate
 from serving.fakes import eventually, service, serving
+from soak.forks import Forks
 from tiny import TEMPLATE, data_folder, model_folder
 
 KEY = "a-very-secret-key"
@@ -54,23 +54,23 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Process:
     """A running `graft serve --json` and what it said."""
 
-    def __init__(self, words: Sequence[str], errors: Path, **environment: str) -> None:
+    def __init__(self, forks: Forks, words: Sequence[str], errors: Path, **environment: str) -> None:
         self.errors = errors
-        command = [sys.executable, "-m", "graftlm", "serve", *words, "--port", "0", "--json", "--device", "cpu"]
-        with open(errors, "w") as file:
-            env = child_environment(OMP_NUM_THREADS="1", **environment)
-            self.process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=file, text=True)
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
+        reading, writing = os.pipe()
+        self.output = open(reading, encoding="utf-8")  # noqa: SIM115
+        words = ["serve", *words, "--port", "0", "--json", "--device", "cpu"]
+        env = child_environment(**environment)
+        with open(os.devnull, "rb") as nothing, open(writing, "wb") as out, open(errors, "wb") as err:
+            self.process = forks.begin(words, Path.cwd(), env, [nothing, out, err])
+        line = self.output.readline()
         assert line, errors.read_text()
         self.said = json.loads(line)
         self.url: str = self.said["url"]
 
     def end(self, number: int = signal.SIGTERM) -> tuple[int, str, str]:
         """Exit status, and what came behind the first line of the output, and on the standard error."""
-        self.process.send_signal(number)
-        assert self.process.stdout is not None
-        rest = self.process.stdout.read()
+        os.kill(self.process.pid, number)
+        rest = self.output.read()
         return self.process.wait(30), rest, self.errors.read_text()
 
     def rss(self) -> int:
@@ -78,23 +78,31 @@ class Process:
         return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-@contextmanager
-def started(words: Sequence[str], errors: Path, **environment: str) -> Iterator[Process]:
-    process = Process(words, errors, **environment)
-    try:
-        yield process
-    finally:
-        if process.process.poll() is None:
-            process.process.kill()
-            process.process.wait()
-        assert process.process.stdout is not None
-        process.process.stdout.close()
+Start = Callable[..., AbstractContextManager[Process]]
 
 
 @pytest.fixture(scope="module")
-def running(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+def start(forks: Forks) -> Start:
+    """A server that does not outlive its block."""
+
+    @contextmanager
+    def started(words: Sequence[str], errors: Path, **environment: str) -> Iterator[Process]:
+        process = Process(forks, words, errors, **environment)
+        with process.output:
+            try:
+                yield process
+            finally:
+                if not process.process.ended():
+                    process.process.kill()
+                    process.process.wait()
+
+    return started
+
+
+@pytest.fixture(scope="module")
+def running(home: Path, start: Start, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     words = [str(home / "one"), f"second={home / 'two'}", "--dtype", "float32"]
-    with started(words, tmp_path_factory.mktemp("log") / "stderr", GRAFT_API_KEY=KEY) as process:
+    with start(words, tmp_path_factory.mktemp("log") / "stderr", GRAFT_API_KEY=KEY) as process:
         yield process
         assert process.end() == (0, "", "")  # and so the key stands nowhere
 
@@ -148,13 +156,13 @@ def test_classify_gives_the_probabilities_that_python_gives(running: Process, ho
     assert [result["models"]["base"]["truncated"] for result in found["results"]] == [False, False, True]
 
 
-def test_an_adapters_folder_that_is_no_run_is_served_too(home: Path, tmp_path: Path) -> None:
+def test_an_adapters_folder_that_is_no_run_is_served_too(home: Path, start: Start, tmp_path: Path) -> None:
     zero = shutil.copytree((home / "one" / "best").resolve(), tmp_path / "zero")
     tensors = load_safetensors(zero / "adapter_model.safetensors")
     save_file({name: t * ("lora_A" in name) for name, t in tensors.items()}, zero / "adapter_model.safetensors")
     words = [f"peft={home / 'one' / 'best'}", str(zero), "--init_from", str(home / "base")]
     words += ["--template", TEMPLATE, "--labels", "sad,happy,mixed"]
-    with started(words, tmp_path / "stderr") as process:
+    with start(words, tmp_path / "stderr") as process:
         assert process.said["models"] == ["base", "peft", "zero"]
         assert (tmp_path / "stderr").read_text().count("zero: changes nothing: its weights are those from before") == 1
         found = httpx.post(f"{process.url}/v1/classify", json={"text": "a"}, timeout=60).json()
@@ -163,8 +171,8 @@ def test_an_adapters_folder_that_is_no_run_is_served_too(home: Path, tmp_path: P
         assert process.end()[0] == 0
 
 
-def test_a_run_of_any_method_is_served_alone(home: Path, tmp_path: Path) -> None:
-    with started(["--init_from", str(home / "prefix"), "--dtype", "float32"], tmp_path / "stderr") as process:
+def test_a_run_of_any_method_is_served_alone(home: Path, start: Start, tmp_path: Path) -> None:
+    with start(["--init_from", str(home / "prefix"), "--dtype", "float32"], tmp_path / "stderr") as process:
         assert process.said["models"] == ["prefix"]
         (described,) = httpx.get(f"{process.url}/v1/models").json()["data"]
         assert described["context"] == 92  # 96, less the prefix
@@ -212,9 +220,11 @@ def test_sixty_four_clients_for_some_seconds_no_error_and_no_growth(running: Pro
 # How it ends ----------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_in_flight_at_sigterm_is_answered_and_nothing_new_is_taken(home: Path, tmp_path: Path) -> None:
+def test_what_is_in_flight_at_sigterm_is_answered_and_nothing_new_is_taken(
+    home: Path, start: Start, tmp_path: Path
+) -> None:
     words = [str(home / "one"), "--max_batch_size", "1", "--dtype", "float32"]
-    with started(words, tmp_path / "stderr") as process:
+    with start(words, tmp_path / "stderr") as process:
         body = {"model": "one", "prompt": "good", "max_tokens": 80, "n": 30, "logprobs": 0}
         found: list[httpx.Response] = []
         asking = threading.Thread(
@@ -224,7 +234,7 @@ def test_what_is_in_flight_at_sigterm_is_answered_and_nothing_new_is_taken(home:
         with httpx.Client() as http:
             assert eventually(lambda: http.get(f"{process.url}/v1/stats").json()["running"] > 0)
         assert not found
-        process.process.send_signal(signal.SIGTERM)
+        os.kill(process.process.pid, signal.SIGTERM)
         host, port = process.url.removeprefix("http://").split(":")
 
         def refused() -> bool:
@@ -240,8 +250,8 @@ def test_what_is_in_flight_at_sigterm_is_answered_and_nothing_new_is_taken(home:
         assert process.process.wait(30) == 0 and process.errors.read_text() == ""
 
 
-def test_ctrl_c_ends_it_with_130(home: Path, tmp_path: Path) -> None:
-    with started(["--init_from", str(home / "base")], tmp_path / "stderr") as process:
+def test_ctrl_c_ends_it_with_130(home: Path, start: Start, tmp_path: Path) -> None:
+    with start(["--init_from", str(home / "base")], tmp_path / "stderr") as process:
         assert process.said["models"] == ["base"]
         assert process.end(signal.SIGINT) == (130, "", "graft: stopped\n")
 

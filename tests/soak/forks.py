@@ -92,9 +92,10 @@ class Forks:
         """Begin `graft WORDS`; both of its outputs go to the file `log`."""
         extra = {FAULT: fault, PRELUDE: prelude, **environment}
         with open(os.devnull, "rb") as nothing, open(log, "ab") as out:
-            return self._begin(words, cwd, extra, [nothing, out, out])
+            return self.begin(words, cwd, extra, [nothing, out, out])
 
-    def _begin(self, words: Sequence[str], cwd: Path, environment: dict[str, str], files: list[IO[bytes]]) -> Life:
+    def begin(self, words: Sequence[str], cwd: Path, environment: dict[str, str], files: list[IO[bytes]]) -> Life:
+        """Begin `graft WORDS` with these three files for its input and outputs."""
         extra = {SERVER: self.address, "PYTHONPATH": str(TESTS.parent / "src"), **environment}
         request = {"words": list(words), "cwd": str(cwd), "environment": {**os.environ, **extra}}
         return Life(ask(self.address, request, [file.fileno() for file in files]))
@@ -106,7 +107,7 @@ class Forks:
     def output(self, *words: str, cwd: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
         """`graft WORDS`; its exit status and what it wrote to each of its outputs."""
         with open(os.devnull, "rb") as nothing, TemporaryFile() as out, TemporaryFile() as err:
-            status = self._begin(words, cwd, environment, [nothing, out, err]).wait(300)
+            status = self.begin(words, cwd, environment, [nothing, out, err]).wait(300)
             for file in (out, err):
                 file.seek(0)
             return subprocess.CompletedProcess(words, status, out.read().decode(), err.read().decode())
@@ -196,6 +197,7 @@ def _import_everything() -> None:
     import graftlm.exchange.import_adapter
     import graftlm.files.gguf
     import graftlm.inference.pairs
+    import graftlm.serving.server
     import graftlm.studies.compare
     import graftlm.training.train  # noqa: F401
     from graftlm.exchange.load import measure_matmul_flops, pick_dtype
