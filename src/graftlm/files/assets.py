@@ -20,6 +20,7 @@ from collections import ChainMap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from graftlm.files.fetch import (
     NotOnHub,
     PinnedWheel,
     hub_folder,
+    hub_settings,
     wheel_file,
     wheel_member,
 )
@@ -216,7 +218,7 @@ def data_source(name: str) -> DataSource:
         source = _chosen(user_path(whole), choices)
     else:
         _check_hub_name("data set", whole, [*BUILTIN_DATA, *HUB_DATA], (*DATA_SUFFIXES, *COMPRESSED))
-        source = _from_hub(whole, choices)
+        source = _from_hub(whole, tuple(choices), hub_settings())
     one = source.path.is_file()
     if not (is_readable(source.path) if one else any(map(is_data_file, source.path.rglob("*")))):
         raise InputError(
@@ -252,8 +254,12 @@ def _chosen(path: Path, choices: Sequence[str]) -> DataSource:
     return DataSource(path, kind=first)
 
 
-def _from_hub(name: str, choices: Sequence[str]) -> DataSource:
-    """The snapshot of a data set: first its card, then the files of one configuration, or all if the card has none."""
+@lru_cache
+def _from_hub(name: str, choices: tuple[str, ...], settings: object) -> DataSource:
+    """The snapshot of a data set: first its card, then the files of one configuration, or all if the card has none.
+
+    It is asked for once in a process, so that labels and records are of one revision. settings: of the hub.
+    """
     hint = f"use the built-in {' or '.join(BUILTIN_DATA)}, or a local jsonl, csv or parquet file"
     inside = [f"{first}/{form}" for first in choices[:1] for form in DATA_FILES]
     folder = hub_folder(name, "dataset", hint, [DATA_CARD, *inside])

@@ -72,6 +72,11 @@ def _offline() -> bool:
     return value.upper() in {"1", "ON", "YES", "TRUE"}
 
 
+def hub_settings() -> tuple[str, bool, str | None]:
+    """What decides where a snapshot comes from and where it lies: address, offline or not, cache folder."""
+    return endpoint(), _offline(), _cache()
+
+
 def _cache() -> str | None:
     """The cache folder of the environment variables; None for huggingface_hub's default."""
     if given := os.environ.get("HF_HUB_CACHE"):
