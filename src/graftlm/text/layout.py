@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from graftlm.text.records import Record
@@ -64,8 +65,11 @@ class Layout:
 
     def key(self, column: str) -> str:
         """The key for which a column is read; another column's name in small letters, if columns have other names."""
-        keys = {name: key for key, name in self.columns}
-        return keys.get(column) or (small(column) if keys else column)
+        return self._keys.get(column) or (small(column) if self._keys else column)
+
+    @cached_property
+    def _keys(self) -> dict[str, str]:
+        return {column: key for key, column in self.columns}
 
 
 def small(column: object) -> str:

@@ -26,6 +26,7 @@ from graftlm.training.token_cache import DataKey, PreparedData, TokenCache
 # Maximum tokens per micro-batch on a CPU: a typical batch of 16 reviews fits. Of 320, 384, 512 and 640 this was the
 # fastest on an AMD Zen 3 in float32, with 4% less memory than 640 (--microbatch_tokens).
 CPU_TOKENS = 512
+MAX_ASKED = 6  # labels that a note names
 
 
 def with_labels(config: TrainConfig, explicit: Set[str]) -> TrainConfig:
@@ -59,9 +60,10 @@ def read_data(config: TrainConfig, explicit: Set[str], template: Template) -> Da
         dataset.notes.append("--prompt or --completion " + BACKSLASH)
     reviews = any(name in str(config.data) for name in ("tomatoes", "imdb"))
     if labelled and config.template == DEFAULT and "template" not in explicit and not reviews:
+        asked = " or ".join((*template.labels[:MAX_ASKED], *["…"] * (len(template.labels) > MAX_ASKED)))
         dataset.notes.append(
-            "each text is put into the default template, which asks whether a movie review is "
-            f"{' or '.join(template.labels)}: if it is no review, give --template and --labels"
+            f"each text is put into the default template, which asks whether a movie review is {asked}: if it is no "
+            "review, give --template and --labels"
         )
     return dataset
 
