@@ -27,6 +27,7 @@ from graftlm import cli
 from graftlm.files.assets import model_folder as asset_folder
 from graftlm.training import trainer as trainer_module
 from hub_mirror import serve
+from soak.forks import Forks
 from tiny import TEMPLATE, data_folder, model_folder
 
 ROW = '{"text": "good fun", "label": 1}\n'
@@ -826,7 +827,7 @@ def test_what_cannot_be_merged(
 
 @pytest.mark.parametrize("words", [["export", "--to=out", "--merged"], ["export", "--to=out"], ["import", "adapter"]])
 def test_a_disk_too_full_for_an_export_or_import_leaves_nothing(
-    words: list[str], assets: Path, finished: Path, place: Path
+    words: list[str], limited: Graft, assets: Path, finished: Path, place: Path
 ) -> None:
     folders(assets, finished)
     before = snapshot(place)
@@ -853,20 +854,16 @@ class changed:
 
 # Failures under way ---------------------------------------------------------------------------------------------------
 
-LIMITED = """
-import resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
-from graftlm.__main__ import main
-sys.argv[1:] = sys.argv[2:]
-sys.exit(main())
-"""
 
-
-def limited(size: int, *words: str) -> "subprocess.CompletedProcess[str]":
+@pytest.fixture
+def limited(forks: Forks) -> Graft:
     """The command in a process that may write no file of more than `size` bytes: a disk that is full after them."""
-    command = [sys.executable, "-c", LIMITED, str(size), *words]
-    environment = child_environment(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1", **UNCOUNTED)
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+    def run(size: int, *words: str) -> Any:
+        limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size},) * 2)"
+        return forks.output(*words, cwd=Path.cwd(), SOAK_PRELUDE=limit, **child_environment(**UNCOUNTED))
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -878,7 +875,7 @@ def limited(size: int, *words: str) -> "subprocess.CompletedProcess[str]":
     ],
 )
 def test_a_disk_too_full_for_a_first_checkpoint_leaves_no_run_folder(
-    size: int, file: str, existed: bool, assets: Path, place: Path
+    size: int, file: str, existed: bool, limited: Graft, assets: Path, place: Path
 ) -> None:
     if existed:
         Path("run").mkdir()  # the user's own empty folder stays, empty
@@ -890,7 +887,7 @@ def test_a_disk_too_full_for_a_first_checkpoint_leaves_no_run_folder(
     has(done.stderr, "nothing was saved: run was cleared\n")
 
 
-def test_a_disk_that_fills_up_later_leaves_a_run_that_can_be_resumed(assets: Path, place: Path) -> None:
+def test_a_disk_that_fills_up_later_leaves_a_run_that_can_be_resumed(limited: Graft, assets: Path, place: Path) -> None:
     done = limited(16_000, *train(assets, "--max_iters=120", "--eval_every=10"))
     has(last_line(done.stdout, done.stderr), "disk full: cannot write run/metrics.jsonl (File too large): free some ")
     assert done.returncode == 2
