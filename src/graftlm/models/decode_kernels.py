@@ -11,6 +11,7 @@ the dtype of the arithmetic. Here one call reads each weight once, as it is stor
 | a model that computes in float32 or bfloat16, on the CPU | float64 and float16; GPUs |
 | LoRA, merged or not, one adapter or one for each row; other methods, merged | other methods, not merged |
 | learned prefixes and shared prefixes | caches that are filled from rows of different lengths, other than the last |
+| whole weights | weights sharded across ranks |
 | Linux with a C++ compiler | elsewhere |
 
 A model that computes in bfloat16 has its cache in bfloat16; what is between two caches is float32, so the logits are
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graftlm.files.formats import is_sharded
 from graftlm.models.base import CausalLM
 from graftlm.models.cpp import KernelsUnavailable, load_library
 from graftlm.models.decoder import DecoderBlock
@@ -101,6 +103,8 @@ class NotCovered(Exception):
 def decode_program(model: CausalLM) -> "DecodeProgram | None":
     """The program of a model's decode step; None if PyTorch computes it, as the table above says."""
     if not model.fused or model.training or model.device.type != "cpu" or model.dtype not in CACHE_DTYPES:
+        return None
+    if any(is_sharded(p) for p in model.parameters()):
         return None
     try:
         return DecodeProgram(model)
