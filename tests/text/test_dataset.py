@@ -166,9 +166,12 @@ def test_a_file_that_is_something_else_is_told_so(tmp_path: Path, name: str, con
 
 def test_columns_that_no_layout_has(tmp_path: Path):
     for row, proposal in (
-        ({"story": "a", "mood": "b"}, "prompt=story,completion=mood, or text=story,label=mood"),
+        (
+            {"story": "a", "mood": "b"},
+            "prompt=story,completion=mood, or text=story,label=mood, or text=story alone for documents",
+        ),
         ({"story": "a", "mood": 1, "id": 0}, "text=story,label=mood"),
-        ({"of": {"en": "a", "de": "b"}}, "prompt=of.en,completion=of.de, or text=of.en,label=of.de"),
+        ({"of": {"en": "a", "id": 1}}, "text=of.en,label=of.id"),
     ):
         message = f"fit no layout: map them, as in --columns {proposal}; the layouts are labelled ("
         with pytest.raises(InputError, match=re.escape(message)):

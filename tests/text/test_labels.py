@@ -44,6 +44,7 @@ def write(path: Path, labels: Iterable[object], **others: object) -> Path:
         ([[0, 2], [1]] * 6, "FILE:1: label [0, 2] is a list: a text has one label here"),
         (["[0, 2]", "1"] * 6, "FILE:1: label '[0, 2]' is a list: a text has one label here"),
         (["1", "0,2"] * 6, "FILE:2: label '0,2' is a list: a text has one label here"),
+        (["good"] * 6, "FILE: every label is 'good': two are needed"),
         ([0.5, 1.5] * 6, "FILE:1: label 0.5 is a fraction, and there is no regression: round the numbers"),
         (["0.25", "1"] * 6, "FILE:1: label '0.25' is a fraction"),
         ([-1, 0, 1] * 6, "FILE:1: label -1 has two readings next to 0 and 1: a class, with --labels=-1,0,1, or no"),

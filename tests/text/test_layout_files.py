@@ -203,6 +203,27 @@ ROWS: list[tuple[dict[str, Any], str, Record]] = [
         Preference((("system", "s"), A), (B,), (("assistant", "c"),)),
     ),
     (
+        {"conversation": [{"human": "a", "assistant": "b"}]},
+        "chat in conversation (conversation)",
+        talk(A, B),
+    ),
+    ({"messages": json.dumps([SAY_A, SAY_B])}, "chat (messages)", talk(A, B)),
+    (
+        {"messages": [{"role": "User", "content": "a", "id": "7"}, {**SAY_B, "model": "m", "annotations": []}]},
+        "chat (messages); columns not read: messages.id, messages.model",
+        talk(A, B),
+    ),
+    (
+        {"instruction": "a", "system": "s", "chosen_response": "b", "rejected_response": "c"},
+        "preference after instruction (instruction, chosen_response, rejected_response)",
+        Preference((("system", "s"), A), (B,), (("assistant", "c"),)),
+    ),
+    (
+        {"text": "a", "summary": "b", "title": "t"},
+        "completion (text, summary); columns not read: title",
+        Completion("a", "b"),
+    ),
+    (
         {"messages": [SAY_A], "chosen": SAY_B, "rejected": {**SAY_B, "content": "c"}},
         "preference after messages (messages, chosen, rejected)",
         Preference((A,), (B,), (("assistant", "c"),)),

@@ -305,6 +305,8 @@ def default_labels(data: str, columns: Columns | None = None) -> str:
 
 
 def _joined(path: Path, names: Sequence[str]) -> str:
+    if len(names) == 1:
+        raise InputError(f"{path}: every label is {names[0]!r}: two are needed; if others are elsewhere, give --labels")
     if any("," in name for name in names):
         raise InputError(f"{path}: its labels are {', '.join(map(repr, names))}: name them without commas in --labels")
     return ",".join(names)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from graftlm.text.messages import unread_fields
 from graftlm.text.records import Record
 from graftlm.text.rows import Row
 
@@ -59,9 +60,12 @@ class Layout:
         return record
 
     def unused(self, columns: Mapping[str, Any]) -> set[str]:
-        """The columns with a value that the layout does not read."""
+        """The columns with a value, and the fields of messages, that the layout does not read."""
         read = {*self.keys, *self.optional}
-        return {name for name, value in columns.items() if value not in (None, "") and self.key(name) not in read}
+        found = {name for name, value in columns.items() if value not in (None, "") and self.key(name) not in read}
+        messages = {name: value for name, value in columns.items() if self.key(name) in self.keys}
+        lists = {name: value for name, value in messages.items() if isinstance(value, list)}
+        return found | {f"{name}.{inner}" for name, value in lists.items() for inner in unread_fields(value)}
 
     def key(self, column: str) -> str:
         """The key for which a column is read; another column's name in small letters, if columns have other names."""

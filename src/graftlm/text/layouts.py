@@ -15,6 +15,7 @@ from typing import Any
 
 from graftlm.text.chat import Message
 from graftlm.text.layout import CONTEXT, Layout, small
+from graftlm.text.messages import read_messages, unlearned
 from graftlm.text.records import Completion, Conversation, Document, Labelled, Preference, Unpaired
 from graftlm.text.rows import BOOLEANS, Row, as_bool
 from graftlm.text.transcripts import (
@@ -113,7 +114,7 @@ def _unpaired_chat(name: str) -> Callable[[Row], Unpaired]:
     """LLaMA-Factory's conversation in the column of this name, whose last answer is desirable or not."""
 
     def convert(row: Row) -> Unpaired:
-        messages = with_system(row, "system", row.messages(name))
+        messages = with_system(row, "system", read_messages(row, name))
         if messages[-1][0] != "assistant" or len(messages) < 2:
             raise row.error("its last message is no answer of the assistant: leave the row out")
         return Unpaired(messages[:-1], messages[-1:], row.desirable(), row.source, tools=row.tools())
@@ -126,7 +127,7 @@ def _openai_preference(row: Row) -> Preference:
     source = f"{row.source}: input"
     inner = Row(source, given) if isinstance(given := row.columns.get("input"), dict) else row
     row = Row(row.source, {**row.columns, **{name: inner.columns.get(name) for name in ("tools", "functions")}})
-    prompt, chosen, rejected = said(row, inner.messages("messages"), "preferred_output", "non_preferred_output")
+    prompt, chosen, rejected = said(row, read_messages(inner, "messages"), "preferred_output", "non_preferred_output")
     return _pair_of_answers(row, prompt, chosen, rejected)
 
 
@@ -140,23 +141,23 @@ def _finished(row: Row, answers: int, prompt: Said) -> tuple[bool, ...]:
 
 def _chat(name: str) -> Callable[[Row], Conversation]:
     """Messages in the column of this name."""
-    return lambda row: _conversation(row, row.messages(name), row.unlearned(name))
+    return lambda row: _conversation(row, read_messages(row, name), unlearned(row, name))
 
 
-def _conversation(row: Row, messages: tuple[Message, ...], unlearned: Iterable[int] = ()) -> Conversation:
-    """A conversation, after the column system if there is one. unlearned: the messages that are not learned."""
+def _conversation(row: Row, messages: tuple[Message, ...], without_loss: Iterable[int] = ()) -> Conversation:
+    """A conversation, after the column system if there is one. without_loss: the messages that are not learned."""
     before = len(messages)
     messages = with_system(row, "system", messages)
-    hidden = tuple(n + len(messages) - before for n in unlearned)
-    if not any(message[0] == "assistant" and n not in hidden for n, message in enumerate(messages)):
+    hidden = {n + len(messages) - before for n in without_loss}
+    said = [n for n, message in enumerate(messages) if message[0] == "assistant"]
+    if hidden.issuperset(said):
         raise row.error("the assistant says nothing, so there is nothing to learn: leave the row out")
-    hidden = tuple(n for n in hidden if messages[n][0] == "assistant")
-    return Conversation(messages, row.source, row.tools(), hidden)
+    return Conversation(messages, row.source, row.tools(), tuple(n for n in said if n in hidden))
 
 
 def _chat_completion(row: Row) -> Conversation:
     """TRL's conversational prompt and completion: only what the completion says is learned."""
-    prompt, completion = row.messages("prompt"), row.messages("completion")
+    prompt, completion = read_messages(row, "prompt"), read_messages(row, "completion")
     return _conversation(row, prompt + completion, range(len(prompt)))
 
 
@@ -248,6 +249,7 @@ BEFORE = ("history", "system_prompt", *SPEAKERS)
 """What a prompt may follow."""
 CHOICES = ("choices", "options")
 ASIDE = (*CONTEXT, *CHOICES, "context", "passage", "input")
+"""Columns that a completion may answer together with its prompt."""
 
 Names = dict[str, tuple[str, ...]]
 LABELS: Names = {
@@ -260,10 +262,14 @@ TEXTS: Names = {
     "text": ("sentence", "review", "content", "tweet", "question", "comment", "utterance", "headline", "_text")
 }
 TURN: Names = {
-    "prompt": ("question", "query", "problem", "input", "document", "article", "dialogue"),
+    "prompt": ("question", "query", "problem", "input", "document", "article", "dialogue", "text"),
     "completion": ("response", "generation", "output", "answer", "solution", "summary", "highlights"),
     "system": ("system_prompt",),
     "label": ("kto_tag",),
+}
+PAIRED: Names = {
+    "chosen": ("chosen_response", "chosen_answer", "response_j"),
+    "rejected": ("rejected_response", "rejected_answer", "response_k"),
 }
 TASK: Names = {"output": ("response", "completion", "answer"), "input": ("context",), **TURN}
 """What columns are called elsewhere. A name that begins or ends with _ is a part of one: star_label, label_text."""
@@ -280,31 +286,37 @@ UNPAIRED = Layout(
     also=TURN,
 )
 
+PREFERENCE = Layout(
+    "preference", ("chosen", "rejected"), _implicit_preference, ("prompt", *ENDS, *SPEAKERS), also=PAIRED
+)
+PREFERENCES = tuple(
+    Layout(
+        f"preference after {prompt}",
+        (prompt, "chosen", "rejected"),
+        convert,
+        (*optional, *SPEAKERS),
+        _lacks("prompt"),
+        without,
+        also=PAIRED,
+    )
+    for prompt, optional, convert, without in (
+        ("instruction", ("input", "history"), _preference(asked_alpaca), ()),
+        *(
+            (name, (), _preference(partial(asked, name=name)), ("instruction",))
+            for name in ("question", "query", "input", "conversations")
+        ),
+    )
+)
+
 LAYOUTS = (
     TEXT_AND_LABEL,
     PAIR,
-    Layout("preference", ("chosen", "rejected"), _implicit_preference, ("prompt", *ENDS, *SPEAKERS)),
+    PREFERENCE,
     UNPAIRED,
     Layout("chat", ("messages",), _chat("messages"), SPEAKERS, _is_chat),
     Layout("sharegpt", ("conversations",), _chat("conversations"), SPEAKERS, _is_chat),
     ALPACA,
-    *(
-        Layout(
-            f"preference after {prompt}",
-            (prompt, "chosen", "rejected"),
-            convert,
-            (*optional, *SPEAKERS),
-            _lacks("prompt"),
-            without,
-        )
-        for prompt, optional, convert, without in (
-            ("instruction", ("input", "history"), _preference(asked_alpaca), ()),
-            *(
-                (name, (), _preference(partial(asked, name=name)), ("instruction",))
-                for name in ("question", "query", "input", "conversations")
-            ),
-        )
-    ),
+    *PREFERENCES,
     Layout(
         "preference after messages",
         ("messages", "chosen", "rejected"),
@@ -341,7 +353,7 @@ ABOUT_A_TEXT = Layout(
     ("context", "question", "answer"),
     _answered_from_text,
     refused=(*CONTEXT, *CHOICES),
-    also={"context": ("passage", "article", "document"), "answer": ("answers",)},
+    also={"context": ("passage", "article", "document", "text"), "answer": ("answers",)},
 )
 TWO_TEXTS = tuple(
     Layout(LABELLED, (*texts, "label"), _two_texts(*texts), refused=(), also=LABELS)
@@ -377,6 +389,7 @@ OTHER_NAMES = (
     *TWO_TEXTS,
     *UNPAIRED_CHATS,
     *(ALPACA, UNPAIRED_ALPACA, ALPACA_CHAT),
+    *(*PREFERENCES, PREFERENCE),
     *(replace(PAIR, refused=ASIDE), UNPAIRED, CHAT_TURN, TEXT_AND_LABEL),
 )
 """The layouts that are tried with other names of their columns, in this order."""

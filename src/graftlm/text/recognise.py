@@ -124,7 +124,7 @@ def _called(layout: Layout, key: str, columns: Iterable[str]) -> list[str]:
 def _unknown(path: object, columns: Mapping[str, Any], mapped: Sequence[str]) -> NoReturn:
     """Raise the error for columns without a layout: it names the first column that the closest layout lacks."""
     layouts = _readable(EVERY_LAYOUT, mapped)
-    if columns and not any(columns.keys() & {*layout.keys} for layout in layouts):
+    if columns and not any(columns.keys() & {*layout.keys} for layout in layouts if layout in LAYOUTS[:COMMON]):
         present = ", ".join(map(str, columns))
         problem = f"{path}: its columns, {present}, fit no layout"
         raise UnknownLayoutError(problem, f": {proposal(columns)}; the layouts are {_names()}", True)

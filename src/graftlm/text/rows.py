@@ -1,7 +1,4 @@
-"""One row of a data file: columns are read with every value checked. Errors name file and line.
-
-Messages are read as OpenAI, ShareGPT and the tools around them write them.
-"""
+"""One row of a data file: columns are read with every value checked. Errors name file and line."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -11,7 +8,6 @@ from typing import Any
 
 from graftlm.errors import InputError
 from graftlm.files.json_rows import short_repr
-from graftlm.text.chat import ROLES, THINKING, THINKING_NAMES, Message
 from graftlm.text.labels import NO_LABEL, is_integer, is_missing, label_text, not_a_class
 from graftlm.text.words import normalize
 
@@ -60,6 +56,10 @@ class LabelWords:
         return f"unknown label {shown}: allowed are {', '.join(allowed)}"
 
 
+BLANK: tuple[object, ...] = (None, "", [], {}, "[]", "{}")
+"""Values of a column that has none."""
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One row of a file. Its methods read a column and raise InputError, with file and line, for a wrong value."""
@@ -106,7 +106,7 @@ class Row:
     def refuse(self, names: Iterable[str]) -> None:
         """Raise InputError if one of these columns has a value: it would be lost."""
         for name in names:
-            if self.columns.get(name) not in (None, "", [], {}, "[]", "{}"):
+            if self.columns.get(name) not in BLANK:
                 raise self.error(
                     f"{name} would be lost, and it changes what is learned: write it into the texts (--prompt and "
                     "--completion name fields), or leave it out"
@@ -118,20 +118,6 @@ class Row:
         if value is None:
             raise self.error(f"label must be true or false, not {short_repr(self.columns.get('label'))}")
         return value
-
-    def messages(self, name: str) -> tuple[Message, ...]:
-        """A column of messages; one message, as LLaMA-Factory's pairs have it, is a list of one."""
-        if name not in self.columns:
-            raise self.error(f"no field {name!r}: every row needs it")
-        items = _turns(self.columns[name])
-        if not isinstance(items, list) or not items:
-            raise self.error(f"{name} must be a list of role and content, not {short_repr(items)}")
-        return tuple(_message(f"{self.source}: message {number}", item) for number, item in enumerate(items, 1))
-
-    def unlearned(self, name: str) -> tuple[int, ...]:
-        """The messages of a column whose weight is 0 (OpenAI's files; axolotl calls it train): they are not learned."""
-        items = _turns(self.columns.get(name))
-        return tuple(n for n, item in enumerate(items) if _weight(f"{self.source}: message {n + 1}", item) == 0)
 
     def tools(self) -> tuple[Any, ...]:
         """Column "tools": a list of JSON schemas, also as JSON text; or "functions", as they were called before."""
@@ -175,112 +161,9 @@ class Row:
         return tuple(flags)
 
 
-ROLE_NAMES = {
-    **{"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"},
-    **{"model": "assistant", "developer": "system", "function": "tool", "observation": "tool"},
-    **{"function_call": "assistant", "function_response": "tool"},
-}
-"""What roles are called elsewhere: ShareGPT, LLaMA-Factory, OASST, OpenAI (developer, function), Gemma (model)."""
-
-ROLE_KEYS = (("role", "content"), ("from", "value"), ("role", "value"), ("from", "content"), ("role", "text"))
-"""The keys of a message's role and content."""
-
 BOOLEANS = {"true": True, "false": False}
 
 
 def as_bool(value: object) -> bool | None:
     """True or false, also as 1 or 0, and as text: csv has no booleans."""
     return {**BOOLEANS, "1": True, "0": False}.get(str(value).strip().casefold())
-
-
-def _turns(value: Any) -> Any:
-    """A column of messages as a list of them. Pairs of input and output (Capybara's) are two messages each."""
-    items = [value] if isinstance(value, dict) else value
-    if not isinstance(items, list) or not all(isinstance(i, dict) and {"input", "output"} <= i.keys() for i in items):
-        return items
-    roles = (("system", "system"), ("user", "input"), ("assistant", "output"))
-    return [{"role": role, "content": item[key]} for item in items for role, key in roles if item.get(key) is not None]
-
-
-def _weight(source: str, message: dict[str, Any]) -> int | None:
-    """A message's weight in the loss, 0 or 1; None if it has none."""
-    name = next((name for name in ("weight", "train") if message.get(name) is not None), "")
-    value = message.get(name)
-    if name and value not in (0, 1):
-        raise InputError(f"{source}: {name} must be 0 or 1, not {short_repr(value)}")
-    return None if not name else int(value or 0)
-
-
-def _message(source: str, message: Any) -> Message:
-    """A message's role and content, under any of ROLE_KEYS, and what else templates read.
-
-    That is an assistant's reasoning, the tools that it calls, and a speaker's name. Anything else would be lost, and is
-    an error.
-    """
-    if not isinstance(message, dict):
-        raise InputError(f"{source} must be an object with role and content, not {short_repr(message)}")
-    keys = next((keys for keys in ROLE_KEYS if message.keys() >= {*keys}), None)
-    keys = keys or (ROLE_KEYS[1] if "from" in message and "role" not in message else ROLE_KEYS[0])
-    row = Row(source, {name: _joined(source, value) if name == keys[1] else value for name, value in message.items()})
-    written = row.text(keys[0])
-    role = ROLE_NAMES.get(written, written)
-    if role not in ROLES:
-        raise row.error(f"unknown role {short_repr(role)}: known are {', '.join(ROLES)}")
-    others = {*keys, "weight", "train"}
-    rest = {name: value for name, value in message.items() if name not in others and value is not None}
-    if written == "function_call":
-        return (role, "", {"tool_calls": _tool_calls(row, _as_function(row.json(keys[1])))})
-    fields: dict[str, Any] = {name: rest.pop(name) for name in ("name",) if isinstance(rest.get(name), str)}
-    if role == "assistant":
-        name = next((name for name in THINKING_NAMES if name in rest), "")
-        if thinking := row.optional_text(name):
-            fields[THINKING] = thinking
-        rest.pop(name, None)
-        before = _as_function(rest.pop("function_call", None) or [])
-        if calls := rest.pop("tool_calls", None) or before:
-            fields["tool_calls"] = _tool_calls(row, calls)
-    elif role == "tool" and "tool_call_id" in rest:
-        fields["tool_call_id"] = rest.pop("tool_call_id")
-    if rest:
-        raise row.error(f"{short_repr(next(iter(rest)))} is not understood: a message has role and content, of text")
-    content = row.optional_text(keys[1]) if "tool_calls" in fields else row.text(keys[1])
-    return (role, content, fields) if fields else (role, content)
-
-
-def _joined(source: str, content: Any) -> Any:
-    """A content of parts (OpenAI's files), of which all are text, as one text; any other content as it is."""
-    if not isinstance(content, list) or not content or not all(isinstance(part, dict) for part in content):
-        return content
-    for part in content:
-        if part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise InputError(
-                f"{source}: content holds a part of type {short_repr(part.get('type'))}, and models here read text "
-                "alone: leave the row out"
-            )
-    return "".join(part["text"] for part in content)
-
-
-def _as_function(calls: Any) -> list[Any]:
-    """Calls of functions, one or several, as calls of tools."""
-    every = calls if isinstance(calls, list) else [calls]
-    return [{"type": "function", "function": call} for call in every]
-
-
-def _tool_calls(row: Row, calls: Any) -> list[dict[str, Any]]:
-    calls = calls if isinstance(calls, list) else [calls]
-    return [_tool_call(row, call) for call in row.as_json("tool_calls", calls)]
-
-
-def _tool_call(row: Row, call: Any) -> dict[str, Any]:
-    """A call of a tool. OpenAI's files have its arguments as JSON text; chat templates take an object."""
-    inner = call.get("function", call) if isinstance(call, dict) else {}
-    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
-        raise row.error(f"tool_calls must be a list of functions with name and arguments, not {short_repr(call)}")
-    arguments = inner.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except ValueError:
-            raise row.error(f"the arguments of {inner['name']} are broken JSON: {short_repr(arguments)}") from None
-    inner = {**inner, "arguments": arguments}
-    return {**call, "function": inner} if "function" in call else inner

@@ -52,7 +52,10 @@ def proposal(columns: Mapping[str, Any]) -> str:
         return f"map them, as in --columns text={texts[0]},label={numbers[0]}"
     if len(texts) > 1:
         first, second = texts[:2]
-        return f"map them, as in --columns prompt={first},completion={second}, or text={first},label={second}"
+        either = f"prompt={first},completion={second}, or text={first},label={second}"
+        return f"map them, as in --columns {either}, or text={first} alone for documents"
+    if texts and lists:
+        return f"name fields, as in --prompt '{{{texts[0]}}}' --completion '{{{lists[0]}.0}}'"
     return "map them with --columns"
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from graftlm.text.boundary import common_length
 from graftlm.text.chat import Message
-from graftlm.text.rows import ROLE_NAMES, Row
+from graftlm.text.messages import ROLE_NAMES, read_messages
+from graftlm.text.rows import Row
 
 Said = str | tuple[Message, ...]
 """A prompt or an answer: a text, or messages."""
@@ -88,7 +89,7 @@ def all_said(value: Said) -> str:
 
 def asked(row: Row, name: str) -> Said:
     """A prompt in the column of this name."""
-    return row.messages(name) if isinstance(row.columns.get(name), list | dict) else row.text(name)
+    return read_messages(row, name) if isinstance(row.columns.get(name), list | dict) else row.text(name)
 
 
 def asked_alpaca(row: Row) -> Said:
@@ -110,7 +111,7 @@ def said(row: Row, prompt: Said, *names: str) -> tuple[Said, ...]:
     prompt = with_system(row, "system", (("user", prompt),) if isinstance(prompt, str) else prompt)
     answers: list[Said] = []
     for name, is_text in zip(names, are_texts, strict=True):
-        answer = (("assistant", row.text(name)),) if is_text else row.messages(name)
+        answer = (("assistant", row.text(name)),) if is_text else read_messages(row, name)
         if answer[-1][0] != "assistant":
             raise row.error(f"the last message of {name} is no answer of the assistant: leave the pair out")
         answers.append(answer)
@@ -128,7 +129,7 @@ def whole_pair(row: Row) -> tuple[Said, Said, Said]:
         return first, second, third
     if not is_messages:
         return _whole_texts(row, row.text("chosen"), row.text("rejected"))
-    whole, other = row.messages("chosen"), row.messages("rejected")
+    whole, other = read_messages(row, "chosen"), read_messages(row, "rejected")
     end = common_length(whole, other)
     before: tuple[Message, ...] = whole[:end] or ((("user", row.text("prompt")),) if prompt else ())
     answers = (whole[end:], other[end:])
