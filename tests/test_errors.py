@@ -766,7 +766,7 @@ def folders(assets: Path, finished: Path) -> dict[str, str]:
         (["export", "--to=a/b", "--checkpoint=lst"], "--checkpoint lst: not one of best, last"),
         (
             ["export", "--to=a/b", "--dtype=float16"],
-            "--dtype float16: an adapter is kept in float32; add --merged, or ",
+            "--dtype float16: an adapter is kept in float32; use --format merg",
         ),
         (["import", "nope"], "nope: no such folder; name the folder of an adapter"),
         (["import", "thesis"], "thesis: holds no adapter (neither adapter_config.json nor graft_adapter.json)"),
@@ -818,14 +818,16 @@ def test_what_cannot_be_merged(
     words = [word for word in train(assets, f"--method={method}", "--json") if not word.startswith("--rank")]
     assert cli.run(words) == 0
     capsys.readouterr()
-    line = refuse("export", "--out_dir=run", "--to=out", "--merged")
+    line = refuse("export", "--out_dir=run", "--to=out", "--format=merged")
     assert line == (
-        f"--merged: what {method} adds is no change of the base's weights, so it cannot be merged into them; leave out "
-        "--merged for the adapter's folder, which graft import puts onto its base"
+        f"--format merged: what {method} adds is no change of the base's weights, so it cannot be merged into them; "
+        "use --format peft for the adapter's folder, which graft import puts onto its base"
     )
 
 
-@pytest.mark.parametrize("words", [["export", "--to=out", "--merged"], ["export", "--to=out"], ["import", "adapter"]])
+@pytest.mark.parametrize(
+    "words", [["export", "--to=out", "--format=merged"], ["export", "--to=out"], ["import", "adapter"]]
+)
 def test_a_disk_too_full_for_an_export_or_import_leaves_nothing(
     words: list[str], limited: Graft, assets: Path, finished: Path, place: Path
 ) -> None:

@@ -102,12 +102,12 @@ def test_a_checkpoint_of_full_fine_tuning_says_what_its_export_says(base: str, p
 def test_only_what_must_change_changes(place: Path, tmp_path: Path) -> None:
     """Without conversations nothing does; and a template that writes eos_token would write another one."""
     base = place / "chat"
-    assert exported(a_run(place, "chat", "reviews", rank=2), tmp_path / "plain", merged=True) == GENERATION
+    assert exported(a_run(place, "chat", "reviews", rank=2), tmp_path / "plain", format="merged") == GENERATION
     for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         assert (tmp_path / "plain" / name).read_bytes() == (base / name).read_bytes()
     assert "It ends its answers with `<|endoftext|>`" in (tmp_path / "plain" / "README.md").read_text()
     run = a_run(place, "chat with eos", "talks.jsonl", rank=2)
-    assert exported(run, tmp_path / "talks", merged=True)["eos_token_id"] == [258, 0]
+    assert exported(run, tmp_path / "talks", format="merged")["eos_token_id"] == [258, 0]
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         assert (tmp_path / "talks" / name).read_bytes() == (place / "chat with eos" / name).read_bytes()
 
@@ -118,7 +118,7 @@ def test_an_adapters_folder_says_it_and_so_does_its_import(place: Path, tmp_path
     assert transformers.GenerationConfig.from_pretrained(tmp_path / "adapter").eos_token_id == [258, 0]
     import_adapter(ImportConfig(folder=str(tmp_path / "adapter"), out_dir=str(tmp_path / "run"), template=TEMPLATE))
     assert load("resume", tmp_path / "run", device="cpu", dtype="float32").learned_chat
-    assert exported(tmp_path / "run", tmp_path / "merged", merged=True)["eos_token_id"] == [258, 0]
+    assert exported(tmp_path / "run", tmp_path / "merged", format="merged")["eos_token_id"] == [258, 0]
     record = read_json(tmp_path / "adapter" / "export.json")
     assert (record["eos_token_id"], record["ends_with"], record["data"]["chat"]) == ([258, 0], "<|eot|>", True)
 

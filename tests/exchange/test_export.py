@@ -64,7 +64,7 @@ def ids_of(run: Path) -> torch.Tensor:
 )
 def test_a_merged_run_is_the_same_in_transformers(base: str, name: str, place: Path, tmp_path: Path) -> None:
     run = a_run(place, base, name)
-    result = export(ExportConfig(out_dir=str(run), to=str(tmp_path / "out"), merged=True))
+    result = export(ExportConfig(out_dir=str(run), to=str(tmp_path / "out"), format="merged"))
     assert result == {"path": str(tmp_path / "out"), "max_abs_logit_diff": pytest.approx(0, abs=1e-4)} | {
         "format": "huggingface"
     }
@@ -88,7 +88,7 @@ def tokenizer_of(run: Path) -> Any:
 
 @pytest.mark.parametrize("base", ["llama", "llama-biased", "mistral"])
 def test_added_biases_are_a_llamas(base: str, place: Path, tmp_path: Path) -> None:
-    export(ExportConfig(out_dir=str(a_run(place, base, "bitfit")), to=str(tmp_path / "out"), merged=True))
+    export(ExportConfig(out_dir=str(a_run(place, base, "bitfit")), to=str(tmp_path / "out"), format="merged"))
     config = read_json(tmp_path / "out" / "config.json")
     expected = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": True, "mlp_bias": True}
     assert {key: config[key] for key in expected} == expected and "sliding_window" not in config
@@ -119,7 +119,7 @@ def test_an_adapter_is_the_same_in_peft_or_is_our_own(base: str, name: str, plac
 @pytest.mark.parametrize("name", ["lora", "bitfit"])
 def test_transformers_labels_each_example_as_evaluate_does(name: str, place: Path, tmp_path: Path) -> None:
     run = a_run(place, "llama", name)
-    export(ExportConfig(out_dir=str(run), to=str(tmp_path / "out"), merged=True))
+    export(ExportConfig(out_dir=str(run), to=str(tmp_path / "out"), format="merged"))
     ours = load("resume", run, device="cpu", dtype="float32")
     assert ours.template is not None
     rows = load_dataset(str(place / "data"), labels=ours.template.labels).splits["test"]
@@ -142,7 +142,7 @@ def test_transformers_labels_each_example_as_evaluate_does(name: str, place: Pat
 def test_what_the_folder_says_of_itself(place: Path, tmp_path: Path) -> None:
     run = a_run(place, "mistral", "lora")
     said: list[str] = []
-    result = export(ExportConfig(out_dir=str(run), to=str(tmp_path / "my model"), merged=True), said.append)
+    result = export(ExportConfig(out_dir=str(run), to=str(tmp_path / "my model"), format="merged"), said.append)
     assert said == ["comparing logits on 8 prompts of the test split of data"]
     about, record = read_json(tmp_path / "my model" / "export.json"), read_json(run / "run.json")
     assert about["format"] == "huggingface" and about["base"] == record["base"] and about["method"] == record["method"]
@@ -174,7 +174,7 @@ def test_what_the_folder_says_of_itself(place: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("dtype", "stored"), [("bfloat16", torch.bfloat16), ("float16", torch.float16)])
 def test_smaller_dtypes_state_a_larger_tolerance(dtype: Any, stored: torch.dtype, place: Path, tmp_path: Path) -> None:
     run = a_run(place, "gpt2", "lora")
-    result = export(ExportConfig(out_dir=str(run), to=str(tmp_path / "out"), merged=True, dtype=dtype))
+    result = export(ExportConfig(out_dir=str(run), to=str(tmp_path / "out"), format="merged", dtype=dtype))
     proof = read_json(tmp_path / "out" / "export.json")["verification"]
     assert (
         1e-4
@@ -187,10 +187,10 @@ def test_smaller_dtypes_state_a_larger_tolerance(dtype: Any, stored: torch.dtype
     assert f"| dtype | {dtype} |" in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("form", ["peft", "merged"])
 @pytest.mark.parametrize("value", [0.01, float("nan")])
 def test_files_that_do_not_give_the_same_logits_are_not_kept(
-    merged: bool, value: float, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    form: Any, value: float, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, read_back = a_run(place, "llama", "lora"), export_module._read_back
 
@@ -202,7 +202,7 @@ def test_files_that_do_not_give_the_same_logits_are_not_kept(
 
     monkeypatch.setattr(export_module, "_read_back", worse)
     with pytest.raises(GraftError, match=r"export of .*: read back, its logits differ by .*; nothing was written") as e:
-        export(ExportConfig(out_dir=str(run), to=str(tmp_path / "a" / "b" / "out"), merged=merged))
+        export(ExportConfig(out_dir=str(run), to=str(tmp_path / "a" / "b" / "out"), format=form))
     assert e.value.exit_status == 1 and not list(tmp_path.iterdir())
 
 
@@ -212,7 +212,7 @@ def test_an_update_that_is_not_merged_is_found_out(
     """The run's logits are those of the update added, so a mistake in merging cannot hide."""
     monkeypatch.setattr("graftlm.methods.lora.LoRALinear.merge", lambda self: None)
     with pytest.raises(GraftError, match="its logits differ by"):
-        export(ExportConfig(out_dir=str(a_run(place, "gpt2", "lora")), to=str(tmp_path / "out"), merged=True))
+        export(ExportConfig(out_dir=str(a_run(place, "gpt2", "lora")), to=str(tmp_path / "out"), format="merged"))
     assert not list(tmp_path.iterdir())
 
 

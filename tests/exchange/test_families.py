@@ -4,6 +4,7 @@ LoRA on all linears for every model type of `family_cases.py`; other methods for
 """
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -211,8 +212,8 @@ def test_a_config_json_with_added_biases_is_true_or_refused(case: str) -> None:
         written = with_biases(stored, biased, case)
     except InputError as error:
         assert biased != plain and str(error).endswith(
-            f"no config.json is written for a {plain.family} model with added biases: export the adapter, without "
-            "--merged"
+            f"no config.json is written for a {plain.family} model with added biases: export the adapter "
+            "(--format peft)"
         )
     else:
         assert read_model_config(written, case) == biased
@@ -226,10 +227,10 @@ def test_added_biases_that_no_config_json_describes_are_a_note_at_the_start_and_
     settings |= {"device": "cpu", "dtype": "float32", "kernels": "off", "lr": 0.1, "batch_size": 8}
     data, run = data_folder(tmp_path / "data", train=16, other=4), tmp_path / "run"
     train(TrainConfig(init_from=str(base.folder), data=str(data), out_dir=str(run), **settings), console=console)
-    message = "no config.json is written for a qwen3 model with added biases: export the adapter, without --merged"
+    message = "no config.json is written for a qwen3 model with added biases: export the adapter (--format peft)"
     assert isinstance(console.file, StringIO) and message in console.file.getvalue()
-    with pytest.raises(InputError, match=message):
-        export(ExportConfig(out_dir=str(run), to=str(tmp_path / "merged"), merged=True))
+    with pytest.raises(InputError, match=re.escape(message)):
+        export(ExportConfig(out_dir=str(run), to=str(tmp_path / "merged"), format="merged"))
     assert not (tmp_path / "merged").exists()
     assert export(ExportConfig(out_dir=str(run), to=str(tmp_path / "adapter")))["format"] == "graft"
 

@@ -220,9 +220,9 @@ def test_an_import_cannot_be_resumed_but_trained_on_when_merged(
     assert cli.run(["train", f"--out_dir={run}", "--resume"]) == 2
     assert capsys.readouterr().err == (
         f"graft: {run}: was imported without optimizer state, so there is no training to resume; merge "
-        f"it (graft export --out_dir {run} --merged --to FOLDER) and train that (--init_from FOLDER)\n"
+        f"it (graft export --out_dir {run} --format merged --to FOLDER) and train that (--init_from FOLDER)\n"
     )
-    assert cli.run(["export", f"--out_dir={run}", "--merged", f"--to={merged}"]) == 0
+    assert cli.run(["export", f"--out_dir={run}", "--format=merged", f"--to={merged}"]) == 0
     out = capsys.readouterr().out
     assert f"folder       {merged}\nformat       a model that transformers loads\nverified     after reloading, " in out
     words = [f"--init_from={merged}", f"--data={place / 'data'}", f"--out_dir={tmp_path / 'next'}", "--max_iters=1"]

@@ -272,7 +272,7 @@ CASES: dict[str, Case] = {
         Store("train-layers", 130, ("--rank", "2", "--alpha", "8", "--train_layers", "1:"), model="two"),
         Compare("compare", 70),
         Fetch("download", 80, "download tiny-pypi", "home/data/tiny-pypi"),
-        OneThing("export", 80, "export --out_dir {assets}/run --to {here}/out --merged", "out"),
+        OneThing("export", 80, "export --out_dir {assets}/run --to {here}/out --format merged", "out"),
         OneThing("import", 60, "import {assets}/adapter --out_dir {here}/out", "out"),
         OneThing(
             "pairs",

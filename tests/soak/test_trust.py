@@ -49,7 +49,7 @@ def test_a_secret_of_the_environment_is_written_nowhere(soak: Soak, tmp_path: Pa
     log, run = tmp_path / "log.txt", tmp_path / "run"
     for words, status in (
         (CASES["train"].words(tmp_path, soak.assets), 0),
-        (f"export --out_dir {run} --to {tmp_path}/model --merged".split(), 0),
+        (f"export --out_dir {run} --to {tmp_path}/model --format merged".split(), 0),
         (f"report {run} --out {tmp_path}/report.html".split(), 0),
         (["evaluate", "--out_dir", str(tmp_path / "none"), "--debug"], 2),
     ):

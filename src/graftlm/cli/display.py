@@ -291,12 +291,23 @@ def _split_row(name: str, split: Result) -> list[str]:
 
 def export(out: "Console", result: Result) -> None:
     """The folder, its format, and how much its model's logits differ from the run's or the adapter's."""
-    formats = {"peft": "an adapter that PEFT loads", "graft": "an adapter in graftlm's own format"}
+    formats = {
+        "peft": "an adapter that PEFT loads",
+        "graft": "an adapter in graftlm's own format",
+        "gguf": "a model that llama.cpp loads",
+        "gguf-lora": "an adapter that llama.cpp loads (llama-server --lora)",
+        "ollama": "a folder for ollama create -f Modelfile",
+    }
     facts = {
-        "folder": result["path"],
+        "file" if result["format"] in ("gguf", "gguf-lora") else "folder": result["path"],
         "format": formats.get(result["format"], "a model that transformers loads"),
         "verified": f"after reloading, the largest difference of a logit is {result['max_abs_logit_diff']:.1e}",
     }
+    if llama := result.get("llama_cpp"):
+        facts["llama.cpp"] = (
+            f"log-probabilities within {llama['max_abs_logprob_diff']:.1e}, {llama['equal_texts']} of {llama['texts']} "
+            "greedy texts the same"
+        )
     _facts(out, facts)
 
 

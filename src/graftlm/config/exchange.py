@@ -7,27 +7,36 @@ from graftlm.config.flags import Flags, require
 from graftlm.config.training import Checkpoint
 from graftlm.errors import InputError
 
+Format = Literal["peft", "merged", "gguf", "gguf-lora", "ollama"]
+GGUF_FORMATS = ("gguf", "gguf-lora", "ollama")
+"""Those of llama.cpp and Ollama."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig(Flags):
-    """Write a run as a folder that PEFT or transformers loads, and verify that it is the same model."""
+    """Write a run for PEFT, transformers, llama.cpp or Ollama, and verify that it is the same model."""
 
     out_dir: str = "graft-run"
     """The run folder to export."""
     to: str = ""
-    """The folder to create; it must not exist, or be empty. Must be given."""
-    merged: bool = False
-    """Write a whole model with the update merged into its weights, instead of only the adapter."""
+    """The folder to create, which must not exist or be empty; for gguf and gguf-lora the file. Must be given."""
+    format: Format = "peft"
+    """peft: the adapter; merged: a model with the update merged into its weights, for transformers; gguf: the same for
+    llama.cpp; gguf-lora: the adapter for llama.cpp; ollama: a folder with a .gguf file and its Modelfile."""
     checkpoint: Checkpoint = "best"
     """Which checkpoint of the run."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Data type of the weights of a whole model; an adapter's are always float32."""
+    quantization: Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] = "f16"
+    """Type of the matrices in a model's .gguf file; below q8_0, embedding and head get q8_0."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(bool(self.out_dir.strip()), "out_dir", repr(self.out_dir), "a folder's name")
         if not self.to.strip():
             raise InputError("--to: name the folder to create, as in --to my-model")
+        if self.format in ("gguf", "gguf-lora") and not self.to.lower().endswith(".gguf"):
+            raise InputError(f"--to {self.to}: name the file to create, as in --to {self.to.rstrip('/')}.gguf")
 
 
 @dataclass(frozen=True, kw_only=True)

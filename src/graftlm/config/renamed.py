@@ -24,6 +24,7 @@ FLAGS = {
     "link_gbs": "bandwidth_gbs",
     "margin": "min_margin",
     "max_rows": "max_batch_size",
+    "merged": "format",
     "micro_tokens": "microbatch_tokens",
     "n": "num_samples",
     "opening": "prompt_words",
@@ -48,6 +49,7 @@ FLAGS = {
 _KERNELS = {"on": "cpp", "off": "torch"}
 _EXAMPLES = {
     "compile": " (auto, cpp for on, torch for off)",
+    "merged": " merged",
     "text_field": ", as in --columns text=NAME",
     "label_field": ", as in --columns label=NAME",
 }

@@ -1,9 +1,10 @@
 """`graft export`: write a run's checkpoint as a folder that PEFT or transformers loads, and verify it.
 
     adapter     PEFT's folder, or our own if PEFT has no such method (`adapters.py`)
-    model       --merged, or full fine-tuning: a Hugging Face folder with tokenizer and model card
+    model       --format merged, or full fine-tuning: a Hugging Face folder with tokenizer and model card
+    gguf        --format gguf, gguf-lora or ollama: for llama.cpp and Ollama (`gguf_export.py`)
 
-The folder gets its name only after its files were read back and gave the logits of the adapted base. Those are computed
+A folder gets its name only after its files were read back and gave the logits of the adapted base. Those are computed
 with the update added and not merged, so merging is verified too. export.json records the folder's origin and the
 difference of the logits.
 """
@@ -18,12 +19,14 @@ from typing import Any
 import torch
 
 from graftlm.config import ExportConfig
+from graftlm.config.exchange import GGUF_FORMATS
 from graftlm.errors import InputError
 from graftlm.exchange.endings import write_generation_config, write_tokenizer
+from graftlm.exchange.gguf_export import GGUFExport
 from graftlm.exchange.huggingface import EXPORT_JSON, config_json_of, load_model, save_adapter, save_model
 from graftlm.exchange.load import DTYPES, ModelBundle, hub_revision, load, load_foreign_adapter, read_run
 from graftlm.exchange.verify import ReferenceLogits
-from graftlm.files.atomic import atomic_directory, check_new_folder, write_json, write_text
+from graftlm.files.atomic import atomic_directory, check_new_file, check_new_folder, write_json, write_text
 from graftlm.files.fetch import HUB_NAME
 from graftlm.methods import Method, method_from_json
 from graftlm.methods.base import mergeable_linears
@@ -49,14 +52,17 @@ def export(config: ExportConfig, say: Callable[[str], object] = lambda line: Non
     files, read back, do not give the run's logits, and then nothing is left.
     """
     target, run_dir = Path(config.to), Path(config.out_dir)
-    check_new_folder(target, "to")
+    single_file = config.format in ("gguf", "gguf-lora")
+    check_new_file(target, "to") if single_file else check_new_folder(target, "to")
     run = read_run(run_dir)
     method = method_from_json(run["method"])
-    merged = config.merged or method.is_full_finetune
     _check(config, method)
     # The base is loaded first, so that the run's update is added to its output and not merged into its weights.
     base = None if method.is_full_finetune else load(run["base"]["name"], device="cpu", dtype="float32")
     loaded = load("resume", run_dir, config.checkpoint, "cpu", "float32", base)
+    if config.format in GGUF_FORMATS:
+        return _export_gguf(config, loaded, say)
+    merged = config.format == "merged" or method.is_full_finetune
     if merged:
         config_json_of(loaded.model.config, loaded.folder)  # refused before anything is computed
     reference, base_folder = ReferenceLogits(loaded, run["config"]), loaded.folder
@@ -77,14 +83,42 @@ def export(config: ExportConfig, say: Callable[[str], object] = lambda line: Non
     return {"path": str(target), "max_abs_logit_diff": verification.max_abs_logit_diff, "format": format_}
 
 
+def _export_gguf(config: ExportConfig, loaded: ModelBundle, say: Callable[[str], object]) -> dict[str, Any]:
+    """Write the formats of llama.cpp; the record is next to a file, or in the folder."""
+    assert loaded.run is not None
+    gguf, target = GGUFExport(loaded, config.format, config.quantization), Path(config.to)
+    reference = ReferenceLogits(loaded, loaded.run["config"])
+    say(f"comparing logits on {reference.source}")
+    ends = {"eos_token_id": loaded.eos_token_ids, "ends_with": loaded.tokenizer.token(loaded.eos_token_ids[0])}
+    verification, llama_cpp = gguf.write(target, reference, say)
+    record = {
+        "format": config.format,
+        "quantization": config.quantization,
+        **_origin(config, loaded.run),
+        **ends,
+        "verification": verification.to_json(),
+        "llama_cpp": None if llama_cpp is None else vars(llama_cpp),
+    }
+    write_json(target / EXPORT_JSON if target.is_dir() else target.with_suffix(f".{EXPORT_JSON}"), record)
+    result = {"path": str(target), "max_abs_logit_diff": verification.max_abs_logit_diff, "format": config.format}
+    return {**result, "llama_cpp": record["llama_cpp"]}
+
+
 def _check(config: ExportConfig, method: Method) -> None:
-    if config.merged and not method.mergeable:
+    merges = config.format in ("merged", "gguf", "ollama")
+    if merges and not method.mergeable:
         raise InputError(
-            f"--merged: what {method.name} adds is no change of the base's weights, so it cannot be merged into them; "
-            "leave out --merged for the adapter's folder, which graft import puts onto its base"
+            f"--format {config.format}: what {method.name} adds is no change of the base's weights, so it cannot be "
+            "merged into them; use --format peft for the adapter's folder, which graft import puts onto its base"
         )
-    if not config.merged and not method.is_full_finetune and config.dtype != "float32":
-        raise InputError(f"--dtype {config.dtype}: an adapter is kept in float32; add --merged, or leave out --dtype")
+    if config.format == "gguf-lora" and method.is_full_finetune:
+        raise InputError("--format gguf-lora: a run of full fine-tuning has no adapter: use --format gguf")
+    writes_model = config.format == "merged" or (config.format == "peft" and method.is_full_finetune)
+    if config.dtype != "float32" and not writes_model:
+        other = "--quantization" if config.format in GGUF_FORMATS else "--format merged"
+        raise InputError(f"--dtype {config.dtype}: an adapter is kept in float32; use {other}, or leave out --dtype")
+    if config.quantization != "f16" and config.format not in ("gguf", "ollama"):
+        raise InputError(f"--quantization {config.quantization}: only for --format gguf and ollama: leave it out")
 
 
 def _origin(config: ExportConfig, run: dict[str, Any]) -> dict[str, Any]:

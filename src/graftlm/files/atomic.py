@@ -161,6 +161,12 @@ def check_new_folder(target: Path, flag: str) -> None:
         raise InputError(f"--{flag} {target}: holds other files; name a folder that is empty or does not exist")
 
 
+def check_new_file(target: Path, flag: str) -> None:
+    """Raises InputError, which names the flag, if `target` exists."""
+    if target.is_symlink() or target.exists():
+        raise InputError(f"--{flag} {target}: exists; name a file that does not")
+
+
 def cleanup_tmp(target: Path, only_dead_processes: bool = False) -> None:
     """Remove what a killed process left of writing `target`, or restore the `target` that it was replacing.
 

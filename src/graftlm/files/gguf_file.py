@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,8 +56,11 @@ class GGUFFile:
 
     def __init__(self, path: Path) -> None:
         readers = [_open(part) for part in gguf_parts(path)]
-        self.path, self._fields, self._read = path, readers[0].fields, set[str]()
-        self.tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
+        self.set_contents(path, readers[0].fields, {t.name: t for reader in readers for t in reader.tensors})
+
+    def set_contents(self, path: Path, fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+        """The fields and tensors as the `gguf` package gives them."""
+        self.path, self._fields, self.tensors, self._read = path, fields, tensors, set[str]()
         self.architecture: str = self.require("general.architecture")
 
     def get(self, key: str, default: Any = None) -> Any:

@@ -180,7 +180,7 @@ def stack(base: CausalLM, adapters: Adapters) -> MultiLoRAModel:
 def check_servable(name: str, method: Method) -> None:
     """An InputError for a method whose adapters cannot be served together."""
     if type(method) is not LoRA:
-        hint = "merge it (graft export --merged)" if method.mergeable else "serve its run on its own"
+        hint = "merge it (graft export --format merged)" if method.mergeable else "serve its run on its own"
         raise InputError(
             f"adapter {name}: is {method.name}, and only lora is served together with others: {hint}, as the base"
         )

@@ -239,8 +239,8 @@ def with_biases(config: Mapping[str, Any], model: ModelConfig, where: str) -> di
     change = FAMILIES[model.family].with_biases
     if change is None or (changed := change(config, base, model)) is None:
         raise InputError(
-            f"{where}: no config.json is written for a {base.family} model with added biases: export the adapter, "
-            "without --merged"
+            f"{where}: no config.json is written for a {base.family} model with added biases: export the adapter "
+            "(--format peft)"
         )
     return changed
 

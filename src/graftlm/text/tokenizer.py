@@ -190,6 +190,15 @@ class Tokenizer:
         ids, _ = self.marking.encode(next(iter(self.marking.marks.values())) + LETTER)
         return self._decode_after_text(ids).startswith(" ")
 
+    def token_id(self, token: str) -> int | None:
+        """The id of a token, special or not."""
+        return self._backend.token_to_id(token)
+
+    def tokenizer_json(self) -> dict[str, Any]:
+        """Its tokenizer.json, also if it was read from other files."""
+        content: dict[str, Any] = json.loads(self._backend.to_str())
+        return content
+
     @cached_property
     def special_ids(self) -> frozenset[int]:
         """The ids of the special tokens."""

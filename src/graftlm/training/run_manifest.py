@@ -164,8 +164,8 @@ def read_previous(config: TrainConfig) -> dict[str, Any] | None:
     previous = read_run(out_dir)
     if "imported" in previous:
         raise InputError(
-            f"{out_dir}: was imported without optimizer state, so there is no training to resume; "
-            f"merge it (graft export --out_dir {out_dir} --merged --to FOLDER) and train that (--init_from FOLDER)"
+            f"{out_dir}: was imported without optimizer state, so there is no training to resume; merge it (graft "
+            f"export --out_dir {out_dir} --format merged --to FOLDER) and train that (--init_from FOLDER)"
         )
     return previous
 
@@ -281,5 +281,5 @@ def _check_flags(config: MethodFlags, typed: Set[str], saved: Method, run_dir: P
         if value != was:
             raise InputError(
                 f"--{name} {value}: {run_dir} is of {saved.name}, with {name} {was}, which training continues; for "
-                f"another method, merge it first (graft export --merged --out_dir {run_dir} --to FOLDER)"
+                f"another method, merge it first (graft export --format merged --out_dir {run_dir} --to FOLDER)"
             )

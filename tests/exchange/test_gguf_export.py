@@ -1,0 +1,267 @@
+"""`graft export --format gguf`, `gguf-lora` and `ollama`: read back by us, and loaded by llama.cpp itself."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gguf import GGUFReader
+
+from exchange.runs import run_of
+from gguf_files import CASES, TOKENS, VOCAB, tiny_model
+from graftlm.config import ExportConfig
+from graftlm.errors import GraftError, InputError
+from graftlm.exchange import gguf_export
+from graftlm.exchange.export import export
+from graftlm.exchange.gguf_plan import GGUFPlan
+from graftlm.exchange.huggingface import load_model
+from graftlm.exchange.llama_cpp import LlamaCpp
+from graftlm.exchange.modelfile import Turns
+from graftlm.files.formats import read_json
+from graftlm.files.gguf import gguf_to_folder
+from graftlm.files.gguf_writer import TYPES
+from graftlm.models import CausalLM
+from graftlm.models.config import to_file
+from graftlm.text.chat import Chat, Message
+from graftlm.text.tokenizer import Tokenizer
+from real_tokenizers import tokenizer_folder
+from tiny import FAMILIES, data_folder, model_folder
+
+CPU = torch.device("cpu")
+TOKENIZER = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "gpt-2",
+    "tokenizer.ggml.tokens": TOKENS,
+    "tokenizer.ggml.token_type": [3, *[1] * (len(TOKENS) - 2), 5],
+    "tokenizer.ggml.merges": ["a b"],
+    "tokenizer.ggml.eos_token_id": 0,
+}
+GELU = ("gemma", "gpt2", "gpt_bigcode", "gpt_neox", "phi", "starcoder2")
+"""llama.cpp takes GELU from a table in float16."""
+ROUNDED = {"olmo2": 64, "olmo3": 64}
+"""llama.cpp wants heads as wide as the model in these."""
+OTHER = {
+    "phi3": "llama.cpp ignores Phi-3's window of 5",
+    "phi3 long": "llama.cpp uses the long factors, for it reserves at least 256 positions",
+    "qwen3 biased": "llama.cpp has no biases in Qwen3",
+    "exaone4": "llama.cpp has heads as wide as the model only; our reader is tested",
+    "exaone4 windows": "llama.cpp has windows in models of 64 layers only",
+}
+
+
+def written(name: str, folder: Path, kind: str = "f32") -> CausalLM:
+    """A tiny model of transformers, written to folder/m.gguf."""
+    tiny_model(name, ROUNDED.get(name)).save_pretrained(folder / "m")
+    model = load_model(folder / "m", CPU, torch.float32)
+    state = to_file(model.config, dict(model.named_parameters()))
+    plan = GGUFPlan(model.config, read_json(folder / "m" / "config.json"), state, TOKENIZER, str(folder))
+    plan.write(folder / "m.gguf", state, kind)
+    return model
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_architecture_is_the_same_when_read_back_and_in_llama_cpp(name: str, tmp_path: Path) -> None:
+    model = written(name, tmp_path)
+    gguf_to_folder(tmp_path / "m.gguf", tmp_path / "out")
+    back = load_model(tmp_path / "out", CPU, torch.float32)
+    ids = torch.randint(1, VOCAB - 1, (1, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours, read = (m(ids, positions=torch.tensor([19]))[0].log_softmax(-1) for m in (model, back))
+    assert (ours - read).abs().max() <= 1e-5
+    if name in OTHER:
+        return
+    theirs = LlamaCpp(tmp_path / "m.gguf", 64).next_logprobs(ids[0].tolist(), VOCAB, TOKENS.index("a"))
+    assert len(theirs) >= VOCAB - 2
+    tolerance = 1e-2 if name.startswith(GELU) else 1e-5
+    assert max(abs(ours[index].item() - value) for index, value in theirs.items()) <= tolerance
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_the_types_of_matrices(kind: str, tmp_path: Path) -> None:
+    ROUNDED["llama"] = 64
+    try:
+        model = written("llama", tmp_path, kind)
+    finally:
+        del ROUNDED["llama"]
+    stored = {tensor.name: tensor.tensor_type.name.lower() for tensor in GGUFReader(tmp_path / "m.gguf").tensors}
+    assert stored["blk.0.attn_q.weight"] == kind and stored["blk.0.attn_norm.weight"] == "f32"
+    assert stored["output.weight"] == stored["token_embd.weight"] == ("q8_0" if kind[:2] in ("q4", "q5") else kind)
+    gguf_to_folder(tmp_path / "m.gguf", tmp_path / "out")
+    back = load_model(tmp_path / "out", CPU, torch.float32)
+    largest = {"f32": 0, "f16": 2e-3, "bf16": 1e-2, "q8_0": 1e-2, "q5": 7e-2, "q4": 0.14}
+    for name, p in model.named_parameters():
+        assert (p - back.get_parameter(name)).abs().max() <= largest.get(kind, largest.get(kind[:2], 0)) * p.abs().max()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bases, and data."""
+    folder = tmp_path_factory.mktemp("gguf")
+    data_folder(folder / "data")
+    for kind in FAMILIES:
+        path = model_folder(folder / kind, kind) / "tokenizer.json"
+        content = json.loads(path.read_text())  # llama.cpp reads no tokenizer without merges
+        content["model"]["vocab"]["ab"] = content["model"]["vocab"].pop("\u0143")
+        path.write_text(json.dumps(content | {"model": content["model"] | {"merges": [["a", "b"]]}}))
+    return folder
+
+
+def a_run(place: Path, base: str, name: str) -> Path:
+    return run_of(place / f"run {base} {name}", place / base, place / "data", name)
+
+
+@pytest.mark.parametrize(
+    ("base", "name"), [("gpt2", "lora"), ("llama", "rslora"), ("llama-biased", "full"), ("llama", "dora")]
+)
+def test_a_run_as_a_model_in_llama_cpp(base: str, name: str, place: Path, tmp_path: Path) -> None:
+    target = tmp_path / "new" / "m.gguf"
+    said: list[str] = []
+    result = export(
+        ExportConfig(out_dir=str(a_run(place, base, name)), to=str(target), format="gguf", quantization="f32"),
+        said.append,
+    )
+    llama = result["llama_cpp"]
+    assert result["max_abs_logit_diff"] <= 1e-4 and llama["max_abs_logprob_diff"] <= llama["tolerance"]
+    assert llama["equal_texts"] == llama["texts"] == 8
+    record = read_json(target.with_suffix(".export.json"))
+    assert record["llama_cpp"] == llama and record["quantization"] == "f32"
+    assert {path.name for path in target.parent.iterdir()} == {"m.gguf", "m.export.json"}
+
+
+@pytest.mark.parametrize(("base", "name"), [("gpt2", "lora"), ("llama", "rslora"), ("llama-biased", "lora")])
+def test_a_run_as_an_adapter_in_llama_cpp(base: str, name: str, place: Path, tmp_path: Path) -> None:
+    config = ExportConfig(out_dir=str(a_run(place, base, name)), to=str(tmp_path / "a.gguf"), format="gguf-lora")
+    result = export(config)
+    assert result["max_abs_logit_diff"] <= 1e-4 and result["llama_cpp"]["equal_texts"] == 8
+    names = {tensor.name for tensor in GGUFReader(tmp_path / "a.gguf").tensors}
+    assert names and all(re.fullmatch(r"blk\.\d+\.\w+\.weight\.lora_[ab]", name) for name in names)
+
+
+def test_what_llama_cpp_reads_otherwise_is_not_left_behind(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other(self: LlamaCpp, ids: Any, top: int, shown: int) -> dict[int, float]:
+        return {5: 0.0}
+
+    monkeypatch.setattr(gguf_export.LlamaCpp, "next_logprobs", other)
+    config = ExportConfig(out_dir=str(a_run(place, "gpt2", "lora")), to=str(tmp_path / "m.gguf"), format="gguf")
+    with pytest.raises(GraftError, match=r"in llama\.cpp, log-probabilities differ by .*; nothing was written"):
+        export(config)
+    assert not any(tmp_path.iterdir())
+
+
+def test_without_llama_cpp_it_is_said(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf_export, "is_installed", lambda: False)
+    said: list[str] = []
+    config = ExportConfig(out_dir=str(a_run(place, "gpt2", "lora")), to=str(tmp_path / "m.gguf"), format="gguf")
+    assert export(config, said.append)["llama_cpp"] is None
+    assert said[-1].startswith("llama.cpp was not asked: pip install xllamacpp")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ({"to": "m"}, "--to m: name the file to create, as in --to m.gguf"),
+        ({"name": "dora", "format": "gguf-lora"}, "--format gguf-lora: llama.cpp adds LoRA only, not dora: use"),
+        ({"name": "full", "format": "gguf-lora"}, "--format gguf-lora: a run of full fine-tuning has no adapter"),
+        ({"name": "adapter"}, "--format gguf: what adapter adds is no change of the base's weights"),
+        ({"format": "gguf-lora", "quantization": "q8_0"}, "--quantization q8_0: only for --format gguf and ollama"),
+        ({"dtype": "float16"}, "--dtype float16: an adapter is kept in float32; use --quantization"),
+    ],
+)
+def test_what_cannot_be(words: dict[str, Any], line: str, place: Path, tmp_path: Path) -> None:
+    name = words.pop("name", "lora")
+    run = a_run(place, "gpt2", name)
+    with pytest.raises(InputError, match="^" + re.escape(line)):
+        export(ExportConfig(**{"out_dir": str(run), "to": str(tmp_path / "m.gguf"), "format": "gguf"} | words))
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_modelfile_for_labelled_texts_holds_the_prompt_template(place: Path, tmp_path: Path) -> None:
+    run = a_run(place, "gpt2", "lora")
+    result = export(ExportConfig(out_dir=str(run), to=str(tmp_path / "o"), format="ollama", quantization="f32"))
+    assert result["llama_cpp"]["equal_texts"] == 8
+    assert {path.name for path in (tmp_path / "o").iterdir()} == {"model.gguf", "Modelfile", "export.json"}
+    parsed = parse_modelfile((tmp_path / "o" / "Modelfile").read_text())
+    template = read_json(run / "run.json")["template"]["text"]
+    assert parsed["TEMPLATE"] == [template.rstrip(" ").replace("{text}", "{{ .Prompt }}")]
+    assert parsed["FROM"] == ["./model.gguf"] and 'stop "<|endoftext|>"' in parsed["PARAMETER"]
+
+
+def parse_modelfile(text: str) -> dict[str, list[str]]:
+    """Ollama's grammar: a command and its argument, which may be in three quotation marks, a line each."""
+    found: dict[str, list[str]] = {}
+    pattern = re.compile(r'([A-Z]+) (?:"""(.*?)"""|([^\n]*))\n', re.DOTALL)
+    at = 0
+    while at < len(text):
+        match = pattern.match(text, at)
+        assert match, text[at:]
+        found.setdefault(match[1], []).append(match[2] if match[2] is not None else match[3])
+        at = match.end()
+    return found
+
+
+def run_go(template: str, messages: list[Message]) -> str:
+    """The Go template of a Modelfile, run: literals, range, if, else if, eq and fields."""
+    tokens = re.split(r"(\{\{ .*? \}\})", template)
+    system = "".join(content for role, content, *_ in messages if role == "system")
+
+    def block(at: int, scope: dict[str, str], shown: bool) -> tuple[str, int, str]:
+        out = ""
+        while at < len(tokens):
+            token, at = tokens[at], at + 1
+            word = token[3:-3] if token.startswith("{{ ") else None
+            if word is None:
+                out += token if shown else ""
+            elif word == "end" or word.startswith("else"):
+                return out, at, word
+            elif word.startswith('"'):
+                out += json.loads(word) if shown else ""
+            elif word.startswith("."):
+                out += scope[word[1:]] if shown else ""
+            elif word == "range .Messages":
+                start = at
+                for role, content, *_ in messages or [("", "")]:
+                    part, at, _ = block(start, {"Role": role, "Content": content, "System": system}, shown)
+                    out += part
+            else:
+                condition, done = word.removeprefix("if "), False
+                while True:
+                    holds = not done and true(condition, scope)
+                    part, at, end = block(at, scope, shown and holds)
+                    out, done = out + part, done or holds
+                    if end == "end":
+                        break
+                    condition = end.removeprefix("else if ")
+        return out, at, ""
+
+    def true(condition: str, scope: dict[str, str]) -> bool:
+        if match := re.fullmatch(r'eq \.Role "(\w+)"', condition):
+            return scope["Role"] == match[1]
+        assert condition == "not .System", condition
+        return not scope["System"]
+
+    return block(0, {"System": system}, True)[0]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama3_1", "gemma3"])
+def test_a_go_template_writes_what_the_chat_template_writes(name: str) -> None:
+    folder = tokenizer_folder(name)
+    tokenizer = Tokenizer.from_folder(folder)
+    chat, before = Chat(tokenizer), tokenizer.decode_with_special(tokenizer.encode_prompt(""))
+    if name == "llama3_1":  # writes the date
+        tokenizer.date = "2026-11-29"
+    template = Turns.of(chat, before).go_template()
+    talk: list[Message] = [("user", "Hi {{ x }}"), ("assistant", "Yes?"), ("user", "2 + 2?")]
+    for messages in (talk, [("system", "Be brief."), *talk], talk[:1]):
+        assert run_go(template, messages) == chat.render(messages).removeprefix(before)
+
+
+def test_a_chat_template_that_counts_turns_has_no_go_template(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "m")
+    template = "{% for m in messages %}[{{ loop.index }} {{ m.role }}] {{ m.content }}\n{% endfor %}[assistant]"
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(InputError, match=r"a turn in ways that depend on other turns.*: use --format gguf"):
+        Turns.of(Chat(Tokenizer.from_folder(folder)), "")
