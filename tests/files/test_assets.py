@@ -169,7 +169,9 @@ def test_local_models(tmp_path: Path) -> None:
 
 
 def test_local_data(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"holds no data file: use \.jsonl, \.ndjson, .*; \.gz or \.zst may follow$"):
+    with pytest.raises(
+        InputError, match=r"holds no data file: use \.jsonl, \.ndjson, .*; \.gz, \.zst, \.bz2 or \.xz may follow$"
+    ):
         data_folder(str(tmp_path))
     (tmp_path / "notes.doc").touch()
     with pytest.raises(InputError, match="is not a data file that we read"):

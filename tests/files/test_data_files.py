@@ -1,11 +1,14 @@
 """Data files in the forms that people have: the files of layouts/, and what is refused."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import re
 import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +128,15 @@ def test_forms_of_a_json_file(tmp_path: Path, content: dict[str, Any], indent: i
     assert rows(tmp_path / "a.json") == ROWS
 
 
+def test_rows_by_their_names(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({f"id{n}": row for n, row in enumerate(NUMBERED[:5])}))
+    assert rows(path) == NUMBERED[:5]
+    turns = {name: {"role": "user", "content": name} for name in ("prompt", "chosen", "rejected")}
+    path.write_text(json.dumps(turns))  # one row of three messages
+    assert rows(path) == [turns]
+
+
 @pytest.mark.parametrize(
     "record",
     [
@@ -191,6 +203,18 @@ def test_a_compressed_file_that_is_damaged(tmp_path: Path) -> None:
         rows(tmp_path / "a.zip")
     (tmp_path / "a.zip").write_bytes(whole[:80])
     refused(tmp_path / "a.zip", "FILE: not a whole .zip file: fetch it again")
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [("bz2", bz2.compress), ("xz", lzma.compress)])
+def test_files_of_bzip2_and_xz(tmp_path: Path, suffix: str, pack: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / f"train.jsonl.{suffix}"
+    path.write_bytes(pack("".join(json.dumps(row) + "\n" for row in ROWS).encode()))
+    assert rows(path) == ROWS and len(load_dataset(str(tmp_path), labels=WORDS).splits) == 3
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(
+        InputError, match=rf"\.{suffix}: cannot be unpacked \(.* before the end-of-stream marker .*fetch it"
+    ):
+        rows(path)
 
 
 def test_a_compressed_parquet_file_and_several_streams(tmp_path: Path) -> None:

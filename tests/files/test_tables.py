@@ -12,6 +12,7 @@ from graftlm.config.flags import parse_columns
 from graftlm.errors import InputError
 from graftlm.files.readers import read_records
 from graftlm.text.dataset import load_dataset, load_prompts
+from graftlm.text.records import Conversation
 
 LABELS = [WORDS[n % 2] for n in range(24)]
 DIGITS = [str(n % 2) for n in range(24)]
@@ -254,6 +255,18 @@ def test_a_table_without_a_header_is_mapped(tmp_path: Path) -> None:
     prompts, notes = load_prompts(str(tmp_path / "a.csv"), columns={"prompt": "column1"})
     assert [row.text[:4] for row in prompts] == ["what", "why?"]
     assert notes == [f"{tmp_path / 'a.csv'}: read with no header: columns are named column1"]
+
+
+def test_messages_in_a_table_are_json(tmp_path: Path) -> None:
+    said = '[{""role"": ""user"", ""content"": ""hi %d""}, {""role"": ""assistant"", ""content"": ""a, b""}]'
+    path = tmp_path / "a.csv"
+    path.write_text("messages,id\n" + "".join(f'"{said % n}",{n}\n' for n in range(4)))
+    records = [record for rows in load_dataset(str(path)).splits.values() for record in rows]
+    assert isinstance(records[0], Conversation)
+    assert sorted(record.text for record in records) == [f"user: hi {n}\n\nassistant: a, b" for n in range(4)]
+    path.write_text(path.read_text().replace('""', "'"))
+    with pytest.raises(InputError, match=r"a\.csv:2: messages must be a list of role and content, not \"\[\{'role'"):
+        load_dataset(str(path))
 
 
 def test_the_format_of_a_table_among_the_columns() -> None:

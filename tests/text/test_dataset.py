@@ -238,6 +238,8 @@ def test_unknown_label(tmp_path: Path, value: object):
         message = "FILE:2: no label (field 'label' is missing or empty): every row needs one"
     else:
         message = f"FILE:2: unknown label {value!r}: allowed are 0 or 'negative', 1 or 'positive'"
+        if value in (2, "2"):
+            message += "; if the data counts from 1, give a word for 0 too, as in --labels none,negative,positive"
     fails(tmp_path / "a.jsonl", lines, message)
 
 

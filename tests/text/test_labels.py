@@ -104,6 +104,19 @@ def test_the_run_says_which_words_it_took(tmp_path: Path):
     assert with_labels(given, frozenset({"labels"})) is given
 
 
+def test_a_column_that_names_the_labels(tmp_path: Path):
+    path = tmp_path / "a.csv"
+    rows = [f"text {n},{n % 3},{('joy', 'fear', 'love')[n % 3]}\n" for n in range(12)]
+    path.write_text("text,label,label_text\n" + "".join(rows))
+    assert default_labels(str(path)) == "joy,fear,love"
+    splits = load_dataset(str(path), labels=("joy", "fear", "love")).splits
+    records = [record for split in splits.values() for record in split]
+    assert all(isinstance(r, Labelled) and r.label == int(r.text[5:]) % 3 for r in records)
+    for changed in (rows[0].replace("joy", "ire"), rows[0].replace("joy", "fear"), rows[0].replace("joy", "")):
+        path.write_text("text,label,label_text\n" + "".join([*rows, changed]))
+        assert default_labels(str(path)) == "0,1,2"
+
+
 # ------------------------------------------------------------------------------------------------ bad rows
 
 BAD = [0, 1, None, 7, 1, 0, "meh", 1, -1, 0]

@@ -4,7 +4,7 @@
     {"version": 1, "data": [{…}, {…}]}                                            one object around the array
     {"train": [{…}], "test": [{…}]}                                               an array for each split
     {"text": […], "label": […]}                                                   columns (`Dataset.to_dict`)
-    {"text": {"0": …}, …}, {"0": {"text": …}, …}                                  pandas' orients columns and index
+    {"text": {"0": …}, …}, {"0": {"text": …}, …}, {"id7": {"text": …}, …}          pandas' orients columns and index
     {"columns": […], "data": [[…]]}, {"schema": …, "data": [{…}]}                 pandas' orients split and table
     [[{"role": …}, …], …]                                                         bare conversations
 
@@ -29,6 +29,8 @@ SPLIT_KEYS = {
 """What an object around several splits calls them."""
 HEAD = 1_000_000
 """Bytes that decide whether a file has one object a line."""
+ROWS_TO_COLUMNS = 2
+"""How many more rows than columns a file must have whose rows have names that are no numbers."""
 _SPACE = re.compile(r"\s*")
 _BY_SPLIT = re.compile(rf'\s*\{{\s*"(?:{"|".join(SPLIT_KEYS)})"\s*:\s*\[')
 
@@ -189,13 +191,17 @@ def _from_columns(value: dict[str, list[Any]]) -> list[Any]:
 
 
 def _from_pandas(where: str, value: dict[str, Any]) -> list[Any] | None:
-    """pandas' orients columns (its default) and index, in which numbers name the rows; None for anything else."""
+    """pandas' orients columns (its default) and index, in which numbers name the rows; None for anything else.
+
+    In orient index other names may be those of rows, too, if they are many.
+    """
     inner = list(value.values())
     if not all(isinstance(item, dict) and item for item in inner) or len({frozenset(item) for item in inner}) != 1:
         return None
     by_index, by_column = all(map(str.isdecimal, value)), all(map(str.isdecimal, inner[0]))
     if by_index and by_column:
         raise InputError(f"{where}: both rows and columns have numbers for names: write it with orient='records'")
+    by_index = by_index or (not by_column and len(value) > ROWS_TO_COLUMNS * len(inner[0]))
     if by_column:
         return [{name: column[row] for name, column in value.items()} for row in inner[0]]
     return inner if by_index else None

@@ -1,15 +1,17 @@
-"""Data files and what they are packed in: .gz, .zst and .zip.
+"""Data files and what they are packed in: .gz, .zst, .bz2, .xz and .zip.
 
-    reviews.csv.gz   one file; the suffix before .gz or .zst says its format
+    reviews.csv.gz   one file; the suffix before .gz or another of COMPRESSED says its format
     reviews.zip      the only data file inside
 
 A packed file is unpacked into memory; the lines of others can be read one by one. zstd is pyarrow's, because Python has
 none of its own before 3.14.
 """
 
+import bz2
 import csv
 import gzip
 import io
+import lzma
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +22,12 @@ from graftlm.config.csv_format import AUTOMATIC, CsvFormat
 from graftlm.config.paths import decode_named
 from graftlm.errors import InputError
 
-COMPRESSED = (".gz", ".zst")
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 ZIP = ".zip"
+_DAMAGED = (
+    *(gzip.BadGzipFile, lzma.LZMAError, zlib.error, zipfile.BadZipFile),
+    *(RuntimeError, NotImplementedError, ValueError),  # zstd's, zipfile's, bz2's
+)
 HEAD = 100_000  # bytes that say what a file without a suffix is
 
 
@@ -89,12 +95,11 @@ class DataFile:
             if self.member:
                 with zipfile.ZipFile(self.path) as archive:
                     return archive.read(self.member)
-            content = self.path.read_bytes()
-            kind = self.path.suffix.lower()
-            return gzip.decompress(content) if kind == ".gz" else _unzstd(content) if kind == ".zst" else content
+            unpack = _UNPACK.get(self.path.suffix.lower(), bytes)
+            return unpack(self.path.read_bytes())
         except EOFError:
             raise InputError(f"{self.path}: the file is truncated: fetch it again") from None
-        except (gzip.BadGzipFile, zlib.error, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+        except _DAMAGED as error:
             reason = str(error).partition("\n")[0].rstrip(".")
             raise InputError(f"{self.path}: cannot be unpacked ({reason}): fetch it again, or unpack it") from None
         except OSError as error:
@@ -173,3 +178,7 @@ def _unzstd(content: bytes) -> bytes:
         if "Truncated" in str(error):
             raise EOFError from None
         raise RuntimeError(str(error)) from None
+
+
+_UNPACK = {".gz": gzip.decompress, ".zst": _unzstd, ".bz2": bz2.decompress, ".xz": lzma.decompress}
+"""By suffix of COMPRESSED."""

@@ -128,7 +128,7 @@ DATA_READERS: dict[str, Callable[[DataFile], Iterator[Record]]] = {
 }
 """Suffix -> reader."""
 DATA_SUFFIXES = (*DATA_READERS, ZIP)
-SUFFIXES = f"{', '.join(DATA_SUFFIXES)}; {' or '.join(COMPRESSED)} may follow"
+SUFFIXES = f"{', '.join(DATA_SUFFIXES)}; {', '.join(COMPRESSED[:-1])} or {COMPRESSED[-1]} may follow"
 """The suffixes, for error messages."""
 DATA_CARD = "README.md"
 """Its front matter may say which files are the splits of a data set."""

@@ -25,7 +25,7 @@ from graftlm.files.readers import read_records
 from graftlm.files.split_files import MAX_NAMED, NO_DATA, SPLITS, files_by_split, label_names
 from graftlm.text.bad_rows import BadRows, BadRowsFlag
 from graftlm.text.fields import Columns, UnknownFieldError, field_names, read_fields, taken_from
-from graftlm.text.labels import labels_of
+from graftlm.text.labels import label_text, labels_of, names_by_number
 from graftlm.text.layout import CONTEXT, Layout
 from graftlm.text.layouts import LABELLED, LABELS
 from graftlm.text.recognise import UnknownLayoutError, check_columns, recognise
@@ -284,7 +284,8 @@ def _rows(path: Path, split: str, reading: Reading) -> Iterator[Row]:
 def default_labels(data: str, columns: Columns | None = None) -> str:
     """What --labels is where it is not given: the default's, if they are the data's labels, else the data's own.
 
-    Those are the names in a parquet file's schema, or the different labels of the train split (`labels.labels_of`).
+    Those are the names in a parquet file's schema or in a column label_text, or the different labels of the train split
+    (`labels.labels_of`).
     """
     source = data_source(data)
     split, paths = next(iter(files_by_split(source, "train").items()))
@@ -293,7 +294,9 @@ def default_labels(data: str, columns: Columns | None = None) -> str:
     reading = replace(reading, on_bad_row=lambda *row: None)  # what is wrong is said when the records are read
     names = _class_names(path, reading)
     if not names:
-        names = tuple(labels_of(_label_values(paths, split, reading)))
+        by_label: dict[str, set[str]] = {}
+        names = tuple(labels_of(_label_values(paths, split, reading, by_label)))
+        names = names_by_number(names, by_label) or names
         known = LabelWords(default)
         if not names or all(known.number(name) is not None for name in names):
             return DEFAULT_LABELS
@@ -312,8 +315,13 @@ def _joined(path: Path, names: Sequence[str]) -> str:
     return ",".join(names)
 
 
-def _label_values(paths: Iterable[Path], split: str, reading: Reading) -> Iterator[tuple[str, object]]:
-    """The source and the label of each row; nothing of files that hold no texts with labels."""
+def _label_values(
+    paths: Iterable[Path], split: str, reading: Reading, names: dict[str, set[str]]
+) -> Iterator[tuple[str, object]]:
+    """The source and the label of each row; nothing of files that hold no texts with labels.
+
+    names: the values of a column such as label_text are added to it, by label.
+    """
     for path in paths:
         key = "label"
         for number, row in enumerate(_rows(path, split, reading)):
@@ -325,7 +333,11 @@ def _label_values(paths: Iterable[Path], split: str, reading: Reading) -> Iterat
                 if layout.name != LABELLED:
                     return
                 key = dict(layout.columns).get("label", "label")
-            yield row.source, row.columns.get(key)
+            label = row.columns.get(key)
+            for name in (f"{key}_text", f"{key}_name"):
+                if isinstance(row.columns.get(name), str):
+                    names.setdefault(label_text(label) or "", set()).add(row.columns[name])
+            yield row.source, label
 
 
 def _class_names(path: Path, reading: Reading) -> tuple[str, ...]:

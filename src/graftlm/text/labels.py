@@ -9,7 +9,7 @@ None, "", NaN           no label
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from graftlm.errors import InputError
@@ -107,6 +107,14 @@ def labels_of(values: Iterable[tuple[str, object]]) -> list[str]:
                 f"--labels {words}"
             )
     return [value.word for value in every]
+
+
+def names_by_number(labels: Sequence[str], names: Mapping[str, set[str]]) -> tuple[str, ...]:
+    """The names of labels that are the numbers from 0 on, by number; () unless each has one name of its own."""
+    if list(labels) != list(map(str, range(len(labels)))) or {*names} != {*labels}:
+        return ()
+    every = [name.strip() for number in labels for name in names[number]]
+    return tuple(every) if len({*every}) == len(every) == len(labels) and all(every) else ()
 
 
 def taken_from_data(words: Sequence[str]) -> str:

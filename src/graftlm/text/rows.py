@@ -53,7 +53,9 @@ class LabelWords:
         allowed = (
             f"{n} or {word!r}" if self._numbers.get(str(n)) == n else repr(word) for n, word in enumerate(self.words)
         )
-        return f"unknown label {shown}: allowed are {', '.join(allowed)}"
+        from_1 = text == str(len(self.words)) and not any(map(is_integer, self.words))
+        hint = f"; if the data counts from 1, give a word for 0 too, as in --labels none,{words}" if from_1 else ""
+        return f"unknown label {shown}: allowed are {', '.join(allowed)}{hint}"
 
 
 BLANK: tuple[object, ...] = (None, "", [], {}, "[]", "{}")
