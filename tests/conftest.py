@@ -38,8 +38,11 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         )
 
 
-LONG = ("studies/test_cluster", "training/test_distributed", "test_notebook", "soak/", "fuzz/", "test_handout")
-"""Files that take minutes, or wait. They come first, so that no process of the suite is left alone with one."""
+LONG = (
+    *("studies/test_cluster", "training/test_distributed", "contracts/", "soak/", "test_notebook", "test_handout"),
+    *("fuzz/", "test_errors", "training/", "exchange/", "files/test_gguf"),
+)
+"""Files that take long, or wait. They come first, so that no process of the suite is left alone with one."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

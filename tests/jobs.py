@@ -2,7 +2,8 @@
 
 FOLDER/jobs.json holds {name: {"words": of a graft command, "plan": whether it makes a plan, "stop": a step in which
 SIGTERM comes, or null, "copy": [a run folder, where to copy it before], or null, "full": whether the second process's
-disk is full}}. FOLDER/answers-RANK.json then holds for each what this process saw:
+disk is full, "watch": whether all but the first row below is wanted, which takes time}}. FOLDER/answers-RANK.json then
+holds for each what this process saw:
 
     status, out, err  of the command
     read, own, whole  bytes that were read of the base; that are held of the model behind it; of the whole model
@@ -56,6 +57,9 @@ def watched(stored_rows: Callable[..., Any]) -> Callable[..., Iterator[tuple[str
     """`iter_local_shards` that looks at what it hands out, and at what is alive meanwhile."""
 
     def rows(model: Any, folder: Path, wanted: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        if not seen["watch"]:
+            yield from stored_rows(model, folder, wanted)
+            return
         gc.collect()  # what the last command left would be let go of meanwhile
         before, first = alive(), "read" not in seen  # it is called for a checkpoint too
         seen["whole"] = sum(p.nbytes for p in model.parameters())
@@ -76,14 +80,15 @@ def watching(loss: Callable[..., Any]) -> Callable[..., Any]:
     def looked_at(model: Any, batch: Any) -> Any:
         kept: list[torch.UntypedStorage] = []
         seen["passes"] = seen.get("passes", 0) + 1
-        if seen["passes"] > PASSES:
+        if not seen["watch"] or seen["passes"] > PASSES:
             return loss(model, batch)
 
         def save(t: Tensor) -> Tensor:
+            if t.dim() != 2:
+                return t
             gathered = [p for block in model.blocks for p in block.parameters() if p.dim() == 2 and not is_sharded(p)]
             wide = [p for p in gathered if min(p.shape) > 8]  # not A and B of LoRA, which each process has
-            views = (t, t.mT) if t.dim() == 2 else ()
-            if any(view.shape == p.shape and torch.equal(view, p.to(view.dtype)) for p in wide for view in views):
+            if any(view.shape == p.shape and torch.equal(view, p.to(view.dtype)) for p in wide for view in (t, t.mT)):
                 kept.append(t.untyped_storage())
             return t
 
@@ -147,7 +152,7 @@ def main(folder: Path) -> None:
     answers = {}
     for name, job in json.loads((folder / "jobs.json").read_text()).items():
         seen.clear()
-        seen.update(plan=job["plan"], full=job["full"])
+        seen.update(plan=job["plan"], full=job["full"], watch=job["watch"])
         seen["cut"] = "--shard" in job["words"] or "--rank=0" in job["words"]
         stop_at[0] = job["stop"]
         if job["copy"] and world.is_main:

@@ -1,4 +1,4 @@
-"""The tokenizers of SmolLM2 and GPT-2 against a second implementation, on every review of both data sets.
+"""The tokenizers of SmolLM2 and GPT-2 against a second implementation, on reviews of both data sets.
 
 The reference is byte-level BPE written out below in plain Python (Radford et al. 2019, `encoder.py`), from the gguf's
 own vocabulary and merges and from OpenAI's own files; it shares no code with the `tokenizers` package. transformers is
@@ -104,8 +104,10 @@ def chunks(texts: list[str], size: int = 1000) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("name", ["smollm2", "gpt2"])
-def test_every_review_of_both_data_sets(name: str, texts: list[str], request: pytest.FixtureRequest) -> None:
+def test_reviews_of_both_data_sets(name: str, texts: list[str], request: pytest.FixtureRequest) -> None:
+    """Every eighth, and every eighth of those that are not plain ASCII."""
     tokenizer, reference = request.getfixturevalue(name), request.getfixturevalue(f"{name}_reference")
+    texts = [*texts[::8], *[text for text in texts if not text.isascii()][::8]]
     with ThreadPoolExecutor(1) as ahead:  # the package lets go of the interpreter while it encodes
         encoded = ahead.map(tokenizer.encode_batch, chunks(texts))
         for part, found in zip(chunks(texts), encoded, strict=True):

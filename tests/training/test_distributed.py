@@ -52,6 +52,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "pairs": {"rank": 4, "objective": "dpo", "kl_samples": 3},
 }
 """Of an adapter whose base is cut over the processes, each for a few steps."""
+WATCHED = ("straight", "bfloat16", "shard", *METHODS)
+"""Jobs of which the memory is looked at."""
 FEW: dict[str, dict[str, Any]] = {
     "one to validate": {"rank": 4, "val_limit": 1},
     "one to validate, all weights cut": {"rank": 0, "val_limit": 1},
@@ -150,6 +152,7 @@ def several(assets: Path, place: Path) -> list[dict[str, Any]]:
         from_where = [str(place / copy), str(place / name)] if copy else None
         made = words(**flags) if flags.get("resume") else words(**settings(assets, place / name, **flags))
         jobs[name] = {"words": [*made, "--json"], "plan": plan, "stop": stop, "copy": from_where, "full": full}
+        jobs[name]["watch"] = name in WATCHED
 
     stopped(7, TrainConfig(**settings(assets, place / "full", rank=0)))
     job("lora", rank=4)
@@ -303,7 +306,7 @@ def test_pairs_with_all_weights_cut(assets: Path, place: Path, several: list[dic
     check_same(one_process(assets, tmp_path / "one", **flags), place / "pairs of all", 2)
 
 
-@pytest.mark.parametrize("name", ["straight", "bfloat16", "shard", *METHODS])
+@pytest.mark.parametrize("name", WATCHED)
 def test_no_process_ever_holds_the_whole_model(name: str, several: list[dict[str, Any]]) -> None:
     """What is alive while it is read; and behind a block's forward pass nothing of its gathered weights is kept."""
     for answers in several:

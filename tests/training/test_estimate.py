@@ -121,7 +121,7 @@ def probes(assets: Path, data: str, out_dir: Path, **changes: Any) -> MemoryProb
     return MemoryProbe(run, Probe(run.loaded.model.train(), run.objective, 0, 1))
 
 
-@pytest.mark.parametrize("changes", [{}, {"loss_on": "all"}, {"rank": 0, "alpha": None}], ids=str)
+@pytest.mark.parametrize("changes", [{"loss_on": "all"}, {"rank": 0, "alpha": None}], ids=str)
 def test_the_memory_of_a_long_row_is_foreseen_from_short_pieces(
     changes: dict[str, Any], long_assets: Path, tmp_path: Path
 ) -> None:
