@@ -250,3 +250,8 @@ def test_the_files_of_a_configuration_are_what_its_card_says(tmp_path: Path, mon
             data_folder("org/chats:french")
         assert files(data_folder("org/chats:english")) == {"README.md", "de.jsonl", *sft, "en/train_gen.jsonl"}
         assert not any(name in request for request in mirror.requests for name in ("run.py", "big"))
+        assert download("org/chats:german") == data_folder("org/chats:german")
+        with pytest.raises(InputError, match=r"^unknown data set 'org/none'"):
+            download("org/none:german")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert data_folder("org/chats:english:sft") == data_folder("org/chats:german")  # one snapshot

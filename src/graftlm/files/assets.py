@@ -289,8 +289,8 @@ def is_local_data(name: str) -> bool:
 def download(name: str) -> Path:
     """The local folder of a model or a data set, whichever the name is."""
     path = user_path(name)
-    if name in BUILTIN_DATA or name in HUB_DATA or is_data_file(name):
-        return data_folder(name)
+    if name in BUILTIN_DATA or name in HUB_DATA or is_data_file(name) or (":" in name and not path.exists()):
+        return data_folder(name)  # a model's name has no configuration
     if name in BUILTIN or name in HUB_MODELS or has_suffix(name, GGUF):
         return model_folder(name)
     if name and path.exists():
