@@ -94,7 +94,7 @@ def keys(value: Any, at: str = "") -> set[str]:
     return {f"{at}/{key}" for key in value} | {path for key in value for path in keys(value[key], f"{at}/{key}")}
 
 
-ADDED = {"bad_rows", "completion", "desirable_weight", "messages", "prompt", "undesirable_weight"}
+ADDED = {"bad_rows", "base_format", "completion", "desirable_weight", "messages", "prompt", "undesirable_weight"}
 """Flags that are newer than old runs, which a resumed run takes by their defaults."""
 
 

@@ -61,7 +61,7 @@ def _evaluate_by(
     from graftlm.inference.evaluate import evaluate, write_predictions
     from graftlm.text.collate import common_prefix_length
 
-    loaded = load(config.init_from, config.out_dir, config.checkpoint, config.device, config.dtype)
+    loaded = load(config.init_from, config.out_dir, config.checkpoint, config.device, config.dtype, config.base_format)
     template, examples, content_free = _examples(loaded, config, notes)
     readings = 2 if config.mode == "both" else 1
     with display.progress(notes, "evaluate", readings * len(examples)) as progress:
@@ -98,7 +98,7 @@ def generate(parsed: "ParsedArgs", notes: "Console") -> Result:
         problem = "needs --prompt" if config.prompt is None else "is not read with --prompt"
         raise InputError(f"--{flag} {getattr(config, flag)}: {problem}; without it the test split is classified")
     prompt = sys.stdin.read().removeprefix("\ufeff") if config.prompt == "-" else config.prompt
-    loaded = load(config.init_from, config.out_dir, config.checkpoint, config.device, config.dtype)
+    loaded = load(config.init_from, config.out_dir, config.checkpoint, config.device, config.dtype, config.base_format)
     return _classify(loaded, config, notes) if prompt is None else _continue(loaded, config, prompt)
 
 

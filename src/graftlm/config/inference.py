@@ -6,7 +6,7 @@ from typing import Literal
 
 from graftlm.config.flags import DataFlags, Flags, bounded, flag_group, parse_columns, require
 from graftlm.config.paths import has_suffix
-from graftlm.config.training import Checkpoint, Device, Dtype
+from graftlm.config.training import BaseFormat, Checkpoint, Device, Dtype
 from graftlm.errors import InputError
 
 Style = Literal["zero-shot", "few-shot", "few-shot-cot", "zero-shot-cot"]
@@ -30,6 +30,8 @@ class RunFlags(Flags):
     """Where to compute: auto, cpu, cuda, cuda:N or mps."""
     dtype: Dtype = "auto"
     """Data type of weights and arithmetic."""
+    base_format: BaseFormat = "auto"
+    """How the base's weights are kept in memory: as in graft train. auto: a run's as it was trained."""
 
 
 @dataclass(frozen=True, kw_only=True)

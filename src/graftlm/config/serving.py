@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from graftlm.config.flags import Flags, bounded, require
-from graftlm.config.training import Device, Dtype
+from graftlm.config.training import BaseFormat, Device, Dtype
 from graftlm.errors import InputError
 
 
@@ -43,6 +43,8 @@ class ServeConfig(Flags):
     """Where to compute: auto, cpu, cuda, cuda:N or mps."""
     dtype: Dtype = "auto"
     """Data type of weights and arithmetic."""
+    base_format: BaseFormat = "auto"
+    """How the base's weights are kept in memory: as in graft train. auto: a run's as it was trained."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

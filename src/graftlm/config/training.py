@@ -11,6 +11,7 @@ from graftlm.config.flags import DataFlags, Flags, MethodFlags, bounded, flag_gr
 
 Device = str
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+BaseFormat = Literal["auto", "dense", "stored", "bf16", "f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 Checkpoint = Literal["best", "last"]
 OBJECTIVES = tuple(
     sorted(file.stem for file in (Path(__file__).parents[1] / "training" / "objectives").glob("[!_]*.py"))
@@ -98,6 +99,10 @@ class SpeedFlags(Flags):
     """Where to compute: auto, cpu, cuda, cuda:N or mps."""
     dtype: Dtype = "auto"
     """Data type of the frozen base and of the arithmetic; trained weights are float32."""
+    base_format: BaseFormat = "auto"
+    """How the frozen base is kept in memory: dense (in --dtype), stored (the blocks of a .gguf file, or 16 bits), or
+    packed to bf16, f16, q8_0, q5_1, q5_0, q4_1 or q4_0. auto: dense if that takes at most half of the free memory, else
+    stored."""
     kernels: Literal["auto", "cpp", "torch"] = "auto"
     """Kernels of the fused operations: cpp (compiled with this machine's C++ compiler, about a second, once), torch, or
     auto (cpp from step 11 on if there is a compiler). Equal up to rounding."""

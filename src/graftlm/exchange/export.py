@@ -21,10 +21,11 @@ import torch
 from graftlm.config import ExportConfig
 from graftlm.config.exchange import GGUF_FORMATS
 from graftlm.errors import InputError
+from graftlm.exchange.base_format import dequantize_base, format_note
 from graftlm.exchange.endings import write_generation_config, write_tokenizer
 from graftlm.exchange.gguf_export import GGUFExport
 from graftlm.exchange.huggingface import EXPORT_JSON, config_json_of, load_model, save_adapter, save_model
-from graftlm.exchange.load import DTYPES, ModelBundle, hub_revision, load, load_foreign_adapter, read_run
+from graftlm.exchange.load import DTYPES, ModelBundle, format_of_run, hub_revision, load, load_foreign_adapter, read_run
 from graftlm.exchange.verify import ReferenceLogits
 from graftlm.files.atomic import atomic_directory, check_new_file, check_new_folder, write_json, write_text
 from graftlm.files.fetch import HUB_NAME
@@ -44,6 +45,11 @@ CHAT_USAGE = """inputs = tokenizer.apply_chat_template(
     [{"role": "user", "content": "…"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
 )"""
 
+PACKED_NOTES = {
+    True: "the update is merged into the dequantised weights",
+    False: "the adapter was trained on these, and is verified on them",
+}
+
 
 def export(config: ExportConfig, say: Callable[[str], object] = lambda line: None) -> dict[str, Any]:
     """Write the folder that `config` names; returns the object of `graft export --json`.
@@ -58,8 +64,8 @@ def export(config: ExportConfig, say: Callable[[str], object] = lambda line: Non
     method = method_from_json(run["method"])
     _check(config, method)
     # The base is loaded first, so that the run's update is added to its output and not merged into its weights.
-    base = None if method.is_full_finetune else load(run["base"]["name"], device="cpu", dtype="float32")
-    loaded = load("resume", run_dir, config.checkpoint, "cpu", "float32", base)
+    base = None if method.is_full_finetune else _dense_base(config, run, say)
+    loaded = load("resume", run_dir, config.checkpoint, "cpu", "float32", base=base)
     if config.format in GGUF_FORMATS:
         return _export_gguf(config, loaded, say)
     merged = config.format == "merged" or method.is_full_finetune
@@ -75,12 +81,22 @@ def export(config: ExportConfig, say: Callable[[str], object] = lambda line: Non
             format_ = save_adapter(folder, loaded.model, method.for_inference, *hub_revision(loaded.name))
         ends = write_generation_config(folder, loaded)
         del loaded, base  # there may be memory for one model only
-        verification = reference.verify(_read_back(folder, base_folder), config.dtype, f"export of {run_dir}")
+        read_back = _read_back(folder, base_folder, format_of_run(run))
+        verification = reference.verify(read_back, config.dtype, f"export of {run_dir}")
         record = {"format": format_, **_origin(config, run), **ends, "verification": verification.to_json()}
         write_json(folder / EXPORT_JSON, record)
         if merged:
             write_text(folder / "README.md", _card(target.resolve().name, record))
     return {"path": str(target), "max_abs_logit_diff": verification.max_abs_logit_diff, "format": format_}
+
+
+def _dense_base(config: ExportConfig, run: dict[str, Any], say: Callable[[str], object]) -> ModelBundle:
+    """The base of a run on the CPU in float32, dequantised if it was packed."""
+    base = load(run["base"]["name"], device="cpu", dtype="float32", base_format=format_of_run(run))
+    for note in format_note(base.model):
+        say(f"{note}: {PACKED_NOTES[config.format in ('merged', 'gguf', 'ollama')]}")
+    dequantize_base(base.model)
+    return base
 
 
 def _export_gguf(config: ExportConfig, loaded: ModelBundle, say: Callable[[str], object]) -> dict[str, Any]:
@@ -147,11 +163,11 @@ def _write_model(folder: Path, loaded: ModelBundle, dtype: str) -> None:
     write_tokenizer(folder, loaded)
 
 
-def _read_back(folder: Path, base: Path) -> CausalLM:
+def _read_back(folder: Path, base: Path, base_format: str) -> CausalLM:
     """The model of the written files, loaded as any user would; `base` is the folder itself for a merged model."""
     if folder == base:
         return load_model(folder, torch.device("cpu"), torch.float32)
-    return load_foreign_adapter(base, folder, torch.float32)[0]
+    return load_foreign_adapter(base, folder, torch.float32, base_format)[0]
 
 
 def _card(title: str, record: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.errors import InputError
+from graftlm.exchange.base_format import fill_packed, load_packed, packed_plan, read_dense, stored_parameters
 from graftlm.files import formats
 from graftlm.files.atomic import write_json
 from graftlm.files.memory import free_mb, out_of_memory_error
@@ -35,12 +36,11 @@ from graftlm.models.config import (
     file_parts,
     one_to_file,
     read_model_config,
-    stored_name,
-    tensor_mapping,
     to_file,
     untie_if_different,
     with_biases,
 )
+from graftlm.models.packed import FORMATS
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -58,21 +58,30 @@ RANDOM_BLOCK = 1_000_003
 # ------------------------------------------------------------------------------------------------ model folders
 
 
-def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> CausalLM:
-    """The model of a Hugging Face folder, in evaluation mode and frozen; InputError if it is broken or too large."""
+def load_model(folder: Path, device: torch.device, dtype: torch.dtype, base_format: str = "dense") -> CausalLM:
+    """The model of a Hugging Face folder, in evaluation mode and frozen; InputError if it is broken or too large.
+
+    base_format: a value of `--base_format` other than auto (`base_format.py`).
+    """
     model = meta_model(folder, dtype)
-    check_memory(model, folder, device)
+    plan = packed_plan(model, folder, base_format, _on_meta(model))
+    check_memory(model, folder, device, plan)
+    load_packed(model, folder, plan, device)
     load_weights_into(model, folder, device, dtype)
     return model
 
 
-def random_weights_model(folder: Path, device: torch.device, dtype: torch.dtype) -> CausalLM:
+def random_weights_model(
+    folder: Path, device: torch.device, dtype: torch.dtype, base_format: str = "dense"
+) -> CausalLM:
     """The same with random weights: what is timed or counted on it is that of the model, and no weights are read.
 
     Of a head that is stored although the config ties it a few rows are read, to see whether it is the embedding.
     """
     model = meta_model(folder, dtype, HEAD_ROWS)
-    check_memory(model, folder, device)
+    plan = packed_plan(model, folder, base_format, _on_meta(model))
+    check_memory(model, folder, device, plan)
+    fill_packed(model, plan, _random_block(), device)
     fill_with_random(model, folder, device, dtype)
     return model
 
@@ -92,9 +101,14 @@ def meta_model(folder: Path, dtype: torch.dtype, head_rows: int | None = None) -
     return model.requires_grad_(False).eval()
 
 
-def check_memory(model: CausalLM, folder: Path, device: torch.device) -> None:
-    """An InputError if the model's weights need more memory than is free."""
-    if (size := sum(p.nbytes for p in model.parameters())) > 1e6 * free_mb(device):
+def check_memory(model: CausalLM, folder: Path, device: torch.device, plan: Mapping[str, str]) -> None:
+    """An InputError if the model's weights need more memory than is free. plan: `packed_plan`'s."""
+    blocks = {name: FORMATS[kind] for name, kind in plan.items()}
+    size = sum(
+        p.numel() // blocks[name].block_size * blocks[name].block_bytes if name in blocks else p.nbytes
+        for name, p in model.named_parameters()
+    )
+    if size > 1e6 * free_mb(device):
         raise out_of_memory_error(f"{folder}: the model in {str(model.dtype).removeprefix('torch.')}", size, device)
 
 
@@ -108,10 +122,14 @@ def load_weights_into(model: CausalLM, folder: Path, device: torch.device, dtype
 
 def fill_with_random(model: CausalLM, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
     """The same with random values: matrices normal(0, 0.02), gains 1, biases 0. The folder's shapes are checked."""
-    block = torch.randn(RANDOM_BLOCK, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(device, dtype)
-    places = _stored_parameters(model, formats.read_weights(folder), folder, _on_meta(model))
+    block = _random_block().to(device, dtype)
+    places = stored_parameters(model, formats.read_weights(folder), folder, _on_meta(model))
     shards = ((name, _random(formats.to_local(p).shape, name, block)) for name, p, _, _ in places)
     _set_parameters(model, shards, device, dtype)
+
+
+def _random_block() -> Tensor:
+    return torch.randn(RANDOM_BLOCK, generator=torch.Generator().manual_seed(0)).mul_(0.02)
 
 
 def _random(shape: torch.Size, name: str, block: Tensor) -> Tensor:
@@ -144,31 +162,12 @@ def _set_parameters(
 def iter_local_shards(model: CausalLM, folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     """(our name, the rows on this rank, as stored in the folder) of these parameters, if the folder has them."""
     stored = formats.read_weights(folder)
-    for name, p, source, key in _stored_parameters(model, stored, folder, names):
+    for name, p, source, key in stored_parameters(model, stored, folder, list(names)):
         rows = formats.local_rows(p)
         if len(rows) == (p.shape[0] if p.dim() else 1):
-            yield name, source.load(stored, key)
+            yield name, read_dense(source, stored, key)
         else:
             yield name, source.part(stored, key, rows) if rows else torch.empty(formats.to_local(p).shape)
-
-
-def _stored_parameters(
-    model: CausalLM, stored: formats.LazyTensors, folder: Path, names: Iterable[str]
-) -> Iterator[tuple[str, Tensor, TensorMapping, str]]:
-    """(our name, parameter, how it is stored, the stored name) of these parameters, if the folder should have them.
-
-    Raises InputError for one that is missing or has another shape.
-    """
-    mapping = tensor_mapping(model.config)
-    for name in (name for name in names if name in mapping):
-        p, source = model.get_parameter(name), mapping[name]
-        key = stored_name(source.name, stored)
-        if key is None:
-            raise InputError(f"{folder}: the tensor {source.name} is missing: fetch it again")
-        shape = source.read(torch.empty(stored.shape(key), device="meta")).shape
-        if shape != p.shape:
-            raise InputError(f"{folder}: {key} gives shape {list(shape)}, the config wants {list(p.shape)}")
-        yield name, p, source, key
 
 
 def base_hash(folder: Path) -> str:

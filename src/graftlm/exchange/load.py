@@ -20,6 +20,7 @@ from torch import Tensor
 from graftlm.config.paths import user_path
 from graftlm.config.renamed import upgrade_run
 from graftlm.errors import InputError
+from graftlm.exchange.base_format import choose_format, dense_hash, dequantize_base
 from graftlm.exchange.huggingface import (
     EXPORT_JSON,
     apply_adapter,
@@ -62,6 +63,8 @@ class ModelBundle:
     """The run's template; None for a model without a run."""
     run: dict[str, Any] | None = None
     """The run's run.json; None for a model without a run."""
+    base_format: str = "dense"
+    """How the base's weights are kept (`base_format.py`)."""
 
     @property
     def learned_chat(self) -> bool:
@@ -83,12 +86,14 @@ def load(
     checkpoint: str = "best",
     device: str = "auto",
     dtype: str = "auto",
+    base_format: str = "auto",
     base: ModelBundle | None = None,
 ) -> ModelBundle:
     """Load a model by name, or with init_from "resume" the model adapted by the run in `out_dir`.
 
-    With `base`, a loaded model, the new model shares its tensors, so many adapters of one base take hardly more memory
-    than one. Device and dtype are then the base's.
+    base_format: as the flag; auto loads a run in the format in which it was trained. With `base`, a loaded model, the
+    new model shares its tensors, so many adapters of one base take hardly more memory than one. Device, dtype and
+    format are then the base's.
 
     Raises InputError for an unknown name or device, a folder without a run or checkpoint, and a base whose weights
     are not those the run was trained on.
@@ -98,27 +103,45 @@ def load(
     target = pick_device(device)
     compute_dtype, reason = pick_dtype(dtype, target)
     if init_from != "resume":
-        folder = model_folder(init_from)
+        base_format = choose_format(base_format, init_from, target, compute_dtype)
+        folder = model_folder(init_from, packed=base_format == "stored")
         check_no_adapter(folder)
-        model = load_model(folder, target, compute_dtype)
-        return ModelBundle(model, read_tokenizer(folder), init_from, folder, reason)
+        model = load_model(folder, target, compute_dtype, base_format)
+        return ModelBundle(model, read_tokenizer(folder), init_from, folder, reason, base_format=base_format)
     run_dir = user_path(out_dir or "graft-run")
     run = read_run(run_dir)
     path, name = checkpoint_folder(run_dir, checkpoint), run["base"]["name"]
-    folder = model_folder(name)
+    kept, wanted = _formats(base_format, run, run_dir)
+    folder = model_folder(name, packed=kept == "stored") if base is None or base.name != name else base.folder
     check_base(folder, run, run_dir)
     method = method_from_json(run["method"])
     if base is None:
-        model = load_checkpoint(path, folder, method, target, compute_dtype)
+        model = load_checkpoint(path, folder, method, target, compute_dtype, (kept, wanted == "dense"))
     elif base.folder == folder and base.run is None:
         model = adapter_on_shared_base(base.model, path, method)
     else:
         raise InputError(f"{run_dir}: is an adapter of {name}; load that model and pass it as base")
     template = Template.of_run(run)
-    loaded = ModelBundle(model, read_tokenizer(folder), name, folder, reason, template, run)
+    loaded = ModelBundle(model, read_tokenizer(folder), name, folder, reason, template, run, wanted)
     loaded.tokenizer.date = run.get("date")
     loaded.tokenizer.stop_tokens |= {*loaded.eos_token_ids}  # also in plain text
     return loaded
+
+
+def format_of_run(run: dict[str, Any]) -> str:
+    """The format in which the base of a run was kept: that of its hash."""
+    return str(run["base"].get("format", "dense"))
+
+
+def _formats(flag: str, run: dict[str, Any], run_dir: Path) -> tuple[str, str]:
+    """The format in which a run's base is loaded, and the one in which it is kept: that, or dense."""
+    trained = format_of_run(run)
+    wanted = trained if flag == "auto" else flag
+    if wanted == trained or wanted == "dense":
+        return trained, wanted
+    if trained == "dense" and wanted == "stored":  # the same numbers
+        return wanted, wanted
+    raise InputError(f"--base_format {flag}: {run_dir} was trained with {trained}; use that, or dense")
 
 
 def read_run(run_dir: Path) -> dict[str, Any]:
@@ -205,20 +228,36 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 
 def check_base(folder: Path, run: dict[str, Any], run_dir: Path, sha256: str = "") -> None:
-    """An InputError if the weights in `folder` (with this hash, if it is known) are not those `run` was trained on."""
-    sha256 = sha256 or base_hash(folder)
-    if sha256 != run["base"]["sha256"]:
+    """An InputError if the weights in `folder` (with this hash, if it is known) are not those `run` was trained on.
+
+    Packed ones may be those that it was trained on after they were dequantised.
+    """
+    sha256, expected = sha256 or base_hash(folder), run["base"]["sha256"]
+    if sha256 != expected and dense_hash(folder) != expected:
         raise InputError(
             f"{run_dir}: was trained on {run['base']['name']} with weights {run['base']['sha256'][:12]}, "
             f"but {folder} holds {sha256[:12]}; use the base it was trained on"
         )
 
 
-def load_checkpoint(checkpoint: Path, base: Path, method: Method, device: torch.device, dtype: torch.dtype) -> CausalLM:
-    """The model of a checkpoint folder, in evaluation mode, with its update merged if the method allows."""
+def load_checkpoint(
+    checkpoint: Path,
+    base: Path,
+    method: Method,
+    device: torch.device,
+    dtype: torch.dtype,
+    base_format: tuple[str, bool] = ("dense", False),
+) -> CausalLM:
+    """The model of a checkpoint folder, in evaluation mode, with its update merged if method and base allow.
+
+    base_format: the base's, and whether it is dequantised.
+    """
     if method.is_full_finetune:
         return load_model(checkpoint, device, dtype)
-    model = _apply_checkpoint(load_model(base, device, dtype), checkpoint, method)
+    model = load_model(base, device, dtype, base_format[0])
+    if base_format[1]:
+        dequantize_base(model)
+    model = _apply_checkpoint(model, checkpoint, method)
     for linear in mergeable_linears(model):
         linear.merge_on_eval = True
     return model.eval()
@@ -236,9 +275,11 @@ def _apply_checkpoint(model: CausalLM, checkpoint: Path, method: Method) -> Caus
     return apply_adapter(model, method, read_adapter(checkpoint, model.config, method), str(checkpoint))
 
 
-def load_foreign_adapter(base: Path, adapter: Path, dtype: torch.dtype) -> tuple[CausalLM, Method]:
+def load_foreign_adapter(
+    base: Path, adapter: Path, dtype: torch.dtype, base_format: str = "dense"
+) -> tuple[CausalLM, Method]:
     """A base on the CPU with an adapter folder of any origin, not merged, and the adapter's method."""
-    model = load_model(base, torch.device("cpu"), dtype)
+    model = load_model(base, torch.device("cpu"), dtype, base_format)
     method, state = from_foreign_peft(adapter, model.config)
     return apply_adapter(model, method, state, str(adapter)), method
 

@@ -148,13 +148,16 @@ def cache_home() -> Path:
     return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME ").absolute() / "graftlm"
 
 
-def model_folder(name: str, weights: bool = True) -> Path:
+def model_folder(name: str, weights: bool = True, packed: bool = False) -> Path:
     """A model's folder: a built-in name, a local folder, a .gguf file (converted once), or `org/name[@revision]`.
 
-    weights: without them, only config and tokenizer are fetched from the hub.
+    weights: without them, only config and tokenizer are fetched from the hub. packed: the weights of a .gguf file are
+    as they are in the file, instead of dequantised; others are what they are.
     """
     if _is_gguf_file(name):
-        return _converted(user_path(name))
+        return _converted(user_path(name), packed)
+    if packed and name in BUILTIN_MODELS:
+        return _converted(next(_unpacked(name).glob("*.gguf")), packed)
     if not (weights or name in BUILTIN_MODELS or (name and user_path(name).exists())):
         return _folder_with_config(name, TOKENIZER_FILES)
     folder = _folder_with_config(name)
@@ -345,8 +348,8 @@ def _unpacked(name: str) -> Path:
     return _cached(cache_home() / asset.kind / name, build)
 
 
-def _converted(path: Path) -> Path:
-    """The model folder converted from a local .gguf file, cached under the file's sha256 (of several: of theirs)."""
+def _converted(path: Path, packed: bool) -> Path:
+    """The model folder converted from a .gguf file, cached under the file's sha256 (of several: of theirs)."""
     from graftlm.files.gguf import gguf_to_folder
     from graftlm.files.gguf_file import gguf_parts
 
@@ -354,11 +357,11 @@ def _converted(path: Path) -> Path:
     digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
     def build(folder: Path) -> dict[str, Any]:
-        gguf_to_folder(path, folder)
+        gguf_to_folder(path, folder, packed)
         record = {"name": path.name, "source": "a local gguf file", "sha256": digest}
-        return {**record, "weights": "dequantised to float32"}
+        return {**record, "weights": "as in the file" if packed else "dequantised to float32"}
 
-    return _cached(cache_home() / "gguf" / digest, build)
+    return _cached(cache_home() / "gguf" / (f"{digest}-packed" if packed else digest), build)
 
 
 def _cached(target: Path, build: Callable[[Path], dict[str, Any]]) -> Path:

@@ -18,16 +18,17 @@ from graftlm.files.gguf_models import config_json, read_config, tensor_entries
 from graftlm.files.gguf_tokenizer import token_ids, write_tokenizer
 
 
-def gguf_to_folder(path: Path, folder: Path) -> None:
+def gguf_to_folder(path: Path, folder: Path, packed: bool = False) -> None:
     """Convert a .gguf file into `folder`: config.json, model.safetensors (float32) and the tokenizer's files.
 
+    packed: matrices keep their blocks, in tensors of bytes whose names end with the format: `….weight.q4_0`.
     Raises InputError for a corrupted or truncated file and for anything that is not supported.
     """
     with one_line(path):
         file = GGUFFile(path)
         config, ids = read_config(file), token_ids(file)
         entries = tensor_entries(file, config)
-        write_safetensors(folder / "model.safetensors", [(e.name, "F32", e.shape, e.values(file)) for e in entries])
+        write_safetensors(folder / "model.safetensors", [entry.written(file, packed) for entry in entries])
         write_tokenizer(file, config["max_position_embeddings"], folder)
     write_json(folder / "config.json", config_json(file, config) | ids)
     write_json(folder / "generation_config.json", ids)

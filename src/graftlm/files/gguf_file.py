@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 
 ROWS = 2048  # rows dequantised at a time: 2048 x 576 values are 5 MB
 BROKEN = (ValueError, IndexError, KeyError, OverflowError, TypeError, struct.error, EOFError)
+KEPT = {
+    **{"F16": None, "BF16": None, "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,)},
+    **{"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)},
+}
+"""Formats whose blocks a model can keep -> the bytes of a block at which it has a float16; None: all values are."""
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE)
 
 
@@ -111,6 +116,32 @@ class GGUFFile:
         parts = [np.frombuffer(part, "<f4") for part in self.float32(name)]
         return np.concatenate(parts).reshape(self.shape(name))
 
+    def kept_format(self, name: str) -> str:
+        """The format of a matrix whose blocks a model can keep, in lower case; empty for any other tensor."""
+        kind = self.tensors[name].tensor_type.name
+        return kind.lower() if kind in KEPT and len(self.shape(name)) == 2 else ""
+
+    def blocks(self, name: str, order: Callable[[np.ndarray], np.ndarray] | None = None) -> np.ndarray:
+        """The blocks of such a matrix as they are in the file, uint8 [rows, bytes]; order: as in `float32`."""
+        import numpy as np
+        from gguf import GGML_QUANT_SIZES
+
+        tensor = self.tensors[name]
+        data = np.ascontiguousarray(tensor.data if order is None else order(tensor.data)).view(np.uint8)
+        size, scales = GGML_QUANT_SIZES[tensor.tensor_type][1], KEPT[tensor.tensor_type.name]
+        for rows in np.array_split(data, max(1, len(data) // ROWS)):
+            blocks = rows.reshape(-1, size)
+            ends = [blocks[:, 1]] if scales is None else [blocks[:, at + 1] for at in scales]
+            infinite = [(end & 0x7F) >= 0x7C for end in ends]  # float16's exponent has the five bits after the sign
+            if scales is None and tensor.tensor_type.name == "BF16":
+                infinite = [((blocks[:, 1] & 0x7F) == 0x7F) & (blocks[:, 0] >= 0x80)]
+            if any(flags.any() for flags in infinite):
+                raise self._infinite(name)
+        return data
+
+    def _infinite(self, name: str) -> InputError:
+        return InputError(f"{self.path}: tensor {name} holds infinite values: corrupted, fetch it again")
+
     def transposed(self, name: str) -> Iterator[memoryview]:
         """A matrix's values in column-major order; all of them are in memory."""
         import numpy as np
@@ -137,7 +168,7 @@ class GGUFFile:
                 kind = tensor.tensor_type.name
                 raise InputError(f"{self.path}: quantisation {kind} is not supported: use another file") from error
             if not np.isfinite(values).all():
-                raise InputError(f"{self.path}: tensor {name} holds infinite values: corrupted, fetch it again")
+                raise self._infinite(name)
             yield np.ascontiguousarray(values + np.float32(offset) if offset else values, dtype="<f4").data.cast("B")
 
 

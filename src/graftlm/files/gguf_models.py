@@ -190,6 +190,19 @@ class Entry:
             return file.transposed(self.source)
         return file.float32(self.source, self.order, self.offset)
 
+    def written(self, file: GGUFFile, packed: bool) -> tuple[str, str, tuple[int, ...], Iterator[memoryview]]:
+        """Name, dtype, shape and content of the tensor as `write_safetensors` takes it.
+
+        packed: a matrix keeps its blocks, [out, bytes] also where the checkpoint has it transposed, and the name ends
+        with their format; what cannot stay packed is float32.
+        """
+        kind = file.kept_format(self.source) if packed and len(self.shape) == 2 else ""
+        if not kind:
+            return self.name, "F32", self.shape, self.values(file)
+        block_bytes = (data.nbytes // data.shape[0] for data in [file.tensors[self.source].data])
+        shape = (self.stored[0], next(block_bytes))
+        return f"{self.name}.{kind}", "U8", shape, (file.blocks(self.source, self.order).data for _ in range(1))
+
 
 def tensor_entries(file: GGUFFile, config: Config) -> list[Entry]:
     """Every tensor of a model. InputError if one is missing, has another shape, or is no part of it."""

@@ -249,7 +249,7 @@ def make_preferences(
     if out.exists():
         raise InputError(f"--out {out}: exists already; name a new file")
     documents = _prompts(config, note)
-    loaded = load(config.init_from, config.out_dir, config.checkpoint, config.device, config.dtype)
+    loaded = load(config.init_from, config.out_dir, config.checkpoint, config.device, config.dtype, config.base_format)
     reward = _reward(config)
     prompts = [split_prompt(document.text, loaded.tokenizer)[0] for document in documents]
     total = len(prompts) * config.num_samples

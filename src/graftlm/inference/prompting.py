@@ -355,7 +355,7 @@ def prompt(
     for line in notes:
         note(line)
     problems = task.questions[: config.limit or len(task.questions)]
-    loaded = load(config.init_from, config.out_dir, config.checkpoint, config.device, config.dtype)
+    loaded = load(config.init_from, config.out_dir, config.checkpoint, config.device, config.dtype, config.base_format)
     builder = PromptBuilder(task, loaded.tokenizer, _use_chat(config, loaded))
     prompter = Prompter(loaded.model, builder, config)
     styles = STYLES if config.style == "all" else (config.style,)

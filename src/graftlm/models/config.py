@@ -19,6 +19,7 @@ from torch import Tensor
 from graftlm.errors import InputError
 from graftlm.files.formats import LazyTensors
 from graftlm.models.nearest import refusal
+from graftlm.models.packed import FORMATS, PackedWeight
 from graftlm.models.rope import RopeConfig
 from graftlm.models.settings import Activation, Settings, refuse_quantized
 
@@ -275,6 +276,12 @@ class TensorMapping:
             return self.read(stored[key])
         return replace(self, index=0).read(stored.part(key, slice(self.index, self.index + 1)))
 
+    def load_packed(self, stored: LazyTensors, key: str, dtype: torch.dtype) -> PackedWeight:
+        """Our parameter from packed blocks, which are [out, bytes] in every family; dtype: of the arithmetic."""
+        kind = stored_format(key)
+        assert kind is not None
+        return PackedWeight(replace(self, transposed=False).load(stored, key).clone(), kind, dtype)
+
     def transpose_if_needed(self, t: Tensor) -> Tensor:
         """The checkpoint's [in, out] -> [out, in], or the inverse; a bias is unchanged."""
         return t.t() if self.transposed and t.dim() == 2 else t
@@ -382,9 +389,19 @@ def other_tensors(config: ModelConfig, layer: LayerConfig) -> dict[str, TensorMa
 
 
 def stored_name(name: str, stored: Iterable[str]) -> str | None:
-    """The checkpoint's tensor `name`, with or without transformers' outer prefix (GPT-2's on the hub lack it)."""
+    """The checkpoint's tensor `name`, with or without transformers' outer prefix (GPT-2's on the hub lack it).
+
+    A packed one's name ends with its format.
+    """
     bare = name.partition(".")[2] if name.count(".") > 1 else name
-    return next((n for n in (name, bare) if n in stored), None)
+    ends = ("", *(f".{kind}" for kind in FORMATS))
+    return next((n + end for end in ends for n in (name, bare) if n + end in stored), None)
+
+
+def stored_format(key: str) -> str | None:
+    """The format of a packed tensor, which its name ends with; None if it is not packed."""
+    kind = key.rpartition(".")[2]
+    return kind if kind in FORMATS else None
 
 
 def check_names(config: ModelConfig, stored: Iterable[str], where: str) -> None:
@@ -403,7 +420,7 @@ def check_dtypes(config: ModelConfig, stored: LazyTensors, where: str) -> None:
     """InputError for quantised weights: integers, or 8-bit floats, which only their scales make numbers."""
     ignored = FAMILIES[config.family].ignored
     for name in (name for name in stored if not re.search(ignored, name)):
-        if (dtype := stored.dtype(name)) not in ("F16", "BF16", "F32", "F64"):
+        if (dtype := stored.dtype(name)) not in ("F16", "BF16", "F32", "F64") and not stored_format(name):
             raise InputError(f"{where}: {name} holds {dtype} values: quantised weights; use the unquantised model")
 
 

@@ -137,7 +137,7 @@ class PackedWeight(nn.Module):
     def pack(cls, weight: Tensor, format: str, dtype: torch.dtype = torch.float32) -> "PackedWeight":
         """A weight [R, C] rounded to a format. Raises InputError if the `gguf` package cannot, or C is no multiple."""
         if (stored := FORMATS[format].dtype) is not None:
-            return cls(weight.to(stored).contiguous().view(torch.uint8), format, dtype)
+            return cls(weight.to(stored, copy=True).contiguous().view(torch.uint8), format, dtype)
         from gguf import GGMLQuantizationType, quantize
 
         if weight.shape[1] % FORMATS[format].block_size:

@@ -59,7 +59,8 @@ def serve(config: ServeConfig, warn: Callable[[str], None]) -> Iterator[dict[str
     base = base_of(config, runs)
     is_run = (Path(base) / "run.json").is_file()
     with listening(config.host, config.port) as listener:
-        loaded = load("resume" if is_run else base, base, device=config.device, dtype=config.dtype)
+        name = "resume" if is_run else base
+        loaded = load(name, base, device=config.device, dtype=config.dtype, base_format=config.base_format)
         templates = templates_of(config, loaded, runs)
         engine = Engine(loaded, folders, max_rows=config.max_batch_size)
         try:

@@ -261,8 +261,8 @@ CHUNKS_PER_SLOT = 4
 class ModelSpec:
     """A model that each worker loads, and what the worker verifies."""
 
-    args: tuple[str, str, str, str, str]
-    """Of `load`: init_from, out_dir, checkpoint, device, dtype."""
+    args: tuple[str, str, str, str, str, str]
+    """Of `load`: init_from, out_dir, checkpoint, device, dtype, base_format."""
     version: str
     environment: tuple[tuple[str, str], ...]
     """Environment variables to set before torch looks for devices."""
@@ -275,7 +275,8 @@ def ray_predictor(cluster: Cluster, config: EvaluateConfig, loaded: "ModelBundle
     is_path = config.init_from != "resume" and Path(config.init_from).exists()
     init_from = str(Path(config.init_from).absolute()) if is_path else config.init_from
     dtype = str(loaded.model.dtype).removeprefix("torch.")
-    args = (init_from, str(Path(config.out_dir).absolute()), config.checkpoint, config.device, dtype)
+    run_dir = str(Path(config.out_dir).absolute())
+    args = (init_from, run_dir, config.checkpoint, config.device, dtype, loaded.base_format)
     spec = ModelSpec(args, version("graftlm"), tuple(cluster.task_env.items()))
     spec = replace(spec, sha256=_fingerprint(spec, loaded))
     task = cluster.task(_run_chunk, retries=MAX_RETRIES)

@@ -38,6 +38,7 @@ from graftlm.files.memory import proc_mb
 from graftlm.methods import Method
 from graftlm.methods.cost_model import model_flops
 from graftlm.models.base import CausalLM
+from graftlm.models.packed import packed_weights
 from graftlm.training.checkpoint import TrainState
 
 KEY_FILE = Path("wandb_api.json")
@@ -191,12 +192,18 @@ def _peak_cuda(model: CausalLM) -> dict[str, float]:
     return {"peak_cuda_mb": round(torch.cuda.max_memory_allocated() / 1e6, 1)}
 
 
+def _weights(model: nn.Module) -> set[int]:
+    """The storages of a model's weights, packed ones too."""
+    tensors = (*model.parameters(), *(packed.data for packed in packed_weights(model)))
+    return {to_local(t).untyped_storage()._cdata for t in tensors}
+
+
 class PeakTensorBytes(TorchDispatchMode):
     """Counts the most bytes of tensors that were created within it and alive at the same time."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._sizes = {to_local(p).untyped_storage()._cdata: 0 for p in model.parameters()}
+        self._sizes = dict.fromkeys(_weights(model), 0)
         self.alive = self.peak = 0
 
     def __torch_dispatch__(
@@ -219,7 +226,7 @@ class PeakTensorBytes(TorchDispatchMode):
 @contextmanager
 def saved_activation_bytes(model: nn.Module) -> Iterator[Callable[[], int]]:
     """Yields a function that returns the bytes autograd saved within: each storage once, parameters excluded."""
-    parameters = {to_local(p).untyped_storage()._cdata for p in model.parameters()}
+    parameters = _weights(model)
     saved: dict[int, torch.UntypedStorage] = {}  # holding a storage prevents that its number is used again
 
     def save(t: Tensor) -> Tensor:

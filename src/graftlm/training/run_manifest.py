@@ -12,7 +12,7 @@ import os
 import platform
 import secrets
 import subprocess
-from collections.abc import Container, Set
+from collections.abc import Callable, Container, Set
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +24,7 @@ from graftlm.config import TrainConfig
 from graftlm.config.flags import MethodFlags
 from graftlm.errors import InputError
 from graftlm.exchange.huggingface import check_no_adapter, read_adapter
-from graftlm.exchange.load import check_base, read_run, resolve_path
+from graftlm.exchange.load import check_base, format_of_run, read_run, resolve_path
 from graftlm.files.assets import model_folder
 from graftlm.files.atomic import LOCK_NAME, write_json
 from graftlm.files.formats import tensors_sha256
@@ -82,7 +82,7 @@ def new_manifest(
     values = {
         "config": asdict(run.config),
         "method": run.method.to_json(),
-        "base": {"name": run.loaded.name, "sha256": base_sha256},
+        "base": {"name": run.loaded.name, "sha256": base_sha256, "format": run.config.base_format},
         "parent_run": start,
         "data": {
             "name": data.name,
@@ -186,6 +186,7 @@ def resumed_config(config: TrainConfig, recorded: dict[str, Any], explicit: Set[
     if "epochs" in changes:
         changes["max_iters"] = None
     kept = {f.name: recorded[f.name] for f in fields(TrainConfig) if f.name in recorded}
+    kept.setdefault("base_format", "dense")  # the only one before the flag
     return replace(TrainConfig(**{**kept, "out_dir": config.out_dir}), **changes)
 
 
@@ -214,6 +215,8 @@ class InitSource:
     folder: Path
     """Its files."""
     method: Method
+    base_format: str = "dense"
+    """How its weights are kept in memory (`exchange/base_format.py`)."""
     adapter: Path | None = None
     """The checkpoint folder of the initial adapter."""
     saved: Method | None = None
@@ -235,8 +238,16 @@ class InitSource:
         return read_adapter(self.adapter, shape, self.saved)
 
 
-def resolve_init(config: TrainConfig, typed: Set[str], resumed: bool, weights: bool = True) -> InitSource:
+def resolve_init(
+    config: TrainConfig,
+    typed: Set[str],
+    resumed: bool,
+    weights: bool = True,
+    choose: Callable[[str, Method], str] = lambda name, method: "dense",
+) -> InitSource:
     """Resolve --init_from and the method's flags; `typed` are the explicit flags. weights: as in `model_folder`.
+
+    choose: the format in which the weights of a base of this name are kept for a method.
 
     Raises InputError for a model that cannot be found, a run whose base has changed, and flags that contradict the
     method of the run it starts from.
@@ -247,24 +258,30 @@ def resolve_init(config: TrainConfig, typed: Set[str], resumed: bool, weights: b
     elif path.is_dir() and (path.parent / "run.json").is_file():
         run_dir, checkpoint = path.parent, path
     else:
-        folder = model_folder(config.init_from, weights)
+        method = method_from_flags(config, typed)
+        base_format = choose(config.init_from, method)
+        folder = model_folder(config.init_from, weights, base_format == "stored")
         check_no_adapter(folder)
-        return InitSource(resolve_path(config.init_from), folder, method_from_flags(config, typed))
+        return InitSource(resolve_path(config.init_from), folder, method, base_format)
     run = read_run(run_dir)
     if not checkpoint.is_dir():
         raise InputError(f"--init_from {run_dir}: the run has no checkpoint yet; resume it with graft train --resume")
     saved = method_from_json(run["method"])
     if saved.is_full_finetune:
-        return InitSource(resolve_path(str(checkpoint)), checkpoint, method_from_flags(config, typed))
+        name, method = resolve_path(str(checkpoint)), method_from_flags(config, typed)
+        return InitSource(name, checkpoint, method, choose(str(checkpoint), method))
     _check_flags(config, typed, saved, run_dir)
     free = {
         flag: field for flag, field in saved.flags.items() if flag in OVERRIDABLE_FLAGS and (resumed or flag in typed)
     }
     method = replace(saved.for_inference, **{field: getattr(config, flag) for flag, field in free.items()})
-    folder = model_folder(run["base"]["name"], weights)
+    base_format = format_of_run(run)
+    if config.base_format not in ("auto", base_format):
+        raise InputError(f"--base_format {config.base_format}: {run_dir} was trained with {base_format}; leave it out")
+    folder = model_folder(run["base"]["name"], weights, base_format == "stored")
     if not config.plan:
         check_base(folder, run, run_dir)
-    return InitSource(run["base"]["name"], folder, method, checkpoint, saved)
+    return InitSource(run["base"]["name"], folder, method, base_format, checkpoint, saved)
 
 
 def _check_flags(config: MethodFlags, typed: Set[str], saved: Method, run_dir: Path) -> None:

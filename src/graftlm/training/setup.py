@@ -9,6 +9,7 @@ from collections.abc import Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 
 from graftlm.config import TrainConfig
 from graftlm.errors import InputError
+from graftlm.exchange.base_format import choose_format, format_note
 from graftlm.exchange.huggingface import (
     base_hash,
     config_json_of,
@@ -30,11 +32,17 @@ from graftlm.exchange.load import (
     check_base,
     pick_device,
     pick_dtype,
+<<<<<<< HEAD
     read_config,
     read_tokenizer,
     resolve_path,
 )
 from graftlm.files.assets import cache_home
+=======
+    read_tokenizer,
+    resolve_path,
+)
+>>>>>>> cba37f8 (Keep a GGUF base's blocks, or pack a base, with --base_format)
 from graftlm.methods import Method
 from graftlm.methods.base import mergeable_linears, parse_layer_range
 from graftlm.models.base import CausalLM
@@ -111,10 +119,24 @@ def prepare(
         config = resumed_config(config, previous["config"], given)
     check_loggers(config)
     objective = make_objective(config, explicit)
+<<<<<<< HEAD
     source = resolve_init(config, explicit, previous is not None)
     device = pick_device(config.device if dist.size == 1 else dist.device_flag)
     _check_ranks(config, objective, source, dist)
     dtype, reason = _dtype(config, previous, device)
+=======
+    device = pick_device(config.device if dist.size == 1 else dist.device_flag)
+    dtype, reason = _dtype(config, previous, device)
+    choose = partial(_base_format, config, device, dtype, dist)
+    source = resolve_init(config, explicit, previous is not None, choose=choose)
+    if previous is None:
+        config = with_labels(config, explicit)
+    # Of a resumed run the recorded one, wherever its file may be now.
+    template = Template.of_run(previous) if previous else load_template(config.template, config.labels)
+    _check_ranks(config, objective, source, dist)
+    dataset = read_data(config, explicit, template)
+    check_records(dataset, config.objective)
+>>>>>>> cba37f8 (Keep a GGUF base's blocks, or pack a base, with --base_format)
     tokenizer = read_tokenizer(source.folder)
     tokenizer.date = previous.get("date") if previous else date.today().isoformat()
     if previous is not None and not config.plan:
@@ -135,16 +157,24 @@ def prepare(
     sharded = dist.size > 1 and (source.method.is_full_finetune or config.shard)
     with ThreadPoolExecutor(1) as background:  # hashing uses one core, loading mostly another
         hashing = background.submit(_base_sha256, config, previous, source.folder)
+<<<<<<< HEAD
         model = _base_model(config, source.folder, device, dtype, sharded)
     data, notes = training_data(prepared, config, tokenizer), list(prepared.notes)
+=======
+        model = _base_model(config, source, device, dtype, sharded)
+    max_length = max_example_tokens(config, model.config, source.method)
+    data, notes = training_data(dataset, config, template, tokenizer, max_length)
+>>>>>>> cba37f8 (Keep a GGUF base's blocks, or pack a base, with --base_format)
     source = replace(source, method=_method(config, source, model, data.train, tokenizer))
     source.method.install(model, torch.Generator().manual_seed(config.seed))
-    notes += _export_notes(model, source.folder)
+    notes += [*format_note(model), *_export_notes(model, source.folder)]
     if not sharded:
         source.load_initial_adapter(model)
     start = _initial_adapter(source, model, previous, out_dir)
     model.set_dropout(config.dropout)
     model.use_fused_ops(config.fused)
+    chosen: dict[str, Any] = {"base_format": source.base_format}
+    config = replace(config, **chosen)
     config = _resolved(config, source.method, objective, len(data.train), max_length, device)
     run = RunContext(
         config,
@@ -158,8 +188,16 @@ def prepare(
         not_loaded=source if sharded else None,
         manifest=RunManifest(out_dir, {}),
     )
+<<<<<<< HEAD
     run.manifest = new_manifest(run, prepared, hashing.result(), start, previous)
     origin = {"base": hashing.result(), "start": start["sha256"] if start else None}
+=======
+    run.manifest = new_manifest(run, dataset, hashing.result(), start, previous)
+    base = hashing.result()
+    if source.base_format not in ("dense", "stored"):
+        base += f", {source.base_format}"  # other numbers than the folder's
+    origin = {"base": base, "start": start["sha256"] if start else None}
+>>>>>>> cba37f8 (Keep a GGUF base's blocks, or pack a base, with --base_format)
     objective.load(data, {**origin, "dtype": run.manifest.values["dtype"]}, out_dir if previous else None)
     return run
 
@@ -208,6 +246,10 @@ def _check_ranks(config: TrainConfig, objective: Objective, source: InitSource, 
     """An InputError for what works only in a single process, or only in several."""
     if dist.size == 1 and config.shard and not config.resume:
         raise InputError("--shard: shards the base across processes: launch with torchrun, or leave it out")
+    if dist.size > 1 and config.shard and source.base_format != "dense":
+        raise InputError(
+            f"--shard: {config.init_from} was trained on a packed base, which is not sharded; leave it out"
+        )
     if dist.size == 1 or not source.method.is_full_finetune:
         return
     if config.train_layers:
@@ -258,11 +300,27 @@ def _base_sha256(config: TrainConfig, previous: dict[str, Any] | None, folder: P
     return "" if config.plan else base_hash(folder)
 
 
-def _base_model(config: TrainConfig, folder: Path, device: torch.device, dtype: torch.dtype, sharded: bool) -> CausalLM:
+def _base_format(
+    config: TrainConfig, device: torch.device, dtype: torch.dtype, dist: DistContext, name: str, method: Method
+) -> str:
+    """The format of the base's weights; an InputError where they must be dense and another one is asked for."""
+    sharded = dist.size > 1 and config.shard
+    if not method.is_full_finetune and not sharded:
+        return choose_format(config.base_format, name, device, dtype)
+    if config.base_format not in ("auto", "dense"):
+        what = "--shard: shards dense weights" if sharded else "--method full: trains the base's own weights"
+        raise InputError(f"--base_format {config.base_format} with {what}; leave it out, or use another method")
+    return "dense"
+
+
+def _base_model(
+    config: TrainConfig, source: InitSource, device: torch.device, dtype: torch.dtype, sharded: bool
+) -> CausalLM:
     """The base: without weights yet if they are to be sharded, with random ones for an estimate."""
     if sharded:
-        return meta_model(folder, dtype)
-    return random_weights_model(folder, device, dtype) if config.plan else load_model(folder, device, dtype)
+        return meta_model(source.folder, dtype)
+    make = random_weights_model if config.plan else load_model
+    return make(source.folder, device, dtype, source.base_format)
 
 
 def _method(
