@@ -111,18 +111,18 @@ def load(
     run_dir = user_path(out_dir or "graft-run")
     run = read_run(run_dir)
     path, name = checkpoint_folder(run_dir, checkpoint), run["base"]["name"]
-    kept, wanted = _formats(base_format, run, run_dir)
+    kept, asked = _formats(base_format, run, run_dir)
     folder = model_folder(name, packed=kept == "stored") if base is None or base.name != name else base.folder
     check_base(folder, run, run_dir)
     method = method_from_json(run["method"])
     if base is None:
-        model = load_checkpoint(path, folder, method, target, compute_dtype, (kept, wanted == "dense"))
+        model = load_checkpoint(path, folder, method, target, compute_dtype, (kept, asked == "dense"))
     elif base.folder == folder and base.run is None:
         model = adapter_on_shared_base(base.model, path, method)
     else:
         raise InputError(f"{run_dir}: is an adapter of {name}; load that model and pass it as base")
     template = Template.of_run(run)
-    loaded = ModelBundle(model, read_tokenizer(folder), name, folder, reason, template, run, wanted)
+    loaded = ModelBundle(model, read_tokenizer(folder), name, folder, reason, template, run, asked)
     loaded.tokenizer.date = run.get("date")
     loaded.tokenizer.stop_tokens |= {*loaded.eos_token_ids}  # also in plain text
     return loaded
@@ -136,11 +136,11 @@ def format_of_run(run: dict[str, Any]) -> str:
 def _formats(flag: str, run: dict[str, Any], run_dir: Path) -> tuple[str, str]:
     """The format in which a run's base is loaded, and the one in which it is kept: that, or dense."""
     trained = format_of_run(run)
-    wanted = trained if flag == "auto" else flag
-    if wanted == trained or wanted == "dense":
-        return trained, wanted
-    if trained == "dense" and wanted == "stored":  # the same numbers
-        return wanted, wanted
+    asked = trained if flag == "auto" else flag
+    if asked == trained or asked == "dense":
+        return trained, asked
+    if trained == "dense" and asked == "stored":  # the same numbers
+        return asked, asked
     raise InputError(f"--base_format {flag}: {run_dir} was trained with {trained}; use that, or dense")
 
 

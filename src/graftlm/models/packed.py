@@ -10,9 +10,12 @@ To add a storage format is one entry of `FORMATS`.
 Letters: N blocks; R rows (outputs) and C columns (inputs) of a weight.
 """
 
+import ctypes
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graftlm.errors import InputError
+from graftlm.models.cpp import KernelsUnavailable, load_library
 
 AT_A_TIME = 1 << 20
 """Values that are dequantised at a time, where temporary tensors are several times as large as the result."""
@@ -172,6 +176,9 @@ class PackedWeight(nn.Module):
         assert out.shape == (data.shape[0], self.shape[1]) and out.dtype == torch.float32
         if self.blocks.dtype is not None:
             return out.copy_(data.view(self.blocks.dtype))
+        if (unpack := _kernel(self.format, data, out)) is not None:
+            unpack(data.data_ptr(), data.numel() // self.blocks.block_bytes, out.data_ptr())
+            return out
         step = max(1, AT_A_TIME // max(1, self.shape[1]))
         for start in range(0, len(data), step):
             part = self.blocks.unpack(data[start : start + step].reshape(-1, self.blocks.block_bytes))
@@ -220,6 +227,27 @@ class HasWeight(nn.Module):
             assert isinstance(weight, nn.Parameter)
             self.register_parameter("weight", weight)
             self._modules.pop("packed_weight", None)
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled kernels, which give the same bits sooner; None where there is no compiler."""
+    try:
+        return load_library(Path(__file__).with_name("packed.cpp"))
+    except KernelsUnavailable:
+        return None
+
+
+def _kernel(format: str, data: Tensor, out: Tensor) -> Callable[[int, int, int], None] | None:
+    """The compiled function that unpacks blocks of this format; None: torch's operations do."""
+    if data.device.type != "cpu" or not (data.is_contiguous() and out.is_contiguous()):
+        return None
+    if (library := _library()) is None:
+        return None
+    function = getattr(library, f"dequantize_{format}")
+    function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p), None
+    found: Callable[[int, int, int], None] = function
+    return found
 
 
 def packed_weights(model: nn.Module) -> list[PackedWeight]:

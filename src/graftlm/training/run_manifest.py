@@ -243,11 +243,11 @@ def resolve_init(
     typed: Set[str],
     resumed: bool,
     weights: bool = True,
-    choose: Callable[[str, Method], str] = lambda name, method: "dense",
+    select_format: Callable[[str, Method], str] = lambda name, method: "dense",
 ) -> InitSource:
     """Resolve --init_from and the method's flags; `typed` are the explicit flags. weights: as in `model_folder`.
 
-    choose: the format in which the weights of a base of this name are kept for a method.
+    select_format: the format of a base's weights in memory, by its name and the method.
 
     Raises InputError for a model that cannot be found, a run whose base has changed, and flags that contradict the
     method of the run it starts from.
@@ -259,7 +259,7 @@ def resolve_init(
         run_dir, checkpoint = path.parent, path
     else:
         method = method_from_flags(config, typed)
-        base_format = choose(config.init_from, method)
+        base_format = select_format(config.init_from, method)
         folder = model_folder(config.init_from, weights, base_format == "stored")
         check_no_adapter(folder)
         return InitSource(resolve_path(config.init_from), folder, method, base_format)
@@ -269,7 +269,7 @@ def resolve_init(
     saved = method_from_json(run["method"])
     if saved.is_full_finetune:
         name, method = resolve_path(str(checkpoint)), method_from_flags(config, typed)
-        return InitSource(name, checkpoint, method, choose(str(checkpoint), method))
+        return InitSource(name, checkpoint, method, select_format(str(checkpoint), method))
     _check_flags(config, typed, saved, run_dir)
     free = {
         flag: field for flag, field in saved.flags.items() if flag in OVERRIDABLE_FLAGS and (resumed or flag in typed)

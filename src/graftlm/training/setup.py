@@ -32,17 +32,11 @@ from graftlm.exchange.load import (
     check_base,
     pick_device,
     pick_dtype,
-<<<<<<< HEAD
     read_config,
     read_tokenizer,
     resolve_path,
 )
 from graftlm.files.assets import cache_home
-=======
-    read_tokenizer,
-    resolve_path,
-)
->>>>>>> cba37f8 (Keep a GGUF base's blocks, or pack a base, with --base_format)
 from graftlm.methods import Method
 from graftlm.methods.base import mergeable_linears, parse_layer_range
 from graftlm.models.base import CausalLM
@@ -119,24 +113,11 @@ def prepare(
         config = resumed_config(config, previous["config"], given)
     check_loggers(config)
     objective = make_objective(config, explicit)
-<<<<<<< HEAD
-    source = resolve_init(config, explicit, previous is not None)
-    device = pick_device(config.device if dist.size == 1 else dist.device_flag)
-    _check_ranks(config, objective, source, dist)
-    dtype, reason = _dtype(config, previous, device)
-=======
     device = pick_device(config.device if dist.size == 1 else dist.device_flag)
     dtype, reason = _dtype(config, previous, device)
-    choose = partial(_base_format, config, device, dtype, dist)
-    source = resolve_init(config, explicit, previous is not None, choose=choose)
-    if previous is None:
-        config = with_labels(config, explicit)
-    # Of a resumed run the recorded one, wherever its file may be now.
-    template = Template.of_run(previous) if previous else load_template(config.template, config.labels)
+    select_format = partial(_base_format, config, device, dtype, dist)
+    source = resolve_init(config, explicit, previous is not None, select_format=select_format)
     _check_ranks(config, objective, source, dist)
-    dataset = read_data(config, explicit, template)
-    check_records(dataset, config.objective)
->>>>>>> cba37f8 (Keep a GGUF base's blocks, or pack a base, with --base_format)
     tokenizer = read_tokenizer(source.folder)
     tokenizer.date = previous.get("date") if previous else date.today().isoformat()
     if previous is not None and not config.plan:
@@ -157,14 +138,8 @@ def prepare(
     sharded = dist.size > 1 and (source.method.is_full_finetune or config.shard)
     with ThreadPoolExecutor(1) as background:  # hashing uses one core, loading mostly another
         hashing = background.submit(_base_sha256, config, previous, source.folder)
-<<<<<<< HEAD
-        model = _base_model(config, source.folder, device, dtype, sharded)
-    data, notes = training_data(prepared, config, tokenizer), list(prepared.notes)
-=======
         model = _base_model(config, source, device, dtype, sharded)
-    max_length = max_example_tokens(config, model.config, source.method)
-    data, notes = training_data(dataset, config, template, tokenizer, max_length)
->>>>>>> cba37f8 (Keep a GGUF base's blocks, or pack a base, with --base_format)
+    data, notes = training_data(prepared, config, tokenizer), list(prepared.notes)
     source = replace(source, method=_method(config, source, model, data.train, tokenizer))
     source.method.install(model, torch.Generator().manual_seed(config.seed))
     notes += [*format_note(model), *_export_notes(model, source.folder)]
@@ -188,16 +163,11 @@ def prepare(
         not_loaded=source if sharded else None,
         manifest=RunManifest(out_dir, {}),
     )
-<<<<<<< HEAD
     run.manifest = new_manifest(run, prepared, hashing.result(), start, previous)
-    origin = {"base": hashing.result(), "start": start["sha256"] if start else None}
-=======
-    run.manifest = new_manifest(run, dataset, hashing.result(), start, previous)
     base = hashing.result()
     if source.base_format not in ("dense", "stored"):
         base += f", {source.base_format}"  # other numbers than the folder's
     origin = {"base": base, "start": start["sha256"] if start else None}
->>>>>>> cba37f8 (Keep a GGUF base's blocks, or pack a base, with --base_format)
     objective.load(data, {**origin, "dtype": run.manifest.values["dtype"]}, out_dir if previous else None)
     return run
 
