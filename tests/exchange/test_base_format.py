@@ -159,7 +159,7 @@ def test_a_packed_run_resumes_to_the_same_bits_and_is_exported(
     train(replace(part, resume=True, base_format="auto"))
     assert losses(tmp_path / "part") == losses(tmp_path / "whole")
     said: list[str] = []
-    export(ExportConfig(out_dir=str(tmp_path / "whole"), to=str(tmp_path / "model"), merged=True), said.append)
+    export(ExportConfig(out_dir=str(tmp_path / "whole"), to=str(tmp_path / "model"), format="merged"), said.append)
     assert any("q4_0" in line and "merged into the dequantised weights" in line for line in said)
     merged = load(str(tmp_path / "model"), device="cpu", dtype="float32").model
     run = load("resume", tmp_path / "whole", device="cpu", dtype="float32").model
