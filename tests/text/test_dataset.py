@@ -830,7 +830,7 @@ def test_val_or_test_that_cannot_be(tmp_path: Path):
         load_dataset(str(source), test=str(tmp_path / "none"))
     text = tmp_path / "b.doc"
     text.write_text("text")
-    with refused(f"{text}: unknown file format '.doc': use {SUFFIXES}"):
+    with refused(f"{text}: unknown file format '.doc': save its text as .txt"):
         load_dataset(str(source), test=str(text))
 
 

@@ -41,7 +41,16 @@ from graftlm.files.fetch import (
 )
 from graftlm.files.formats import read_json, sha256_file, weight_files
 from graftlm.files.packed import COMPRESSED
-from graftlm.files.readers import DATA_CARD, DATA_SUFFIXES, GGUF, SUFFIXES, WEIGHT_SUFFIXES, is_data_file, is_readable
+from graftlm.files.readers import (
+    DATA_CARD,
+    DATA_SUFFIXES,
+    GGUF,
+    SUFFIXES,
+    WEIGHT_SUFFIXES,
+    is_data_file,
+    is_readable,
+    what_is_read,
+)
 
 FORMAT_VERSION = 1  # raise it when the content of an unpacked folder changes: older folders are then built again
 HELD_OUT = 533  # reviews of each label in test, and as many in validation
@@ -225,7 +234,9 @@ def data_source(name: str) -> DataSource:
     one = source.path.is_file()
     if not (is_readable(source.path) if one else any(map(is_data_file, source.path.rglob("*")))):
         raise InputError(
-            f"{source.path}: {'is not a data file that we read' if one else 'holds no data file'}: use {SUFFIXES}"
+            f"{source.path}: is not a data file that we read: {what_is_read(source.path)}"
+            if one
+            else f"{source.path}: holds no data file: use {SUFFIXES}"
         )
     if source.kind and not _has_kind(source):
         raise InputError(f"{name}: this data set has no {source.kind!r}: leave it out, or name another")

@@ -53,7 +53,7 @@ def read_records(
     file = open_data(path, DATA_SUFFIXES)
     read = DATA_READERS.get(file.suffix)
     if read is None:
-        raise InputError(f"{path}: unknown file format {path.suffix!r}: use {SUFFIXES}")
+        raise InputError(f"{path}: unknown file format {path.suffix!r}: {what_is_read(path)}")
     is_empty, notes = True, notes if notes is not None else []
     if not data_suffix(path):
         notes.append(f"{path}: no suffix: read as {file.suffix}")
@@ -84,6 +84,14 @@ def splits_inside(path: Path) -> set[str]:
     if b"\0" not in head and not names_splits(head.decode(errors="replace")):  # UTF-16 has zeros
         return set()
     return split_names(_text(file))
+
+
+def what_is_read(path: Path) -> str:
+    """What to do with a file that is not read, for errors: what to write, or how to unpack it."""
+    for suffixes, advice in OTHER_SUFFIXES.items():
+        if path.name.lower().endswith(suffixes):
+            return advice
+    return f"use {SUFFIXES}"
 
 
 def is_readable(path: Path) -> bool:
@@ -130,5 +138,13 @@ DATA_READERS: dict[str, Callable[[DataFile], Iterator[Record]]] = {
 DATA_SUFFIXES = (*DATA_READERS, ZIP)
 SUFFIXES = f"{', '.join(DATA_SUFFIXES)}; {', '.join(COMPRESSED[:-1])} or {COMPRESSED[-1]} may follow"
 """The suffixes, for error messages."""
+OTHER_SUFFIXES = {
+    (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".7z", ".rar"): "unpack it, and name the folder or a file in it",
+    (".xls", ".xlsx", ".ods", ".numbers"): "save the table as .csv",
+    (".yaml", ".yml", ".xml", ".toml"): "write one JSON object a line, as .jsonl",
+    (".doc", ".docx", ".pdf", ".md", ".epub"): "save its text as .txt",
+    (*PICKLE_SUFFIXES, ".pickle"): "it may hold code, and is never read: write .jsonl or .parquet",
+}
+"""What to do with files that others read, by suffix."""
 DATA_CARD = "README.md"
 """Its front matter may say which files are the splits of a data set."""

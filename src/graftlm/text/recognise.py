@@ -18,6 +18,7 @@ from graftlm.text.layouts import (
 )
 from graftlm.text.suggestions import proposal
 
+SHOWN, LONG = 12, 60  # columns that an error names, and characters of each
 EVERY_LAYOUT = (*LAYOUTS, *MORE_LAYOUTS)
 
 
@@ -125,7 +126,8 @@ def _unknown(path: object, columns: Mapping[str, Any], mapped: Sequence[str]) ->
     """Raise the error for columns without a layout: it names the first column that the closest layout lacks."""
     layouts = _readable(EVERY_LAYOUT, mapped)
     if columns and not any(columns.keys() & {*layout.keys} for layout in layouts if layout in LAYOUTS[:COMMON]):
-        present = ", ".join(map(str, columns))
+        present = ", ".join(name if len(name) <= LONG else f"{name[:LONG]}…" for name in map(str, [*columns][:SHOWN]))
+        present += f" and {len(columns) - SHOWN} more" if len(columns) > SHOWN else ""
         problem = f"{path}: its columns, {present}, fit no layout"
         raise UnknownLayoutError(problem, f": {proposal(columns)}; the layouts are {_names()}", True)
     lacking = [layout for layout in layouts if not columns.keys() >= {*layout.keys}] or layouts

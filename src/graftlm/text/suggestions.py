@@ -15,7 +15,8 @@ def suggestion(rows: Sequence[Mapping[str, Any]], may_map: bool) -> str:
     """What to do with the columns of these rows, "" if nothing is likely.
 
     Several columns of 0 and 1 are several labels of a text. may_map: say that the longest texts are the text,
-    and few values that repeat are the label; not where some columns are those of a layout.
+    and few values that repeat are the label; several long texts are the fields of a template. Not where some columns
+    are those of a layout.
     """
     values = {name: [row.get(name) for row in rows] for name in rows[0]}
     texts = {name: sum(map(len, filter(None, some))) for name, some in values.items() if _is_text(some)}
@@ -31,8 +32,14 @@ def suggestion(rows: Sequence[Mapping[str, Any]], may_map: bool) -> str:
             f"{', '.join(flags[:NAMED])}{more} are 0 or 1 for each text, and a text has one label here: choose one, as "
             f"in --columns text={text},label={flags[0]}, or write them all as a completion"
         )
+    if not labels or not may_map:
+        return ""
+    several = [name for name, length in texts.items() if 2 * length > texts[text]]
+    if 1 < len(several) <= NAMED:
+        fields = " ".join(f"{name}: {{{name}}}" for name in several)
+        return f"map them, as in --template '{fields} {labels[0]}:' --columns label={labels[0]}"
     choices = " or ".join(f"label={name}" for name in labels[:NAMED])
-    return f"map them, as in --columns text={text},{choices}" if labels and may_map else ""
+    return f"map them, as in --columns text={text},{choices}"
 
 
 def _is_text(values: Sequence[Any]) -> bool:
