@@ -209,6 +209,11 @@ ROWS: list[tuple[dict[str, Any], str, Record]] = [
     ),
     ({"messages": json.dumps([SAY_A, SAY_B])}, "chat (messages)", talk(A, B)),
     (
+        {"messages": [{"role": "system", "content": ""}, SAY_A, SAY_B]},
+        "chat (messages)",
+        talk(("system", ""), A, B),
+    ),
+    (
         {"messages": [{"role": "User", "content": "a", "id": "7"}, {**SAY_B, "model": "m", "annotations": []}]},
         "chat (messages); columns not read: messages.id, messages.model",
         talk(A, B),

@@ -61,11 +61,13 @@ class Layout:
 
     def unused(self, columns: Mapping[str, Any]) -> set[str]:
         """The columns with a value, and the fields of messages, that the layout does not read."""
-        read = {*self.keys, *self.optional}
-        found = {name for name, value in columns.items() if value not in (None, "") and self.key(name) not in read}
-        messages = {name: value for name, value in columns.items() if self.key(name) in self.keys}
-        lists = {name: value for name, value in messages.items() if isinstance(value, list)}
-        return found | {f"{name}.{inner}" for name, value in lists.items() for inner in unread_fields(value)}
+        found = set()
+        for name, value in columns.items():
+            if (key := self.key(name)) in self.keys:
+                found |= {f"{name}.{inner}" for inner in unread_fields(value)} if isinstance(value, list) else set()
+            elif key not in self.optional and value not in (None, ""):
+                found.add(name)
+        return found
 
     def key(self, column: str) -> str:
         """The key for which a column is read; another column's name in small letters, if columns have other names."""

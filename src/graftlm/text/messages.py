@@ -27,6 +27,8 @@ ABOUT_MESSAGES = {
     *("language", "lang"),
 }
 """Fields that say where a message is from; they are not learned."""
+NOT_WRITTEN = {"weight", "train", *ABOUT_MESSAGES}
+"""Fields that are not the template's."""
 
 
 def read_messages(row: Row, name: str) -> tuple[Message, ...]:
@@ -47,7 +49,8 @@ def unlearned(row: Row, name: str) -> tuple[int, ...]:
 
 def unread_fields(value: Any) -> set[str]:
     """The fields of ABOUT_MESSAGES in a list of messages."""
-    return {name for item in value if isinstance(item, Mapping) for name in ABOUT_MESSAGES & item.keys()}
+    messages = (item for item in value if isinstance(item, Mapping) and not ABOUT_MESSAGES.isdisjoint(item))
+    return {name for message in messages for name in ABOUT_MESSAGES & message.keys()}
 
 
 def _turns(value: Any) -> Any:
@@ -93,12 +96,12 @@ def _message(source: str, message: Any) -> Message:
     keys = next((keys for keys in ROLE_KEYS if message.keys() >= {*keys}), None)
     keys = keys or (ROLE_KEYS[1] if "from" in message and "role" not in message else ROLE_KEYS[0])
     row = Row(source, {name: _joined(source, value) if name == keys[1] else value for name, value in message.items()})
-    written = row.text(keys[0])
-    role = ROLE_NAMES.get(written.lower(), written.lower())
+    written = row.text(keys[0]).lower()
+    role = ROLE_NAMES.get(written, written)
     if role not in ROLES:
-        raise row.error(f"unknown role {short_repr(written)}: known are {', '.join(ROLES)}")
-    others = {*keys, "weight", "train", *ABOUT_MESSAGES}
-    rest = {name: value for name, value in message.items() if name not in others and value not in BLANK}
+        raise row.error(f"unknown role {short_repr(message[keys[0]])}: known are {', '.join(ROLES)}")
+    others = message.keys() - NOT_WRITTEN - {*keys}
+    rest = {name: message[name] for name in message if name in others and message[name] not in BLANK}
     if written == "function_call":
         return (role, "", {"tool_calls": _tool_calls(row, _as_function(row.json(keys[1])))})
     fields: dict[str, Any] = {name: rest.pop(name) for name in ("name",) if isinstance(rest.get(name), str)}
@@ -114,7 +117,8 @@ def _message(source: str, message: Any) -> Message:
         fields["tool_call_id"] = rest.pop("tool_call_id")
     if rest:
         raise row.error(f"{short_repr(next(iter(rest)))} is not understood: a message has role and content, of text")
-    content = row.optional_text(keys[1]) if "tool_calls" in fields else row.text(keys[1])
+    may_be_empty = "tool_calls" in fields or (role in ("system", "tool") and message.get(keys[1]) is not None)
+    content = row.optional_text(keys[1]) if may_be_empty else row.text(keys[1])
     return (role, content, fields) if fields else (role, content)
 
 
