@@ -24,10 +24,11 @@ from graftlm.files.packed import raise_error
 from graftlm.files.readers import read_records
 from graftlm.files.split_files import MAX_NAMED, NO_DATA, SPLITS, files_by_split, label_names
 from graftlm.text.bad_rows import BadRows, BadRowsFlag
+from graftlm.text.column_names import CONTEXT, LABELS
 from graftlm.text.fields import Columns, UnknownFieldError, field_names, read_fields, taken_from
 from graftlm.text.labels import label_text, labels_of, names_by_number
-from graftlm.text.layout import CONTEXT, Layout
-from graftlm.text.layouts import LABELLED, LABELS
+from graftlm.text.layout import Layout
+from graftlm.text.layouts import LABELLED
 from graftlm.text.recognise import UnknownLayoutError, check_columns, recognise
 from graftlm.text.record_file import RecordFile, select
 from graftlm.text.records import Document, Record, hashed_values

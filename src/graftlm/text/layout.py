@@ -5,15 +5,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from graftlm.text.column_names import CONTEXT
 from graftlm.text.messages import unread_fields
 from graftlm.text.records import Record
 from graftlm.text.rows import Row
-
-CONTEXT = (
-    *("system", "system_prompt", "tools", "functions", "documents", "history", "chat_template_kwargs"),
-    *("images", "image", "videos", "audios"),
-)
-"""Columns that hold a part of what an answer answers."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from functools import partial
 from typing import Any
 
 from graftlm.text.chat import Message
-from graftlm.text.layout import CONTEXT, Layout, small
+from graftlm.text.column_names import ASIDE, BEFORE, CHOICES, CONTEXT, ENDS, LABELS, PAIRED, SPEAKERS, TASK, TEXTS, TURN
+from graftlm.text.layout import Layout, small
 from graftlm.text.messages import read_messages, unlearned
 from graftlm.text.records import Completion, Conversation, Document, Labelled, Preference, Unpaired
 from graftlm.text.rows import BOOLEANS, Row, as_bool
@@ -44,6 +45,10 @@ def _completion(row: Row) -> Completion:
     prompt, completion = row.text("prompt"), row.text("completion")
     (finished,) = row.finished(1)
     return Completion(prompt, completion, row.source, finished)
+
+
+def _summary(row: Row) -> Completion:
+    return Completion(row.text("text"), row.text("summary"), row.source)
 
 
 def _answered_from_text(row: Row) -> Completion:
@@ -242,37 +247,6 @@ def _is_transcript(columns: Mapping[str, Any]) -> bool:
 # The tables -----------------------------------------------------------------------------------------------------------
 
 LABELLED = "labelled"
-ENDS = ("finished", "ended")
-SPEAKERS = ("system", "tools", "functions")
-"""What conversations may have with their messages."""
-BEFORE = ("history", "system_prompt", *SPEAKERS)
-"""What a prompt may follow."""
-CHOICES = ("choices", "options")
-ASIDE = (*CONTEXT, *CHOICES, "context", "passage", "input")
-"""Columns that a completion may answer together with its prompt."""
-
-Names = dict[str, tuple[str, ...]]
-LABELS: Names = {
-    "label": (
-        *("label", "labels", "sentiment", "stars", "rating", "category", "class", "target"),
-        *("emotion", "intent", "topic", "_label", "label_"),
-    )
-}
-TEXTS: Names = {
-    "text": ("sentence", "review", "content", "tweet", "question", "comment", "utterance", "headline", "_text")
-}
-TURN: Names = {
-    "prompt": ("question", "query", "problem", "input", "document", "article", "dialogue", "text"),
-    "completion": ("response", "generation", "output", "answer", "solution", "summary", "highlights"),
-    "system": ("system_prompt",),
-    "label": ("kto_tag",),
-}
-PAIRED: Names = {
-    "chosen": ("chosen_response", "chosen_answer", "response_j"),
-    "rejected": ("rejected_response", "rejected_answer", "response_k"),
-}
-TASK: Names = {"output": ("response", "completion", "answer"), "input": ("context",), **TURN}
-"""What columns are called elsewhere. A name that begins or ends with _ is a part of one: star_label, label_text."""
 
 TEXT_AND_LABEL = Layout(LABELLED, ("text", "label"), _labelled, refused=(), also=TEXTS | LABELS)
 PAIR = Layout("completion", ("prompt", "completion"), _completion, ENDS, _is_turn, BEFORE, also=TURN)
@@ -370,6 +344,7 @@ MORE_LAYOUTS = (
     CHAT_TURN,
     Layout("chat completion", ("prompt", "completion"), _chat_completion, SPEAKERS, _is_list("prompt")),
     Layout("documents", ("prompt", "completion"), _unprompted, (), _is_unprompted),
+    Layout("completion", ("text", "summary"), _summary, matches=_lacks("label")),
     ABOUT_A_TEXT,
     *TWO_TEXTS,
     *(
@@ -396,8 +371,3 @@ OTHER_NAMES = (
 
 DOCUMENTS = Layout("documents", ("text",), _document, refused=())
 """The layout of a file with a column text, and no other but ABOUT_DOCUMENTS; a text may be empty."""
-ABOUT_DOCUMENTS = {
-    *("id", "url", "title", "source", "version", "meta", "metadata", "file_path", "dump"),
-    *("date", "timestamp", "added", "created", "language", "language_score", "token_count"),
-}
-"""Columns that say where a document is from; they are not learned."""

@@ -5,10 +5,10 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 from graftlm.errors import InputError, did_you_mean
+from graftlm.text.column_names import ABOUT_DOCUMENTS
 from graftlm.text.fields import Columns, missing_column
 from graftlm.text.layout import Layout, small
 from graftlm.text.layouts import (
-    ABOUT_DOCUMENTS,
     COMMON,
     DOCUMENTS,
     LAYOUTS,
