@@ -122,6 +122,14 @@ def test_classification(small: list[str], capsys: pytest.CaptureFixture[str]) ->
     assert found["claims"]["equal accuracy"] is True
 
 
+def test_decoding(small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--rows", "3", "--new_tokens", "3", "--prompt_tokens", "3", "--repeats", "1", "--threads", "1"]
+    found = report("decode_vs_peers", [*small, *ONCE, *words], capsys)
+    assert list(found["medians"]) == ["graft-float32", "transformers"]  # the folder holds no .gguf file
+    assert found["claims"]["the tokens of transformers in float32"] is True
+    assert [len(row) for row in found["runs"][0]["graft-float32"]["tokens_rows"]] == [3] * 3
+
+
 def test_few_shot(small: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """lm_eval is not installed here: graft takes its place, and its scores are changed a little."""
     bench, measure = load("fewshot_vs_peers"), load("fewshot_vs_peers").measure

@@ -18,11 +18,12 @@ from graftlm.inference import engine as module
 from graftlm.inference.engine import Engine
 from graftlm.inference.evaluate import evaluate
 from graftlm.inference.generate import generate, generate_ids
+from graftlm.inference.prefix_cache import PrefixCache
 from graftlm.inference.requests import Completion, Request, RequestHandle, TokenOutput
 from graftlm.inference.sampling import SamplingParams
 from graftlm.methods import DoRA, LoRA, Method
 from graftlm.methods.lora import LoRALinear
-from graftlm.models import CausalLM, clone_with_shared_weights
+from graftlm.models import CausalLM, KVCache, clone_with_shared_weights
 from graftlm.text.boundary import label_ids
 from graftlm.text.collate import encode_rows
 from graftlm.text.records import Labelled
@@ -519,7 +520,8 @@ def test_memory_is_bounded_by_waiting(loaded: ModelBundle, monkeypatch: pytest.M
 def test_nothing_is_kept_of_requests_that_have_ended(engine: Engine, loaded: ModelBundle) -> None:
     def tensors() -> int:
         gc.collect()
-        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+        kept = sum(len(text.cache().keys) + len(text.cache().values) for text in engine._prefixes._texts)
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()) - kept
 
     def serve(times: int) -> None:
         for _ in range(times):
@@ -531,6 +533,78 @@ def test_nothing_is_kept_of_requests_that_have_ended(engine: Engine, loaded: Mod
     serve(6)
     assert abs(tensors() - before) <= 5
     assert sum(type(thing) is RequestHandle for thing in gc.get_objects()) <= tickets
+
+
+def test_a_beginning_that_was_read_with_the_same_adapter_is_not_read_again(
+    loaded: ModelBundle, folders: dict[str, Path]
+) -> None:
+    engine, plain = Engine(loaded, folders), Engine(loaded, folders, prefix_tokens=0)
+    first = ids("a long instruction: say what it is: ", loaded)
+    second, chat = (*first[:-2], *ids("? a film", loaded)), [5, 6, 7, 8]
+    try:
+
+        def read_of(*asked: Request) -> int:
+            """How many tokens of prompts are read for these, which are answered as without the cache."""
+            before = engine.stats()["prompt_tokens_read"]
+            got = results([engine.submit(request) for request in asked])
+            assert [each.tokens for each in got] == [plain.submit(each).done.result(60).tokens for each in asked]
+            return int(engine.stats()["prompt_tokens_read"]) - before
+
+        for adapter in (None, "narrow", "wide"):  # none has what another has read (llama.cpp#26207)
+            assert read_of(ask(first, adapter, max_new_tokens=5)) == len(first)
+            assert read_of(ask(first, adapter, max_new_tokens=5)) == 1  # its last token, for the logits
+            assert read_of(ask(second, adapter, max_new_tokens=5)) == len(second) - len(first) + 2
+        both = [ask(first, "wide"), ask(second, "narrow"), ask(first[:3], None), ask((9, *first), None)]
+        assert read_of(*both) == 1 + 1 + 3 + 1 + len(first)
+        for _ in range(3):  # a conversation: what was answered is not read again either
+            answer = engine.submit(ask(chat, max_new_tokens=9, temperature=0)).done.result(60).tokens
+            if len(answer) < 9:
+                break
+            chat = [*chat, *answer, 11, 12]
+            assert read_of(ask(chat, max_new_tokens=2)) == 3  # the last answered token was never fed
+    finally:
+        engine.close(), plain.close()
+
+
+def test_a_row_that_is_running_is_read_from(loaded: ModelBundle) -> None:
+    engine = Engine(loaded, {}, prefix_tokens=0)
+    try:
+        prompt = [*endless(loaded), *range(20, 40)]
+        reached, held = threading.Semaphore(0), threading.Semaphore(0)
+
+        def hold(piece: TokenOutput) -> None:
+            reached.release()
+            held.acquire()
+
+        running = engine.submit(ask(prompt, max_new_tokens=9, temperature=0), hold)
+        reached.acquire()
+        late = engine.submit(ask([*prompt, 50], max_new_tokens=3, temperature=0))
+        held.release(100)
+        expected = generate_ids(loaded.model, [[*prompt, 50]], stopping(3, loaded.tokenizer.eot))
+        assert [list(late.done.result(60).tokens)] == expected
+        assert running.done.result(60) and engine.stats()["prompt_tokens_read"] == len(prompt) + 1
+    finally:
+        engine.close()
+
+
+def test_the_texts_that_are_kept_are_bounded() -> None:
+    def cache(n: int) -> KVCache:
+        tensor = torch.arange(n).view(1, 1, n, 1)
+        return KVCache([tensor], [tensor])
+
+    kept = PrefixCache(30)
+    for start in (0, 100, 200, 300):
+        kept.add("one", range(start, start + 10), cache(10))
+    assert kept.size == 30 and kept.find("one", range(10)) is None
+    found = kept.find("one", [*range(100, 109), 7])
+    assert found is not None and found.size == 9 and found.keys[0].flatten().tolist() == list(range(9))
+    assert kept.find("two", range(100, 110)) is None and kept.find(None, range(100, 110)) is None
+    kept.add("one", range(100, 115), cache(15))  # in place of its beginning, which was the last used
+    assert kept.size == 25 and kept.find("one", range(200, 210)) is None
+    kept.add("one", range(300, 309), cache(9))  # is known already
+    kept.add("one", range(7), cache(7))  # is too short
+    kept.add("one", range(400, 431), cache(31))  # does not fit
+    assert kept.size == 25
 
 
 def test_close_finishes_what_was_taken_and_refuses_what_is_new(loaded: ModelBundle) -> None:

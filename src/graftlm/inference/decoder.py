@@ -92,15 +92,26 @@ class DecodingBatch:
                 tensors[layer] = old.new_zeros(rows, old.shape[1], tokens, old.shape[3])
                 tensors[layer][used] = old[used]
 
-    def join(self, rows: Sequence[Row]) -> Tensor:
-        """Read the prompts of B new rows; the logits [B, V] after each prompt."""
-        ids, lengths = right_pad([row.prompt for row in rows], self._model.device)
-        first, width = len(self._lengths), ids.shape[1]
+    def join(self, rows: Sequence[Row], known: Sequence[KVCache | None] = ()) -> Tensor:
+        """Read the prompts of B new rows; the logits [B, V] after each prompt.
+
+        known: of each row, keys and values of its prompt's first tokens, which are then not read; `fits_together` says
+        whether these rows can be read in one pass.
+        """
+        starts = [0 if cache is None else cache.size for cache in known] or [0] * len(rows)
+        ids, lengths = right_pad([row.prompt[n:] for row, n in zip(rows, starts, strict=True)], self._model.device)
+        first, (b, width) = len(self._lengths), ids.shape
         most = max(row.capacity for row in (*self.rows, *rows))
-        self._ensure_capacity(first + len(rows), width, FIRST_CAPACITY, most)
-        part = self._part(slice(first, first + len(rows)), width)
-        last = torch.arange(len(rows), device=ids.device) * width + lengths - 1
-        logits = self._model(ids, past=self._prefix, cache=part, positions=last)
+        self._ensure_capacity(first + b, max(starts) + width, FIRST_CAPACITY, most)
+        for row, cache in enumerate(known, start=first):
+            if cache is not None:
+                for own, read in ((self._cache.keys, cache.keys), (self._cache.values, cache.values)):
+                    for mine, its in zip(own, read, strict=True):
+                        mine[row, :, : cache.size] = its[0]
+        part = self._part(slice(first, first + b), max(starts) + width, starts)
+        last = torch.arange(b, device=ids.device) * width + lengths - 1
+        past = [*self._prefix, part] if any(starts) else self._prefix
+        logits = self._model(ids, past=past, cache=part, positions=last)
         self._lengths += [len(row.prompt) for row in rows]
         self.rows = [*self.rows, *rows]
         return logits
@@ -114,14 +125,14 @@ class DecodingBatch:
             cache = KVCache(self._cache.keys, self._cache.values, torch.tensor(self._lengths))
             logits = self._program.step(ids, self._prefix, cache)
         else:
-            part = self._part(slice(len(self.rows)), longest)
+            part = self._part(slice(len(self.rows)), longest, self._lengths)
             logits = self._model(ids[:, None], past=[*self._prefix, part], cache=part)[:, 0]
         self._lengths = [length + 1 for length in self._lengths]
         return logits
 
     def evict(self, stays: Sequence[bool]) -> list[int]:
         """Drop rows; returns the old index of each remaining row. Without rows the memory is freed."""
-        slots = compact(self._part(slice(len(self.rows)), max(self._lengths)), stays)
+        slots = compact(self._part(slice(len(self.rows)), max(self._lengths), self._lengths), stays)
         self._lengths = [self._lengths[slot] for slot in slots]
         self.rows = [self.rows[slot] for slot in slots]
         if not slots:
@@ -137,11 +148,27 @@ class DecodingBatch:
                 min(most, tokens + extra) if tokens > has_tokens else min(most, has_tokens),
             )
 
-    def _part(self, rows: slice, tokens: int) -> KVCache:
-        """Views of some rows, up to this many tokens; rows that are just joining hold none yet."""
-        lengths = self._lengths[rows] or [0] * (rows.stop - rows.start)
+    def tokens_of(self, row: int) -> list[int]:
+        """The tokens that a row has read."""
+        return [*self.rows[row].prompt, *self.rows[row].tokens][: self._lengths[row]]
+
+    def cache_of(self, row: int) -> KVCache:
+        """Their keys and values; views, until rows leave."""
+        return self._part(slice(row, row + 1), self._lengths[row], [self._lengths[row]])
+
+    def _part(self, rows: slice, tokens: int, lengths: Sequence[int]) -> KVCache:
+        """Views of some rows of these lengths, up to this many tokens."""
         keys, values = ([t[rows, :, :tokens] for t in tensors] for tensors in (self._cache.keys, self._cache.values))
         return KVCache(keys, values, torch.tensor(lengths, device=self._model.device))
+
+
+def fits_together(rows: Sequence[tuple[Row, int]]) -> bool:
+    """Whether new rows, of whose prompts the first tokens are known, can be read in one pass.
+
+    A pass pads what is left of the prompts to the longest; after the known tokens of each, that must fit in the cache.
+    """
+    width = max(len(row.prompt) - known for row, known in rows)
+    return max(known for _, known in rows) + width <= max(row.capacity for row, _ in rows)
 
 
 def choose_tokens(logits: Tensor, rows: Sequence[Row]) -> list[int]:

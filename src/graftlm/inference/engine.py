@@ -9,10 +9,11 @@
 - A completion depends on its own prompt, adapter and seed only, and equals what `generate` returns for that prompt
   alone with that seed, up to rounding.
 - Memory is bounded: a request joins when all rows, each as long as the longest may become, fit into `max_tokens`.
-  Nothing is kept of finished requests.
+- A prompt that begins like one that was read before, with the same adapter, is read from there on (`prefix_cache.py`).
+  Nothing else is kept of finished requests.
 - One thread computes. An error there fails the requests it concerns, with one line; the next ones are served.
 
-Left out: a cache of earlier prompts, chunked prefill, beam search.
+Left out: chunked prefill, beam search.
 
 Letters: B rows, V tokens of the vocabulary.
 """
@@ -22,6 +23,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,8 @@ from torch import Tensor
 
 from graftlm.errors import GraftError, InputError, Overloaded, ShuttingDown, unknown_name_error
 from graftlm.exchange.load import ModelBundle, read_adapters
-from graftlm.inference.decoder import DecodingBatch, choose_tokens
+from graftlm.inference.decoder import DecodingBatch, choose_tokens, fits_together
+from graftlm.inference.prefix_cache import PrefixCache, ReadText
 from graftlm.inference.requests import (
     CANCELLED,
     CaptureError,
@@ -43,6 +46,7 @@ from graftlm.inference.requests import (
 )
 from graftlm.inference.scoring import score_labels
 from graftlm.methods.multi_lora import MultiLoRAModel, stack
+from graftlm.models import KVCache
 from graftlm.text.collate import Example
 from graftlm.text.stream import TextStream
 
@@ -55,7 +59,8 @@ class Engine:
 
     adapters: name -> run folder or adapter folder; LoRA only, trained on exactly this base.
     max_rows: the maximum number of requests decoded together. max_tokens: the maximum of rows times tokens in the
-    cache; one request may use all of it. max_waiting: the maximum number of waiting requests.
+    cache; one request may use all of it. max_waiting: the maximum number of waiting requests. prefix_tokens: the
+    maximum of tokens that are kept of texts that were read; None: an eighth of max_tokens.
 
     Raises InputError for an adapter that cannot be served on this base.
     """
@@ -68,6 +73,7 @@ class Engine:
         max_rows: int = 32,
         max_tokens: int = 16384,
         max_waiting: int = 256,
+        prefix_tokens: int | None = None,
     ) -> None:
         assert max_rows >= 1 and max_tokens >= 2 and max_waiting >= 1
         layers = read_adapters(loaded, adapters)
@@ -81,8 +87,10 @@ class Engine:
         self._score_requests: deque[ScoreRequest] = deque()
         self._closed = False
         self._counts = {"completed": 0, "cancelled": 0, "failed": 0, "tokens_generated": 0, "max_batch_size_seen": 0}
+        self._counts["prompt_tokens_read"] = 0
         self._rows: list[RequestHandle] = []
-        self._batch = DecodingBatch(self._model)  # used by the engine's thread only
+        self._batch = DecodingBatch(self._model)  # used by the engine's thread only, as is the next
+        self._prefixes = PrefixCache(max_tokens // 8 if prefix_tokens is None else prefix_tokens)
         self._thread = threading.Thread(target=self._work, name="graft-engine", daemon=True)
         self._thread.start()
 
@@ -140,7 +148,7 @@ class Engine:
     def stats(self) -> dict[str, Any]:
         """Numbers of requests running, waiting, completed, cancelled and failed, and of tokens_generated.
 
-        max_batch_size_seen: the largest batch so far.
+        max_batch_size_seen: the largest batch so far. prompt_tokens_read: without those that were known.
         """
         with self._changed:
             waiting = len(self._waiting) + len(self._score_requests)
@@ -222,13 +230,31 @@ class Engine:
         """Read the prompts of the requests that join now."""
         joining = self._schedule()
         affected += [*self._rows, *joining]  # a partly written cache is lost for all rows
-        if joining:
-            with self._using([handle.request.adapter for handle in joining]):
-                logits = self._batch.join(joining)
-            with self._changed:
-                self._rows = [*self._rows, *joining]
-                self._counts["max_batch_size_seen"] = max(self._counts["max_batch_size_seen"], len(self._rows))
-            self._sample_and_emit(joining, logits)
+        if not joining:
+            return
+        running = [
+            ReadText(handle.request.adapter, self._batch.tokens_of(row), partial(self._batch.cache_of, row))
+            for row, handle in enumerate(self._rows)
+        ]
+        known = [self._prefixes.find(each.request.adapter, each.prompt[:-1], running) for each in joining]
+        groups: list[list[tuple[RequestHandle, KVCache | None]]] = [[]]
+        for each in sorted(zip(joining, known, strict=True), key=lambda pair: _size(pair[1])):
+            if groups[-1] and not fits_together([(handle, _size(cache)) for handle, cache in (*groups[-1], each)]):
+                groups.append([])
+            groups[-1].append(each)
+        logits = [self._read(group) for group in groups]  # before any row leaves, which moves the rows that are known
+        self._sample_and_emit([handle for group in groups for handle, _ in group], torch.cat(logits))
+
+    def _read(self, group: Sequence[tuple[RequestHandle, KVCache | None]]) -> Tensor:
+        """Read prompts from where they are known, in one pass; the logits [B, V] after them."""
+        joining = [handle for handle, _ in group]
+        with self._using([handle.request.adapter for handle in joining]):
+            logits = self._batch.join(joining, [cache for _, cache in group])
+        with self._changed:
+            self._rows = [*self._rows, *joining]
+            self._counts["max_batch_size_seen"] = max(self._counts["max_batch_size_seen"], len(self._rows))
+            self._counts["prompt_tokens_read"] += sum(len(handle.prompt) - _size(cache) for handle, cache in group)
+        return logits
 
     def _schedule(self) -> list[RequestHandle]:
         """The requests that may join now, first come, first served; cancelled ones are finished."""
@@ -302,11 +328,18 @@ class Engine:
         """Take rows out of the batch, and then finish their requests."""
         handles = {handle for handle, _ in finished}
         if handles:
+            self._keep_texts([handle for handle, output in finished if not isinstance(output, GraftError)])
             slots = self._batch.evict([handle not in handles for handle in self._rows])
             with self._changed:
                 self._rows = [self._rows[slot] for slot in slots]
         for handle, output in finished:
             self._finish(handle, output)
+
+    def _keep_texts(self, handles: Sequence[RequestHandle]) -> None:
+        """Keep what rows have read, before they leave."""
+        for handle in handles:
+            row = self._rows.index(handle)
+            self._prefixes.add(handle.request.adapter, self._batch.tokens_of(row), self._batch.cache_of(row))
 
     def _finish(self, handle: RequestHandle, output: FinishOutput) -> None:
         """Count the request, pass on its last output, and resolve its future."""
@@ -342,3 +375,7 @@ class Engine:
 
     def _using(self, adapters: Sequence[str | None] | str | None) -> AbstractContextManager[None]:
         return nullcontext() if self._stack is None else self._stack.adapters_for(adapters)
+
+
+def _size(cache: KVCache | None) -> int:
+    return 0 if cache is None else cache.size

@@ -276,19 +276,29 @@ inline void unpack_end(const uint8_t *row, int64_t columns, int64_t c, vec *w) {
     }
 }
 
+// Ask for chunk c of a row that is read later: the processor does not foresee rows that are read side by side.
+inline void prefetch(const uint8_t *row, int64_t row_bytes, int64_t c, int64_t whole) {
+    for (int64_t at = 0; at < row_bytes / whole; at += 64) __builtin_prefetch(row + c * row_bytes / whole + at);
+}
+
 // The columns of a row, padded to whole chunks: use(c, the weights) for each.
 template <class F, class Use>
-inline void each_chunk(const uint8_t *row, int64_t columns, const Use &use) {
+inline void each_chunk(const uint8_t *row, int64_t columns, const Use &use, int64_t row_bytes = 0) {
     vec w[PARTS];
     const int64_t whole = columns / CHUNK;
-    for (int64_t c = 0; c < whole; c++) F::unpack(row, c, w), use(c, w);
+    for (int64_t c = 0; c < whole; c++) {
+        if (row_bytes) prefetch(row + OUTPUTS * row_bytes, row_bytes, c, whole);
+        F::unpack(row, c, w);
+        use(c, w);
+    }
     if (whole * CHUNK < columns) unpack_end<F>(row, columns, whole, w), use(whole, w);
 }
 
 // y[b * y_stride + n] = sum of w[n] x[b] for N rows of w and B rows of x, which is padded with zeros to whole chunks.
+// ahead: whether to ask for the next N rows of w.
 template <class F, int N, int B>
 void tile(const uint8_t *w, int64_t row_bytes, int64_t columns, const float *x, int64_t x_stride, float *y,
-          int64_t y_stride) {
+          int64_t y_stride, bool ahead) {
     vec sums[N][B] = {};
     auto add = [&](int64_t c, auto unpack) {
         vec parts[N][PARTS];
@@ -301,10 +311,8 @@ void tile(const uint8_t *w, int64_t row_bytes, int64_t columns, const float *x, 
     };
     const int64_t whole = columns / CHUNK;
     for (int64_t c = 0; c < whole; c++) {
-        if constexpr (B == 1)  // the next rows: the processor does not foresee N streams so close to each other
-            for (int n = 0; n < N; n++)
-                for (int64_t at = 0; at < row_bytes / whole; at += 64)
-                    __builtin_prefetch(w + (N + n) * row_bytes + c * row_bytes / whole + at);
+        if (ahead)
+            for (int n = 0; n < N; n++) prefetch(w + (N + n) * row_bytes, row_bytes, c, whole);
         add(c, [&](const uint8_t *row, vec *parts) { F::unpack(row, c, parts); });
     }
     if (whole * CHUNK < columns)
@@ -324,41 +332,42 @@ struct Rows {  // B vectors, one after another
     float *operator[](int64_t b) const { return data + b * stride; }
 };
 
-// Row n of y for all rows of x, MOST_ROWS at a time; `first` is the first that is left.
-template <int N, int B = MOST_ROWS>
-void float_tiles(const uint8_t *w, int64_t columns, const Rows &x, int64_t first, const Rows &y, int64_t n) {
+// N outputs, from the n-th on, of all rows of x, MOST_ROWS at a time; `first` is the first that is left.
+template <class F, int N, int B = MOST_ROWS>
+void tiles(const uint8_t *w, int64_t row_bytes, int64_t columns, const Rows &x, const Rows &y, int64_t n, bool ahead,
+           int64_t first = 0) {
     if (x.count - first >= B) {
-        tile<F32, N, B>(w, columns * 4, columns, x[first], x.stride, y[first] + n, y.stride);
-        if (x.count - first > B) float_tiles<N, B>(w, columns, x, first + B, y, n);
+        tile<F, N, B>(w, row_bytes, columns, x[first], x.stride, y[first] + n, y.stride, ahead);
+        if (x.count - first > B) tiles<F, N, B>(w, row_bytes, columns, x, y, n, false, first + B);
     } else if constexpr (B > 1) {
-        float_tiles<N, B - 1>(w, columns, x, first, y, n);
+        tiles<F, N, B - 1>(w, row_bytes, columns, x, y, n, ahead, first);
     }
 }
 
-// y = w x for some rows of w. Of one row of x the weights are used as they are unpacked; for several they are kept in
-// `unpacked`, OUTPUTS rows of floats.
+// y = w x for some rows of w. For few rows of x the weights are used as they are unpacked, twice at the most; for more
+// they are kept in `unpacked`, OUTPUTS rows of floats.
 template <class F>
 void product(const Matrix &w, Span rows, const Rows &x, const Rows &y, float *unpacked) {
+    const bool as_stored = std::is_same<F, F32>::value || x.count <= 2 * MOST_ROWS;
     for (int64_t n = rows.begin; n < rows.end; n += OUTPUTS) {
-        const int64_t count = std::min<int64_t>(OUTPUTS, rows.end - n);
+        const int64_t count = std::min<int64_t>(OUTPUTS, rows.end - n), width = padded(w.columns);
         const uint8_t *from = w.data + n * w.row_bytes;
-        if (x.count == 1 && count == OUTPUTS) {
-            tile<F, OUTPUTS, 1>(from, w.row_bytes, w.columns, x.data, x.stride, y.data + n, y.stride);
+        if (as_stored && count == OUTPUTS) {
+            tiles<F, OUTPUTS>(from, w.row_bytes, w.columns, x, y, n, true);
             continue;
         }
-        int64_t width = w.columns;
-        if constexpr (!std::is_same<F, F32>::value) {
-            width = padded(w.columns);
-            for (int64_t i = 0; i < count; i++)
-                each_chunk<F>(from + i * w.row_bytes, w.columns, [&](int64_t c, const vec *parts) {
-                    for (int p = 0; p < PARTS; p++) store(unpacked + i * width + c * CHUNK + p * LANES, parts[p]);
-                });
-            from = (const uint8_t *)unpacked;
+        for (int64_t i = 0; i < count; i++) {
+            float *to = unpacked + i * width;
+            auto keep = [&](int64_t c, const vec *parts) {
+                for (int p = 0; p < PARTS; p++) store(to + c * CHUNK + p * LANES, parts[p]);
+            };
+            each_chunk<F>(from + i * w.row_bytes, w.columns, keep, w.row_bytes);
         }
+        from = (const uint8_t *)unpacked;
         if (count == OUTPUTS)
-            float_tiles<OUTPUTS>(from, width, x, 0, y, n);
+            tiles<F32, OUTPUTS>(from, width * 4, width, x, y, n, false);
         else
-            for (int64_t i = 0; i < count; i++) float_tiles<1>(from + i * width * 4, width, x, 0, y, n + i);
+            for (int64_t i = 0; i < count; i++) tiles<F32, 1>(from + i * width * 4, width * 4, width, x, y, n + i, false);
     }
 }
 
