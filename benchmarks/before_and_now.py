@@ -77,7 +77,8 @@ def measure(name: str, checkout: Path, settings: Mapping[str, Any], folder: Path
     if verb == "train":
         flags |= {"out_dir": folder / "run", "eval_every": flags["max_iters"]}
     if name == "preferences":
-        flags["data"] = settings["pairs"]
+        # Pairs are plain text to the versions before --chat.
+        flags |= {"data": settings["pairs"], **({"chat": "off"} if "__chat" in help_text(checkout, verb) else {})}
     words = harness.graft_words(verb, spelled(flags, help_text(checkout, verb)))
     run = harness.run_json([sys.executable, "-m", "graftlm", *words], folder, environment)
     kept = {key: run[key] for key in ("process_seconds", "other_cpu_share")}

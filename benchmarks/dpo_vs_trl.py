@@ -64,6 +64,7 @@ def measure(contender: str, job: Mapping[str, Any], folder: Path) -> Run:
         "data": job["data"],
         "out_dir": folder / "run",
         "objective": "dpo",
+        "chat": "off",  # TRL's trainer writes prompts of text as they are
         "beta": BETA,
         "rank": RANK,
         "alpha": ALPHA,

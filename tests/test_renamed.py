@@ -94,14 +94,30 @@ def keys(value: Any, at: str = "") -> set[str]:
     return {f"{at}/{key}" for key in value} | {path for key in value for path in keys(value[key], f"{at}/{key}")}
 
 
-ADDED = {"bad_rows", "base_format", "completion", "desirable_weight", "messages", "prompt", "undesirable_weight"}
+ADDED = {
+    "bad_rows",
+    "base_format",
+    "chat",
+    "completion",
+    "desirable_weight",
+    "messages",
+    "prompt",
+    "undesirable_weight",
+}
 """Flags that are newer than old runs, which a resumed run takes by their defaults."""
 
 
 def test_an_old_run_json_has_the_new_names_when_it_is_read(train: Callable[..., Path]) -> None:
     new = read_run(train("new"))
     old = upgrade_run(read_json(OLD / "run.json"))
-    added = {*(f"/config/{flag}" for flag in ADDED), "/base/format", "/data/tokens", "/date", "/template/fields"}
+    added = {
+        *(f"/config/{flag}" for flag in ADDED),
+        "/base/format",
+        "/data/tokens",
+        "/date",
+        "/template/chat",
+        "/template/fields",
+    }
     assert keys(old) == keys(new) - added
     assert set(old["config"]) == {f.name for f in fields(TrainConfig)} - ADDED
     expected = {"grad_clip": 0.5, "warmup_steps": 3, "microbatch_tokens": 256, "kernels": "cpp", "columns": "text=body"}

@@ -11,6 +11,8 @@ from graftlm.config import TrainConfig
 from graftlm.errors import InputError
 from graftlm.exchange.load import load
 from graftlm.text.chat import Chat
+from graftlm.text.preflight import JoinedWords
+from graftlm.text.records import Completion, Labelled, Preference
 from graftlm.training.setup import prepare
 from graftlm.training.train import train
 from tiny import TEMPLATE, byte_tokenizer, data_folder, model_folder
@@ -129,3 +131,25 @@ def test_answers_that_end_with_nothing_that_stops_a_text_are_counted(form: str, 
     found = [note for note in notes(model, data, tmp_path / "run", val_data=data) if "stops no text" in note]
     assert len(found) == 2 * (count > 0)  # of both splits
     assert all(note.startswith(f"{count} of 20 conversations in ") and f"end with '{end}'" in note for note in found)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "joined"),
+    [("q", True), ("q ", False), ("q\n", False), ("q?", False), ("猫", False), ("é", True)],
+)
+def test_completions_that_continue_the_prompts_last_word_are_noted(prompts: str, joined: bool) -> None:
+    rows = [Completion(f"some {prompts}", "猫" if prompts == "猫" else "answer")] * 3 + [Completion("a", " b")] * 2
+    pairs = [Preference(row.prompt, row.completion, " no") for row in rows]
+    shown = f"'some {prompts}|answer'"
+    for some in (rows, pairs, [*rows, Labelled("a", 1)]):
+        counts = JoinedWords()
+        counts.add(some[:2])
+        counts.add(some[2:])
+        found = counts.notes()
+        assert bool(found) is joined
+        assert not found or found[0].startswith(
+            "in 3 of 5 rows the completion begins without a space after the prompt's last word, as in " + shown
+        )
+    counts = JoinedWords()
+    counts.add(rows[2:])
+    assert not counts.notes()

@@ -169,6 +169,7 @@ def _examples(
         if labels == AUTO_LABELS and (labels := default_labels(named, source[3])) != DEFAULT_LABELS:
             notes.print(taken_from_data(labels.split(",")), soft_wrap=True)
         template = load_template(config.template or run.get("template", TrainConfig.template), labels)
+    template = _in_chat(loaded, template, config.chat)
     # What was skipped in training is skipped again, so that the run's own data has the same splits.
     skip = config.bad_rows == "skip" or (not config.data and run.get("bad_rows") == "skip")
     bad_rows: BadRowsFlag = "skip" if skip else "stop"
@@ -204,6 +205,18 @@ def _examples(
             f"{asked.truncated} of {len(asked.examples)} texts were cut to fit {max_length} tokens", soft_wrap=True
         )
     return template, asked.examples, asked.content_free
+
+
+def _in_chat(loaded: "ModelBundle", template: "Template", flag: str) -> "Template":
+    """The template, in the model's chat template if --chat says so, or by default if the run was trained so."""
+    from graftlm.text.chat import Chat
+
+    chat = flag == "on" or (flag == "auto" and loaded.template is not None and loaded.template.chat)
+    if chat and loaded.tokenizer.chat_template is None:
+        raise InputError(f"--chat {flag}: {loaded.name} has no chat template; use --chat off")
+    if chat:
+        loaded.tokenizer.stop_tokens |= Chat(loaded.tokenizer).stop_tokens
+    return replace(template, chat=chat)
 
 
 def _sources(config: EvaluateConfig, run: Result, columns: "Columns") -> tuple["Source", "Source | None"]:

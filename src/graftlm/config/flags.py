@@ -25,6 +25,7 @@ from graftlm.errors import InputError, did_you_mean
 SECRETS = frozenset({"api_key"})
 """Fields whose values no error shows."""
 Group = TypeVar("Group")
+ChatFlag = Literal["auto", "on", "off"]
 
 
 # Groups of flags ------------------------------------------------------------------------------------------------------
@@ -149,6 +150,10 @@ class DataFlags(Flags):
     """The completion made of the data's fields, as in '{output}'; with --prompt."""
     messages: str = ""
     """The column that holds messages, or a field nested in one (data.turns)."""
+    chat: ChatFlag = "auto"
+    """Make prompts a user's messages and answers the assistant's, in the model's chat template. auto: on for prompts
+    with completions, preferences and unpaired answers of text, if the base model is tuned for chat; texts with labels
+    are put into the chat template only by on. Conversations always are."""
     labels: str = "negative,positive"
     """The label words, comma-separated, in the order of the label numbers. Default, and auto: negative,positive if the
     data's labels are these words or 0 and 1, else the names in a parquet file's schema, else the train split's labels

@@ -113,6 +113,9 @@ class EvaluateConfig(RunFlags, DataFlags, RayFlags):
     labels: str = ""
     """The label words, comma-separated, in the order of the label numbers. Default: the run's, else auto, as in graft
     train."""
+    chat: Literal["auto", "on", "off"] = "auto"
+    """Make the prompt a user's message, and the label the assistant's answer, in the model's chat template. auto: as
+    the run was trained by graft train --chat; off for any other model."""
     split: Literal["train", "validation", "test"] | None = None
     """The split to evaluate on. Default: test, or all of a single --data FILE."""
     mode: Mode = "both"

@@ -170,6 +170,21 @@ def learned_chat(folder: Path, tokenizer: Tokenizer) -> bool:
     return not ends.isdisjoint(Tokenizer.from_folder(folder).stop_tokens)
 
 
+def is_chat_tuned(folder: Path, tokenizer: Tokenizer) -> bool:
+    """Whether a base was tuned on its chat template, rather than only given one, as some pretrained models are.
+
+    An export says so; any other base ends its texts with the token that ends the template's turns.
+    """
+    if tokenizer.chat_template is None:
+        return False
+    if (folder / EXPORT_JSON).is_file():
+        return learned_chat(folder, tokenizer)
+    try:
+        return Chat(tokenizer).turn_end in tokenizer.stop_tokens
+    except InputError:  # a broken template
+        return False
+
+
 def adapter_notes(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> list[str]:
     """Notes on an adapter folder of other origin: that it changes nothing, or has another tokenizer than its base.
 

@@ -12,6 +12,7 @@ import signal
 import socket
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -132,7 +133,8 @@ def templates_of(config: ServeConfig, loaded: ModelBundle, runs: Mapping[str, Ru
     of_base = loaded.template or next(iter(own.values()), None)
     if of_base is None or config.template or config.labels:
         spec = config.template or (of_base.text if of_base else TrainConfig.template)
-        of_base = load_template(spec, config.labels or (",".join(of_base.labels) if of_base else TrainConfig.labels))
+        labels = config.labels or (",".join(of_base.labels) if of_base else TrainConfig.labels)
+        of_base = replace(load_template(spec, labels), chat=of_base is not None and of_base.chat)
     name = loaded.name if loaded.run is None else config.init_from
     # The API does not reveal where on the disk a local base is.
     base = Path(name).resolve().name if Path(name).is_absolute() or loaded.run is not None else name

@@ -32,6 +32,7 @@ from graftlm.text.records import (
     Preference,
     Record,
     Unpaired,
+    as_messages,
 )
 from graftlm.text.template import Template
 from graftlm.text.tokenizer import Tokenizer
@@ -121,6 +122,7 @@ def encode_rows(
     truncated. Raises InputError if template and completion leave no room for the text, or a prompt of the user's own is
     too long.
     """
+    rows = as_messages(rows) if template.chat else rows
     if conversations := [row for row in rows if isinstance(row, Conversation)]:
         assert len(conversations) == len(rows), "conversations among other records"
         return _conversations(conversations, tokenizer, max_length)
@@ -129,6 +131,8 @@ def encode_rows(
     if documents := [row for row in rows if isinstance(row, Document)]:
         assert len(documents) == len(rows), "documents among other records"
         return list(window_examples(documents, tokenizer, max_length)), 0
+    if template.chat and all(isinstance(row, Labelled) for row in rows):
+        return _labelled_in_chat(rows, template, tokenizer, max_length)
     prompts = _prompts(rows, template, tokenizer, max_length)
     scored = range(len(template.labels)) if score_labels else ()
     answers = [_answers(row, prompt.space, template, scored) for row, prompt in zip(rows, prompts, strict=True)]
@@ -244,6 +248,52 @@ def _conversations(rows: Sequence[Conversation], tokenizer: Tokenizer, max_lengt
             examples.append(example)
         truncated += sum(map(len, fitting)) < sum(len(some.answers) for some in encoded)
     return examples, truncated
+
+
+def _labelled_in_chat(
+    rows: Sequence[Record], template: Template, tokenizer: Tokenizer, max_length: int
+) -> tuple[list[Example], int]:
+    """Texts with labels as a user's message, the prompt, and the assistant's, the label word."""
+    chat, examples, truncated = Chat(tokenizer), [], 0
+    for row in rows:
+        assert isinstance(row, Labelled), "texts with labels"
+        text, split = row.text, _chat_labels(row.text, template, chat)
+        while (excess := len(split.prompt) + max(map(len, split.answers)) - max_length) > 0:
+            if not (text := _without_end(text, excess, template, tokenizer)):
+                raise InputError(f"{row.source}: no token of the text fits in the template: raise --max_length")
+            split = _chat_labels(text, template, chat)
+        truncated += text != row.text
+        own, scored = split.answers[row.label], [_without_turn_end(ids, chat.turn_end) for ids in split.answers]
+        example = Example(
+            prompt_ids=split.prompt,
+            completion_ids=own,
+            label=row.label,
+            text=row.text,
+            instr_tuned_text=tokenizer.decode_with_special(split.prompt + split.rest + own),
+            source=row.source,
+            finished=False,
+            label_ids=scored_labels(scored, chat.turn_end),
+            rest=split.rest,
+            skip=split.skip,
+        )
+        examples.append(example)
+    return examples, truncated
+
+
+def _chat_labels(text: str, template: Template, chat: Chat) -> Split:
+    """The tokens of a text's prompt in the chat template, and of each label after it, up to the end of its turn."""
+    asked, wholes = ("user", template.prompt(text)), []
+    for word in template.labels:
+        whole = chat.conversation([asked, ("assistant", word)])
+        if not whole.answers:
+            raise InputError(f"label word {word!r} has no tokens for this model: choose other --labels")
+        wholes.append(whole.ids[: whole.answers[-1].stop])
+    return split_tokens(chat.encode([asked]), wholes)
+
+
+def _without_turn_end(ids: Tokens, end: int) -> Tokens:
+    """An answer's tokens without the one that ends its turn."""
+    return ids[:-1] if ids[-1:] == (end,) else ids
 
 
 def _answers(row: Record, space: str, template: Template, scored: Sequence[int]) -> list[str]:

@@ -97,6 +97,11 @@ def _preference(ask: Callable[[Row], Said]) -> Callable[[Row], Preference]:
     return convert
 
 
+def _alpaca_preference(row: Row) -> Preference:
+    """A pair of answers to Alpaca's prompt."""
+    return replace(_preference(asked_alpaca)(row), question=instruction(row))
+
+
 def _implicit_preference(row: Row) -> Preference:
     """A pair that says its prompt in a column or, as TRL reads it, at the beginning of both answers."""
     return _pair_of_answers(row, *whole_pair(row))
@@ -168,7 +173,7 @@ def _chat_completion(row: Row) -> Conversation:
 
 def _alpaca(row: Row) -> Completion:
     prompt = alpaca_prompt(row.text("instruction"), row.optional_text("input"))
-    return Completion(prompt, row.text("output"), row.source)
+    return Completion(prompt, row.text("output"), row.source, question=instruction(row))
 
 
 def _alpaca_chat(row: Row) -> Conversation:
@@ -178,7 +183,7 @@ def _alpaca_chat(row: Row) -> Conversation:
 
 def _unpaired_alpaca(row: Row) -> Unpaired:
     prompt, completion = said(row, asked_alpaca(row), "output")
-    return Unpaired(prompt, completion, row.desirable(), row.source, tools=row.tools())
+    return Unpaired(prompt, completion, row.desirable(), row.source, tools=row.tools(), question=instruction(row))
 
 
 def _single_turn(row: Row) -> Conversation:
@@ -274,7 +279,7 @@ PREFERENCES = tuple(
         also=PAIRED,
     )
     for prompt, optional, convert, without in (
-        ("instruction", ("input", "history"), _preference(asked_alpaca), ()),
+        ("instruction", ("input", "history"), _alpaca_preference, ()),
         *(
             (name, (), _preference(partial(asked, name=name)), ("instruction",))
             for name in ("question", "query", "input", "conversations")

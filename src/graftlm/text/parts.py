@@ -23,7 +23,8 @@ def encode_parts(
         yield read, [], 0
         return
     for part in chunks(rows):
-        if is_chat(part[0]) != is_chat(rows[0]) and not isinstance(rows[0], Conversation):
+        other = is_chat(part[0]) != is_chat(rows[0]) and not template.chat
+        if other and not isinstance(rows[0], Conversation):
             raise two_forms_error(next(row for row in (rows[0], part[0]) if not is_chat(row)))
         examples, truncated = encode_rows(part, template, tokenizer, max_length, score_labels=score_labels)
         yield part, examples, truncated

@@ -1,6 +1,7 @@
 """The checks before training: unusable data stops a run, notes follow, and one example is shown."""
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
@@ -15,14 +16,16 @@ from graftlm.text.boundary import label_ids
 from graftlm.text.chat import Chat, any_of
 from graftlm.text.collate import Example, too_long_message
 from graftlm.text.example_table import lengths_of
-from graftlm.text.records import Conversation, Document, Record
+from graftlm.text.records import Conversation, Document, Record, has_texts
 from graftlm.text.template import Template
 from graftlm.text.tokenizer import Tokenizer
-from graftlm.text.words import normalize
+from graftlm.text.words import UNSPACED, normalize
 
 BACKSLASH = "has a backslash and an n, not a line break: in a shell, write $'…\\n…'"
 CHAT_TOKENS = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "[INST]", "<|user|>", "<|assistant|>")
 """Names of special tokens that begin a turn in chat templates."""
+JOIN_SHOWN = 12
+"""Characters on each side of a join that its note shows."""
 WINDOW_SHOWN = 40
 """Tokens of a window that its example shows."""
 
@@ -228,6 +231,35 @@ def conversation_notes(
                 "model will not learn to stop; give graft generate --stop, or another chat template"
             )
     return notes
+
+
+class JoinedWords:
+    """Counts prompts and completions, added part by part, that meet inside a word of their text."""
+
+    INSIDE = re.compile(rf"[^\W{UNSPACED}]{{2}}")  # elsewhere words follow each other without spaces
+
+    def __init__(self) -> None:
+        self._rows = self._joined = 0
+        self._first = ""
+
+    def add(self, part: Sequence[Record]) -> None:
+        """Count the records of a part that are prompts with answers of text."""
+        for row in filter(has_texts, part):
+            answer = str(getattr(row, "chosen", getattr(row, "completion", "")))
+            self._rows += 1
+            if self.INSIDE.match(row.text[-1:] + answer[:1]):
+                self._joined += 1
+                self._first = self._first or f"{row.text[-JOIN_SHOWN:]}|{answer[:JOIN_SHOWN]}"
+
+    def notes(self) -> list[str]:
+        """A note if most do."""
+        if 2 * self._joined <= self._rows:
+            return []
+        return [
+            f"in {self._joined} of {self._rows} rows the completion begins without a space after the prompt's last "
+            f"word, as in {self._first!r}: begin completions with a space, or end prompts with a line break (--prompt "
+            "$'{prompt}\\n' --completion '{completion}')"
+        ]
 
 
 def document_notes(

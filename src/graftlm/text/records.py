@@ -1,11 +1,12 @@
 """The canonical records: the six kinds that the rest of the program knows, from files of any layout."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+from graftlm.errors import InputError
 from graftlm.text.chat import Message
-from graftlm.text.transcripts import Said, all_said
+from graftlm.text.transcripts import HH_ASSISTANT, HH_HUMAN, Said, all_said, hh_turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,8 @@ class Completion:
     source: str = ""
     finished: bool = True
     """Whether the text ends where the completion does; False for a truncated answer, which gets no end-of-text."""
+    question: str = field(default="", compare=False)
+    """What a user would say, where the prompt is more: Alpaca's prompt without its frame."""
 
     @property
     def text(self) -> str:
@@ -46,6 +49,8 @@ class Preference:
     """As in `Completion`, for each answer."""
     tools: tuple[Any, ...] = ()
     """As in `Conversation`."""
+    question: str = field(default="", compare=False)
+    """As in `Completion`."""
 
     @property
     def text(self) -> str:
@@ -68,6 +73,7 @@ class Unpaired:
     source: str = ""
     finished: bool = True
     tools: tuple[Any, ...] = ()
+    question: str = field(default="", compare=False)
 
     @property
     def text(self) -> str:
@@ -128,6 +134,47 @@ def chunks(records: Iterable[AnyRecord]) -> Iterator[list[AnyRecord]]:
 def is_chat(record: Record) -> bool:
     """Whether a record is written by the model's chat template."""
     return isinstance(record, Conversation) or not isinstance(getattr(record, "prompt", ""), str)
+
+
+def has_texts(record: Record) -> bool:
+    """Whether a record is a prompt with answers, all of them texts, which may be written as messages."""
+    return isinstance(record, Completion | Preference | Unpaired) and isinstance(record.prompt, str)
+
+
+def is_finished(record: Record) -> bool:
+    """Whether every answer of a record ends its text."""
+    finished = getattr(record, "finished", True)
+    return all(finished) if isinstance(finished, tuple) else finished
+
+
+def as_messages(records: Sequence[Record]) -> list[Record]:
+    """The records, with prompts and answers of text as messages of a user and the assistant.
+
+    White space between prompt and answer is left out, Alpaca's prompt is its question alone, and transcripts of
+    Anthropic's (HH) become their turns. Raises InputError for an answer that is not finished: a message ends its turn.
+    """
+    return [_as_messages(record) if has_texts(record) else record for record in records]
+
+
+def _as_messages(record: Record) -> Record:
+    if not is_finished(record):
+        raise InputError(f"{record.source}: an answer that is not finished cannot be a message: use --chat off")
+    is_transcript = record.text.startswith(HH_HUMAN)
+    question = (getattr(record, "question", "") or record.text).rstrip()
+    asked: tuple[Message, ...] = hh_turns(record.text)[:-1] if is_transcript else (("user", question),)
+
+    def said(answer: Said) -> tuple[Message, ...]:
+        assert isinstance(answer, str), "an answer to a text is text"
+        return hh_turns(HH_ASSISTANT + answer) if is_transcript else (("assistant", answer.lstrip()),)
+
+    match record:
+        case Completion(completion=answer):
+            return Conversation(asked + said(answer), record.source)
+        case Preference(chosen=chosen, rejected=rejected):
+            return replace(record, prompt=asked, chosen=said(chosen), rejected=said(rejected))
+        case Unpaired(completion=answer):
+            return replace(record, prompt=asked, completion=said(answer))
+    raise AssertionError("texts have one of these kinds")
 
 
 def hashed_values(record: Record) -> list[Any]:

@@ -62,18 +62,26 @@ class Template:
     labels: tuple[str, ...]
     text_prefix: str = ""
     """Put before the template unchanged: few-shot demonstrations (`inference/fewshot.py`)."""
+    chat: bool = False
+    """Whether prompts are a user's messages in the model's chat template, and labels the assistant's."""
 
     @classmethod
     def of_run(cls, run: Mapping[str, Any]) -> "Template":
         """The template that run.json records."""
         recorded = run["template"]
         text = recorded["text"] if "fields" in recorded else with_one_field(recorded["text"], "text")
-        return cls(recorded["name"], text, tuple(recorded["labels"]))
+        return cls(recorded["name"], text, tuple(recorded["labels"]), chat=recorded.get("chat", False))
 
     def to_json(self) -> dict[str, Any]:
         """What run.json records."""
         fields = list(self._fields.fields)
-        return {"name": self.name, "text": self.text, "labels": list(self.labels), "fields": fields}
+        return {
+            "name": self.name,
+            "text": self.text,
+            "labels": list(self.labels),
+            "fields": fields,
+            "chat": self.chat,
+        }
 
     def __post_init__(self) -> None:
         fields = self._fields.fields

@@ -12,6 +12,7 @@ Said = str | tuple[Message, ...]
 """A prompt or an answer: a text, or messages."""
 
 HH_HUMAN, HH_ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 TURN = re.compile(r"### ?(Human|Assistant): ?")
 
 
@@ -56,6 +57,13 @@ def transcript(row: Row, name: str) -> tuple[Message, ...]:
     if before.strip() or not all(text for _, text in messages):
         raise row.error(f"{name} is no transcript of ### Human: and ### Assistant: with a text after each")
     return tuple((ROLE_NAMES.get(speaker.lower(), speaker.lower()), text) for speaker, text in messages)
+
+
+def hh_turns(text: str) -> tuple[Message, ...]:
+    """A transcript of Anthropic's (HH) as messages, without the space around them."""
+    _, *pieces = HH_TURN.split(text)
+    turns = zip(pieces[::2], pieces[1::2], strict=True)
+    return tuple((ROLE_NAMES.get(who.lower(), who.lower()), said.strip()) for who, said in turns)
 
 
 def best_branch(row: Row, node: Any) -> tuple[Message, ...]:

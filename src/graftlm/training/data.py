@@ -4,8 +4,10 @@ from collections.abc import Set
 from dataclasses import dataclass, replace
 
 from graftlm.config import TrainConfig
+from graftlm.config.flags import ChatFlag
 from graftlm.config.training import OBJECTIVES
 from graftlm.errors import InputError
+from graftlm.exchange.load import is_chat_tuned
 from graftlm.inference.decoder import MAX_PASS_TOKENS
 from graftlm.methods import Method
 from graftlm.models.config import ModelConfig
@@ -15,12 +17,13 @@ from graftlm.text.dataset import Dataset, default_labels, load_dataset
 from graftlm.text.example_table import ExampleTable, ExampleWriter
 from graftlm.text.labels import taken_from_data
 from graftlm.text.parts import encode_parts
-from graftlm.text.preflight import BACKSLASH, ControlTokens, Preflight, conversation_notes, document_notes
-from graftlm.text.records import Labelled, Record, is_chat
+from graftlm.text.preflight import BACKSLASH, ControlTokens, JoinedWords, Preflight, conversation_notes, document_notes
+from graftlm.text.records import Document, Labelled, Record, has_texts, is_chat, is_finished
 from graftlm.text.template import AUTO_LABELS, DEFAULT, DEFAULT_LABELS, Template, load_template, read_columns
 from graftlm.text.tokenizer import Tokenizer
 from graftlm.training.batches import TrainingData
 from graftlm.training.objectives import objective_class
+from graftlm.training.run_manifest import InitSource
 from graftlm.training.token_cache import DataKey, PreparedData, TokenCache
 
 # Maximum tokens per micro-batch on a CPU: a typical batch of 16 reviews fits. Of 320, 384, 512 and 640 this was the
@@ -84,6 +87,40 @@ def check_records(dataset: Dataset, objective: str) -> None:
             )
 
 
+def chat_flag(flag: ChatFlag, source: InitSource, tokenizer: Tokenizer) -> ChatFlag:
+    """--chat, where auto is off unless the model that training starts from is tuned for chat."""
+    if flag != "auto":
+        return flag
+    learned = source.learned_chat
+    tuned = is_chat_tuned(source.folder, tokenizer) if learned is None else learned
+    return "auto" if tuned and tokenizer.chat_template is not None else "off"
+
+
+def with_chat(flag: ChatFlag, dataset: Dataset, template: Template, tokenizer: Tokenizer) -> Template:
+    """The template, in the model's chat template if --chat says so, with a note. flag: as of `chat_flag`.
+
+    auto is on for prompts with answers, all of them texts that end. Raises InputError for on without a chat template.
+    """
+    record = dataset.splits["train"][0]
+    if flag == "off" or is_chat(record) or (flag == "auto" and not has_texts(record)):
+        return replace(template, chat=False)
+    if flag == "auto":
+        rows = (row for split in ("train", "validation") for row in dataset.splits[split])
+        if count := sum(not is_finished(row) for row in rows):
+            dataset.notes.append(f"--chat auto: off, as {count} answers are not finished, and a message ends its turn")
+            return replace(template, chat=False)
+    elif tokenizer.chat_template is None:
+        raise InputError("--chat on: the base model has no chat template: use --chat off")
+    elif isinstance(record, Document):
+        raise InputError("--chat on: documents are learned as they are: leave --chat out")
+    asked, said = ("texts", "labels") if isinstance(record, Labelled) else ("prompts", "answers")
+    dataset.notes.append(
+        f"{asked} are a user's and {said} the assistant's messages in the model's chat template (--chat {flag}); "
+        "--chat off trains on plain text"
+    )
+    return replace(template, chat=True)
+
+
 def max_example_tokens(config: TrainConfig, model: ModelConfig, method: Method) -> int:
     """Maximum tokens of an example: the model's context without the positions that the method takes."""
     limit = model.max_positions - method.positions
@@ -109,18 +146,19 @@ def encode_splits(
 ) -> EncodedSplits:
     """Tokenize and check train and `val_limit` rows of validation (0: all)."""
     records = {"train": dataset.splits["train"], "validation": subset(dataset.splits["validation"], val_limit)}
-    checks, controls = Preflight(template, tokenizer, max_length), ControlTokens(tokenizer)
+    checks, controls, joined = Preflight(template, tokenizer, max_length), ControlTokens(tokenizer), JoinedWords()
     examples, truncated = dict[str, ExampleTable](), dict[str, int]()
     for split, rows in records.items():
         writer, truncated[split] = ExampleWriter(), 0
         score = split == "validation"
         for part, encoded, cut in encode_parts(rows, template, tokenizer, max_length, score_labels=score):
             controls.add(split, part)
+            joined.add(() if template.chat else part)
             checks.add(split, encoded)
             writer.add(encoded)
             truncated[split] += cut
         examples[split] = writer.table()
-    notes = [*dataset.notes, *conversation_notes(records, examples, tokenizer)]
+    notes = [*dataset.notes, *joined.notes(), *conversation_notes(records, examples, tokenizer)]
     notes += document_notes(records, examples, max_length)
     notes += [*controls.notes(), *checks.notes(truncated)]
     return EncodedSplits(examples, truncated, notes)
@@ -131,6 +169,7 @@ class DataRequest:
     """What a run wants to read."""
 
     config: TrainConfig
+    """Its flag chat is as of `chat_flag`."""
     explicit: Set[str]
     """The flags that were given."""
     recorded: Template | None
@@ -147,12 +186,14 @@ class DataRequest:
             template = load_template(config.template, config.labels)
         dataset = read_data(config, self.explicit, template)
         check_records(dataset, config.objective)
+        template = with_chat(config.chat, dataset, template, self.tokenizer)
         encoded = encode_splits(dataset, config.val_limit, template, self.tokenizer, self.max_length)
         labelled = all(isinstance(dataset.splits[split][0], Labelled) for split in encoded.examples)
         return PreparedData(
             name=dataset.name,
             fingerprint=dataset.fingerprint,
-            is_chat=is_chat(dataset.splits["train"][0]),
+            is_chat=is_chat(dataset.splits["train"][0]) or template.chat,
+            in_chat=template.chat,
             labels=config.labels,
             label_ids=tuple(label_ids(template, self.tokenizer)) if labelled else (),
             notes=tuple(encoded.notes),

@@ -22,11 +22,13 @@ from graftlm.text.records import Record
 from graftlm.text.template import Template, load_template
 from graftlm.text.tokenizer import Tokenizer
 from graftlm.training.data import (
+    chat_flag,
     check_records,
     encode_splits,
     max_example_tokens,
     objectives_for,
     read_data,
+    with_chat,
     with_labels,
 )
 from graftlm.training.run_manifest import resolve_init
@@ -64,6 +66,7 @@ def describe_data(config: DataConfig, explicit: Set[str]) -> dict[str, Any]:
     check_records(dataset, objective)
     tokenizer = read_tokenizer(source.folder)
     tokenizer.date = date.today().isoformat()
+    template = with_chat(chat_flag(config.chat, source, tokenizer), dataset, template, tokenizer)
     max_length = max_example_tokens(flags, read_config(source.folder), source.method)
     encoder = _Encoder(template, tokenizer, max_length)
     encoded = encode_splits(dataset, 0, template, tokenizer, max_length)

@@ -221,6 +221,8 @@ class InitSource:
     """The checkpoint folder of the initial adapter."""
     saved: Method | None = None
     """The method with which that checkpoint was saved."""
+    learned_chat: bool | None = None
+    """Whether it is of a run that learned to chat; None for a base of other origin."""
 
     def load_initial_adapter(self, model: CausalLM) -> None:
         """Load the initial adapter, if there is one, into a model with the method installed."""
@@ -266,10 +268,10 @@ def resolve_init(
     run = read_run(run_dir)
     if not checkpoint.is_dir():
         raise InputError(f"--init_from {run_dir}: the run has no checkpoint yet; resume it with graft train --resume")
-    saved = method_from_json(run["method"])
+    saved, chat = method_from_json(run["method"]), bool(run["data"].get("chat"))
     if saved.is_full_finetune:
         name, method = resolve_path(str(checkpoint)), method_from_flags(config, typed)
-        return InitSource(name, checkpoint, method, select_format(str(checkpoint), method))
+        return InitSource(name, checkpoint, method, select_format(str(checkpoint), method), learned_chat=chat)
     _check_flags(config, typed, saved, run_dir)
     free = {
         flag: field for flag, field in saved.flags.items() if flag in OVERRIDABLE_FLAGS and (resumed or flag in typed)
@@ -281,7 +283,7 @@ def resolve_init(
     folder = model_folder(run["base"]["name"], weights, base_format == "stored")
     if not config.plan:
         check_base(folder, run, run_dir)
-    return InitSource(run["base"]["name"], folder, method, base_format, checkpoint, saved)
+    return InitSource(run["base"]["name"], folder, method, base_format, checkpoint, saved, chat)
 
 
 def _check_flags(config: MethodFlags, typed: Set[str], saved: Method, run_dir: Path) -> None:

@@ -48,6 +48,7 @@ from graftlm.training.batches import BatchLoader, TrainingData
 from graftlm.training.data import (
     CPU_TOKENS,
     DataRequest,
+    chat_flag,
     max_example_tokens,
     training_data,
 )
@@ -125,11 +126,12 @@ def prepare(
     max_length = max_example_tokens(config, read_config(source.folder), source.method)
     # Of a resumed run the recorded template, wherever its file may be now.
     recorded = Template.of_run(previous) if previous else None
-    request = DataRequest(config, explicit, recorded, tokenizer, max_length)
+    chat = chat_flag(config.chat if previous is None or "chat" in previous["config"] else "off", source, tokenizer)
+    request = DataRequest(replace(config, chat=chat), explicit, recorded, tokenizer, max_length)
     cached_as = previous["data"].get("tokens", "") if previous else ""
     prepared = request.cached(TokenCache(cache_home() / "tokens"), cached_as, dist.is_main)
     config = replace(config, labels=prepared.labels)
-    template = recorded or load_template(config.template, config.labels)
+    template = replace(recorded or load_template(config.template, config.labels), chat=prepared.in_chat)
     if previous is not None and prepared.fingerprint != (before := previous["data"]["fingerprint"]):
         raise InputError(
             f"{out_dir}: was trained on other data (fingerprint {before[:12]}, now {prepared.fingerprint[:12]}); "

@@ -52,6 +52,8 @@ class PreparedData:
     fingerprint: str
     is_chat: bool
     """Whether the chat template writes the prompts."""
+    in_chat: bool
+    """Whether it writes them because of --chat, and not as the data are messages."""
     labels: str
     """The label words, as in --labels."""
     label_ids: tuple[tuple[int, ...], ...]
