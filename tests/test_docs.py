@@ -156,7 +156,7 @@ def test_the_chat_pages_example_runs(
     monkeypatch.chdir(tmp_path)
     (records,) = blocks("docs/chat.md", "json")
     Path("chat.jsonl").write_text(records)
-    train, generate = commands("docs/chat.md")
+    train, generate, *_ = commands("docs/chat.md")
     assert (
         cli.run([*train, "--init_from", "base", "--val_data", "chat.jsonl", "--max_iters", "2", "--device", "cpu"]) == 0
     )
