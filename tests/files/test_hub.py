@@ -250,6 +250,10 @@ def test_the_files_of_a_configuration_are_what_its_card_says(tmp_path: Path, mon
             data_folder("org/chats:french")
         assert files(data_folder("org/chats:english")) == {"README.md", "de.jsonl", *sft, "en/train_gen.jsonl"}
         assert not any(name in request for request in mirror.requests for name in ("run.py", "big"))
+        with pytest.raises(
+            InputError, match=r"^org/chats:english:x: this data set has no 'x': it has english, german,"
+        ):
+            data_folder("org/chats:english:x")
         assert download("org/chats:german") == data_folder("org/chats:german")
         with pytest.raises(InputError, match=r"^unknown data set 'org/none'"):
             download("org/none:german")

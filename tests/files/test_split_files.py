@@ -9,6 +9,9 @@ import pytest
 
 from data_files import LAYOUTS, WORDS
 from graftlm.errors import InputError
+from graftlm.exchange.load import resolve_path
+from graftlm.files.assets import is_local_data
+from graftlm.studies.sweep import _file_hashes, content_id
 from graftlm.text.dataset import default_labels, load_dataset
 
 SFT = LAYOUTS / "shards_hub_sft"
@@ -130,3 +133,17 @@ def test_label_names_of_the_card(tmp_path: Path) -> None:
     for info in ("{features: [{name: label, dtype: {class_label: {names: {'1': ham, '0': spam}}}}]}", "5", "[5]"):
         card(tmp_path, f"dataset_info: {info}")
         assert default_labels(str(tmp_path)) == "negative,positive"
+
+
+def test_a_local_folder_with_a_choice_is_a_local_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """run.json has it absolute, and graft compare knows when its files change."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "chats", train_sft=9, train_gen=9)
+    assert resolve_path("chats:sft") == f"{tmp_path}/chats:sft" and is_local_data("chats:sft")
+    assert resolve_path("org/chats:sft") == "org/chats:sft" and not is_local_data("org/chats:sft")
+    ids = [content_id({"data": "chats:sft"}, {}), content_id({"data": "chats:gen"}, {})]
+    _file_hashes.cache_clear()
+    write(tmp_path / "chats", train_sft=8)
+    assert len({*ids, content_id({"data": "chats:sft"}, {})}) == 3
+    write(tmp_path, **{"a:b": 9})
+    assert resolve_path("a:b.jsonl") == f"{tmp_path}/a:b.jsonl"

@@ -50,6 +50,18 @@ def user_path(name: str | Path, flag: str = "") -> Path:
     return Path(expand_home(str(name), flag))
 
 
+def split_choices(name: str) -> tuple[str, list[str]]:
+    """A data set's name, and what follows its colons: nyu-mll/glue, and mnli and matched of nyu-mll/glue:mnli:matched.
+
+    A path that exists is not divided.
+    """
+    choices: list[str] = []
+    while ":" in name and not user_path(name).exists():
+        name, _, choice = name.rpartition(":")
+        choices.insert(0, choice)
+    return name, choices
+
+
 def decode_text(content: bytes) -> str:
     """The text of a file in UTF-8, or in UTF-16 or UTF-32 if a byte order mark says so; without the mark.
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftlm.config.paths import user_path
+from graftlm.config.paths import split_choices, user_path
 from graftlm.config.renamed import upgrade_run
 from graftlm.errors import InputError
 from graftlm.exchange.base_format import choose_format, dense_hash, dequantize_base
@@ -214,9 +214,10 @@ def checkpoint_folder(run_dir: Path, checkpoint: str) -> Path:
 
 
 def resolve_path(name: str) -> str:
-    """A base model's name for run.json: a local path made absolute, so that the run can be loaded from any folder."""
-    path = user_path(name)
-    return str(path.resolve()) if name and path.exists() else name
+    """A name for run.json: a local path made absolute, so that the run can be loaded from any folder."""
+    whole, choices = split_choices(name)
+    path = user_path(whole)
+    return ":".join([str(path.resolve()), *choices]) if whole and path.exists() else name
 
 
 def hub_revision(name: str) -> tuple[str, str | None]:

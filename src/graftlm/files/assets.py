@@ -17,14 +17,14 @@ import json
 import os
 import shutil
 from collections import ChainMap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from graftlm.config.paths import has_suffix, user_path
+from graftlm.config.paths import has_suffix, split_choices, user_path
 from graftlm.errors import InputError, unknown_name_error
 from graftlm.files.atomic import atomic_directory, cleanup_tmp, lock_file, write_json, write_text
 from graftlm.files.dataset_card import DataSource, read_card, several_configs
@@ -220,10 +220,7 @@ def data_source(name: str) -> DataSource:
     """
     if name in BUILTIN_DATA:
         return DataSource(_unpacked(name))
-    whole, choices = name, list[str]()
-    while ":" in whole and not user_path(whole).exists():
-        whole, _, choice = whole.rpartition(":")
-        choices.insert(0, choice)
+    whole, choices = split_choices(name)
     if not all(choices) or len(choices) > 2:
         raise InputError(f"{name}: name a configuration and a kind of splits at most, as in NAME:mnli:matched")
     if whole and user_path(whole).exists():
@@ -239,8 +236,14 @@ def data_source(name: str) -> DataSource:
             else f"{source.path}: holds no data file: use {SUFFIXES}"
         )
     if source.kind and not _has_kind(source):
-        raise InputError(f"{name}: this data set has no {source.kind!r}: leave it out, or name another")
+        raise _no_part(name, source.kind, read_card(source.path).configs)
     return source
+
+
+def _no_part(name: object, part: str, known: Iterable[str]) -> InputError:
+    """The error for a configuration or a kind of splits that a data set does not have. known: what it has."""
+    it_has = f"it has {', '.join(known)}" if known else "leave it out, or name another"
+    return InputError(f"{name}: this data set has no {part!r}: {it_has}")
 
 
 def _has_kind(source: DataSource) -> bool:
@@ -263,8 +266,7 @@ def _chosen(path: Path, choices: Sequence[str]) -> DataSource:
     if Path(first).name == first != ".." and (path / first).is_dir():
         return DataSource(path / first, kind=kind)
     if kind or (card.configs and card.default is None):
-        known = f"it has {', '.join(card.configs)}" if card.configs else "leave it out, or name another"
-        raise InputError(f"{path}:{first}: this data set has no {first!r}: {known}")
+        raise _no_part(f"{path}:{first}", first, card.configs)
     return DataSource(path, kind=first)
 
 
@@ -283,6 +285,8 @@ def _from_hub(name: str, choices: tuple[str, ...], settings: object) -> DataSour
     config = card.config(source.config)
     if card.configs and config is None:
         raise several_configs(name, card.configs)
+    if config and config.files and not any(source.kind.lower() in split.lower() for split in config.files):
+        raise _no_part(":".join((name, *choices)), source.kind, [*card.configs, *config.files])
     named = config.patterns(source.kind) if config else [f"*{source.kind}*" if source.kind else ""]
     patterns = [form for one in named for form in ([one] if is_data_file(one) else _data_files(one))]
     return source._replace(path=hub_folder(name, "dataset", hint, [DATA_CARD, *patterns]))
@@ -297,7 +301,7 @@ def is_local_data(name: str) -> bool:
     """Whether `data_folder` finds it on this disk: a local path, or a built-in name that is already unpacked."""
     if name in BUILTIN_DATA:
         return _is_complete(cache_home() / "data" / name)
-    return bool(name) and user_path(name).exists()
+    return bool(name) and user_path(split_choices(name)[0]).exists()
 
 
 def download(name: str) -> Path:

@@ -26,7 +26,7 @@ from typing import Any, get_type_hints
 
 from graftlm.config import EvaluateConfig, TrainConfig
 from graftlm.config.flags import read_toml, read_toml_flags
-from graftlm.config.paths import user_path
+from graftlm.config.paths import split_choices, user_path
 from graftlm.errors import InputError
 from graftlm.files.formats import sha256_file
 
@@ -154,7 +154,7 @@ def content_id(flags: Mapping[str, Any], budget: Mapping[str, float]) -> str:
 def _file_hashes(name: str) -> list[str] | None:
     """Hashes of a file or of a folder's files; None for other names (a built-in, a hub id, a template's text)."""
     try:
-        path = user_path(name)
+        path = user_path(split_choices(name)[0])
         if path.is_file():
             return [sha256_file(path)]
         if path.is_dir():
