@@ -243,7 +243,12 @@ ROWS: list[tuple[dict[str, Any], str, Record]] = [
         "labelled (review_text, star_label); columns not read: star_rating",
         Labelled("a", 1),
     ),
-    ({"text": "a", "lang": ["en"], "score": 0.5}, "documents (text); columns not read: lang, score", Document("a")),
+    (
+        {"context": "", "question": "a", "answer": ["b"]},
+        "question about a text (context, question, answer)",
+        Completion("Question: a\nAnswer:", " b"),
+    ),
+    ({"text": "a", "lang": ["en"], "id": 5}, "documents (text); columns not read: id, lang", Document("a")),
 ]
 
 

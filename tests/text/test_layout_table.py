@@ -48,7 +48,7 @@ MAX_LENGTH = 16384
 NAMED = _names()
 MADE = {
     "long_rows.jsonl": "".join(
-        json.dumps({"text": f"the fox was a bore to see , take {n} " * 1000, "label": n % 2}) + "\n" for n in range(24)
+        json.dumps({"text": f"the fox was a bore to see , take {n} " * 500, "label": n % 2}) + "\n" for n in range(12)
     )
 }
 """The contents of files that are too large to be kept."""

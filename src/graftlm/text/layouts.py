@@ -63,9 +63,9 @@ def _answered_from_text(row: Row) -> Completion:
         answer = first.get("text") if isinstance(first, dict) else first
     if isinstance(answer, bool):
         answer = "yes" if answer else "no"
-    text = Row(row.source, {**row.columns, "answer": answer}).text("answer")
-    prompt = f"Context: {row.text('context')}\nQuestion: {row.text('question')}\nAnswer:"
-    return Completion(prompt, f" {text}", row.source)
+    answer = Row(row.source, {"answer": answer}).text("answer")
+    context = f"Context: {text}\n" if (text := row.optional_text("context")) else ""
+    return Completion(f"{context}Question: {row.text('question')}\nAnswer:", f" {answer}", row.source)
 
 
 def _document(row: Row) -> Document:

@@ -81,7 +81,7 @@ def _by_keys(
 def _documents(columns: Mapping[str, Any], mapped: Sequence[str]) -> Layout | None:
     """Documents, if no column but the text may be a label, or --columns names the text alone."""
     others = {name: columns[name] for name in columns.keys() - ABOUT_DOCUMENTS - {"text"}}
-    may_be_labels = [name for name, value in others.items() if isinstance(value, str | int)]
+    may_be_labels = [name for name, value in others.items() if isinstance(value, str | int | float)]
     may_be_labels += _called(TEXT_AND_LABEL, "label", others)
     is_documents = [*mapped] == ["text"] or not (mapped or may_be_labels)
     return DOCUMENTS if "text" in columns and is_documents else None
