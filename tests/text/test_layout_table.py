@@ -84,7 +84,7 @@ def read(source: Path, flags: dict[str, Any], tokenizer: Tokenizer) -> tuple[Dat
 
 def as_json(record: Record) -> dict[str, Any]:
     """A record as the tables have it: its kind, and its values but for source and defaults."""
-    values = {f.name: (getattr(record, f.name), f.default) for f in fields(record) if f.name != "source"}
+    values = {f.name: (getattr(record, f.name), f.default) for f in fields(record) if f.compare and f.name != "source"}
     given = {name: value for name, (value, default) in values.items() if default is MISSING or value != default}
     return {type(record).__name__: json.loads(json.dumps(given))}
 
