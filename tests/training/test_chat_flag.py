@@ -64,6 +64,22 @@ def asked(n: int) -> dict[str, Any]:
             Preference(HH, " Bye.", " So?\n\nHuman: a\n\nAssistant: b"),
             Preference(TURNS, (("assistant", "Bye."),), (("assistant", "So?"), ("user", "a"), ("assistant", "b"))),
         ),
+        (
+            Completion(HH, " Bye."),
+            Conversation((*TURNS, ("assistant", "Bye.")), unlearned=(1,)),
+        ),
+        (
+            Completion("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "Yes?<|im_end|>\n"),
+            Conversation((("user", "Hi"), ("assistant", "Yes?"))),
+        ),
+        (
+            Unpaired("<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n", "Yes?", True),
+            Unpaired((("user", "Hi"),), (("assistant", "Yes?"),), True),
+        ),
+        (
+            Completion("<|im_start|>user\nHi", " Yes?"),  # not up to an answer
+            Conversation((("user", "<|im_start|>user\nHi"), ("assistant", "Yes?"))),
+        ),
         (Labelled("a", 1), Labelled("a", 1)),
     ],
 )

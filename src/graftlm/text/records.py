@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from graftlm.errors import InputError
 from graftlm.text.chat import Message
-from graftlm.text.transcripts import HH_ASSISTANT, HH_HUMAN, Said, all_said, hh_turns
+from graftlm.text.transcripts import Said, all_said, written_turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +150,9 @@ def is_finished(record: Record) -> bool:
 def as_messages(records: Sequence[Record]) -> list[Record]:
     """The records, with prompts and answers of text as messages of a user and the assistant.
 
-    White space between prompt and answer is left out, Alpaca's prompt is its question alone, and transcripts of
-    Anthropic's (HH) become their turns. Raises InputError for an answer that is not finished: a message ends its turn.
+    White space between prompt and answer is left out, Alpaca's prompt is its question alone, and a prompt that is a
+    conversation already (`transcripts.MARKUPS`) becomes its turns, of which those of the prompt are not learned. Raises
+    InputError for an answer that is not finished: a message ends its turn.
     """
     return [_as_messages(record) if has_texts(record) else record for record in records]
 
@@ -159,21 +160,23 @@ def as_messages(records: Sequence[Record]) -> list[Record]:
 def _as_messages(record: Record) -> Record:
     if not is_finished(record):
         raise InputError(f"{record.source}: an answer that is not finished cannot be a message: use --chat off")
-    is_transcript = record.text.startswith(HH_HUMAN)
-    question = (getattr(record, "question", "") or record.text).rstrip()
-    asked: tuple[Message, ...] = hh_turns(record.text)[:-1] if is_transcript else (("user", question),)
+    question: Message = ("user", (getattr(record, "question", "") or record.text).rstrip())
 
-    def said(answer: Said) -> tuple[Message, ...]:
-        assert isinstance(answer, str), "an answer to a text is text"
-        return hh_turns(HH_ASSISTANT + answer) if is_transcript else (("assistant", answer.lstrip()),)
+    def said(*answers: Said) -> list[tuple[Message, ...]]:
+        texts = [answer for answer in answers if isinstance(answer, str)]
+        return written_turns(record.text, *texts) or [(question,), *((("assistant", t.lstrip()),) for t in texts)]
 
     match record:
         case Completion(completion=answer):
-            return Conversation(asked + said(answer), record.source)
+            prompt, completion = said(answer)
+            earlier = tuple(n for n, message in enumerate(prompt) if message[0] == "assistant")
+            return Conversation(prompt + completion, record.source, unlearned=earlier)
         case Preference(chosen=chosen, rejected=rejected):
-            return replace(record, prompt=asked, chosen=said(chosen), rejected=said(rejected))
+            prompt, first, second = said(chosen, rejected)
+            return replace(record, prompt=prompt, chosen=first, rejected=second)
         case Unpaired(completion=answer):
-            return replace(record, prompt=asked, completion=said(answer))
+            prompt, completion = said(answer)
+            return replace(record, prompt=prompt, completion=completion)
     raise AssertionError("texts have one of these kinds")
 
 

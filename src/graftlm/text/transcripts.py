@@ -12,8 +12,14 @@ Said = str | tuple[Message, ...]
 """A prompt or an answer: a text, or messages."""
 
 HH_HUMAN, HH_ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 TURN = re.compile(r"### ?(Human|Assistant): ?")
+MARKUPS = (
+    (re.compile(r"\n\n(Human|Assistant):"), ""),
+    (re.compile(r"<\|im_start\|>(\w+)\n"), "<|im_end|>"),
+    (re.compile(r"<\|start_header_id\|>(\w+)<\|end_header_id\|>\n\n"), "<|eot_id|>"),
+    (re.compile(r"<start_of_turn>(\w+)\n"), "<end_of_turn>"),
+)
+"""How a text may begin a turn, with its speaker, and end it: Anthropic's transcripts (HH), ChatML, Llama 3, Gemma."""
 
 
 def alpaca_prompt(instruction: str, context: str) -> str:
@@ -59,11 +65,22 @@ def transcript(row: Row, name: str) -> tuple[Message, ...]:
     return tuple((ROLE_NAMES.get(speaker.lower(), speaker.lower()), text) for speaker, text in messages)
 
 
-def hh_turns(text: str) -> tuple[Message, ...]:
-    """A transcript of Anthropic's (HH) as messages, without the space around them."""
-    _, *pieces = HH_TURN.split(text)
+def written_turns(prompt: str, *answers: str) -> list[tuple[Message, ...]]:
+    """The messages of a prompt that is a conversation in one of MARKUPS, and of its answers; [] for any other text."""
+    for begins, end in MARKUPS:
+        if begins.match(prompt.removeprefix("<|begin_of_text|>").removeprefix("<bos>")):
+            *asked, (_, unanswered) = _turns(prompt, begins, end)
+            opening = [match[0] for match in begins.finditer(prompt)][-1]
+            said = [tuple(_turns(opening + answer, begins, end)) for answer in answers]
+            return [] if unanswered else [tuple(asked), *said]
+    return []
+
+
+def _turns(text: str, begins: re.Pattern[str], end: str) -> list[tuple[str, str]]:
+    """The speakers' roles and what they say, without the space around it."""
+    _, *pieces = begins.split(text)
     turns = zip(pieces[::2], pieces[1::2], strict=True)
-    return tuple((ROLE_NAMES.get(who.lower(), who.lower()), said.strip()) for who, said in turns)
+    return [(ROLE_NAMES.get(who.lower(), who.lower()), said.strip().removesuffix(end).strip()) for who, said in turns]
 
 
 def best_branch(row: Row, node: Any) -> tuple[Message, ...]:

@@ -18,7 +18,7 @@ from graftlm.text.example_table import ExampleTable, ExampleWriter
 from graftlm.text.labels import taken_from_data
 from graftlm.text.parts import encode_parts
 from graftlm.text.preflight import BACKSLASH, ControlTokens, JoinedWords, Preflight, conversation_notes, document_notes
-from graftlm.text.records import Document, Labelled, Record, has_texts, is_chat, is_finished
+from graftlm.text.records import Document, Labelled, Record, as_messages, has_texts, is_chat, is_finished
 from graftlm.text.template import AUTO_LABELS, DEFAULT, DEFAULT_LABELS, Template, load_template, read_columns
 from graftlm.text.tokenizer import Tokenizer
 from graftlm.training.batches import TrainingData
@@ -152,7 +152,7 @@ def encode_splits(
         writer, truncated[split] = ExampleWriter(), 0
         score = split == "validation"
         for part, encoded, cut in encode_parts(rows, template, tokenizer, max_length, score_labels=score):
-            controls.add(split, part)
+            controls.add(split, as_messages(part) if template.chat else part)
             joined.add(() if template.chat else part)
             checks.add(split, encoded)
             writer.add(encoded)
