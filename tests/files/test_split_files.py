@@ -56,8 +56,7 @@ def test_kinds_of_splits(tmp_path: Path) -> None:
         assert data.notes[0].count("parquet") == 2 and "not read" in data.notes[0]
     alone = load_dataset(f"{SFT}:train_sft").splits
     assert {row.source.partition("-000")[0] for rows in alone.values() for row in rows} == {f"{SFT}/train_sft"}
-    refused(f"{SFT}:dpo", f"{SFT}:dpo: this data set has no 'dpo': leave it out, or name another")
-    refused(f"{SFT}:_", f"{SFT}:_: this data set has no '_': it has gen, sft")
+    refused(f"{SFT}:dpo", f"{SFT}:dpo: this data set has no 'dpo': it has gen, sft")
     refused(f"{SFT}:a:b:c", f"{SFT}:a:b:c: name a configuration and a kind of splits at most, as in NAME:mnli:matched")
     write(tmp_path, train=20)
     refused(f"{tmp_path}/train.jsonl:sft", f"{tmp_path}/train.jsonl:sft: train.jsonl is one file: leave 'sft' out")
@@ -104,6 +103,17 @@ def test_places_of_splits(tmp_path: Path) -> None:
     assert found["train"] == {name for name in shards if "train" in name} and found["validation"] == {[*shards][2]}
     write(tmp_path / "deep", data__en__train_de__x=20, data__en__dev_de__x=4)
     assert read(str(tmp_path / "deep"))["validation"] == {"data__en__dev_de__x"}
+    names = [f"en__c4-{split}.0000{n}-of-00002" for split in ("train", "validation") for n in (0, 1)]
+    write(tmp_path / "c4", **dict.fromkeys(names, 9))
+    assert read(str(tmp_path / "c4")) == {"train": {*names[:2]}, "validation": {*names[2:]}}
+    write(tmp_path / "versions", **{"train-v1.1": 9, "train-v2.0": 9})
+    refused(
+        str(tmp_path / "versions"),
+        f"{tmp_path}/versions: train-v1.1.jsonl and train-v2.0.jsonl both say they are the train split: "
+        "name one, as in NAME:v1.1 or NAME:v2.0",
+    )
+    for name in ("v2.0", "train-v2.0"):
+        assert read(f"{tmp_path}/versions:{name}")["train"] == {"train-v2.0"}
     write(tmp_path / "one", raw__a=9, raw__b=9)
     assert read(str(tmp_path / "one"))["train"] == {"raw__a", "raw__b"}
     write(tmp_path / "one", old__a=9)

@@ -235,8 +235,6 @@ def data_source(name: str) -> DataSource:
             if one
             else f"{source.path}: holds no data file: use {SUFFIXES}"
         )
-    if source.kind and not _has_kind(source):
-        raise _no_part(name, source.kind, read_card(source.path).configs)
     return source
 
 
@@ -244,13 +242,6 @@ def _no_part(name: object, part: str, known: Iterable[str]) -> InputError:
     """The error for a configuration or a kind of splits that a data set does not have. known: what it has."""
     it_has = f"it has {', '.join(known)}" if known else "leave it out, or name another"
     return InputError(f"{name}: this data set has no {part!r}: {it_has}")
-
-
-def _has_kind(source: DataSource) -> bool:
-    """Whether a split or a file has the kind in its name."""
-    config = read_card(source.path).config(source.config)
-    names = [*(config.files if config else ()), *(path.name for path in source.path.rglob("*") if is_data_file(path))]
-    return any(source.kind.lower() in name.lower() for name in names)
 
 
 def _chosen(path: Path, choices: Sequence[str]) -> DataSource:
@@ -289,7 +280,10 @@ def _from_hub(name: str, choices: tuple[str, ...], settings: object) -> DataSour
         raise _no_part(":".join((name, *choices)), source.kind, [*card.configs, *config.files])
     named = config.patterns(source.kind) if config else [f"*{source.kind}*" if source.kind else ""]
     patterns = [form for one in named for form in ([one] if is_data_file(one) else _data_files(one))]
-    return source._replace(path=hub_folder(name, "dataset", hint, [DATA_CARD, *patterns]))
+    folder = hub_folder(name, "dataset", hint, [DATA_CARD, *patterns])
+    if not config and source.kind and not any(is_data_file(path) for path in folder.rglob(f"*{source.kind}*")):
+        raise _no_part(":".join((name, *choices)), source.kind, ())
+    return source._replace(path=folder)
 
 
 def _data_files(pattern: str) -> list[str]:

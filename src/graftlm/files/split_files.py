@@ -22,7 +22,8 @@ _SPLIT_WORDS = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 """As `datasets` reads the names of files and folders; eval is validation if another file is test."""
-_PART = re.compile(r"[-_](\d+)(-of-(\d+))?(-[0-9a-f]+)?$")  # train-00000-of-00002
+_PART = re.compile(r"([-_]\d+|[-_.]\d+-of-(?P<total>\d+))(-[0-9a-f]+)?$")  # train-00000-of-00002, train_0
+_SPLIT = re.compile(rf"(^|[-._ ])({'|'.join(_SPLIT_WORDS)})\d*(?=$|[-._ ])")
 _SHARD = re.compile(r"\w+-\d{5}-of-\d{5}.*")
 NO_DATA = re.compile(r"readme.*|licen[cs]e.*|.*\.(md|py)|(graft|state|dataset_(dict|infos?))\.json", re.IGNORECASE)
 MAX_NAMED = 8  # files that a note names
@@ -94,8 +95,7 @@ class _FileSet(NamedTuple):
     @property
     def kind(self) -> str:
         """What its name says besides its split: sft of train_sft."""
-        words = re.split(r"[-._ ]+", self.name.lower())
-        return "_".join(word for word in words if word and word.rstrip("0123456789") not in _SPLIT_WORDS)
+        return _SPLIT.sub("", self.name.lower()).strip("-._ ")
 
 
 # Choosing -------------------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def _card_files(folder: Path, split: str, name: str, patterns: Sequence[str]) ->
         raise InputError(
             f"{folder / DATA_CARD}: split {name}: {', '.join(patterns)} is no file that is read ({SUFFIXES})"
         )
-    totals = {part[3] for path in files if (part := _PART.search(data_stem(path))) and part[3]}
+    totals = {part["total"] for path in files if (part := _PART.search(data_stem(path))) and part["total"]}
     _check_parts(folder, split, files, totals.pop() if len(totals) == 1 else "")
     return files
 
@@ -195,7 +195,7 @@ def _sets_in(folder: Path) -> list[_FileSet]:
         if (split := _split_word(name)) and (files := [path] if is_data else _files_of_split(path, split)):
             part = _PART.search(name) if is_data else None
             stem = name[: part.start()] if part else name
-            total = (part[3] or "several") if part else "whole"
+            total = (part["total"] or "several") if part else "whole"
             suffix = path.name[len(name) :].lower() if is_data else "/"
             sets.setdefault((stem, suffix, total), []).extend(files)
     return [_FileSet(key[0], str(paths[0].relative_to(folder)), paths, key[2]) for key, paths in sets.items()]
