@@ -117,6 +117,7 @@ def test_an_old_run_json_has_the_new_names_when_it_is_read(train: Callable[..., 
         "/date",
         "/template/chat",
         "/template/fields",
+        "/template/values",
     }
     assert keys(old) == keys(new) - added
     assert set(old["config"]) == {f.name for f in fields(TrainConfig)} - ADDED

@@ -12,7 +12,7 @@ from graftlm.errors import InputError
 from graftlm.text.dataset import default_labels, load_dataset, load_prompts
 from graftlm.text.records import Labelled
 from graftlm.text.rows import LabelWords
-from graftlm.text.template import load_template
+from graftlm.text.template import Template, load_template
 from graftlm.training.data import read_data, with_labels
 
 
@@ -234,3 +234,57 @@ def test_bad_prompts(tmp_path: Path):
         ["a", "c"],
         [f"{path}: 3 of 5 rows left out (--bad_rows skip): {counts}"],
     )
+
+
+@pytest.mark.parametrize(
+    ("labels", "spec", "numbers"),
+    [
+        ([1, 2], "1=bad,2=good", [0, 1]),
+        ([1, "2", 4.0, "5.0"], "1=bad, 2 = bad,4=good,5=good", [0, 0, 1, 1]),
+        ([True, "False"], "false=no,true=yes", [1, 0]),
+        (["ham", "SPAM", "Junk mail"], "ham=good,spam=bad,junk mail=bad", [0, 1, 1]),
+        ([0, 1, -1], "-1=bad,0=so so,1=good", [1, 2, 0]),
+    ],
+)
+def test_values_of_the_data_are_given_words(tmp_path: Path, labels: list[object], spec: str, numbers: list[int]):
+    template = load_template("{text}:", spec)
+    path = write(tmp_path / "a.jsonl", labels)
+    rows = load_dataset("", str(path), labels=template.label_values).splits["validation"]
+    assert [row.label for row in rows if isinstance(row, Labelled)] == numbers
+    assert Template.of_run({"template": template.to_json()}) == template
+    assert {*template.labels} == {part.partition("=")[2].strip() for part in spec.split(",")}
+
+
+def test_values_without_a_word_are_bad_rows(tmp_path: Path):
+    path = write(tmp_path / "a.jsonl", [1, 2, 3, "bad", None, -1, 2])
+    data = load_dataset("", str(path), labels=("1=bad", "2=good"), bad_rows="skip")
+    assert len(data.splits["validation"]) == 3
+    reasons = "2 unknown label, 1 no label, 1 label -1 says that the row has no label"
+    assert data.notes[0].endswith(f"4 of 7 rows left out (--bad_rows skip): {reasons}")
+    with pytest.raises(InputError, match=r"jsonl:3: unknown label 3: --labels names 1, 2 \("):
+        load_dataset("", str(path), labels=("1=bad", "2=good"))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("1=bad,good", "--labels '1=bad,good': 'good' names no value of the data: write all as VALUE=WORD, or none"),
+        ("1=bad,1.0=good", "--labels '1=bad,1.0=good': '1' has two words: give each value of the data one"),
+        ("1=bad,2=bad", "--labels 'bad': name two label words or more, as in negative,positive"),
+        ("1=bad,2=Bad", "--labels 'bad,Bad': 'bad' and 'Bad' are the same word; label words must differ"),
+    ],
+)
+def test_values_that_are_not_given_words(spec: str, message: str):
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        load_template("{text}:", spec)
+
+
+def test_words_with_signs_and_booleans(tmp_path: Path):
+    assert load_template("{text}:", "<=50K,>50K").labels == ("<=50K", ">50K")
+    assert default_labels(str(write(tmp_path / "a.jsonl", ["<=50K", ">50K"] * 6))) == "<=50K,>50K"
+    with pytest.raises(InputError, match="its labels are 'a=b', 'c=d': name them without = in --labels"):
+        default_labels(str(write(tmp_path / "a.jsonl", ["a=b", "c=d"] * 6)))
+    with pytest.raises(
+        InputError, match=r"unknown label True: .*; for true and false write --labels false=no,true=yes"
+    ):
+        load_dataset("", str(write(tmp_path / "a.jsonl", [True])), labels=("no", "yes"))

@@ -173,8 +173,8 @@ def _examples(
     # What was skipped in training is skipped again, so that the run's own data has the same splits.
     skip = config.bad_rows == "skip" or (not config.data and run.get("bad_rows") == "skip")
     bad_rows: BadRowsFlag = "skip" if skip else "stop"
-    dataset = load_dataset(*source, template.labels, bad_rows)
-    train = load_dataset(*train_source, template.labels, bad_rows).splits if train_source else dataset.splits
+    dataset = load_dataset(*source, template.label_values, bad_rows)
+    train = load_dataset(*train_source, template.label_values, bad_rows).splits if train_source else dataset.splits
     for note in dataset.notes:
         notes.print(note, soft_wrap=True)
     split = config.split or "test"

@@ -155,9 +155,9 @@ class DataFlags(Flags):
     with completions, preferences and unpaired answers of text, if the base model is tuned for chat; texts with labels
     are put into the chat template only by on. Conversations always are."""
     labels: str = "negative,positive"
-    """The label words, comma-separated, in the order of the label numbers. Default, and auto: negative,positive if the
-    data's labels are these words or 0 and 1, else the names in a parquet file's schema, else the train split's labels
-    themselves."""
+    """The label words, comma-separated, in the order of the label numbers, or the word of each value of the data, as in
+    1=bad,2=bad,5=good or false=no,true=yes. Default, and auto: negative,positive if the data's labels are these words
+    or 0 and 1, else the names in a parquet file's schema, else the train split's labels themselves."""
     bad_rows: Literal["stop", "skip"] = "stop"
     """What to do with rows that cannot be read: stop with an error that counts them by reason, or skip them."""
     max_length: int | None = bounded(gt=0)

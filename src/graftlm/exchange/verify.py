@@ -97,7 +97,9 @@ def verification_prompts(loaded: ModelBundle, data: dict[str, Any]) -> tuple[lis
         try:
             flags = TrainConfig(**{flag: data[flag] for flag in COLUMN_FLAGS if data.get(flag)})
             columns = read_columns(flags, template)
-            splits = load_dataset(name, val, test, columns, template.labels, data.get("bad_rows") or "stop").splits
+            splits = load_dataset(
+                name, val, test, columns, template.label_values, data.get("bad_rows") or "stop"
+            ).splits
             split = next(name for name in reversed(SPLITS) if splits.get(name))
             examples, _ = encode_rows(subset(splits[split], PROMPTS), template, tokenizer, longest)
             # The prompt of a window of documents is one token: the whole window is compared.

@@ -26,7 +26,7 @@ from graftlm.files.split_files import MAX_NAMED, NO_DATA, SPLITS, files_by_split
 from graftlm.text.bad_rows import BadRows, BadRowsFlag
 from graftlm.text.column_names import CONTEXT, LABELS
 from graftlm.text.fields import Columns, UnknownFieldError, field_names, read_fields, taken_from
-from graftlm.text.labels import label_text, labels_of, names_by_number
+from graftlm.text.labels import label_text, labels_of, names_by_number, parse_labels
 from graftlm.text.layout import Layout
 from graftlm.text.layouts import LABELLED
 from graftlm.text.recognise import UnknownLayoutError, check_columns, recognise
@@ -115,7 +115,7 @@ def load_dataset(
         if not files[split][0].is_file():
             raise InputError(f"--{flag} {file}: no such file")
     names = label_names(source) if source else {}
-    reading = Reading(named, csv, LabelWords(tuple(labels)), label_names=names, on_disk=on_disk)
+    reading = Reading(named, csv, LabelWords.of(labels), label_names=names, on_disk=on_disk)
     layouts: dict[Layout, None] = {}
     splits, unused = dict[str, Sequence[Record]](), set[str]()
     name, notes = data or val or test, _notes(source.path, data, files) if source else []
@@ -313,6 +313,8 @@ def _joined(path: Path, names: Sequence[str]) -> str:
         raise InputError(f"{path}: every label is {names[0]!r}: two are needed; if others are elsewhere, give --labels")
     if any("," in name for name in names):
         raise InputError(f"{path}: its labels are {', '.join(map(repr, names))}: name them without commas in --labels")
+    if parse_labels(",".join(names))[1]:
+        raise InputError(f"{path}: its labels are {', '.join(map(repr, names))}: name them without = in --labels")
     return ",".join(names)
 
 
@@ -357,6 +359,7 @@ def _check_class_names(path: Path, reading: Reading) -> None:
     if (
         labels
         and names
+        and not reading.labels.values
         and (len(names) != len(labels) or any(n not in found for n, found in enumerate(meant) if found))
     ):
         raise InputError(

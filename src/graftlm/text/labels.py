@@ -24,6 +24,7 @@ NO_LABEL = "-1"
 _WHOLE = re.compile(r"(-?\d+)\.0+", re.ASCII)
 _FRACTION = re.compile(r"-?\d*\.\d+(e-?\d+)?", re.ASCII)
 _LIST = re.compile(r"\[[^\[\]]*\]|-?\d+(, ?-?\d+)+", re.ASCII)
+_VALUE = re.compile(r"([\w+-][\w .+-]*)=\s*(\S.*)")
 _INTEGER = re.compile(r"-?\d+", re.ASCII)
 _SHOWN = 8
 
@@ -107,6 +108,25 @@ def labels_of(values: Iterable[tuple[str, object]]) -> list[str]:
                 f"--labels {words}"
             )
     return [value.word for value in every]
+
+
+def parse_labels(labels: str) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+    """The label words of --labels in their order, and the word of each value of the data: "1=bad,2=bad,5=good".
+
+    Without "=" the words alone. Raises InputError for a value without a word, and one with two.
+    """
+    parts = [part.strip() for part in labels.split(",")]
+    named = [_VALUE.fullmatch(part) for part in parts]  # not "<=50K"
+    pairs = [(match[1].strip(), match[2].strip()) for match in named if match]
+    if not pairs:
+        return tuple(parts), ()
+    if None in named:
+        plain = parts[named.index(None)]
+        raise InputError(f"--labels {labels!r}: {plain!r} names no value of the data: write all as VALUE=WORD, or none")
+    values = [normalize(label_text(value) or "") for value, _ in pairs]
+    if twice := next((value for value, _ in pairs if values.count(normalize(label_text(value) or "")) > 1), ""):
+        raise InputError(f"--labels {labels!r}: {twice!r} has two words: give each value of the data one")
+    return tuple(dict.fromkeys(word for _, word in pairs)), tuple(pairs)
 
 
 def names_by_number(labels: Sequence[str], names: Mapping[str, set[str]]) -> tuple[str, ...]:

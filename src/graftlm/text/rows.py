@@ -1,14 +1,14 @@
 """One row of a data file: columns are read with every value checked. Errors name file and line."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from graftlm.errors import InputError
 from graftlm.files.json_rows import short_repr
-from graftlm.text.labels import NO_LABEL, is_integer, is_missing, label_text, not_a_class
+from graftlm.text.labels import NO_LABEL, is_integer, is_missing, label_text, not_a_class, parse_labels
 from graftlm.text.words import normalize
 
 
@@ -21,10 +21,19 @@ class LabelWords:
     """
 
     words: tuple[str, ...] = ()
+    values: tuple[tuple[str, str], ...] = ()
+    """The data's values, each with its word, where --labels names them: then a label must be one of the values."""
+
+    @classmethod
+    def of(cls, labels: Sequence[str]) -> "LabelWords":
+        """Of the parts of --labels."""
+        return cls(*parse_labels(",".join(labels))) if labels else cls()
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
         """By normalized word; by label number too, unless words that are numbers have other numbers."""
+        if self.values:
+            return {normalize(label_text(value) or ""): self.words.index(word) for value, word in self.values}
         words = {normalize(label_text(word) or ""): number for number, word in enumerate(self.words)}
         numbers = {str(number): number for number in range(len(self.words))}
         return {**words, **numbers} if numbers.items() >= {w for w in words.items() if is_integer(w[0])} else words
@@ -45,6 +54,8 @@ class LabelWords:
             return problem
         if not self.words:
             return f"unknown label {shown}: a number from 0 on is needed, or --labels with the words"
+        if self.values:
+            return f"unknown label {shown}: --labels names {', '.join(value for value, _ in self.values)}"
         if (text := label_text(value) or "") in map(str, range(len(self.words))):
             return (
                 f"label {shown} has two readings: as a word it is not in --labels {words}, and as a label's number it "
@@ -55,6 +66,8 @@ class LabelWords:
         )
         from_1 = text == str(len(self.words)) and not any(map(is_integer, self.words))
         hint = f"; if the data counts from 1, give a word for 0 too, as in --labels none,{words}" if from_1 else ""
+        if text.casefold() in BOOLEANS and len(self.words) == 2:
+            hint = f"; for true and false write --labels false={self.words[0]},true={self.words[1]}"
         return f"unknown label {shown}: allowed are {', '.join(allowed)}{hint}"
 
 

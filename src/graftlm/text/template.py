@@ -27,6 +27,7 @@ from graftlm.config.flags import DataFlags, parse_columns
 from graftlm.config.paths import read_text, user_path
 from graftlm.errors import InputError, unknown_name_error
 from graftlm.text.fields import Columns, FieldText, with_one_field
+from graftlm.text.labels import parse_labels
 from graftlm.text.words import UNSPACED, normalize
 
 FIELD, LABEL = "{text}", "{label}"
@@ -64,13 +65,16 @@ class Template:
     """Put before the template unchanged: few-shot demonstrations (`inference/fewshot.py`)."""
     chat: bool = False
     """Whether prompts are a user's messages in the model's chat template, and labels the assistant's."""
+    values: tuple[tuple[str, str], ...] = ()
+    """The data's values, each with its label word, where `--labels` names them."""
 
     @classmethod
     def of_run(cls, run: Mapping[str, Any]) -> "Template":
         """The template that run.json records."""
         recorded = run["template"]
         text = recorded["text"] if "fields" in recorded else with_one_field(recorded["text"], "text")
-        return cls(recorded["name"], text, tuple(recorded["labels"]), chat=recorded.get("chat", False))
+        values = tuple(recorded.get("values", {}).items())
+        return cls(recorded["name"], text, tuple(recorded["labels"]), chat=recorded.get("chat", False), values=values)
 
     def to_json(self) -> dict[str, Any]:
         """What run.json records."""
@@ -81,6 +85,7 @@ class Template:
             "labels": list(self.labels),
             "fields": fields,
             "chat": self.chat,
+            "values": dict(self.values),
         }
 
     def __post_init__(self) -> None:
@@ -111,6 +116,11 @@ class Template:
         """What of the data is the text; empty if it is the column "text"."""
         (_, first), *others = self._fields.parts
         return {} if self._fields.fields == ("text",) else {"text": FieldText((("", first), *others), "")}
+
+    @property
+    def label_values(self) -> tuple[str, ...]:
+        """The parts of --labels: the label words, or "value=word" of each value of the data."""
+        return tuple(map("=".join, self.values)) or self.labels
 
     @cached_property
     def _fields(self) -> FieldText:
@@ -150,20 +160,21 @@ def load_template(spec: str, labels: str = DEFAULT_LABELS) -> Template:
     Args:
         spec: a built-in name, a string with `{text}` or other fields in it, or the path of a UTF-8 file with such a
             string (without the line break at its end). Escapes such as \\n are not interpreted.
-        labels: the label words by label number, comma-separated: "negative,positive".
+        labels: the label words by label number, comma-separated: "negative,positive"; or the word of each value of the
+            data (`labels.parse_labels`).
 
     Raises InputError for an unknown name, an unreadable file or an invalid template.
     """
-    words = tuple(word.strip() for word in labels.split(","))
+    words, values = parse_labels(labels)
     if spec in BUILTIN:
         _check_labels(words)
-        return Template(spec, BUILTIN[spec].replace("{labels}", " or ".join(words)), words)
+        return Template(spec, BUILTIN[spec].replace("{labels}", " or ".join(words)), words, values=values)
     if FieldText.parse(spec, plain="label").fields:
-        return Template(CUSTOM, spec, words)
+        return Template(CUSTOM, spec, words, values=values)
     path = user_path(spec, "template ")
     if spec.strip() and _is_file(path):
         text = read_text(path, "template ").replace("\r\n", "\n")
-        return Template(spec, text.removesuffix("\n"), words)  # which editors add
+        return Template(spec, text.removesuffix("\n"), words, values=values)  # which editors add
     error = unknown_name_error("template", spec, BUILTIN)
     raise InputError(f"{error}; or give a file, or a string with {FIELD} in it")
 

@@ -47,7 +47,7 @@ def read_data(config: TrainConfig, explicit: Set[str], template: Template) -> Da
         config.val_data,
         config.test_data,
         read_columns(config, template),
-        template.labels,
+        template.label_values,
         config.bad_rows,
         on_disk=True,
     )
