@@ -133,6 +133,14 @@ WRONG_NAMES = [
     (data_folder, "rotten-tomatoes", "unknown data set 'rotten-tomatoes': did you mean 'rotten_tomatoes'?"),
     (data_folder, "imdb-pipy", "unknown data set 'imdb-pipy': did you mean 'imdb-pypi'?"),
     (data_folder, "smollm2-135m", "smollm2-135m is not a data set: it is a built-in model"),
+    *(
+        (data_folder, name, f"{name}: is an address, not a file or a name on the hub: {hint}")
+        for name, hint in (
+            ("https://huggingface.co/datasets/nyu-mll/glue/tree/main", "give the name alone, nyu-mll/glue"),
+            ("hf://datasets/nyu-mll/glue@main/a.csv", "give the name alone, nyu-mll/glue"),
+            ("https://example.com/a.csv", "fetch it, and name the file"),
+        )
+    ),
     (data_folder, "none.jsonl", "none.jsonl: no such file or folder"),
     (download, "rotten-tomato", "unknown model or data set 'rotten-tomato': did you mean 'rotten_tomatoes'?"),
     (download, "none.csv", "none.csv: no such file or folder"),

@@ -15,6 +15,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Sequence
@@ -220,6 +221,10 @@ def data_source(name: str) -> DataSource:
     """
     if name in BUILTIN_DATA:
         return DataSource(_unpacked(name))
+    if "://" in name:
+        known = re.search(r"datasets/([^/@?#]+/[^/@?#]+)", name)
+        hint = f"give the name alone, {known[1]}" if known else "fetch it, and name the file"
+        raise InputError(f"{name}: is an address, not a file or a name on the hub: {hint}")
     whole, choices = split_choices(name)
     if not all(choices) or len(choices) > 2:
         raise InputError(f"{name}: name a configuration and a kind of splits at most, as in NAME:mnli:matched")
