@@ -194,7 +194,7 @@ def test_a_gguf_file_is_converted_once_and_anew_when_the_cache_was_damaged(
 ) -> None:
     calls = []
 
-    def convert(path: Path, folder: Path) -> None:
+    def convert(path: Path, folder: Path, packed: bool = False) -> None:
         calls.append(path)
         (folder / "model.safetensors").write_text("weights")
 
