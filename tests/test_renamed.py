@@ -101,6 +101,7 @@ ADDED = {
     "completion",
     "desirable_weight",
     "messages",
+    "packing",
     "prompt",
     "undesirable_weight",
 }

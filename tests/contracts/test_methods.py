@@ -248,7 +248,7 @@ def test_5_the_count_is_the_closed_form(name: str, kind: str) -> None:
 @rows
 @formats
 def test_7_batching_padding_and_sharing_change_rounding_only(name: str, kind: str, dtype: torch.dtype) -> None:
-    """The gradient of one shared, padded batch against that of single plain rows; 6 (resume) is tests/training's."""
+    """The gradient of one batch, padded or packed, against that of single rows; 6 (resume) is tests/training's."""
     model, _ = installed(name, kind, dtype)
     steps(model, 1)
     model.train()
@@ -260,10 +260,11 @@ def test_7_batching_padding_and_sharing_change_rounding_only(name: str, kind: st
         losses.append(loss.item())
     expected = {n: p.grad.clone() for n, p in trainable(model).items() if p.grad is not None}
     norm = sum(g.norm().item() ** 2 for g in expected.values()) ** 0.5
-    for share in (False, True):
+    for options in (CollateOptions(False), CollateOptions(True), CollateOptions(row_tokens=20)):
         model.zero_grad()
-        batch = SFT().collate(examples(), CollateOptions(share))
-        assert (batch.shared.shape[1] > 0) == share
+        batch = SFT().collate(examples(), options)
+        assert (batch.shared.shape[1] > 0) == options.share_prefix
+        assert (len(batch.ids) < len(examples())) == bool(options.row_tokens)
         loss, _ = SFT().loss(model, batch)
         loss.backward()
         assert abs(loss.item() - sum(losses)) < ROUNDING[dtype] * sum(losses)

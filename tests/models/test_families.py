@@ -20,7 +20,7 @@ from graftlm.methods.cost_model import parameters
 from graftlm.methods.peft_format import targeted
 from graftlm.models import CausalLM, KVCache, ModelConfig
 from graftlm.models.config import check_names, read_model_config, tensor_mapping, to_file
-from graftlm.models.layers import PairedRow
+from graftlm.models.row_layout import PairedRow
 
 T = 20
 
@@ -165,7 +165,7 @@ def test_caches_shared_prefixes_and_pairs_equal_one_pass(case: str) -> None:
         equal.extend((found[row], whole[row, 7 + n : 9 + n]) for row, n in enumerate(lengths))
         # a prompt of 11 tokens, 7 of them shared, with answers of 5 and 4
         paired = PairedRow(torch.tensor([4]), torch.tensor([9]))
-        pair = model.forward_shared_prefix(ids[:1, :7], ids[:1, 7:], paired=paired)[1]
+        pair = model.forward_shared_prefix(ids[:1, :7], ids[:1, 7:], layout=paired)[1]
         second = model.hidden_states(torch.cat([ids[:1, :11], ids[:1, 16:]], dim=1))[:, 11:]
         equal.extend([(pair[:, :9], whole[:1, 7:16]), (pair[:, 9:], second)])
     for got, want in equal:

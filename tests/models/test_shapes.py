@@ -93,12 +93,12 @@ def forward_shared_prefix(
     ids: Int[Tensor, "b t"],
     positions: Int[Tensor, "b m"] | None = None,
     cached_hidden: Any = None,
-    paired: Any = None,
+    layout: Any = None,
 ) -> tuple[Float[Tensor, "p {self.config.hidden_size}"] | None, Float[Tensor, "b _ {self.config.hidden_size}"]]: ...
 
 
 def forward_lower_layers(
-    self: Any, prefix: Int[Tensor, "1 p"], ids: Int[Tensor, "b t"], end: int, paired: Any = None
+    self: Any, prefix: Int[Tensor, "1 p"], ids: Int[Tensor, "b t"], end: int, layout: Any = None
 ) -> Float[Tensor, "{prefix.numel()+ids.numel()} {self.config.hidden_size}"]: ...
 
 

@@ -13,7 +13,7 @@ from graftlm.methods.base import mergeable_linears
 from graftlm.methods.cost_model import total
 from graftlm.models import CausalLM, KVCache, ModelConfig
 from graftlm.models.config import read_model_config, with_biases
-from graftlm.models.layers import PairedRow
+from graftlm.models.row_layout import PairedRow
 from graftlm.studies.cost_report import activation_bytes
 
 CASE = "lfm2 last attention"
@@ -40,7 +40,7 @@ def test_a_second_answer_follows_a_prompt_shorter_than_the_convolution(model: Ca
     ids = ids_of(3, 9 + shared)
     ids[:, :shared] = ids[:1, :shared]
     paired = PairedRow(torch.tensor([0, 1, 2]), torch.tensor([3, 5, 5]))
-    _, found = model.forward_shared_prefix(ids[:1, :shared], ids[:, shared:], paired=paired)
+    _, found = model.forward_shared_prefix(ids[:1, :shared], ids[:, shared:], layout=paired)
     for row, (prompt, second) in enumerate([(0, 3), (1, 5), (2, 5)]):
         end, start = shared + prompt, shared + second
         first = model.hidden_states(ids[row : row + 1, :start])[0, shared:]

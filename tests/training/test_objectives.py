@@ -115,10 +115,10 @@ def test_a_batch_moves_as_a_whole(loss_on: Any) -> None:
         found = {field.name: getattr(batch, field.name) for field in fields(batch)}
         found["cached_hidden"] = batch.cached_hidden and batch.cached_hidden[1]
         found |= batch.extra
-        found |= {} if batch.fork is None else {f"fork {n}": t for n, t in enumerate(vars(batch.fork).values())}
+        found |= {} if batch.layout is None else {f"layout {n}": t for n, t in enumerate(vars(batch.layout).values())}
         return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
 
-    names = {"shared", "ids", "target_index", "targets", "cached_hidden"}
+    names = {"shared", "ids", "starts", "target_index", "targets", "cached_hidden"}
     assert tensors(there).keys() == tensors(here).keys() >= names
     assert ("reference" in tensors(here), "positions" in tensors(here)) == (loss_on == "pairs", loss_on != "all")
     kept = {name for name, value in tensors(there).items() if value.device.type != "meta"}
@@ -134,6 +134,6 @@ def test_a_batch_on_another_device_is_the_same_batch() -> None:
         and moved.cached_hidden[0] == 1
         and torch.equal(moved.cached_hidden[1], torch.ones(2, 3))
     )
-    assert moved.fork is None and torch.equal(moved.ids, batch.ids)
+    assert moved.layout is None and torch.equal(moved.ids, batch.ids)
     far = batch.to(torch.device("meta")).cached_hidden
     assert far is not None and far[1].device.type == "meta"

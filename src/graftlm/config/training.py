@@ -112,6 +112,10 @@ class SpeedFlags(Flags):
     elsewhere."""
     group_by_length: bool = True
     """Put examples of similar length into one batch."""
+    packing: bool = False
+    """Pack the examples of a batch into rows of at most --max_length tokens instead of padding them. Each attends to
+    itself alone, so the results are the same; batch_size still counts examples, not rows as in TRL. Documents are then
+    kept apart too: no window holds parts of two."""
     activation_cache_gb: float = bounded(8.0, ge=0)
     """Maximum size on disk, in GB, of the cached hidden states of frozen lower layers; 0: recompute them each time."""
     shared_prefix: bool = True

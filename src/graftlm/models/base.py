@@ -18,9 +18,10 @@ from graftlm.models import layers
 from graftlm.models.config import ModelConfig
 from graftlm.models.decoder import DecoderBlock
 from graftlm.models.fused_ops import FusedLinearCrossEntropy, FusedLinearLogProbs, ReferenceKernels
-from graftlm.models.layers import AttentionInputs, Dropout, Embedding, HasFusedOps, KVCache, Linear, PairedRow
+from graftlm.models.layers import AttentionInputs, Dropout, Embedding, HasFusedOps, KVCache, Linear
 from graftlm.models.packed import HasWeight, Weight, linear
 from graftlm.models.rope import RopeConfig, rope_cos_sin
+from graftlm.models.row_layout import RowLayout
 from graftlm.models.short_conv import ShortConv
 
 
@@ -124,7 +125,7 @@ class CausalLM(HasFusedOps):
         ids: Tensor,
         positions: Tensor | None = None,
         cached_hidden: tuple[int, Tensor] | None = None,
-        paired: PairedRow | None = None,
+        layout: RowLayout | None = None,
     ) -> tuple[Tensor | None, Tensor]:
         """[1, P] ids that precede every row of [B, T] ids -> [P, d] and [B, T, d] after the last norm.
 
@@ -132,12 +133,12 @@ class CausalLM(HasFusedOps):
         [P + B T, d]: each layer's matrix products are one large product instead of two.
 
         With `positions` [B, M]: None and [B, M, d], as in `hidden_states`. With `cached_hidden` = (L, x): the first L
-        layers are skipped and x is the result of `forward_lower_layers(prefix, ids, L)`. With `paired`, rows hold two
-        answers each.
+        layers are skipped and x is the result of `forward_lower_layers(prefix, ids, L)`. With `layout`, rows hold
+        several texts, each of which the prefix precedes.
         """
         (p, (b, t)) = (prefix.shape[1], ids.shape)
-        inputs = self._shared_prefix_inputs(prefix, ids, paired)
-        first, x = cached_hidden or (0, self.forward_lower_layers(prefix, ids, 0, paired))
+        inputs = self._shared_prefix_inputs(prefix, ids, layout)
+        first, x = cached_hidden or (0, self.forward_lower_layers(prefix, ids, 0, layout))
         if p == 0:
             x = x.unflatten(0, (b, t))
         x = self.norm(self._run_blocks(x, inputs, positions, first))
@@ -146,32 +147,32 @@ class CausalLM(HasFusedOps):
         own, rows = x.split([p, b * t])
         return own, rows.unflatten(0, (b, t))
 
-    def forward_lower_layers(self, prefix: Tensor, ids: Tensor, end: int, paired: PairedRow | None = None) -> Tensor:
+    def forward_lower_layers(self, prefix: Tensor, ids: Tensor, end: int, layout: RowLayout | None = None) -> Tensor:
         """[1, P] and [B, T] ids -> the input of block `end`: [P + B T, d], the prefix first; P may be 0."""
         p, (b, t) = prefix.shape[1], ids.shape
-        positions = _positions(p, b, t, ids.device, paired) + self._num_prefix_tokens
+        positions = _positions(p, b, t, ids.device, layout) + self._num_prefix_tokens
         x = self.embed_tokens(torch.cat([prefix.flatten(), ids.flatten()]), positions)
         if end:
-            inputs = self._shared_prefix_inputs(prefix, ids, paired)
+            inputs = self._shared_prefix_inputs(prefix, ids, layout)
             x = self._run_blocks(x if p else x.unflatten(0, (b, t)), inputs, None, 0, end)
         return x if x.dim() == 2 else x.flatten(0, 1)
 
-    def _shared_prefix_inputs(self, prefix: Tensor, ids: Tensor, paired: PairedRow | None) -> AttentionInputs:
+    def _shared_prefix_inputs(self, prefix: Tensor, ids: Tensor, layout: RowLayout | None) -> AttentionInputs:
         """The inputs of a flat [P + B T, d], or of [B, T, d] if P is 0."""
         (p, (b, t)), device = (prefix.shape[1], ids.shape), ids.device
         n = self._num_prefix_tokens
-        at = torch.arange(t, device=device) if paired is None else paired.positions(t)
-        hidden = layers.causal_hidden(t, device) if paired is None else paired.hidden(t)
+        at = torch.arange(t, device=device) if layout is None else layout.positions(t)
+        hidden = layers.causal_hidden(t, device) if layout is None else layout.hidden(t)
         positions, shared = at + n, None
         if p:
             first = torch.arange(p, device=device) + n
             shared = layers.SharedPrefix(p, b, t, self._masks(layers.causal_hidden(p, device), n, first))
-            positions = _positions(p, b, t, device, paired) + n
+            positions = _positions(p, b, t, device, layout) + n
         return AttentionInputs(
             self.learned_prefix,
             rotary_cos_sin=self.rotary_cos_sin(positions),
             masks=self._masks(hidden, n + p, at + n + p),
-            paired=paired,
+            layout=layout,
             shared_prefix=shared,
         )
 
@@ -287,7 +288,7 @@ def flat_to_padded(flat: Tensor, b: int, t: int) -> tuple[Tensor, Tensor]:
     return padded, rows * m + slots
 
 
-def _positions(p: int, b: int, t: int, device: torch.device, paired: PairedRow | None = None) -> Tensor:
-    """0 … P-1, then P … P+T-1 for each of B rows (or as paired rows have them): [P + B T]."""
-    own = torch.arange(t, device=device).repeat(b) if paired is None else paired.positions(t).flatten()
+def _positions(p: int, b: int, t: int, device: torch.device, layout: RowLayout | None = None) -> Tensor:
+    """0 … P-1, then P … P+T-1 for each of B rows (or as the layout has them): [P + B T]."""
+    own = torch.arange(t, device=device).repeat(b) if layout is None else layout.positions(t).flatten()
     return torch.cat([torch.arange(p, device=device), p + own])

@@ -29,6 +29,7 @@ from graftlm.models import fused_ops, packed
 from graftlm.models.config import LayerConfig, ModelConfig
 from graftlm.models.fused_ops import TORCH, DropoutMask, ReferenceKernels
 from graftlm.models.rope import RopeConfig
+from graftlm.models.row_layout import RowLayout
 
 
 @dataclass(frozen=True)
@@ -256,8 +257,8 @@ class AttentionInputs:
     rotary_cos_sin: Mapping[RopeConfig, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Cosine and sine of the current positions, each [T, D/2], [B, T, D/2] or flat [N, D/2]."""
     masks: Masks = field(default_factory=dict)
-    paired: "PairedRow | None" = None
-    """Set if rows hold two answers, where not every token attends to all before it."""
+    layout: RowLayout | None = None
+    """Set if rows hold several texts, where not every token attends to all before it."""
     shared_prefix: SharedPrefix | None = None
     """Set if the tokens are the flat [N, d] of `CausalLM.forward_shared_prefix` instead of [B, T, d]."""
     positions: Tensor | None = None
@@ -288,42 +289,6 @@ class AttentionInputs:
         if self.positions is None or self.shared_prefix is not None or table.dim() > 2:
             return self.select(table)
         return table[self.positions]
-
-
-@dataclass(frozen=True)
-class PairedRow:
-    """Rows of a prompt and two answers to it, so that a pair computes its prompt once.
-
-    The second answer follows the first, but attends to the prompt and itself only, and its positions start after the
-    prompt as those of the first do.
-    """
-
-    prompt: Tensor
-    """[B] tokens of each row's own prompt."""
-    second: Tensor
-    """[B] index of the second answer's first token."""
-
-    def to(self, device: torch.device) -> "PairedRow":
-        """The same on a device."""
-        return PairedRow(self.prompt.to(device), self.second.to(device))
-
-    def positions(self, t: int) -> Tensor:
-        """Position of each token in its own text: [B, T]."""
-        at = torch.arange(t, device=self.second.device)
-        return at - (at >= self.second[:, None]) * (self.second - self.prompt)[:, None]
-
-    def earlier(self, t: int, back: int) -> Tensor:
-        """Index of the token that precedes each by `back` in its own text, negative before the row: [B, T]."""
-        at = torch.arange(t, device=self.second.device)
-        skips = (at >= self.second[:, None]) & (at - back < self.second[:, None])
-        return at - back - skips * (self.second - self.prompt)[:, None]
-
-    def hidden(self, t: int) -> Tensor:
-        """True where a token (dimension 1) must not attend to another (dimension 2): bool [B, T, T]."""
-        at = torch.arange(t, device=self.second.device)
-        first = (at >= self.prompt[:, None]) & (at < self.second[:, None])
-        across = (at >= self.second[:, None])[:, :, None] & first[:, None, :]
-        return across | (at[None, :] > at[:, None])
 
 
 def causal_hidden(t: int, device: torch.device) -> Tensor:
@@ -408,7 +373,7 @@ class Attention(HasFusedOps):
             return self.o(self._attend_shared_prefix(q, (k, v), past, inputs).flatten(-2))
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         plain = self.layer.window is None and self.layer.attention_softcap is None and self.sinks is None
-        if plain and not past and inputs.paired is None and inputs.positions is None and q.shape[1] >= FUSED_FROM:
+        if plain and not past and inputs.layout is None and inputs.positions is None and q.shape[1] >= FUSED_FROM:
             dropout_p, grouped = self.drop.p if self.training else 0.0, self.kv_heads < self.heads
             y = F.scaled_dot_product_attention(
                 q.transpose(1, 2), k, v, None, dropout_p, True, scale=self.layer.attention_scale, enable_gqa=grouped

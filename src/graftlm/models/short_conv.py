@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.models.config import LayerConfig, ModelConfig
-from graftlm.models.layers import AttentionInputs, CacheSizes, Linear, PairedRow
+from graftlm.models.layers import AttentionInputs, CacheSizes, Linear
+from graftlm.models.row_layout import RowLayout
 
 PastInputs = tuple[Tensor, Tensor | None]
 """Inputs of the convolution [1|B, S, d], and how many of them each row has, [B]; None: all."""
@@ -42,16 +43,16 @@ class ShortConv(nn.Module):
         b, c, h = self.conv_in(x).chunk(3, dim=-1)
         h, past = b * h, [(segment.keys[index][:, 0], segment.lengths) for segment in inputs.past]
         if inputs.shared_prefix is None:
-            y = self._convolve(h, past, inputs.paired)
+            y = self._convolve(h, past, inputs.layout)
         else:
             first, own = inputs.shared_prefix.split(h)
-            parts = self._convolve(first, past), self._convolve(own, [*past, (first, None)], inputs.paired)
+            parts = self._convolve(first, past), self._convolve(own, [*past, (first, None)], inputs.layout)
             y = torch.cat([part.flatten(0, 1) for part in parts])
         if inputs.cache is not None:
             inputs.cache.update(index, h[:, None], h[:, None, :, :0])
         return self.conv_out(inputs.select(c * y))
 
-    def _convolve(self, h: Tensor, past: Sequence[PastInputs], paired: PairedRow | None = None) -> Tensor:
+    def _convolve(self, h: Tensor, past: Sequence[PastInputs], layout: RowLayout | None = None) -> Tensor:
         """The sum of each of the last L inputs times its weight, after this past: [B, T, d] -> the same.
 
         A sum of products rather than torch's convolution: to the bit the same however rows are batched.
@@ -61,11 +62,11 @@ class ShortConv(nn.Module):
         joined = torch.cat([last_inputs(past, h, before), h], dim=1)
         y = weights[-1] * h
         for back in range(1, self.length):
-            if paired is None:
+            if layout is None:
                 earlier = joined[:, before - back : before - back + t]
             else:
                 rows = torch.arange(n, device=h.device)[:, None]
-                earlier = joined[rows, before + paired.earlier(t, back)]
+                earlier = joined[rows, before + layout.earlier(t, back)]
             y = y + weights[before - back] * earlier
         return y
 

@@ -57,15 +57,18 @@ class ActivationCache:
         self._index = np.frombuffer(_map(folder / "groups", 8 * len(self.groups)), dtype=np.uint64)
         self._ready: set[int] = set()  # groups whose bytes this process has checked or written
 
-    def read(self, rows: Sequence[int], t: int) -> Tensor:
-        """The input of block L for these examples, shared prefix first: [P + B t, d], padded with zeros."""
+    def read(self, rows: Sequence[int], starts: Tensor, count: int) -> Tensor:
+        """The input of block L for these examples, shared prefix first: [P + count, d], with zeros for padding.
+
+        starts: where each example's own tokens begin among the `count` tokens after the prefix.
+        """
         for group in sorted({0, *(self.group_of[i] for i in rows)} - self._ready):  # group 0 has the shared prefix
             self._ensure(group)
         p = self.prefix
-        x = torch.zeros(p + len(rows) * t, self.hidden.shape[1], dtype=self.hidden.dtype)
+        x = torch.zeros(p + count, self.hidden.shape[1], dtype=self.hidden.dtype)
         x[:p] = self.hidden[:p]
-        for b, i in enumerate(rows):
-            x[p + b * t :][: self.sizes[i]] = self.hidden[self.start[i] :][: self.sizes[i]]
+        for i, at in zip(rows, starts.tolist(), strict=True):
+            x[p + at :][: self.sizes[i]] = self.hidden[self.start[i] :][: self.sizes[i]]
         return x
 
     def _ensure(self, group: int) -> None:

@@ -4,12 +4,15 @@ The tokens that all prompts of a batch share run once, with gradient, and every 
 (`CausalLM.forward_shared_prefix`). The head runs only at target positions. Neither changes the gradient
 (tests/training/test_objectives.py); with dropout, the rows share the masks of the shared tokens.
 
-A preference pair is one row, prompt, chosen, rejected, so that its prompt runs once (`layers.PairedRow`).
+A preference pair is one row, prompt, chosen, rejected, so that its prompt runs once; with --packing a row holds several
+records (`packing.py`). `models/row_layout.py` keeps apart what is in one row.
 
-Letters: B rows, T tokens of the longest row without the shared prefix, P shared tokens, N targets, S scored sequences.
+Letters: B rows, T tokens of the longest row without the shared prefix, P shared tokens, R records, N targets, S scored
+sequences.
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -21,12 +24,13 @@ from torch import Tensor
 from graftlm.config import TrainConfig
 from graftlm.inference.decoder import MAX_PASS_TOKENS, shared_prefix_length
 from graftlm.models.base import CausalLM, flat_to_padded
-from graftlm.models.layers import PairedRow
+from graftlm.models.row_layout import PackedRows, PairedRow, RowLayout
 from graftlm.text.boundary import Tokens
 from graftlm.text.collate import SORT_WINDOW, Example, epoch_batches
 from graftlm.text.example_table import lengths_of
 from graftlm.training.activation_cache import ActivationCache
 from graftlm.training.distributed import DistContext
+from graftlm.training.packing import pack_rows, row_width
 
 LossOn = Literal["completion", "all"]
 
@@ -62,6 +66,8 @@ class CollateOptions:
     """Maximum B * T of a micro-batch; 0: no limit."""
     prefix: int | None = None
     """P, if it is fixed; every prompt must begin with these tokens."""
+    row_tokens: int = 0
+    """Maximum tokens of a row into which records are packed, the shared ones excluded; 0: a row for each record."""
 
     def prefix_length(self, examples: Sequence[Example]) -> int:
         """P for these examples."""
@@ -77,7 +83,9 @@ class TrainingBatch:
     shared: Tensor
     """[1, P] tokens that precede every row; P may be 0."""
     ids: Tensor
-    """[B, T] each row's own tokens, without its last, which is only predicted."""
+    """[B, T] each row's own tokens, of each record without its last, which is only predicted."""
+    starts: Tensor
+    """[R] flat index in `ids` of each record's first own token."""
     positions: Tensor | None
     """[B, M] positions in each row whose next token is a target, padded with 0; None: every position."""
     target_index: Tensor
@@ -92,8 +100,8 @@ class TrainingBatch:
     """Whether the head runs at every position (reference implementation)."""
     cached_hidden: tuple[int, Tensor] | None = None
     """(L, x): the input of block L, [P + B T, d] as from `CausalLM.forward_lower_layers`, if it is cached."""
-    fork: PairedRow | None = None
-    """Where the rows' second answers begin, if rows are pairs."""
+    layout: RowLayout | None = None
+    """What a row holds, if it is more than one text."""
     sequence_index: Tensor | None = None
     """[N] the sequence, 0 to S - 1, that each target belongs to; of pairs 2 b is row b's chosen, 2 b + 1 its rejected
     answer."""
@@ -105,7 +113,7 @@ class TrainingBatch:
     @property
     def non_shared_tokens(self) -> int:
         """Tokens of all rows without the shared prefix."""
-        return self.tokens - self.ids.shape[0] * self.shared.shape[1]
+        return self.tokens - len(self.starts) * self.shared.shape[1]
 
     @property
     def padded_tokens(self) -> int:
@@ -120,7 +128,7 @@ class TrainingBatch:
         """The same batch on a device."""
         moved = {
             name: value.to(device)
-            for name in ("shared", "ids", "positions", "target_index", "targets", "sequence_index", "fork")
+            for name in ("shared", "ids", "starts", "positions", "target_index", "targets", "layout", "sequence_index")
             if (value := getattr(self, name)) is not None
         }
         if self.cached_hidden is not None:
@@ -140,43 +148,61 @@ def collate(examples: Sequence[Example], options: CollateOptions, loss_on: LossO
     prompts = [e.prompt_ids[p:] for e in examples]
     answers = [(e.completion_ids, e.rejected_ids) if pairs else (e.completion_ids,) for e in examples]
     # The last token of an answer is predicted, never fed.
-    rows = [(*prompt, *(t for ids in some for t in ids[:-1])) for prompt, some in zip(prompts, answers, strict=True)]
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    texts = [(*prompt, *(t for ids in some for t in ids[:-1])) for prompt, some in zip(prompts, answers, strict=True)]
+    packed = pack_rows(list(map(len, texts)), options.row_tokens) if options.row_tokens else None
+    ids, starts, layout = _place(texts, packed or [[i] for i in range(len(texts))])
     index, targets, sequence = list[int](), list[int](), list[int]()
-    for b, (example, prompt, row) in enumerate(zip(examples, prompts, rows, strict=True)):
-        ids[b, : len(row)] = torch.tensor(row)
+    for i, (example, prompt, text, start) in enumerate(zip(examples, prompts, texts, starts, strict=True)):
         if loss_on == "all":
-            targets += (*row[1:], example.completion_ids[-1])
-            index += range(b * ids.shape[1], b * ids.shape[1] + len(row))
-        last, start = b * ids.shape[1] + len(prompt) - 1, 0  # predicts the first token of each answer
-        for n, answer in enumerate(answers[b] if loss_on == "completion" else ()):
+            targets += (*text[1:], example.completion_ids[-1])
+            index += range(start, start + len(text))
+        first, fed = start + len(prompt) - 1, 0  # predicts the first token of each answer
+        for n, answer in enumerate(answers[i] if loss_on == "completion" else ()):
             learned = range(example.skip, len(answer)) if pairs else example.loss_positions
-            index += [last + (start + i if i else 0) for i in learned]
-            targets += [answer[i] for i in learned]
-            sequence += [len(answers[b]) * b + n] * len(learned)
-            start += len(answer) - 1
+            index += [first + (fed + k if k else 0) for k in learned]
+            targets += [answer[k] for k in learned]
+            sequence += [len(answers[i]) * i + n] * len(learned)
+            fed += len(answer) - 1
     target_index, positions = torch.tensor(index, dtype=torch.long), None
     if loss_on == "completion" and options.targets_only:
         flat, back = target_index.unique(return_inverse=True)  # one token predicts the first tokens of both answers
         positions, slots = flat_to_padded(flat, *ids.shape)
         target_index = slots[back]
-    lengths = [(len(prompt), len(some[0]) - 1) for prompt, some in zip(prompts, answers, strict=True)]
+    ends = (
+        [len(prompt) for prompt in prompts],
+        [len(p) + len(some[0]) - 1 for p, some in zip(prompts, answers, strict=True)],
+    )
     return TrainingBatch(
         torch.tensor(examples[0].prompt_ids[:p], dtype=torch.long)[None],
         ids,
+        torch.tensor(starts),
         positions,
         target_index,
         torch.tensor(targets, dtype=torch.long),
         # loss_on all: the shared tokens but the first, and each row's first own token, which the last of them predicts.
-        weight=len(targets) + (p * len(rows) if loss_on == "all" else 0),
+        weight=len(targets) + (p * len(examples) if loss_on == "all" else 0),
         tokens=sum(e.length for e in examples),
         full_logits=not options.targets_only,
-        fork=PairedRow(*(torch.tensor(ends) for ends in ([n for n, _ in lengths], [sum(n) for n in lengths])))
-        if pairs
-        else None,
+        layout=PairedRow(*map(torch.tensor, ends)) if pairs else layout,
         sequence_index=torch.tensor(sequence, dtype=torch.long),
         sequences=sum(map(len, answers)),
     )
+
+
+def _place(
+    texts: Sequence[Sequence[int]], rows: Sequence[Sequence[int]]
+) -> tuple[Tensor, list[int], PackedRows | None]:
+    """These texts in rows: ids [B, T], where each text starts in the flattened ids, and the layout of packed rows."""
+    t = max(sum(len(texts[i]) for i in row) for row in rows)
+    ids, starts = torch.zeros(len(rows), t, dtype=torch.long), [0] * len(texts)
+    layout = torch.arange(t).repeat(len(rows), 1)  # a token of padding is a record of its own
+    for b, row in enumerate(rows):
+        at = 0
+        for i in row:
+            end = at + len(texts[i])
+            ids[b, at:end], layout[b, at:end], starts[i] = torch.tensor(texts[i]), at, b * t + at
+            at = end
+    return ids, starts, PackedRows(layout) if len(rows) < len(texts) else None
 
 
 Collate = Callable[[Sequence[Example], CollateOptions], TrainingBatch]
@@ -189,14 +215,22 @@ def make_microbatches(
 
     Their losses, and so their gradients, add up to the one batch's. A single row is never split.
     """
-    options = options or CollateOptions()
-    batch = collate(examples, options)
-    if batch.ids.numel() <= options.max_tokens or not options.max_tokens:
-        return [batch]
-    fit = max(1, options.max_tokens // batch.ids.shape[1])
-    parts = math.ceil(len(examples) / fit)
-    rows = math.ceil(len(examples) / parts)  # as even as possible: a small last part would waste its pass
-    return [collate(examples[i : i + rows], options) for i in range(0, len(examples), rows)]
+    parts, options = split_microbatches(examples, options or CollateOptions())
+    return [collate([examples[i] for i in part], options) for part in parts]
+
+
+def split_microbatches(examples: Sequence[Example], options: CollateOptions) -> tuple[list[list[int]], CollateOptions]:
+    """The examples of each micro-batch, and the options to collate them with."""
+    p = options.prefix_length(examples)
+    sizes = [e.length - p - len(e.answers) for e in examples]  # the last token of an answer is never fed
+    rows = [[i] for i in range(len(examples))]
+    if options.row_tokens:
+        options = replace(options, prefix=p, row_tokens=row_width(sizes, options.row_tokens))
+        rows = pack_rows(sizes, options.row_tokens)
+    width = max(sum(sizes[i] for i in row) for row in rows)
+    parts = math.ceil(len(rows) / max(1, options.max_tokens // width)) if options.max_tokens else 1
+    count = math.ceil(len(rows) / parts)  # as even as possible: a small last part would waste its pass
+    return [[i for row in rows[n : n + count] for i in row] for n in range(0, len(rows), count)], options
 
 
 # Forward --------------------------------------------------------------------------------------------------------------
@@ -215,9 +249,9 @@ class HiddenStates(NamedTuple):
 
 def forward_batch(model: CausalLM, batch: TrainingBatch) -> HiddenStates:
     """Run the model on a batch, without the head."""
-    shared, h = model.forward_shared_prefix(batch.shared, batch.ids, batch.positions, batch.cached_hidden, batch.fork)
+    shared, h = model.forward_shared_prefix(batch.shared, batch.ids, batch.positions, batch.cached_hidden, batch.layout)
     h = h.flatten(0, 1)
-    if batch.full_logits or batch.fork is not None:
+    if batch.full_logits or isinstance(batch.layout, PairedRow):  # targets may share a row
         return HiddenStates(shared, h, batch.target_index)
     return HiddenStates(shared, h[batch.target_index], torch.arange(len(batch.target_index), device=h.device))
 
@@ -264,18 +298,27 @@ class BatchLoader:
         """This rank's rows of a batch; may be empty."""
         return self.dist.partition(rows, {row: self.examples[row].length for row in rows})
 
-    def microbatches(self, rows: list[int]) -> list[TrainingBatch]:
+    def split(self, rows: Sequence[int]) -> tuple[list[list[int]], CollateOptions]:
+        """The rows of each micro-batch, and the options to collate them with."""
+        config, cache = self.config, self.cache
+        row_tokens = min(config.max_length or 0, config.microbatch_tokens or sys.maxsize) if config.packing else 0
+        options = CollateOptions(
+            config.shared_prefix,
+            config.target_positions,
+            config.microbatch_tokens or 0,
+            cache.prefix if cache else None,
+            row_tokens,
+        )
+        parts, options = split_microbatches([self.examples[row] for row in rows], options)
+        return [[rows[i] for i in part] for part in parts], options
+
+    def microbatches(self, rows: Sequence[int]) -> list[TrainingBatch]:
         """These examples as micro-batches, with cached hidden states if there is a cache."""
         if not rows:
             return []
-        examples, config = [self.examples[row] for row in rows], self.config
-        options = CollateOptions(config.shared_prefix, config.target_positions, config.microbatch_tokens or 0)
-        if self.cache is None:
-            return make_microbatches(examples, self.collate, options)
-        batches, start = [], 0
-        for batch in make_microbatches(examples, self.collate, replace(options, prefix=self.cache.prefix)):
-            b, t = batch.ids.shape
-            hidden = self.cache.read(rows[start : start + b], t)
-            batches.append(replace(batch, cached_hidden=(self.cache.layers, hidden)))
-            start += b
-        return batches
+        parts, options = self.split(rows)
+        batches = [self.collate([self.examples[row] for row in part], options) for part in parts]
+        if (cache := self.cache) is None:
+            return batches
+        hidden = (cache.read(part, b.starts, b.ids.numel()) for part, b in zip(parts, batches, strict=True))
+        return [replace(b, cached_hidden=(cache.layers, x)) for b, x in zip(batches, hidden, strict=True)]

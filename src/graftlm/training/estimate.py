@@ -170,7 +170,7 @@ class Probe:
 
         def lower() -> None:
             with torch.no_grad():
-                model.forward_lower_layers(batch.shared, batch.ids, len(model.blocks), batch.fork)
+                model.forward_lower_layers(batch.shared, batch.ids, len(model.blocks), batch.layout)
 
         with unsharded_root(model):
             return seconds + self.extrapolate(lambda: self.time(lower), range(self.first))
@@ -295,7 +295,8 @@ class MemoryProbe:
     def largest_microbatch(self, limit: int = 2**62) -> list[Example]:
         """The rows of the micro-batch with the longest row, that one first, each shortened to `limit` tokens."""
         rows = _longest_first([self.run.data.train], self.run.config.batch_size, limit)
-        return rows[: len(replace(self.run.loader, examples=rows).microbatches(list(range(len(rows))))[0].ids)]
+        parts, _ = replace(self.run.loader, examples=rows).split(range(len(rows)))
+        return [rows[i] for i in parts[0]]
 
     def largest_pass(self, limit: int = 2**62) -> list[Example]:
         """The same of the pass without gradient that has the longest row."""

@@ -46,6 +46,8 @@ class Objective(ABC):
     """The smallest --batch_size that its loss is defined for."""
     caches_activations: ClassVar[bool] = False
     """Whether its batches can use cached hidden states of frozen lower layers."""
+    packs: ClassVar[bool] = False
+    """Whether its rows can hold several records (--packing)."""
 
     @classmethod
     def name(cls) -> str:
@@ -189,6 +191,10 @@ def make_objective(config: TrainConfig, explicit: Set[str] = frozenset()) -> Obj
             raise InputError(
                 f"--{flag} {value}: --objective {config.objective} takes no --{flag}: leave it out, or use {users}"
             )
+    if config.packing and not kind.packs:
+        raise InputError(
+            f"--packing: --objective {config.objective} compares answers, each in a row of its own: leave it out"
+        )
     if config.batch_size < kind.min_batch_size:
         raise InputError(
             f"--batch_size {config.batch_size}: --objective {config.objective} compares the examples of a batch: give "

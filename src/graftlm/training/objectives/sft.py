@@ -31,6 +31,7 @@ class SFT(Objective):
     records: ClassVar = (Labelled, Completion, Conversation, Document)
     needs: ClassVar[str] = "texts with labels, prompts with completions, conversations, or documents"
     caches_activations: ClassVar[bool] = True
+    packs: ClassVar[bool] = True
 
     def collate(self, examples: Sequence[Example], options: CollateOptions) -> TrainingBatch:
         """Prompt and completion as one row."""
@@ -42,15 +43,18 @@ class SFT(Objective):
         ones = torch.ones(len(index), device=h.device)
         if shared is None or self.loss_on == "completion":
             return model.loss(h, index, batch.targets, ones), {}
-        # Each shared token is predicted by the one before it, once for every row; the last one predicts each row's
-        # first token.
-        rows, p, first = batch.ids.shape[0], len(shared), batch.ids[:, 0]
+        # Each shared token is predicted by the one before it, once for every record; the last one predicts each
+        # record's first token.
+        p, first = len(shared), batch.ids.flatten()[batch.starts]
+        records = len(first)
         inside = torch.arange(p - 1, device=h.device)
         loss = model.loss(
             torch.cat([shared, h]),
             torch.cat([inside, torch.full_like(first, p - 1), p + index]),
             torch.cat([batch.shared[0, 1:], first, batch.targets]),
-            torch.cat([torch.full((p - 1,), float(rows), device=h.device), torch.ones(rows, device=h.device), ones]),
+            torch.cat(
+                [torch.full((p - 1,), float(records), device=h.device), torch.ones(records, device=h.device), ones]
+            ),
         )
         return loss, {}
 
