@@ -1,10 +1,12 @@
 """Documents: every token is in one window, and the loss is the plain one on the same tokens, as nanoGPT has it."""
 
+import contextlib
 import io
 import json
 import math
 import shutil
 import signal
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 import transformers
 from rich.console import Console
 
+from graftlm import cli
 from graftlm.config import DataConfig, TrainConfig
 from graftlm.errors import InputError, Interrupted
 from graftlm.exchange.load import load
@@ -110,6 +113,18 @@ def test_the_loss_per_token_is_that_of_a_plain_loop_over_the_same_windows(base: 
         assert abs(loss.item() / count - total.item() / count) <= 1e-9
 
 
+@pytest.mark.parametrize("max_length", [3, 7, 40])
+def test_with_packing_no_window_holds_tokens_of_two_documents(base: Path, max_length: int) -> None:
+    some = documents(*TEXTS, "a", "123456")
+    found = windows(some, Tokenizer.from_folder(base), max_length, isolated=True)
+    for document in some:
+        own = [window.ids for window in found if window.source == document.source]
+        assert [token for ids in own for token in ids] == plain_tokens(base, [document.text])
+        assert all(len(ids) == max_length for ids in own[:-2]) and (not own or 2 <= len(own[-1]) <= max_length)
+    if max_length == 3:  # of the 7 tokens of "123456", which would leave one alone, the second window gives one
+        assert [len(window.ids) for window in found[-4:]] == [2, 3, 2, 2]
+
+
 def test_documents_without_a_token_and_windows_that_are_too_short_are_refused(base: Path) -> None:
     tokenizer = Tokenizer.from_folder(base)
     with pytest.raises(InputError, match="the documents have no text: write some"):
@@ -166,6 +181,50 @@ def config(base: Path, data: Path, out: Path, **more: Any) -> TrainConfig:
     return TrainConfig(
         init_from=str(base), data=corpus, val_data=val, out_dir=str(out), device="cpu", **{**settings, **more}
     )
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_training_is_that_of_a_plain_loop_over_the_stream(base: Path, tmp_path: Path, packing: bool) -> None:
+    """nanoGPT's loop: x = ids[i : i + 15], y = ids[i + 1 : i + 16], clip, AdamW, on transformers' model.
+
+    One step sees the whole corpus, so that the order of windows does not matter. With packing there is a stream for
+    each document.
+    """
+    flags = config(
+        base,
+        tmp_path,
+        tmp_path / "run",
+        rank=0,
+        lr=1e-2,
+        batch_size=100,
+        dtype="float32",
+        packing=packing,
+        eval_every=4,
+    )
+    train(flags)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    texts = [json.loads(line)["text"] for line in Path(flags.data).read_text().splitlines()]
+    streams = [plain_tokens(base, [text]) for text in texts if text] if packing else [plain_tokens(base, texts)]
+    inputs, targets = list[torch.Tensor](), list[torch.Tensor]()
+    for ids in map(torch.tensor, streams):
+        starts = list(range(0, len(ids), 16))
+        starts[-1] -= len(ids) - starts[-1] == 1  # nothing predicts a token on its own
+        for start, stop in pairwise([*starts, len(ids)]):
+            inputs.append(ids[start : stop - 1])
+            targets.append(ids[start + 1 : stop])
+    x = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True)
+    y = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-100)  # not counted
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()  # without dropout
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    for row in rows:
+        loss = F.cross_entropy(model(x).logits.flatten(0, 1), y.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = row["lr"]
+        optimizer.step()
+        optimizer.zero_grad()
+        assert row["train_loss"] == pytest.approx(loss.item(), rel=2e-5)
+    assert rows[-1]["train_loss"] < 0.9 * rows[0]["train_loss"]
 
 
 def test_a_run_says_what_the_windows_hold_and_prints_perplexity(base: Path, tmp_path: Path) -> None:
@@ -230,3 +289,47 @@ def test_graft_data_shows_the_beginning_of_windows(base: Path, tmp_path: Path) -
 def test_a_short_window_is_shown_whole(base: Path) -> None:
     (one,) = examples(base, 16, "abc")
     assert show_targets(one, Tokenizer.from_folder(base)) == "a⟦b⟧⟦c⟧⟦<|endoftext|>⟧"
+
+
+# Evaluation -----------------------------------------------------------------------------------------------------------
+
+
+def evaluated(*words: str) -> dict[str, Any]:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert cli.run(["evaluate", *words, "--json", "--device=cpu"]) == 0
+    found: dict[str, Any] = json.loads(out.getvalue())
+    return found
+
+
+def test_documents_are_evaluated_by_their_loss_per_token(base: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "held-out.jsonl", TEXTS)
+    found = evaluated(f"--init_from={base}", f"--data={file}", "--max_length=16", "--dtype=float32")
+    reference = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for window in torch.tensor(plain_tokens(base, TEXTS)).split(16):
+            total += F.cross_entropy(reference(window[None, :-1]).logits[0], window[1:], reduction="sum").item()
+            count += len(window) - 1
+    assert found.keys() == {"n", "windows", "tokens", "loss", "perplexity", "tokens_per_s"}
+    assert (found["n"], found["tokens"]) == (4, count)
+    assert found["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+    few = evaluated(f"--init_from={base}", f"--data={file}", "--max_length=16", "--limit=3")
+    assert few["n"] <= 3 and few["tokens"] < count
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_run_is_evaluated_in_its_own_windows(base: Path, tmp_path: Path, packing: bool) -> None:
+    flags = config(base, tmp_path, tmp_path / "run", dtype="float32", packing=packing)
+    result = train(flags)
+    found = evaluated(f"--out_dir={tmp_path / 'run'}", "--split=validation", "--checkpoint=last", "--dtype=float32")
+    assert found["n"] == 2 and found["windows"] == 2
+    assert found["loss"] == pytest.approx(result["last"]["val_loss"], rel=1e-6)
+
+
+def test_flags_about_labels_are_refused_for_documents(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "held-out.jsonl", TEXTS)
+    assert cli.run(["evaluate", f"--init_from={base}", f"--data={file}", "--shots=2", "--split=test"]) == 2
+    assert "--shots 2: is for texts with labels, and these are documents: drop it" in capsys.readouterr().err

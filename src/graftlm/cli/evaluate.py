@@ -1,7 +1,7 @@
 """The handlers of `graft evaluate` and `graft generate`: load what the flags name, read the data, run it."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +19,16 @@ if TYPE_CHECKING:
     from graftlm.text.bad_rows import BadRowsFlag
     from graftlm.text.collate import Example
     from graftlm.text.fields import Columns
+    from graftlm.text.records import Document, Record
     from graftlm.text.template import Template
 
 Result = dict[str, Any]
 Source = tuple[str, str, str, "Columns"]
 """data, val, test and columns of `load_dataset`."""
+Read = tuple["Template", "Sequence[Record]", "Sequence[Record]"]
+"""A template, the rows to evaluate, and the train split."""
+LABEL_FLAGS = ("mode", "shots", "demo_selection", "seed", "calibrate", "predictions", "template", "labels", "ray")
+"""Flags that evaluate labels, and not documents."""
 DATA_FLAGS = ("data", "val_data", "test_data", "bad_rows")
 
 
@@ -31,11 +36,11 @@ def evaluate(parsed: "ParsedArgs", notes: "Console") -> Result:
     """`graft evaluate`, with --ray by copies of the model on a cluster."""
     check_run_flags(parsed, notes)
     if not parsed.config.ray:
-        return _evaluate_by(None, parsed.config, notes)
+        return _evaluate_by(None, parsed, notes)
     from graftlm.studies.ray_cluster import connected, ray_predictor
 
     with connected(parsed.config, ray_log_level(parsed)) as cluster:
-        return _evaluate_by(lambda loaded: ray_predictor(cluster, parsed.config, loaded), parsed.config, notes)
+        return _evaluate_by(lambda loaded: ray_predictor(cluster, parsed.config, loaded), parsed, notes)
 
 
 def check_run_flags(parsed: "ParsedArgs", notes: "Console") -> None:
@@ -54,15 +59,20 @@ def ray_log_level(parsed: "ParsedArgs") -> str:
 
 
 def _evaluate_by(
-    reader_of: Callable[["ModelBundle"], "Predictor"] | None, config: EvaluateConfig, notes: "Console"
+    reader_of: Callable[["ModelBundle"], "Predictor"] | None, parsed: "ParsedArgs", notes: "Console"
 ) -> Result:
     """The evaluation by what is loaded here, or by a reader made of it, such as its copies on a cluster."""
     from graftlm.exchange.load import load
     from graftlm.inference.evaluate import evaluate, write_predictions
     from graftlm.text.collate import common_prefix_length
+    from graftlm.text.records import Document
 
+    config: EvaluateConfig = parsed.config
     loaded = load(config.init_from, config.out_dir, config.checkpoint, config.device, config.dtype, config.base_format)
-    template, examples, content_free = _examples(loaded, config, notes)
+    template, rows, pool = _rows(loaded, config, notes)
+    if documents := [row for row in rows if isinstance(row, Document)]:
+        return _evaluate_documents(loaded, (template, documents), parsed, notes)
+    examples, content_free = _examples(loaded, (template, rows, pool), config, notes)
     readings = 2 if config.mode == "both" else 1
     with display.progress(notes, "evaluate", readings * len(examples)) as progress:
         evaluation = evaluate(
@@ -126,7 +136,9 @@ def _classify(loaded: "ModelBundle", config: GenerateConfig, notes: "Console") -
     from graftlm.inference.evaluate import evaluate
     from graftlm.inference.sampling import SamplingParams
 
-    template, examples, _ = _examples(loaded, EvaluateConfig(data=config.data, limit=config.limit), notes)
+    flags = EvaluateConfig(data=config.data, limit=config.limit)
+    read = _rows(loaded, flags, notes)
+    template, (examples, _) = read[0], _examples(loaded, read, flags, notes)
     if any(example.label is None for example in examples):
         raise InputError("--data: a row has no label, so there is no accuracy; give --prompt to generate text")
     with display.progress(notes, "classify", len(examples)) as progress:
@@ -143,14 +155,11 @@ def _classify(loaded: "ModelBundle", config: GenerateConfig, notes: "Console") -
     return {**evaluation.to_json(), "labels": list(template.labels)}
 
 
-def _examples(
-    loaded: "ModelBundle", config: EvaluateConfig, notes: "Console"
-) -> tuple["Template", list["Example"], list[list["Example"]]]:
+def _rows(loaded: "ModelBundle", config: EvaluateConfig, notes: "Console") -> "Read":
     """What to read, as the flags say, else as the run says that is being read, else the defaults.
 
-    Template, examples, and the inputs without content that calibrate them (none unless asked for).
+    Template, the rows to evaluate, and the train split for demonstrations.
     """
-    from graftlm.inference.fewshot import FewShotConfig, build_fewshot
     from graftlm.text.collate import subset
     from graftlm.text.dataset import default_labels, load_dataset
     from graftlm.text.labels import taken_from_data
@@ -183,14 +192,28 @@ def _examples(
         raise InputError(f"--split {split}: {dataset.name} has no such split; it has {', '.join(dataset.splits)}")
     if split != "train" and (both := {row.text for row in train.get("train", [])} & {row.text for row in rows}):
         notes.print(f"{len(both)} of the evaluated texts are in the train split too", soft_wrap=True)
-    # A run's own length holds for its prompts, which have no demonstrations before them.
-    max_length = config.max_length or (0 if config.shots else run.get("max_length")) or loaded.model.max_seq_len
+    return template, subset(rows, config.limit), train.get("train", [])
+
+
+def _max_length(loaded: "ModelBundle", config: EvaluateConfig) -> int:
+    """Of a prompt or a window. A run's own holds for its prompts, which have no demonstrations before them."""
+    run: Result = (loaded.run or {}).get("config", {})
+    return config.max_length or (0 if config.shots else run.get("max_length")) or loaded.model.max_seq_len
+
+
+def _examples(
+    loaded: "ModelBundle", read: "Read", config: EvaluateConfig, notes: "Console"
+) -> tuple[list["Example"], list[list["Example"]]]:
+    """The examples, and the inputs without content that calibrate them (none unless asked for)."""
+    from graftlm.inference.fewshot import FewShotConfig, build_fewshot
+
+    (template, rows, pool), max_length = read, _max_length(loaded, config)
     asked = build_fewshot(
         loaded.model,
         loaded.tokenizer,
         template,
-        subset(rows, config.limit),
-        train.get("train", []) if config.shots else [],
+        rows,
+        pool if config.shots else [],
         FewShotConfig(
             shots=config.shots,
             selection=config.demo_selection,
@@ -204,7 +227,26 @@ def _examples(
         notes.print(
             f"{asked.truncated} of {len(asked.examples)} texts were cut to fit {max_length} tokens", soft_wrap=True
         )
-    return template, asked.examples, asked.content_free
+    return asked.examples, asked.content_free
+
+
+def _evaluate_documents(
+    loaded: "ModelBundle", read: tuple["Template", "Sequence[Document]"], parsed: "ParsedArgs", notes: "Console"
+) -> Result:
+    """Loss per token and perplexity, in windows as in the run's training."""
+    from graftlm.inference.perplexity import document_loss
+    from graftlm.text.collate import encode_rows
+
+    (template, documents), config = read, parsed.config
+    for flag in sorted(parsed.explicit.intersection(LABEL_FLAGS)):
+        raise InputError(
+            f"--{flag} {getattr(config, flag)}: is for texts with labels, and these are documents: drop it"
+        )
+    packing = (loaded.run or {}).get("config", {}).get("packing", False)
+    examples, _ = encode_rows(documents, template, loaded.tokenizer, _max_length(loaded, config), packing=packing)
+    with display.progress(notes, "evaluate", len(examples)) as progress:
+        found = document_loss(loaded.model, examples, batch_size=config.batch_size, progress=progress)
+    return {"n": sum(bool(row.text.strip()) for row in documents), **found}
 
 
 def _in_chat(loaded: "ModelBundle", template: "Template", flag: str) -> "Template":

@@ -69,6 +69,8 @@ class DataConfig(DataFlags):
 
     init_from: str = "smollm2-135m"
     """The base model whose tokenizer, chat template and context length are used: as in graft train."""
+    packing: bool = False
+    """As in graft train: no window holds tokens of two documents."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -113,9 +113,9 @@ class SpeedFlags(Flags):
     group_by_length: bool = True
     """Put examples of similar length into one batch."""
     packing: bool = False
-    """Pack the examples of a batch into rows of at most --max_length tokens instead of padding them. Each attends to
-    itself alone, so the results are the same; batch_size still counts examples, not rows as in TRL. Documents are then
-    kept apart too: no window holds parts of two."""
+    """Pack the examples of a batch into rows of at most --max_length tokens instead of padding each. Examples attend to
+    themselves alone, so the results are the same; batch_size still counts examples, not rows as in TRL. Of documents
+    each is split on its own: no window holds tokens of two."""
     activation_cache_gb: float = bounded(8.0, ge=0)
     """Maximum size on disk, in GB, of the cached hidden states of frozen lower layers; 0: recompute them each time."""
     shared_prefix: bool = True
@@ -136,7 +136,7 @@ class LoggingFlags(Flags):
     eval_every: int | None = bounded(gt=0)
     """Steps between validations; each saves a checkpoint. Default: a tenth of the run."""
     val_limit: int = bounded(512, ge=0)
-    """Number of validation examples (a fixed sample, drawn without looking at labels); 0: all."""
+    """Number of validation examples, or of documents (a fixed sample, drawn without looking at labels); 0: all."""
     keep_checkpoints: bool = False
     """Keep the checkpoint of every validation, instead of only the best and the last."""
     wandb_project: str = ""

@@ -109,14 +109,20 @@ T = TypeVar("T", bound=_HasText)
 
 
 def encode_rows(
-    rows: Sequence[Record], template: Template, tokenizer: Tokenizer, max_length: int, *, score_labels: bool = True
+    rows: Sequence[Record],
+    template: Template,
+    tokenizer: Tokenizer,
+    max_length: int,
+    *,
+    score_labels: bool = True,
+    packing: bool = False,
 ) -> tuple[list[Example], int]:
     """Tokenise records, prompt and completion as one text, into at most `max_length` tokens each.
 
     A text that is too long is truncated inside the template; a prompt of the user's own never is. All texts leave room
     for the longest label's completion, so that any label can be scored and truncation does not depend on the label.
     A conversation that is too long ends with the last answer that fits. Documents become windows, of which all tokens
-    but the first are learned. score_labels: tokenise all labels after a text.
+    but the first are learned. score_labels: tokenise all labels after a text. packing: no window of two documents.
 
     Returns the examples in order (of conversations and documents not one a record), and how many texts were
     truncated. Raises InputError if template and completion leave no room for the text, or a prompt of the user's own is
@@ -130,7 +136,7 @@ def encode_rows(
         return [_chat_preference(row, tokenizer, max_length) for row in rows], 0
     if documents := [row for row in rows if isinstance(row, Document)]:
         assert len(documents) == len(rows), "documents among other records"
-        return list(window_examples(documents, tokenizer, max_length)), 0
+        return list(window_examples(documents, tokenizer, max_length, packing)), 0
     if template.chat and all(isinstance(row, Labelled) for row in rows):
         return _labelled_in_chat(rows, template, tokenizer, max_length)
     prompts = _prompts(rows, template, tokenizer, max_length)
@@ -312,9 +318,11 @@ def _answers(row: Record, space: str, template: Template, scored: Sequence[int])
             raise AssertionError("messages are written by the chat template")
 
 
-def window_examples(rows: Iterable[Document], tokenizer: Tokenizer, max_length: int) -> Iterator[Example]:
+def window_examples(
+    rows: Iterable[Document], tokenizer: Tokenizer, max_length: int, isolated: bool
+) -> Iterator[Example]:
     """The windows of documents. Their first token is the prompt, as nothing predicts it."""
-    for ids, source in windows(rows, tokenizer, max_length):
+    for ids, source in windows(rows, tokenizer, max_length, isolated):
         text = tokenizer.decode_with_special(ids)
         yield Example(ids[:1], ids[1:], None, text, text, source, finished=False, is_window=True)
 

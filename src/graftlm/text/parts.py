@@ -9,7 +9,13 @@ from graftlm.text.tokenizer import Tokenizer
 
 
 def encode_parts(
-    rows: Sequence[Record], template: Template, tokenizer: Tokenizer, max_length: int, *, score_labels: bool = True
+    rows: Sequence[Record],
+    template: Template,
+    tokenizer: Tokenizer,
+    max_length: int,
+    *,
+    score_labels: bool = True,
+    packing: bool = False,
 ) -> Iterator[tuple[Sequence[Record], list[Example], int]]:
     """`encode_rows` part by part, so that only a part is in memory: its records, their examples, texts truncated.
 
@@ -17,7 +23,7 @@ def encode_parts(
     """
     if rows and isinstance(rows[0], Document):
         read: list[Record] = []
-        for window in window_examples(_documents(rows, read), tokenizer, max_length):
+        for window in window_examples(_documents(rows, read), tokenizer, max_length, packing):
             yield read.copy(), [window], 0
             read.clear()
         yield read, [], 0

@@ -263,7 +263,7 @@ class JoinedWords:
 
 
 def document_notes(
-    splits: Mapping[str, Sequence[Record]], examples: Mapping[str, Sequence[Example]], max_length: int
+    splits: Mapping[str, Sequence[Record]], examples: Mapping[str, Sequence[Example]], max_length: int, packing: bool
 ) -> list[str]:
     """A note on what documents become, and those on documents that are empty, or in two splits."""
     documents = {split: rows for split, rows in splits.items() if rows and isinstance(rows[0], Document)}
@@ -279,7 +279,8 @@ def document_notes(
         f"{split} {len(keys[split].hashes):,} documents, {sum(sizes[split]):,} tokens, {len(sizes[split]):,} windows"
         for split in documents
     ]
-    notes = [f"windows of at most {max_length:,} tokens, all but the first learned: {'; '.join(parts)}"]
+    kind = "of one document each and " if packing else ""
+    notes = [f"windows {kind}of at most {max_length:,} tokens, all but the first learned: {'; '.join(parts)}"]
     for split, rows in documents.items():
         if empty := len(rows) - len(keys[split].hashes):
             notes.append(f"{empty:,} of {len(rows):,} documents in {split} are empty, and left out")

@@ -142,7 +142,7 @@ class EncodedSplits:
 
 
 def encode_splits(
-    dataset: Dataset, val_limit: int, template: Template, tokenizer: Tokenizer, max_length: int
+    dataset: Dataset, val_limit: int, template: Template, tokenizer: Tokenizer, max_length: int, packing: bool = False
 ) -> EncodedSplits:
     """Tokenize and check train and `val_limit` rows of validation (0: all)."""
     records = {"train": dataset.splits["train"], "validation": subset(dataset.splits["validation"], val_limit)}
@@ -150,8 +150,8 @@ def encode_splits(
     examples, truncated = dict[str, ExampleTable](), dict[str, int]()
     for split, rows in records.items():
         writer, truncated[split] = ExampleWriter(), 0
-        score = split == "validation"
-        for part, encoded, cut in encode_parts(rows, template, tokenizer, max_length, score_labels=score):
+        flags = {"score_labels": split == "validation", "packing": packing}
+        for part, encoded, cut in encode_parts(rows, template, tokenizer, max_length, **flags):
             controls.add(split, as_messages(part) if template.chat else part)
             joined.add(() if template.chat else part)
             checks.add(split, encoded)
@@ -159,7 +159,7 @@ def encode_splits(
             truncated[split] += cut
         examples[split] = writer.table()
     notes = [*dataset.notes, *joined.notes(), *conversation_notes(records, examples, tokenizer)]
-    notes += document_notes(records, examples, max_length)
+    notes += document_notes(records, examples, max_length, packing)
     notes += [*controls.notes(), *checks.notes(truncated)]
     return EncodedSplits(examples, truncated, notes)
 
@@ -187,7 +187,7 @@ class DataRequest:
         dataset = read_data(config, self.explicit, template)
         check_records(dataset, config.objective)
         template = with_chat(config.chat, dataset, template, self.tokenizer)
-        encoded = encode_splits(dataset, config.val_limit, template, self.tokenizer, self.max_length)
+        encoded = encode_splits(dataset, config.val_limit, template, self.tokenizer, self.max_length, config.packing)
         labelled = all(isinstance(dataset.splits[split][0], Labelled) for split in encoded.examples)
         return PreparedData(
             name=dataset.name,

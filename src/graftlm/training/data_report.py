@@ -45,11 +45,12 @@ class _Encoder:
     template: Template
     tokenizer: Tokenizer
     max_length: int
+    packing: bool
 
     def encode(self, records: Sequence[Record], max_length: int = 0) -> tuple[list[Example], int]:
         """The examples, and how many texts were truncated. max_length: instead of the run's."""
         length = max_length or self.max_length
-        return encode_rows(records, self.template, self.tokenizer, length, score_labels=False)
+        return encode_rows(records, self.template, self.tokenizer, length, score_labels=False, packing=self.packing)
 
 
 def describe_data(config: DataConfig, explicit: Set[str]) -> dict[str, Any]:
@@ -68,8 +69,8 @@ def describe_data(config: DataConfig, explicit: Set[str]) -> dict[str, Any]:
     tokenizer.date = date.today().isoformat()
     template = with_chat(chat_flag(config.chat, source, tokenizer), dataset, template, tokenizer)
     max_length = max_example_tokens(flags, read_config(source.folder), source.method)
-    encoder = _Encoder(template, tokenizer, max_length)
-    encoded = encode_splits(dataset, 0, template, tokenizer, max_length)
+    encoder = _Encoder(template, tokenizer, max_length, flags.packing)
+    encoded = encode_splits(dataset, 0, template, tokenizer, max_length, flags.packing)
     splits = {
         split: _split(encoder, dataset.splits[split], examples, encoded.truncated[split])
         for split, examples in encoded.examples.items()

@@ -79,7 +79,7 @@ class DataKey:
         """The key of a run's data. max_length: tokens of an example. Raises InputError for data that is not there."""
         names = {f.name for f in fields(DataFlags)}
         flags = {name: getattr(config, name) for name in sorted(names - {*SPELLING, "max_length"})}
-        flags |= {name: getattr(config, name) for name in ("objective", "loss_on", "val_limit")}
+        flags |= {name: getattr(config, name) for name in ("objective", "loss_on", "val_limit", "packing")}
         source = data_source(config.data)
         paths = [source.path, *(user_path(f) for f in (config.val_data, config.test_data) if f)]
         identity = {
