@@ -95,6 +95,14 @@ def test_every_script_has_a_help_page(
     assert stop.value.code == 0 and capsys.readouterr().out.startswith("usage:")
 
 
+def test_packing_computes_less_than_padding(small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    words = [small[0], "--rounds=1", "--batches=2", "--layers=1", "--only=short"]
+    medians = report("packing", words, capsys)["medians"]
+    computed = {name: figures["computed"] for name, figures in medians.items()}
+    assert 1 < computed["short random packed"] < computed["short random"] - 0.2
+    assert 1 <= computed["short grouped packed"] <= computed["short grouped"] < computed["short random"]
+
+
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_training_and_methods(small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     words = [*small, *ONCE, "--steps", "4", "--batch_size", "4"]

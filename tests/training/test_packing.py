@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from family_cases import CASES, VOCAB, config_of
 from graftlm.config import TrainConfig
@@ -84,6 +85,24 @@ def test_loss_gradient_and_step_are_those_of_each_record_alone(case: str) -> Non
     norm = max(1.0, *(float(g.norm()) for g in steps[0]))
     for want, got in zip(*steps, strict=True):
         torch.testing.assert_close(got / norm, want / norm, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", ["llama", "mistral", "gpt2"])
+def test_long_rows_never_hold_all_scores(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From FUSED_FROM tokens on, PyTorch's fused kernel takes the mask of packed rows: also a window's."""
+    model, sft, calls = model_of_case(case), SFT("all"), list[Any]()
+    ids = torch.randint(1, VOCAB, (11, 50), generator=torch.Generator().manual_seed(1)).tolist()
+    some = [Example((*row[: 20 + n],), (*row[20 + n :],), None, "", "", "") for n, row in enumerate(ids)]
+    want = gradients(model, [sft.collate([record], CollateOptions()) for record in some], sft)
+    real = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(a[3]) or real(*a, **k))
+    packed = sft.collate(some, CollateOptions(row_tokens=560))
+    assert packed.ids.shape == (1, 11 * 49)
+    got = gradients(model, [packed], sft)
+    assert len(calls) == model.config.num_layers and calls[0].shape == (1, 1, 539, 539)
+    assert abs(got[0] - want[0]) <= 1e-9 * want[0]
+    norm = max(float(g.norm()) for g in want[1])
+    assert all(float((a - b).norm()) <= 1e-9 * norm for a, b in zip(got[1], want[1], strict=True))
 
 
 @pytest.mark.parametrize("most", [0, 30])

@@ -99,7 +99,7 @@ class GenerateConfig(RunFlags, SamplingFlags):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(RunFlags, DataFlags, RayFlags):
-    """Measure the accuracy of a model or a run on labelled text."""
+    """Measure the accuracy of a model or a run on labelled text, or its loss on documents."""
 
     data: str = ""
     """The data set: as in graft train, but one file is read whole unless --split is given. Default: the run's, else
@@ -122,7 +122,7 @@ class EvaluateConfig(RunFlags, DataFlags, RayFlags):
     """How the model answers: score (the most likely label word), generate (the label word in its generated text), or
     both."""
     limit: int = bounded(0, ge=0)
-    """Evaluate on only this many examples (a fixed sample, drawn without looking at labels); 0: all."""
+    """Evaluate on only this many examples or documents (a fixed sample, drawn without looking at labels); 0: all."""
     shots: int = bounded(0, ge=0)
     """Number of demonstrations before each text, from the train split; evaluated texts are never used."""
     demo_selection: DemoSelection = "fixed"

@@ -29,7 +29,7 @@ from graftlm.models import fused_ops, packed
 from graftlm.models.config import LayerConfig, ModelConfig
 from graftlm.models.fused_ops import TORCH, DropoutMask, ReferenceKernels
 from graftlm.models.rope import RopeConfig
-from graftlm.models.row_layout import RowLayout
+from graftlm.models.row_layout import PackedRows, RowLayout
 
 
 @dataclass(frozen=True)
@@ -372,14 +372,17 @@ class Attention(HasFusedOps):
         if inputs.shared_prefix is not None:
             return self.o(self._attend_shared_prefix(q, (k, v), past, inputs).flatten(-2))
         k, v = k.transpose(1, 2), v.transpose(1, 2)
-        plain = self.layer.window is None and self.layer.attention_softcap is None and self.sinks is None
-        if plain and not past and inputs.layout is None and inputs.positions is None and q.shape[1] >= FUSED_FROM:
+        mask, packed = inputs.masks[self.layer.window], isinstance(inputs.layout, PackedRows)
+        plain = self.layer.attention_softcap is None and self.sinks is None and not past and inputs.positions is None
+        known = packed or (self.layer.window is None and inputs.layout is None)
+        if plain and known and q.shape[1] >= FUSED_FROM:
             dropout_p, grouped = self.drop.p if self.training else 0.0, self.kv_heads < self.heads
+            given = (mask.squeeze(2), dropout_p, False) if packed and mask is not None else (None, dropout_p, True)
             y = F.scaled_dot_product_attention(
-                q.transpose(1, 2), k, v, None, dropout_p, True, scale=self.layer.attention_scale, enable_gqa=grouped
+                q.transpose(1, 2), k, v, *given, scale=self.layer.attention_scale, enable_gqa=grouped
             ).transpose(1, 2)
         else:
-            y = scaled_dot_product(q, [*past, (k, v)], inputs.masks[self.layer.window], *self._settings)
+            y = scaled_dot_product(q, [*past, (k, v)], mask, *self._settings)
         if inputs.cache is not None:
             inputs.cache.update(index, k, v)
         return self.o(y.flatten(-2))

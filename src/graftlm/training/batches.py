@@ -5,7 +5,7 @@ The tokens that all prompts of a batch share run once, with gradient, and every 
 (tests/training/test_objectives.py); with dropout, the rows share the masks of the shared tokens.
 
 A preference pair is one row, prompt, chosen, rejected, so that its prompt runs once; with --packing a row holds several
-records (`packing.py`). `models/row_layout.py` keeps apart what is in one row.
+records (`packing.py`). `models/row_layout.py` says what then belongs together.
 
 Letters: B rows, T tokens of the longest row without the shared prefix, P shared tokens, R records, N targets, S scored
 sequences.

@@ -18,18 +18,18 @@ DOUBLE_WORK = 1024
 def pack_rows(sizes: Sequence[int], width: int) -> list[list[int]]:
     """Records of these sizes in rows of at most `width` tokens, as indices; a longer record has a row of its own.
 
-    Best-fit decreasing: the longest record first, each into the fullest row that has room for it. Some of the rows,
-    packed again, make the same rows.
+    Best-fit decreasing: the longest record first, each into the fullest row it fits into. The records of some of the
+    rows, packed again, make the same rows.
     """
-    rows, room = list[list[int]](), list[int]()
+    rows, space = list[list[int]](), list[int]()
     for record in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        fitting = [row for row, left in enumerate(room) if left >= sizes[record]]
-        best = min(fitting, key=lambda row: room[row], default=len(rows))
+        fitting = [row for row, left in enumerate(space) if left >= sizes[record]]
+        best = min(fitting, key=lambda row: space[row], default=len(rows))
         if best == len(rows):
             rows.append([])
-            room.append(width)
+            space.append(width)
         rows[best].append(record)
-        room[best] -= sizes[record]
+        space[best] -= sizes[record]
     return rows
 
 
