@@ -116,7 +116,7 @@ def test_the_loss_per_token_is_that_of_a_plain_loop_over_the_same_windows(base: 
 @pytest.mark.parametrize("max_length", [3, 7, 40])
 def test_with_packing_no_window_holds_tokens_of_two_documents(base: Path, max_length: int) -> None:
     some = documents(*TEXTS, "a", "123456")
-    found = windows(some, Tokenizer.from_folder(base), max_length, isolated=True)
+    found = list(windows(some, Tokenizer.from_folder(base), max_length, isolated=True))
     for document in some:
         own = [window.ids for window in found if window.source == document.source]
         assert [token for ids in own for token in ids] == plain_tokens(base, [document.text])

@@ -95,7 +95,12 @@ def test_long_rows_never_hold_all_scores(case: str, monkeypatch: pytest.MonkeyPa
     some = [Example((*row[: 20 + n],), (*row[20 + n :],), None, "", "", "") for n, row in enumerate(ids)]
     want = gradients(model, [sft.collate([record], CollateOptions()) for record in some], sft)
     real = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(a[3]) or real(*a, **k))
+
+    def attention(*args: Any, **options: Any) -> torch.Tensor:
+        calls.append(options["attn_mask"])
+        return real(*args, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
     packed = sft.collate(some, CollateOptions(row_tokens=560))
     assert packed.ids.shape == (1, 11 * 49)
     got = gradients(model, [packed], sft)

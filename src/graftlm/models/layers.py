@@ -376,10 +376,15 @@ class Attention(HasFusedOps):
         plain = self.layer.attention_softcap is None and self.sinks is None and not past and inputs.positions is None
         known = packed or (self.layer.window is None and inputs.layout is None)
         if plain and known and q.shape[1] >= FUSED_FROM:
-            dropout_p, grouped = self.drop.p if self.training else 0.0, self.kv_heads < self.heads
-            given = (mask.squeeze(2), dropout_p, False) if packed and mask is not None else (None, dropout_p, True)
             y = F.scaled_dot_product_attention(
-                q.transpose(1, 2), k, v, *given, scale=self.layer.attention_scale, enable_gqa=grouped
+                q.transpose(1, 2),
+                k,
+                v,
+                attn_mask=mask.squeeze(2) if packed and mask is not None else None,
+                dropout_p=self.drop.p if self.training else 0.0,
+                is_causal=not packed,
+                scale=self.layer.attention_scale,
+                enable_gqa=self.kv_heads < self.heads,
             ).transpose(1, 2)
         else:
             y = scaled_dot_product(q, [*past, (k, v)], mask, *self._settings)
