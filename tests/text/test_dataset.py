@@ -239,7 +239,9 @@ def test_unknown_label(tmp_path: Path, value: object):
     else:
         message = f"FILE:2: unknown label {value!r}: allowed are 0 or 'negative', 1 or 'positive'"
         if value in (2, "2"):
-            message += "; if the data counts from 1, give a word for 0 too, as in --labels none,negative,positive"
+            message += "; if the data counts from 1, write --labels 1=negative,2=positive"
+        if value is True:
+            message += "; for true and false write --labels false=negative,true=positive"
     fails(tmp_path / "a.jsonl", lines, message)
 
 

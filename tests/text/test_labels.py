@@ -117,6 +117,19 @@ def test_a_column_that_names_the_labels(tmp_path: Path):
         assert default_labels(str(path)) == "0,1,2"
 
 
+def test_a_label_that_is_the_number_of_a_choice(tmp_path: Path):
+    """As COPA's: of the question alone nothing can be learned. A template that has all of it reads it."""
+    path = tmp_path / "a.jsonl"
+    row = {"premise": "It rains.", "choice1": "wet", "choice2": "dry", "question": "effect"}
+    path.write_text("".join(json.dumps({**row, "label": n % 2, "idx": n}) + "\n" for n in range(9)))
+    with pytest.raises(InputError, match=r"a\.jsonl:1: choice1 would be lost, and it changes what is learned: "):
+        load_dataset(str(path), labels=("first", "second"))
+    config = TrainConfig(data=str(path), template="{premise} {idx}: {choice1} or {choice2}?", labels="first,second")
+    data = read_data(config, {"template", "labels"}, load_template(config.template, config.labels))
+    texts = [record.text for split in data.splits.values() for record in split]
+    assert sorted(texts) == [f"It rains. {n}: wet or dry" for n in range(9)]
+
+
 # ------------------------------------------------------------------------------------------------ bad rows
 
 BAD = [0, 1, None, 7, 1, 0, "meh", 1, -1, 0]

@@ -11,7 +11,7 @@ SPEAKERS = ("system", "tools", "functions")
 """What conversations may have with their messages."""
 BEFORE = ("history", "system_prompt", *SPEAKERS)
 """What a prompt may follow."""
-CHOICES = ("choices", "options")
+CHOICES = ("choices", "options", "choice1", "option1", "ending0", "sol1")
 ASIDE = (*CONTEXT, *CHOICES, "context", "passage", "input")
 """Columns that a completion may answer together with its prompt."""
 

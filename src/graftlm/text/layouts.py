@@ -253,7 +253,7 @@ def _is_transcript(columns: Mapping[str, Any]) -> bool:
 
 LABELLED = "labelled"
 
-TEXT_AND_LABEL = Layout(LABELLED, ("text", "label"), _labelled, refused=(), also=TEXTS | LABELS)
+TEXT_AND_LABEL = Layout(LABELLED, ("text", "label"), _labelled, refused=CHOICES, also=TEXTS | LABELS)
 PAIR = Layout("completion", ("prompt", "completion"), _completion, ENDS, _is_turn, BEFORE, also=TURN)
 ALPACA = Layout("alpaca", ("instruction", "output"), _alpaca, ("input",), _is_chat, BEFORE, also=TASK)
 UNPAIRED = Layout(

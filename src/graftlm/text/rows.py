@@ -65,7 +65,8 @@ class LabelWords:
             f"{n} or {word!r}" if self._numbers.get(str(n)) == n else repr(word) for n, word in enumerate(self.words)
         )
         from_1 = text == str(len(self.words)) and not any(map(is_integer, self.words))
-        hint = f"; if the data counts from 1, give a word for 0 too, as in --labels none,{words}" if from_1 else ""
+        named = ",".join(f"{number}={word}" for number, word in enumerate(self.words, start=1))
+        hint = f"; if the data counts from 1, write --labels {named}" if from_1 else ""
         if text.casefold() in BOOLEANS and len(self.words) == 2:
             hint = f"; for true and false write --labels false={self.words[0]},true={self.words[1]}"
         return f"unknown label {shown}: allowed are {', '.join(allowed)}{hint}"
