@@ -248,6 +248,13 @@ ROWS: list[tuple[dict[str, Any], str, Record]] = [
         "question about a text (context, question, answer)",
         Completion("Question: a\nAnswer:", " b"),
     ),
+    ({"Text": "a", "ID": 5}, "documents (Text); columns not read: ID", Document("a")),
+    ({"Messages": [SAY_A, SAY_B]}, "chat (Messages)", talk(A, B)),
+    (
+        {"question": "a", "answer": "b", "label": 0},
+        "unpaired preference (question, answer, label)",
+        Unpaired("a", "b", False),
+    ),
     ({"text": "a", "lang": ["en"], "id": 5}, "documents (text); columns not read: id, lang", Document("a")),
 ]
 

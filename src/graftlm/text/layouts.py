@@ -265,6 +265,10 @@ UNPAIRED = Layout(
     also=TURN,
 )
 
+CHATS = tuple(
+    Layout(name, (column,), _chat(column), SPEAKERS, _is_chat)
+    for name, column in (("chat", "messages"), ("sharegpt", "conversations"))
+)
 PREFERENCE = Layout(
     "preference", ("chosen", "rejected"), _implicit_preference, ("prompt", *ENDS, *SPEAKERS), also=PAIRED
 )
@@ -292,8 +296,7 @@ LAYOUTS = (
     PAIR,
     PREFERENCE,
     UNPAIRED,
-    Layout("chat", ("messages",), _chat("messages"), SPEAKERS, _is_chat),
-    Layout("sharegpt", ("conversations",), _chat("conversations"), SPEAKERS, _is_chat),
+    *CHATS,
     ALPACA,
     *PREFERENCES,
     Layout(
@@ -370,7 +373,7 @@ OTHER_NAMES = (
     *UNPAIRED_CHATS,
     *(ALPACA, UNPAIRED_ALPACA, ALPACA_CHAT),
     *(*PREFERENCES, PREFERENCE),
-    *(replace(PAIR, refused=ASIDE), UNPAIRED, CHAT_TURN, TEXT_AND_LABEL),
+    *(*CHATS, UNPAIRED, replace(PAIR, refused=ASIDE), CHAT_TURN, TEXT_AND_LABEL),
 )
 """The layouts that are tried with other names of their columns, in this order."""
 

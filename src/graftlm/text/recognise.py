@@ -80,11 +80,15 @@ def _by_keys(
 
 def _documents(columns: Mapping[str, Any], mapped: Sequence[str]) -> Layout | None:
     """Documents, if no column but the text may be a label, or --columns names the text alone."""
-    others = {name: columns[name] for name in columns.keys() - ABOUT_DOCUMENTS - {"text"}}
+    names = _called(DOCUMENTS, "text", columns)
+    others = {
+        name: value for name, value in columns.items() if name not in names and small(name) not in ABOUT_DOCUMENTS
+    }
     may_be_labels = [name for name, value in others.items() if isinstance(value, str | int | float)]
     may_be_labels += _called(TEXT_AND_LABEL, "label", others)
-    is_documents = [*mapped] == ["text"] or not (mapped or may_be_labels)
-    return DOCUMENTS if "text" in columns and is_documents else None
+    if not names or ((mapped or may_be_labels) and [*mapped] != ["text"]):
+        return None
+    return replace(DOCUMENTS, columns=() if names == ["text"] else (("text", names[0]),))
 
 
 def _by_other_names(path: object, columns: Mapping[str, Any], mapped: Sequence[str]) -> Layout | None:
