@@ -326,3 +326,42 @@ def test_rows_that_are_refused(tmp_path: Path, row: dict[str, Any], message: str
     path = write(tmp_path / "validation.jsonl", row)
     with pytest.raises(InputError, match=f"^{re.escape(f'{path}{message}')}$"):
         load_dataset(str(tmp_path))
+
+
+def messages_of_a_tree() -> list[dict[str, Any]]:
+    """The rows of a flat file: the reply of best rank comes last."""
+    common = {"role": "assistant", "parent_id": "t", "deleted": False}
+    return [
+        {"message_id": "t", "parent_id": None, "role": "prompter", "text": "a"},
+        {**common, "message_id": "r1", "rank": 1, "text": "second"},
+        {**common, "message_id": "r2", "rank": None, "text": "unranked"},
+        {**common, "message_id": "r0", "rank": 0, "text": "b"},
+        {**common, "message_id": "u", "parent_id": "r0", "role": "prompter", "text": "c"},
+    ]
+
+
+def lines(folder: Path, rows: list[dict[str, Any]]) -> str:
+    (folder / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def test_messages_of_a_tree_are_one_conversation(tmp_path: Path) -> None:
+    (record,) = load_dataset(lines(tmp_path, messages_of_a_tree())).splits["validation"]
+    assert isinstance(record, Conversation) and record.messages == (A, B)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([*messages_of_a_tree(), messages_of_a_tree()[1]], ":6: message_id r1 occurs twice: leave one row out"),
+        (messages_of_a_tree()[1:2], ":1: the message before it, t, is not in the file: leave the row out"),
+        ([{"title": "t", "paragraphs": [{"context": "c"}]}], ":1: paragraphs must be a list of objects with context"),
+        (
+            [{"title": "t", "paragraphs": [{"context": "c", "qas": [{"question": "q", "answers": []}]}]}],
+            ":1, question 1: empty answer",
+        ),
+    ],
+)
+def test_rows_that_cannot_be_put_together(tmp_path: Path, rows: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(f"validation.jsonl{message}")):
+        load_dataset(lines(tmp_path, rows))
