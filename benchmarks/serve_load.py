@@ -1,15 +1,19 @@
-"""`graft serve` under load, compared with a plain transformers + FastAPI server on the same prompts.
+"""`graft serve` under load, compared with a plain transformers + FastAPI server and llama.cpp on the same prompts.
 
     python benchmarks/serve_load.py [--clients 1,4,16,64] [--seconds 20] [--long 60] [--json-out FILE]
 
     graft           `graft serve`, every request to the base
     graft adapters  the same server: base and two LoRA adapters (r=16) in turn, in the same batches
+    graft gguf      `graft serve` of the .gguf file with the same weights, which stay as they are (--base_format stored)
     plain           `model.generate` with a lock and FastAPI, as tutorials write it (`--child`)
+    llama.cpp       its server (of the package xllamacpp) on the .gguf file, with a slot for each client
+    before          `graft serve` of another checkout (--before FOLDER)
 
 Each client sends its next request as soon as the last is answered: a test review in the classification prompt, to be
 continued greedily by up to --new_tokens tokens. For each number of clients the contenders take turns of --seconds;
 then `graft adapters` serves the most clients for --long seconds while its memory is watched. The load comes from this
-process, which shares the cores.
+process, which shares the cores. `cpu_ms` are the server's processor milliseconds for a token, which other work on the
+machine changes less.
 """
 
 import argparse
@@ -26,7 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import cycle, islice
+from itertools import cycle, islice, product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -34,10 +38,11 @@ from typing import Any
 import harness
 from harness import BenchmarkError, Run
 
-CONTENDERS = ("graft", "graft adapters", "plain")
+CONTENDERS = ("graft", "graft adapters", "graft gguf", "plain", "llama.cpp", "before")
+PAIRS = (("graft", "plain"), ("graft adapters", "plain"), ("graft gguf", "llama.cpp"), ("graft", "before"))
 ADAPTERS = ("one", "two")
 DTYPES = ("float32", "bfloat16")
-FIGURES = ("tokens_per_s", "requests_per_s", "p50_s", "p95_s", "rss_mb")
+FIGURES = ("tokens_per_s", "requests_per_s", "p50_s", "p95_s", "cpu_ms", "rss_mb")
 TRIAL_SECONDS = 5.0
 SAME_MEMORY = 1.01
 SAME_TEXTS = 8
@@ -120,11 +125,35 @@ def serve_plain(settings: Mapping[str, Any]) -> Run:
     return {}
 
 
+def serve_llama_cpp(settings: Mapping[str, Any]) -> Run:
+    """llama.cpp's server; returns after a signal."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_gpu_layers, params.verbosity = settings["gguf"], 0, 0
+    params.n_parallel, params.n_ctx = settings["slots"], settings["slots"] * 256
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = settings["threads"]
+    server = xllamacpp.Server(params)
+    print(json.dumps({"url": server.listening_address}), flush=True)
+    signal.sigwait({signal.SIGTERM, signal.SIGINT})
+    os._exit(0)  # its threads do not end by themselves
+
+
+def serve(settings: Mapping[str, Any]) -> Run:
+    """A peer's server, in a process of its own."""
+    return serve_llama_cpp(settings) if "gguf" in settings else serve_plain(settings)
+
+
+def child_command(settings: Mapping[str, Any], work: Path) -> list[str]:
+    """A peer's server in a process of its own."""
+    file = work / f"peer-{time.time_ns()}.json"
+    file.write_text(json.dumps(settings), encoding="utf-8")
+    return [sys.executable, str(Path(__file__).resolve()), "--child", str(file)]
+
+
 def plain_command(model: str, dtype: str, work: Path) -> list[str]:
     """The plain server in a process of its own."""
-    file = work / f"plain-{dtype}.json"
-    file.write_text(json.dumps({"model": model, "dtype": dtype}), encoding="utf-8")
-    return [sys.executable, str(Path(__file__).resolve()), "--child", str(file)]
+    return child_command({"model": model, "dtype": dtype}, work)
 
 
 def graft_command(model: str, dtype: str, runs: Mapping[str, Path], new_tokens: int, clients: int) -> list[str]:
@@ -200,8 +229,10 @@ def turn(server: Server, bodies: Sequence[bytes], clients: int, seconds: float, 
     """One turn's figures. Keeps no files, so `folder` is not used."""
     busy, own, server_cpu = harness.busy_seconds(), time.process_time(), server.cpu_seconds()
     answers, took = load(server, bodies, clients, seconds)
-    used = time.process_time() - own + server.cpu_seconds() - server_cpu
-    about = {"clients": clients, "errors": answers.errors, "rss_mb": server.rss_mb()}
+    server_cpu = server.cpu_seconds() - server_cpu
+    used = time.process_time() - own + server_cpu
+    about: Run = {"cpu_ms": 1e3 * server_cpu / max(1, answers.tokens)}
+    about |= {"clients": clients, "errors": answers.errors, "rss_mb": server.rss_mb()}
     other = harness.other_share(took, harness.busy_seconds() - busy, used)
     return {**figures(answers, took), **about, "other_cpu_share": other}
 
@@ -261,9 +292,16 @@ def summarise(turns: Mapping[str, Sequence[Run]], long: Run, same: bool | None) 
     most, speed = turns["graft"][-1]["clients"], "tokens_per_s"
     gains = {name: runs[-1][speed] / runs[0][speed] for name, runs in turns.items()}
     found = {f"{speed} {name}, {most} clients/one": gain for name, gain in gains.items()}
-    for name in ("graft", "graft adapters"):
-        for ours, peer in zip(turns.get(name, ()), turns.get("plain", ()), strict=False):
-            found[f"{speed} {name}/plain, {ours['clients']} clients"] = ours[speed] / peer[speed]
+    for (name, other), key in product(PAIRS, (speed, "cpu_ms")):
+        for ours, peer in zip(turns.get(name, ()), turns.get(other, ()), strict=False):
+            if peer[key]:
+                found[f"{key} {name}/{other}, {ours['clients']} clients"] = ours[key] / peer[key]
+    goals = {
+        "one client: at least 3 times the throughput of before": (f"{speed} graft/before, 1 clients", 3),
+        "one client: at least the throughput of the plain server": (f"{speed} graft/plain, 1 clients", 1),
+        "16 clients: at least the throughput of llama.cpp": (f"{speed} graft gguf/llama.cpp, 16 clients", 1),
+        "64 clients: at least the throughput of llama.cpp": (f"{speed} graft gguf/llama.cpp, 64 clients", 1),
+    }
     errors = [line for runs in turns.values() for run in runs for line in run["errors"]] + long["errors"]
     return {
         "medians": rows,
@@ -277,6 +315,7 @@ def summarise(turns: Mapping[str, Sequence[Run]], long: Run, same: bool | None) 
             "no request failed": not errors,
             f"{most} clients for a long time: memory grows by less than 1%": growth(long["memory_mb"]) <= SAME_MEMORY,
             "the plain server's texts in float32": same,
+            **{text: found[name] >= bound if name in found else None for text, (name, bound) in goals.items()},
         },
     }
 
@@ -303,8 +342,12 @@ def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Servers, turns, summary."""
     from graftlm.files.assets import model_folder
 
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)  # of the servers; nothing is computed here
     model = str(model_folder(args.model))
-    models = {"graft": [Path(model).name], "graft adapters": [Path(model).name, *ADAPTERS], "plain": ["plain"]}
+    gguf = str(next(Path(model).glob("*.gguf"), model))
+    name = Path(model).name
+    models = {"graft": [name], "graft adapters": [name, *ADAPTERS], "graft gguf": [Path(gguf).name], "plain": ["plain"]}
+    models |= {"llama.cpp": ["llama.cpp"], "before": [name]}
     texts = prompts(args)
     bodies = {name: bodies_of(texts, models[name], args.new_tokens) for name in CONTENDERS}
 
@@ -315,12 +358,23 @@ def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
 
     dtypes = harness.native_dtypes(DTYPES) if "plain" in args.only else ["float32"]
     dtype, tried = harness.fastest(dtypes, trial)
-    command = graft_command(model, args.dtype, adapter_runs(args, model, work), args.new_tokens, max(args.clients))
+    most = max(args.clients)
+    commands = {
+        "graft": graft_command(model, args.dtype, adapter_runs(args, model, work), args.new_tokens, most),
+        "graft gguf": [*graft_command(gguf, args.dtype, {}, args.new_tokens, most), "--base_format", "stored"],
+        "plain": plain_command(model, dtype, work),
+        "llama.cpp": child_command({"gguf": gguf, "slots": most, "threads": args.threads}, work),
+        "before": [
+            "env",
+            f"PYTHONPATH={args.before}/src",
+            *graft_command(model, args.dtype, {}, args.new_tokens, most),
+        ],
+    }
+    commands["before"] = ["env", f"PYTHONPATH={args.before}/src", *commands["before"]]
     with ExitStack() as stack:
-        graft = stack.enter_context(started(command, work))
-        servers = {"graft": graft, "graft adapters": graft}
-        if "plain" in args.only:
-            servers["plain"] = stack.enter_context(started(plain_command(model, dtype, work), work))
+        needed = [name for name in commands if name == "graft" or name in args.only]
+        servers = {name: stack.enter_context(started(commands[name], work)) for name in needed}
+        graft = servers["graft adapters"] = servers["graft"]
         texts_of = {}
         for name in args.only:  # also warms the servers
             found, _ = load(servers[name], bodies[name][:SAME_TEXTS], 2, 600, limit=SAME_TEXTS)
@@ -337,7 +391,9 @@ def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
             for name, each in found_turns.items():
                 turns[name].append(each)
         long = endurance(graft, bodies["graft adapters"], max(args.clients), args.long)
-    config = {key: getattr(args, key) for key in ("model", "clients", "seconds", "long", "new_tokens", "dtype")}
+    config = {
+        key: getattr(args, key) for key in ("model", "clients", "seconds", "long", "new_tokens", "dtype", "threads")
+    }
     about = {"config": config, "trials": tried, "plain_dtype": dtype, **summarise(turns, long, same)}
     return {**about, "long": long, "runs": turns, "rejected": rejected}
 
@@ -356,11 +412,13 @@ FLAGS: dict[str, dict[str, Any]] = {
     "long": {"type": float, "default": 60.0, "help": "seconds of the last turn (default 60)"},
     "new_tokens": {"type": int, "default": 32, "help": "most tokens of an answer (default 32)"},
     "prompts": {"type": int, "default": 256, "help": "different prompts (default 256)"},
-    "only": {"type": harness.choices(CONTENDERS), "default": list(CONTENDERS), "help": "contenders, graft among them"},
+    "only": {"type": harness.choices(CONTENDERS), "default": list(CONTENDERS[:-1]), "help": "graft and others"},
+    "before": {"default": "", "help": "the checkout of the contender before"},
+    "threads": {"type": harness.at_least(1), "default": 2, "help": "threads of each server (default 2)"},
     "dtype": {"default": "float32", "help": "graft's dtype (default float32)"},
     **harness.SOURCE,
     **harness.UNDISTURBED,
 }
 
 if __name__ == "__main__":
-    sys.exit(harness.main(__doc__, run, FLAGS, child=serve_plain))
+    sys.exit(harness.main(__doc__, run, FLAGS, child=serve))

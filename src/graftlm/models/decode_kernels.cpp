@@ -70,6 +70,15 @@ inline ints unsigned16(const void *from) { return each<uint16_t>(from); }
 #endif
 inline vec real(ints v) { return __builtin_convertvector(v, vec); }
 
+// a b + c, rounded once where the processor can; the compiler's own choice would differ from one tile to another.
+#if defined(__AVX512F__)
+inline vec multiply_add(vec a, vec b, vec c) { return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+#elif defined(__AVX2__) && defined(__FMA__)
+inline vec multiply_add(vec a, vec b, vec c) { return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+#else
+inline vec multiply_add(vec a, vec b, vec c) { return a * b + c; }
+#endif
+
 // The sums of four vectors; each is added up in the same order, by halves.
 inline four quartered(vec v) {
 #ifdef __AVX512F__
@@ -306,7 +315,7 @@ void tile(const uint8_t *w, int64_t row_bytes, int64_t columns, const float *x, 
         for (int p = 0; p < PARTS; p++)
             for (int b = 0; b < B; b++) {
                 const vec v = load<vec>(x + b * x_stride + c * CHUNK + p * LANES);
-                for (int n = 0; n < N; n++) sums[n][b] += parts[n][p] * v;
+                for (int n = 0; n < N; n++) sums[n][b] = multiply_add(parts[n][p], v, sums[n][b]);
             }
     };
     const int64_t whole = columns / CHUNK;
@@ -480,7 +489,7 @@ float sum_of_squares(const float *x, int64_t n, float mean = 0) {
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) {
         vec v = load<vec>(x + i) - mean;
-        sum += v * v;
+        sum = multiply_add(v, v, sum);
     }
     float rest = total(sum);
     for (; i < n; i++) rest += (x[i] - mean) * (x[i] - mean);
@@ -625,7 +634,8 @@ struct Attention {
         each_token(false, b, kv, [&](const uint8_t *key, int64_t t) {
             vec sums = {};
             each_chunk<C>(key, d, [&](int64_t c, const vec *parts) {
-                for (int p = 0; p < PARTS; p++) sums += parts[p] * load<vec>(own.query + c * CHUNK + p * LANES);
+                for (int p = 0; p < PARTS; p++)
+                    sums = multiply_add(parts[p], load<vec>(own.query + c * CHUNK + p * LANES), sums);
             });
             float score = total(sums);
             if (layer.softcap) score = float(layer.softcap) * std::tanh(score / float(layer.softcap));
@@ -641,7 +651,7 @@ struct Attention {
             each_chunk<C>(value, d, [&](int64_t c, const vec *parts) {
                 for (int p = 0; p < PARTS; p++) {
                     float *to = own.value + c * CHUNK + p * LANES;
-                    store(to, load<vec>(to) + parts[p] * weight);
+                    store(to, multiply_add(parts[p], vec{} + weight, load<vec>(to)));
                 }
             });
         });
