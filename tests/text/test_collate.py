@@ -39,6 +39,8 @@ class Words:
     of a word may take more tokens than the word, as it does with byte pairs.
     """
 
+    splits_at_spaces = False
+
     def __init__(self, before: tuple[int, ...] = (BOS,)) -> None:
         self.eot, self.before = EOT, list(before)
         self.vocab: list[str] = ["<end>", "<begin>"]

@@ -17,6 +17,7 @@ from graftlm.text.boundary import (
     Split,
     Tokens,
     common_length,
+    encode_answers,
     longest_label,
     scored_labels,
     split_prompt,
@@ -142,15 +143,13 @@ def encode_rows(
     prompts = _prompts(rows, template, tokenizer, max_length)
     scored = range(len(template.labels)) if score_labels else ()
     answers = [_answers(row, prompt.space, template, scored) for row, prompt in zip(rows, prompts, strict=True)]
-    wholes = [[prompt.text + answer for answer in own] for prompt, own in zip(prompts, answers, strict=True)]
-    distinct = list(dict.fromkeys(text for own in wholes for text in own))
-    ids_of = dict(zip(distinct, tokenizer.encode_prompts(distinct), strict=True))
+    wholes = encode_answers([(prompt.text, prompt.ids) for prompt in prompts], answers, tokenizer)
     examples: list[Example] = []
-    for row, prompt, own in zip(rows, prompts, wholes, strict=True):
-        split = split_tokens(prompt.ids, [ids_of[text] for text in own])
+    for row, prompt, own, ids in zip(rows, prompts, answers, wholes, strict=True):
+        split = split_tokens(prompt.ids, ids)
         if not isinstance(row, Labelled) and not all(split.answers):
             raise InputError(f"{row.source}: an answer has no tokens for this model: leave the row out")
-        examples.append(_example(row, own[0], split, tokenizer.eot))
+        examples.append(_example(row, prompt.text + own[0], split, tokenizer.eot))
         if not isinstance(row, Labelled):
             _check_length(examples[-1], max_length)
     return examples, sum(prompt.truncated for prompt in prompts)

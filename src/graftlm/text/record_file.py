@@ -86,7 +86,7 @@ class RecordFile(Sequence[Record]):
 
     def _record(self, number: int) -> Record:
         number = number if self._numbers is None else self._numbers[number]
-        kind, *values = json.loads(self._lines[number])
+        kind, *values = json.loads(self._lines[number].decode())
         return _READ[kind](*values)
 
 

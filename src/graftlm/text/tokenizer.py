@@ -27,6 +27,7 @@ from graftlm.config.paths import read_text, user_path
 from graftlm.errors import InputError
 from graftlm.files.atomic import atomic_write
 from graftlm.files.formats import read_json
+from graftlm.text.word_starts import shared_beginning, splits_at_spaces
 
 if TYPE_CHECKING:
     import tokenizers
@@ -111,7 +112,11 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, in parallel; the same ids as `encode` gives."""
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        shared = shared_beginning(texts) if self.splits_at_spaces else ""
+        rest = [text[len(shared) :] for text in texts] if shared else list(texts)
+        encodings = self._backend.encode_batch_fast(rest, add_special_tokens=False)
+        before = self.encode(shared) if shared else []
+        return [before + encoding.ids for encoding in encodings]
 
     def encode_prompt(self, text: str) -> list[int]:
         """The ids of a text, after the tokens that the model expects before it."""
@@ -178,6 +183,11 @@ class Tokenizer:
         """Whether a token is a byte of SentencePiece's byte fallback: what it is read as depends on its neighbours."""
         raw = self._backend.id_to_token(index) or ""
         return BYTE_TOKEN.fullmatch(raw) is not None and self._decode_after_text([index]) != raw
+
+    @cached_property
+    def splits_at_spaces(self) -> bool:
+        """Whether a text that begins with a space has the same ids after any other that ends with no white space."""
+        return splits_at_spaces(self._backend)
 
     @cached_property
     def marking(self) -> MarkedTokenizer:
