@@ -71,7 +71,7 @@ release: .venv/dev  ## wheel, source archive and bill of materials; the same byt
 
 TODAY := $(shell date +%F)
 
-BENCHES := train train-all speeds dpo decode evaluate few-shot kernels train-layers processes serve plan
+BENCHES := train train-all speeds dpo decode evaluate few-shot data kernels train-layers processes serve plan
 
 bench: .venv/peers $(BENCHES)  ## measure all public claims (some hours)
 	$(BIN)/python benchmarks/page.py
@@ -83,6 +83,7 @@ dpo: SCRIPT = dpo_vs_trl.py
 decode: SCRIPT = decode_vs_peers.py
 evaluate: SCRIPT = evaluate_vs_peers.py
 few-shot: SCRIPT = fewshot_vs_peers.py
+data: SCRIPT = data_vs_datasets.py
 kernels: SCRIPT = options.py --only kernels
 train-layers: SCRIPT = options.py --only train-layers
 processes: SCRIPT = options.py --only processes

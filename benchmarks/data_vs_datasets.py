@@ -44,8 +44,9 @@ BATCH = 16
 def write_reviews(path: Path, count: int, data: str) -> None:
     """A .jsonl of `count` labelled texts: the first half of one review and the second half of another."""
     from graftlm.text.dataset import load_dataset
+    from graftlm.text.records import Labelled
 
-    rows = list(load_dataset(data).splits["train"])
+    rows = [row for row in load_dataset(data).splits["train"] if isinstance(row, Labelled)]
     words, chance = [row.text.split() for row in rows], random.Random(0)
 
     def made() -> Iterator[dict[str, Any]]:

@@ -138,6 +138,19 @@ def test_decoding(small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert [len(row) for row in found["runs"][0]["graft-float32"]["tokens_rows"]] == [3] * 3
 
 
+def test_reading_and_tokenizing(
+    small: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("graftlm.training.token_cache.MIN_EXAMPLES", 1)
+    found = report("data_vs_datasets", [*small, *ONCE, "--rows", "100", "--large", "200"], capsys)
+    assert list(found["medians"]) == ["graft", "graft again", "datasets", "datasets again"]
+    examples = {name: run["examples"] for name, run in found["runs"][0].items()}
+    assert examples["datasets"] == examples["datasets again"] == 80
+    assert examples["graft"] == examples["graft again"] == pytest.approx(80, abs=3)  # a fifth of the different texts
+    assert found["large"]["datasets"]["examples"] == 160
+    assert found["large"]["graft"]["array_mb"] > found["runs"][0]["graft"]["array_mb"] > 0
+
+
 def test_few_shot(small: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """lm_eval is not installed here: graft takes its place, and its scores are changed a little."""
     bench, measure = load("fewshot_vs_peers"), load("fewshot_vs_peers").measure

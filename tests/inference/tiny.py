@@ -61,6 +61,7 @@ class Words:
 
     eot, stop_tokens = 0, frozenset({0})
     vocab_size = VOCAB
+    splits_at_spaces = False
 
     def __init__(self, *words: str) -> None:
         self.words = ["<eot>", *words]

@@ -62,16 +62,16 @@ def encode_answers(
 ) -> list[list[list[int]]]:
     """The tokens of each prompt, a text and its tokens, with each of its answers, as one text."""
 
-    def is_apart(prompt: str, answer: str) -> bool:
+    def is_separate(prompt: str, answer: str) -> bool:
         return tokenizer.splits_at_spaces and answer.startswith(" ") and prompt[-1:].strip() != ""
 
     pairs = [(prompt, answer) for (prompt, _), own in zip(prompts, answers, strict=True) for answer in own]
-    apart = list(dict.fromkeys(answer for prompt, answer in pairs if is_apart(prompt, answer)))
-    wholes = list(dict.fromkeys(prompt + answer for prompt, answer in pairs if not is_apart(prompt, answer)))
-    own_ids = dict(zip(apart, tokenizer.encode_batch(apart), strict=True))
+    separate = list(dict.fromkeys(answer for prompt, answer in pairs if is_separate(prompt, answer)))
+    wholes = list(dict.fromkeys(prompt + answer for prompt, answer in pairs if not is_separate(prompt, answer)))
+    own_ids = dict(zip(separate, tokenizer.encode_batch(separate), strict=True))
     whole_ids = dict(zip(wholes, tokenizer.encode_prompts(wholes), strict=True))
     return [
-        [ids + own_ids[answer] if is_apart(prompt, answer) else whole_ids[prompt + answer] for answer in own]
+        [ids + own_ids[answer] if is_separate(prompt, answer) else whole_ids[prompt + answer] for answer in own]
         for (prompt, ids), own in zip(prompts, answers, strict=True)
     ]
 

@@ -4,7 +4,7 @@
 
 That holds for byte pairs within words whose rule puts a space nowhere but at the start of a word, and looks ahead only
 after white space: GPT-2's, Llama 3's, Qwen's and gpt-oss's. The template before a text is then tokenized once for all
-texts, and an answer apart from its prompt. Of a tokenizer with any other rule nothing is assumed
+texts, and an answer without its prompt. Of a tokenizer with any other rule nothing is assumed
 (tests/text/test_word_starts.py).
 """
 
