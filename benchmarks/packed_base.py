@@ -3,7 +3,7 @@
     python benchmarks/packed_base.py [--shape 1b] [--only dense,q4_0,q8_0,peft] [--steps 6] [--json-out FILE]
 
 A model of TinyLlama's shape (1.1B; or 3b, 7b: Llama 3.2's and Llama 2's) with random weights; LoRA r=16 on q, k and v;
-two texts of 128 tokens a step with a target at each, float32 arithmetic, AdamW. `dense` has exactly the values of
+two texts of --tokens tokens a step with a target at each, float32 arithmetic, AdamW. `dense` has exactly the values of
 `q4_0`, so their losses must be equal. The peer is transformers' Llama with bitsandbytes' NF4 linears and PEFT's LoRA:
 its embedding and head stay float32, as bitsandbytes leaves them. Memory is the peak of the steps, without loading:
 /proc/self/clear_refs resets it before. Speed is tokens per second of processor time in one thread, since other work on
@@ -31,7 +31,7 @@ SHAPES = {  # layers, hidden size, intermediate size, heads, key/value heads, vo
     "3b": (28, 3072, 8192, 24, 8, 128256, True),
     "7b": (32, 4096, 11008, 32, 32, 32000, False),
 }
-ROWS, TOKENS, RANK, LR = 2, 128, 16, 1e-4
+ROWS, RANK, LR = 2, 16, 1e-4
 FIGURES = ("tokens_per_cpu_s", "peak_rss_mb")
 PAIRS = {f"{key} {name}/dense": (key, name, "dense") for name in ("q4_0", "q8_0") for key in FIGURES} | {
     f"{key} q4_0/peft": (key, "q4_0", "peft") for key in FIGURES
@@ -45,7 +45,7 @@ GOALS = {
 SAME_LOSS = 1e-5
 
 
-def timed_steps(step: Callable[[Any], float], count: int, vocabulary: int) -> Run:
+def timed_steps(step: Callable[[Any], float], count: int, tokens: int, vocabulary: int) -> Run:
     """Losses, speed and peak memory of `count` steps on random tokens."""
     import torch
 
@@ -53,11 +53,11 @@ def timed_steps(step: Callable[[Any], float], count: int, vocabulary: int) -> Ru
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     rng, losses, seconds = torch.Generator().manual_seed(0), [], []
     for _ in range(count):
-        ids = torch.randint(0, vocabulary, (ROWS, TOKENS + 1), generator=rng)
+        ids = torch.randint(0, vocabulary, (ROWS, tokens + 1), generator=rng)
         start = time.process_time()
         losses.append(step(ids))
         seconds.append(time.process_time() - start)
-    speed = ROWS * TOKENS / median(seconds[1:])
+    speed = ROWS * tokens / median(seconds[1:])
     return {"losses": losses, "tokens_per_cpu_s": speed, "cpu_s": seconds, "peak_rss_mb": harness.peak_rss_mb()}
 
 
@@ -99,7 +99,7 @@ def graft_model(shape: str, kind: str, packed: bool) -> Any:
     return model
 
 
-def run_graft(shape: str, kind: str, packed: bool, steps: int) -> Run:
+def run_graft(shape: str, kind: str, packed: bool, steps: int, tokens: int) -> Run:
     """Our steps."""
     import torch
 
@@ -112,7 +112,7 @@ def run_graft(shape: str, kind: str, packed: bool, steps: int) -> Run:
     model.set_kernels(load_kernels())
     model.train()
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=LR, fused=True)
-    rows, weights = torch.arange(ROWS * TOKENS), torch.full((ROWS * TOKENS,), 1 / (ROWS * TOKENS))
+    rows, weights = torch.arange(ROWS * tokens), torch.full((ROWS * tokens,), 1 / (ROWS * tokens))
 
     def step(ids: Any) -> float:
         hidden = model.hidden_states(ids[:, :-1]).flatten(0, 1)
@@ -122,7 +122,7 @@ def run_graft(shape: str, kind: str, packed: bool, steps: int) -> Run:
         optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
 
-    return timed_steps(step, steps, model.config.vocab_size)
+    return timed_steps(step, steps, tokens, model.config.vocab_size)
 
 
 def normal(shape: Any) -> Any:
@@ -133,7 +133,7 @@ def normal(shape: Any) -> Any:
     return values.repeat(shape.numel() // len(values) + 1)[: shape.numel()].view(shape).clone()
 
 
-def run_peft(shape: str, steps: int) -> Run:
+def run_peft(shape: str, steps: int, tokens: int) -> Run:
     """The peer's steps."""
     harness.keep_memory_or_fail()
     import bitsandbytes
@@ -176,7 +176,7 @@ def run_peft(shape: str, steps: int) -> Run:
         optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
 
-    return timed_steps(step, steps, vocabulary)
+    return timed_steps(step, steps, tokens, vocabulary)
 
 
 def child(settings: dict[str, Any]) -> Run:
@@ -184,18 +184,18 @@ def child(settings: dict[str, Any]) -> Run:
     import torch
 
     torch.set_num_threads(1)
-    name, shape, steps = settings["contender"], settings["shape"], settings["steps"]
+    name, shape, size = settings["contender"], settings["shape"], (settings["steps"], settings["tokens"])
     if name == "peft":
-        return run_peft(shape, steps)
+        return run_peft(shape, *size)
     from graftlm.cli.main import tune_malloc_retain
 
     tune_malloc_retain()
-    return run_graft(shape, "q4_0" if name == "dense" else name, name != "dense", steps)
+    return run_graft(shape, "q4_0" if name == "dense" else name, name != "dense", *size)
 
 
 def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Rounds and summary."""
-    settings = {"shape": args.shape, "steps": args.steps}
+    settings = {"shape": args.shape, "steps": args.steps, "tokens": args.tokens}
 
     def measure(name: str, folder: Path) -> Run:
         return harness.run_peer(__file__, {"contender": name, **settings}, folder)
@@ -210,13 +210,14 @@ def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         for a, b in zip(each["q4_0"]["losses"], each["dense"]["losses"], strict=True)
     ]
     summary["claims"]["losses equal to 1e-5 relative"] = max(compared) <= SAME_LOSS if compared else None
-    config = {**settings, "rows": ROWS, "tokens": TOKENS, "rank": RANK, "targets": "q,k,v", "threads": 1}
+    config = {**settings, "rows": ROWS, "rank": RANK, "targets": "q,k,v", "threads": 1}
     return {"config": config, **summary, "runs": rounds, "rejected": rejected}
 
 
 FLAGS: dict[str, dict[str, Any]] = {
     "shape": {"choices": tuple(SHAPES), "default": "1b", "help": "the model's shape (default 1b, TinyLlama's)"},
     "steps": {"type": harness.at_least(3), "default": 6, "help": "optimizer steps of a run, at least 3 (default 6)"},
+    "tokens": {"type": harness.at_least(1), "default": 128, "help": "tokens of a text (default 128)"},
     "only": {"type": harness.choices(CONTENDERS), "default": list(CONTENDERS), "help": "contenders, by commas"},
     **harness.ROUNDS,
 }

@@ -13,7 +13,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader
 
 from gguf_files import VOCAB, tiny_model, write_gguf
-from graftlm.config import ExportConfig, TrainConfig
+from graftlm.config import EstimateConfig, ExportConfig, TrainConfig
 from graftlm.errors import InputError, Interrupted
 from graftlm.exchange.base_format import choose_format, dense_hash, dequantize_base, format_note
 from graftlm.exchange.export import export
@@ -23,6 +23,7 @@ from graftlm.files.gguf import gguf_to_folder
 from graftlm.files.gguf_file import KEPT
 from graftlm.models import CausalLM
 from graftlm.models.packed import FORMATS, packed_weights
+from graftlm.studies.cost_report import estimate
 from graftlm.training.train import train
 from graftlm.training.trainer import Trainer
 from tiny import data_folder
@@ -80,6 +81,11 @@ def test_a_base_in_16_bits_stays_so_and_has_the_same_logits(tmp_path: Path) -> N
     assert kinds == {"q4_0", "q8_0"} and "q4_0" in format_note(packed)[0]
     random = random_weights_model(tmp_path, CPU, torch.float32, "q4_0")
     assert [w.data.shape for w in packed_weights(random)] == [w.data.shape for w in packed_weights(packed)]
+    held = sum(w.data.nbytes for w in packed_weights(packed)) + sum(p.nbytes for p in packed.parameters())
+    flags: dict[str, Any] = {"init_from": str(tmp_path), "rank": 2, "dtype": "float32", "base_format": "q4_0"}
+    assert estimate(EstimateConfig(**flags), {"rank"})["bytes"]["frozen"] == held
+    with pytest.raises(InputError, match="--method full trains the base's own weights"):
+        estimate(EstimateConfig(**flags | {"method": "full", "rank": None}), {"method"})
 
 
 def test_rows_that_are_no_whole_blocks_are_one_line(tmp_path: Path) -> None:

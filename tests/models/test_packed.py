@@ -17,6 +17,7 @@ from graftlm.methods.bitfit import BitFit
 from graftlm.methods.dora import DoRA
 from graftlm.methods.ia3 import IA3
 from graftlm.methods.lora import LoRA
+from graftlm.methods.multi_lora import stack
 from graftlm.models import CausalLM, clone_with_shared_weights
 from graftlm.models import packed as packed_module
 from graftlm.models.packed import FORMATS, HasWeight, PackedWeight
@@ -132,6 +133,20 @@ def test_methods_train_on_a_packed_base_as_on_the_dequantised_one(kind: str, met
     with torch.no_grad():
         a, b = plain.eval()(ids), packed.eval()(ids)
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # the plain one is merged, the packed one never
+
+
+@torch.no_grad()
+def test_adapters_are_served_together_on_a_packed_base() -> None:
+    plain, method = wide_model("llama", torch.float64), LoRA(rank=3, alpha=6.0)
+    packed, adapted = packed_copy(plain, "q8_0"), copy.deepcopy(plain)
+    method.install(adapted, torch.Generator().manual_seed(0))
+    state = {name: p + 0.1 for name, p in trainable(adapted).items()}
+    results = []
+    for base in (plain, packed):
+        stacked = stack(base, {"a": (method, state)})
+        with stacked.adapters_for(["a", None]):
+            results.append(stacked.model(torch.arange(10).view(2, 5)))
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

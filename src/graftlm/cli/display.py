@@ -245,7 +245,9 @@ def _cost_facts(result: Result) -> dict[str, str]:
     if "tokens" in result:
         facts["text"] = f"{result['tokens']:,} tokens"
     held = result["bytes"]["total"] / 1e9
-    facts["memory"] = f"{held:.3g} GB with frozen weights in {result['dtype']}, without activations"
+    facts["memory"] = (
+        f"{held:.3g} GB with frozen weights in {result.get('base_format', result['dtype'])}, without activations"
+    )
     if "device_gflops" in result:
         times = " and ".join(f"{s:,.3g} s {way}" for way, s in result["seconds_per_million_tokens"].items())
         facts["time"] = f"{times} per million, at {result['device_gflops']:g} GFLOP/s"

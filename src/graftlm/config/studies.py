@@ -84,6 +84,8 @@ class EstimateConfig(MethodFlags):
     """Tokens per text, which the attention products depend on. Default: the model's context length."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Data type of the frozen weights; trained weights are float32."""
+    base_format: Literal["dense", "bf16", "f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] = "dense"
+    """How the frozen weights are kept in memory: in --dtype, or packed as in graft train."""
     device_gflops: float | None = bounded(gt=0)
     """Predict times at this speed, in 10^9 operations per second. Default: no prediction."""
     batch_size: int | None = bounded(gt=0)
@@ -102,3 +104,6 @@ class EstimateConfig(MethodFlags):
             raise InputError("--shard needs --world_size N with N > 1")
         if self.world_size == 1 and self.bandwidth_gbs is not None:
             raise InputError("--bandwidth_gbs needs --world_size N with N > 1")
+        if self.base_format != "dense" and (self.world_size > 1 or self.mlp_widths):
+            with_ = "--mlp_widths" if self.mlp_widths else "--world_size"
+            raise InputError(f"--base_format {self.base_format}: is estimated for one process: leave out {with_}")

@@ -21,7 +21,14 @@ from graftlm.files import formats
 from graftlm.files.assets import model_config
 from graftlm.files.memory import free_mb
 from graftlm.models.base import CausalLM
-from graftlm.models.config import TensorMapping, read_model_config, stored_format, stored_name, tensor_mapping
+from graftlm.models.config import (
+    ModelConfig,
+    TensorMapping,
+    read_model_config,
+    stored_format,
+    stored_name,
+    tensor_mapping,
+)
 from graftlm.models.packed import FORMATS, HasWeight, PackedWeight, packed_weights
 
 SHARE = 0.5
@@ -100,6 +107,16 @@ def packed_plan(model: CausalLM, folder: Path, base_format: str, names: list[str
             )
         plan[name] = kind
     return plan
+
+
+def packed_sizes(config: ModelConfig, base_format: str, dtype: torch.dtype) -> dict[str, int]:
+    """Format -> how many weights of such a model are kept in it; no weights are made."""
+    with torch.device("meta"):
+        model, sizes = CausalLM(config), Counter[str]()
+    for name, module in model.named_modules():
+        if isinstance(module, HasWeight) and (kind := packed_format(f"{name}.weight", "", base_format, dtype)):
+            sizes[kind] += module.weight.numel()
+    return dict(sizes)
 
 
 def load_packed(model: CausalLM, folder: Path, plan: dict[str, str], device: torch.device) -> None:

@@ -224,11 +224,19 @@ def _flops(formulas: Sequence[str], letters: Mapping[str, int]) -> dict[str, Cos
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 
-def memory(trained: int, everything: int, item: int) -> dict[str, CostItem]:
-    """Bytes of training that do not depend on the batch: frozen weights of `item` bytes each, the rest in float32."""
-    letters = {"N": everything, "t": trained}
+def memory(
+    trained: int, everything: int, item: int, packed: Mapping[tuple[int, int], int] | None = None
+) -> dict[str, CostItem]:
+    """Bytes of training that do not depend on the batch: frozen weights of `item` bytes each, the rest in float32.
+
+    packed: (bytes, values) of a block -> how many of the frozen weights are stored in such blocks.
+    """
+    letters, blocks = {"N": everything, "t": trained}, dict(zip("PQ", (packed or {}).items(), strict=False))
+    numbers = letters | {letter: count for letter, (_, count) in blocks.items()}
+    dense = f"{item} (N - t{''.join(f' - {letter}' for letter in blocks)})"
+    terms = [f"{size} {letter} / {values}" for letter, ((size, values), _) in blocks.items()]
     return {
-        "frozen": CostItem(*counted("frozen weights", f"{item} (N - t)", **letters)),
+        "frozen": CostItem(*counted("frozen weights", " + ".join([*terms, dense]), **numbers)),
         "trained": CostItem(*counted("trained weights", "4 t", **letters)),
         "gradients": CostItem(*counted("their gradients", "4 t", **letters)),
         "optimizer_state": CostItem(*counted("AdamW's optimizer state", "8 t", **letters)),

@@ -18,6 +18,7 @@ import torch
 
 from graftlm.config import EstimateConfig
 from graftlm.errors import InputError
+from graftlm.exchange.base_format import packed_sizes
 from graftlm.files.assets import BUILTIN_MODELS, model_config
 from graftlm.methods import Adapter, Full, LoRA, Method, PrefixTuning, cost_model, method_from_flags
 from graftlm.methods.base import parse_layer_range
@@ -26,6 +27,7 @@ from graftlm.methods.ia3 import IA3
 from graftlm.models import CausalLM, ModelConfig
 from graftlm.models.config import LayerConfig, read_model_config
 from graftlm.models.mlp import MLP
+from graftlm.models.packed import FORMATS
 from graftlm.models.presets import SHAPES
 from graftlm.training.reporting import saved_activation_bytes
 
@@ -56,12 +58,27 @@ def estimate(config: EstimateConfig, explicit: Set[str]) -> dict[str, Any]:
     header = {"model": config.init_from, "method": method.to_json(), "tokens": text[1]}
     base, adapted = (cost_model.model_parts(each) for each in (model, method.adapted_config(model)))
     result = _result(config, header, base, adapted, trained, {"forward": forward, "training": training})
+    if config.base_format != "dense":
+        _pack(config, model, method, result)
     sharding = "frozen" if config.shard else "full" if method.is_full_finetune and config.world_size > 1 else "none"
     if config.world_size > 1:
         result["distributed"] = _distributed(config, model, sharding, result)
     if config.batch_size:
         result["step"] = _step(config, model, method, sharding, result)
     return {**result, "paper": lora_paper(config.init_from, model, method)}
+
+
+def _pack(config: EstimateConfig, model: ModelConfig, method: Method, result: dict[str, Any]) -> None:
+    """Change the result to that of packed frozen weights."""
+    if method.is_full_finetune:
+        raise InputError(
+            f"--base_format {config.base_format}: --method full trains the base's own weights: leave it out"
+        )
+    sizes = packed_sizes(model, config.base_format, getattr(torch, config.dtype))
+    blocks = {(FORMATS[kind].block_bytes, FORMATS[kind].block_size): count for kind, count in sizes.items()}
+    held = cost_model.memory(result["trainable"], result["total"], ITEM_BYTES[config.dtype], blocks)
+    result |= {"bytes": _counts(held), "base_format": config.base_format}
+    result["formulas"]["bytes"] = _formulas(held.values())
 
 
 def _distributed(config: EstimateConfig, model: ModelConfig, sharding: str, result: dict[str, Any]) -> dict[str, Any]:

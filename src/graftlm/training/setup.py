@@ -278,7 +278,9 @@ def _base_format(
     """The format of the base's weights; an InputError where they must be dense and another one is asked for."""
     sharded = dist.size > 1 and config.shard
     if not method.is_full_finetune and not sharded:
-        return choose_format(config.base_format, name, device, dtype)
+        with dist.same_error_on_all_ranks():
+            chosen = choose_format(config.base_format, name, device, dtype)
+        return str(dist.broadcast_object(chosen))  # ranks may have different amounts of memory
     if config.base_format not in ("auto", "dense"):
         what = "--shard: shards dense weights" if sharded else "--method full: trains the base's own weights"
         raise InputError(f"--base_format {config.base_format} with {what}; leave it out, or use another method")
