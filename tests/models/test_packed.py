@@ -135,6 +135,19 @@ def test_methods_train_on_a_packed_base_as_on_the_dequantised_one(kind: str, met
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # the plain one is merged, the packed one never
 
 
+def test_the_products_of_a_large_head_are_summed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = packed_copy(wide_model("llama", torch.float32), "q8_0")
+    rows, targets = torch.arange(5), torch.tensor([3, 60, 0, 9, 9])
+    results = []
+    for part in (1 << 24, 7 * 32):
+        monkeypatch.setattr(packed_module, "HEAD_PART", part)
+        h = torch.randn(5, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        loss = model.loss(h, rows, targets, torch.ones(5)) + model.log_probs(h, rows, targets).square().sum()
+        loss.backward()
+        results.append((loss.detach(), h.grad))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
 @torch.no_grad()
 def test_adapters_are_served_together_on_a_packed_base() -> None:
     plain, method = wide_model("llama", torch.float64), LoRA(rank=3, alpha=6.0)

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graftlm.models.cpp import load_library
-from graftlm.models.packed import PackedWeight, Weight, dense, embedding
+from graftlm.models.packed import PackedWeight, Weight, embedding, head_backward, head_logits
 
 
 @dataclass
@@ -176,7 +176,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
         """h [N, d], head [V, d], rows, targets [K] int64, weights [K] float -> the sum, in float32 or wider."""
         need_h, need_head = ctx.needs_input_grad[:2]
         exact = torch.promote_types(h.dtype, torch.float32)
-        w = dense(head, h.dtype)
+        w = head if isinstance(head, PackedWeight) else head.to(h.dtype)
         total = torch.zeros((), dtype=exact, device=h.device)
         d_h = torch.empty_like(h) if need_h else None
         d_head = torch.zeros_like(head) if need_head and isinstance(head, Tensor) else None
@@ -184,7 +184,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(h), CHUNK):
             here, mine = slice(start, start + CHUNK), (rows >= start) & (rows < start + CHUNK)
             r, t, weight = rows[mine] - start, targets[mine], weights[mine].to(exact)
-            log_p = F.linear(h[here], w).to(exact).log_softmax(-1)
+            log_p = head_logits(h[here], w).to(exact).log_softmax(-1)
             total -= (log_p[r, t] * weight).sum()
             if d_h is None and d_head is None:
                 continue
@@ -192,7 +192,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
                 log_p.exp_().mul_(row_weights[here, None]).index_put_((r, t), -weight, accumulate=True).to(h.dtype)
             )
             if d_h is not None:
-                torch.mm(d_logits, w, out=d_h[here])
+                head_backward(d_logits, w, d_h[here])
             if d_head is not None:
                 d_head += d_logits.T @ h[here]
         ctx.save_for_backward(d_h, d_head)
@@ -220,15 +220,15 @@ class FusedLinearLogProbs(torch.autograd.Function):
     def forward(ctx: Any, h: Tensor, head: Weight, rows: Tensor, targets: Tensor) -> Tensor:
         """h [N, d], head [V, d], rows, targets [K] int64 -> [K], in float32 or wider."""
         exact = torch.promote_types(h.dtype, torch.float32)
-        w = dense(head, h.dtype)
+        w = head if isinstance(head, PackedWeight) else head.to(h.dtype)
         found = torch.empty(len(rows), dtype=exact, device=h.device)
         means = torch.empty_like(h) if ctx.needs_input_grad[0] and not ctx.needs_input_grad[1] else None
         for start in range(0, len(h), CHUNK):
             here, mine = slice(start, start + CHUNK), (rows >= start) & (rows < start + CHUNK)
-            log_p = F.linear(h[here], w).to(exact).log_softmax(-1)
+            log_p = head_logits(h[here], w).to(exact).log_softmax(-1)
             found[mine] = log_p[rows[mine] - start, targets[mine]]
             if means is not None:
-                torch.mm(log_p.exp_().to(h.dtype), w, out=means[here])
+                head_backward(log_p.exp_().to(h.dtype), w, means[here])
         ctx.packed = head if isinstance(head, PackedWeight) else None
         ctx.save_for_backward(h if means is None else None, None if ctx.packed else head, rows, targets, means)
         return found

@@ -12,7 +12,7 @@ Letters: N blocks; R rows (outputs) and C columns (inputs) of a weight.
 
 import ctypes
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,6 +27,9 @@ from graftlm.models.cpp import KernelsUnavailable, load_library
 
 AT_A_TIME = 1 << 20
 """Values that are dequantised at a time, where temporary tensors are several times as large as the result."""
+HEAD_PART = 1 << 24
+"""Values of a head that are dequantised at a time: all of a large vocabulary's would take more than a layer's weights
+do. Its products are then summed part by part, so they equal the dense ones up to rounding."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +196,15 @@ class PackedWeight(nn.Module):
         values = self.dequantize(_buffer(self.shape, torch.float32, self.device))
         return values if dtype == torch.float32 else _buffer(self.shape, dtype, self.device).copy_(values)
 
+    def parts(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """Rows, and their values in this dtype, at most `HEAD_PART` at a time, in a buffer that the next overwrite."""
+        step = max(1, HEAD_PART // self.shape[1])
+        for start in range(0, self.shape[0], step):
+            rows = slice(start, min(start + step, self.shape[0]))
+            shape = torch.Size([rows.stop - start, self.shape[1]])
+            values = self.dequantize(_buffer(shape, torch.float32, self.device), rows)
+            yield rows, values.to(dtype)
+
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
         return f"{self.shape[0]}, {self.shape[1]}, {self.format}"
@@ -281,6 +293,26 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         y: Tensor = _PackedLinear.apply(x, weight, bias)
         return y
     return F.linear(x, weight.in_buffer(x.dtype), bias)
+
+
+def head_logits(h: Tensor, head: Weight) -> Tensor:
+    """h W^T for the matrix of the head: [N, C] -> [N, R], without gradient."""
+    if not isinstance(head, PackedWeight) or head.numel() <= HEAD_PART:
+        return F.linear(h, dense(head, h.dtype))
+    logits = torch.empty(len(h), head.shape[0], dtype=h.dtype, device=h.device)
+    for rows, part in head.parts(h.dtype):
+        logits[:, rows] = h @ part.T
+    return logits
+
+
+def head_backward(d_logits: Tensor, head: Weight, out: Tensor) -> None:
+    """d_logits W for the matrix of the head, into `out`: [N, R] -> [N, C]."""
+    if not isinstance(head, PackedWeight) or head.numel() <= HEAD_PART:
+        torch.mm(d_logits, dense(head, d_logits.dtype), out=out)
+        return
+    out.zero_()
+    for rows, part in head.parts(d_logits.dtype):
+        out.addmm_(d_logits[:, rows], part)
 
 
 class _PackedLinear(torch.autograd.Function):
