@@ -123,10 +123,10 @@ class DecodeProgram:
         self._update: LowRankUpdate | None = None
         self._ranks = 0
         config = model.config
-        layers = (_Layer * config.num_layers)(*map(self._layer, model.blocks))
+        layers = (_Layer * len(model.blocks))(*map(self._layer, model.blocks))  # fewer where an estimate measures some
         self._struct = _Model(
             layers=self._address(layers),
-            count=config.num_layers,
+            count=len(model.blocks),
             width=config.hidden_size,
             heads=config.num_heads,
             kv_heads=config.num_kv_heads,
