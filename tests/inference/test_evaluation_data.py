@@ -172,3 +172,23 @@ def test_label_words_of_a_parquet_file_without_a_run(graft: Command) -> None:
     assert (status, result["n"], result["labels"]) == (0, 2, ["good", "bad"])
     status, _, notes = graft("evaluate", "--data=mine.parquet", "--labels=bad,good")
     assert status == 2 and "its labels are good, bad in this order, and --labels are bad, good" in notes
+
+
+def test_a_runs_template_names_the_fields_of_its_data_and_of_other_files(graft: Command, tmp_path: Path) -> None:
+    lines = [
+        {"claim": f"c{n}", "about": {"said": f"{('bad', 'good')[n % 2]} {n}"}, "stars": n % 2 + 4} for n in range(30)
+    ]
+    Path("all.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    Path("other.jsonl").write_text("".join(json.dumps(line | {"id": 1}) + "\n" for line in lines[:6]))
+    words = ["--data=all.jsonl", "--template=Claim {claim}: {about.said} ?", "--labels=4=no,5=yes", "--out_dir=run"]
+    words += ["--columns=label=stars", "--max_iters=1", "--batch_size=4", "--rank=2"]
+    status, _, notes = graft("train", *words)
+    assert status == 0 and "text from claim, about.said" in notes
+    status, own, _ = graft("evaluate", "--out_dir=run", "--mode=score", "--predictions=own.jsonl")
+    assert status == 0 and own["labels"] == ["no", "yes"]
+    status, other, _ = graft("evaluate", "--out_dir=run", "--mode=score", "--data=other.jsonl", "--columns=label=stars")
+    assert status == 0 and other["n"] == 6
+    text = json.loads(Path("own.jsonl").read_text().splitlines()[0])["text"]
+    assert text.startswith("c") and text.count(": ") == 1 and "?" not in text
+    message = "no field 'claim': the fields are text, label; --template names it"
+    assert message in graft("evaluate", "--out_dir=run", f"--data={rows('plain.jsonl', 6)}")[2]

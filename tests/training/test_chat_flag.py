@@ -150,6 +150,8 @@ def test_a_run_chats_afterwards(base: Path, tmp_path: Path, capsys: pytest.Captu
         assert cli.run([*words, f"--chat={chat}"]) == 0
         tokens[chat] = json.loads(capsys.readouterr().out)["prompt_tokens"]
     assert (tokens["off"], tokens["auto"]) == (len("fine is"), len("<user>fine is\n<assistant>") + 1)
+    resumed = prepare(TrainConfig(resume=True, out_dir=run, max_iters=2))
+    assert resumed.manifest.values["template"]["chat"] and resumed.manifest.values["data"]["chat"]
     # A run that starts from it learns as it has learned; one that starts from plain text stays plain.
     assert describe_data_chat(flags(base, tmp_path, rows, init_from=run))
     record = read_json(tmp_path / "run" / "run.json")
