@@ -206,6 +206,11 @@ def test_what_is_left_to_the_plain_model(monkeypatch: pytest.MonkeyPatch) -> Non
     model.eval().use_fused_ops(False)
     assert decode_program(model) is None
     model.use_fused_ops(True)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "FORMATS", tuple(name for name in FORMATS if name != "q4_1"))
+        other = model_of("llama", dtype=torch.float32)
+        other.embed.set_weight(PackedWeight.pack(other.embed.weight.detach(), "q4_1"))
+        assert decode_program(other) is None  # a storage format without a kernel
     load_decode_kernels.cache_clear()
     with monkeypatch.context() as patch:
         patch.setenv("CXX", "no-such-compiler")

@@ -261,6 +261,8 @@ class DecodeProgram:
 def matrix(weight: Weight) -> ctypes.Structure:
     """The struct of a matrix; it points to the weight's own memory."""
     if isinstance(weight, PackedWeight):
+        if weight.format not in FORMATS:
+            raise NotCovered(f"a weight in {weight.format}")
         return _Matrix(weight.data.data_ptr(), FORMATS.index(weight.format), *weight.shape, weight.data.shape[1])
     if weight.dtype not in DTYPES or weight.stride(1) != 1:
         raise NotCovered(f"a weight in {weight.dtype}, or a transposed one")
