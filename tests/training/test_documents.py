@@ -284,6 +284,10 @@ def test_graft_data_shows_the_beginning_of_windows(base: Path, tmp_path: Path) -
     assert sizes["targets"] == sizes["tokens_per_epoch"] - sizes["examples"]
     shown = report["examples"][0]["text"]
     assert shown.startswith("t⟦e⟧⟦x⟧") and shown.endswith("… and 56 more tokens") and shown.count("⟦") == 39
+    flags = DataConfig(data=str(corpus), init_from=str(base), packing=True)
+    isolated = describe_data(flags, {"data", "init_from", "packing"})["splits"]["train"]
+    assert isolated["examples"] >= isolated["rows"] > sizes["examples"]
+    assert isolated["targets"] == isolated["tokens_per_epoch"] - isolated["examples"]
 
 
 def test_a_short_window_is_shown_whole(base: Path) -> None:
@@ -325,6 +329,14 @@ def test_a_run_is_evaluated_in_its_own_windows(base: Path, tmp_path: Path, packi
     found = evaluated(f"--out_dir={tmp_path / 'run'}", "--split=validation", "--checkpoint=last", "--dtype=float32")
     assert found["n"] == 2 and found["windows"] == 2
     assert found["loss"] == pytest.approx(result["last"]["val_loss"], rel=1e-6)
+
+
+def test_the_loss_is_shown_as_a_table(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path / "held-out.jsonl", TEXTS)
+    assert cli.run(["evaluate", f"--init_from={base}", f"--data={file}", "--max_length=16"]) == 0
+    words = capsys.readouterr().out.split()
+    assert words[:5] == ["documents", "windows", "predicted", "tokens", "loss"]
+    assert words[-6] == "4"
 
 
 def test_flags_about_labels_are_refused_for_documents(

@@ -102,9 +102,9 @@ def _facts(out: "Console", facts: dict[str, str]) -> None:
 def evaluate(out: "Console", result: Result) -> None:
     """One row per mode, and the confusion matrix of the main one; of documents the loss."""
     if "perplexity" in result:
-        sizes = f"{result['n']:,} documents, {result['windows']:,} windows, {result['tokens']:,} predicted tokens"
-        row = [f"{result['loss']:.4f}", f"{result['perplexity']:.4g}", f"{result['tokens_per_s']:,.0f}"]
-        _table(out, ["loss per token", "perplexity", "tokens/s"], [row], title=sizes)
+        counts = [f"{result[name]:,}" for name in ("n", "windows", "tokens")]
+        row = [*counts, f"{result['loss']:.4f}", f"{result['perplexity']:.4g}", f"{result['tokens_per_s']:,.0f}"]
+        _table(out, ["documents", "windows", "predicted tokens", "loss per token", "perplexity", "tokens/s"], [row])
         return
     modes = [result[name] for name in ("score", "generate") if name in result] or [result]
     columns = ["mode", "accuracy", "95% interval", "macro F1", "garbage", "examples/s"]
