@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import platform
+import time
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
@@ -154,7 +155,7 @@ class TokenCache:
         if facts.pop("identity") != json.loads(json.dumps(key.identity)):
             return None
         with suppress(OSError):
-            os.utime(path)  # marks it as most recently used
+            os.utime(path, ns=(time.time_ns(), time.time_ns()))  # most recently used; without ns the clock is coarse
         places: Mapping[str, Sequence[str]] = facts.pop("places")
         examples = {
             split: ExampleTable(arrays[f"{split}.values"], arrays[f"{split}.starts"], places[split]) for split in places
@@ -184,7 +185,7 @@ class TokenCache:
         """Delete the least recently used files that are more than `MAX_BYTES` together."""
         left = MAX_BYTES
         with suppress(OSError):  # another process may delete them too
-            for file in sorted(self.folder.glob("*.safetensors"), key=lambda f: f.stat().st_mtime, reverse=True):
+            for file in sorted(self.folder.glob("*.safetensors"), key=lambda f: f.stat().st_mtime_ns, reverse=True):
                 left -= file.stat().st_size
                 if left < 0:
                     file.unlink()
