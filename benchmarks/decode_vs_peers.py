@@ -200,7 +200,8 @@ def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     }
     first = [found[name]["first"] for name in ("graft", "llama.cpp") if name in found]
     apart = max(abs(first[0][t] - first[1][t]) for t in first[0].keys() & first[1].keys()) if len(first) == 2 else None
-    runs = [{n: {k: v for k, v in each.items() if k != "first"} for n, each in one.items()} for one in rounds]
+    compared = ("first", "tokens_one", "tokens_rows")
+    runs = [{n: {k: v for k, v in each.items() if k not in compared} for n, each in one.items()} for one in rounds]
     config = {**task, "rows": args.rows, "prompt_tokens": args.prompt_tokens, "model": args.model}
     return {"config": config, "logprob_difference": apart, **shared, **summary, "runs": runs, "rejected": rejected}
 

@@ -135,7 +135,10 @@ def test_decoding(small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     found = report("decode_vs_peers", [*small, *ONCE, *words], capsys)
     assert list(found["medians"]) == ["graft-float32", "transformers"]  # the folder holds no .gguf file
     assert found["claims"]["the tokens of transformers in float32"] is True
-    assert [len(row) for row in found["runs"][0]["graft-float32"]["tokens_rows"]] == [3] * 3
+    assert (
+        found["medians"]["graft-float32"]["tokens_per_s_rows"] > 0
+        and "tokens_rows" not in found["runs"][0]["transformers"]
+    )
 
 
 def test_reading_and_tokenizing(
