@@ -293,8 +293,9 @@ def summarise(turns: Mapping[str, Sequence[Run]], long: Run, same: bool | None) 
     gains = {name: runs[-1][speed] / runs[0][speed] for name, runs in turns.items()}
     found = {f"{speed} {name}, {most} clients/one": gain for name, gain in gains.items()}
     for (name, other), key in product(PAIRS, (speed, "cpu_ms")):
-        for ours, peer in zip(turns.get(name, ()), turns.get(other, ()), strict=False):
-            if peer[key]:
+        peers = {run["clients"]: run for run in turns.get(other, ())}
+        for ours in turns.get(name, ()):
+            if (peer := peers.get(ours["clients"])) and peer[key]:
                 found[f"{key} {name}/{other}, {ours['clients']} clients"] = ours[key] / peer[key]
     goals = {
         "one client: at least 3 times the throughput of before": (f"{speed} graft/before, 1 clients", 3),

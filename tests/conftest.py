@@ -80,6 +80,14 @@ def loopback_only() -> Any:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """The models are so small that waking a second thread costs more than it computes; workers use all cores."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
 def disks_do_not_wait() -> Iterator[None]:
     """No test cuts the power, so none waits for the disk. That fsync is called is what `soak` and `files` test."""
     with pytest.MonkeyPatch.context() as patch:

@@ -172,6 +172,13 @@ def model_folder(folder: Path, kind: str = "llama", seed: int = 0, layers: int =
     return folder
 
 
+def chat_model_folder(folder: Path, template: str) -> Path:
+    """The same with a chat template."""
+    settings = model_folder(folder) / "tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "chat_template": template}))
+    return folder
+
+
 def data_folder(folder: Path, train: int = 48, other: int = 12) -> Path:
     """Short reviews whose label can be learned, in three jsonl files."""
     folder.mkdir(parents=True)

@@ -3,7 +3,7 @@
 In float64 on tiny models, where equality is the claim, and for the families in float32 and bfloat16, to their rounding.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -49,15 +49,6 @@ adapters = pytest.mark.parametrize("name", [n for n, method in EXAMPLES.items() 
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05}
 FORMATS = [(kind, dtype) for kind in KINDS for dtype in (ROUNDING if kind in FAMILIES else [torch.float64])]
 formats = pytest.mark.parametrize(("kind", "dtype"), FORMATS, ids=lambda value: str(value).removeprefix("torch."))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices this small are no work for several threads, which would wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def model_of(kind: str, dtype: torch.dtype = torch.float64, **sizes: int) -> CausalLM:

@@ -45,8 +45,8 @@ def test_values_are_those_of_the_gguf_package(
 ) -> None:
     if not compiled:
         monkeypatch.setattr(packed_module, "_library", lambda: None)
-    elif packed_module._library() is None:
-        pytest.skip("no C++ compiler")
+    else:
+        assert packed_module._library() is not None, "the tests need a C++ compiler"
     raw = blocks_of(name, rows, blocks)
     expected = torch.from_numpy(gguf_dequantize(raw, GGMLQuantizationType[name.upper()]))
     weight = PackedWeight(torch.from_numpy(raw), name)

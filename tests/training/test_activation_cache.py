@@ -29,14 +29,6 @@ from tiny import TEMPLATE, data_folder, model_folder, model_of
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("GRAFT_HOME", str(tmp_path / "home"))
     return tmp_path / "home"

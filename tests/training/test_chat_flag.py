@@ -20,7 +20,7 @@ from graftlm.text.tokenizer import Tokenizer
 from graftlm.training.data_report import describe_data
 from graftlm.training.setup import prepare
 from graftlm.training.train import train
-from tiny import model_folder
+from tiny import chat_model_folder, model_folder
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|endoftext|>\n{% endfor %}"
@@ -32,10 +32,7 @@ TURNS = (("user", "Hi"), ("assistant", "Yes?"), ("user", "Bye"))
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = model_folder(tmp_path_factory.mktemp("chat") / "model")
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": CHAT}))
-    return folder
+    return chat_model_folder(tmp_path_factory.mktemp("chat") / "model", CHAT)
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:

@@ -15,7 +15,7 @@ from graftlm.text.records import Preference, Record, Unpaired
 from graftlm.text.template import load_template
 from graftlm.text.tokenizer import Tokenizer
 from graftlm.training.train import train
-from tiny import model_folder
+from tiny import chat_model_folder
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.content | trim }}"
@@ -54,10 +54,7 @@ def judged() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = model_folder(tmp_path_factory.mktemp("chat") / "model")
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": CHAT}))
-    return folder
+    return chat_model_folder(tmp_path_factory.mktemp("chat") / "model", CHAT)
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:

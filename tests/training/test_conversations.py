@@ -27,7 +27,7 @@ from graftlm.training import trainer as trainer_module
 from graftlm.training.batches import CollateOptions, make_microbatches
 from graftlm.training.objectives.sft import SFT
 from graftlm.training.train import train
-from tiny import model_folder, model_of
+from tiny import chat_model_folder, model_folder, model_of
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|endoftext|>{% endfor %}"
@@ -44,10 +44,7 @@ TALKS = [
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = model_folder(tmp_path_factory.mktemp("chat") / "model")
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": CHAT}))
-    return folder
+    return chat_model_folder(tmp_path_factory.mktemp("chat") / "model", CHAT)
 
 
 def write(path: Path, talks: list[Any]) -> Path:

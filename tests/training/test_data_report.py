@@ -16,7 +16,7 @@ from graftlm.training.data_report import describe_data
 from graftlm.training.setup import prepare
 from graftlm.training.train import train
 from hub_mirror import serve
-from tiny import TEMPLATE, model_folder
+from tiny import TEMPLATE, chat_model_folder
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|endoftext|>{% endfor %}"
@@ -58,10 +58,7 @@ ROWS: dict[str, tuple[list[dict[str, Any]], str, str]] = {
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with a chat template."""
-    folder = model_folder(tmp_path_factory.mktemp("data") / "model")
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": CHAT}))
-    return folder
+    return chat_model_folder(tmp_path_factory.mktemp("data") / "model", CHAT)
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:

@@ -92,14 +92,6 @@ def no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_module, "make_plan", unplanned)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def settings(assets: Path, out_dir: Path, **changes: Any) -> dict[str, Any]:
     pairs = changes.get("objective") == "dpo"
     return {

@@ -1,7 +1,6 @@
 """Every model type through the commands: estimated, trained, resumed, evaluated, generated with and served."""
 
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +37,6 @@ resumed, and what autograd saves, depends on nothing else of a model type."""
 PROMPTS = ["good fun", "Review: dull\nIs it:"]
 SHORT = "R: {text}\nA:"
 """The contexts of the cases are short."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

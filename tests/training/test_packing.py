@@ -2,7 +2,6 @@
 
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,6 @@ from graftlm.training.objectives.sft import SFT
 from graftlm.training.packing import pack_rows, row_width
 from graftlm.training.train import train
 from tiny import model_folder
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def model_of_case(case: str) -> CausalLM:

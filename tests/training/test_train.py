@@ -44,14 +44,6 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def config(assets: Path, out_dir: Path, **changes: Any) -> TrainConfig:
     plain = TrainConfig(
         init_from=str(assets / "model"),

@@ -12,7 +12,7 @@ from graftlm.text.collate import Example
 from graftlm.text.tokenizer import Tokenizer
 from graftlm.training.setup import prepare
 from graftlm.training.train import train
-from tiny import TEMPLATE, model_folder
+from tiny import TEMPLATE, chat_model_folder
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|endoftext|>{% endfor %}"
@@ -50,10 +50,7 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = model_folder(tmp_path_factory.mktemp("truncation") / "model")
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": CHAT}))
-    return folder
+    return chat_model_folder(tmp_path_factory.mktemp("truncation") / "model", CHAT)
 
 
 def config(base: Path, data: Path, rows: list[dict[str, Any]], **flags: Any) -> TrainConfig:

@@ -58,8 +58,8 @@ def export(config: ExportConfig, say: Callable[[str], object] = lambda line: Non
     files, read back, do not give the run's logits, and then nothing is left.
     """
     target, run_dir = Path(config.to), Path(config.out_dir)
-    single_file = config.format in ("gguf", "gguf-lora")
-    check_new_file(target, "to") if single_file else check_new_folder(target, "to")
+    check_new = check_new_file if config.format in ("gguf", "gguf-lora") else check_new_folder
+    check_new(target, "to")
     run = read_run(run_dir)
     method = method_from_json(run["method"])
     _check(config, method)

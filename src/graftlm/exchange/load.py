@@ -92,7 +92,7 @@ def load(
     """Load a model by name, or with init_from "resume" the model adapted by the run in `out_dir`.
 
     base_format: as the flag; auto loads a run in the format in which it was trained. With `base`, a loaded model, the
-    new model shares its tensors, so many adapters of one base take hardly more memory than one. Device, dtype and
+    new model shares its tensors, so many adapters of one base take about the memory of one. Device, dtype and
     format are then the base's.
 
     Raises InputError for an unknown name or device, a folder without a run or checkpoint, and a base whose weights

@@ -32,21 +32,21 @@ class Turns:
         Raises InputError for a template that writes conversations in another way.
         """
         system, user, answer = TEXTS
-        asked = _between(chat.render([("user", user)]).removeprefix(bos), user)
-        told = _between(chat.render([("system", system), ("user", user)]).removeprefix(bos), system, user)
-        talk = _between(
+        first = _between(chat.render([("user", user)]).removeprefix(bos), user)
+        with_system = _between(chat.render([("system", system), ("user", user)]).removeprefix(bos), system, user)
+        second = _between(
             chat.render([("user", user), ("assistant", answer), ("user", system)]).removeprefix(bos),
             user,
             answer,
             system,
         )
-        start = _common_suffix([asked[0], told[1], talk[2]])
+        start = _common_suffix([first[0], with_system[1], second[2]])
         affixes = {
-            "system": (told[0], told[1].removesuffix(start)),
-            "user": (start, talk[1]),
-            "assistant": ("", talk[2].removesuffix(start)),
+            "system": (with_system[0], with_system[1].removesuffix(start)),
+            "user": (start, second[1]),
+            "assistant": ("", second[2].removesuffix(start)),
         }
-        turns = cls(asked[0].removesuffix(start), affixes)
+        turns = cls(first[0].removesuffix(start), affixes)
         talk_of_five: list[Message] = [
             ("user", "a"),
             ("assistant", "b"),

@@ -231,7 +231,8 @@ def memory(
 
     packed: (bytes, values) of a block -> how many of the frozen weights are stored in such blocks.
     """
-    letters, blocks = {"N": everything, "t": trained}, dict(zip("PQ", (packed or {}).items(), strict=False))
+    packed = packed or {}
+    letters, blocks = {"N": everything, "t": trained}, dict(zip("PQ"[: len(packed)], packed.items(), strict=True))
     numbers = letters | {letter: count for letter, (_, count) in blocks.items()}
     dense = f"{item} (N - t{''.join(f' - {letter}' for letter in blocks)})"
     terms = [f"{size} {letter} / {values}" for letter, ((size, values), _) in blocks.items()]

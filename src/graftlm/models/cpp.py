@@ -2,7 +2,7 @@
 
 They are plain C++ with a C interface: without torch's headers they compile in seconds. One object serves every shape.
 
-    GRAFT_HOME/compiled/kernels-KEY.so      KEY: hash of the source, the compiler, its flags and the processor
+    GRAFT_HOME/compiled/kernels-KEY.so      KEY: hash of source and headers, the compiler, its flags and the processor
 
 The objects are loaded as code, so their folder must belong to the user (mode 0700).
 """
@@ -48,7 +48,8 @@ def load_library(source: Path) -> ctypes.CDLL:
     """The library of a source, compiled first if needed. Raises KernelsUnavailable."""
     cxx = compiler()
     version, openmp = _run([cxx, "--version"]).splitlines()[0], _openmp()
-    parts = (source.read_text(encoding="utf-8"), version, *FLAGS, str(openmp), _processor())
+    texts = (path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.h"))))
+    parts = (*texts, version, *FLAGS, str(openmp), _processor())
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
     path = _own_folder(cache_home() / "compiled") / f"kernels-{key}.so"
     if not path.is_file():
@@ -94,8 +95,8 @@ def _run(command: list[str]) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise KernelsUnavailable(f"the C++ compiler {command[0]} cannot be run: {error}") from error
     if done.returncode:
-        said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
-        raise KernelsUnavailable(f"the C++ compiler {command[0]} failed: {said.strip()}")
+        reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
+        raise KernelsUnavailable(f"the C++ compiler {command[0]} failed: {reason.strip()}")
     return done.stdout
 
 
@@ -103,8 +104,8 @@ def _run(command: list[str]) -> str:
 def _processor() -> str:
     """What -march=native depends on."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    told = {line.split(":")[0].strip(): line for line in lines if ":" in line}
-    return "\n".join(told.get(name, "") for name in ("vendor_id", "cpu family", "model", "flags", "Features"))
+    found = {line.split(":")[0].strip(): line for line in lines if ":" in line}
+    return "\n".join(found.get(name, "") for name in ("vendor_id", "cpu family", "model", "flags", "Features"))
 
 
 def _openmp() -> Path:

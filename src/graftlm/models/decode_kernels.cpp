@@ -18,6 +18,8 @@
 #include <initializer_list>
 #include <type_traits>
 
+#include "exponential.h"
+
 #include <omp.h>
 
 #ifdef __AVX__
@@ -123,21 +125,6 @@ inline four halves(const uint8_t *from) {  // two float16
 #else
     return four{half(from), half(from + 2)};
 #endif
-}
-
-inline float exponential(float x) {  // Cephes' expf, without branches: 2^n times a polynomial in |r| <= ln(2)/2
-    x = x < -87.0f ? -87.0f : x;
-    x = x > 88.0f ? 88.0f : x;
-    float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // to the nearest whole number
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    return p * from_bits(uint32_t(int32_t(n) + 127) << 23);
 }
 
 // Storage formats ------------------------------------------------------------------------------------------------------
