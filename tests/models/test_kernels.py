@@ -234,3 +234,17 @@ def test_no_compiler_and_one_that_fails(home: Path, monkeypatch: pytest.MonkeyPa
     broken.write_text("not a program")
     with pytest.raises(KernelsUnavailable, match="cannot be run: "):
         load_kernels()
+
+
+@pytest.mark.parametrize("changed", ["n.h", "n.cpp"])
+def test_a_changed_source_or_header_is_compiled_again(
+    changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRAFT_HOME", str(tmp_path / "home"))
+    source = tmp_path / "n.cpp"
+    (tmp_path / "n.h").write_text("#define IN_HEADER 10\n")
+    source.write_text('#include "n.h"\nextern "C" int n() { return IN_HEADER + 1; }\n')
+    assert cpp.load_library(source).n() == 11
+    text = (tmp_path / changed).read_text()
+    (tmp_path / changed).write_text(text.replace("IN_HEADER 10", "IN_HEADER 20").replace("+ 1", "+ 2"))
+    assert cpp.load_library(source).n() == {"n.h": 21, "n.cpp": 12}[changed]
