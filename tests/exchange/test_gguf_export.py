@@ -152,6 +152,15 @@ def test_what_llama_cpp_reads_otherwise_is_not_left_behind(
     assert not any(tmp_path.iterdir())
 
 
+def test_a_record_of_another_export_is_not_replaced(place: Path, tmp_path: Path) -> None:
+    record = tmp_path / "m.export.json"
+    record.write_text("{}")
+    config = ExportConfig(out_dir=str(a_run(place, "gpt2", "lora")), to=str(tmp_path / "m.gguf"), format="gguf")
+    with pytest.raises(InputError, match=re.escape(f"--to {record}: exists; name a file that does not")):
+        export(config)
+    assert record.read_text() == "{}" and [*tmp_path.iterdir()] == [record]
+
+
 def test_without_llama_cpp_it_is_said(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf_export, "is_installed", lambda: False)
     said: list[str] = []

@@ -23,7 +23,7 @@ from graftlm.config.exchange import GGUF_FORMATS
 from graftlm.errors import InputError
 from graftlm.exchange.base_format import dequantize_base, format_note
 from graftlm.exchange.endings import write_generation_config, write_tokenizer
-from graftlm.exchange.gguf_export import GGUFExport
+from graftlm.exchange.gguf_export import GGUFExport, record_path
 from graftlm.exchange.huggingface import EXPORT_JSON, config_json_of, load_model, save_adapter, save_model
 from graftlm.exchange.load import DTYPES, ModelBundle, format_of_run, hub_revision, load, load_foreign_adapter, read_run
 from graftlm.exchange.verify import ReferenceLogits
@@ -58,8 +58,11 @@ def export(config: ExportConfig, say: Callable[[str], object] = lambda line: Non
     files, read back, do not give the run's logits, and then nothing is left.
     """
     target, run_dir = Path(config.to), Path(config.out_dir)
-    check_new = check_new_file if config.format in ("gguf", "gguf-lora") else check_new_folder
-    check_new(target, "to")
+    if config.format in ("gguf", "gguf-lora"):
+        check_new_file(target, "to")
+        check_new_file(record_path(target), "to")
+    else:
+        check_new_folder(target, "to")
     run = read_run(run_dir)
     method = method_from_json(run["method"])
     _check(config, method)
@@ -105,19 +108,17 @@ def _export_gguf(config: ExportConfig, loaded: ModelBundle, say: Callable[[str],
     gguf, target = GGUFExport(loaded, config.format, config.quantization), Path(config.to)
     reference = ReferenceLogits(loaded, loaded.run["config"])
     say(f"comparing logits on {reference.source}")
-    ends = {"eos_token_id": loaded.eos_token_ids, "ends_with": loaded.tokenizer.token(loaded.eos_token_ids[0])}
-    verification, llama_cpp = gguf.write(target, reference, say)
-    record = {
+    origin = {
         "format": config.format,
         "quantization": config.quantization,
         **_origin(config, loaded.run),
-        **ends,
-        "verification": verification.to_json(),
-        "llama_cpp": None if llama_cpp is None else vars(llama_cpp),
+        "eos_token_id": loaded.eos_token_ids,
+        "ends_with": loaded.tokenizer.token(loaded.eos_token_ids[0]),
     }
-    write_json(target / EXPORT_JSON if target.is_dir() else target.with_suffix(f".{EXPORT_JSON}"), record)
-    result = {"path": str(target), "max_abs_logit_diff": verification.max_abs_logit_diff, "format": config.format}
-    return {**result, "llama_cpp": record["llama_cpp"]}
+    record = gguf.write(target, reference, origin, say)
+    difference = record["verification"]["max_abs_logit_diff"]
+    llama_cpp = record["llama_cpp"]
+    return {"path": str(target), "max_abs_logit_diff": difference, "format": config.format, "llama_cpp": llama_cpp}
 
 
 def _check(config: ExportConfig, method: Method) -> None:

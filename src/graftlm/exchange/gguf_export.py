@@ -24,12 +24,12 @@ from torch import Tensor
 from graftlm.errors import GraftError
 from graftlm.exchange.gguf_lora import check_is_lora, merge_lora_file, write_lora
 from graftlm.exchange.gguf_plan import GGUFPlan
-from graftlm.exchange.huggingface import load_model
+from graftlm.exchange.huggingface import EXPORT_JSON, load_model
 from graftlm.exchange.llama_cpp import LlamaCpp, is_installed
 from graftlm.exchange.load import ModelBundle
 from graftlm.exchange.modelfile import modelfile
-from graftlm.exchange.verify import TEXTS, ReferenceLogits, Verification
-from graftlm.files.atomic import atomic_directory, atomic_write, write_text
+from graftlm.exchange.verify import TEXTS, ReferenceLogits
+from graftlm.files.atomic import atomic_directory, atomic_write, write_json, write_text
 from graftlm.files.formats import read_json
 from graftlm.files.gguf import gguf_to_folder
 from graftlm.files.gguf_tokenizer_writer import tokenizer_settings
@@ -88,22 +88,24 @@ class GGUFExport:
             self._peft = check_is_lora(method.for_inference.to_peft(loaded.model), method.name)
         self._modelfile = modelfile(loaded) if form == "ollama" else ""
 
-    def write(self, target: Path, reference: ReferenceLogits, say: Say) -> tuple[Verification, LlamaCppProof | None]:
-        """Write the file or folder `target`, which appears only after both comparisons.
+    def write(self, target: Path, reference: ReferenceLogits, origin: dict[str, Any], say: Say) -> dict[str, Any]:
+        """Write the file or folder `target` and its record, which is returned; they appear only after both comparisons.
 
-        Raises GraftError beyond a tolerance; nothing is left then.
+        origin: what the record says of the run. Raises GraftError beyond a tolerance; nothing is left then.
         """
         if self._form == "ollama":
             with atomic_directory(target) as folder:
-                proofs = self._write_file(folder / MODEL, folder, reference, say)
+                record = origin | self._write_file(folder / MODEL, folder, reference, say)
                 write_text(folder / "Modelfile", self._modelfile)
-                return proofs
+                write_json(folder / EXPORT_JSON, record)
+                return record
         with atomic_write(target) as file, tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            return self._write_file(Path(file.name), Path(scratch), reference, say)
+            record = origin | self._write_file(Path(file.name), Path(scratch), reference, say)
+            write_json(record_path(target), record)
+        return record
 
-    def _write_file(
-        self, path: Path, scratch: Path, reference: ReferenceLogits, say: Say
-    ) -> tuple[Verification, LlamaCppProof | None]:
+    def _write_file(self, path: Path, scratch: Path, reference: ReferenceLogits, say: Say) -> dict[str, Any]:
+        """Write and compare a .gguf file; what the record says of the comparisons."""
         adapter = self._peft is not None
         model_file = scratch / "base.gguf" if adapter else path
         if self._peft is not None:
@@ -121,13 +123,13 @@ class GGUFExport:
         verification = reference.verify(model, kind, action)
         if not is_installed():
             say("llama.cpp was not asked: pip install xllamacpp, and it is compared too")
-            return verification, None
+            return {"verification": verification.to_json(), "llama_cpp": None}
         say("comparing with llama.cpp")
         llama = LlamaCpp(model_file, CONTEXT + GREEDY, path if adapter else None)
         proof = self._ask(llama, model, kind, reference)
         if adapter:
             model_file.unlink()
-        return verification, proof
+        return {"verification": verification.to_json(), "llama_cpp": vars(proof)}
 
     def _ask(self, llama: LlamaCpp, model: CausalLM, kind: str, reference: ReferenceLogits) -> LlamaCppProof:
         """Compare llama.cpp's tokens, log-probabilities and greedy texts; GraftError if they are not the model's."""
@@ -135,7 +137,9 @@ class GGUFExport:
         for text in TEXTS:
             ids = tokenizer.encode_prompt(text)
             if (theirs := llama.tokens(text)) != ids:
-                raise GraftError(f"llama.cpp reads {text!r} as other tokens, {theirs} instead of {ids}: please report")
+                raise GraftError(
+                    f"llama.cpp reads {text!r} as other tokens, {theirs} instead of {ids}; nothing was written"
+                )
         shown, differences, equal, ended = tokenizer.encode(" a")[-1], [], 0, 0
         prompts = [list(ids[:CONTEXT]) for ids in reference.prompts]
         for ids in prompts:
@@ -158,6 +162,11 @@ class GGUFExport:
         model = self._loaded.model
         names = tensor_mapping(model.config)
         return {name: p.detach() for name, p in model.named_parameters() if name in names}
+
+
+def record_path(target: Path) -> Path:
+    """The record of a file that is no folder: `my-model.export.json` next to `my-model.gguf`."""
+    return target.with_suffix(f".{EXPORT_JSON}")
 
 
 def _read_back(path: Path, scratch: Path, changed: dict[str, Tensor]) -> CausalLM:
