@@ -91,7 +91,7 @@ class GGUFExport:
     def write(self, target: Path, reference: ReferenceLogits, origin: dict[str, Any], say: Say) -> dict[str, Any]:
         """Write the file or folder `target` and its record, which is returned; they appear only after both comparisons.
 
-        origin: what the record says of the run. Raises GraftError beyond a tolerance; nothing is left then.
+        origin: the part of the record about the run. Raises GraftError beyond a tolerance; nothing is left then.
         """
         if self._form == "ollama":
             with atomic_directory(target) as folder:
@@ -105,7 +105,7 @@ class GGUFExport:
         return record
 
     def _write_file(self, path: Path, scratch: Path, reference: ReferenceLogits, say: Say) -> dict[str, Any]:
-        """Write and compare a .gguf file; what the record says of the comparisons."""
+        """Write and compare a .gguf file; returns the part of the record about the comparisons."""
         adapter = self._peft is not None
         model_file = scratch / "base.gguf" if adapter else path
         if self._peft is not None:
