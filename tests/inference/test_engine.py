@@ -147,6 +147,8 @@ def test_a_mixed_batch_gives_each_what_generate_gives_it_alone(
 ) -> None:
     asked = requests(loaded, 20, temperature=temperature)
     asked = [changed(request, seed=n, top_k=n % 3 * 20) for n, request in enumerate(asked)]
+    penalties = {"repetition_penalty": 1.3, "frequency_penalty": 0.5, "presence_penalty": 0.5, "logit_bias": {9: 3.0}}
+    asked[::2] = [changed(request, **penalties) for request in asked[::2]]
     found = results([engine.submit(request) for request in asked])
     for request, completion in zip(asked, found, strict=True):
         expected = generate_ids(
@@ -322,6 +324,7 @@ def test_scores_are_those_of_evaluate(loaded: ModelBundle, tmp_path: Path) -> No
         ({"stop": ("a", "")}, "--stop .*: must be texts that are not empty"),
         ({"adapter": "wyde"}, "unknown adapter 'wyde': did you mean 'wide'"),
         ({"prompt": (5, 257)}, "the prompt has a token 257: the model's are 0 to 256"),
+        ({"logit_bias": {257: 1.0}}, "logit_bias has a token 257: the model's are 0 to 256"),
         ({"prompt": (5,) * 96}, "the prompt has 96 tokens and prompt and answer at most 96: shorten it"),
     ],
 )

@@ -18,7 +18,7 @@ from graftlm.inference.sampling import SamplingParams, candidates, counter_based
 from graftlm.models import CausalLM
 from graftlm.serving.schemas import CompletionBody
 from graftlm.text.stream import TextStream
-from inference.tiny import CONTEXT, full_logits, ragged, stopping, tiny, words
+from inference.tiny import CONTEXT, VOCAB, full_logits, ragged, stopping, tiny, words
 
 FAMILIES = pytest.mark.parametrize("family", ["gpt2", "llama"])
 
@@ -306,16 +306,76 @@ def test_the_filters_are_those_of_transformers_in_its_order(
     torch.testing.assert_close(found, expected.double(), rtol=1e-5, atol=1e-9)
 
 
-def test_a_sampling_setting_is_in_two_files_and_reaches_flags_and_api() -> None:
+ADJUSTED: list[dict[str, Any]] = [
+    {},
+    {"logit_bias": {3: 4.5, 1: -100}},
+    {"repetition_penalty": 1.7},
+    {"frequency_penalty": 0.7},
+    {"presence_penalty": -1.5},
+    {"repetition_penalty": 0.5, "frequency_penalty": -0.3, "presence_penalty": 2.0, "logit_bias": {2: 2.0}},
+]
+
+
+def adjusted(logits: torch.Tensor, params: SamplingParams, prompt: Sequence[int], answer: Sequence[int]) -> list[float]:
+    """Token by token, as vLLM documents it: bias, then the penalties of repetition, frequency and presence."""
+    found = []
+    for token, value in enumerate(logits.tolist()):
+        value += params.biases.get(token, 0.0)
+        if token in prompt or token in answer:
+            value = value / params.repetition_penalty if value > 0 else value * params.repetition_penalty
+        value -= params.frequency_penalty * answer.count(token) + params.presence_penalty * (token in answer)
+        found.append(value)
+    return found
+
+
+def test_bias_and_penalties_are_those_of_vllm_and_transformers() -> None:
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    logits = torch.randn(len(ADJUSTED), VOCAB, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    params = [SamplingParams(**settings) for settings in ADJUSTED]
+    texts = [([1, 2, 2, 9], [3, 4, 3, 1][:n]) for n in range(len(ADJUSTED))]
+    before = logits.clone()
+    found = sampling.adjust_logits(logits, params, texts)
+    assert torch.equal(logits, before) and torch.equal(found[0], logits[0])
+    for row, own, text, new in zip(logits, params, texts, found, strict=True):
+        assert new.tolist() == pytest.approx(adjusted(row, own, *text), rel=1e-14)
+    penalised = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([[1, 2, 2, 9, 3, 4]]), logits[2:3].clone())
+    torch.testing.assert_close(found[2:3], penalised)
+    assert sampling.adjust_logits(logits, params[:1] * len(texts), texts) is logits
+
+
+@pytest.mark.parametrize("settings", ADJUSTED)
+def test_greedy_text_with_bias_and_penalties(settings: dict[str, Any]) -> None:
+    """The shared prefix of the prompts counts as their text."""
+    model, prompts = tiny("llama"), ragged([9, 6, 17], shared=4)
+    params = stopping(9, -1, **settings)
+    expected = []
+    for prompt in prompts:
+        answer: list[int] = []
+        for _ in range(9):
+            logits = adjusted(full_logits(model, [*prompt, *answer])[-1], params, prompt, answer)
+            answer.append(logits.index(max(logits)))
+        expected.append(answer)
+    assert generate_ids(model, prompts, params) == expected
+    assert (expected != generate_ids(model, prompts, stopping(9, -1))) == bool(settings)
+
+
+def test_a_biased_token_must_be_the_models() -> None:
+    with pytest.raises(InputError, match=r"^--logit_bias has a token 48: the model's are 0 to 47$"):
+        generate_ids(tiny("gpt2"), [[1]], stopping(1, 0, logit_bias={48: 1.0}))
+
+
+@pytest.mark.parametrize("name", ["min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"])
+def test_a_sampling_setting_is_in_two_files_and_reaches_flags_and_api(name: str) -> None:
     source = Path(sampling.__file__).parents[1]
-    files = {str(path.relative_to(source)) for path in source.rglob("*.py") if "min_p" in path.read_text("utf-8")}
+    files = {str(path.relative_to(source)) for path in source.rglob("*.py") if name in path.read_text("utf-8")}
     assert files == {"config/inference.py", "inference/sampling.py"}
-    for config in (GenerateConfig(min_p=0.1), PromptConfig(min_p=0.1)):
-        assert SamplingParams.from_flags(config).min_p == 0.1
+    for config in (GenerateConfig, PromptConfig):
+        assert getattr(SamplingParams.from_flags(config(**{name: 0.1})), name) == 0.1
     assert SamplingParams.from_flags(GenerateConfig(stop=("x",), max_new_tokens=3)) == SamplingParams(
         stop=("x",), max_new_tokens=3
     )
-    assert "min_p" in CompletionBody.model_fields
+    assert name in CompletionBody.model_fields
 
 
 def test_min_p_changes_samples_and_rows_with_other_settings_are_sampled_apart() -> None:
@@ -338,6 +398,16 @@ def test_min_p_changes_samples_and_rows_with_other_settings_are_sampled_apart() 
         ({"top_k": -1}, "--top_k -1: must be 0 or more"),
         ({"top_p": 0.0}, "--top_p 0.0: must be above 0 and at most 1"),
         ({"min_p": 1.5}, "--min_p 1.5: must be from 0 to 1"),
+        ({"repetition_penalty": 0.0}, "--repetition_penalty 0.0: must be greater than 0"),
+        ({"presence_penalty": 2.5}, "--presence_penalty 2.5: must be from -2 to 2"),
+        *(
+            (
+                {"logit_bias": text},
+                f"--logit_bias {text}: must be ID=BIAS,…, each token id once and biases from -100 to "
+                "100, as in 198=-100,50=2.5",
+            )
+            for text in ("5", "5=x", "-5=1", "5=101", "5=nan", "5=1,5=2", "a=1")
+        ),
         ({"max_new_tokens": 0}, "--max_new_tokens 0: must be 1 or more"),
     ],
 )

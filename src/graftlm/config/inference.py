@@ -1,6 +1,7 @@
 """Flags of the subcommands that run a model: generate, evaluate, prompt and pairs."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,8 +47,36 @@ class SamplingFlags(Flags):
     """Sample from the most likely tokens whose probabilities add up to this (nucleus sampling)."""
     min_p: float = bounded(0.0, ge=0, le=1)
     """Sample from tokens at least this many times as probable as the most likely one (min-p sampling); 0: from all."""
+    repetition_penalty: float = bounded(1.0, gt=0)
+    """Divides the positive logits of tokens that occur in the prompt or the answer so far, and multiplies their
+    negative ones; above 1 it discourages repetition (Keskar et al. 2019)."""
+    frequency_penalty: float = bounded(0.0, ge=-2, le=2)
+    """Subtracted from a token's logit for each time that the answer so far has it."""
+    presence_penalty: float = bounded(0.0, ge=-2, le=2)
+    """Subtracted once from the logit of each token that the answer so far has."""
+    logit_bias: str = ""
+    """Added to the logits of tokens, by their ids, as in 198=-100,50=2.5; -100 excludes a token, 100 all others."""
     seed: int = bounded(0, ge=0)
     """Random seed of the sampling."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.logit_bias, Mapping):  # from Python and the API
+            text = ",".join(f"{token}={bias}" for token, bias in self.logit_bias.items())
+            object.__setattr__(self, "logit_bias", text)
+        parse_logit_bias(self.logit_bias)
+
+
+def parse_logit_bias(text: str) -> dict[int, float]:
+    """Bias by token id, from "ID=BIAS,ID=BIAS"."""
+    pairs = [part.partition("=") for part in text.split(",") if text]
+    try:
+        biases = {int(token): float(bias) for token, _, bias in pairs}
+    except ValueError:
+        biases = {-1: 0.0}
+    ok = len(biases) == len(pairs) and all(token >= 0 and abs(bias) <= 100 for token, bias in biases.items())
+    require(ok, "logit_bias", text, "ID=BIAS,…, each token id once and biases from -100 to 100, as in 198=-100,50=2.5")
+    return biases
 
 
 @dataclass(frozen=True, kw_only=True)

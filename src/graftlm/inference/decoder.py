@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from graftlm.inference.sampling import SamplingParams, next_tokens
+from graftlm.inference.sampling import SamplingParams, adjust_logits, next_tokens
 from graftlm.models import CausalLM, KVCache
 from graftlm.models.decode_kernels import decode_program
 from graftlm.text.collate import common_prefix_length
@@ -34,13 +34,20 @@ class Row:
     """A sequence in the decoder: its prompt, its settings and its new tokens.
 
     number: with seed and step it decides the row's samples. limit: the maximum number of new tokens. stream: finds the
-    stop texts, if the row has any.
+    stop texts, if the row has any. context: the prompt with what precedes it (a shared prefix), if anything does.
     """
 
     def __init__(
-        self, prompt: Sequence[int], params: SamplingParams, number: int, limit: int, stream: TextStream | None = None
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        number: int,
+        limit: int,
+        stream: TextStream | None = None,
+        context: Sequence[int] | None = None,
     ) -> None:
         self.prompt, self.params, self.number, self.limit, self.stream = prompt, params, number, limit, stream
+        self.context = prompt if context is None else context
         self.tokens: list[int] = []
         self.stop_token: int | None = None
         """The stop token that ended it, which is not in `tokens`."""
@@ -173,7 +180,9 @@ def fits_together(rows: Sequence[tuple[Row, int]]) -> bool:
 
 def choose_tokens(logits: Tensor, rows: Sequence[Row]) -> list[int]:
     """The next token of each of these rows, from logits [B, V]."""
-    return next_tokens(logits, [row.params for row in rows], [(row.number, len(row.tokens)) for row in rows])
+    params = [row.params for row in rows]
+    logits = adjust_logits(logits, params, [(row.context, row.tokens) for row in rows])
+    return next_tokens(logits, params, [(row.number, len(row.tokens)) for row in rows])
 
 
 def compact(cache: KVCache, stays: Sequence[bool]) -> list[int]:

@@ -20,7 +20,7 @@ Letters: B rows, V tokens of the vocabulary.
 
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -44,6 +44,7 @@ from graftlm.inference.requests import (
     TokenOutput,
     as_graft_error,
 )
+from graftlm.inference.sampling import check_tokens
 from graftlm.inference.scoring import score_labels
 from graftlm.methods.multi_lora import MultiLoRAModel, stack
 from graftlm.models import KVCache
@@ -108,6 +109,7 @@ class Engine:
         many are waiting, ShuttingDown after `close`.
         """
         self._check(request.prompt, request.adapter, "the prompt")
+        self._check(request.params.biases, request.adapter, "logit_bias")
         limit = min(request.params.limit, self.max_seq_len - len(request.prompt))
         if limit < 1:
             raise InputError(
@@ -172,14 +174,12 @@ class Engine:
             request.done.set_exception(ShuttingDown("the engine was closed before it could answer"))
         self._thread.join()
 
-    def _check(self, ids: Sequence[int], adapter: str | None, what: str) -> None:
+    def _check(self, ids: Iterable[int], adapter: str | None, what: str) -> None:
         if adapter is not None and not self.names:
             raise InputError(f"unknown adapter {adapter!r}: there is none, only the base")
         if adapter is not None and adapter not in self.names:
             raise unknown_name_error("adapter", adapter, self.names)
-        vocab = self._model.config.vocab_size
-        if wrong := [token for token in ids if not 0 <= token < vocab]:
-            raise InputError(f"{what} has a token {wrong[0]}: the model's are 0 to {vocab - 1}")
+        check_tokens(ids, self._model.config.vocab_size, what)
 
     def _enqueue(self, queue: deque[Any], request: RequestHandle | ScoreRequest) -> None:
         with self._changed:

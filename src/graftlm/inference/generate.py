@@ -1,6 +1,6 @@
 """Continue many prompts: in batches of similar length, several of which are decoded together (`decoder.py`).
 
-Left out: beam search, repetition penalties, speculative decoding.
+Left out: beam search, speculative decoding.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +21,7 @@ from graftlm.inference.decoder import (
     prefill_shared_prefix,
     token_batches,
 )
-from graftlm.inference.sampling import SamplingParams
+from graftlm.inference.sampling import SamplingParams, check_tokens
 from graftlm.models import CausalLM
 from graftlm.text.boundary import split_prompt, without_space
 from graftlm.text.chat import Chat
@@ -113,13 +113,14 @@ def generate_rows(
 ) -> list[Row]:
     """`generate_ids`, with the stop token that ended each row."""
     _check(prompts, model.max_seq_len)
+    check_tokens(params.biases, model.config.vocab_size, "--logit_bias")
     assert streams is not None or not params.stop, "stop texts need streams"
     batching = batching or Batching()
     with eval_mode(model):
         prefix, skip = prefill_shared_prefix(model, prompts, batching.shared)
         each: Sequence[TextStream | None] = streams or [None] * len(prompts)
         rows = [
-            Row(prompt[skip:], params, number, min(params.limit, model.max_seq_len - len(prompt)), stream)
+            Row(prompt[skip:], params, number, min(params.limit, model.max_seq_len - len(prompt)), stream, prompt)
             for number, (prompt, stream) in enumerate(zip(prompts, each, strict=True))
         ]
         for group in decode_groups([len(row.prompt) for row in rows], batching.batch_size):

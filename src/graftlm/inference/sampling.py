@@ -5,7 +5,8 @@ A sample is a pure function of (seed, row, step) and the row's logits: neither b
 Letters: B rows, V tokens of the vocabulary, C candidate tokens.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from hashlib import blake2b
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor
 
 from graftlm.config.flags import bounded, require
-from graftlm.config.inference import SamplingFlags
-from graftlm.errors import GraftError
+from graftlm.config.inference import SamplingFlags, parse_logit_bias
+from graftlm.errors import GraftError, InputError
 from graftlm.exchange.load import to_float64
 
 TOPK_FIRST = 512
@@ -51,11 +52,58 @@ class SamplingParams(SamplingFlags):
         return self.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
 
     @cached_property
-    def distribution(self) -> tuple[float, ...]:
+    def biases(self) -> dict[int, float]:
+        """What is added to the logits, by token."""
+        return parse_logit_bias(self.logit_bias)
+
+    @cached_property
+    def adjusts_logits(self) -> bool:
+        """Whether logits are adjusted before sampling."""
+        settings = (self.repetition_penalty, self.frequency_penalty, self.presence_penalty, self.logit_bias)
+        return settings != (1, 0, 0, "")
+
+    @cached_property
+    def distribution(self) -> tuple[float | str, ...]:
         """The settings that decide the probabilities; rows that agree in them are sampled in one call."""
         if self.temperature == 0:
             return (0.0,)
         return tuple(getattr(self, f.name) for f in fields(SamplingFlags) if f.name != "seed")
+
+
+def check_tokens(ids: Iterable[int], vocab_size: int, what: str) -> None:
+    """Raise InputError unless all of these are ids of the model."""
+    if wrong := [token for token in ids if not 0 <= token < vocab_size]:
+        raise InputError(f"{what} has a token {wrong[0]}: the model's are 0 to {vocab_size - 1}")
+
+
+def adjust_logits(
+    logits: Tensor, params: Sequence[SamplingParams], texts: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> Tensor:
+    """Logits [B, V] with bias and penalties, in vLLM's order; the same tensor where no row has any.
+
+    texts: the tokens of each row's prompt, and of its answer so far.
+    """
+    rows = [row for row, own in enumerate(params) if own.adjusts_logits]
+    logits = logits.clone() if rows else logits
+    for row in rows:
+        _adjust(logits[row], params[row], *texts[row])
+    return logits
+
+
+def _adjust(logits: Tensor, params: SamplingParams, prompt: Sequence[int], answer: Sequence[int]) -> None:
+    """Change one row's logits [V] in place."""
+
+    def on_device(values: Iterable[float], dtype: torch.dtype = logits.dtype) -> Tensor:
+        return torch.tensor([*values], dtype=dtype, device=logits.device)
+
+    logits[on_device(params.biases, torch.long)] += on_device(params.biases.values())
+    if params.repetition_penalty != 1:
+        seen = on_device({*prompt, *answer}, torch.long)
+        own = logits[seen]
+        logits[seen] = torch.where(own > 0, own / params.repetition_penalty, own * params.repetition_penalty)
+    counts = Counter(answer)
+    penalties = params.frequency_penalty * on_device(counts.values()) + params.presence_penalty
+    logits[on_device(counts, torch.long)] -= penalties
 
 
 def next_tokens(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[tuple[int, int]]) -> list[int]:
@@ -63,7 +111,7 @@ def next_tokens(logits: Tensor, params: Sequence[SamplingParams], positions: Seq
 
     positions: each row's (number, step), which decide its sample together with its seed. Raises GraftError for NaN.
     """
-    groups: dict[tuple[float, ...], list[int]] = {}
+    groups: dict[tuple[float | str, ...], list[int]] = {}
     for row, own in enumerate(params):
         groups.setdefault(own.distribution, []).append(row)
     tokens = [0] * len(params)

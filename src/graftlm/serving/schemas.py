@@ -21,7 +21,7 @@ from graftlm.inference.sampling import SamplingParams
 
 MAX_CHOICES = 64
 """Choices of one request: prompts times n; and texts to classify."""
-MAX_STOPS, MAX_MESSAGES = 4, 1000
+MAX_STOPS, MAX_MESSAGES, MAX_BIASES = 4, 1000, 1024
 
 
 class APIError(GraftError):
@@ -44,7 +44,7 @@ ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_
 # Fields of OpenAI's API that are not supported, and their values that change nothing, besides null, false, 0 and empty.
 ANY = object()
 IGNORED: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("echo", "suffix", "presence_penalty", "frequency_penalty", "logit_bias", "top_logprobs"), ()),
+    **dict.fromkeys(("echo", "suffix", "top_logprobs"), ()),
     **dict.fromkeys(("tools", "functions", "audio", "prediction", "reasoning_effort", "store"), ()),
     **dict.fromkeys(("user", "metadata", "safety_identifier", "prompt_cache_key", "service_tier"), (ANY,)),
     **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
@@ -81,6 +81,8 @@ class _Strict(BaseModel):
 
 Text = Annotated[str, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class StreamOptions(_Strict):
@@ -100,6 +102,9 @@ API_BOUNDS: dict[str, dict[str, float]] = {"temperature": {"le": 2}, "seed": {"l
 
 def _sampling_field(f: "dataclasses.Field[Any]") -> Any:
     """A sampling setting as a field of a request: type, default, bounds and description."""
+    if f.name == "logit_bias":
+        description = 'an object of biases from -100 to 100 by token id, as in {"198": -100}'
+        return dict[TokenKey, Bias], Field({}, max_length=MAX_BIASES, description=description)
     kind = get_type_hints(SamplingFlags)[f.name]
     bounds: dict[str, Any] = {**f.metadata, **API_BOUNDS.get(f.name, {})}
     description = f"{'a whole number,' if kind is int else 'a number'} {describe_bounds(bounds)}"
