@@ -141,6 +141,15 @@ def test_decoding(small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
+def test_packed_bases(small: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = report("packed_scoring", [*small, *ONCE, "--limit", "4"], capsys)
+    assert found["claims"]["equal labels"] is True and list(found["medians"]) == ["dense", "stored"]
+    monkeypatch.setattr(load("packed_scoring"), "TRAINED", ("dense", "bf16"))
+    found = report("packed_scoring", [*small, *ONCE, "--study", "demo", "--steps", "2"], capsys)
+    assert found["claims"]["within float32's interval"] is True and list(found["medians"]) == ["dense", "bf16"]
+    assert found["medians"]["bf16"]["seconds_to_first_step"] > 0
+
+
 def test_reading_and_tokenizing(
     small: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
