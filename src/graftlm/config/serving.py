@@ -9,7 +9,7 @@ from graftlm.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig(Flags):
-    """Serve a base model and adapters of it: a page to compare them, and an OpenAI-compatible API."""
+    """Serve a base model and adapters of it: a page to chat with and compare them, and an OpenAI-compatible API."""
 
     adapters: tuple[str, ...] = ()
     """LoRA runs (or PEFT LoRA folders) of one base, each as FOLDER or NAME=FOLDER; NAME is the model's name in

@@ -56,7 +56,7 @@ CLASSIFY_CONCURRENCY = 64
 PAGE = {
     "/": (("page.html",), "text/html"),
     "/page.css": (("report_base.css", "page.css"), "text/css"),
-    "/page.js": (("report_parts.js", "page.js"), "text/javascript"),
+    "/page.js": (("report_parts.js", "page_stream.js", "page.js"), "text/javascript"),
 }
 """Path -> files to concatenate, and their media type. The report_* files belong to `graft report`."""
 
@@ -156,6 +156,8 @@ def _add_models(app: FastAPI, service: Service) -> None:
             "parent": None if model.adapter is None else service.base.name,
             "labels": list(model.template.labels),
             "context": model.max_seq_len,
+            "max_tokens": service.max_tokens,
+            "chat": service.tokenizer.chat_template is not None,
         }
 
     @app.get("/health")

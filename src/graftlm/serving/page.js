@@ -1,96 +1,177 @@
-// The page of `graft serve`, after report_parts.js: label probabilities of a review, and generated texts, from the base
-// and all adapters side by side. It uses only the public API.
+// The page of `graft serve`, after report_parts.js and page_stream.js: a chat with one model; label probabilities and
+// continuations of a text, from the base and all adapters side by side. It uses only the public API.
 
-const element = (id) => document.getElementById(id);
-let models = []; // as GET /v1/models lists them
-let key = "";
+let models = []; // as GET /v1/models lists them; the base is the first
+let turns = []; // of the conversation: {user, tile, item}
 let running = null; // AbortController of the generation in progress
 
-// Requests ------------------------------------------------------------------------------------------------------------
-
-async function request(path, body, signal) {
-  const headers = key ? { Authorization: `Bearer ${key}` } : {};
-  const options = { headers, signal };
-  if (body) Object.assign(options, { method: "POST", body: JSON.stringify(body) });
-  if (body) headers["Content-Type"] = "application/json";
-  const answer = await fetch(path, options);
-  if (answer.ok) return answer;
-  const found = await answer.json().catch(() => null);
-  const error = new Error(found?.error?.message ?? `the server answered ${answer.status}`);
-  error.status = answer.status;
-  throw error;
-}
-
-function errorText(error) {
-  return error instanceof TypeError ? "the server cannot be reached" : error.message;
-}
-
-// The JSON objects of server-sent events.
-async function* events(answer) {
-  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  for (;;) {
-    const { done, value } = await reader.read();
-    if (done) throw new Error("the server closed the connection early");
-    const lines = (rest + value).split("\n\n");
-    rest = lines.pop();
-    for (const line of lines) {
-      const data = line.replace(/^data: /, "");
-      if (data === "[DONE]") return;
-      yield JSON.parse(data);
-    }
-  }
-}
-
-// Models --------------------------------------------------------------------------------------------------------------
+// Models and tabs -----------------------------------------------------------------------------------------------------
 
 async function readModels() {
   try {
     models = (await (await request("v1/models")).json()).data;
   } catch (error) {
-    element("key-form").hidden = error.status !== 401;
-    element("intro").textContent = errorText(error);
-    announce(errorText(error));
+    const locked = !element("key-form").hidden;
+    element("intro").textContent = locked ? "" : errorText(error);
+    if (locked && key) throw new Error(errorText(error).split(":")[0]); // the rest is about headers
     return;
   }
   element("key-form").hidden = true;
   const [base, ...adapters] = models.map((model) => model.id);
   const names = adapters.length ? ` and its adapters ${adapters.join(", ")}` : "";
-  element("intro").textContent = `${base}${names}, side by side.`;
+  element("intro").textContent = `Serving ${base}${names}.`;
+  if (element("work").hidden) showWork(models[0]);
 }
 
-function tiles(list) {
-  list.replaceChildren();
-  return models.map((model, number) => {
-    const body = node("div");
-    list.append(node("li", { class: `tile run-${number % 8}` }, node("h3", {}, model.id), body));
-    return body;
+function showWork(base) {
+  element("model").append(...models.map((model, n) => node("option", { value: n }, `${model.id}${n ? "" : " (base)"}`)));
+  element("max_tokens").max = base.max_tokens;
+  element("max_tokens").value = Math.min(256, base.max_tokens);
+  element("no-chat").textContent =
+    `${base.id} has no chat template, so it cannot chat. Free text works: there it continues what you write. ` +
+    "To chat, serve a model that was tuned for it.";
+  element("no-chat").hidden = base.chat;
+  element("conversation").hidden = !base.chat;
+  element("settings").open = matchMedia("(min-width: 60rem)").matches;
+  element("work").hidden = false;
+  select(element(base.chat ? "chat-tab" : "texts-tab"));
+}
+
+const tabs = [...document.querySelectorAll("[role=tab]")];
+
+function select(tab) {
+  for (const other of tabs) {
+    other.setAttribute("aria-selected", other === tab);
+    other.tabIndex = other === tab ? 0 : -1;
+    element(other.getAttribute("aria-controls")).hidden = other !== tab;
+  }
+  element("settings").hidden = tab.id === "labels-tab";
+}
+
+function moveTab(event) {
+  const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+  if (!step) return;
+  const next = tabs[(tabs.indexOf(event.target) + step + tabs.length) % tabs.length];
+  select(next);
+  next.focus();
+}
+
+// Forms ---------------------------------------------------------------------------------------------------------------
+
+// Does what a form is for; what keeps it from that is shown in the form, and read by screen readers.
+async function attempt(form, work) {
+  const problem = form.querySelector(".problem");
+  problem.textContent = "";
+  try {
+    await work(form);
+  } catch (error) {
+    problem.textContent = errorText(error);
+  }
+}
+
+function textOf(form, what) {
+  const text = form.querySelector("textarea").value;
+  if (!text.trim()) throw new Error(`Nothing was sent: the ${what} is empty.`);
+  return text;
+}
+
+// The sampling settings as fields of a request.
+function readSettings() {
+  if (running) throw new Error("An answer is being generated: stop it first, or wait for its end.");
+  const inputs = [...element("settings-form").querySelectorAll("input")];
+  for (const input of inputs.filter((input) => !input.checkValidity())) {
+    element("settings").open = true;
+    input.focus();
+    throw new Error(`Settings, ${input.labels[0].firstChild.data.trim()}: ${input.validationMessage}`);
+  }
+  return Object.fromEntries(inputs.filter((input) => input.value).map((input) => [input.id, +input.value]));
+}
+
+// Runs `work(signal)`, which resolves to a summary, with the form's button to stop it.
+async function generate(form, work) {
+  running = new AbortController();
+  const stop = form.querySelector(".stop");
+  stop.disabled = false;
+  announce("generating");
+  const summary = await work(running.signal);
+  running = null;
+  if (document.activeElement === stop) form.querySelector("textarea").focus();
+  stop.disabled = true;
+  announce(summary);
+}
+
+// Chat ----------------------------------------------------------------------------------------------------------------
+
+async function send(form) {
+  const user = textOf(form, "message");
+  const settings = readSettings();
+  form.reset();
+  await ask(form, user, settings);
+}
+
+// Asks again for the last answer, perhaps another model or with other settings.
+async function retry(form) {
+  const settings = readSettings();
+  const { user, item } = turns.pop();
+  item.remove();
+  form.querySelector("textarea").focus();
+  await ask(form, user, settings);
+}
+
+async function ask(form, user, settings) {
+  const system = element("system").value.trim() ? [{ role: "system", content: element("system").value }] : [];
+  const answered = turns.filter(({ tile }) => tile.text); // not those that failed
+  const earlier = answered.flatMap(({ user, tile }) => [
+    { role: "user", content: user },
+    { role: "assistant", content: tile.text },
+  ]);
+  const messages = [...system, ...earlier, { role: "user", content: user }];
+  const tile = new Tile("div", models[element("model").value]);
+  const again = node("button", { type: "button", class: "retry" }, "Retry");
+  again.addEventListener("click", () => attempt(form, retry));
+  const item = node("li", {}, node("h3", { class: "unseen" }, "You"), node("p", { class: "user" }, user), tile.node);
+  turns.push({ user, tile, item });
+  element("turns").append(item);
+  element("turns").scrollTop = element("turns").scrollHeight;
+  element("examples").hidden = true;
+  const nothing = "The answer is empty: the model ended it at once. Retry, say it in other words, or choose another model.";
+  await generate(form, async (signal) => {
+    const note = await tile.stream("v1/chat/completions", { messages, ...settings }, signal, nothing);
+    tile.foot.append(again);
+    return `${tile.model.id}: ${tile.text} (${note})`;
   });
+}
+
+function clear() {
+  running?.abort();
+  turns = [];
+  element("turns").replaceChildren();
+  element("examples").hidden = false;
+  element("message").focus();
+  announce("the conversation is cleared");
 }
 
 // Label probabilities -------------------------------------------------------------------------------------------------
 
-async function classify(event) {
-  event.preventDefault();
-  const text = element("review").value;
-  if (!text.trim()) return announce("enter a review first");
+async function classify(form) {
+  const text = textOf(form, "text");
   const list = element("readings");
   list.setAttribute("aria-busy", "true");
   announce("classifying");
   try {
     const { results } = await (await request("v1/classify", { text })).json();
-    const bodies = tiles(list);
-    models.forEach((model, number) => showProbabilities(bodies[number], results[0].models[model.id]));
-    const summary = models.map(({ id }) => [id, results[0].models[id]]);
-    announce(summary.map(([id, { label, probabilities: p }]) => `${id}: ${label} ${percent(p[label])}`).join(", "));
+    const found = models.map(({ id }) => [id, results[0].models[id]]);
+    list.replaceChildren(...found.map(([id, result], n) => probabilitiesTile(id, n, result)));
+    announce(found.map(([id, { label, probabilities: p }]) => `${id}: ${label} ${percent(p[label])}`).join(", "));
   } catch (error) {
-    list.replaceChildren(node("li", { class: "tile" }, node("p", { class: "wrong" }, errorText(error))));
-    announce(errorText(error));
+    list.replaceChildren();
+    throw error;
+  } finally {
+    list.removeAttribute("aria-busy");
   }
-  list.removeAttribute("aria-busy");
 }
 
-function showProbabilities(body, { label, probabilities, truncated }) {
+function probabilitiesTile(id, number, { label, probabilities, truncated }) {
   const bars = Object.entries(probabilities).map(([name, probability]) => {
     const filled = node("span");
     filled.style.width = `${100 * probability}%`;
@@ -98,81 +179,62 @@ function showProbabilities(body, { label, probabilities, truncated }) {
     const attributes = name === label ? { class: "likeliest" } : {};
     return node("li", attributes, node("span", {}, name), " ", node("span", {}, percent(probability)), bar);
   });
-  body.append(node("ul", { class: "bars" }, ...bars));
-  if (truncated) body.append(node("p", { class: "note" }, "Truncated: the text is too long for this model."));
+  const tile = node("li", { class: `tile run-${number % 8}` }, node("h3", {}, id), node("ul", { class: "bars" }, ...bars));
+  if (truncated) tile.append(node("p", { class: "note" }, "Truncated: the text is too long for this model."));
+  return tile;
 }
 
-// Text generation -----------------------------------------------------------------------------------------------------
+// Free text -----------------------------------------------------------------------------------------------------------
 
-async function generate(event) {
-  event.preventDefault();
-  const prompt = element("prompt").value;
-  if (!prompt) return announce("enter a prompt first");
-  running?.abort();
-  const mine = (running = new AbortController());
-  const bodies = tiles(element("continuations"));
-  element("stop").disabled = false;
-  announce("generating");
-  const summaries = await Promise.all(models.map((model, n) => stream(model.id, prompt, bodies[n], mine.signal)));
-  if (running !== mine) return; // started again
-  running = null;
-  if (document.activeElement === element("stop")) element("prompt").focus();
-  element("stop").disabled = true;
-  announce(summaries.join(", "));
-}
-
-// Streams one model's text; resolves to a summary.
-async function stream(model, prompt, body, signal) {
-  const shown = node("p", { class: "text", tabindex: 0, role: "group", "aria-label": `Text of ${model}` });
-  const note = node("p", { class: "note" }, "…");
-  const text = node("span");
-  shown.append(node("span", { class: "given" }, prompt), text);
-  body.append(shown, note);
-  const began = performance.now();
-  const limits = { max_tokens: +element("tokens").value, temperature: +element("temperature").value };
-  const parameters = { model, prompt, ...limits, stream: true, stream_options: { include_usage: true } };
-  let finish = "";
-  try {
-    for await (const part of events(await request("v1/completions", parameters, signal))) {
-      if (part.error) throw new Error(part.error.message);
-      for (const choice of part.choices) {
-        text.append(choice.text);
-        finish = choice.finish_reason ?? finish;
-      }
-      shown.scrollTop = shown.scrollHeight;
-      if (part.usage) {
-        const seconds = (performance.now() - began) / 1000;
-        const end = finish === "length" ? "stopped at the limit" : "ended";
-        note.textContent = `${part.usage.completion_tokens} tokens in ${seconds.toFixed(1)} s, ${end}`;
-      }
-    }
-  } catch (error) {
-    const stopped = signal.aborted;
-    note.textContent = stopped ? "stopped" : errorText(error);
-    if (!stopped) note.className = "wrong";
-  }
-  return `${model}: ${note.textContent}`;
+async function complete(form) {
+  const body = { prompt: textOf(form, "text"), ...readSettings() };
+  const tiles = models.map((model) => new Tile("li", model, body.prompt));
+  element("continuations").replaceChildren(...tiles.map((tile) => tile.node));
+  const nothing = "No text: the model ended at once. Leave the text unfinished, without its last words, or use the chat.";
+  await generate(form, async (signal) => {
+    const notes = await Promise.all(tiles.map((tile) => tile.stream("v1/completions", body, signal, nothing)));
+    return notes.map((note, n) => `${models[n].id}: ${note}`).join(", ");
+  });
 }
 
 // Events --------------------------------------------------------------------------------------------------------------
 
-for (const [form, handler] of [["review-form", classify], ["prompt-form", generate]]) {
-  element(form).addEventListener("submit", handler);
-  element(form).addEventListener("keydown", (event) => {
-    if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
+function useKey(form) {
+  key = element("key").value.trim();
+  if (!key) throw new Error("Enter the key first.");
+  form.reset();
+  return readModels().then(() => tabs.find((tab) => tab.tabIndex === 0).focus());
+}
+
+const handlers = { "key-form": useKey, "chat-form": send, "review-form": classify, "prompt-form": complete };
+for (const [id, work] of Object.entries(handlers)) {
+  const form = element(id);
+  form.addEventListener("submit", (event) => {
     event.preventDefault();
-    element(form).requestSubmit();
+    attempt(form, work);
+  });
+  form.querySelector("textarea")?.addEventListener("keydown", (event) => {
+    const sends = id === "chat-form" ? !event.shiftKey : event.ctrlKey || event.metaKey;
+    if (event.key !== "Enter" || event.isComposing || !sends) return; // composing: Enter chooses a Chinese word
+    event.preventDefault();
+    form.requestSubmit();
+  });
+  form.querySelector(".stop")?.addEventListener("click", () => running?.abort());
+}
+for (const button of document.querySelectorAll("#examples button")) {
+  button.addEventListener("click", () => {
+    element("message").value = button.textContent;
+    element("message").focus();
+    element("chat-form").requestSubmit();
   });
 }
-element("stop").disabled = true;
-element("stop").addEventListener("click", () => running?.abort());
+for (const tab of tabs) {
+  tab.addEventListener("click", () => select(tab));
+  tab.addEventListener("keydown", moveTab);
+}
+element("clear").addEventListener("click", clear);
+element("settings-form").addEventListener("submit", (event) => event.preventDefault());
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") running?.abort();
-});
-element("key-form").addEventListener("submit", (event) => {
-  event.preventDefault();
-  key = element("key").value;
-  element("key").value = "";
-  readModels().then(() => models.length && element("review").focus());
 });
 readModels();
