@@ -412,7 +412,6 @@ def test_classify_many_texts_of_some_models_and_says_what_was_cut(http: httpx.Cl
         ),
         ("chat/completions", {"messages": [{"role": "user", "content": "a", "name": "b"}]}, "name is not supp", "name"),
         ("chat/completions", {"tools": [{}]}, "tools is not supported", "tools"),
-        ("chat/completions", {"response_format": {"type": "json_object"}}, "response_format is not", "response_format"),
         ("chat/completions", {"top_logprobs": 2}, "top_logprobs is not supported", "top_logprobs"),
     ],
 )

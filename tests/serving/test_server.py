@@ -331,10 +331,11 @@ def test_a_key_that_could_not_be_sent_is_refused_and_not_shown(
     assert refusal(capsys) == f"GRAFT_API_KEY (not shown): {wanted}"
 
 
+@pytest.mark.parametrize("package", ["fastapi", "llguidance"])
 def test_without_the_extra_it_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in [name for name in sys.modules if name.startswith("graftlm.serving")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "fastapi", None)
-    assert refusal(capsys) == "graft serve needs the fastapi package: pip install 'graftlm[serve]'"
+    monkeypatch.setitem(sys.modules, package, None)
+    assert refusal(capsys) == f"graft serve needs the {package} package: pip install 'graftlm[serve]'"

@@ -33,6 +33,7 @@ from torch import Tensor
 from graftlm.errors import GraftError, InputError, Overloaded, ShuttingDown, unknown_name_error
 from graftlm.exchange.load import ModelBundle, read_adapters
 from graftlm.inference.decoder import DecodingBatch, choose_tokens, fits_together
+from graftlm.inference.grammar import constrain
 from graftlm.inference.prefix_cache import PrefixCache, ReadText
 from graftlm.inference.requests import (
     CANCELLED,
@@ -307,13 +308,16 @@ class Engine:
         broken = (~sums.isfinite()).tolist()
         if any(broken):  # these rows fail, the others continue
             logits = logits.masked_fill(~sums.isfinite()[:, None], 0)
-        tokens = choose_tokens(logits, handles)
+        tokens = choose_tokens(constrain(logits, [handle.grammar for handle in handles]), handles)
         chosen = logits.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
         finished: list[tuple[RequestHandle, FinishOutput]] = []
         for handle, token, logprob, failed in zip(handles, tokens, (chosen - sums).tolist(), broken, strict=True):
             if failed:
                 error = GraftError("the logits are NaN or infinite: broken weights, or an overflow in --dtype float16")
                 finished.append((handle, error))
+                continue
+            if handle.grammar is not None and handle.grammar.stuck:
+                finished.append((handle, InputError("the answer's grammar has no finite text: change the JSON schema")))
                 continue
             output = handle._append_token(token, logprob, self._tokenizer.stop_tokens)
             if output.token is not None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from graftlm.errors import GraftError, InputError
 from graftlm.inference.decoder import Row
+from graftlm.inference.grammar import Grammar
 from graftlm.inference.sampling import SamplingParams
 from graftlm.text.stream import TextStream
 
@@ -25,6 +26,8 @@ class Request:
     """None: the base model."""
     space: str = ""
     """White space that ends the prompt's text and is not among its tokens: the answer does not repeat it."""
+    grammar: Grammar | None = None
+    """The texts that the answer may be; None: any."""
 
     def __post_init__(self) -> None:
         if not len(self.prompt):
@@ -42,7 +45,7 @@ class TokenOutput:
     logprob: float | None
     """Of the token under the model, at temperature 1."""
     finish_reason: str | None
-    """None while it continues; "stop" (a stop token or a stop text), "length", "cancelled", "error"."""
+    """None while it continues; "stop" (a stop token or text, the grammar's end), "length", "cancelled", "error"."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class RequestHandle(Row):
     ) -> None:
         super().__init__(request.prompt, request.params, 0, limit)  # row 0, so its samples are those of `generate`
         self.request = request
+        self.grammar = request.grammar.start(request.params.stop_token_ids) if request.grammar is not None else None
         self.done: Future[Completion] = Future()
         self.done.set_running_or_notify_cancel()  # it is cancelled by `cancel` only, not through the future
         self.cancel_requested = False
@@ -90,9 +94,12 @@ class RequestHandle(Row):
             return TokenOutput(self._stream.finish(), None, None, "stop")
         self.tokens.append(token)
         self._logprobs.append(logprob)
+        if self.grammar is not None:
+            self.grammar.accept(token)
+        complete = self.grammar is not None and self.grammar.complete
         text, finish_reason = self._stream.add(token), None
-        if not self._stream.stopped and len(self.tokens) == self.limit:
-            text, finish_reason = text + self._stream.finish(), "length"
+        if not self._stream.stopped and (complete or len(self.tokens) == self.limit):
+            text, finish_reason = text + self._stream.finish(), "stop" if complete else "length"
         return TokenOutput(text, token, logprob, "stop" if self._stream.stopped else finish_reason)
 
     def _emit(self, output: TokenOutput) -> GraftError | None:

@@ -17,7 +17,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from importlib.resources import files
 from typing import Annotated, Any
 
@@ -29,6 +29,7 @@ from starlette.responses import JSONResponse, Response
 
 from graftlm.errors import GraftError, InputError, did_you_mean
 from graftlm.inference.engine import Engine
+from graftlm.inference.grammar import Grammar, Grammars
 from graftlm.inference.requests import Request
 from graftlm.serving.middleware import SecurityMiddleware, error_response, read_body
 from graftlm.serving.responses import (
@@ -84,6 +85,11 @@ class Service:
     models: Mapping[str, ServedModel]
     """By name; the base is the first."""
     max_tokens: int
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Of the tokenizer."""
+        return Grammars(self.tokenizer)
 
     @property
     def base(self) -> ServedModel:
@@ -266,7 +272,17 @@ def _requests(
         raise APIError(400, message, code="context_length_exceeded")
     params = body.sampling_params(limit or min(default_limit, service.max_tokens), {*stop_tokens, *model.stop_tokens})
     each = [replace(params, seed=(params.seed + number) % 2**63) for number in range(body.n)]
-    return [Request(tuple(prompt), own, model.adapter) for prompt in prompts for own in each]
+    grammar = _grammar(service, body.response_format.schema_of_answer)
+    return [Request(tuple(prompt), own, model.adapter, grammar=grammar) for prompt in prompts for own in each]
+
+
+def _grammar(service: Service, schema: dict[str, Any] | None) -> Grammar | None:
+    """The grammar of a request's JSON schema."""
+    try:
+        return None if schema is None else service.grammars.json_schema(schema)
+    except InputError as error:
+        message = f"response_format: {error}"
+        raise APIError(400, message, param="response_format", code="invalid_json_schema") from None
 
 
 # Label probabilities --------------------------------------------------------------------------------------------------

@@ -51,7 +51,6 @@ IGNORED: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
     "parallel_tool_calls": (ANY,),
     "best_of": (1,),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
 }
 IGNORED_IN_MESSAGES: dict[str, tuple[Any, ...]] = dict.fromkeys(
@@ -116,6 +115,33 @@ _SamplingSettings: Any = create_model(
 )
 
 
+class JSONSchema(_Strict):
+    """A named JSON schema. The schema is always kept, so `strict` changes nothing."""
+
+    ignored = {"strict": (ANY,), "name": (ANY,), "description": (ANY,)}
+    content: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(_Strict):
+    """The form of an answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JSONSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise PydanticCustomError("schema", "json_schema belongs to the type json_schema")
+        return self
+
+    @property
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        """The JSON schema of the answer; None for any text."""
+        if self.json_schema is not None:
+            return self.json_schema.content
+        return {"type": "object"} if self.type == "json_object" else None
+
+
 class Sampling(_SamplingSettings):
     """The fields that completions and chats share; the sampling settings are those of SamplingFlags."""
 
@@ -128,6 +154,11 @@ class Sampling(_SamplingSettings):
     stream: bool = Field(False, description="true or false")
     stream_options: StreamOptions = Field(StreamOptions(), description='{"include_usage": true or false}')
     max_tokens: int | None = Field(None, ge=1, description="a whole number, 1 or more")
+    response_format: ResponseFormat = Field(
+        ResponseFormat(type="text"),
+        description='{"type": "text"}, {"type": "json_object"}, or '
+        '{"type": "json_schema", "json_schema": {"name": a text, "schema": a JSON schema}}',
+    )
 
     def sampling_params(self, max_new_tokens: int, stop_token_ids: Collection[int]) -> SamplingParams:
         """How to sample."""

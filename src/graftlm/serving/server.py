@@ -23,6 +23,7 @@ from graftlm.errors import InputError, Interrupted
 
 try:
     import h11
+    import llguidance  # noqa: F401 (inference/grammar.py imports it at the first schema)
     import uvicorn
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
