@@ -3,8 +3,9 @@
     python examples/demo.py --out_dir runs/demo
 
 Reads recipes/demo.toml, trains, evaluates on the test split before and after, shows five reviews with both models'
-answers, and writes all of it to OUT_DIR/report.md. The same by hand: `graft evaluate --init_from smollm2-135m`,
-`graft train --config recipes/demo.toml --out_dir runs/demo`, `graft evaluate --out_dir runs/demo`.
+answers, and writes all of it to OUT_DIR/report.md, and the results to OUT_DIR for `graft report`. The same by hand:
+`graft train --config recipes/demo.toml --out_dir runs/demo`, `graft evaluate runs/demo --mode score`, and the same with
+`--checkpoint base`.
 """
 
 from graftlm.cli.main import tune_malloc_retain
@@ -22,6 +23,8 @@ import graftlm  # noqa: E402
 from graftlm.cli.display import progress  # noqa: E402
 from graftlm.exchange.load import ModelBundle  # noqa: E402
 from graftlm.files.atomic import write_text  # noqa: E402
+from graftlm.inference.evaluate import Evaluation  # noqa: E402
+from graftlm.inference.saved_evaluations import checkpoint_step, save_evaluation  # noqa: E402
 from graftlm.text.collate import Example, encode_rows, subset  # noqa: E402
 from graftlm.text.dataset import load_dataset  # noqa: E402
 from graftlm.text.template import Template, load_template  # noqa: E402
@@ -29,11 +32,20 @@ from graftlm.text.template import Template, load_template  # noqa: E402
 RECIPE = Path(__file__).parent.parent / "recipes" / "demo.toml"
 
 
-def measure(loaded: ModelBundle, template: Template, examples: list[Example], console: Console) -> dict[str, Any]:
+def measure(loaded: ModelBundle, template: Template, examples: list[Example], console: Console) -> Evaluation:
     """Accuracy by label scores."""
     with progress(console, "evaluate", len(examples)) as bar:
         parts = (loaded.model, loaded.tokenizer, template, examples)
-        return graftlm.evaluate(*parts, mode="score", progress=bar).to_json()
+        return graftlm.evaluate(*parts, mode="score", progress=bar)
+
+
+def save(config: graftlm.TrainConfig, checkpoint: str, limit: int, evaluation: Evaluation) -> dict[str, Any]:
+    """Save the results in the run folder, as `graft evaluate` does; returns the metrics."""
+    out_dir, metrics = Path(config.out_dir), evaluation.to_json()
+    settings = {"checkpoint": checkpoint, "data": config.data, "split": "test", "mode": "score"}
+    settings |= {"limit": limit} if limit else {}
+    save_evaluation(out_dir, settings, checkpoint_step(out_dir, checkpoint), metrics, evaluation.rows)
+    return metrics
 
 
 def answers(loaded: ModelBundle, examples: list[Example], template: Template) -> list[str]:
@@ -85,16 +97,18 @@ def main() -> None:
     rows = subset(load_dataset(config.data, labels=template.labels).splits["test"], args.limit)
     examples, _ = encode_rows(rows, template, base.tokenizer, base.model.config.max_positions)
     shown = subset(examples, 5)
-    before, old = measure(base, template, examples, console), answers(base, shown, template)
-    console.print(f"zero-shot accuracy on {before['n']:,} test reviews: {before['accuracy']:.3f}")
+    zero_shot, old = measure(base, template, examples, console), answers(base, shown, template)
+    console.print(f"zero-shot accuracy on {zero_shot.main.n:,} test reviews: {zero_shot.main.accuracy:.3f}")
     del base
 
     console.rule("2. fine-tuning with LoRA")
     trained = graftlm.train(config, console=console)
+    before = save(config, "base", args.limit, zero_shot)  # now that there is a run folder
 
     console.rule("3. after")
     tuned = graftlm.load("resume", config.out_dir)
-    after, new = measure(tuned, template, examples, console), answers(tuned, shown, template)
+    after = save(config, "best", args.limit, measure(tuned, template, examples, console))
+    new = answers(tuned, shown, template)
     five = [
         (" ".join(e.text.split()), template.labels[e.label or 0], was, now)
         for e, was, now in zip(shown, old, new, strict=True)
@@ -102,7 +116,8 @@ def main() -> None:
     page = report(before, after, trained, five)
     write_text(Path(config.out_dir) / "report.md", page)
     console.print(page, markup=False)
-    console.print(f"This page is {config.out_dir}/report.md; try: graft generate --out_dir {config.out_dir} --prompt …")
+    console.print(f"This page is {config.out_dir}/report.md; more of the run: graft report {config.out_dir} --open")
+    console.print(f"Try the model: graft generate {config.out_dir} --prompt …")
 
 
 if __name__ == "__main__":

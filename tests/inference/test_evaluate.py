@@ -13,8 +13,9 @@ from torch import nn
 from graftlm.errors import GraftError, InputError
 from graftlm.inference import evaluate as module
 from graftlm.inference import scoring
-from graftlm.inference.evaluate import evaluate, parse_label, predict_labels, write_predictions
+from graftlm.inference.evaluate import evaluate, parse_label, predict_labels
 from graftlm.inference.sampling import SamplingParams
+from graftlm.inference.saved_evaluations import write_predictions
 from graftlm.inference.scoring import score, score_labels
 from graftlm.models import CausalLM
 from graftlm.text.collate import Example, encode_rows
@@ -268,7 +269,7 @@ def test_both_readings_side_by_side() -> None:
 def test_rows_come_in_the_datas_order(tmp_path: Path) -> None:
     model, examples = tiny("llama"), reviews()
     evaluation = evaluate(model, TOKENIZER, TEMPLATE, examples)
-    write_predictions(tmp_path / "p.jsonl", evaluation)
+    write_predictions(tmp_path / "p.jsonl", evaluation.rows)
     rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert rows == evaluation.rows
     scores = score(model, examples, [[3], [4]]).labels.tolist()

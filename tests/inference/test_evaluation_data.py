@@ -1,6 +1,7 @@
 """Which rows `graft evaluate` and `graft generate` read: a file that is named is read whole, or refused in one line."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -192,3 +193,64 @@ def test_a_runs_template_names_the_fields_of_its_data_and_of_other_files(graft: 
     assert text.startswith("c") and text.count(": ") == 1 and "?" not in text
     message = "no field 'claim': the fields are text, label; --template names it"
     assert message in graft("evaluate", "--out_dir=run", f"--data={rows('plain.jsonl', 6)}")[2]
+
+
+# What is saved
+
+
+def saved(folder: Path) -> dict[str, Any]:
+    return {path.name: json.loads(path.read_text()) for path in sorted((folder / "evaluations").glob("*.json"))}
+
+
+@pytest.fixture
+def own_run(assets: Path, tmp_path: Path) -> Path:
+    unseen = shutil.ignore_patterns("evaluations")  # of the tests above
+    return Path(shutil.copytree(assets / "run", tmp_path / "own", symlinks=True, ignore=unseen))
+
+
+def test_results_of_a_run_are_saved_in_its_folder(graft: Command, assets: Path, own_run: Path) -> None:
+    run = f"--out_dir={own_run}"
+    _, result, _ = graft("evaluate", run, "--mode=score", "--predictions=rows.jsonl")
+    assert "saved" not in result and not (own_run / "evaluations").exists()
+    _, result, _ = graft("evaluate", run, "--mode=score")
+    path = Path(result.pop("saved"))
+    assert path.with_suffix(".jsonl").read_text() == Path("rows.jsonl").read_text()
+    settings = {"mode": "score", "dtype": "float32", "checkpoint": "best", "split": "test"}
+    settings["data"] = str(assets / "all.jsonl")
+    assert json.loads(path.read_text()) == {"settings": settings, "step": 1, "result": result}
+    rows("mine.jsonl", 9)
+    mine = ("--data=mine.jsonl", "--columns=text=text,label=label")
+    others = [(), ("--limit=3",), ("--checkpoint=last",), ("--split=train", "--limit=4"), ("--shots=2",), mine]
+    paths = {graft("evaluate", run, "--mode=score", *words)[1]["saved"] for words in others}
+    assert str(path) in paths and len(paths) == len(others) == len(saved(own_run))
+    assert {Path(name).name[:9] for name in paths} == {"best-all-", "best-test", "best-trai", "last-test"}
+    assert "saved" not in graft("evaluate", "--data=mine.jsonl", "--mode=score")[1]  # no run
+
+
+def test_the_base_of_a_run_is_asked_as_the_run_is(graft: Command, assets: Path, own_run: Path) -> None:
+    words = ["train", f"--init_from={assets / 'model'}", f"--data={assets / 'all.jsonl'}", f"--template={TEMPLATE}"]
+    words += ["--columns=text=review,label=stars", "--rank=0", "--max_iters=1", "--batch_size=4", "--lr=0.1"]
+    assert cli.run([*words, "--out_dir=full", "--device=cpu", "--dtype=float32", "--json"]) == 0
+    data = (f"--data={assets / 'all.jsonl'}", "--columns=text=review,label=stars", "--split=test", "--mode=score")
+    assert graft("evaluate", *data, "--predictions=rows.jsonl")[0] == 0
+    for run in (own_run, Path("full")):
+        _, result, _ = graft("evaluate", f"--out_dir={run}", "--mode=score", "--checkpoint=base")
+        path = Path(result["saved"])
+        assert path.with_suffix(".jsonl").read_text() == Path("rows.jsonl").read_text()
+        assert json.loads(path.read_text())["step"] is None
+    _, result, _ = graft("evaluate", "--out_dir=full", "--mode=score")
+    assert Path(result["saved"]).with_suffix(".jsonl").read_text() != Path("rows.jsonl").read_text()
+
+
+def test_a_run_folder_that_cannot_be_written_to_is_a_note(graft: Command, own_run: Path) -> None:
+    (own_run / "evaluations").write_text("in the way")
+    status, result, notes = graft("evaluate", f"--out_dir={own_run}", "--mode=score")
+    assert status == 0 and result["n"] == 6 and "saved" not in result
+    assert "the results are not saved: cannot write " in notes
+
+
+def test_an_evaluated_run_is_resumed_and_knows_its_results_are_old(graft: Command, own_run: Path) -> None:
+    graft("evaluate", f"--out_dir={own_run}", "--mode=score", "--checkpoint=last")
+    assert cli.run(["train", "--resume", f"--out_dir={own_run}", "--max_iters=2", "--json"]) == 0
+    assert cli.run(["report", str(own_run)]) == 0
+    assert "of step 1; last is step 2 now: evaluate it again" in Path("report.html").read_text()

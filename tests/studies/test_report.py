@@ -14,8 +14,10 @@ from conftest import Graft
 from fake_runs import compared, metrics, predictions, realistic, record, run_folder, write
 from graftlm import cli
 from graftlm.errors import InputError
-from graftlm.studies.report import calibration, charts, disagreements, downsample, make_page, moving_average
+from graftlm.inference.saved_evaluations import save_evaluation
+from graftlm.studies.report import calibration, charts, disagreements, downsample, make_page
 from graftlm.studies.report_data import Predictions, Run, read_folders
+from graftlm.studies.report_tables import example_sets
 
 TODAY = date(2026, 11, 24)
 NASTY = '</script><img src=x onerror="alert(1)"> & <b>{{title}}</b>\u2028\x85'
@@ -70,7 +72,7 @@ def test_a_run_folder_is_shown_with_its_figures_and_its_answers(tmp_path: Path) 
         "run": "mine",
         "accuracy": "75.0%",
         "95% interval": "30.1 to 95.4",
-        "garbage": "–",
+        "macro F1": "0.733",
         "validation loss": "0.310",
         "trainable": "1,290,240 (0.95%)",
         "steps": "6",
@@ -97,6 +99,7 @@ def test_a_comparison_stands_for_its_cells_in_order(tmp_path: Path) -> None:
     assert [run.note for run in runs[3:]] == ["failed: --rank 1000: above the width", "not evaluated yet"]
     assert runs[0].cost["trainable"] == runs[0].cost["minutes"] == 0
     assert runs[4].cost["trainable"] is None
+    assert [run.name for run in read_folders([str(folder / "cell-1" / "run")])] == ["cell-1"]
     names = [row[0] for row in Tables(page(folder)).found["Results on 2 test examples"][1:]]
     assert names[3:] == ["widefailed: --rank 1000: above the width", "latenot evaluated yet"]
 
@@ -111,8 +114,8 @@ def test_both_checkpoints_are_rows_and_garbage_has_a_rate_where_text_was_generat
     rows = [{**row, "generated": "uh", "garbage": n == 0} for n, row in enumerate(predictions([True] * 4))]
     write(folder / "test-last.jsonl", rows)
     _, best, last = Tables(page(folder)).found["Results on 4 test examples"]
-    assert (best[0], best[1], best[3]) == ("mine (best)", "75.0%", "–")
-    assert (last[0], last[1], last[3]) == ("mine (last)", "100.0%", "25.0%")
+    assert (best[0], best[1], best[4]) == ("mine (best)", "75.0%", "–")
+    assert (last[0], last[1], last[4]) == ("mine (last)", "100.0%", "25.0%")
 
 
 def test_a_run_at_work_is_shown_as_far_as_it_came(tmp_path: Path) -> None:
@@ -121,9 +124,9 @@ def test_a_run_at_work_is_shown_as_far_as_it_came(tmp_path: Path) -> None:
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 7, "train')  # a process that is writing, or was killed
     html = page(folder)
-    _, row = Tables(html.replace("<br>", " ")).found["Results"]
-    assert row[0] == "it's not finished: step 6 of 100"
-    assert row[1:] == ["–", "–", "–", "0.400", "1,290,240 (0.95%)", "6", "0.2", "–", "1,500"]
+    names, row = Tables(html.replace("<br>", " ")).found["Results"]
+    assert names == ["run", "validation loss", "trainable", "steps", "minutes (predicted)", "peak MB"]
+    assert row == ["it's not finished: step 6 of 100", "0.400", "1,290,240 (0.95%)", "6", "0.2", "1,500"]
 
 
 def test_an_imported_run_is_shown_with_what_is_known_of_it(tmp_path: Path) -> None:
@@ -139,7 +142,7 @@ def test_an_imported_run_is_shown_with_what_is_known_of_it(tmp_path: Path) -> No
 def test_missing_predictions_are_told_with_the_command_that_makes_them(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "my run")
     (run,) = read_folders([str(folder)])
-    assert run.command == f"graft evaluate --out_dir '{folder}' --predictions '{folder}/test-best.jsonl'"
+    assert run.command == f"graft evaluate '{folder}'"
     assert f"<code>{run.command.replace(chr(39), '&#39;')}</code>" in page(folder)
 
 
@@ -149,6 +152,101 @@ def test_predictions_are_split_at_line_feeds_alone(tmp_path: Path) -> None:
     (folder / "test-best.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), newline="")
     (run,) = read_folders([str(folder)])
     assert run.predictions[0].texts == ["next\x85line\u2028", "\r"]
+
+
+# What graft evaluate saved
+
+
+def saved(folder: Path, right: str, step: int | None = None, **settings: Any) -> Path:
+    """An evaluation in a run folder, right where there is a 1."""
+    flags = {"checkpoint": "best", "data": "reviews.csv", "split": "test", **settings}
+    rows = predictions([c == "1" for c in right])
+    return save_evaluation(folder, flags, step, {"labels": ["negative", "positive"]}, rows)
+
+
+def test_saved_evaluations_are_rows_and_the_base_is_one_of_them(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "mine")
+    saved(folder, "1101")
+    assert saved(folder, "1111") == saved(folder, "1111")  # the same again replaces the first
+    saved(folder, "1001", checkpoint="base")
+    saved(folder, "0101", shots=4)
+    saved(folder, "1100", checkpoint="base", shots=4)
+    found = Tables(page(folder)).found
+    rows = found["Results on 4 examples of reviews.csv, test split"][1:]
+    assert [(row[0], row[1]) for row in rows] == [
+        ("smollm2-135m (zero-shot)", "50.0%"),
+        ("smollm2-135m (4 shots)", "50.0%"),
+        ("mine", "100.0%"),
+        ("mine (shots 4)", "50.0%"),
+    ]
+    assert {"Confusion of mine (shots 4)", "Calibration of smollm2-135m (zero-shot)"} <= found.keys()
+    assert found["Training loss"][0] == ["step", "mine"]
+    (base, run) = read_folders([str(folder)])
+    assert base.cost["trainable"] == base.cost["minutes"] == 0 and run.command == ""
+    other = run_folder(tmp_path / "other")
+    saved(other, "1001", checkpoint="base")
+    saved(other, "1100", checkpoint="base", shots=4)
+    names = [run.name for run in read_folders([str(folder), str(other)])]
+    assert names == ["smollm2-135m", "mine", "other"]  # the same base, evaluated twice
+
+
+def test_other_examples_have_another_table(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "mine")
+    saved(folder, "10", limit=2)
+    saved(folder, "1101")
+    saved(folder, "1001", checkpoint="base")
+    html = page(folder)
+    found = Tables(html).found
+    assert [row[0] for row in found["Results on 4 examples of reviews.csv, test split"][1:]] == [
+        "smollm2-135m (zero-shot)",
+        "mine",
+    ]
+    assert [row[0] for row in found["Results on 2 examples of reviews.csv, test split"][1:]] == ["mine (limit 2)"]
+    assert "The evaluations are on different examples" in html
+    assert [row[2:] for row in found["Different predictions: 1 reviews, the most evenly divided first"][1:]] == [
+        ["✗ negative wrong", "✓ positive correct"]
+    ]
+    (costs,) = [chart for chart in charts_of(html)["parameters"] if chart["name"].startswith("mine")]
+    assert costs["name"] == "mine"
+
+
+def charts_of(html: str) -> Any:
+    (data,) = re.findall(r'<script type="application/json" id="data">(.*)</script>\n<script>', html)
+    return json.loads(data)["charts"]
+
+
+def test_an_evaluation_of_an_earlier_checkpoint_says_so(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "mine")
+    (folder / "checkpoints" / "step-6").mkdir(parents=True)
+    (folder / "best").symlink_to("checkpoints/step-6")
+    saved(folder, "11", step=6)
+    note = "of step 4; best is step 6 now: evaluate it again"
+    assert note not in page(folder)
+    saved(folder, "11", step=4)
+    assert note in page(folder)
+
+
+def test_settings_that_differ_are_columns_and_empty_sections_are_left_out(tmp_path: Path) -> None:
+    for name, rank in (("a", 8), ("b", 16)):
+        config = {"max_iters": 6, "rank": rank, "lr": 2.5e-4, "out_dir": name, "seed": 0}
+        saved(run_folder(tmp_path / name, config=config), "11")
+    html = page(tmp_path / "a", tmp_path / "b")
+    table = Tables(html).found["Results on 2 examples of reviews.csv, test split"]
+    assert [row[:2] for row in table] == [["run", "rank"], ["a", "8"], ["b", "16"]]
+    assert "On 2 examples of reviews.csv, test split all predictions are the same." in html
+    alone = page(run_folder(tmp_path / "alone"))
+    titles = re.findall(r"<h[23][^>]*>(.*)</h", alone)
+    assert titles == ["Results", "Curves", "Training loss", "Validation loss", "Validation accuracy"]
+    assert re.findall(r'<li><a href="#(.*?)"', alone) == ["results", "curves"]
+
+
+def test_loss_on_documents_is_a_table(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "mine")
+    settings = {"checkpoint": "best", "data": "books", "split": "test"}
+    result = {"n": 2, "windows": 3, "tokens": 1500, "loss": 2.5, "perplexity": 12.18, "tokens_per_s": 99.0}
+    save_evaluation(folder, settings, None, result)
+    table = Tables(page(folder)).found["Loss on documents; only that of the same data can be compared"]
+    assert table[1] == ["mine", "best", "books, test", "2", "1,500", "2.5000", "12.18"]
 
 
 # What is refused
@@ -164,6 +262,8 @@ def test_predictions_are_split_at_line_feeds_alone(tmp_path: Path) -> None:
         ("metrics.jsonl", b'{"train_loss": 1.5}\n', "metrics.jsonl: is not as graft wrote it"),
         ("metrics.jsonl", b'{"step": 1, "train_loss": "x"}\n', "metrics.jsonl: is not as graft wrote it"),
         ("metrics.jsonl", b'{"step": 1, "val_loss": NaN}\n', "metrics.jsonl: is not as graft wrote it"),
+        ("evaluations/a.json", b"[]", "evaluations: is not as graft wrote it"),
+        ("evaluations/a.json", b'{"settings": {}, "step": 1, "result": {}}', "evaluations: is not as graft wrote it"),
         ("test-best.jsonl", b"", "test-best.jsonl: is not as graft wrote it"),
         ("test-best.jsonl", b"\xff\n", "test-best.jsonl: is not as graft wrote it"),
         ("test-best.jsonl", b"3\n", "test-best.jsonl: is not as graft wrote it"),
@@ -186,6 +286,7 @@ def test_a_broken_file_is_named_and_nothing_is_written(
     name: str, content: bytes, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = measured(tmp_path / "mine")
+    (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_bytes(content)
     assert cli.run(["report", str(folder), "--out", str(tmp_path / "page.html")]) == 2
     out, err = capsys.readouterr()
@@ -241,6 +342,22 @@ def test_the_command_writes_the_page_and_says_where(
     assert Path("report.html").read_bytes() == first
     assert cli.run(["report", "mine", "--title", "Films & more"]) == 0
     assert "<h1>Films &amp; more</h1>" in Path("report.html").read_text()
+
+
+def test_the_page_is_opened_if_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    found = [True, False]
+    monkeypatch.setattr("webbrowser.open", lambda url: opened.append(url) or found.pop(0))
+    measured(tmp_path / "mine")
+    words = ["report", str(tmp_path / "mine"), "--out", str(tmp_path / "my page.html")]
+    page = (tmp_path / "my page.html").as_uri()
+    assert cli.run(words) == 0 and opened == []
+    assert cli.run([*words, "--open"]) == 0 and opened == [page]
+    assert capsys.readouterr().err == ""
+    assert cli.run([*words, "--open"]) == 0
+    assert capsys.readouterr().err == f"--open: found no browser; open {page} yourself\n"
 
 
 def test_it_needs_no_torch(tmp_path: Path, graft_process: Graft) -> None:
@@ -319,12 +436,7 @@ def test_disagreements_are_those_that_two_read_and_the_most_divided_come_first()
     assert twice.predictions == [("yes", True), ("no", False)]
 
 
-def test_curves_are_smoothed_without_running_late_and_thinned_to_their_end() -> None:
-    assert moving_average([3.0, 1.0, 2.0]) == [3.0, 1.0, 2.0]
-    line = [float(n) for n in range(400)]
-    assert moving_average(line) == pytest.approx(line)
-    noise = [float(n % 2) for n in range(400)]
-    assert max(abs(value - 0.5) for value in moving_average(noise)[20:-20]) < 0.05
+def test_curves_are_thinned_to_their_end() -> None:
     assert (
         downsample(5, 3) == [0, 2, 4]
         and downsample(6, 3) == [0, 2, 4, 5]
@@ -335,17 +447,20 @@ def test_curves_are_smoothed_without_running_late_and_thinned_to_their_end() -> 
 
 def test_charts_hold_curves_costs_and_reliability(tmp_path: Path) -> None:
     (run,) = read_folders([str(measured(tmp_path / "mine"))])
-    found = charts([run])["charts"]
-    assert found["val_accuracy"] == [{"run": 0, "name": "mine", "points": [[2, 0.65], [4, 0.8], [6, 0.85]]}]
-    assert found["train_loss"][0]["raw"][0] == [1, 0.9]
+    found = charts([run], example_sets([run]))["charts"]
+    (curve,) = found["val_accuracy"]
+    assert curve["steps"] == [2, 4, 6] and curve["values"] == [0.65, 0.8, 0.85]
+    assert curve["minutes"] == [0.066667, 0.13333, 0.2]
     assert found["parameters"][0]["points"] == [[1_290_240, 0.75, 0.30064, 0.95441]]
     assert found["calibration"][0]["points"] == [[0.8, 0.75]]
-    assert charts([Run("base", tmp_path, {}, (), run.predictions)])["charts"]["minutes"][0]["points"][0][0] == 0.0
+    assert "lr" not in found  # not in these rows
+    base = [Run("base", tmp_path, {}, (), run.predictions)]
+    assert charts(base, example_sets(base))["charts"]["minutes"][0]["points"][0][0] == 0.0
 
 
 def test_long_curves_are_thinned_in_the_page(tmp_path: Path) -> None:
     folder = measured(tmp_path / "mine")
     write(folder / "metrics.jsonl", metrics([1.0] * 5000, every=500))
     (run,) = read_folders([str(folder)])
-    assert len(charts([run])["charts"]["train_loss"][0]["points"]) == 1001
+    assert len(charts([run], [])["charts"]["train_loss"][0]["steps"]) == 1001
     assert "Training loss, 41 of 5,000 steps" in make_page([run], "t", TODAY)

@@ -3,11 +3,15 @@
 Needs Debian's chromium. Where there is none these tests do not run, and pytest's summary says so; in CI they fail.
 """
 
+import csv
+import io
 import json
 import os
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import axe_playwright_python
 import pytest
@@ -98,17 +102,17 @@ def test_the_pointer_reads_the_nearest_step_of_all_runs(page: Page) -> None:
     plot.hover(position={"x": 60, "y": 80})
     tip = plot.locator(".tip")
     data = json.loads(page.locator("#data").text_content() or "")
-    first = {s["name"]: s["points"] for s in data["charts"]["val_loss"] if s["points"]}
+    first = {s["name"]: s["values"] for s in data["charts"]["val_loss"]}
     assert tip.locator("> strong").text_content() == "step 2" and tip.locator("div").count() == len(first) == 6
     mine = tip.locator("div", has_text="mine").locator("strong").text_content()
-    assert mine == f"{first['mine'][0][1]:g}" and "(at 24)" in tip.locator("div").first.inner_text()
+    assert mine == f"{first['mine'][0]:g}" and "(at 24)" in tip.locator("div").first.inner_text()
     page.mouse.move(5, 5)
     assert tip.is_hidden()
 
 
 def test_a_run_is_switched_off_in_all_charts_and_on_again(page: Page) -> None:
     assert [shown(page, name) for name in ("train_loss", "parameters", "calibration")] == [6, 6, 6]
-    button = page.get_by_role("button", name="LoRA r=8")
+    button = page.get_by_role("button", name="LoRA r=8", exact=True)
     assert button.get_attribute("aria-pressed") == "true"
     button.click()
     assert button.get_attribute("aria-pressed") == "false"
@@ -133,11 +137,11 @@ def test_dragging_zooms_all_curves_and_a_button_shows_all_again(page: Page) -> N
     assert chart(page, "train_loss").locator(".chosen").count() == 1
     page.mouse.up()
     assert ticks(page, "val_loss") == ticks(page, "train_loss") != before
-    first, last = live(page).removeprefix("steps ").split(" to ")
+    first, last = live(page).removeprefix("step ").split(" to ")
     assert 40 < int(first) < int(last) < 110
     assert chart(page, "parameters").locator(".chosen").count() == 0
-    page.get_by_role("button", name="All steps: Training loss").click()
-    assert ticks(page, "val_loss") == before and live(page) == "all steps"
+    page.get_by_role("button", name="Whole curve: Training loss").click()
+    assert ticks(page, "val_loss") == before and live(page) == "whole curve"
 
 
 def test_the_keyboard_reads_and_zooms_and_is_heard(page: Page) -> None:
@@ -152,7 +156,7 @@ def test_the_keyboard_reads_and_zooms_and_is_heard(page: Page) -> None:
     assert live(page).startswith("step 216: ")
     before = ticks(page, "val_accuracy")
     page.keyboard.press("+")
-    assert ticks(page, "val_accuracy") != before and live(page).startswith("steps ")
+    assert ticks(page, "val_accuracy") != before and live(page).startswith("step ") and " to " in live(page)
     for _ in range(20):
         page.keyboard.press("+")  # to the narrowest view, and no further
     page.keyboard.press("ArrowLeft")  # what is shown moves along
@@ -174,7 +178,88 @@ def test_costs_and_reliability_are_read_by_keyboard_too(page: Page) -> None:
     assert live(page).startswith("probability 9")
 
 
+def curve(page: Page, name: str, kind: str = "curve") -> list[list[float]]:
+    """The points of a chart's first curve on the screen."""
+    path = chart(page, name).locator(f"svg svg path.{kind}").first.get_attribute("d") or ""
+    return [[float(number) for number in point.split()] for point in path.removeprefix("M").split("L")]
+
+
+def roughness(points: list[list[float]]) -> float:
+    return sum(abs(a[1] - b[1]) for a, b in pairwise(points))
+
+
+def test_the_slider_smooths_and_the_raw_values_stay(page: Page) -> None:
+    smoothed, raw = curve(page, "train_loss"), curve(page, "train_loss", "raw")
+    assert len(smoothed) == len(raw) == 240
+    assert smoothed[0] == raw[0] and smoothed[-1] == raw[-1]  # the window narrows, so the curve is not late
+    assert roughness(smoothed) < 0.7 * roughness(raw)
+    slider = page.get_by_label("Smoothing")
+    slider.fill("20")
+    assert roughness(curve(page, "train_loss")) < 0.7 * roughness(smoothed)
+    slider.fill("0")
+    assert curve(page, "train_loss") == raw and chart(page, "train_loss").locator("path.raw").count() == 0
+
+
+def test_curves_over_minutes_and_on_a_logarithmic_axis(page: Page) -> None:
+    linear, accuracy = curve(page, "val_loss"), curve(page, "val_accuracy")
+    page.get_by_label("Logarithmic loss and norm").check()
+    assert curve(page, "val_loss") != linear and curve(page, "val_accuracy") == accuracy
+    chart(page, "val_loss").focus()
+    page.keyboard.press("Home")
+    assert live(page).startswith("step 2: ")
+    page.keyboard.press("+")
+    page.get_by_label("Minutes instead of steps").check()
+    assert ticks(page, "val_loss")[-1] == "minutes" and chart(page, "val_loss").locator(".cursor").count() == 0
+    chart(page, "val_loss").focus()
+    page.keyboard.press("End")
+    assert live(page).startswith("minutes 8: ") and "at " in live(page)  # 240 steps of 2 seconds
+    page.keyboard.press("+")
+    assert live(page).startswith("minutes ") and " to " in live(page)
+    assert ticks(page, "parameters")[-1] == "trainable parameters"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_charts_are_saved_with_a_legend_and_in_light_colours(browser: Browser, report: Path, scheme: Any) -> None:
+    visit = Visit(browser, report, color_scheme=scheme)
+    with visit.page.expect_download() as svg:
+        visit.page.get_by_role("button", name="Save as SVG: Validation loss").click()
+    assert svg.value.suggested_filename == "validation-loss.svg" and live(visit.page) == "saved validation-loss.svg"
+    root = ElementTree.parse(svg.value.path()).getroot()
+    texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"step", "LoRA r=2", "LoRA r=32", "mine"} <= set(texts)
+    paper = root.find("{http://www.w3.org/2000/svg}rect")
+    assert paper is not None and paper.get("fill") == "rgb(255, 255, 255)"
+    lines = [e for e in root.iter("{http://www.w3.org/2000/svg}path") if e.get("class") == "curve"]
+    assert {line.get("stroke") for line in lines} >= {"rgb(213, 94, 0)", "rgb(27, 31, 36)"} and len(lines) == 12
+    with visit.page.expect_download() as png:
+        visit.page.get_by_role("button", name="Save as PNG: Accuracy against minutes of training").click()
+    assert png.value.path().read_bytes().startswith(b"\x89PNG") and png.value.path().stat().st_size > 10_000
+    assert visit.said == [] and visit.page.locator(":root.light").count() == 0
+    visit.context.close()
+
+
 # Tables
+
+
+def test_tables_are_saved_as_csv_and_latex(page: Page) -> None:
+    with page.expect_download() as table:
+        page.get_by_role("button", name="Save as csv: Results on 400 test examples").click()
+    lines = list(csv.reader(io.StringIO(table.value.path().read_text())))
+    assert lines[0][:4] == ["run", "accuracy", "95% interval", "macro F1"] and len(lines) == 8
+    assert lines[1][:3] == ["as it is", "0.7125", "66.6 to 75.5"] and lines[-1][:2] == ["mine", "–"]
+    with page.expect_download() as latex:
+        page.get_by_role("button", name="Save as tex: Results on 400 test examples").click()
+    text = latex.value.path().read_text().splitlines()
+    assert text[:2] == ["% Results on 400 test examples", r"\begin{tabular}{lrrrrrrrrr}"]
+    assert text[3].startswith(r"run & accuracy & 95\% interval & macro F1 &") and text[3].endswith(r" \\")
+    assert text[5].startswith(r"as it is & 71.2\% & 66.6 to 75.5 & 0.712 & -- & 0 (0.00\%) &")
+    assert text[-1] == r"\end{tabular}"
+    with page.expect_download() as confusion:
+        page.get_by_role("button", name="Save as csv: Confusion of as it is").click()
+    assert confusion.value.path().read_text().splitlines()[:2] == [
+        "true ↓ predicted →,negative,positive,garbage",
+        "negative,141,59,0",
+    ]
 
 
 def test_the_table_is_sorted_by_pointer_and_keyboard_and_what_is_missing_stays_last(page: Page) -> None:
@@ -211,7 +296,7 @@ def test_reviews_are_filtered_by_their_words(page: Page) -> None:
 def test_axe_finds_nothing(browser: Browser, report: Path, scheme: Any) -> None:
     visit = Visit(browser, report, color_scheme=scheme, bypass_csp=True)  # or axe itself could not run
     visit.page.evaluate("for (const d of document.querySelectorAll('details')) d.open = true")
-    visit.page.get_by_role("button", name="LoRA r=8").click()
+    visit.page.get_by_role("button", name="LoRA r=8", exact=True).click()
     visit.page.add_script_tag(path=AXE)
     found = visit.page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
     visit.context.close()
@@ -224,12 +309,12 @@ def test_the_keyboard_reaches_all_and_shows_where_it_is(page: Page) -> None:
     page.keyboard.press("Enter")
     assert page.evaluate("document.activeElement.id") == "main"
     seen: set[str] = set()
-    for _ in range(120):
+    for _ in range(160):
         page.keyboard.press("Tab")
         what = page.evaluate("(e => e.className || e.id || e.tagName)(document.activeElement)")
         assert what == "BODY" or page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none", what
         seen.add(what)
-    assert {"scroll", "plot", "filter", "SUMMARY", "BUTTON"} <= seen
+    assert {"scroll", "plot", "filter-0", "SUMMARY", "BUTTON", "INPUT"} <= seen
 
 
 def brightness(colour: str) -> int:

@@ -77,8 +77,8 @@ def test_a_run_folder(assets: Path, tmp_path: Path) -> None:
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["results"] == results
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 61))
-    keys = "step examples tokens train_loss val_loss val_accuracy lr examples_per_s tokens_per_s peak_rss_mb seconds"
-    assert set(rows(tmp_path / "run")[0]) == set(keys.split())
+    keys = "step examples tokens train_loss val_loss val_accuracy lr grad_norm examples_per_s tokens_per_s peak_rss_mb"
+    assert set(rows(tmp_path / "run")[0]) == {*keys.split(), "seconds"}
     assert rows(tmp_path / "run")[0]["train_loss"] > 1.5 * rows(tmp_path / "run")[-1]["train_loss"]
     assert 0 <= results["best"]["val_accuracy"] <= 1
     assert results["examples"] == 480 and results["steps"] == 60 and results["last"]["step"] == 60

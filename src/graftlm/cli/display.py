@@ -100,12 +100,19 @@ def _facts(out: "Console", facts: dict[str, str]) -> None:
 
 
 def evaluate(out: "Console", result: Result) -> None:
-    """One row per mode, and the confusion matrix of the main one; of documents the loss."""
+    """Accuracy or loss, and where they are saved for `graft report`."""
     if "perplexity" in result:
         counts = [f"{result[name]:,}" for name in ("n", "windows", "tokens")]
         row = [*counts, f"{result['loss']:.4f}", f"{result['perplexity']:.4g}", f"{result['tokens_per_s']:,.0f}"]
         _table(out, ["documents", "windows", "predicted tokens", "loss per token", "perplexity", "tokens/s"], [row])
-        return
+    else:
+        _classification(out, result)
+    if "saved" in result:
+        _facts(out, {"saved": result["saved"]})
+
+
+def _classification(out: "Console", result: Result) -> None:
+    """One row per mode, and the confusion matrix of the main one."""
     modes = [result[name] for name in ("score", "generate") if name in result] or [result]
     columns = ["mode", "accuracy", "95% interval", "macro F1", "garbage", "examples/s"]
     rows = [

@@ -2,13 +2,15 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftlm.cli import display
 from graftlm.config import EvaluateConfig, GenerateConfig, TrainConfig
-from graftlm.errors import InputError
+from graftlm.config.inference import RayFlags
+from graftlm.config.paths import user_path
+from graftlm.errors import GraftError, InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,6 +32,8 @@ Read = tuple["Template", "Sequence[Record]", "Sequence[Record]"]
 LABEL_FLAGS = ("mode", "shots", "demo_selection", "seed", "calibrate", "predictions", "template", "labels", "ray")
 """Flags that evaluate labels, and not documents."""
 DATA_FLAGS = ("data", "val_data", "test_data", "bad_rows")
+NOT_SETTINGS = {"init_from", "out_dir", "batch_size", "device", "predictions", *(f.name for f in fields(RayFlags))}
+"""Flags of `graft evaluate` that do not change its result."""
 
 
 def evaluate(parsed: "ParsedArgs", notes: "Console") -> Result:
@@ -63,15 +67,18 @@ def _evaluate_by(
 ) -> Result:
     """The evaluation by what is loaded here, or by a reader made of it, such as its copies on a cluster."""
     from graftlm.exchange.load import load
-    from graftlm.inference.evaluate import evaluate, write_predictions
+    from graftlm.inference.evaluate import evaluate
+    from graftlm.inference.saved_evaluations import checkpoint_step
     from graftlm.text.collate import common_prefix_length
     from graftlm.text.records import Document
 
     config: EvaluateConfig = parsed.config
+    step = checkpoint_step(user_path(config.out_dir), config.checkpoint)  # a run that is training may save the next
     loaded = load(config.init_from, config.out_dir, config.checkpoint, config.device, config.dtype, config.base_format)
     template, rows, pool = _rows(loaded, config, notes)
     if documents := [row for row in rows if isinstance(row, Document)]:
-        return _evaluate_documents(loaded, (template, documents), parsed, notes)
+        result = _evaluate_documents(loaded, (template, documents), parsed, notes)
+        return result | _save(loaded, config, (step, result, []), notes)
     examples, content_free = _examples(loaded, (template, rows, pool), config, notes)
     readings = 2 if config.mode == "both" else 1
     with display.progress(notes, "evaluate", readings * len(examples)) as progress:
@@ -86,15 +93,49 @@ def _evaluate_by(
             predictor=reader_of(loaded) if reader_of else None,
             progress=progress,
         )
-    if config.predictions:
-        write_predictions(config.predictions, evaluation)
     prompts = [example.prompt_ids for example in examples]
-    return {
+    result = {
         **evaluation.to_json(),
         "labels": list(template.labels),
         "prompt_tokens": sum(map(len, prompts)) / len(prompts),
         "shared_prompt_tokens": common_prefix_length(prompts) if len(prompts) > 1 else 0,
     }
+    return result | _save(loaded, config, (step, result, evaluation.rows), notes)
+
+
+def _save(
+    loaded: "ModelBundle", config: EvaluateConfig, found: tuple[int | None, Result, list[Result]], notes: "Console"
+) -> Result:
+    """Save what was found in the run folder, {"saved": the file}; or the predictions alone where --predictions says.
+
+    A run folder that cannot be written to is a note: the result is printed all the same.
+    """
+    from graftlm.inference.saved_evaluations import save_evaluation, write_predictions
+
+    if config.predictions:
+        write_predictions(config.predictions, found[2])
+    if config.predictions or loaded.run is None:
+        return {}
+    try:
+        return {"saved": str(save_evaluation(user_path(config.out_dir), _settings(loaded.run, config), *found))}
+    except GraftError as error:
+        notes.print(f"the results are not saved: {error}", markup=False)
+        return {}
+
+
+def _settings(run: Result, config: EvaluateConfig) -> Result:
+    """What an evaluation in a run folder is identified by: see `SavedEvaluation.settings`."""
+    flags = [f for f in fields(config) if f.name not in NOT_SETTINGS]
+    given = {f.name: value for f in flags if (value := getattr(config, f.name)) != f.default}
+    split = config.split or ("all" if _reads_one_file(config) else "test")
+    file = {"validation": config.val_data, "test": config.test_data}.get(split)
+    data = file or config.data or run["config"].get("data", TrainConfig.data)
+    return {**given, "checkpoint": config.checkpoint, "data": data, "split": split}
+
+
+def _reads_one_file(config: EvaluateConfig) -> bool:
+    """Whether --data names one file, to be read whole."""
+    return Path(config.data).is_file() and not (config.split or config.val_data or config.test_data)
 
 
 def generate(parsed: "ParsedArgs", notes: "Console") -> Result:
@@ -266,8 +307,7 @@ def _sources(config: EvaluateConfig, run: Result, columns: "Columns") -> tuple["
     own = TrainConfig(**{flag: run[flag] for flag in DATA_FLAGS if flag in run})
     split = config.split or "test"
     if config.data:
-        several = config.split or config.val_data or config.test_data
-        if several or not Path(config.data).is_file():
+        if not _reads_one_file(config):
             return (config.data, config.val_data, config.test_data, columns), None
         if config.shots:
             raise InputError(

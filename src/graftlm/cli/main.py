@@ -287,9 +287,15 @@ def _compare(parsed: "ParsedArgs", notes: "Console") -> Result:
 
 
 def _report(parsed: "ParsedArgs", notes: "Console") -> Result:
+    import webbrowser
+
     from graftlm.studies.report import report
 
-    return report(parsed.config)
+    result = report(parsed.config)
+    page = Path(result["path"]).resolve().as_uri()
+    if parsed.config.open and not webbrowser.open(page):
+        notes.print(f"--open: found no browser; open {page} yourself", markup=False)
+    return result
 
 
 def _estimate(parsed: "ParsedArgs", notes: "Console") -> Result:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from graftlm.config.flags import DataFlags, Flags, bounded, flag_group, parse_columns, require
 from graftlm.config.paths import has_suffix
-from graftlm.config.training import BaseFormat, Checkpoint, Device, Dtype
+from graftlm.config.training import BaseFormat, Device, Dtype
 from graftlm.errors import InputError
 
 Style = Literal["zero-shot", "few-shot", "few-shot-cot", "zero-shot-cot"]
@@ -23,8 +23,8 @@ class RunFlags(Flags):
     """"resume" for the run in --out_dir, or a model's name, folder or .gguf file."""
     out_dir: str = "graft-run"
     """The run folder to read when --init_from is resume."""
-    checkpoint: Checkpoint = "best"
-    """Which checkpoint of the run."""
+    checkpoint: Literal["best", "last", "base"] = "best"
+    """Which checkpoint of the run; base: its base model, before training, with the run's template."""
     batch_size: int = bounded(32, ge=1)
     """Examples per batch."""
     device: Device = "auto"
@@ -162,7 +162,7 @@ class EvaluateConfig(RunFlags, DataFlags, RayFlags):
     calibrate: bool = False
     """Contextual calibration (Zhao et al. 2021): divide out the label bias measured on content-free inputs."""
     predictions: str = ""
-    """A jsonl file to write, one row per example."""
+    """A jsonl file for the predictions, one row per example. Default: the results of a run are kept in its folder."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

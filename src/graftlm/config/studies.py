@@ -55,6 +55,8 @@ class ReportConfig(Flags):
     """The page to write; an existing file is replaced."""
     title: str = "graft report"
     """The page's title."""
+    open: bool = False
+    """Also show the page in the browser."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

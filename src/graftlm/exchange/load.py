@@ -2,6 +2,7 @@
 
     load("smollm2-135m")                         a pretrained model
     load("resume", "runs/demo", "last")          the same model, adapted by a run
+    load("resume", "runs/demo", "base")          the run's base, to be asked as the run is
 
 A run is loaded only onto the base it was trained on: the sha256 of the weights must be the same. Device and dtype are
 each chosen with a reason, because both change what a run costs.
@@ -91,9 +92,9 @@ def load(
 ) -> ModelBundle:
     """Load a model by name, or with init_from "resume" the model adapted by the run in `out_dir`.
 
-    base_format: as the flag; auto loads a run in the format in which it was trained. With `base`, a loaded model, the
-    new model shares its tensors, so many adapters of one base take about the memory of one. Device, dtype and
-    format are then the base's.
+    checkpoint: "best", "last", or "base" for the run's base with the run's template. base_format: as the flag; auto
+    loads a run in the format in which it was trained. With `base`, a loaded model, the new model shares its tensors, so
+    many adapters of one base take about the memory of one. Device, dtype and format are then the base's.
 
     Raises InputError for an unknown name or device, a folder without a run or checkpoint, and a base whose weights
     are not those the run was trained on.
@@ -110,14 +111,14 @@ def load(
         return ModelBundle(model, read_tokenizer(folder), init_from, folder, reason, base_format=base_format)
     run_dir = user_path(out_dir or "graft-run")
     run = read_run(run_dir)
-    path, name = checkpoint_folder(run_dir, checkpoint), run["base"]["name"]
+    path, name = None if checkpoint == "base" else checkpoint_folder(run_dir, checkpoint), run["base"]["name"]
     kept, asked = _formats(base_format, run, run_dir)
     folder = model_folder(name, packed=kept == "stored") if base is None or base.name != name else base.folder
     check_base(folder, run, run_dir)
     method = method_from_json(run["method"])
     if base is None:
         model = load_checkpoint(path, folder, method, target, compute_dtype, (kept, asked == "dense"))
-    elif base.folder == folder and base.run is None:
+    elif base.folder == folder and base.run is None and path is not None:
         model = adapter_on_shared_base(base.model, path, method)
     else:
         raise InputError(f"{run_dir}: is an adapter of {name}; load that model and pass it as base")
@@ -257,7 +258,7 @@ def check_base(folder: Path, run: dict[str, Any], run_dir: Path, sha256: str = "
 
 
 def load_checkpoint(
-    checkpoint: Path,
+    checkpoint: Path | None,
     base: Path,
     method: Method,
     device: torch.device,
@@ -266,13 +267,15 @@ def load_checkpoint(
 ) -> CausalLM:
     """The model of a checkpoint folder, in evaluation mode, with its update merged if method and base allow.
 
-    base_format: the base's, and whether it is dequantised.
+    checkpoint: None for the base. base_format: the base's, and whether it is dequantised.
     """
-    if method.is_full_finetune:
+    if checkpoint is not None and method.is_full_finetune:
         return load_model(checkpoint, device, dtype)
     model = load_model(base, device, dtype, base_format[0])
     if base_format[1]:
         dequantize_base(model)
+    if checkpoint is None:
+        return model
     model = _apply_checkpoint(model, checkpoint, method)
     for linear in mergeable_linears(model):
         linear.merge_on_eval = True

@@ -6,19 +6,16 @@ Generated text that names no label is garbage (-1); it counts as wrong and has a
 Letters: N examples, L labels.
 """
 
-import json
 import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 
 from graftlm.config.inference import Mode
 from graftlm.errors import GraftError, InputError
-from graftlm.files.atomic import write_text
 from graftlm.inference.decoder import shared_prefix_length
 from graftlm.inference.generate import Batching, ProgressCallback, decode_groups, generate_ids
 from graftlm.inference.metrics import GARBAGE, Metrics, calibrated
@@ -306,8 +303,3 @@ def _true_labels(examples: Sequence[Example]) -> list[int]:
         if example.label is None:
             raise InputError(f"{example.source or 'an example'}: no label; accuracy needs a label in every row")
     return [example.label for example in examples if example.label is not None]
-
-
-def write_predictions(path: str | Path, evaluation: Evaluation) -> None:
-    """Write `evaluation.rows` as jsonl, atomically. In ASCII, for readers that split lines at U+0085."""
-    write_text(Path(path), "".join(json.dumps(row) + "\n" for row in evaluation.rows))

@@ -1,18 +1,44 @@
-// Interaction of a report: charts (report_chart.js, included before this), the legend that shows and hides runs, sorting,
-// the filter, and printing. The tables are in the HTML already.
+// Interaction of a report: charts (report_chart.js), files of them and of tables (report_export.js), the legend that shows
+// and hides runs, the curves' axes, sorting, the filter, and printing. The tables are in the HTML already.
 
 function drawCharts() {
-  for (const figure of document.querySelectorAll("figure[data-chart]")) {
-    const series = data.charts[figure.dataset.chart].filter((s) => s.points.length);
-    if (series.length) charts.push(new Chart(figure, KINDS[figure.dataset.chart], series));
-    else if (!figure.querySelector("p, details")) figure.append(node("p", {}, "No data."));
-  }
+  for (const figure of document.querySelectorAll("figure[data-chart]"))
+    charts.push(new Chart(figure, KINDS[figure.dataset.chart], data.charts[figure.dataset.chart]));
+}
+
+// The axes of all curves ----------------------------------------------------------------------------------------------
+
+function drawControls() {
+  const controls = document.getElementById("controls");
+  if (!controls) return;
+  const redraw = () => charts.filter((chart) => chart.zooms).forEach((chart) => chart.draw());
+  const add = (name, type, attributes, act) => {
+    const input = node("input", { type, ...attributes });
+    input.addEventListener("input", () => act(input));
+    controls.append(node("label", {}, input, name));
+  };
+  const curves = Object.values(data.charts).flat().filter((series) => series.steps);
+  add("Smoothing", "range", { min: 0, max: 20, value: shared.smoothing }, (input) => {
+    shared.smoothing = +input.value;
+    redraw();
+  });
+  add("Logarithmic loss and norm", "checkbox", {}, (input) => {
+    shared.logY = input.checked;
+    redraw();
+  });
+  if (!curves.every((curve) => curve.minutes)) return;
+  add("Minutes instead of steps", "checkbox", {}, (input) => {
+    Object.assign(shared, { x: input.checked ? "minutes" : "step", view: null });
+    for (const chart of charts) if (chart.zooms) chart.cursor = null;
+    redraw();
+  });
 }
 
 // The legend ----------------------------------------------------------------------------------------------------------
 
 function drawLegend() {
   const legend = document.getElementById("legend");
+  if (!legend) return;
   const buttons = data.runs.map((name, run) => {
     const button = node("button", { type: "button", "aria-pressed": "true" }, swatch(run), name);
     button.addEventListener("click", () => toggle([run], off.has(run)));
@@ -68,11 +94,12 @@ function sort(body, column, up) {
   body.append(...rows);
 }
 
-function makeFilter(table) {
-  const input = node("input", { type: "search", id: "filter", autocomplete: "off" });
+function makeFilter(table, number) {
+  const id = `filter-${number}`;
+  const input = node("input", { type: "search", id, autocomplete: "off" });
   const count = node("span", { class: "note" });
   const rows = [...table.tBodies[0].rows];
-  const label = node("label", { for: "filter" }, "Filter reviews by words");
+  const label = node("label", { for: id }, "Filter reviews by words");
   table.parentElement.before(node("div", { class: "filter" }, label, input, count));
   input.addEventListener("input", () => {
     const words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
@@ -99,6 +126,8 @@ function openForPrint() {
 
 drawCharts();
 drawLegend();
+drawControls();
 document.querySelectorAll("table.results").forEach(makeSortable);
 document.querySelectorAll("table.reviews").forEach(makeFilter);
+document.querySelectorAll("table").forEach(addExports);
 openForPrint();

@@ -12,12 +12,11 @@ import base64
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
 from importlib.resources import files
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,16 @@ from graftlm.config import ReportConfig
 from graftlm.errors import InputError
 from graftlm.files.atomic import write_text
 from graftlm.studies.report_data import Predictions, Run, read_folders
+from graftlm.studies.report_tables import ExampleSet, all_predictions, example_sets, results_tables
 
-CURVES = {"train_loss": "Training loss", "val_loss": "Validation loss", "val_accuracy": "Validation accuracy"}
+CURVES = {
+    "train_loss": ("Training loss", ".4f"),
+    "val_loss": ("Validation loss", ".4f"),
+    "val_accuracy": ("Validation accuracy", ".1%"),
+    "lr": ("Learning rate", ".3g"),
+    "grad_norm": ("Gradient norm", ".3g"),
+}
+"""Title, and how the values are written."""
 BINS = 10
 MAX_CURVE_POINTS = 1000  # a longer curve is drawn at every second step, every third, …
 MAX_EXAMPLES = 50  # disagreements that are listed
@@ -59,9 +66,10 @@ def make_page(runs: Sequence[Run], title: str, today: date) -> str:
     environment.filters["number"] = lambda value, spec: "–" if value is None else format(value, spec)
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     style = _read("report_base.css") + _read("report.css")
-    script = _read("report_parts.js") + _read("report_chart.js") + _read("report.js")
+    script = "".join(_read(f"report{part}.js") for part in ("_parts", "_chart", "_export", ""))
     csp = f"default-src 'none'; script-src {_csp_hash(script)}; style-src {_csp_hash(style)}; {POLICY}"
-    predictions = all_predictions(runs)
+    predictions, sets = all_predictions(runs), example_sets(runs)
+    data = charts(runs, sets)
     page = environment.from_string(_read("report.html")).render(
         policy=Markup(csp),
         style=Markup(style),
@@ -70,12 +78,15 @@ def make_page(runs: Sequence[Run], title: str, today: date) -> str:
         intro=_intro(runs, today),
         runs=runs,
         predictions=predictions,
-        sizes=sorted({len(p.true) for _, _, p in predictions}),
-        curves={name: _curve_table(name, runs) for name in CURVES},
+        results=results_tables(runs, sets),
+        documents=[(run, each) for run in runs for each in run.documents],
+        curves={name: _curve_table(name, runs) for name in CURVES if name in data["charts"]},
         calibrations=[(name, *result) for _, name, p in predictions if (result := calibration(p)) is not None],
-        disagreements=disagreements([p for _, _, p in predictions]),
+        disagreements=[
+            (each, disagreements([p for _, _, p in each.members])) for each in sets if len(each.members) > 1
+        ],
         max_examples=MAX_EXAMPLES,
-        data=charts(runs),
+        data=data,
     )
     return page.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate is not valid text
 
@@ -89,29 +100,26 @@ def _csp_hash(source: str) -> str:
     return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
 
 
-def all_predictions(runs: Sequence[Run]) -> list[tuple[int, str, Predictions]]:
-    """(run number, name with the checkpoint if ambiguous, predictions) of all runs."""
-    return [(number, run.name_of(p), p) for number, run in enumerate(runs) for p in run.predictions]
-
-
 def _intro(runs: Sequence[Run], today: date) -> str:
     """Models, data, device and versions, each stated once where all runs agree."""
     known = []
-    for each in zip(*(run.facts for run in runs if run.manifest), strict=True):
+    trained = [run for run in runs if run.manifest]
+    for each in zip(*(run.facts for run in trained), strict=True):
         values = " and ".join(dict.fromkeys(value for _, value in each if value))
         known += [each[0][0] + values] if values else []
-    count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+    count = "1 run" if len(trained or runs) == 1 else f"{len(trained or runs)} runs"
     return f"{count}{': ' if known else ''}{', '.join(known)}. Written on {today} by graft {version('graftlm')}."
 
 
 def _curve_table(name: str, runs: Sequence[Run]) -> dict[str, Any]:
-    """Caption, format and rows (step, a value or None per run) of a curve's table, at most MAX_TABLE_ROWS steps."""
-    values = [dict(run.curve(name)) for run in runs]
-    steps = sorted({step for curve in values for step in curve})
+    """Title, caption, runs and at most MAX_TABLE_ROWS rows (step, a value or None per run) of a curve's table."""
+    values = {run.name: dict(curve) for run in runs if (curve := run.curve(name))}
+    steps = sorted({step for curve in values.values() for step in curve})
     shown = [steps[i] for i in downsample(len(steps), MAX_TABLE_ROWS)]
-    caption = CURVES[name] + (f", {len(shown)} of {len(steps):,} steps" if len(shown) < len(steps) else "")
-    rows = [(step, [curve.get(step) for curve in values]) for step in shown]
-    return {"caption": caption, "format": ".1%" if name == "val_accuracy" else ".4f", "rows": rows}
+    title, spec = CURVES[name]
+    caption = title + (f", {len(shown)} of {len(steps):,} steps" if len(shown) < len(steps) else "")
+    rows = [(step, [curve.get(step) for curve in values.values()]) for step in shown]
+    return {"title": title, "caption": caption, "format": spec, "runs": list(values), "rows": rows}
 
 
 # Calibration and disagreements ----------------------------------------------------------------------------------------
@@ -185,43 +193,41 @@ def disagreements(runs: Sequence[Predictions]) -> list[Disagreement]:
 # Charts ---------------------------------------------------------------------------------------------------------------
 
 
-def charts(runs: Sequence[Run]) -> dict[str, Any]:
-    """The data of report.js: the series of each chart, one per run; a point is [x, y, low, high] or [x, y]."""
-    curves = {name: [_curve(number, run, name) for number, run in enumerate(runs)] for name in CURVES}
-    costs: dict[str, list[dict[str, Any]]] = {"parameters": [], "minutes": []}
-    reliability = []
-    for number, name, predictions in all_predictions(runs):
-        series = {"run": number, "name": name, "last": predictions.checkpoint == "last"}
+def charts(runs: Sequence[Run], sets: Sequence[ExampleSet]) -> dict[str, Any]:
+    """The data of report.js: each chart's series, one per run; charts without data are left out.
+
+    A curve's series has steps, values and minutes, any other the points [x, y] or [x, y, low, high]. Accuracy and cost
+    are of the first set of examples.
+    """
+    found: dict[str, list[dict[str, Any]]] = {
+        name: [_curve(number, run, name) for number, run in enumerate(runs) if run.curve(name)] for name in CURVES
+    }
+    found |= {"parameters": [], "minutes": [], "calibration": []}
+    for number, name, predictions in sets[0].members if sets else ():
         for chart, key in (("parameters", "trainable"), ("minutes", "minutes")):
             if (x := runs[number].cost[key]) is not None:
                 point = (x, predictions.accuracy, *predictions.interval)
-                costs[chart].append({**series, "points": _rounded([point])})
+                found[chart].append(_series(number, name, predictions, [point]))
+    for number, name, predictions in all_predictions(runs):
         if (result := calibration(predictions)) is not None:
-            reliability.append({**series, "points": _rounded((b.confidence, b.accuracy) for b in result[0] if b.n)})
-    return {"runs": [run.name for run in runs], "charts": {**curves, **costs, "calibration": reliability}}
+            points = [(b.confidence, b.accuracy) for b in result[0] if b.n]
+            found["calibration"].append(_series(number, name, predictions, points))
+    return {"runs": [run.name for run in runs], "charts": {name: series for name, series in found.items() if series}}
+
+
+def _series(number: int, name: str, predictions: Predictions, points: Sequence[Sequence[float]]) -> dict[str, Any]:
+    last = predictions.checkpoint == "last"
+    return {"run": number, "name": name, "last": last, "points": [_rounded(point) for point in points]}
 
 
 def _curve(number: int, run: Run, name: str) -> dict[str, Any]:
-    """A run's curve; the training loss is smoothed, with the original values as "raw"."""
-    points = run.curve(name)
-    shown = downsample(len(points))
-    series: dict[str, Any] = {"run": number, "name": run.name}
-    if name == "train_loss":
-        means = moving_average([value for _, value in points])
-        series["raw"] = _rounded(points[i] for i in shown)
-        points = [(step, mean) for (step, _), mean in zip(points, means, strict=True)]
-    return {**series, "points": _rounded(points[i] for i in shown)}
-
-
-def moving_average(values: Sequence[float]) -> list[float]:
-    """The mean of each of n values and its n/50 neighbours on either side (fewer at the ends)."""
-    sums = [0.0, *accumulate(values)]
-    window, n = len(values) // 50, len(values)
-    means = []
-    for i in range(n):
-        reach = min(window, i, n - 1 - i)  # symmetric, so the curve is not delayed
-        means.append((sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1))
-    return means
+    rows = [row for row in run.metrics if row[name] is not None]
+    shown = [rows[i] for i in downsample(len(rows))]
+    series = {"run": number, "name": run.name, "steps": [row["step"] for row in shown]}
+    series |= {"values": _rounded(row[name] for row in shown)}
+    if all(row["seconds"] is not None for row in shown):
+        series["minutes"] = _rounded(row["seconds"] / 60 for row in shown)
+    return series
 
 
 def downsample(count: int, limit: int = MAX_CURVE_POINTS) -> list[int]:
@@ -230,6 +236,6 @@ def downsample(count: int, limit: int = MAX_CURVE_POINTS) -> list[int]:
     return sorted({*range(0, count, stride), *([count - 1] if count else [])})
 
 
-def _rounded(points: Any) -> list[list[float]]:
-    """Points with five significant digits."""
-    return [[value if isinstance(value, int) else float(f"{value:.5g}") for value in point] for point in points]
+def _rounded(values: Iterable[float]) -> list[float]:
+    """Five significant digits."""
+    return [value if isinstance(value, int) else float(f"{value:.5g}") for value in values]

@@ -52,31 +52,49 @@ function ticks(low, high, most) {
   return found;
 }
 
+// Round values whose logarithms are from low to high; evenly spaced ones if these are close.
 function logTicks(low, high) {
   const found = [];
   for (let power = Math.floor(low); power <= Math.ceil(high); power++)
     for (const n of high - low < 2 ? [1, 2, 5] : [1]) found.push(n * 10 ** power);
-  return found.filter((v) => Math.log10(v) >= low && Math.log10(v) <= high);
+  const shown = found.filter((v) => Math.log10(v) >= low && Math.log10(v) <= high);
+  return shown.length > 2 ? shown : ticks(10 ** low, 10 ** high, 5);
+}
+
+// The mean of each y and its `reach` neighbours on either side; fewer at the ends, so the curve is not delayed.
+function movingAverage(points, reach) {
+  const sums = [0];
+  for (const [, y] of points) sums.push(sums.at(-1) + y);
+  return points.map(([x], i) => {
+    const near = Math.min(reach, i, points.length - 1 - i);
+    return [x, (sums[i + near + 1] - sums[i - near]) / (2 * near + 1)];
+  });
 }
 
 // Charts --------------------------------------------------------------------------------------------------------------
 //
-// kind: lines (curves over steps, with a common zoom), costs (points with intervals), reliability (the diagonal is
-// ideal). near: the maximum distance of a point from the cursor to be read.
+// kind: lines (curves over steps or minutes, with a common zoom), costs (points with intervals), reliability (the
+// diagonal is ideal). near: the maximum distance of a point from the cursor to be read. noisy: the curve is smoothed.
+// logY: its axis may be logarithmic.
 
+const LINES = { kind: "lines", y: count, near: Infinity };
 const KINDS = {
-  train_loss: { kind: "lines", x: "step", y: count, near: Infinity },
-  val_loss: { kind: "lines", x: "step", y: count, near: Infinity },
-  val_accuracy: { kind: "lines", x: "step", y: percent, near: Infinity },
+  train_loss: { ...LINES, noisy: true, logY: true },
+  val_loss: { ...LINES, logY: true },
+  val_accuracy: { ...LINES, y: percent },
+  lr: LINES,
+  grad_norm: { ...LINES, noisy: true, logY: true },
   parameters: { kind: "costs", x: "trainable parameters", y: percent, near: 0, log: true },
   minutes: { kind: "costs", x: "minutes", y: percent, near: 0 },
   calibration: { kind: "reliability", x: "probability", y: percent, near: 0.05 },
 };
-const shared = { view: null }; // zoom of all curves: [first, last] step, or null for all
+// Of all curves. view: the zoom, as first and last x, or null for all; smoothing: the neighbours that are averaged on
+// either side, in percent of the curve.
+const shared = { view: null, x: "step", logY: false, smoothing: 2 };
 
 class Chart {
   constructor(figure, spec, series) {
-    Object.assign(this, { spec, series, cursor: null, drag: null });
+    Object.assign(this, { spec, series, curves: series, cursor: null, drag: null });
     this.zooms = spec.kind === "lines";
     this.title = figure.querySelector("h3").textContent;
     this.svg = svgNode("svg", { "aria-hidden": "true", focusable: "false" });
@@ -85,8 +103,7 @@ class Chart {
     const about = { role: "application", "aria-roledescription": "chart", tabindex: 0 };
     about["aria-label"] = `${this.title}: left and right arrow read the values${keys}`;
     this.plot = node("div", { class: "plot", ...about }, this.svg, this.tip);
-    const parts = this.zooms ? [this.plot, this.tools()] : [this.plot];
-    figure.querySelector("figcaption").after(...parts);
+    figure.querySelector("figcaption").after(this.plot, this.tools());
     this.width = this.plot.clientWidth;
     this.listen();
     this.draw();
@@ -107,9 +124,31 @@ class Chart {
       made.addEventListener("click", act);
       return made;
     };
-    this.reset = button("All steps", "All steps", () => zoom(null));
-    const closer = button("+", "Zoom in", () => this.scale(0.5));
-    return node("div", { class: "tools" }, closer, button("−", "Zoom out", () => this.scale(2)), this.reset);
+    const found = ["SVG", "PNG"].map((format) => button(format, `Save as ${format}`, () => saveChart(this, format)));
+    if (this.zooms) {
+      this.reset = button("Whole curve", "Whole curve", () => zoom(null));
+      found.unshift(
+        button("+", "Zoom in", () => this.scale(0.5)), button("−", "Zoom out", () => this.scale(2)), this.reset);
+    }
+    return node("div", { class: "tools" }, ...found);
+  }
+
+  // The points of curves, as the common settings say.
+  setPoints() {
+    this.series = this.curves.map((curve) => {
+      const xs = shared.x === "step" ? curve.steps : curve.minutes;
+      const raw = xs.map((x, i) => [x, curve.values[i]]).filter(([, y]) => y > 0 || !this.log);
+      const reach = this.spec.noisy ? Math.floor((raw.length * shared.smoothing) / 100) : 0;
+      return reach ? { ...curve, raw, points: movingAverage(raw, reach) } : { ...curve, points: raw };
+    }).filter((curve) => curve.points.length);
+  }
+
+  get log() {
+    return shared.logY && this.spec.logY;
+  }
+
+  get unit() {
+    return this.zooms ? shared.x : this.spec.x;
   }
 
   // Scales. On a logarithmic axis 0 is placed left of the smallest value.
@@ -138,7 +177,7 @@ class Chart {
   yRange(low, high) {
     const seen = this.visible.flatMap((s) => [...s.points, ...(s.raw ?? [])]);
     const shown = seen.filter((p) => this.scaled(p[0]) >= low && this.scaled(p[0]) <= high);
-    const values = (shown.length ? shown : seen).flatMap((p) => p.slice(1));
+    const values = (shown.length ? shown : seen).flatMap((p) => p.slice(1)).map((y) => this.scaledY(y));
     if (!values.length) return [0, 1];
     const [least, most] = [Math.min(...values), Math.max(...values)];
     const room = 0.06 * (most - least) || 0.05 * Math.abs(most) || 0.05;
@@ -149,8 +188,12 @@ class Chart {
     return 1 + ((this.scaled(x) - this.x[0]) / (this.x[1] - this.x[0])) * (this.plotWidth - 2);
   }
 
+  scaledY(y) {
+    return this.log ? Math.log10(y) : y;
+  }
+
   top(y) {
-    return this.height - ((y - this.y[0]) / (this.y[1] - this.y[0])) * this.height;
+    return this.height - ((this.scaledY(y) - this.y[0]) / (this.y[1] - this.y[0])) * this.height;
   }
 
   xAt(event) {
@@ -162,6 +205,7 @@ class Chart {
   // Drawing
 
   draw() {
+    if (this.zooms) this.setPoints();
     this.margin = 52;
     this.plotWidth = Math.max(60, this.width - this.margin - 12);
     this.height = this.spec.kind === "reliability" ? Math.min(360, this.plotWidth) : Math.min(280, 160 + this.width / 8);
@@ -183,7 +227,7 @@ class Chart {
     const words = (x, y, anchor, text) => made.push(svgNode("text", { x, y, "text-anchor": anchor }, text));
     const [bottom, right] = [this.height + 8, this.margin + this.plotWidth];
     const form = this.spec.y === percent ? (v) => `${+(100 * v).toFixed(2)}%` : count;
-    for (const y of ticks(...this.y, 5)) {
+    for (const y of this.log ? logTicks(...this.y) : ticks(...this.y, 5)) {
       const height = 8 + this.top(y);
       made.push(svgNode("line", { class: "grid", x1: this.margin, x2: right, y1: height, y2: height }));
       words(this.margin - 6, height + 4, "end", form(y));
@@ -191,12 +235,13 @@ class Chart {
     const most = Math.max(2, Math.floor(this.plotWidth / 65));
     let across = this.spec.log ? logTicks(...this.x) : ticks(...this.x, most);
     if (this.spec.kind !== "costs" || !this.spec.log) across = across.filter((x) => x >= 0);
+    if (this.unit === "step") across = across.filter(Number.isInteger);
     if (this.spec.log && this.full[0] === this.zero) {
       across = [0, ...across.filter((x) => this.scaled(x) > this.zero + 0.3)];
     }
     for (const x of across) words(this.margin + this.left(x), bottom + 16, "middle", short(x));
     made.push(svgNode("line", { class: "axis", x1: this.margin, x2: right, y1: bottom, y2: bottom }));
-    words(this.margin + this.plotWidth / 2, bottom + 36, "middle", this.spec.x);
+    words(this.margin + this.plotWidth / 2, bottom + 36, "middle", this.unit);
     return made;
   }
 
@@ -211,7 +256,7 @@ class Chart {
     if (series.raw) group.append(this.path("raw", series.raw));
     if (this.spec.kind !== "costs") group.append(this.path("curve", series.points, { "stroke-dasharray": dashes }));
     for (const [x, y, low, high] of series.points) {
-      if (series.raw && series.points.length > 1) break; // no markers on long curves
+      if (this.spec.noisy && series.points.length > 1) break; // no markers on long curves
       const [across, down] = [this.left(x), this.top(y)];
       if (low !== undefined) {
         const ends = `M${across - 4} ${this.top(low)}h8m-4 0V${this.top(high)}m-4 0h8`;
@@ -232,8 +277,9 @@ class Chart {
     if (!found.length) return;
     const across = this.left(x);
     this.over.append(svgNode("line", { class: "cursor", x1: across, x2: across, y1: 0, y2: this.height }));
-    const said = this.spec.kind === "reliability" ? percent(x) : x.toLocaleString("en", { maximumFractionDigits: 1 });
-    const title = `${this.spec.x} ${said}`;
+    const digits = { maximumFractionDigits: this.unit === "minutes" ? 2 : 1 };
+    const said = this.spec.kind === "reliability" ? percent(x) : x.toLocaleString("en", digits);
+    const title = `${this.unit} ${said}`;
     const rows = found.map(({ series, p }) => {
       const where = this.spec.kind === "lines" && p[0] !== x ? ` (at ${p[0]})` : "";
       const range = p.length > 2 ? `, ${percent(p[2])} to ${percent(p[3])}` : "";
@@ -351,7 +397,7 @@ class Chart {
   }
 }
 
-// Zoom all curves to these steps; null, or a wider range than the data, shows all.
+// Zoom all curves to this range of x; null, or a wider range than the data, shows all.
 function zoom(view, full = null, silent = false) {
   if (view && full) {
     const least = (full[1] - full[0]) / 500;
@@ -360,5 +406,6 @@ function zoom(view, full = null, silent = false) {
   }
   shared.view = view;
   for (const chart of charts) if (chart.zooms) chart.draw();
-  if (!silent) announce(view ? `steps ${Math.ceil(view[0])} to ${Math.floor(view[1])}` : "all steps");
+  const ends = view && (shared.x === "step" ? [Math.ceil(view[0]), Math.floor(view[1])] : view.map(short));
+  if (!silent) announce(view ? `${shared.x} ${ends[0]} to ${ends[1]}` : "whole curve");
 }

@@ -1,7 +1,8 @@
 """Reads the runs that `graft report` shows: training cost, curves, and predictions on the test split.
 
-    RUN/                         a run folder: run.json, metrics.jsonl, and the files of `graft evaluate --predictions`:
-      test-best.jsonl              test-last.jsonl likewise; both may be missing
+    RUN/                         a run folder: run.json, metrics.jsonl, and
+      evaluations/                 what `graft evaluate` saved (inference/saved_evaluations.py)
+      test-best.jsonl              predictions that were written by hand, as by version 0.1; test-last.jsonl likewise
     COMPARISON/                  a folder of `graft compare`: sweep.json lists its trials
       {trial}/run/                 a run folder
       {trial}/test-best.jsonl      its predictions; test-.jsonl for the base model (zero-shot)
@@ -16,7 +17,7 @@ import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,20 +25,21 @@ from typing import Any
 from graftlm.config.renamed import upgrade_run
 from graftlm.errors import InputError
 from graftlm.files.formats import read_json
-from graftlm.inference.metrics import GARBAGE, confusion, wilson
+from graftlm.inference.metrics import GARBAGE, confusion, macro_f1, wilson
+from graftlm.inference.saved_evaluations import FOLDER, SavedEvaluation, checkpoint_step, read_evaluations
 from graftlm.studies.results_table import FAILED
 from graftlm.studies.sweep import ZERO_SHOT
 
-CHECKPOINTS = ("best", "last", "")
-METRICS = ("train_loss", "val_loss", "val_accuracy", "seconds", "peak_rss_mb", "peak_cuda_mb")
+CHECKPOINTS = ("best", "last", "")  # of predictions that are written by hand, or by a comparison
+METRICS = ("train_loss", "val_loss", "val_accuracy", "lr", "grad_norm", "seconds", "peak_rss_mb", "peak_cuda_mb")
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """A checkpoint's predictions for the N examples of the test split, with L labels."""
+    """A checkpoint's predictions for N examples, with L labels."""
 
     checkpoint: str
-    """"best", "last", or "" for the base model (zero-shot)."""
+    """"best", "last", or "base"; "" for the base model of a comparison (zero-shot)."""
     labels: list[str]
     texts: list[str]
     true: list[int]
@@ -47,6 +49,12 @@ class Predictions:
     """Whether the generated text contains no label; None if no text was generated."""
     scores: list[list[float]] | None
     """[N, L], log-probabilities of the labels; None if they were not computed."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """See `SavedEvaluation.settings`; empty if they are not known."""
+    generated_accuracy: float | None = None
+    """The accuracy by generated text, where `predicted` is by scores."""
+    note: str = ""
+    """Why it is out of date."""
 
     @property
     def num_correct(self) -> int:
@@ -73,6 +81,16 @@ class Predictions:
         """[L, L + 1]: a row per true label, a column per predicted label, garbage last."""
         return confusion(self.true, self.predicted, len(self.labels))
 
+    @property
+    def macro_f1(self) -> float:
+        """See `metrics.macro_f1`."""
+        return macro_f1(self.confusion)
+
+    @cached_property
+    def examples(self) -> tuple[tuple[str, str], ...]:
+        """Text and true label of each example: what must be equal for two evaluations to be compared."""
+        return tuple(zip(self.texts, map(self.label, self.true), strict=True))
+
     def label(self, number: int) -> str:
         """The label word of a label number."""
         return "garbage" if number == GARBAGE else self.labels[number]
@@ -80,15 +98,17 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Run:
-    """A training run, or the base model (zero-shot)."""
+    """A training run, or a base model."""
 
     name: str
     folder: Path
-    """The run folder; for zero-shot the trial's folder in the comparison."""
+    """The run folder; of a base model the folder of its evaluations."""
     manifest: Mapping[str, Any]
-    """run.json; empty for zero-shot."""
+    """run.json; empty for a base model."""
     metrics: Sequence[dict[str, Any]]
     predictions: Sequence[Predictions]
+    documents: Sequence[SavedEvaluation] = ()
+    """Evaluations on documents."""
     note: str = ""
     """Why the run is incomplete."""
     command: str = ""
@@ -140,9 +160,18 @@ class Run:
         return [(row["step"], row[name]) for row in self.metrics if row[name] is not None]
 
     def name_of(self, predictions: Predictions | None) -> str:
-        """The run's name, with the checkpoint if it is ambiguous."""
-        ambiguous = len(self.predictions) > 1 or (predictions is not None and predictions.checkpoint == "last")
-        return f"{self.name} ({predictions.checkpoint})" if predictions is not None and ambiguous else self.name
+        """The run's name, and what distinguishes these of its predictions: the checkpoint, and settings."""
+        if predictions is None:
+            return self.name
+        own, parts = predictions.settings, []
+        if predictions.checkpoint == "base":
+            parts.append(f"{own['shots']} shots" if "shots" in own else "zero-shot")
+        elif predictions.checkpoint == "last" or len({p.checkpoint for p in self.predictions}) > 1:
+            parts.append(predictions.checkpoint)
+        others = [p.settings for p in self.predictions if p.checkpoint == predictions.checkpoint]
+        differing = [key for key in own if any(other.get(key) != own[key] for other in others)]
+        parts += [f"{key} {own[key]}" for key in differing if key != "shots" or predictions.checkpoint != "base"]
+        return f"{self.name} ({', '.join(parts)})" if parts else self.name
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -169,12 +198,16 @@ def read_folders(folders: Sequence[str]) -> list[Run]:
         runs.setdefault(run.folder.resolve(), run)
     if not any(run.manifest or run.predictions for run in runs.values()):
         raise InputError(f"{', '.join(folders)}: no run has started yet: there is nothing to show")
-    return _with_distinct_names(list(runs.values()))
+    distinct: list[Run] = []
+    for run in runs.values():  # runs of one base may have evaluated it each
+        if run.manifest or all((run.name, run.predictions) != (other.name, other.predictions) for other in distinct):
+            distinct.append(run)
+    return _with_distinct_names(distinct)
 
 
 def _read_folder(folder: Path) -> list[Run]:
     if (folder / "run.json").is_file():
-        return [_read_run(folder.resolve().name, folder, folder)]
+        return _read_run_folder(folder)
     if (folder / "sweep.json").is_file():
         with _reading(folder / "sweep.json"):
             return _read_comparison(folder)
@@ -183,6 +216,38 @@ def _read_folder(folder: Path) -> list[Run]:
     if not folder.is_dir():
         raise InputError(f"{folder}: is a file; name a run folder")
     raise InputError(f"{folder}: has no run.json or sweep.json: name the out_dir of graft train or of graft compare")
+
+
+def _read_run_folder(folder: Path) -> list[Run]:
+    """The run, preceded by its base if that was evaluated."""
+    trial = folder.resolve().parent  # in a comparison
+    is_trial = folder.resolve().name == "run" and any(trial.glob("test-*.jsonl"))
+    run = _read_run(trial.name if is_trial else folder.resolve().name, folder, trial if is_trial else folder)
+    with _reading(folder / FOLDER):
+        saved = read_evaluations(folder)
+        documents = [each for each in saved if "perplexity" in each.result]
+        predictions = [_of_saved(each, folder, run.manifest) for each in saved if "perplexity" not in each.result]
+    base = [p for p in predictions if p.checkpoint == "base"]
+    own = [p for p in predictions if p.checkpoint != "base"]
+    run = replace(run, predictions=(*run.predictions, *own), documents=documents)
+    if not run.predictions and not run.documents:
+        run = replace(run, command=f"graft evaluate {shlex.quote(str(folder))}")
+    name = Path(run.manifest["base"]["name"])
+    base_run = Run(name.name if name.is_absolute() else str(name), folder / FOLDER, {}, (), base)
+    return [base_run, run] if base else [run]
+
+
+def _of_saved(saved: SavedEvaluation, folder: Path, manifest: Mapping[str, Any]) -> Predictions:
+    checkpoint = saved.settings["checkpoint"]
+    predictions = _predictions(checkpoint, saved.path.with_suffix(".jsonl"), manifest, saved.result.get("labels"))
+    now = checkpoint_step(folder, checkpoint)
+    stale = None not in (saved.step, now) and saved.step != now
+    return replace(
+        predictions,
+        settings=saved.settings,
+        generated_accuracy=saved.result["generate"]["accuracy"] if "generate" in saved.result else None,
+        note=f"of step {saved.step:,}; {checkpoint} is step {now:,} now: evaluate it again" if stale else "",
+    )
 
 
 def _read_comparison(folder: Path) -> list[Run]:
@@ -201,7 +266,7 @@ def _read_comparison(folder: Path) -> list[Run]:
             run = replace(run, note=f"failed: {read_json(path / FAILED)['reason']}")
         elif not run.predictions:
             run = replace(run, note=run.note or "not evaluated yet")
-        runs.append(replace(run, command=""))  # graft compare itself resumes it
+        runs.append(run)
     return runs
 
 
@@ -215,9 +280,6 @@ def _read_run(name: str, folder: Path, predictions_dir: Path) -> Run:
         if manifest["results"] is None:
             step, end = metrics[-1]["step"] if metrics else 0, manifest["config"].get("max_iters")
             run = replace(run, note=f"not finished: step {step:,}" + (f" of {end:,}" if end else ""))
-    if not run.predictions:
-        out_dir, output = shlex.quote(str(folder)), shlex.quote(str(folder / "test-best.jsonl"))
-        run = replace(run, command=f"graft evaluate --out_dir {out_dir} --predictions {output}")
     return run
 
 
@@ -247,10 +309,12 @@ def _read_predictions(folder: Path, manifest: Mapping[str, Any]) -> list[Predict
     return [_predictions(checkpoint, path, manifest) for checkpoint, path in paths.items() if path.is_file()]
 
 
-def _predictions(checkpoint: str, path: Path, manifest: Mapping[str, Any]) -> Predictions:
+def _predictions(
+    checkpoint: str, path: Path, manifest: Mapping[str, Any], labels: Sequence[str] | None = None
+) -> Predictions:
     with _reading(path):
         rows = _read_lines(path)
-        labels = _labels(path, rows, manifest)
+        labels = list(labels or _labels(path, rows, manifest))
         scores = [[row["scores"][label] for label in labels] for row in rows] if "scores" in rows[0] else None
         _check_numbers(score for row in scores or () for score in row)
         text, true, predicted = ([row[key] for row in rows] for key in ("text", "label", "predicted"))

@@ -52,6 +52,8 @@ class StepMetrics:
     loss: float
     """Mean over the step's target tokens, pairs or examples, before the update."""
     lr: float
+    grad_norm: float
+    """The norm of the trained parameters' gradient, before it is clipped."""
     examples: int
     tokens: int
     unique_tokens: int
@@ -88,6 +90,7 @@ def metrics_row(
         "val_loss": None,
         "val_accuracy": None,
         "lr": done.lr,
+        "grad_norm": done.grad_norm if math.isfinite(done.grad_norm) else None,  # a float16 gradient may overflow
         "examples_per_s": round(done.examples_per_s, 3),
         "tokens_per_s": round(done.tokens / done.seconds, 1),
         "peak_rss_mb": peak_rss_mb(),

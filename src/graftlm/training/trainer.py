@@ -137,7 +137,7 @@ class Trainer:
         lr = self.update(step, loss, values[0])
         metrics = self.objective.metrics(dict(zip(sums, totals, strict=True)), batch.weight)
         seconds = time.perf_counter() - start
-        return StepMetrics(loss, lr, batch.examples, batch.tokens, batch.unique_tokens, seconds, metrics)
+        return StepMetrics(loss, lr, values[0], batch.examples, batch.tokens, batch.unique_tokens, seconds, metrics)
 
     def make_step_batch(self, batches: list[list[int]]) -> StepBatch:
         """Collate this rank's rows of each batch."""
