@@ -19,7 +19,7 @@ from graftlm.inference.engine import Engine
 from graftlm.inference.evaluate import evaluate
 from graftlm.inference.generate import generate, generate_ids
 from graftlm.inference.prefix_cache import PrefixCache
-from graftlm.inference.requests import Completion, Request, RequestHandle, TokenOutput
+from graftlm.inference.requests import Completion, Request, RequestHandle, TokenLogprob, TokenOutput
 from graftlm.inference.sampling import SamplingParams
 from graftlm.methods import DoRA, LoRA, Method
 from graftlm.methods.lora import LoRALinear
@@ -134,6 +134,10 @@ def requests(loaded: ModelBundle, count: int, **settings: Any) -> list[Request]:
     ]
 
 
+def values(logprobs: Sequence[TokenLogprob]) -> list[float | None]:
+    return [each.logprob for each in logprobs]
+
+
 def results(tickets: Sequence[RequestHandle]) -> list[Completion]:
     return [ticket.done.result(timeout=60) for ticket in tickets]
 
@@ -163,7 +167,7 @@ def test_a_mixed_batch_gives_each_what_generate_gives_it_alone(
         with torch.no_grad():
             logps = alone[request.adapter](torch.tensor([[*request.prompt, *expected]]))[0].log_softmax(-1)
         scores = [float(logps[len(request.prompt) - 1 + i, token]) for i, token in enumerate(expected)]
-        assert completion.logprobs == pytest.approx(scores, rel=1e-9)
+        assert values(completion.logprobs)[: len(expected)] == pytest.approx(scores, rel=1e-9)
     assert engine.stats()["max_batch_size_seen"] > 1
 
 
@@ -201,7 +205,7 @@ def test_a_sample_depends_on_its_seed_and_not_on_the_batch(engine: Engine, loade
     again = results([engine.submit(asked), engine.submit(changed(asked, seed=12)), engine.submit(asked)])
     results(others)
     assert again[0].tokens == again[2].tokens == first.tokens != again[1].tokens
-    assert again[0].logprobs == pytest.approx(first.logprobs, rel=1e-9)
+    assert values(again[0].logprobs) == pytest.approx(values(first.logprobs), rel=1e-9)
 
 
 def test_pieces_come_in_order_and_make_up_the_answer(engine: Engine, loaded: ModelBundle) -> None:
@@ -280,6 +284,59 @@ def test_an_answer_ends_where_it_fills_the_context(loaded: ModelBundle) -> None:
         assert len(done.tokens) <= 15 and (done.finish_reason == "stop" or len(done.tokens) == 15)
         with pytest.raises(InputError, match="the prompt has 20 tokens and prompt and answer at most 20: shorten it"):
             engine.submit(ask(prompt * 20))
+    finally:
+        engine.close()
+
+
+# Log-probabilities ----------------------------------------------------------------------------------------------------
+
+
+def test_logprobs_of_prompts_and_answers_are_those_of_a_plain_forward_pass(
+    engine: Engine, loaded: ModelBundle, alone: dict[str | None, CausalLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one batch with requests that ask for less, and also where the prompt's beginning has been read before."""
+    monkeypatch.setattr(module, "MAX_SCORED_TOKENS", 4)
+    asked = [
+        replace(request, top_logprobs=n % 4, prompt_logprobs=n % 3 > 0, prompt_only=n % 3 > 1)
+        for n, request in enumerate(requests(loaded, 24, temperature=0, frequency_penalty=0.4))
+    ]
+    plain = [replace(request, prompt_logprobs=False, prompt_only=False) for request in asked]
+    expected = results([engine.submit(request) for request in plain])
+    pieces: list[list[TokenOutput]] = [[] for _ in asked]
+    found = results([engine.submit(request, own.append) for request, own in zip(asked, pieces, strict=True)])
+    ended = 0
+    for request, completion, wanted, own in zip(asked, found, expected, pieces, strict=True):
+        assert completion.tokens == (() if request.prompt_only else wanted.tokens)
+        stop = [each.token for each in completion.logprobs[len(completion.tokens) :]]
+        assert stop == [loaded.tokenizer.eot] * (completion.finish_reason == "stop")
+        ended += len(stop)
+        given = [*request.prompt, *completion.tokens, *stop]
+        with torch.no_grad():
+            logps = alone[request.adapter](torch.tensor([given]))[0].log_softmax(-1)
+        scored = [*completion.prompt_logprobs, *completion.logprobs]
+        first = 0 if request.prompt_logprobs else len(request.prompt)
+        assert [each.token for each in scored] == given[first:]
+        for at, each in enumerate(scored, start=first):
+            if at == 0:
+                assert each.logprob is None and each.top == ()
+                continue
+            assert each.logprob == pytest.approx(float(logps[at - 1, each.token]), rel=1e-9)
+            top = logps[at - 1].topk(request.top_logprobs)
+            assert [token for token, _ in each.top] == top.indices.tolist()
+            assert [value for _, value in each.top] == pytest.approx(top.values.tolist(), rel=1e-9)
+        told = [each for piece in own for each in (*piece.prompt_logprobs, piece.logprob) if each is not None]
+        assert told == scored and not any(piece.prompt_logprobs for piece in own[1:])
+    assert ended > 0
+
+
+def test_a_prompt_alone_may_fill_the_context(loaded: ModelBundle) -> None:
+    engine = Engine(loaded, {}, max_tokens=20)
+    try:
+        whole = Request(tuple(range(1, 21)), prompt_logprobs=True, prompt_only=True)
+        done = engine.submit(whole).done.result(60)
+        assert (done.text, done.tokens, done.finish_reason) == ("", (), "length") and len(done.prompt_logprobs) == 20
+        with pytest.raises(InputError, match="the prompt has 21 tokens and prompt and answer at most 20: shorten it"):
+            engine.submit(replace(whole, prompt=tuple(range(1, 22))))
     finally:
         engine.close()
 

@@ -103,7 +103,8 @@ def test_logprobs_are_the_models_own(loaded: ModelBundle, engine: Engine) -> Non
         logits = loaded.model(torch.tensor([[*ids, *answer.tokens]]))[0]
     rows = logits.log_softmax(-1)[len(ids) - 1 : -1]
     expected = [row[token].item() for row, token in zip(rows, answer.tokens, strict=True)]
-    assert answer.logprobs == pytest.approx(expected, abs=1e-4) and max(expected) < -1
+    found = [each.logprob for each in answer.logprobs]
+    assert found == pytest.approx(expected, abs=1e-4) and max(expected) < -1
 
 
 def test_an_answer_may_end_where_it_may_and_at_a_token_of_its_own(tmp_path: Path) -> None:

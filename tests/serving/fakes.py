@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from graftlm.errors import Overloaded
-from graftlm.inference.requests import Completion, Request, RequestHandle, TokenOutput
+from graftlm.inference.requests import Completion, Request, RequestHandle, TokenLogprob, TokenOutput
 from graftlm.serving.app import ServedModel, Service, make_app
 from graftlm.serving.server import Server, listening, url_of
+from graftlm.text.boundary import without_space
+from graftlm.text.stream import TextStream
 from graftlm.text.template import load_template
 from graftlm.text.tokenizer import Tokenizer
 from tiny import byte_tokenizer
@@ -38,6 +40,8 @@ class FakeEngine:
     def reset(self) -> None:
         """As it was made."""
         self.answer, self.pause, self.finish = "fine film", 0.0, "stop"
+        self.ends = False  # whether an end-of-text token is reported, too
+        self.others: list[int] = []  # tokens that are likelier than any other
         self.refuse: Exception | None = None
         self.fails: Exception | None = None
         self.tickets: list[FakeTicket] = []
@@ -58,9 +62,12 @@ class FakeEngine:
         return ticket
 
     def _work(self, request: Request, ticket: FakeTicket, on_output: Callable[[TokenOutput], None] | None) -> None:
-        tokens = self.tokenizer.encode(self.answer)[: request.params.max_new_tokens]
-        told: list[int] = []
+        tokens = self.tokenizer.encode(self.answer)[: 0 if request.prompt_only else request.params.max_new_tokens]
+        stream, told = TextStream(self.tokenizer, request.prompt, space=request.space), list[int]()
         finish = self.finish
+        prompt: tuple[TokenLogprob, ...] = ()
+        if request.prompt_logprobs:
+            prompt = tuple(self._logprob(request, token, number) for number, token in enumerate(request.prompt))
         for token in tokens:
             while len(told) >= self.hold and not ticket.cancelled.wait(0.01):
                 pass
@@ -72,11 +79,20 @@ class FakeEngine:
                 return
             told.append(token)
             if on_output:
-                on_output(TokenOutput(self.tokenizer.decode([token]), token, -0.5, None))
+                logprob, own = self._logprob(request, token), () if told[1:] else prompt
+                on_output(TokenOutput(stream.add(token), token, logprob, None, own))
+        end = self._logprob(request, self.tokenizer.eot) if self.ends and finish == "stop" else None
         if on_output:
-            on_output(TokenOutput("", None, None, finish))
-        text = self.tokenizer.decode(told)
-        ticket.done.set_result(Completion(text, tuple(told), (-0.5,) * len(told), finish, len(request.prompt)))
+            on_output(TokenOutput(stream.finish(), None, end, finish, () if told else prompt))
+        logprobs = [self._logprob(request, token) for token in told] + ([end] if end else [])
+        text = without_space(self.tokenizer.decode(told), request.space)
+        result = Completion(text, tuple(told), tuple(logprobs), finish, len(request.prompt), prompt)
+        ticket.done.set_result(result)
+
+    def _logprob(self, request: Request, token: int, place: int = 1) -> TokenLogprob:
+        """-0.5, or None for the first token of a prompt; after `others` the token itself is the likeliest."""
+        ranked = [(other, -0.1 * n) for n, other in enumerate(self.others)] + [(token, -0.5)]
+        return TokenLogprob(token, -0.5 if place else None, tuple(ranked[: request.top_logprobs] if place else ()))
 
     def score(
         self, prompt: Sequence[int], options: Sequence[Sequence[int]], adapter: str | None = None, skip: int = 0

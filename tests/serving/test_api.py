@@ -197,6 +197,88 @@ def test_tokens_of_a_stop_text_have_no_logprobs(client: openai.OpenAI, engine: F
     assert [token for piece in pieces if piece for token in piece.tokens or ()] == list("fine")
 
 
+def streamed(client: openai.OpenAI, **asked: Any) -> tuple[str, dict[str, list[Any]]]:
+    """Text and log-probabilities of a stream's choice 0."""
+    text, columns = "", dict[str, list[Any]]()
+    for part in client.completions.create(stream=True, **asked):
+        if part.choices and part.choices[0].index == 0:
+            text += part.choices[0].text
+            for name, values in part.choices[0].logprobs or ():
+                columns[name] = [*columns.get(name, []), *(values or [])]
+    return text, columns
+
+
+@pytest.mark.parametrize("prompt", ["a film", "é🙂 ok", "ends in a space: ", "spaces  ", "\n"])
+def test_an_echoed_prompt_has_its_tokens_and_their_places(
+    prompt: str, client: openai.OpenAI, engine: FakeEngine, made: tuple[Service, FakeEngine]
+) -> None:
+    """The tokens are bytes; those of an answer begin with the space that the prompt's text ends in."""
+    engine.ends, engine.others = True, made[0].tokenizer.encode("xy")
+    stripped = prompt.rstrip(" ")
+    space = prompt[len(stripped) :]
+    engine.answer = f"{space}fine é"
+    whole = f"{stripped}{engine.answer}"
+    asked: Any = {"model": "base", "prompt": prompt, "echo": True, "logprobs": 2, "max_tokens": 64}
+    choice = client.completions.create(**asked, n=2).choices[0]
+    assert choice.text == whole
+    logprobs = choice.logprobs
+    assert logprobs is not None and logprobs.tokens and logprobs.token_logprobs and logprobs.top_logprobs
+    offsets = [n for n, character in enumerate(whole) for _ in character.encode()]
+    assert logprobs.text_offset == [*offsets, len(whole)]
+    assert logprobs.tokens[-1] == "<|endoftext|>" and len(logprobs.tokens) == len(offsets) + 1
+    for token, at in zip(logprobs.tokens, offsets, strict=False):
+        assert token.startswith("bytes:") or whole[at] == token
+    assert logprobs.token_logprobs == [None, *[-0.5] * len(offsets)]
+    assert logprobs.top_logprobs[0] is None
+    assert logprobs.top_logprobs[1:] == [{"x": 0.0, "y": -0.1, token: -0.5} for token in logprobs.tokens[1:]]
+    text, columns = streamed(client, **asked)
+    assert text == choice.text and columns == logprobs.model_dump()
+    requests = engine.requests
+    assert all(each.prompt_logprobs and each.top_logprobs == 2 and not each.prompt_only for each in requests)
+
+
+def test_echo_without_logprobs_and_without_an_answer(
+    client: openai.OpenAI, engine: FakeEngine, made: tuple[Service, FakeEngine]
+) -> None:
+    asked: Any = {"model": "base", "prompt": ["a film", "b"], "echo": True}
+    found = client.completions.create(**asked, n=2)
+    assert [choice.text for choice in found.choices] == ["a filmfine film"] * 2 + ["bfine film"] * 2
+    assert all(choice.logprobs is None for choice in found.choices)
+    assert streamed(client, **asked) == ("a filmfine film", {})
+    assert not any(each.prompt_logprobs or each.prompt_only for each in engine.requests)
+    for extra in ({}, {"logprobs": 1}):
+        asked = {"model": "base", "prompt": made[0].tokenizer.encode("aé"), "echo": True, "max_tokens": 0, **extra}
+        found = client.completions.create(**asked)
+        (choice,) = found.choices
+        assert found.usage is not None and (found.usage.prompt_tokens, found.usage.completion_tokens) == (3, 0)
+        assert choice.text == "aé" and engine.requests[-1].prompt_only
+        text, columns = streamed(client, **asked)
+        assert text == "aé" and columns == (choice.logprobs.model_dump() if choice.logprobs else {})
+        assert columns.get("tokens", []) == (["a", r"bytes:\xc3", r"bytes:\xa9"] if extra else [])
+
+
+def test_of_tokens_with_equal_text_the_likeliest_is_reported(client: openai.OpenAI, engine: FakeEngine) -> None:
+    engine.others = [999_999, 999_998]  # have no text, as ids without a token
+    asked: Any = {"model": "base", "prompt": "a", "logprobs": 3, "max_tokens": 1}
+    logprobs = client.completions.create(**asked).choices[0].logprobs
+    assert logprobs is not None and logprobs.top_logprobs == [{"": 0.0, "f": -0.5}]
+
+
+def test_the_likeliest_tokens_of_a_chat(client: openai.OpenAI, engine: FakeEngine, made: Any) -> None:
+    engine.answer, engine.ends = "é!", True
+    engine.others = [*made[0].tokenizer.encode("ü"), made[0].tokenizer.eot]
+    asked: Any = {"model": "base", "messages": TALK["messages"], "logprobs": True, "top_logprobs": 4}
+    found = client.chat.completions.create(**asked).choices[0].logprobs
+    assert found is not None and found.content is not None
+    assert [each.token for each in found.content] == ["\\xc3", "\\xa9", "!"]  # without the end of the turn
+    for each in found.content:
+        top = [(likely.token, likely.bytes, likely.logprob) for likely in each.top_logprobs]
+        own = (each.token, each.bytes, -0.5)
+        assert top == [("\\xc3", [195], 0), ("\\xbc", [188], -0.1), ("<|endoftext|>", None, -0.2), own]
+    chunks = [part.choices[0].logprobs for part in client.chat.completions.create(**asked, stream=True)]
+    assert [each for chunk in chunks if chunk for each in chunk.content or ()] == found.content
+
+
 def test_a_chat_and_its_stream(client: openai.OpenAI, engine: FakeEngine, made: tuple[Service, FakeEngine]) -> None:
     messages: Any = [
         {"role": "developer", "content": "Be brief."},
@@ -369,7 +451,10 @@ def test_classify_many_texts_of_some_models_and_says_what_was_cut(http: httpx.Cl
         ("completions", {"prompt": "x" * 200}, "200 tokens and 1 new ones, and base reads at most 200", None),
         ("completions", {"prompt": "x" * 190, "max_tokens": 11}, "or lower max_tokens", None),
         ("completions", {"max_tokens": 65}, "max_tokens: at most 64 here", "max_tokens"),
-        ("completions", {"max_tokens": 0}, "max_tokens: must be a whole number, 1 or more", "max_tokens"),
+        ("completions", {"max_tokens": 0}, "max_tokens: 0 needs echo", "max_tokens"),
+        ("completions", {"max_tokens": -1, "echo": True}, "max_tokens: must be a whole number, 1 or mor", "max_tokens"),
+        ("chat/completions", {"max_tokens": 0}, "max_tokens: must be a whole number, 1 or more", "max_tokens"),
+        ("completions", {"prompt": "x" * 201, "max_tokens": 0, "echo": True}, "201 tokens and 0 new ones, and b", None),
         ("completions", {"max_tokens": "16"}, "max_tokens: must be a whole number", "max_tokens"),
         ("completions", {"max_tokens": 10**400}, "max_tokens: ", "max_tokens"),
         ("completions", {"temperature": -1}, "temperature: must be a number from 0 to 2", "temperature"),
@@ -384,8 +469,11 @@ def test_classify_many_texts_of_some_models_and_says_what_was_cut(http: httpx.Cl
         ("completions", {"n": 33, "prompt": ["a", "b"]}, "n: 2 prompts times 33: at most 64", "n"),
         ("completions", {"stop": ["a"] * 5}, "stop: must be at most 4 texts", "stop"),
         ("completions", {"stop": ""}, "stop: must be at most 4 texts, none of them empty", "stop"),
-        ("completions", {"logprobs": 3}, "logprobs: must be 0: of the chosen tokens only", "logprobs"),
-        ("completions", {"echo": True}, "echo is not supported: leave it out", "echo"),
+        ("completions", {"logprobs": 21}, "logprobs: must be a whole number from 0 to 20", "logprobs"),
+        ("completions", {"logprobs": True}, "logprobs: must be a whole number from 0 to 20", "logprobs"),
+        ("completions", {"echo": 1}, "echo: must be true or false", "echo"),
+        ("completions", {"top_logprobs": 2}, "top_logprobs is not supported", "top_logprobs"),
+        ("chat/completions", {"echo": True}, "echo is not supported: leave it out", "echo"),
         *(
             ("completions", {"logit_bias": bias}, "logit_bias: must be an object of biases from -100 ", "logit_bias")
             for bias in ({"5": 101}, {"5": "1"}, {"-5": 1}, {"a": 1}, [5], 5)
@@ -412,7 +500,13 @@ def test_classify_many_texts_of_some_models_and_says_what_was_cut(http: httpx.Cl
         ),
         ("chat/completions", {"messages": [{"role": "user", "content": "a", "name": "b"}]}, "name is not supp", "name"),
         ("chat/completions", {"tools": [{}]}, "tools is not supported", "tools"),
-        ("chat/completions", {"top_logprobs": 2}, "top_logprobs is not supported", "top_logprobs"),
+        ("chat/completions", {"top_logprobs": 2}, "top_logprobs: needs logprobs: true", "top_logprobs"),
+        (
+            "chat/completions",
+            {"top_logprobs": 21, "logprobs": True},
+            "top_logprobs: must be a whole numb",
+            "top_logprobs",
+        ),
     ],
 )
 def test_what_is_refused_says_why(

@@ -18,6 +18,7 @@ from typing import Any
 import httpx2 as httpx
 import openai
 import pytest
+import torch
 from safetensors.torch import save_file
 
 from conftest import child_environment
@@ -28,6 +29,10 @@ from graftlm.exchange.load import load
 from graftlm.files.formats import load_safetensors
 from graftlm.inference.evaluate import label_probabilities
 from graftlm.inference.generate import generate
+from graftlm.inference.scoring import score
+from graftlm.text.boundary import label_ids
+from graftlm.text.collate import encode_rows
+from graftlm.text.records import Labelled
 from serving.fakes import eventually, service, serving
 from soak.forks import Forks
 from tiny import TEMPLATE, data_folder, model_folder
@@ -133,6 +138,54 @@ def test_each_model_says_what_generate_says_streamed_or_not(client: openai.OpenA
         assert [choice.text for choice in found.choices] == expected
         parts = client.completions.create(model=name, prompt=prompts[0], max_tokens=12, temperature=0, stream=True)
         assert "".join(part.choices[0].text for part in parts) == expected[0]
+
+
+def test_echoed_logprobs_are_those_of_a_plain_forward_pass(client: openai.OpenAI, home: Path) -> None:
+    prompt = "Review: good fun, é\nIs it: "
+    for name, folder in (("base", None), ("one", "one"), ("second", "two")):
+        loaded = load("resume", home / folder, dtype="float32") if folder else load(str(home / "base"), dtype="float32")
+        asked: Any = {"model": name, "prompt": prompt, "max_tokens": 4, "temperature": 0, "logprobs": 2}
+        answer = client.completions.create(**asked).choices[0]  # and so the prompt has been read before
+        (choice,) = client.completions.create(**asked, echo=True).choices
+        assert choice.text == prompt + answer.text
+        logprobs = choice.logprobs
+        assert logprobs is not None and logprobs.tokens and logprobs.token_logprobs and logprobs.top_logprobs
+        assert logprobs.text_offset is not None
+        ids = loaded.tokenizer.encode_prompt(prompt.rstrip())
+        with torch.no_grad():
+            rows = loaded.model.eval()(torch.tensor([ids]))[0, :-1].log_softmax(-1)
+        plain = [float(row[token]) for row, token in zip(rows, ids[1:], strict=True)]
+        assert logprobs.token_logprobs[: len(ids)] == [None, *(pytest.approx(value, abs=1e-5) for value in plain)]
+        for row, top in zip(rows, logprobs.top_logprobs[1 : len(ids)], strict=True):
+            assert sorted(top.values())[-2:] == pytest.approx(sorted(row.tolist())[-2:], abs=1e-5)
+        for token, at in zip(logprobs.tokens, logprobs.text_offset, strict=True):
+            assert token.startswith(("bytes:", "<|")) or choice.text[at:].startswith(token)
+
+
+def test_lm_evaluation_harness_gets_the_label_scores_of_evaluate(client: openai.OpenAI, home: Path) -> None:
+    """As its local-completions asks and reads; benchmarks/evaluate_vs_peers.py runs the harness itself."""
+    loaded = load("resume", home / "one", dtype="float32")
+    assert loaded.template is not None
+    texts = ["good fun", "dull", "so bad", "a joy"]
+    records = [Labelled(text, 0) for text in texts]
+    examples, _ = encode_rows(records, loaded.template, loaded.tokenizer, loaded.model.max_seq_len)
+    labels = label_ids(loaded.template, loaded.tokenizer)
+    expected = score(loaded.model, examples, labels).labels
+    prompts = [[*example.prompt_ids, *label] for example in examples for label in labels]
+    found = client.completions.create(
+        model="one", prompt=prompts, temperature=0, max_tokens=1, logprobs=1, seed=1234, echo=True
+    )
+    sums = []
+    for choice, prompt, label in zip(found.choices, prompts, [*labels] * len(texts), strict=True):
+        assert choice.logprobs is not None and choice.logprobs.token_logprobs and choice.logprobs.top_logprobs
+        scored = slice(len(prompt) - len(label), -1)  # whatever follows is one token, a stop token too
+        values, top = choice.logprobs.token_logprobs[scored], choice.logprobs.top_logprobs[scored]
+        sums.append(sum(values))
+        with torch.no_grad():
+            rows = loaded.model.eval()(torch.tensor([prompt]))[0, len(prompt) - len(label) - 1 : -1]
+        is_greedy = [value == max(each.values()) for value, each in zip(values, top, strict=True)]
+        assert is_greedy == [int(row.argmax()) == token for row, token in zip(rows, label, strict=True)]
+    assert sums == pytest.approx(expected.flatten().tolist(), abs=1e-5)
 
 
 def test_a_seed_decides_the_answer(client: openai.OpenAI) -> None:

@@ -55,7 +55,7 @@ class Row:
     @property
     def capacity(self) -> int:
         """Cache positions that the row needs at most: its last new token is never fed."""
-        return len(self.prompt) + self.limit - 1
+        return len(self.prompt) + max(self.limit, 1) - 1
 
     def append(self, token: int) -> bool:
         """Take the next token; False if it ends the row."""
@@ -100,8 +100,13 @@ class DecodingBatch:
                 tensors[layer][used] = old[used]
 
     def join(self, rows: Sequence[Row], known: Sequence[KVCache | None] = ()) -> Tensor:
-        """Read the prompts of B new rows; the logits [B, V] after each prompt.
+        """Read the prompts of B new rows, as `read` does; the logits [B, V] after each prompt."""
+        return self._model.logits(self.read(rows, known)[:, 0])
 
+    def read(self, rows: Sequence[Row], known: Sequence[KVCache | None] = (), every: bool = False) -> Tensor:
+        """Read the prompts of B new rows; the hidden states [B, 1, d] after each prompt.
+
+        every: instead those [B, T, d] after every token that is read.
         known: of each row, keys and values of its prompt's first tokens, which are then not read; `fits_together` says
         whether these rows can be read in one pass.
         """
@@ -116,12 +121,11 @@ class DecodingBatch:
                     for mine, its in zip(own, read, strict=True):
                         mine[row, :, : cache.size] = its[0]
         part = self._part(slice(first, first + b), max(starts) + width, starts)
-        last = torch.arange(b, device=ids.device) * width + lengths - 1
         past = [*self._prefix, part] if any(starts) else self._prefix
-        logits = self._model(ids, past=past, cache=part, positions=last)
+        hidden = self._model.hidden_states(ids, past, part, None if every else lengths[:, None] - 1)
         self._lengths += [len(row.prompt) for row in rows]
         self.rows = [*self.rows, *rows]
-        return logits
+        return hidden
 
     def step(self) -> Tensor:
         """Feed each of the B rows its newest token; the logits [B, V] after it."""

@@ -18,6 +18,7 @@ Left out: chunked prefill, beam search.
 Letters: B rows, V tokens of the vocabulary.
 """
 
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -42,6 +43,7 @@ from graftlm.inference.requests import (
     Request,
     RequestHandle,
     ScoreRequest,
+    TokenLogprob,
     TokenOutput,
     as_graft_error,
 )
@@ -52,6 +54,8 @@ from graftlm.models import KVCache
 from graftlm.text.collate import Example
 from graftlm.text.stream import TextStream
 
+MAX_SCORED_TOKENS = 256
+"""Logits of this many prompt tokens are computed at once; at V = 50,000 they take 50 MB."""
 MAX_PREFILL_TOKENS = 512
 """Padded tokens of new prompts that are read between two steps: a longer pass would keep the running rows waiting."""
 
@@ -111,8 +115,9 @@ class Engine:
         """
         self._check(request.prompt, request.adapter, "the prompt")
         self._check(request.params.biases, request.adapter, "logit_bias")
-        limit = min(request.params.limit, self.max_seq_len - len(request.prompt))
-        if limit < 1:
+        free = self.max_seq_len - len(request.prompt)
+        limit = 0 if request.prompt_only else min(request.params.limit, free)
+        if free < 0 or (limit < 1 and not request.prompt_only):
             raise InputError(
                 f"the prompt has {len(request.prompt)} tokens and prompt and answer at most "
                 f"{self.max_seq_len}: shorten it"
@@ -237,10 +242,15 @@ class Engine:
             ReadText(handle.request.adapter, self._batch.tokens_of(row), partial(self._batch.cache_of, row))
             for row, handle in enumerate(self._rows)
         ]
-        known = [self._prefixes.find(each.request.adapter, each.prompt[:-1], running) for each in joining]
-        groups: list[list[tuple[RequestHandle, KVCache | None]]] = [[]]
-        for each in sorted(zip(joining, known, strict=True), key=lambda pair: _size(pair[1])):
-            if groups[-1] and not fits_together([(handle, _size(cache)) for handle, cache in (*groups[-1], each)]):
+        known = [  # a prompt whose log-probabilities are asked for is read from its beginning
+            None
+            if each.request.prompt_logprobs
+            else self._prefixes.find(each.request.adapter, each.prompt[:-1], running)
+            for each in joining
+        ]
+        groups: list[list[tuple[RequestHandle, KVCache | None]]] = []
+        for each in sorted(zip(joining, known, strict=True), key=lambda pair: (_is_scored(pair[0]), _size(pair[1]))):
+            if not groups or not _read_together([*groups[-1], each]):
                 groups.append([])
             groups[-1].append(each)
         logits = [self._read(group) for group in groups]  # before any row leaves, which moves the rows that are known
@@ -248,14 +258,30 @@ class Engine:
 
     def _read(self, group: Sequence[tuple[RequestHandle, KVCache | None]]) -> Tensor:
         """Read prompts from where they are known, in one pass; the logits [B, V] after them."""
-        joining = [handle for handle, _ in group]
+        joining, caches = [handle for handle, _ in group], [cache for _, cache in group]
         with self._using([handle.request.adapter for handle in joining]):
-            logits = self._batch.join(joining, [cache for _, cache in group])
+            hidden = self._batch.read(joining, caches, _is_scored(joining[0]))
+        if _is_scored(joining[0]):
+            for handle, own in zip(joining, hidden, strict=True):
+                handle.prompt_logprobs = self._score_prompt(handle, own)
+        last = [len(handle.prompt) - 1 if _is_scored(handle) else 0 for handle in joining]
+        logits = self._model.logits(hidden[range(len(joining)), last])
         with self._changed:
             self._rows = [*self._rows, *joining]
             self._counts["max_batch_size_seen"] = max(self._counts["max_batch_size_seen"], len(self._rows))
             self._counts["prompt_tokens_read"] += sum(len(handle.prompt) - _size(cache) for handle, cache in group)
         return logits
+
+    def _score_prompt(self, handle: RequestHandle, hidden: Tensor) -> tuple[TokenLogprob, ...]:
+        """The log-probabilities of a prompt's tokens from the hidden states [T, d] after each."""
+        first, *tokens = handle.prompt
+        found = [TokenLogprob(first, None)]
+        for start in range(0, len(tokens), MAX_SCORED_TOKENS):
+            part = tokens[start : start + MAX_SCORED_TOKENS]
+            logits = self._model.logits(hidden[start : start + len(part)])
+            top = [handle.request.top_logprobs] * len(part)
+            found += token_logprobs(logits, logits.logsumexp(dim=-1), part, top)
+        return tuple(found)
 
     def _schedule(self) -> list[RequestHandle]:
         """The requests that may join now, first come, first served; cancelled ones are finished."""
@@ -309,17 +335,18 @@ class Engine:
         if any(broken):  # these rows fail, the others continue
             logits = logits.masked_fill(~sums.isfinite()[:, None], 0)
         tokens = choose_tokens(constrain(logits, [handle.grammar for handle in handles]), handles)
-        chosen = logits.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
+        chosen = token_logprobs(logits, sums, tokens, [handle.request.top_logprobs for handle in handles])
         finished: list[tuple[RequestHandle, FinishOutput]] = []
-        for handle, token, logprob, failed in zip(handles, tokens, (chosen - sums).tolist(), broken, strict=True):
-            if failed:
+        for handle, new, failed in zip(handles, chosen, broken, strict=True):
+            prompt = () if handle.tokens else handle.prompt_logprobs
+            if failed or not all(math.isfinite(each.logprob or 0) for each in prompt):
                 error = GraftError("the logits are NaN or infinite: broken weights, or an overflow in --dtype float16")
                 finished.append((handle, error))
                 continue
             if handle.grammar is not None and handle.grammar.stuck:
                 finished.append((handle, InputError("the answer's grammar has no finite text: change the JSON schema")))
                 continue
-            output = handle._append_token(token, logprob, self._tokenizer.stop_tokens)
+            output = handle._append_token(new, self._tokenizer.stop_tokens)
             if output.token is not None:
                 self._count("tokens_generated")
             if output.finish_reason is not None:
@@ -379,6 +406,30 @@ class Engine:
 
     def _using(self, adapters: Sequence[str | None] | str | None) -> AbstractContextManager[None]:
         return nullcontext() if self._stack is None else self._stack.adapters_for(adapters)
+
+
+def token_logprobs(logits: Tensor, sums: Tensor, tokens: Sequence[int], top: Sequence[int]) -> list[TokenLogprob]:
+    """The log-probability of each of these tokens, and of the `top` most likely ones in its place.
+
+    From logits [N, V] and `sums` [N], their logsumexp.
+    """
+    chosen = logits.gather(-1, torch.tensor([*tokens], device=logits.device)[:, None])[:, 0] - sums
+    values, ids = logits.topk(min(max(top), logits.shape[-1]), dim=-1)
+    ranked = zip((values - sums[:, None]).tolist(), ids.tolist(), strict=True)
+    return [
+        TokenLogprob(token, value, tuple((i, v) for i, v in zip(own_ids, own, strict=True) if v > -math.inf)[:count])
+        for token, value, count, (own, own_ids) in zip(tokens, chosen.tolist(), top, ranked, strict=True)
+    ]
+
+
+def _is_scored(handle: RequestHandle) -> bool:
+    return handle.request.prompt_logprobs
+
+
+def _read_together(group: Sequence[tuple[RequestHandle, KVCache | None]]) -> bool:
+    """Whether these prompts can be read in one pass."""
+    same = len({_is_scored(handle) for handle, _ in group}) == 1
+    return same and fits_together([(handle, _size(cache)) for handle, cache in group])
 
 
 def _size(cache: KVCache | None) -> int:

@@ -28,10 +28,27 @@ class Request:
     """White space that ends the prompt's text and is not among its tokens: the answer does not repeat it."""
     grammar: Grammar | None = None
     """The texts that the answer may be; None: any."""
+    top_logprobs: int = 0
+    """How many of the most likely tokens are reported in the place of each token."""
+    prompt_logprobs: bool = False
+    """Whether the log-probabilities of the prompt's tokens are reported."""
+    prompt_only: bool = False
+    """Whether the request ends with its prompt, without an answer."""
 
     def __post_init__(self) -> None:
         if not len(self.prompt):
             raise InputError("the prompt is empty: give at least one token to continue")
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token and its log-probability under the model: at temperature 1, before penalties and filters."""
+
+    token: int
+    logprob: float | None
+    """None for the first token of a prompt."""
+    top: tuple[tuple[int, float], ...] = ()
+    """The most likely tokens in its place, in descending order, as many as the request asks for."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +59,12 @@ class TokenOutput:
     """New text: never part of a character, never the beginning of a possible stop text."""
     token: int | None
     """None for a stop token, and if the request ended for another reason than a token."""
-    logprob: float | None
-    """Of the token under the model, at temperature 1."""
+    logprob: TokenLogprob | None
+    """Of the token, a stop token too."""
     finish_reason: str | None
     """None while it continues; "stop" (a stop token or text, the grammar's end), "length", "cancelled", "error"."""
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """In the first output, if asked for: of all tokens of the prompt."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +75,11 @@ class Completion:
     """The text of all outputs."""
     tokens: tuple[int, ...]
     """Including those of a stop text as far as they were generated, without the stop token."""
-    logprobs: tuple[float, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    """Of the tokens and, last, of the stop token, if one ended it."""
     finish_reason: str
     prompt_tokens: int
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 CANCELLED = TokenOutput("", None, None, "cancelled")
@@ -79,7 +100,8 @@ class RequestHandle(Row):
         self.done.set_running_or_notify_cancel()  # it is cancelled by `cancel` only, not through the future
         self.cancel_requested = False
         self._stream, self._on_output = stream, on_output
-        self._logprobs: list[float] = []
+        self.prompt_logprobs: tuple[TokenLogprob, ...] = ()  # set when the prompt has been read, if asked for
+        self._logprobs: list[TokenLogprob] = []
         self._text: list[str] = []
 
     def cancel(self) -> None:
@@ -88,19 +110,22 @@ class RequestHandle(Row):
 
     # Called by the engine, on its thread.
 
-    def _append_token(self, token: int, logprob: float, stop_tokens: Collection[int]) -> TokenOutput:
+    def _append_token(self, new: TokenLogprob, stop_tokens: Collection[int]) -> TokenOutput:
         """Take the next token; the output of this step."""
-        if token in stop_tokens or token in self.params.stop_token_ids:
-            return TokenOutput(self._stream.finish(), None, None, "stop")
-        self.tokens.append(token)
-        self._logprobs.append(logprob)
+        prompt = () if self.tokens else self.prompt_logprobs
+        if self.request.prompt_only:
+            return TokenOutput("", None, None, "length", prompt)
+        self._logprobs.append(new)
+        if new.token in stop_tokens or new.token in self.params.stop_token_ids:
+            return TokenOutput(self._stream.finish(), None, new, "stop", prompt)
+        self.tokens.append(new.token)
         if self.grammar is not None:
-            self.grammar.accept(token)
+            self.grammar.accept(new.token)
         complete = self.grammar is not None and self.grammar.complete
-        text, finish_reason = self._stream.add(token), None
+        text, finish_reason = self._stream.add(new.token), None
         if not self._stream.stopped and (complete or len(self.tokens) == self.limit):
             text, finish_reason = text + self._stream.finish(), "stop" if complete else "length"
-        return TokenOutput(text, token, logprob, "stop" if self._stream.stopped else finish_reason)
+        return TokenOutput(text, new.token, new, "stop" if self._stream.stopped else finish_reason, prompt)
 
     def _emit(self, output: TokenOutput) -> GraftError | None:
         """Pass an output to the caller; an error of its callback ends this request."""
@@ -113,7 +138,8 @@ class RequestHandle(Row):
 
     def _completed(self, finish_reason: str) -> Completion:
         tokens, logprobs = tuple(self.tokens), tuple(self._logprobs)
-        return Completion("".join(self._text), tokens, logprobs, finish_reason, len(self.prompt))
+        text = "".join(self._text)
+        return Completion(text, tokens, logprobs, finish_reason, len(self.prompt), self.prompt_logprobs)
 
 
 @dataclass(frozen=True, eq=False)

@@ -200,8 +200,11 @@ def _add_inference(app: FastAPI, service: Service) -> None:
     chat = Chat(tokenizer, "send text to /v1/completions") if tokenizer.chat_template is not None else None
 
     async def respond(http: HTTPRequest, body: Sampling, parse: Callable[[], list[Request]]) -> Response:
-        requests = await asyncio.to_thread(parse)
-        formatter = Formatter(tokenizer, body, requests)
+        def prepare() -> tuple[list[Request], Formatter]:
+            requests = parse()
+            return requests, Formatter(tokenizer, body, requests)
+
+        requests, formatter = await asyncio.to_thread(prepare)
         if body.stream:
             return stream_response(engine, requests, formatter)
         return JSONResponse(await complete_response(engine, requests, formatter, http))
@@ -263,17 +266,26 @@ def _requests(
     if limit is not None and limit > service.max_tokens:
         message = f"max_tokens: at most {service.max_tokens} here (graft serve --max_tokens)"
         raise APIError(400, message, param="max_tokens")
-    longest = max(map(len, prompts))
-    if longest + (limit or 1) > model.max_seq_len:
+    longest, new = max(map(len, prompts)), 1 if limit is None else limit
+    if longest + new > model.max_seq_len:
         message = (
-            f"{longest} tokens and {limit or 1} new ones, and {model.name} reads at most {model.max_seq_len}: "
+            f"{longest} tokens and {new} new ones, and {model.name} reads at most {model.max_seq_len}: "
             f"shorten the text{' or lower max_tokens' if limit else ''}"
         )
         raise APIError(400, message, code="context_length_exceeded")
     params = body.sampling_params(limit or min(default_limit, service.max_tokens), {*stop_tokens, *model.stop_tokens})
     each = [replace(params, seed=(params.seed + number) % 2**63) for number in range(body.n)]
-    grammar = _grammar(service, body.response_format.schema_of_answer)
-    return [Request(tuple(prompt), own, model.adapter, grammar=grammar) for prompt in prompts for own in each]
+    scored = body.echoes and body.num_logprobs is not None
+    first = Request(
+        prompts[0],
+        params,
+        model.adapter,
+        grammar=_grammar(service, body.response_format.schema_of_answer),
+        top_logprobs=body.num_logprobs or 0,
+        prompt_logprobs=scored,
+        prompt_only=limit == 0,
+    )
+    return [replace(first, prompt=tuple(prompt), params=own) for prompt in prompts for own in each]
 
 
 def _grammar(service: Service, schema: dict[str, Any] | None) -> Grammar | None:

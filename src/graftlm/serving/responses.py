@@ -22,13 +22,14 @@ from starlette.types import Receive, Scope, Send
 
 from graftlm.errors import GraftError, InputError, Overloaded, ShuttingDown
 from graftlm.inference.engine import Engine
-from graftlm.inference.requests import CaptureError, Completion, Request, RequestHandle, TokenOutput
+from graftlm.inference.requests import CaptureError, Completion, Request, RequestHandle, TokenLogprob, TokenOutput
 from graftlm.serving.schemas import APIError, ChatBody, Sampling
 from graftlm.text.stream import PlacedToken, TokenStream
 from graftlm.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 Event = dict[str, Any]
+Row = tuple[PlacedToken, TokenLogprob]
 Outputs = asyncio.Queue[tuple[int, TokenOutput | None]]
 """(choice, its next output); None after its last."""
 RETRY_AFTER = 1
@@ -192,8 +193,20 @@ class Formatter:
 
     def __init__(self, tokenizer: Tokenizer, body: Sampling, requests: Sequence[Request]) -> None:
         self.tokenizer, self.body, self.chat = tokenizer, body, isinstance(body, ChatBody)
-        self._streams = [TokenStream(tokenizer, r.prompt, r.params.stop, r.space) for r in requests]
-        self._values = [deque[float]() for _ in requests]  # of tokens that have not been written
+        self._prompts: list[tuple[str, list[PlacedToken]]] = [("", [])] * len(requests)  # to be written before answers
+        if body.echoes:
+            self._prompts = [self._echo(request) for request in requests[:: body.n] for _ in range(body.n)]
+        self._streams = [
+            TokenStream(tokenizer, request.prompt, request.params.stop, request.space, len(text))
+            for request, (text, _) in zip(requests, self._prompts, strict=True)
+        ]
+        self._values = [deque[TokenLogprob]() for _ in requests]  # of tokens that have not been written
+
+    def _echo(self, request: Request) -> tuple[str, list[PlacedToken]]:
+        """The text of a prompt's tokens, and their places in it."""
+        stream = TokenStream(self.tokenizer)
+        text = "".join([*map(stream.add, request.prompt), stream.finish()])
+        return text + request.space, stream.take()
 
     def head(self, chunk: str = "") -> Event:
         """The common fields of a response; `chunk`: ".chunk" for an event of a stream."""
@@ -203,20 +216,27 @@ class Formatter:
 
     def choice(self, index: int, completion: Completion) -> Event:
         """A complete choice."""
+        prompt, rows = self._take_prompt(index, completion.prompt_logprobs)
         message = {"role": "assistant", "content": completion.text, "refusal": None}
-        content = {"message": message} if self.chat else {"text": completion.text}
-        rows = self._placed(index, zip(completion.tokens, completion.logprobs, strict=True), is_last=True)
+        content = {"message": message} if self.chat else {"text": prompt + completion.text}
+        count = len(completion.tokens)
+        rows += self._placed(index, completion.logprobs[:count], is_last=True)
+        rows += self._ending(index, completion.logprobs[count:])
         return _choice(index, content, self._logprobs(rows), completion.finish_reason)
 
     def chunk(self, index: int, output: TokenOutput) -> Event | None:
         """One output as a choice of an event; None if it is empty. Tokens are in the event that has their text."""
-        found = [] if output.token is None or output.logprob is None else [(output.token, output.logprob)]
-        rows = self._placed(index, found, is_last=output.finish_reason is not None)
-        if not output.text and output.finish_reason is None and not rows:
+        prompt, rows = self._take_prompt(index, output.prompt_logprobs)
+        found = [] if output.logprob is None else [output.logprob]
+        is_text = output.token is not None
+        rows += self._placed(index, found if is_text else [], is_last=output.finish_reason is not None)
+        rows += self._ending(index, [] if is_text else found)
+        text = prompt + output.text
+        if not text and output.finish_reason is None and not rows:
             return None
-        content: Event = {"delta": {"content": output.text} if output.text else {}}
+        content: Event = {"delta": {"content": text} if text else {}}
         logprobs = self._logprobs(rows) if rows else None
-        return _choice(index, content if self.chat else {"text": output.text}, logprobs, output.finish_reason)
+        return _choice(index, content if self.chat else {"text": text}, logprobs, output.finish_reason)
 
     def usage(self, completions: Sequence[Completion]) -> Event:
         """The numbers of tokens; a prompt with n choices counts once."""
@@ -224,50 +244,71 @@ class Formatter:
         completion = sum(len(completion.tokens) for completion in completions)
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
-    def _placed(
-        self, index: int, tokens: Iterable[tuple[int, float]], is_last: bool
-    ) -> list[tuple[PlacedToken, float]]:
-        """The tokens, with log-probabilities, whose text is known with the next `tokens` of a choice.
+    def _take_prompt(self, index: int, logprobs: Sequence[TokenLogprob]) -> tuple[str, list[Row]]:
+        """What precedes a choice's first text: with `echo`, its prompt."""
+        (text, placed), self._prompts[index] = self._prompts[index], ("", [])
+        return text, list(zip(placed, logprobs, strict=True)) if logprobs else []
 
-        Tokens of a stop text are left out.
-        """
-        if not self._has_logprobs:
+    def _placed(self, index: int, tokens: Iterable[TokenLogprob], is_last: bool) -> list[Row]:
+        """The tokens whose text is known with the next `tokens` of a choice; those of a stop text are left out."""
+        if self.body.num_logprobs is None:
             return []
         stream, values = self._streams[index], self._values[index]
-        for token, value in tokens:
-            values.append(value)
-            stream.add(token)
+        for each in tokens:
+            values.append(each)
+            stream.add(each.token)
         if is_last:
             stream.finish()
         return [(placed, values.popleft()) for placed in stream.take()]
 
-    @property
-    def _has_logprobs(self) -> bool:
-        return self.body.logprobs is not (False if self.chat else None)
+    def _ending(self, index: int, stop: Sequence[TokenLogprob]) -> list[Row]:
+        """The stop token that ended a choice, which OpenAI lists in completions, not in chats."""
+        if self.chat or self.body.num_logprobs is None:
+            return []
+        return [(PlacedToken(each.token, None, self._streams[index].end), each) for each in stop]
 
-    def _logprobs(self, rows: Sequence[tuple[PlacedToken, float]]) -> Event | None:
-        if not self._has_logprobs:
+    def _logprobs(self, rows: Sequence[Row]) -> Event | None:
+        count = self.body.num_logprobs
+        if count is None:
             return None
-        texts, values = [self._token(placed) for placed, _ in rows], [value for _, value in rows]
         if self.chat:
-            each = zip(texts, values, [_integers(placed.piece) for placed, _ in rows], strict=True)
-            content = [{"token": t, "logprob": value, "bytes": b, "top_logprobs": []} for t, value, b in each]
-            return {"content": content, "refusal": None}
-        offsets = [placed.offset for placed, _ in rows]
-        return {"tokens": texts, "token_logprobs": values, "top_logprobs": None, "text_offset": offsets}
+            return {"content": [self._chat_token(*row) for row in rows], "refusal": None}
+        return {
+            "tokens": [self._text(placed.token, placed.piece) for placed, _ in rows],
+            "token_logprobs": [each.logprob for _, each in rows],
+            "top_logprobs": [self._likeliest(*row) for row in rows] if count else None,
+            "text_offset": [placed.offset for placed, _ in rows],
+        }
 
-    def _token(self, placed: PlacedToken) -> str:
+    def _likeliest(self, placed: PlacedToken, each: TokenLogprob) -> dict[str, float] | None:
+        """The likeliest tokens in a token's place, and the token itself; of those with equal text the likeliest."""
+        if each.logprob is None:
+            return None
+        found: dict[str, float] = {}
+        for token, value in each.top:
+            found.setdefault(self._text(token, self.tokenizer.token_bytes(token, placed.before)), value)
+        found.setdefault(self._text(placed.token, placed.piece), each.logprob)
+        return found
+
+    def _chat_token(self, placed: PlacedToken, each: TokenLogprob) -> Event:
+        top = [(token, self.tokenizer.token_bytes(token, placed.before), value) for token, value in each.top]
+        return {
+            **self._described(placed.token, placed.piece, each.logprob),
+            "top_logprobs": [self._described(*likely) for likely in top],
+        }
+
+    def _described(self, token: int, piece: bytes | None, logprob: float | None) -> Event:
+        text = self._text(token, piece)
+        return {"token": text, "logprob": logprob, "bytes": None if piece is None else list(piece)}
+
+    def _text(self, token: int, piece: bytes | None) -> str:
         """A token's text. Parts of characters are bytes, as OpenAI writes them: \\xe2, in completions bytes:\\xe2."""
-        if placed.piece is None:
-            return self.tokenizer.token(placed.token)
+        if piece is None:
+            return self.tokenizer.token(token)
         try:
-            return placed.piece.decode()
+            return piece.decode()
         except UnicodeDecodeError:
-            return ("" if self.chat else "bytes:") + "".join(f"\\x{byte:02x}" for byte in placed.piece)
-
-
-def _integers(piece: bytes | None) -> list[int] | None:
-    return None if piece is None else list(piece)
+            return ("" if self.chat else "bytes:") + "".join(f"\\x{byte:02x}" for byte in piece)
 
 
 def _choice(index: int, content: Event, logprobs: Event | None = None, finish_reason: str | None = None) -> Event:

@@ -22,6 +22,8 @@ from graftlm.inference.sampling import SamplingParams
 MAX_CHOICES = 64
 """Choices of one request: prompts times n; and texts to classify."""
 MAX_STOPS, MAX_MESSAGES, MAX_BIASES = 4, 1000, 1024
+MAX_LOGPROBS = 20
+"""Alternatives that are reported of each token."""
 
 
 class APIError(GraftError):
@@ -160,6 +162,16 @@ class Sampling(_SamplingSettings):
         '{"type": "json_schema", "json_schema": {"name": a text, "schema": a JSON schema}}',
     )
 
+    @property
+    def echoes(self) -> bool:
+        """Whether each answer begins with its prompt."""
+        return False
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many alternatives are reported of each token; None: no log-probabilities at all."""
+        raise NotImplementedError
+
     def sampling_params(self, max_new_tokens: int, stop_token_ids: Collection[int]) -> SamplingParams:
         """How to sample."""
         return SamplingParams(
@@ -176,7 +188,25 @@ class CompletionBody(Sampling):
     prompt: Text | list[Text] | list[TokenId] | list[Annotated[list[TokenId], Field(min_length=1)]] = Field(
         min_length=1, description="a text, a list of texts, a list of token ids or a list of such lists, none empty"
     )
-    logprobs: Literal[0] | None = Field(None, description="0: of the chosen tokens only; no others are known")
+    max_tokens: int | None = Field(None, ge=0, description="a whole number, 1 or more, or 0 with echo")
+    echo: bool = Field(False, description="true or false")
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description=f"a whole number from 0 to {MAX_LOGPROBS}")
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """See Sampling."""
+        return self.logprobs
+
+    @property
+    def echoes(self) -> bool:
+        """See Sampling."""
+        return self.echo
+
+    @model_validator(mode="after")
+    def _zero_tokens(self) -> "CompletionBody":
+        if self.max_tokens == 0 and not self.echo:
+            raise PydanticCustomError("combination", "max_tokens: 0 needs echo", {"name": "max_tokens"})
+        return self
 
 
 class TextPart(_Strict):
@@ -210,6 +240,18 @@ class ChatBody(Sampling):
     )
     max_completion_tokens: int | None = Field(None, ge=1, description="a whole number, 1 or more")
     logprobs: bool = Field(False, description="true or false")
+    top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS, description=f"a whole number from 0 to {MAX_LOGPROBS}")
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """See Sampling."""
+        return self.top_logprobs if self.logprobs else None
+
+    @model_validator(mode="after")
+    def _top_logprobs(self) -> "ChatBody":
+        if self.top_logprobs and not self.logprobs:
+            raise PydanticCustomError("combination", "top_logprobs: needs logprobs: true", {"name": "top_logprobs"})
+        return self
 
 
 class ClassifyBody(_Strict):
@@ -241,6 +283,8 @@ def parse_body(body: type[BaseModel], content: bytes) -> Any:
         raise APIError(400, "the body is not a JSON object")
     if kind == "unsupported":
         raise APIError(400, message, param=first["ctx"]["name"], code="unsupported_parameter")
+    if kind == "combination":
+        raise APIError(400, message, param=first["ctx"]["name"])
     if kind == "one_of_two":
         raise APIError(400, message)
     field, inner = str(first["loc"][0]), first["loc"][1:]

@@ -93,18 +93,27 @@ class PlacedToken(NamedTuple):
     """The bytes that it adds to the text; None for a special token."""
     offset: int
     """The number of characters before it; of a part of a character those before that."""
+    before: Sequence[int] | None = None
+    """If it is the first of its text: the ids before it, on which the bytes of any token in its place depend."""
 
 
 class TokenStream(TextStream):
     """The same with the place of each token: `take` gives the tokens together with their text, once it is returned.
 
-    Tokens that begin in a stop text or after it have no place.
+    Tokens that begin in a stop text or after it have no place. start: the number of characters before the text, `space`
+    among them, which offsets count too.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt: Sequence[int] = (), stop: Sequence[str] = (), space: str = ""
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int] = (),
+        stop: Sequence[str] = (),
+        space: str = "",
+        start: int = 0,
     ) -> None:
         super().__init__(tokenizer, prompt, stop, space)
+        self._start = start
         self._placed: list[PlacedToken] = []
         self._before: Sequence[int] | None = prompt  # until the first token with text
         self._settled = 0  # characters of the tokens that are placed
@@ -118,21 +127,25 @@ class TokenStream(TextStream):
     def take(self) -> list[PlacedToken]:
         """The next tokens, all whose text has been returned."""
         everything = self._finished and not self.stopped
-        placed = [each._replace(offset=max(0, each.offset - self._dropped)) for each in self._placed]
-        count = len(placed) if everything else sum(each.offset < self._length for each in placed)
-        self._placed = self._placed[count:]
-        return placed[:count]
+        offsets = [each.offset - self._dropped for each in self._placed]
+        count = len(offsets) if everything else sum(max(0, offset) < self._length for offset in offsets)
+        placed, self._placed = self._placed[:count], self._placed[count:]
+        starts = [max(0, self._start + offset) for offset in offsets]
+        return [each._replace(offset=start) for each, start in zip(placed, starts, strict=False)]
+
+    @property
+    def end(self) -> int:
+        """The offset after the text that was returned."""
+        return self._start + self._length
 
     def _settle(self, text: str) -> None:
-        pieces = [self._piece(token) for token in self._ids]
-        run = b"".join(
-            piece or b"" for piece, token in zip(pieces, self._ids, strict=True) if self._tokenizer.is_fallback(token)
-        )
+        tokens = [(token, self._before, self._piece(token)) for token in self._ids]
+        run = b"".join(piece or b"" for token, _, piece in tokens if self._tokenizer.is_fallback(token))
         broken = not _is_utf8(run)
         places = _Places()
-        for token, piece in zip(self._ids, pieces, strict=True):
+        for token, before, piece in tokens:
             place = places.of_bytes(piece or b"", broken and self._tokenizer.is_fallback(token))
-            self._placed.append(PlacedToken(token, piece, self._settled + min(place, len(text))))
+            self._placed.append(PlacedToken(token, piece, self._settled + min(place, len(text)), before))
         self._settled += len(text)
 
     def _piece(self, token: int) -> bytes | None:
