@@ -232,6 +232,25 @@ def test_examples_copy_and_clear(page: Page, engine: FakeEngine) -> None:
     assert prompt(engine) == "u:anew\n" and page.locator(".turns > li").count() == 1
 
 
+def test_the_conversation_scrolls_with_the_answer_unless_it_was_scrolled_up(page: Page, engine: FakeEngine) -> None:
+    engine.answer, engine.hold = "x\n" * 32, 40
+    say(page, "one")
+    turns, text = page.locator(".turns"), page.locator(".turns .text")
+    expect(text).to_contain_text("x\n" * 20, use_inner_text=True)
+    rest = "e => e.scrollHeight - e.clientHeight - e.scrollTop"
+    assert turns.evaluate("e => e.scrollHeight > e.clientHeight") and turns.evaluate(rest) < 50
+    turns.evaluate("e => e.scrollTop = 0")
+    engine.hold = 100
+    live(page).to_contain_text("64 tokens in")
+    assert turns.evaluate("e => e.scrollTop") == 0 and turns.evaluate(rest) > 200
+    engine.hold = 1
+    page.get_by_role("button", name="Retry").click()
+    live(page).to_have_text("generating")
+    engine.hold = 100
+    live(page).to_contain_text("64 tokens in")
+    assert turns.evaluate(rest) < 2
+
+
 def test_errors_are_shown_where_the_answer_would_be(page: Page, engine: FakeEngine) -> None:
     engine.refuse = Overloaded("too many requests are waiting: try again later")
     say(page, "one")
@@ -329,7 +348,8 @@ def test_continuations_are_streamed_for_all_models_at_once(page: Page, engine: F
     live(page).to_contain_text("prefix: 8 tokens in")
     # Three connections, whose order is the browser's affair.
     assert {request.adapter for request in engine.requests} == {None, "lora", "prefix"}
-    assert engine.requests[-1].params.max_new_tokens == 8 and engine.requests[-1].params.temperature == 0
+    assert {(r.params.max_new_tokens, r.params.temperature) for r in engine.requests} == {(8, 0)}
+    assert len({request.params.seed for request in engine.requests}) == 1
 
 
 def test_stop_ends_all_continuations_on_the_server_too(page: Page, engine: FakeEngine) -> None:
@@ -457,7 +477,7 @@ def test_a_phone_need_not_scroll_sideways(browser: Browser, url: str, engine: Fa
     visit.page.get_by_role("button", name="Retry").tap()
     live(visit.page).to_contain_text("60 tokens")
     visit.page.get_by_text("Settings", exact=True).tap()
-    for tab in ("Chat", "Label probabilities", "Free text"):
+    for tab in ("Label probabilities", "Free text", "Chat"):
         visit.page.get_by_role("tab", name=tab).tap()
         assert visit.page.evaluate("document.documentElement.scrollWidth") == width
     assert visit.page.locator(".turns").evaluate("e => e.scrollWidth <= e.clientWidth") and visit.log == []

@@ -127,8 +127,9 @@ async function ask(form, user, settings) {
   ]);
   const messages = [...system, ...earlier, { role: "user", content: user }];
   const tile = new Tile("div", models[element("model").value]);
-  const again = node("button", { type: "button", class: "retry" }, "Retry");
+  const again = node("button", { type: "button", class: "retry", hidden: "" }, "Retry");
   again.addEventListener("click", () => attempt(form, retry));
+  tile.foot.append(again);
   const item = node("li", {}, node("h3", { class: "unseen" }, "You"), node("p", { class: "user" }, user), tile.node);
   turns.push({ user, tile, item });
   element("turns").append(item);
@@ -137,7 +138,6 @@ async function ask(form, user, settings) {
   const nothing = "The answer is empty: the model ended it at once. Retry, say it in other words, or choose another model.";
   await generate(form, async (signal) => {
     const note = await tile.stream("v1/chat/completions", { messages, ...settings }, signal, nothing);
-    tile.foot.append(again);
     return `${tile.model.id}: ${tile.text} (${note})`;
   });
 }
@@ -187,7 +187,8 @@ function probabilitiesTile(id, number, { label, probabilities, truncated }) {
 // Free text -----------------------------------------------------------------------------------------------------------
 
 async function complete(form) {
-  const body = { prompt: textOf(form, "text"), ...readSettings() };
+  const seed = Math.floor(Math.random() * 2 ** 32); // the same for all models, since they are compared
+  const body = { prompt: textOf(form, "text"), seed, ...readSettings() };
   const tiles = models.map((model) => new Tile("li", model, body.prompt));
   element("continuations").replaceChildren(...tiles.map((tile) => tile.node));
   const nothing = "No text: the model ended at once. Leave the text unfinished, without its last words, or use the chat.";

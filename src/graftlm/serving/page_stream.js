@@ -62,7 +62,9 @@ class Tile {
       for await (const part of events(await request(path, parameters, signal))) {
         if (part.error) throw new Error(part.error.message);
         for (const choice of part.choices) {
-          this.add(choice.text ?? choice.delta.content ?? "");
+          const text = choice.text ?? choice.delta.content ?? "";
+          this.text += text;
+          this.change(() => this.added.append(text));
           finish = choice.finish_reason ?? finish;
         }
         tokens = part.usage?.completion_tokens ?? tokens;
@@ -70,20 +72,26 @@ class Tile {
       const seconds = ((performance.now() - began) / 1000).toFixed(1);
       const limit = tokens < body.max_tokens ? "the end of the model's context" : "the limit of Max tokens";
       const end = finish === "length" ? `, stopped at ${limit}` : "";
-      this.note.textContent = this.text.trim() ? `${tokens} tokens in ${seconds} s${end}` : nothing;
+      return this.end(this.text.trim() ? `${tokens} tokens in ${seconds} s${end}` : nothing);
     } catch (error) {
-      this.note.textContent = signal.aborted ? "stopped" : errorText(error);
-      if (!signal.aborted) this.note.className = "problem";
+      return signal.aborted ? this.end("stopped") : this.end(errorText(error), "problem");
     }
-    this.copyButton.hidden = !this.text;
-    return this.note.textContent;
   }
 
-  add(text) {
-    const pane = this.node.closest(".turns"); // of a chat
-    const atEnd = pane && pane.scrollHeight - pane.scrollTop - pane.clientHeight < 50; // else it was scrolled up
-    this.text += text;
-    this.added.append(text);
+  end(text, kind = "note") {
+    this.change(() => {
+      this.note.textContent = text;
+      this.note.className = kind;
+      for (const button of this.foot.querySelectorAll("button")) button.hidden = button === this.copyButton && !this.text;
+    });
+    return text;
+  }
+
+  // A conversation that is scrolled to its end stays there.
+  change(edit) {
+    const pane = this.node.closest(".turns");
+    const atEnd = pane && pane.scrollHeight - pane.scrollTop - pane.clientHeight < 50;
+    edit();
     if (atEnd) pane.scrollTop = pane.scrollHeight;
   }
 
