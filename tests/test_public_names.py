@@ -23,13 +23,17 @@ PUBLIC = {
     "PairsConfig",
     "TrainConfig",
     "__version__",
+    "compare",
+    "estimate",
     "evaluate",
+    "export",
     "generate",
     "get_sentiment_prompt",
     "load",
     "mark_only_lora_as_trainable",
     "predict_labels",
     "make_preferences",
+    "report",
     "train",
 }
 

@@ -23,13 +23,17 @@ __all__ = [
     "PairsConfig",
     "TrainConfig",
     "__version__",
+    "compare",
+    "estimate",
     "evaluate",
+    "export",
     "generate",
     "get_sentiment_prompt",
     "load",
     "make_preferences",
     "mark_only_lora_as_trainable",
     "predict_labels",
+    "report",
     "train",
 ]
 
@@ -41,26 +45,29 @@ _HOMES = {
     "LoRALinear": "methods.lora",
     "PairsConfig": "config",
     "TrainConfig": "config",
-    "evaluate": "inference.evaluate",
-    "generate": "inference.generate",
+    "compare": "library",
+    "estimate": "library",
+    "evaluate": "library",
+    "export": "library",
+    "generate": "library",
     "get_sentiment_prompt": "text.template",
     "load": "exchange.load",
     "make_preferences": "inference.pairs",
     "mark_only_lora_as_trainable": "methods.lora",
     "predict_labels": "inference.evaluate",
-    "train": "training.train",
+    "report": "library",
+    "train": "library",
 }
 
 if TYPE_CHECKING:
     from graftlm.config import EvaluateConfig, GenerateConfig, PairsConfig, TrainConfig
     from graftlm.errors import GraftError, InputError
     from graftlm.exchange.load import load
-    from graftlm.inference.evaluate import evaluate, predict_labels
-    from graftlm.inference.generate import generate
+    from graftlm.inference.evaluate import predict_labels
     from graftlm.inference.pairs import make_preferences
+    from graftlm.library import compare, estimate, evaluate, export, generate, report, train
     from graftlm.methods.lora import LoRALinear, mark_only_lora_as_trainable
     from graftlm.text.template import get_sentiment_prompt
-    from graftlm.training.train import train
 
 
 def __getattr__(name: str) -> object:

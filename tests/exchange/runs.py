@@ -39,7 +39,7 @@ def run_of(folder: Path, base: Path, data: Path, name: str) -> Path:
             batch_size=8,
             dtype="float32",
             device="cpu",
-            kernels="off",
+            kernels="torch",
             **METHODS[name],
         )
         train(config)

@@ -57,7 +57,7 @@ def a_run(place: Path, base: str, data: str, steps: int = 2, **settings: Any) ->
     if not run.exists():
         config = {"lr": 5e-3, "max_iters": steps, "eval_every": steps, "dtype": "float32", "device": "cpu", **settings}
         config |= {"init_from": str(place / base), "data": str(place / data), "out_dir": str(run), "template": TEMPLATE}
-        train(TrainConfig(kernels="off", **config))
+        train(TrainConfig(kernels="torch", **config))
     return run
 
 

@@ -216,7 +216,7 @@ def test_added_biases_that_no_config_json_describes_are_a_note_at_the_start_and_
 ) -> None:
     base, console = base_of("qwen3"), Console(file=StringIO(), width=1000)
     settings: dict[str, Any] = {"method": "bitfit", "add_biases": True, "max_iters": 2, "template": "R: {text}\nA:"}
-    settings |= {"device": "cpu", "dtype": "float32", "kernels": "off", "lr": 0.1, "batch_size": 8}
+    settings |= {"device": "cpu", "dtype": "float32", "kernels": "torch", "lr": 0.1, "batch_size": 8}
     data, run = data_folder(tmp_path / "data", train=16, other=4), tmp_path / "run"
     train(TrainConfig(init_from=str(base.folder), data=str(data), out_dir=str(run), **settings), console=console)
     message = "no config.json is written for a qwen3 model with added biases: export the adapter (--format peft)"

@@ -46,7 +46,7 @@ def run(work: Path, steps: int) -> Path:
         batch_size=8,
         dtype="float32",
         device="cpu",
-        kernels="off",
+        kernels="torch",
         resume=(out_dir / "run.json").exists(),
     )
     train(config)

@@ -80,7 +80,7 @@ def test_a_run_and_its_predictions_keep_them(tmp_path: Path, capsys: pytest.Capt
     written(data / "test.jsonl", ROWS)
     config = TrainConfig(
         init_from=str(model), data=str(data), out_dir=str(run), template="« {text} »\nC'est :",
-        labels=",".join(LABELS), rank=2, max_iters=2, batch_size=4, dtype="float32", device="cpu", kernels="off",
+        labels=",".join(LABELS), rank=2, max_iters=2, batch_size=4, dtype="float32", device="cpu", kernels="torch",
     )  # fmt: skip
     train(config)
     assert read_json(run / "run.json")["template"]["labels"] == list(LABELS)

@@ -49,7 +49,7 @@ def config(plain: ModelBundle, data: Path, out_dir: Path, **changes: Any) -> Tra
     settings: dict[str, Any] = {"rank": 2, "alpha": 8.0, "targets": targets, "lr": 2e-2, "template": SHORT}
     settings |= {"max_iters": 3, "eval_every": 2, "batch_size": 8, "dtype": "float32", "device": "cpu"}
     return TrainConfig(
-        init_from=plain.name, data=str(data), out_dir=str(out_dir), kernels="off", **{**settings, **changes}
+        init_from=plain.name, data=str(data), out_dir=str(out_dir), kernels="torch", **{**settings, **changes}
     )
 
 

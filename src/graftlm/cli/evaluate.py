@@ -1,7 +1,8 @@
 """The handlers of `graft evaluate` and `graft generate`: load what the flags name, read the data, run it."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 
     from graftlm.config.flags import ParsedArgs
     from graftlm.exchange.load import ModelBundle
-    from graftlm.inference.evaluate import Predictor
+    from graftlm.inference.evaluate import EvaluationOptions, Predictor
+    from graftlm.inference.metrics import MetricFunctions
     from graftlm.text.bad_rows import BadRowsFlag
     from graftlm.text.collate import Example
     from graftlm.text.fields import Columns
@@ -36,15 +38,47 @@ NOT_SETTINGS = {"init_from", "out_dir", "batch_size", "device", "predictions", *
 """Flags of `graft evaluate` that do not change its result."""
 
 
-def evaluate(parsed: "ParsedArgs", notes: "Console") -> Result:
-    """`graft evaluate`, with --ray by copies of the model on a cluster."""
+def evaluate(
+    parsed: "ParsedArgs", notes: "Console", model: "ModelBundle | None" = None, metrics: "MetricFunctions | None" = None
+) -> Result:
+    """`graft evaluate`, with --ray by copies of the model on a cluster.
+
+    model: a loaded one, instead of the one that the flags name; its results are not saved, as it may have changed since
+    it was loaded. metrics: see EvaluationOptions.
+    """
+    from graftlm.inference.evaluate import EvaluationOptions
+    from graftlm.inference.saved_evaluations import checkpoint_step
+
+    options = EvaluationOptions(metrics=metrics or {})
+    if model is not None:
+        return _evaluate(model, options, parsed, notes)[0]
     check_run_flags(parsed, notes)
+    step = checkpoint_step(user_path(parsed.config.out_dir), parsed.config.checkpoint)  # a later one may be saved soon
+    with _cluster(parsed) as predictor_of:
+        loaded = _load(parsed.config)
+        if predictor_of is not None:
+            options = replace(options, predictor=predictor_of(loaded))
+        result, rows = _evaluate(loaded, options, parsed, notes)
+    return result | _save(loaded, parsed.config, (step, result, rows), notes)
+
+
+@contextmanager
+def _cluster(parsed: "ParsedArgs") -> Iterator[Callable[["ModelBundle"], "Predictor"] | None]:
+    """Makes a predictor of a model's copies on a cluster; None without --ray."""
     if not parsed.config.ray:
-        return _evaluate_by(None, parsed, notes)
+        yield None
+        return
     from graftlm.studies.ray_cluster import connected, ray_predictor
 
     with connected(parsed.config, ray_log_level(parsed)) as cluster:
-        return _evaluate_by(lambda loaded: ray_predictor(cluster, parsed.config, loaded), parsed, notes)
+        yield lambda loaded: ray_predictor(cluster, parsed.config, loaded)
+
+
+def _load(config: EvaluateConfig | GenerateConfig) -> "ModelBundle":
+    """The model that the flags name."""
+    from graftlm.exchange.load import load
+
+    return load(config.init_from, config.out_dir, config.checkpoint, config.device, config.dtype, config.base_format)
 
 
 def check_run_flags(parsed: "ParsedArgs", notes: "Console") -> None:
@@ -62,23 +96,19 @@ def ray_log_level(parsed: "ParsedArgs") -> str:
     return "INFO" if parsed.common.debug else "ERROR"
 
 
-def _evaluate_by(
-    reader_of: Callable[["ModelBundle"], "Predictor"] | None, parsed: "ParsedArgs", notes: "Console"
-) -> Result:
-    """The evaluation by what is loaded here, or by a reader made of it, such as its copies on a cluster."""
-    from graftlm.exchange.load import load
+def _evaluate(
+    loaded: "ModelBundle", options: "EvaluationOptions", parsed: "ParsedArgs", notes: "Console"
+) -> tuple[Result, list[Result]]:
+    """The result of a loaded model, and a row for each example; writes --predictions."""
     from graftlm.inference.evaluate import evaluate
-    from graftlm.inference.saved_evaluations import checkpoint_step
+    from graftlm.inference.saved_evaluations import write_predictions
     from graftlm.text.collate import common_prefix_length
     from graftlm.text.records import Document
 
     config: EvaluateConfig = parsed.config
-    step = checkpoint_step(user_path(config.out_dir), config.checkpoint)  # a run that is training may save the next
-    loaded = load(config.init_from, config.out_dir, config.checkpoint, config.device, config.dtype, config.base_format)
     template, rows, pool = _rows(loaded, config, notes)
     if documents := [row for row in rows if isinstance(row, Document)]:
-        result = _evaluate_documents(loaded, (template, documents), parsed, notes)
-        return result | _save(loaded, config, (step, result, []), notes)
+        return _evaluate_documents(loaded, (template, documents), parsed, notes), []
     examples, content_free = _examples(loaded, (template, rows, pool), config, notes)
     readings = 2 if config.mode == "both" else 1
     with display.progress(notes, "evaluate", readings * len(examples)) as progress:
@@ -87,12 +117,14 @@ def _evaluate_by(
             loaded.tokenizer,
             template,
             examples,
+            options,
             mode=config.mode,
             batch_size=config.batch_size,
             content_free=content_free,
-            predictor=reader_of(loaded) if reader_of else None,
             progress=progress,
         )
+    if config.predictions:
+        write_predictions(config.predictions, evaluation.rows)
     prompts = [example.prompt_ids for example in examples]
     result = {
         **evaluation.to_json(),
@@ -100,20 +132,18 @@ def _evaluate_by(
         "prompt_tokens": sum(map(len, prompts)) / len(prompts),
         "shared_prompt_tokens": common_prefix_length(prompts) if len(prompts) > 1 else 0,
     }
-    return result | _save(loaded, config, (step, result, evaluation.rows), notes)
+    return result, evaluation.rows
 
 
 def _save(
     loaded: "ModelBundle", config: EvaluateConfig, found: tuple[int | None, Result, list[Result]], notes: "Console"
 ) -> Result:
-    """Save what was found in the run folder, {"saved": the file}; or the predictions alone where --predictions says.
+    """Save what was found in the run folder, unless --predictions names a file: {"saved": the file}.
 
     A run folder that cannot be written to is a note: the result is printed all the same.
     """
-    from graftlm.inference.saved_evaluations import save_evaluation, write_predictions
+    from graftlm.inference.saved_evaluations import save_evaluation
 
-    if config.predictions:
-        write_predictions(config.predictions, found[2])
     if config.predictions or loaded.run is None:
         return {}
     try:
@@ -140,8 +170,6 @@ def _reads_one_file(config: EvaluateConfig) -> bool:
 
 def generate(parsed: "ParsedArgs", notes: "Console") -> Result:
     """`graft generate`: continue a prompt, or classify the test split."""
-    from graftlm.exchange.load import load
-
     config: GenerateConfig = parsed.config
     check_run_flags(parsed, notes)
     unused = ("chat", "num_samples") if config.prompt is None else ("data", "limit")
@@ -149,7 +177,7 @@ def generate(parsed: "ParsedArgs", notes: "Console") -> Result:
         problem = "needs --prompt" if config.prompt is None else "is not read with --prompt"
         raise InputError(f"--{flag} {getattr(config, flag)}: {problem}; without it the test split is classified")
     prompt = sys.stdin.read().removeprefix("\ufeff") if config.prompt == "-" else config.prompt
-    loaded = load(config.init_from, config.out_dir, config.checkpoint, config.device, config.dtype, config.base_format)
+    loaded = _load(config)
     return _classify(loaded, config, notes) if prompt is None else _continue(loaded, config, prompt)
 
 

@@ -9,9 +9,10 @@ import argparse
 import ast
 import inspect
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
@@ -63,8 +64,11 @@ class Flags:
     """The base of all groups of flags."""
 
     def __post_init__(self) -> None:
-        """Expand `~` and check bounds; subclasses extend this and call it first. Raises InputError."""
+        """Check types and bounds, and expand `~`; subclasses extend this and call it first. Raises InputError."""
+        config: Any = type(self)
+        hints = _hints(config)
         for f in fields(self):
+            object.__setattr__(self, f.name, python_value(f.name, getattr(self, f.name), hints[f.name]))
             if f.name in PATH_FLAGS:
                 self._expand(f.name)
             value, low, above, high = getattr(self, f.name), *map(f.metadata.get, ("ge", "gt", "le"))
@@ -118,8 +122,6 @@ class MethodFlags(Flags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.targets, str | None):  # a list or tuple, from Python
-            object.__setattr__(self, "targets", ",".join(self.targets))
         require(self.rank is None or self.rank >= 0, "rank", self.rank, "0 (full fine-tuning) or more")
         require(self.prefix_hidden >= 0, "prefix_hidden", self.prefix_hidden, "0 (no network) or more")
         require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "at least 0 and below 1")
@@ -256,7 +258,7 @@ def _build(
         argument_default=argparse.SUPPRESS,
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=28),
     )
-    for owner, own in _by_owner(config):
+    for owner, own in by_owner(config):
         title = (inspect.getdoc(owner) or "").partition("\n")[0].rstrip(".")
         group = parser.add_argument_group("flags" if owner is config else title)
         for f in own:
@@ -270,7 +272,7 @@ def _title(positional: str) -> str:
     return {"out_dir": "RUN", "data": "SOURCE"}.get(positional, positional.upper())
 
 
-def _by_owner(config: type) -> Iterator[tuple[type, list["Field[Any]"]]]:
+def by_owner(config: type) -> Iterator[tuple[type, list["Field[Any]"]]]:
     """The fields by the class that first defines them, the config's own first and the common flags last."""
     classes = [*config.__mro__[:-1], CommonFlags]
     named = {name: cls for cls in classes for name in cls.__annotations__}
@@ -442,6 +444,58 @@ def _check_allowed(where: str, value: Any, inner: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{where}: not a finite number")
     return value
+
+
+@cache
+def _hints(config: Any) -> dict[str, Any]:
+    """Type by field."""
+    return get_type_hints(config)
+
+
+LISTS = frozenset({"targets", "labels", "mlp_widths"})
+"""Flags of a text with commas, which may be a list in Python."""
+MAPPINGS = frozenset({"labels", "columns", "method_args", "logit_bias"})
+"""Flags of a text such as a=b,c=d, which may be a dict in Python."""
+
+ROWS = frozenset({"data", "val_data", "test_data"})
+"""Flags of a data file, for which the library's functions take rows, too."""
+
+
+def python_value(name: str, value: Any, kind: Any) -> Any:
+    """A value from Python for a field of type `kind`: a path as text, numpy's numbers as Python's, a text as a list.
+
+    Raises InputError for a value of another type.
+    """
+    inner, optional = without_none(kind)
+    if type(value) is inner or (value is None and optional) or get_origin(inner) is frozenset:
+        return value
+    where = f"--{name} {'...' if name in SECRETS else short(value)}"
+    if is_variadic(kind):
+        items = (value,) if isinstance(value, str | os.PathLike) else value
+        if not isinstance(items, list | tuple) or not all(isinstance(item, str | os.PathLike) for item in items):
+            raise InputError(f"{where}: not a text, and not a list of texts")
+        return tuple(map(os.fspath, items))
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    elif isinstance(value, list | tuple) and name in LISTS:
+        value = ",".join(map(str, value))
+    elif isinstance(value, Mapping) and name in MAPPINGS:
+        value = ",".join(f"{key}={item}" for key, item in value.items())
+    elif hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a number of numpy's or torch's
+        value = value.item()
+    exact = str if get_origin(inner) is Literal else inner
+    if exact is float and type(value) is int:
+        value = float(value)
+    if type(value) is not exact:
+        hint = ": rows are passed to graftlm.train, a config names a file" if name in ROWS else ""
+        raise InputError(f"{where}: not {type_name(inner).removesuffix(' in quotes')}{hint}")
+    return _check_allowed(where, value, inner)
+
+
+def short(value: Any) -> str:
+    """How a value is shown in an error."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def type_name(inner: Any) -> str:

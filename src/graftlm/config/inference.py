@@ -1,7 +1,6 @@
 """Flags of the subcommands that run a model: generate, evaluate, prompt and pairs."""
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,9 +60,6 @@ class SamplingFlags(Flags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.logit_bias, Mapping):  # from Python and the API
-            text = ",".join(f"{token}={bias}" for token, bias in self.logit_bias.items())
-            object.__setattr__(self, "logit_bias", text)
         parse_logit_bias(self.logit_bias)
 
 

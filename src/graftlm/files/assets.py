@@ -158,6 +158,17 @@ def cache_home() -> Path:
     return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME ").absolute() / "graftlm"
 
 
+def rows_home() -> Path:
+    """Where rows that were passed from Python are kept (`in_memory.py`)."""
+    return cache_home() / "rows"
+
+
+def data_name(name: str) -> str:
+    """A data set's name in notes: of rows from Python without the folder."""
+    path = Path(name)
+    return f"rows {path.stem}" if name and path.parent == rows_home() else name
+
+
 def model_folder(name: str, weights: bool = True, packed: bool = False) -> Path:
     """A model's folder: a built-in name, a local folder, a .gguf file (converted once), or `org/name[@revision]`.
 
@@ -230,6 +241,8 @@ def data_source(name: str) -> DataSource:
         raise InputError(f"{name}: name a configuration and a kind of splits at most, as in NAME:mnli:matched")
     if whole and user_path(whole).exists():
         source = _chosen(user_path(whole), choices)
+    elif Path(whole).parent == rows_home():
+        raise InputError(f"{name}: rows from Python that are no longer in this cache: pass them again, as data=…")
     else:
         _check_hub_name("data set", whole, [*BUILTIN_DATA, *HUB_DATA], (*DATA_SUFFIXES, *COMPRESSED))
         source = _from_hub(whole, tuple(choices), hub_settings())

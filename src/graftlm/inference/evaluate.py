@@ -14,11 +14,13 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from graftlm.config.flags import short
 from graftlm.config.inference import Mode
+from graftlm.config.keywords import listed
 from graftlm.errors import GraftError, InputError
 from graftlm.inference.decoder import shared_prefix_length
 from graftlm.inference.generate import Batching, ProgressCallback, decode_groups, generate_ids
-from graftlm.inference.metrics import GARBAGE, Metrics, calibrated
+from graftlm.inference.metrics import GARBAGE, MetricFunctions, Metrics, apply_metrics, calibrated
 from graftlm.inference.sampling import SamplingParams
 from graftlm.inference.scoring import LabelIds, score_batches, score_labels
 from graftlm.models import CausalLM
@@ -123,6 +125,8 @@ class EvaluationOptions:
     """Default: the model itself."""
     progress: ProgressCallback | None = None
     """Called with the number of examples finished, once in each mode."""
+    metrics: MetricFunctions = field(default_factory=dict)
+    """More metrics, by name: functions of the predicted and the true label numbers."""
 
 
 # Predictions ----------------------------------------------------------------------------------------------------------
@@ -149,7 +153,7 @@ def parse_label(generated: str, labels: Sequence[str]) -> int:
 def predict_labels(
     model: CausalLM,
     tokenizer: Tokenizer,
-    texts: Sequence[str] | Sequence[Example],
+    texts: str | Sequence[str] | Sequence[Example],
     template: Template,
     *,
     mode: Literal["score", "generate"] = "generate",
@@ -158,7 +162,7 @@ def predict_labels(
 ) -> list[int]:  # the signature of the course, hence more than 6 parameters
     """The label number of each text: with the default labels 1 positive, 0 negative; -1 garbage (counts as wrong).
 
-    texts: plain texts, which the template turns into prompts, or examples that are already encoded.
+    texts: plain texts, or one, which the template turns into prompts, or examples that are already encoded.
     mode: "generate" searches the generated text for a label; "score" takes the most likely label, never -1.
     """
     examples = _encoded(texts, template, tokenizer, model.max_seq_len)
@@ -170,7 +174,11 @@ def predict_labels(
 
 
 def label_probabilities(
-    model: CausalLM, tokenizer: Tokenizer, template: Template, texts: Sequence[str], batching: Batching | None = None
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    template: Template,
+    texts: str | Sequence[str],
+    batching: Batching | None = None,
 ) -> list[list[float]]:
     """For each text the probability of each label, by label number: a softmax over the labels' scores alone.
 
@@ -188,11 +196,13 @@ def max_label_tokens(template: Template, tokenizer: Tokenizer) -> int:
 
 
 def _encoded(
-    texts: Sequence[str] | Sequence[Example], template: Template, tokenizer: Tokenizer, context: int
+    texts: str | Sequence[str] | Sequence[Example], template: Template, tokenizer: Tokenizer, context: int
 ) -> list[Example]:
-    plain = [Labelled(text, 0) for text in texts if isinstance(text, str)]  # a label is required and not used
-    examples = [text for text in texts if isinstance(text, Example)]
-    assert not plain or not examples, "either texts or examples"
+    given = listed(texts)
+    plain = [Labelled(text, 0) for text in given if isinstance(text, str)]  # a label is required and not used
+    examples = [text for text in given if isinstance(text, Example)]
+    if len(plain) + len(examples) < len(given) or (plain and examples):
+        raise InputError(f"texts: {short(texts)}: pass a text, a list of texts, or a list of examples")
     return encode_rows(plain, template, tokenizer, context)[0] if plain else examples
 
 
@@ -282,7 +292,8 @@ def evaluate(
             start = time.perf_counter()
             predicted, outputs[mode] = run(predict, tokenizer, template, examples, options)
             seconds = time.perf_counter() - start
-            metrics[mode] = Metrics.make(mode, true, predicted, len(template.labels), seconds)
+            own = apply_metrics(options.metrics, predicted, true)
+            metrics[mode] = replace(Metrics.make(mode, true, predicted, len(template.labels), seconds), own=own)
     evaluation = Evaluation(metrics, [])
     for i, example in enumerate(examples):
         row: dict[str, Any] = {"text": example.text, "label": true[i], "predicted": evaluation.main.predicted[i]}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from graftlm.config.keywords import listed
 from graftlm.errors import InputError
 from graftlm.inference.decoder import (
     FIRST_CAPACITY,
@@ -50,14 +51,14 @@ class Batching:
 def generate(
     model: CausalLM,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     params: SamplingParams | None = None,
     *,
     chat: Chat | None = None,
     batch_size: int = 32,
     **settings: Any,
 ) -> list[str]:
-    """The continuation of each prompt, without the prompt, end-of-text and stop texts.
+    """The continuation of each prompt (of one text: a list of one), without the prompt, end-of-text and stop texts.
 
     White space at the end of a prompt belongs to what follows (`text/boundary.py`), and is not repeated in it.
 
@@ -66,7 +67,7 @@ def generate(
 
     Raises InputError for a wrong setting, and for a prompt that is empty or longer than the model's context.
     """
-    params = replace(params or SamplingParams(), **settings)
+    prompts, params = listed(prompts), replace(params or SamplingParams(), **settings)
     params = replace(params, stop_token_ids=params.stop_token_ids | (chat or tokenizer).stop_tokens)
     spaces = [""] * len(prompts)
     if chat:

@@ -4,8 +4,8 @@ A prediction may be garbage (-1): generated text that names no label. It counts 
 the confusion table, but no row. No torch: plain counts.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import sqrt
 from statistics import NormalDist, mean, stdev
 from typing import Any
@@ -13,8 +13,61 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from graftlm.config.flags import short
+from graftlm.errors import InputError
+
 GARBAGE = -1
 """The prediction for a text that names no label (the course's word)."""
+MetricFunctions = Mapping[str, Callable[[np.ndarray, np.ndarray], float]]
+"""By name, functions of the predicted and the true label numbers [N], of which the predicted may be garbage (-1)."""
+
+RESERVED = {
+    *(
+        "n",
+        "accuracy",
+        "ci_low",
+        "ci_high",
+        "mode",
+        "garbage_rate",
+        "macro_f1",
+        "confusion",
+        "examples_per_s",
+        "labels",
+    ),
+    *("score", "generate", "prompt_tokens", "shared_prompt_tokens", "step", "val_loss", "val_accuracy"),
+    *("train_loss", "lr", "examples", "tokens", "seconds", "peak_rss_mb", "peak_cuda_mb", "tokens_per_s", "kl"),
+}
+"""Names of other values in the same place."""
+
+
+def metric_functions(
+    metrics: "Callable[..., float] | Sequence[Callable[..., float]] | MetricFunctions | None",
+) -> MetricFunctions:
+    """A user's metrics by name: a function, several, or by name. Raises InputError for anything else."""
+    if callable(metrics):
+        metrics = [metrics]
+    if not isinstance(metrics, Mapping):
+        metrics = {getattr(metric, "__name__", str(number)): metric for number, metric in enumerate(metrics or ())}
+    for name, metric in metrics.items():
+        if not callable(metric):
+            raise InputError(f"metrics: {short(metric)}: is no function: pass some by name, as in metrics={{'f1': f}}")
+        if not str(name).isidentifier():
+            raise InputError(f"metrics: {name!r} is no name: give the function one, as in metrics={{'f1': lambda …}}")
+        if name in RESERVED:
+            raise InputError(f"metrics: {name!r} is measured already: choose another name")
+    return metrics
+
+
+def apply_metrics(metrics: MetricFunctions, predicted: Sequence[int], true: Sequence[int]) -> dict[str, float]:
+    """The values of a user's metrics. Raises InputError for one that is no number."""
+    values = {}
+    for name, metric in metrics.items():
+        value = metric(np.array(predicted, dtype=int), np.array(true, dtype=int))
+        try:
+            values[name] = float(value)
+        except (TypeError, ValueError):
+            raise InputError(f"metrics: {name} returned {short(value)}: a metric is a number") from None
+    return values
 
 
 def wilson(right: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -77,6 +130,8 @@ class Metrics:
     """n divided by the wall seconds of this mode."""
     predicted: list[int]
     """The label numbers in the data's order, -1 for garbage."""
+    own: dict[str, float] = field(default_factory=dict)
+    """The values of the user's metrics."""
 
     @classmethod
     def make(cls, read: str, true: Sequence[int], predicted: list[int], labels: int, seconds: float) -> "Metrics":
@@ -91,7 +146,7 @@ class Metrics:
     def to_json(self) -> dict[str, Any]:
         """Everything but the predictions, by the keys of `graft evaluate --json`."""
         keys = ("n", "accuracy", "ci_low", "ci_high", "mode", "garbage_rate", "macro_f1", "confusion", "examples_per_s")
-        return {key: getattr(self, key) for key in keys}
+        return {**{key: getattr(self, key) for key in keys}, **self.own}
 
 
 def calibrated(scores: ArrayLike, content_free: ArrayLike) -> np.ndarray:

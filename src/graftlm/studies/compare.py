@@ -42,9 +42,12 @@ LOCK_TIMEOUT = 5.0  # seconds to wait for the last process of another comparison
 
 
 def compare(
-    config: CompareConfig, sweep: str, console: Console | None = None, ray_log_level: str = "ERROR"
+    config: CompareConfig,
+    sweep: str | Mapping[str, Any],
+    console: Console | None = None,
+    ray_log_level: str = "ERROR",
 ) -> dict[str, Any]:
-    """Train and evaluate the trials of the sweep file that are not done yet; returns the table.
+    """Train and evaluate the trials of the sweep file, or of its tables, that are not done yet; returns the table.
 
     Raises InputError for an invalid sweep before anything is written, GraftError if every trial failed, and
     Interrupted after Ctrl-C or SIGTERM, when every run has saved its last step.

@@ -66,15 +66,17 @@ class Trial:
         return f"{name.strip('-.')[:48]}-seed{self.seed}-{self.id[:8]}"
 
 
-def read_sweep(file: str, overrides: Mapping[str, Any], budget: Mapping[str, float]) -> list[Trial]:
+def read_sweep(
+    sweep: str | Mapping[str, Any], overrides: Mapping[str, Any], budget: Mapping[str, float]
+) -> list[Trial]:
     """The trials of a sweep file, row by row. Raises InputError that names the file, the row and the key.
 
     Args:
-        file: the TOML file.
+        sweep: the TOML file, or its tables.
         overrides: flags of all trials, which take precedence over the file.
         budget: a budget in seconds or TFLOP, if any; it is part of a trial's id.
     """
-    tables = read_toml(file, "--config ")
+    tables, file = (read_toml(sweep, "--config "), sweep) if isinstance(sweep, str) else (sweep, "compare")
     common = _flags(f"{file}: [train]", _table(file, tables, "train"))
     grid = _grid(file, _table(file, tables, "grid"))
     rows = tables.get("rows", [{}])

@@ -17,7 +17,7 @@ from graftlm.config.csv_format import CsvFormat, csv_format
 from graftlm.config.paths import user_path
 from graftlm.errors import InputError
 from graftlm.files.arrow_rows import class_names
-from graftlm.files.assets import data_source
+from graftlm.files.assets import data_name, data_source
 from graftlm.files.data_folders import class_files, class_folders
 from graftlm.files.formats import read_json
 from graftlm.files.packed import raise_error
@@ -118,7 +118,7 @@ def load_dataset(
     reading = Reading(named, csv, LabelWords.of(labels), label_names=names, on_disk=on_disk)
     layouts: dict[Layout, None] = {}
     splits, unused = dict[str, Sequence[Record]](), set[str]()
-    name, notes = data or val or test, _notes(source.path, data, files) if source else []
+    name, notes = data_name(data or val or test), _notes(source.path, data_name(data), files) if source else []
     for split in (split for split in SPLITS if split in files):
         bad = BadRows(bad_rows == "skip")
         of_train = next(iter(layouts), None)
@@ -134,9 +134,9 @@ def load_dataset(
     notes += reading.notes
     if "train" in splits and "validation" not in splits:
         missing = ("validation",) if "test" in splits else ("validation", "test")
-        splits, how = _hold_out(splits, missing, data)
+        splits, how = _hold_out(splits, missing, name)
         sizes = ", ".join(f"{split} {len(splits[split])}" for split in SPLITS)
-        notes.append(f"{data} names no {' or '.join(missing)} split: held out from train {how} ({sizes} rows)")
+        notes.append(f"{name} names no {' or '.join(missing)} split: held out from train {how} ({sizes} rows)")
     skipped = f"; columns not read: {', '.join(sorted(unused))}" if unused else ""
     taken = f"; {taken}" if (taken := taken_from(named)) else ""
     notes.append(f"{name}: read as {' and '.join(map(str, layouts))}{taken}{skipped}")

@@ -23,6 +23,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
+from graftlm.config.keywords import listed
 from graftlm.config.paths import read_text, user_path
 from graftlm.errors import InputError
 from graftlm.files.atomic import atomic_write
@@ -110,8 +111,9 @@ class Tokenizer:
         """The ids of a text."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: str | Sequence[str]) -> list[list[int]]:
         """The ids of each text, in parallel; the same ids as `encode` gives."""
+        texts = listed(texts)
         shared = shared_beginning(texts) if self.splits_at_spaces else ""
         rest = [text[len(shared) :] for text in texts] if shared else list(texts)
         encodings = self._backend.encode_batch_fast(rest, add_special_tokens=False)
@@ -122,7 +124,7 @@ class Tokenizer:
         """The ids of a text, after the tokens that the model expects before it."""
         return [*self._prefix, *self.encode(text)]
 
-    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_prompts(self, texts: str | Sequence[str]) -> list[list[int]]:
         """The ids of each prompt, in parallel; the same ids as `encode_prompt` gives."""
         return [[*self._prefix, *ids] for ids in self.encode_batch(texts)]
 

@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from graftlm.config import TrainConfig
-from graftlm.config.flags import MethodFlags
+from graftlm.config.flags import ROWS, MethodFlags
 from graftlm.errors import InputError
 from graftlm.exchange.huggingface import check_no_adapter, read_adapter
 from graftlm.exchange.load import check_base, format_of_run, read_run, resolve_path
 from graftlm.files.assets import model_folder
 from graftlm.files.atomic import LOCK_NAME, write_json
 from graftlm.files.formats import tensors_sha256
+from graftlm.files.in_memory import rows_record
 from graftlm.methods import Method, method_from_flags, method_from_json
 from graftlm.methods.base import count_parameters, load_trainable_state_dict
 from graftlm.models.base import CausalLM
@@ -79,6 +80,7 @@ def new_manifest(
     assert template is not None
     history = [*previous["resume_history"], config_diff(previous, run.config, run.dist)] if previous else []
     previous = previous or {}
+    rows = {flag: record for flag in sorted(ROWS) if (record := rows_record(getattr(run.config, flag)))}
     values = {
         "config": asdict(run.config),
         "method": run.method.to_json(),
@@ -90,6 +92,7 @@ def new_manifest(
             "tokens": data.cached_as,
             "examples": {split: len(examples) for split, examples in run.data.splits.items()},
             "chat": data.is_chat,
+            **({"from_python": rows} if rows else {}),
         },
         "template": template.to_json(),
         "device": str(run.device),
