@@ -34,7 +34,7 @@ SCHEMAS: list[dict[str, Any]] = [
     {"type": "array", "items": {"$ref": "#/$defs/n"}, "maxItems": 4, "$defs": {"n": {"type": "integer", "maximum": 9}}},
     {"anyOf": [{"const": "yes"}, {"const": {"no": 1}}]},
     {"type": "string", "pattern": "^[a-f]{2,8}$"},
-    {"type": "integer", "minimum": -20, "maximum": 20},
+    {"type": "integer", "minimum": -20, "maximum": 20, "multipleOf": 5},
 ]
 
 
@@ -145,6 +145,10 @@ def test_one_that_is_cut_says_so_and_an_endless_one_fails_alone(tmp_path: Path) 
         ({"not": {"type": "string"}}, "Unimplemented keys"),
         ({"not": {"type": "string"}, "x-guidance": {"lenient": True}}, "Unimplemented keys"),
         ({"type": "string", "pattern": "(a"}, "unclosed group"),
+        ({"items": [{"const": -(2**63)}]}, r"const: -9223372036854775808 is not within -2\^53 to 2\^53"),  # it crashed
+        ({"enum": [10**20]}, "enum: 100000000000000000000 is not within"),
+        ({"type": "integer", "multipleOf": 99991}, "multipleOf: 99991 is not supported"),  # it took six seconds
+        ({"type": "number", "multipleOf": 3.14159}, "multipleOf: 3.14159 is not supported"),
         ({"$ref": "http://example.com/schema.json"}, "does not fetch"),
         ({"allOf": [{"type": "string"}, {"type": "integer"}]}, "Unsatisfiable"),
     ],

@@ -14,6 +14,7 @@ Letters: B rows, V tokens of the vocabulary.
 
 import json
 from collections.abc import Sequence
+from decimal import Decimal
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 WHITE_SPACE = r"(\x20|\x0A[\x20\x09]{0,20})?"
 """What may separate the parts of a JSON text. Without a limit, small models write nothing else."""
+MAX_NUMBER = 2**53
+"""Of a schema: integers up to here are exact for every JSON parser (RFC 8259)."""
 
 
 class Grammars:
@@ -45,8 +48,9 @@ class Grammars:
         """
         from llguidance import LLMatcher, LLParserLimits
 
+        _refuse_numbers(schema)
         options: Any = {"whitespace_flexible": True, "whitespace_pattern": WHITE_SPACE, "lenient": False}
-        grammar = LLMatcher.grammar_from_json_schema(schema, overrides=options)
+        grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
         matcher = LLMatcher(self._vocabulary, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
         if matcher.is_error():
             raise InputError(" ".join(matcher.get_error().replace("<non-verbose/>", "").split())[:200])
@@ -61,6 +65,19 @@ class Grammars:
         except ValueError as error:
             reason = " ".join(str(error).split())[:100]
             raise InputError(f"llguidance does not read this model's tokenizer ({reason})") from None
+
+
+def _refuse_numbers(schema: Any, key: str = "") -> None:
+    """Raise InputError for numbers at which llguidance 1.9 crashes (-2^63) or computes for minutes (multiples)."""
+    if isinstance(schema, dict | list):
+        for name, value in schema.items() if isinstance(schema, dict) else ((key, value) for value in schema):
+            _refuse_numbers(value, name)
+    elif isinstance(schema, int | float) and not isinstance(schema, bool):
+        if abs(schema) > MAX_NUMBER:
+            raise InputError(f"{key}: {str(schema)[:30]} is not within -2^53 to 2^53")
+        _, digits, exponent = Decimal(str(schema)).normalize().as_tuple()
+        if key == "multipleOf" and not (-6 <= int(exponent) <= 3 and len(digits) + max(int(exponent), 0) <= 3):
+            raise InputError(f"multipleOf: {schema} is not supported: at most three digits, up to six decimal places")
 
 
 class Grammar:
