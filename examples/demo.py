@@ -22,9 +22,10 @@ from rich.console import Console  # noqa: E402
 import graftlm  # noqa: E402
 from graftlm.cli.display import progress  # noqa: E402
 from graftlm.exchange.load import ModelBundle  # noqa: E402
+from graftlm.exchange.runs import checkpoint_step  # noqa: E402
 from graftlm.files.atomic import write_text  # noqa: E402
 from graftlm.inference.evaluate import Evaluation  # noqa: E402
-from graftlm.inference.saved_evaluations import checkpoint_step, save_evaluation  # noqa: E402
+from graftlm.inference.saved_evaluations import save_evaluation  # noqa: E402
 from graftlm.text.collate import Example, encode_rows, subset  # noqa: E402
 from graftlm.text.dataset import load_dataset  # noqa: E402
 from graftlm.text.template import Template, load_template  # noqa: E402
@@ -106,7 +107,7 @@ def main() -> None:
     before = save(config, "base", args.limit, zero_shot)  # now that there is a run folder
 
     console.rule("3. after")
-    tuned = graftlm.load("resume", config.out_dir)
+    tuned = graftlm.load(config.out_dir)
     after = save(config, "best", args.limit, measure(tuned, template, examples, console))
     new = answers(tuned, shown, template)
     five = [

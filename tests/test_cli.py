@@ -188,7 +188,7 @@ def test_report_takes_any_number_of_folders_with_and_without_the_flag() -> None:
             "--rank 0 means full fine-tuning and contradicts --method lora: leave one out",
         ),
         (["download"], "graft download needs NAME (see graft download --help)"),
-        (["report"], "graft report needs FOLDERS (see graft report --help)"),
+        (["report"], "graft report needs RUN (see graft report --help)"),
         (["pairs"], "graft pairs needs PROMPTS (see graft pairs --help)"),
         (["pairs", "--prompts= "], "--prompts ' ': must be a data set's name, a folder or a file"),
         (["pairs", "--prompts=a"], "--reward_model: name a classifier's run folder, or give --reward_command"),

@@ -15,7 +15,7 @@ from graftlm.config import TrainConfig
 from graftlm.config.renamed import COMMANDS as OLD_COMMANDS
 from graftlm.config.renamed import FLAGS, upgrade_run, upgrade_state
 from graftlm.errors import InputError
-from graftlm.exchange.load import read_run
+from graftlm.exchange.runs import read_run
 from graftlm.files.formats import read_json
 from graftlm.studies.sweep import read_sweep
 from tiny import TEMPLATE, data_folder, model_folder

@@ -355,8 +355,8 @@ def test_adapters_that_cannot_be_served(home: Path, capsys: pytest.CaptureFixtur
     assert "use the base it was trained on" in refusal(capsys, one, str(home / "elsewhere"))
     assert "use the base it was trained on" in refusal(capsys, one, "--init_from", str(home / "other"))
     assert "is the base's own name" in refusal(capsys, f"base={one}")
-    assert "only lora is served together with others" in refusal(capsys, str(home / "prefix"))
-    assert "load the base itself" in refusal(capsys, one, "--init_from", str(home / "prefix"))
+    assert "only lora is served together with others" in refusal(capsys, one, str(home / "prefix"))
+    assert "a base is needed here" in refusal(capsys, one, "--init_from", str(home / "prefix"))
     assert refusal(capsys, f"peft={home / 'one' / 'best'}").endswith("give --init_from")
 
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from graftlm.cli import display
 from graftlm.config import EvaluateConfig, GenerateConfig, TrainConfig
 from graftlm.config.inference import RayFlags
-from graftlm.config.paths import user_path
 from graftlm.errors import GraftError, InputError
 
 if TYPE_CHECKING:
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
 
     from graftlm.config.flags import ParsedArgs
     from graftlm.exchange.load import ModelBundle
+    from graftlm.exchange.runs import RunCheckpoint
     from graftlm.inference.evaluate import EvaluationOptions, Predictor
     from graftlm.inference.metrics import MetricFunctions
     from graftlm.text.bad_rows import BadRowsFlag
@@ -47,19 +47,17 @@ def evaluate(
     it was loaded. metrics: see EvaluationOptions.
     """
     from graftlm.inference.evaluate import EvaluationOptions
-    from graftlm.inference.saved_evaluations import checkpoint_step
 
     options = EvaluationOptions(metrics=metrics or {})
     if model is not None:
         return _evaluate(model, options, parsed, notes)[0]
     check_run_flags(parsed, notes)
-    step = checkpoint_step(user_path(parsed.config.out_dir), parsed.config.checkpoint)  # a later one may be saved soon
     with _cluster(parsed) as predictor_of:
         loaded = _load(parsed.config)
         if predictor_of is not None:
             options = replace(options, predictor=predictor_of(loaded))
         result, rows = _evaluate(loaded, options, parsed, notes)
-    return result | _save(loaded, parsed.config, (step, result, rows), notes)
+    return result | _save(loaded, parsed.config, (result, rows), notes)
 
 
 @contextmanager
@@ -81,14 +79,27 @@ def _load(config: EvaluateConfig | GenerateConfig) -> "ModelBundle":
     return load(config.init_from, config.out_dir, config.checkpoint, config.device, config.dtype, config.base_format)
 
 
-def check_run_flags(parsed: "ParsedArgs", notes: "Console") -> None:
-    """A note for flags of a run that is not read, since --init_from names a model; an error if that is the default."""
-    init_from = parsed.config.init_from
-    for flag in sorted(parsed.explicit.intersection(("out_dir", "checkpoint")) if init_from != "resume" else ()):
+def check_run_flags(parsed: "ParsedArgs", notes: "Console") -> Any:
+    """The config, in which --out_dir alone names the run to read, for any default of --init_from.
+
+    Prints a note for flags of a run that are not read. Raises InputError for two runs.
+    """
+    from graftlm.exchange.runs import RESUME, find_run
+
+    if "out_dir" in parsed.explicit and "init_from" not in parsed.explicit:
+        return replace(parsed.config, init_from=RESUME)
+    init_from, out_dir = parsed.config.init_from, parsed.config.out_dir
+    run = find_run(init_from, out_dir, parsed.config.checkpoint)
+    given = parsed.explicit.intersection(("out_dir", "checkpoint")) if init_from != RESUME else frozenset()
+    if run is not None:
+        if "out_dir" in given and Path(out_dir).resolve() != run.folder.resolve():
+            raise InputError(f"--init_from {init_from} and --out_dir {out_dir}: name two runs: leave one of them out")
+        is_checkpoint = Path(init_from).absolute() != run.folder.absolute()
+        given = given.intersection(("checkpoint",) if is_checkpoint else ())
+    for flag in sorted(given):
         line = f"--{flag} {getattr(parsed.config, flag)}: is not read, as --init_from is {init_from}"
-        if "init_from" not in parsed.explicit:
-            raise InputError(f"{line}: add --init_from resume to read a run")
         notes.print(line, markup=False)
+    return parsed.config
 
 
 def ray_log_level(parsed: "ParsedArgs") -> str:
@@ -136,7 +147,7 @@ def _evaluate(
 
 
 def _save(
-    loaded: "ModelBundle", config: EvaluateConfig, found: tuple[int | None, Result, list[Result]], notes: "Console"
+    loaded: "ModelBundle", config: EvaluateConfig, found: tuple[Result, list[Result]], notes: "Console"
 ) -> Result:
     """Save what was found in the run folder, unless --predictions names a file: {"saved": the file}.
 
@@ -144,23 +155,27 @@ def _save(
     """
     from graftlm.inference.saved_evaluations import save_evaluation
 
-    if config.predictions or loaded.run is None:
+    source = loaded.source
+    if config.predictions or source is None:
+        return {}
+    if "/" in source.checkpoint:
+        notes.print(f"the results of {source.path} are not saved: only those of best, last and base are", markup=False)
         return {}
     try:
-        return {"saved": str(save_evaluation(user_path(config.out_dir), _settings(loaded.run, config), *found))}
+        return {"saved": str(save_evaluation(source.folder, _settings(source, config), source.step, *found))}
     except GraftError as error:
         notes.print(f"the results are not saved: {error}", markup=False)
         return {}
 
 
-def _settings(run: Result, config: EvaluateConfig) -> Result:
+def _settings(source: "RunCheckpoint", config: EvaluateConfig) -> Result:
     """What an evaluation in a run folder is identified by: see `SavedEvaluation.settings`."""
     flags = [f for f in fields(config) if f.name not in NOT_SETTINGS]
     given = {f.name: value for f in flags if (value := getattr(config, f.name)) != f.default}
     split = config.split or ("all" if _reads_one_file(config) else "test")
     file = {"validation": config.val_data, "test": config.test_data}.get(split)
-    data = file or config.data or run["config"].get("data", TrainConfig.data)
-    return {**given, "checkpoint": config.checkpoint, "data": data, "split": split}
+    data = file or config.data or source.record["config"].get("data", TrainConfig.data)
+    return {**given, "checkpoint": source.checkpoint, "data": data, "split": split}
 
 
 def _reads_one_file(config: EvaluateConfig) -> bool:

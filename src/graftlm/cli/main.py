@@ -128,7 +128,7 @@ def _uses_sharding(config: Any) -> bool:
         return False
     flags = {"shard": config.shard, "rank": config.rank, "method": config.method}
     if config.resume:
-        from graftlm.exchange.load import read_run
+        from graftlm.exchange.runs import read_run
 
         try:
             recorded = read_run(Path(config.out_dir))["config"]
@@ -269,15 +269,15 @@ def _train(parsed: "ParsedArgs", notes: "Console") -> Result:
 def _prompt(parsed: "ParsedArgs", notes: "Console") -> Result:
     from graftlm.inference.prompting import prompt
 
-    check_run_flags(parsed, notes)
-    return prompt(parsed.config, partial(notes.print, markup=False), partial(display.progress, notes))
+    config = check_run_flags(parsed, notes)
+    return prompt(config, partial(notes.print, markup=False), partial(display.progress, notes))
 
 
 def _pairs(parsed: "ParsedArgs", notes: "Console") -> Result:
     from graftlm.inference.pairs import make_preferences
 
-    check_run_flags(parsed, notes)
-    return make_preferences(parsed.config, partial(notes.print, markup=False), partial(display.progress, notes))
+    config = check_run_flags(parsed, notes)
+    return make_preferences(config, partial(notes.print, markup=False), partial(display.progress, notes))
 
 
 def _compare(parsed: "ParsedArgs", notes: "Console") -> Result:

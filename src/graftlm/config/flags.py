@@ -88,7 +88,8 @@ class MethodFlags(Flags):
     """Model and method."""
 
     init_from: str = "smollm2-135m"
-    """The base model: a built-in name, a hub id (with @revision), a local folder or a .gguf file."""
+    """The base model: a built-in name, a hub id (with @revision), a local folder or a .gguf file; or a run folder, to
+    continue from what that run trained."""
     method: str = "lora"
     """The fine-tuning method; graft train --help lists them."""
     rank: int | None = None
@@ -269,7 +270,8 @@ def _build(
 
 def _title(positional: str) -> str:
     """What the usage line calls a word without dashes."""
-    return {"out_dir": "RUN", "data": "SOURCE"}.get(positional, positional.upper())
+    runs = {"out_dir": "RUN", "folders": "RUN", "adapters": "RUN"}
+    return {**runs, "data": "SOURCE"}.get(positional, positional.upper())
 
 
 def by_owner(config: type) -> Iterator[tuple[type, list["Field[Any]"]]]:
@@ -306,16 +308,18 @@ def _joined(command: str, words: Sequence[str], kinds: Mapping[str, Any], positi
     In this form argparse lets a value begin with a dash (one that begins with two dashes must be typed with `=`). Words
     without dashes become values of the positional field.
     """
-    rest, seen = iter(words), False
+    rest, seen, flagged = iter(words), "", ""
     for word in rest:
         if not word.startswith("--"):
             if not positional or (seen and not is_variadic(kinds[positional])):
                 raise InputError(f"unexpected {word!r}: flags begin with two dashes (see graft {command} --help)")
-            seen = True
+            seen = word
             yield f"--{positional}={word}"
             continue
         flag, equals, value = word.partition("=")
         name = flag[2:].replace("-", "_")
+        if name == "out_dir" and name not in kinds and _title(positional) == "RUN":
+            name = positional
         if name not in kinds and not equals and kinds.get(name.removeprefix("no_")) is bool:
             yield f"--{name}"
         elif name not in kinds:
@@ -325,7 +329,11 @@ def _joined(command: str, words: Sequence[str], kinds: Mapping[str, Any], positi
         elif kinds[name] is bool:
             yield f"--{name}" if not equals or parse_value(f"--{name} {value}", value, bool) else f"--no_{name}"
         else:
-            yield f"--{name}={value if equals else _following(flag, name, next(rest, None))}"
+            value = value if equals else _following(flag, name, next(rest, None))
+            flagged = value if name == positional else flagged
+            yield f"--{name}={value}"
+    if seen and flagged and not is_variadic(kinds[positional]) and Path(seen) != Path(flagged):
+        raise InputError(f"{seen} and --{positional} {flagged}: name the same thing twice: leave one of them out")
 
 
 def _following(flag: str, name: str, word: str | None) -> str:

@@ -19,9 +19,9 @@ class RunFlags(Flags):
     """Model."""
 
     init_from: str = "resume"
-    """"resume" for the run in --out_dir, or a model's name, folder or .gguf file."""
+    """A run folder (or a checkpoint in it), a base model's name, folder or .gguf file, or "resume" for --out_dir."""
     out_dir: str = "graft-run"
-    """The run folder to read when --init_from is resume."""
+    """The run folder to read, if --init_from does not name what to read."""
     checkpoint: Literal["best", "last", "base"] = "best"
     """Which checkpoint of the run; base: its base model, before training, with the run's template."""
     batch_size: int = bounded(32, ge=1)
@@ -179,7 +179,7 @@ class PromptConfig(RunFlags, SamplingFlags):
     """Answer questions by prompting alone: few-shot, chain of thought, zero-shot chain of thought."""
 
     init_from: str = "smollm2-135m"
-    """A model's name, folder or .gguf file, or "resume" for the run in --out_dir."""
+    """As in graft generate; with --out_dir alone, that run."""
     task: str = "electricity"
     """What to ask: electricity, arithmetic, rotten-tomatoes, imdb, or a .toml or .jsonl file (docs/prompting.md)."""
     style: Literal["all", "zero-shot", "few-shot", "few-shot-cot", "zero-shot-cot"] = "all"

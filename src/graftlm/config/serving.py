@@ -13,7 +13,7 @@ class ServeConfig(Flags):
 
     adapters: tuple[str, ...] = ()
     """LoRA runs (or PEFT LoRA folders) of one base, each as FOLDER or NAME=FOLDER; NAME is the model's name in
-    requests, by default the folder's name."""
+    requests, by default the folder's name. A run of another method is served alone."""
     init_from: str = ""
     """The base model: a built-in name, a hub id, a local folder or a .gguf file; or, without adapters, the folder of a
     run of any method. Default: the base that the runs were trained on; without adapters smollm2-135m."""

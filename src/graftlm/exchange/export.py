@@ -25,7 +25,8 @@ from graftlm.exchange.base_format import dequantize_base, format_note
 from graftlm.exchange.endings import write_generation_config, write_tokenizer
 from graftlm.exchange.gguf_export import GGUFExport, record_path
 from graftlm.exchange.huggingface import EXPORT_JSON, config_json_of, load_model, save_adapter, save_model
-from graftlm.exchange.load import DTYPES, ModelBundle, format_of_run, hub_revision, load, load_foreign_adapter, read_run
+from graftlm.exchange.load import DTYPES, ModelBundle, hub_revision, load, load_base, load_foreign_adapter
+from graftlm.exchange.runs import RESUME, find_run, format_of_run
 from graftlm.exchange.verify import ReferenceLogits
 from graftlm.files.atomic import atomic_directory, check_new_file, check_new_folder, write_json, write_text
 from graftlm.files.fetch import HUB_NAME
@@ -57,18 +58,19 @@ def export(config: ExportConfig, say: Callable[[str], object] = lambda line: Non
     `say` gets lines for the terminal. Raises InputError for wrong input, before anything is written; GraftError if the
     files, read back, do not give the run's logits, and then nothing is left.
     """
-    target, run_dir = Path(config.to), Path(config.out_dir)
+    target = Path(config.to)
     if config.format in ("gguf", "gguf-lora"):
         check_new_file(target, "to")
         check_new_file(record_path(target), "to")
     else:
         check_new_folder(target, "to")
-    run = read_run(run_dir)
-    method = method_from_json(run["method"])
+    source = find_run(RESUME, config.out_dir, config.checkpoint)
+    assert source is not None
+    run, method = source.record, method_from_json(source.record["method"])
     _check(config, method)
     # The base is loaded first, so that the run's update is added to its output and not merged into its weights.
     base = None if method.is_full_finetune else _dense_base(config, run, say)
-    loaded = load("resume", run_dir, config.checkpoint, "cpu", "float32", base=base)
+    loaded = load(RESUME, source.folder, source.checkpoint, device="cpu", dtype="float32", base=base)
     if config.format in GGUF_FORMATS:
         return _export_gguf(config, loaded, say)
     merged = config.format == "merged" or method.is_full_finetune
@@ -82,11 +84,11 @@ def export(config: ExportConfig, say: Callable[[str], object] = lambda line: Non
             format_, base_folder = "huggingface", folder
         else:
             format_ = save_adapter(folder, loaded.model, method.for_inference, *hub_revision(loaded.name))
-        ends = write_generation_config(folder, loaded)
+        origin = {**_origin(config, loaded), **write_generation_config(folder, loaded)}
         del loaded, base  # there may be memory for one model only
         read_back = _read_back(folder, base_folder, format_of_run(run))
-        verification = reference.verify(read_back, config.dtype, f"export of {run_dir}")
-        record = {"format": format_, **_origin(config, run), **ends, "verification": verification.to_json()}
+        verification = reference.verify(read_back, config.dtype, f"export of {source.folder}")
+        record = {"format": format_, **origin, "verification": verification.to_json()}
         write_json(folder / EXPORT_JSON, record)
         if merged:
             write_text(folder / "README.md", _card(target.resolve().name, record))
@@ -95,7 +97,7 @@ def export(config: ExportConfig, say: Callable[[str], object] = lambda line: Non
 
 def _dense_base(config: ExportConfig, run: dict[str, Any], say: Callable[[str], object]) -> ModelBundle:
     """The base of a run on the CPU in float32, dequantised if it was packed."""
-    base = load(run["base"]["name"], device="cpu", dtype="float32", base_format=format_of_run(run))
+    base = load_base(run["base"]["name"], device="cpu", dtype="float32", base_format=format_of_run(run))
     for note in format_note(base.model):
         say(f"{note}: {PACKED_NOTES[config.format in ('merged', 'gguf', 'ollama')]}")
     dequantize_base(base.model)
@@ -111,7 +113,7 @@ def _export_gguf(config: ExportConfig, loaded: ModelBundle, say: Callable[[str],
     origin = {
         "format": config.format,
         "quantization": config.quantization,
-        **_origin(config, loaded.run),
+        **_origin(config, loaded),
         "eos_token_id": loaded.eos_token_ids,
         "ends_with": loaded.tokenizer.token(loaded.eos_token_ids[0]),
     }
@@ -138,16 +140,17 @@ def _check(config: ExportConfig, method: Method) -> None:
         raise InputError(f"--quantization {config.quantization}: only for --format gguf and ollama: leave it out")
 
 
-def _origin(config: ExportConfig, run: dict[str, Any]) -> dict[str, Any]:
+def _origin(config: ExportConfig, loaded: ModelBundle) -> dict[str, Any]:
     """What export.json takes from the run."""
-    step = (Path(config.out_dir) / config.checkpoint).resolve().name
+    assert loaded.source is not None
+    run, checkpoint = loaded.source.record, Path(loaded.source.checkpoint).name
     return {
         "base": run["base"],
         "method": run["method"],
         "data": {key: run["data"].get(key) for key in ("name", "fingerprint", "chat")},
         "template": run["template"],
-        "checkpoint": f"{config.checkpoint}, {step}",
-        "val_metrics": (run.get("results") or {}).get(config.checkpoint),
+        "checkpoint": f"{checkpoint}, step-{loaded.source.step or 0}",
+        "val_metrics": (run.get("results") or {}).get(checkpoint),
         "dtype": config.dtype,
         "graftlm": version("graftlm"),
         "date": date.today().isoformat(),

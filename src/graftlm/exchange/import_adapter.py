@@ -36,6 +36,7 @@ from graftlm.exchange.load import (
     read_tokenizer,
     resolve_path,
 )
+from graftlm.exchange.runs import base_name
 from graftlm.exchange.verify import ReferenceLogits
 from graftlm.files.assets import model_folder
 from graftlm.files.atomic import atomic_directory, atomic_symlink, check_new_folder, write_json
@@ -93,7 +94,7 @@ def import_adapter(config: ImportConfig, say: Callable[[str], object] = lambda l
         }
         write_json(folder / "run.json", run)
         say(f"comparing logits on {reference.source}")
-        read_back = load("resume", folder, device="cpu", dtype="float32").model
+        read_back = load(str(folder), device="cpu", dtype="float32").model
         verification = reference.verify(read_back, "float32", f"import of {source}")
         imported["verification"] = verification.to_json()
         write_json(folder / "run.json", run)
@@ -103,7 +104,8 @@ def import_adapter(config: ImportConfig, say: Callable[[str], object] = lambda l
 def _base(config: ImportConfig, source: Path) -> tuple[str, Path]:
     """The base's name and folder: of --init_from, else the one that the adapter names."""
     if config.init_from:
-        return config.init_from, model_folder(config.init_from)
+        name = base_name(config.init_from)
+        return name, model_folder(name)
     name, file = base_of(source)
     try:
         return name, model_folder(name)

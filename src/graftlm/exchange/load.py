@@ -1,8 +1,8 @@
 """Load a model, or a run, by name: model, tokenizer and template, ready to use.
 
     load("smollm2-135m")                         a pretrained model
-    load("resume", "runs/demo", "last")          the same model, adapted by a run
-    load("resume", "runs/demo", "base")          the run's base, to be asked as the run is
+    load("runs/demo")                            the same model, adapted by a run
+    load("runs/demo", checkpoint="base")         the run's base, to be asked as the run is
 
 A run is loaded only onto the base it was trained on: the sha256 of the weights must be the same. Device and dtype are
 each chosen with a reason, because both change what a run costs.
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from graftlm.config.paths import split_choices, user_path
-from graftlm.config.renamed import upgrade_run
 from graftlm.errors import InputError
 from graftlm.exchange.base_format import choose_format, dense_hash, dequantize_base
 from graftlm.exchange.huggingface import (
@@ -34,6 +33,7 @@ from graftlm.exchange.huggingface import (
     read_adapter,
     read_object,
 )
+from graftlm.exchange.runs import RunCheckpoint, base_name, checkpoint_folder, find_run, format_of_run, read_run
 from graftlm.files.assets import model_folder
 from graftlm.files.formats import read_json
 from graftlm.methods import Method, method_from_json
@@ -64,6 +64,8 @@ class ModelBundle:
     """The run's template; None for a model without a run."""
     run: dict[str, Any] | None = None
     """The run's run.json; None for a model without a run."""
+    source: RunCheckpoint | None = None
+    """The run and its checkpoint; None for a model without a run."""
     base_format: str = "dense"
     """How the base's weights are kept (`base_format.py`)."""
 
@@ -90,7 +92,7 @@ def load(
     base_format: str = "auto",
     base: ModelBundle | None = None,
 ) -> ModelBundle:
-    """Load a model by name, or with init_from "resume" the model adapted by the run in `out_dir`.
+    """Load a model by name, or the model that a run adapted: init_from is its folder, or "resume" for `out_dir`.
 
     checkpoint: "best", "last", or "base" for the run's base with the run's template. base_format: as the flag; auto
     loads a run in the format in which it was trained. With `base`, a loaded model, the new model shares its tensors, so
@@ -99,39 +101,48 @@ def load(
     Raises InputError for an unknown name or device, a folder without a run or checkpoint, and a base whose weights
     are not those the run was trained on.
     """
+    run = find_run(init_from, out_dir, checkpoint)
+    if run is None:
+        return load_base(init_from, device, dtype, base_format)
+    return _load_run(run, device, dtype, base_format, base)
+
+
+def load_base(name: str, device: str = "auto", dtype: str = "auto", base_format: str = "auto") -> ModelBundle:
+    """Load a model to adapt, as `load` does; of a run only if it trained all weights (`base_name`)."""
+    name = base_name(name)
+    target = pick_device(device)
+    compute_dtype, reason = pick_dtype(dtype, target)
+    base_format = choose_format(base_format, name, target, compute_dtype)
+    folder = model_folder(name, packed=base_format == "stored")
+    check_no_adapter(folder)
+    model = load_model(folder, target, compute_dtype, base_format)
+    return ModelBundle(model, read_tokenizer(folder), name, folder, reason, base_format=base_format)
+
+
+def _load_run(
+    source: RunCheckpoint, device: str, dtype: str, base_format: str, base: ModelBundle | None
+) -> ModelBundle:
+    """The model of a run's checkpoint; with `base`, on that loaded model, and with its device and dtype."""
     if base is not None:
         device, dtype = str(base.model.device), str(base.model.dtype).removeprefix("torch.")
     target = pick_device(device)
     compute_dtype, reason = pick_dtype(dtype, target)
-    if init_from != "resume":
-        base_format = choose_format(base_format, init_from, target, compute_dtype)
-        folder = model_folder(init_from, packed=base_format == "stored")
-        check_no_adapter(folder)
-        model = load_model(folder, target, compute_dtype, base_format)
-        return ModelBundle(model, read_tokenizer(folder), init_from, folder, reason, base_format=base_format)
-    run_dir = user_path(out_dir or "graft-run")
-    run = read_run(run_dir)
-    path, name = None if checkpoint == "base" else checkpoint_folder(run_dir, checkpoint), run["base"]["name"]
+    run, run_dir, name = source.record, source.folder, source.record["base"]["name"]
     kept, asked = _formats(base_format, run, run_dir)
     folder = model_folder(name, packed=kept == "stored") if base is None or base.name != name else base.folder
     check_base(folder, run, run_dir)
     method = method_from_json(run["method"])
     if base is None:
-        model = load_checkpoint(path, folder, method, target, compute_dtype, (kept, asked == "dense"))
-    elif base.folder == folder and base.run is None and path is not None:
-        model = adapter_on_shared_base(base.model, path, method)
+        model = load_checkpoint(source.path, folder, method, target, compute_dtype, (kept, asked == "dense"))
+    elif base.folder == folder and base.run is None and source.path is not None:
+        model = adapter_on_shared_base(base.model, source.path, method)
     else:
         raise InputError(f"{run_dir}: is an adapter of {name}; load that model and pass it as base")
-    template = Template.of_run(run)
-    loaded = ModelBundle(model, read_tokenizer(folder), name, folder, reason, template, run, asked)
+    tokenizer, template = read_tokenizer(folder), Template.of_run(run)
+    loaded = ModelBundle(model, tokenizer, name, folder, reason, template, run, source, asked)
     loaded.tokenizer.date = run.get("date")
     loaded.tokenizer.stop_tokens |= {*loaded.eos_token_ids}  # also in plain text
     return loaded
-
-
-def format_of_run(run: dict[str, Any]) -> str:
-    """The format in which the base of a run was kept: that of its hash."""
-    return str(run["base"].get("format", "dense"))
 
 
 def _formats(flag: str, run: dict[str, Any], run_dir: Path) -> tuple[str, str]:
@@ -143,16 +154,6 @@ def _formats(flag: str, run: dict[str, Any], run_dir: Path) -> tuple[str, str]:
     if trained == "dense" and asked == "stored":  # the same numbers
         return asked, asked
     raise InputError(f"--base_format {flag}: {run_dir} was trained with {trained}; use that, or dense")
-
-
-def read_run(run_dir: Path) -> dict[str, Any]:
-    """The run.json of a run folder; an InputError if there is no valid one."""
-    if not (run_dir / "run.json").is_file():
-        raise InputError(f"{run_dir}: holds no run (no run.json); train one with graft train --out_dir {run_dir}")
-    run = read_json(run_dir / "run.json")
-    if not isinstance(run, dict) or not {"config", "method", "base", "data", "template"} <= run.keys():
-        raise InputError(f"{run_dir / 'run.json'}: is no record of a run; restore it, or train again in another folder")
-    return upgrade_run(run)
 
 
 def learned_chat(folder: Path, tokenizer: Tokenizer) -> bool:
@@ -204,14 +205,6 @@ def adapter_notes(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> li
     if other := sorted(own.added_tokens.items() - tokenizer.added_tokens.items()):
         notes.append(f"{folder}: its tokenizer has tokens that the base's lacks, such as {other[0][0]}: {use}")
     return notes
-
-
-def checkpoint_folder(run_dir: Path, checkpoint: str) -> Path:
-    """The folder of a run's checkpoint: best, last, or a path inside the run; an InputError if it is missing."""
-    path = run_dir / checkpoint
-    if not path.is_dir():
-        raise InputError(f"{path}: no such checkpoint; the run has not saved one yet, go on with graft train --resume")
-    return path
 
 
 def resolve_path(name: str) -> str:

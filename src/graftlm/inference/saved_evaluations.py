@@ -60,12 +60,6 @@ def read_evaluations(run_dir: Path) -> list[SavedEvaluation]:
     return sorted(found, key=lambda e: (e.settings["checkpoint"], len(e.settings), _as_text(e.settings)))
 
 
-def checkpoint_step(run_dir: Path, checkpoint: str) -> int | None:
-    """The step of "best" or "last", by the folder that it links to; None if that does not say."""
-    step = (run_dir / checkpoint).resolve().name.removeprefix("step-")
-    return int(step) if step.isdecimal() else None
-
-
 def _as_text(settings: Mapping[str, Any]) -> str:
     return json.dumps(settings, sort_keys=True)
 

@@ -35,8 +35,11 @@ except ModuleNotFoundError as error:
     raise InputError(f"graft serve needs the {error.name} package: pip install 'graftlm[serve]'") from None
 
 from graftlm.exchange.huggingface import ADAPTER_CONFIG, OWN_CONFIG
-from graftlm.exchange.load import ModelBundle, adapter_notes, learned_chat, load, read_run, resolve_path
+from graftlm.exchange.load import ModelBundle, adapter_notes, learned_chat, load, load_base, resolve_path
+from graftlm.exchange.runs import find_run, read_run
 from graftlm.inference.engine import Engine
+from graftlm.methods import method_from_json
+from graftlm.methods.lora import LoRA
 from graftlm.text.chat import Chat
 from graftlm.text.template import Template, load_template
 
@@ -56,13 +59,13 @@ def serve(config: ServeConfig, warn: Callable[[str], None]) -> Iterator[dict[str
     """
     key = config.api_key or os.environ.get(KEY_VARIABLE, "")
     check_api_key(key, KEY_VARIABLE)
+    config = _with_run_as_base(config)
     folders = parse_adapter_args(config.adapters)
     runs = {name: run_of(folder) for name, folder in folders.items()}
     base = base_of(config, runs)
-    is_run = (Path(base) / "run.json").is_file()
     with listening(config.host, config.port) as listener:
-        name = "resume" if is_run else base
-        loaded = load(name, base, device=config.device, dtype=config.dtype, base_format=config.base_format)
+        load_one = load_base if folders else load
+        loaded = load_one(base, device=config.device, dtype=config.dtype, base_format=config.base_format)
         templates = templates_of(config, loaded, runs)
         engine = Engine(loaded, folders, max_rows=config.max_batch_size)
         try:
@@ -94,6 +97,16 @@ def serve(config: ServeConfig, warn: Callable[[str], None]) -> Iterator[dict[str
 
 
 # What is served -------------------------------------------------------------------------------------------------------
+
+
+def _with_run_as_base(config: ServeConfig) -> ServeConfig:
+    """The flags, with a single run that is not served next to its base as the base."""
+    if len(config.adapters) > 1 or config.init_from:
+        return config
+    run = next(filter(None, map(find_run, config.adapters)), None)
+    if run is None or type(method_from_json(run.record["method"])) is LoRA:
+        return config
+    return replace(config, adapters=(), init_from=config.adapters[0])
 
 
 def parse_adapter_args(adapters: tuple[str, ...]) -> dict[str, Path]:

@@ -197,7 +197,9 @@ class _Sweep:
             flags |= {name: trial.flags[name] for name in ("device", "dtype") if name in trial.flags}
             flags |= {"out_dir": folder / "run", "checkpoint": checkpoint}
         else:
-            flags |= {"init_from": TrainConfig.init_from, **trial.flags, "split": "test"}
+            # The defaults of training, which are not those of evaluating a run that --init_from names.
+            defaults = {name: getattr(TrainConfig, name) for name in ("init_from", "data", "template", "labels")}
+            flags |= {**defaults, "chat": "off", **trial.flags, "split": "test"}
             del flags["method"]
         metrics = json.loads(self.runner.run(["evaluate", *_argv(flags), "--json"], folder))
         write_json(path, {"eval_config": self.eval_config, "reading": metrics})

@@ -10,15 +10,18 @@ counted: FLOPs other than matrix products, temporary buffers, and the memory of 
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from graftlm.config import EstimateConfig
+from graftlm.config import EstimateConfig, TrainConfig
+from graftlm.config.flags import MethodFlags
 from graftlm.errors import InputError
 from graftlm.exchange.base_format import packed_sizes
+from graftlm.exchange.load import read_config
+from graftlm.exchange.runs import find_run
 from graftlm.files.assets import BUILTIN_MODELS, model_config
 from graftlm.methods import Adapter, Full, LoRA, Method, PrefixTuning, cost_model, method_from_flags
 from graftlm.methods.base import parse_layer_range
@@ -30,6 +33,7 @@ from graftlm.models.mlp import MLP
 from graftlm.models.packed import FORMATS
 from graftlm.models.presets import SHAPES
 from graftlm.training.reporting import saved_activation_bytes
+from graftlm.training.run_manifest import resolve_init
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MLP_FLAGS = {"mlp_widths", "method", "rank", "dtype", "device_gflops"}
@@ -41,9 +45,7 @@ def estimate(config: EstimateConfig, explicit: Set[str]) -> dict[str, Any]:
     """The JSON object of `graft estimate`, with all formulas; `explicit` are the flags on the command line."""
     if "mlp_widths" in explicit:
         return _estimate_mlp(config, explicit)
-    model = load_config(config.init_from)
-    method = method_from_flags(config, explicit)
-    method = replace(method, layers=parse_layer_range(config.train_layers, model.num_layers))
+    model, method = _model_and_method(config, explicit)
     if config.shard and method.is_full_finetune:
         raise InputError(f"--shard is for frozen weights; the weights of --method {method.name} are sharded anyway")
     with torch.device("meta"):
@@ -66,6 +68,19 @@ def estimate(config: EstimateConfig, explicit: Set[str]) -> dict[str, Any]:
     if config.batch_size:
         result["step"] = _step(config, model, method, sharding, result)
     return {**result, "paper": lora_paper(config.init_from, model, method)}
+
+
+def _model_and_method(config: EstimateConfig, explicit: Set[str]) -> tuple[ModelConfig, Method]:
+    """What `graft train` with these flags would train: of a run, its base and the method that training continues."""
+    if find_run(config.init_from) is None:
+        model, method = load_config(config.init_from), method_from_flags(config, explicit)
+    else:
+        flags = {f.name: getattr(config, f.name) for f in fields(MethodFlags)}
+        source = resolve_init(TrainConfig(**flags, plan=True), explicit, resumed=False, weights=False)
+        model, method = read_config(source.folder), source.method
+        if source.adapter is not None:
+            return model, method
+    return model, replace(method, layers=parse_layer_range(config.train_layers, model.num_layers))
 
 
 def _pack(config: EstimateConfig, model: ModelConfig, method: Method, result: dict[str, Any]) -> None:

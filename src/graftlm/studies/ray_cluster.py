@@ -261,8 +261,10 @@ CHUNKS_PER_SLOT = 4
 class ModelSpec:
     """A model that each worker loads, and what the worker verifies."""
 
-    args: tuple[str, str, str, str, str, str]
-    """Of `load`: init_from, out_dir, checkpoint, device, dtype, base_format."""
+    name: str
+    """A base, or a run folder."""
+    args: tuple[str, str, str, str]
+    """Of `load`: checkpoint, device, dtype, base_format."""
     version: str
     environment: tuple[tuple[str, str], ...]
     """Environment variables to set before torch looks for devices."""
@@ -272,12 +274,12 @@ class ModelSpec:
 
 def ray_predictor(cluster: Cluster, config: EvaluateConfig, loaded: "ModelBundle") -> "Predictor":
     """A predictor for `evaluate` with replicas of `loaded`, which `config` names."""
-    is_path = config.init_from != "resume" and Path(config.init_from).exists()
-    init_from = str(Path(config.init_from).absolute()) if is_path else config.init_from
+    name = loaded.name if loaded.source is None else str(loaded.source.folder)
+    checkpoint = "best" if loaded.source is None else loaded.source.checkpoint
+    name = str(Path(name).absolute()) if Path(name).exists() else name
     dtype = str(loaded.model.dtype).removeprefix("torch.")
-    run_dir = str(Path(config.out_dir).absolute())
-    args = (init_from, run_dir, config.checkpoint, config.device, dtype, loaded.base_format)
-    spec = ModelSpec(args, version("graftlm"), tuple(cluster.task_env.items()))
+    args, environment = (checkpoint, config.device, dtype, loaded.base_format), tuple(cluster.task_env.items())
+    spec = ModelSpec(name, args, version("graftlm"), environment)
     spec = replace(spec, sha256=_fingerprint(spec, loaded))
     task = cluster.task(_run_chunk, retries=MAX_RETRIES)
 
@@ -325,9 +327,9 @@ def _load(spec: ModelSpec) -> "ModelBundle":
 
     if (installed := version("graftlm")) != spec.version:
         raise InputError(f"graftlm is {installed} there and {spec.version} here: install the same on every node")
-    loaded = load(*spec.args)
+    loaded = load(spec.name, None, *spec.args)
     if _fingerprint(spec, loaded) != spec.sha256:
-        raise InputError(f"{spec.args[0 if loaded.run is None else 1]}: has other weights there")
+        raise InputError(f"{spec.name}: has other weights there")
     return loaded
 
 
@@ -336,8 +338,7 @@ def _fingerprint(spec: ModelSpec, loaded: "ModelBundle") -> str:
     from graftlm.exchange.huggingface import base_hash
 
     hashes = [base_hash(loaded.folder)]
-    if loaded.run is not None:
-        folder = Path(*spec.args[1:3])
+    if loaded.source is not None and (folder := loaded.source.path) is not None:
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         hashes += [f"{path.relative_to(folder)} {sha256_file(path)}" for path in files]
     return hashlib.sha256(json.dumps(hashes).encode("utf-8")).hexdigest()

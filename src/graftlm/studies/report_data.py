@@ -24,9 +24,10 @@ from typing import Any
 
 from graftlm.config.renamed import upgrade_run
 from graftlm.errors import InputError
+from graftlm.exchange.runs import checkpoint_step
 from graftlm.files.formats import read_json
 from graftlm.inference.metrics import GARBAGE, confusion, macro_f1, wilson
-from graftlm.inference.saved_evaluations import FOLDER, SavedEvaluation, checkpoint_step, read_evaluations
+from graftlm.inference.saved_evaluations import FOLDER, SavedEvaluation, read_evaluations
 from graftlm.studies.results_table import FAILED
 from graftlm.studies.sweep import ZERO_SHOT
 

@@ -24,7 +24,8 @@ from graftlm.config import TrainConfig
 from graftlm.config.flags import ROWS, MethodFlags
 from graftlm.errors import InputError
 from graftlm.exchange.huggingface import check_no_adapter, read_adapter
-from graftlm.exchange.load import check_base, format_of_run, read_run, resolve_path
+from graftlm.exchange.load import check_base, resolve_path
+from graftlm.exchange.runs import RESUME, find_run, format_of_run, read_run
 from graftlm.files.assets import model_folder
 from graftlm.files.atomic import LOCK_NAME, write_json
 from graftlm.files.formats import tensors_sha256
@@ -257,20 +258,19 @@ def resolve_init(
     Raises InputError for a model that cannot be found, a run whose base has changed, and flags that contradict the
     method of the run it starts from.
     """
-    path = Path(config.init_from)
-    if (path / "run.json").is_file():
-        run_dir, checkpoint = path, path / "best"
-    elif path.is_dir() and (path.parent / "run.json").is_file():
-        run_dir, checkpoint = path.parent, path
-    else:
+    if config.init_from == RESUME:
+        raise InputError(
+            "--init_from resume: is for graft generate and evaluate; graft train continues a run with --resume, and "
+            "starts a new one from it with --init_from FOLDER"
+        )
+    source = find_run(config.init_from)
+    if source is None:
         method = method_from_flags(config, typed)
         base_format = select_format(config.init_from, method)
         folder = model_folder(config.init_from, weights, base_format == "stored")
         check_no_adapter(folder)
         return InitSource(resolve_path(config.init_from), folder, method, base_format)
-    run = read_run(run_dir)
-    if not checkpoint.is_dir():
-        raise InputError(f"--init_from {run_dir}: the run has no checkpoint yet; resume it with graft train --resume")
+    run, run_dir, checkpoint = source.record, source.folder, source.folder / source.checkpoint
     saved, chat = method_from_json(run["method"]), bool(run["data"].get("chat"))
     if saved.is_full_finetune:
         name, method = resolve_path(str(checkpoint)), method_from_flags(config, typed)
