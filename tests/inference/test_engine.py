@@ -369,6 +369,22 @@ def test_scores_are_those_of_evaluate(loaded: ModelBundle, tmp_path: Path) -> No
         engine.close()
 
 
+def test_embeddings_of_a_batch_are_those_of_each_text_alone(
+    engine: Engine, loaded: ModelBundle, alone: dict[str | None, CausalLM]
+) -> None:
+    gate = Gate(engine, loaded)  # meanwhile they line up, and are computed together
+    texts = [ids(text, loaded) for text in ("a film", "x", "the plot of this one is")]
+    futures = [(name, text, engine.embed(text, name)) for text in texts for name in alone]
+    gate.open()
+    for name, text, future in futures:
+        with torch.no_grad():
+            expected = alone[name].hidden_states(torch.tensor([text]))[0].mean(0)
+        assert future.result(60) == pytest.approx(expected.tolist(), rel=1e-9)
+    for wrong, message in (((), "the text is empty"), ((257,), "the text has a token 257"), ((1,) * 97, "has 97 tok")):
+        with pytest.raises(InputError, match=message):
+            engine.embed(wrong)
+
+
 # What goes wrong ------------------------------------------------------------------------------------------------------
 
 

@@ -40,6 +40,7 @@ class FakeEngine:
     def reset(self) -> None:
         """As it was made."""
         self.answer, self.pause, self.finish = "fine film", 0.0, "stop"
+        self.embedded = 0.5  # the last number of the base's embeddings
         self.ends = False  # whether an end-of-text token is reported, too
         self.others: list[int] = []  # tokens that are likelier than any other
         self.refuse: Exception | None = None
@@ -102,6 +103,12 @@ class FakeEngine:
         self.scored.append((prompt, options, adapter))
         found: Future[list[float]] = Future()
         found.set_result([-1.0 - number - (adapter is not None) * number for number in range(len(options))])
+        return found
+
+    def embed(self, text: Sequence[int], adapter: str | None = None) -> "Future[list[float]]":
+        """The number of tokens, and a number of the model's."""
+        found: Future[list[float]] = Future()
+        found.set_result([float(len(text)), self.embedded if adapter is None else -0.1])
         return found
 
     def stats(self) -> dict[str, Any]:

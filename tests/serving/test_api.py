@@ -4,10 +4,12 @@ The engine is a fake whose answers, pace and failures a test decides; `test_serv
 """
 
 import asyncio
+import base64
 import gzip
 import json
 import logging
 import socket
+import struct
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -434,6 +436,83 @@ def test_classify_many_texts_of_some_models_and_says_what_was_cut(http: httpx.Cl
     assert error(http.post("/v1/classify", json={"text": "a", "models": ["x"]}), 404)["code"] == "model_not_found"
 
 
+# Embeddings and tokens ------------------------------------------------------------------------------------------------
+
+
+def test_embeddings_as_numbers_and_in_base64(client: openai.OpenAI, engine: FakeEngine) -> None:
+    found = client.embeddings.create(model="base", input="a film")  # which OpenAI's client asks for in base64
+    assert [each.embedding for each in found.data] == [[6.0, 0.5]]
+    assert (found.usage.prompt_tokens, found.usage.total_tokens) == (6, 6)
+    assert (found.model_extra or {})["pooling"] == "mean of the last hidden states"
+    for encoding in ("float", "base64"):
+        asked: Any = {"model": "one", "input": ["é"] * 70 + ["abc"], "encoding_format": encoding, "user": "me"}
+        found = client.embeddings.create(**asked)
+        assert [each.index for each in found.data] == list(range(71)) and found.usage.total_tokens == 143
+        numbers = [each.embedding for each in found.data[-2:]]
+        if encoding == "base64":
+            numbers = [list(struct.unpack("<2f", base64.b64decode(str(text)))) for text in numbers]
+        assert numbers == [[2.0, pytest.approx(-0.1)], [3.0, pytest.approx(-0.1)]]
+    found = client.embeddings.create(model="base", input=[[5, 6, 7], [5]], encoding_format="float")
+    assert [each.embedding[0] for each in found.data] == [3.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input": ""}, "input: must be a text, a list of texts"),
+        ({"input": []}, "input: must be a text, a list of texts"),
+        ({"input": ["a"] * 2049}, "input: at most 2048 texts"),
+        ({"input": ["a", "x" * 201]}, "201 tokens, and base reads at most 200: shorten the text"),
+        ({"dimensions": 2}, "dimensions is not supported: leave it out"),
+        ({"encoding_format": "int8"}, "encoding_format: must be float or base64"),
+    ],
+)
+def test_embeddings_refuse(change: dict[str, Any], message: str, http: httpx.Client) -> None:
+    body = {"model": "base", "input": "a", **change}
+    assert error(http.post("/v1/embeddings", json=body), 400)["message"].startswith(message)
+
+
+def test_an_embedding_without_numbers_is_an_error(http: httpx.Client, engine: FakeEngine) -> None:
+    engine.embedded = float("nan")
+    found = error(http.post("/v1/embeddings", json={"model": "base", "input": "a"}), 500)
+    assert found["message"].startswith("the hidden states are NaN")
+
+
+def test_texts_to_tokens_and_back(http: httpx.Client, made: tuple[Service, FakeEngine]) -> None:
+    tokenizer = made[0].tokenizer
+    text = "é <|endoftext|> ok "
+    found = http.post("/tokenize", json={"prompt": text, "return_token_strs": True}).json()
+    assert found["tokens"] == tokenizer.encode(text) and found["count"] == len(found["tokens"]) == len(text.encode())
+    assert found["max_model_len"] == 200 and found["token_strs"][2:5] == [" ", "<", "|"]
+    back = http.post("/detokenize", json={"tokens": found["tokens"], "model": "one"}).json()
+    assert back == {"prompt": text}
+    assert http.post("/detokenize", json={"tokens": [tokenizer.eot]}).json() == {"prompt": "<|endoftext|>"}
+    assert http.post("/tokenize", json={"prompt": "", "add_special_tokens": False}).json()["tokens"] == []
+    talk = http.post("/tokenize", json=TALK).json()
+    assert tokenizer.decode(talk["tokens"]) == "<user>a film</user><assistant>" and talk["token_strs"] is None
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "message"),
+    [
+        ("tokenize", {}, 400, "give either prompt or messages"),
+        ("tokenize", {"prompt": "a", "messages": TALK["messages"]}, 400, "give either prompt or messages"),
+        (
+            "tokenize",
+            {"messages": TALK["messages"], "add_generation_prompt": False},
+            400,
+            "add_generation_prompt: must",
+        ),
+        ("tokenize", {"prompt": "a", "model": "no"}, 404, "there is no model 'no'"),
+        ("detokenize", {"tokens": [5, 257]}, 400, "tokens has a token 257: the model's are 0 to 256"),
+        ("detokenize", {"tokens": "a"}, 400, "tokens: must be a list of token ids"),
+        ("detokenize", {}, 400, "tokens is missing: a list of token ids"),
+    ],
+)
+def test_tokenize_refuses(path: str, body: dict[str, Any], status: int, message: str, http: httpx.Client) -> None:
+    assert error(http.post(f"/{path}", json=body), status)["message"].startswith(message)
+
+
 # What is refused ------------------------------------------------------------------------------------------------------
 
 
@@ -532,7 +611,7 @@ def test_what_changes_nothing_is_taken(http: httpx.Client, engine: FakeEngine) -
     "content",
     [b"", b"{", b"null", b"[]", b"5", b'"a"', b"\xff\xfe", b"[" * 100_000, b'{"a":' * 50_000, b'{"model": "\\ud800"}'],
 )
-@pytest.mark.parametrize("path", ["completions", "chat/completions", "classify"])
+@pytest.mark.parametrize("path", ["completions", "chat/completions", "classify", "embeddings"])
 def test_malformed_bodies(http: httpx.Client, path: str, content: bytes) -> None:
     answer = http.post(f"/v1/{path}", content=content, headers={"Content-Type": "application/json; charset=utf-8"})
     assert error(answer, 400)["message"].startswith("the body is no")
@@ -688,6 +767,8 @@ def test_the_key(made: tuple[Service, FakeEngine], engine: FakeEngine, caplog: p
     with caplog.at_level(logging.DEBUG), serving(made[0], api_key="s3cret-key") as url:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic s3cret-key"}):
             for answer in (
+                httpx.post(f"{url}/tokenize", json={"prompt": "a"}, headers=headers),
+                httpx.post(f"{url}/detokenize", json={"tokens": [1]}, headers=headers),
                 httpx.post(f"{url}/v1/completions", json=TEXT, headers=headers),
                 httpx.get(f"{url}/v1/models", headers=headers),
             ):

@@ -188,6 +188,17 @@ def test_lm_evaluation_harness_gets_the_label_scores_of_evaluate(client: openai.
     assert sums == pytest.approx(expected.flatten().tolist(), abs=1e-5)
 
 
+def test_embeddings_are_means_of_the_last_hidden_states(client: openai.OpenAI, home: Path) -> None:
+    texts = ["good fun", "dull", "a film that is neither é"]
+    for name, folder in (("base", None), ("one", "one")):
+        loaded = load("resume", home / folder, dtype="float32") if folder else load(str(home / "base"), dtype="float32")
+        found = client.embeddings.create(model=name, input=texts)
+        for text, each in zip(texts, found.data, strict=True):
+            with torch.no_grad():
+                hidden = loaded.model.eval().hidden_states(torch.tensor([loaded.tokenizer.encode_prompt(text)]))
+            assert each.embedding == pytest.approx(hidden[0].mean(0).tolist(), abs=1e-5)
+
+
 def test_a_seed_decides_the_answer(client: openai.OpenAI) -> None:
     def ask(seed: int) -> list[str]:
         found = client.completions.create(model="one", prompt="good", max_tokens=12, seed=seed, n=3)

@@ -48,7 +48,7 @@ from graftlm.inference.requests import (
     as_graft_error,
 )
 from graftlm.inference.sampling import check_tokens
-from graftlm.inference.scoring import score_labels
+from graftlm.inference.scoring import mean_hidden_states, score_labels
 from graftlm.methods.multi_lora import MultiLoRAModel, stack
 from graftlm.models import KVCache
 from graftlm.text.collate import Example
@@ -148,7 +148,18 @@ class Engine:
             raise InputError(
                 f"prompt and option have {fed + 1} tokens, the model reads at most {self._model.max_seq_len}"
             )
-        request = ScoreRequest(tuple(prompt), tuple(map(tuple, options)), adapter, skip, Future())
+        return self._submit_score(ScoreRequest(tuple(prompt), tuple(map(tuple, options)), adapter, skip, Future()))
+
+    def embed(self, text: Sequence[int], adapter: str | None = None) -> "Future[list[float]]":
+        """The mean of the last hidden states over a text's tokens. Raises as `submit`."""
+        if not len(text):
+            raise InputError("the text is empty: give at least one token")
+        self._check(text, adapter, "the text")
+        if len(text) > self._model.max_seq_len:
+            raise InputError(f"the text has {len(text)} tokens, the model reads at most {self._model.max_seq_len}")
+        return self._submit_score(ScoreRequest(tuple(text), (), adapter, 0, Future()))
+
+    def _submit_score(self, request: ScoreRequest) -> "Future[list[float]]":
         request.done.set_running_or_notify_cancel()
         self._enqueue(self._score_requests, request)
         return request.done
@@ -309,13 +320,16 @@ class Engine:
                 return
             first = self._score_requests[0]
             similar = [r for r in self._score_requests if (r.adapter, r.options) == (first.adapter, first.options)]
-            longest = max(len(request.prompt) for request in similar) + max(map(len, first.options))
+            longest = max(len(request.prompt) for request in similar) + max(map(len, first.options), default=0)
             affected += similar[: max(1, MAX_PREFILL_TOKENS // longest)]
             self._score_requests = deque(request for request in self._score_requests if request not in affected)
         examples = [Example(each.prompt, (), None, "", "", "the prompt", skip=each.skip) for each in affected]
         with self._using(first.adapter):
-            rows = score_labels(self._model, examples, first.options).tolist()
-        for request, scores in zip(affected, rows, strict=True):
+            if first.options:
+                rows = score_labels(self._model, examples, first.options)
+            else:
+                rows = mean_hidden_states(self._model, [each.prompt for each in affected])
+        for request, scores in zip(affected, rows.tolist(), strict=True):
             request.done.set_result(scores)
             self._count("completed")
 

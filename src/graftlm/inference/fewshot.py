@@ -24,9 +24,8 @@ import torch
 
 from graftlm.config.inference import DemoSelection
 from graftlm.errors import InputError
-from graftlm.exchange.load import to_float64
-from graftlm.inference.decoder import right_pad
 from graftlm.inference.generate import eval_mode
+from graftlm.inference.scoring import mean_hidden_states
 from graftlm.models import CausalLM
 from graftlm.text.boundary import label_ids
 from graftlm.text.collate import Example, encode_rows, sort_by_hash
@@ -180,11 +179,7 @@ def embedder(model: CausalLM, tokenizer: Tokenizer, batch_size: int = 32) -> Emb
         with eval_mode(model):
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
-                padded, lengths = right_pad([ids[row] for row in rows], model.device)
-                hidden = to_float64(model.hidden_states(padded))
-                lengths = lengths.to(hidden.device)
-                real = torch.arange(padded.shape[1], device=hidden.device) < lengths[:, None]
-                mean = (hidden * real[..., None]).sum(1) / lengths[:, None]
+                mean = mean_hidden_states(model, [ids[row] for row in rows])
                 embedded[rows] = torch.nn.functional.normalize(mean, dim=-1).cpu().numpy()
         return embedded
 

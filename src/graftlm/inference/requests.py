@@ -144,7 +144,7 @@ class RequestHandle(Row):
 
 @dataclass(frozen=True, eq=False)
 class ScoreRequest:
-    """Options to score after a prompt."""
+    """Options to score after a prompt; without options, a text whose mean hidden state is asked for."""
 
     prompt: tuple[int, ...]
     options: tuple[tuple[int, ...], ...]

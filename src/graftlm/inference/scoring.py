@@ -4,7 +4,7 @@ A label's score is the sum of its tokens' log-probabilities, for labels of any n
 all prompts is computed once per call, the common prefix of an example's tails once per example, and the head runs only
 where a tail's token is predicted. Rows are sorted by length for speed and returned in the data's order.
 
-Letters: N examples, L labels, B rows of a batch, T tokens of a pass, V tokens of the vocabulary.
+Letters: N examples, L labels, B rows of a batch, T tokens of a pass, V tokens of the vocabulary, d hidden size.
 """
 
 from collections.abc import Iterator, Sequence
@@ -106,6 +106,15 @@ def score_labels(
     """The labels' scores [N, L] alone, as in `Scores.labels`."""
     plans = _label_plans(examples, label_ids)
     return _sums(model, plans, examples, len(label_ids) + 1, batching or Batching())[:, :-1]
+
+
+def mean_hidden_states(model: CausalLM, rows: Sequence[Sequence[int]]) -> Tensor:
+    """The mean over each row's tokens of the hidden states after the last norm, [B, d] float64."""
+    ids, lengths = right_pad(rows, model.device)
+    hidden = to_float64(model.hidden_states(ids))
+    lengths = lengths.to(hidden.device)
+    real = torch.arange(ids.shape[1], device=hidden.device) < lengths[:, None]
+    return hidden.masked_fill(~real[..., None], 0).sum(1) / lengths[:, None]
 
 
 def score_batches(

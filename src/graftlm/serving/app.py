@@ -7,13 +7,17 @@
     POST /v1/completions         continue prompts
     POST /v1/chat/completions    answer messages, in the model's own chat template
     POST /v1/classify            label probabilities of texts, from the base and its adapters
+    POST /v1/embeddings          the mean of each text's last hidden states
+    POST /tokenize, /detokenize  text to token ids and back, as vLLM has it
 
 The base and all its adapters are models of one engine, so requests to different ones are decoded in one batch.
 Tokenisation runs off the event loop: a long prompt does not block other requests.
 """
 
 import asyncio
+import base64
 import math
+import struct
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +35,7 @@ from graftlm.errors import GraftError, InputError, did_you_mean
 from graftlm.inference.engine import Engine
 from graftlm.inference.grammar import Grammar, Grammars
 from graftlm.inference.requests import Request
+from graftlm.inference.sampling import check_tokens
 from graftlm.serving.middleware import SecurityMiddleware, error_response, read_body
 from graftlm.serving.responses import (
     INTERNAL_ERROR,
@@ -41,7 +46,19 @@ from graftlm.serving.responses import (
     stream_response,
     to_http_error,
 )
-from graftlm.serving.schemas import MAX_CHOICES, APIError, ChatBody, ClassifyBody, CompletionBody, Sampling, parse_body
+from graftlm.serving.schemas import (
+    MAX_CHOICES,
+    APIError,
+    ChatBody,
+    ClassifyBody,
+    CompletionBody,
+    DetokenizeBody,
+    EmbeddingBody,
+    MessageBody,
+    Sampling,
+    TokenizeBody,
+    parse_body,
+)
 from graftlm.text.boundary import split_prompt
 from graftlm.text.chat import Chat
 from graftlm.text.collate import Example, encode_rows
@@ -51,8 +68,8 @@ from graftlm.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16
 """Of a completion whose request does not set max_tokens, as in OpenAI's API."""
-CLASSIFY_CONCURRENCY = 64
-"""Prompts of one classification that are submitted to the engine at the same time."""
+CONCURRENCY = 64
+"""Prompts of one classification, or texts to embed, that are submitted to the engine at the same time."""
 
 PAGE = {
     "/": (("page.html",), "text/html"),
@@ -217,14 +234,27 @@ def _add_inference(app: FastAPI, service: Service) -> None:
     async def chats(http: HTTPRequest, body: Annotated[Any, Depends(_body(ChatBody))]) -> Response:
         return await respond(http, body, lambda: _parse_chat(service, chat, body))
 
+    @app.post("/v1/embeddings")
+    async def embeddings(http: HTTPRequest, body: Annotated[Any, Depends(_body(EmbeddingBody))]) -> Response:
+        return JSONResponse(await cancel_on_disconnect(http, _embeddings(service, body)))
+
+    @app.post("/tokenize")
+    async def tokenize(body: Annotated[Any, Depends(_body(TokenizeBody))]) -> dict[str, Any]:
+        return await asyncio.to_thread(_tokenize, service, chat, body)
+
+    @app.post("/detokenize")
+    async def detokenize(body: Annotated[Any, Depends(_body(DetokenizeBody))]) -> dict[str, Any]:
+        service.model(body.model or service.base.name)
+        check_tokens(body.tokens, tokenizer.vocab_size, "tokens")
+        return {"prompt": await asyncio.to_thread(tokenizer.decode_with_special, body.tokens)}
+
     @app.post("/v1/classify")
     async def classify(http: HTTPRequest, body: Annotated[Any, Depends(_body(ClassifyBody))]) -> Response:
         return JSONResponse(await cancel_on_disconnect(http, _classify(service, body)))
 
 
 def _parse_completion(service: Service, body: CompletionBody) -> list[Request]:
-    prompt: Any = body.prompt
-    prompts = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+    prompts = _listed(body.prompt)
     if not isinstance(prompts[0], str):
         return _requests(service, body, prompts, body.max_tokens, DEFAULT_MAX_TOKENS)
     split = [split_prompt(text, service.tokenizer) for text in prompts]
@@ -234,17 +264,27 @@ def _parse_completion(service: Service, body: CompletionBody) -> list[Request]:
     return [replace(request, space=space) for request, space in zip(requests, spaces, strict=True)]
 
 
+def _listed(texts: Any) -> Any:
+    """One text, or the ids of one, as a list of one."""
+    return [texts] if isinstance(texts, str) or isinstance(texts[0], int) else texts
+
+
 def _parse_chat(service: Service, chat: Chat | None, body: ChatBody) -> list[Request]:
+    chat, prompt = _chat_prompt(service, chat, body.messages)
+    limit = min(filter(None, (body.max_tokens, body.max_completion_tokens)), default=None)
+    return _requests(service, body, [prompt], limit, service.max_tokens, chat.stop_tokens)
+
+
+def _chat_prompt(service: Service, chat: Chat | None, messages: Sequence[MessageBody]) -> tuple[Chat, list[int]]:
+    """The model's chat, and the tokens of messages in it. Raises APIError."""
     if chat is None:
         message = f"{service.base.name} has no chat template: send text to /v1/completions"
         raise APIError(400, message, param="messages", code="no_chat_template")
     roles = {"developer": "system"}  # OpenAI's name for it in newer models
     try:
-        prompt = chat.encode([(roles.get(each.role, each.role), each.text_content) for each in body.messages])
+        return chat, chat.encode([(roles.get(each.role, each.role), each.text_content) for each in messages])
     except InputError as error:
         raise APIError(400, f"messages: {error}", param="messages") from None
-    limit = min(filter(None, (body.max_tokens, body.max_completion_tokens)), default=None)
-    return _requests(service, body, [prompt], limit, service.max_tokens, chat.stop_tokens)
 
 
 def _requests(
@@ -297,6 +337,54 @@ def _grammar(service: Service, schema: dict[str, Any] | None) -> Grammar | None:
         raise APIError(400, message, param="response_format", code="invalid_json_schema") from None
 
 
+# Embeddings and tokens ------------------------------------------------------------------------------------------------
+
+
+async def _embeddings(service: Service, body: EmbeddingBody) -> dict[str, Any]:
+    """The mean of the last hidden states of each text."""
+    model, texts = service.model(body.model), _listed(body.input)
+    encode = service.tokenizer.encode_prompts
+    rows = await asyncio.to_thread(encode, texts) if isinstance(texts[0], str) else texts
+    if (longest := max(map(len, rows))) > model.max_seq_len:
+        message = f"{longest} tokens, and {model.name} reads at most {model.max_seq_len}: shorten the text"
+        raise APIError(400, message, code="context_length_exceeded")
+    found: list[list[float]] = []
+    for start in range(0, len(rows), CONCURRENCY):
+        futures = [service.engine.embed(row, model.adapter) for row in rows[start : start + CONCURRENCY]]
+        found += await asyncio.gather(*map(future_result, futures))
+    if not all(math.isfinite(value) for values in found for value in values):
+        raise GraftError("the hidden states are NaN: the weights are broken, or overflow in this --dtype; try float32")
+    count = sum(map(len, rows))
+    return {
+        "object": "list",
+        "model": body.model,
+        "pooling": "mean of the last hidden states",
+        "data": [
+            {"object": "embedding", "index": index, "embedding": _encoded(values, body.encoding_format)}
+            for index, values in enumerate(found)
+        ],
+        "usage": {"prompt_tokens": count, "total_tokens": count},
+    }
+
+
+def _encoded(values: list[float], encoding_format: str) -> list[float] | str:
+    """The numbers, or base64 of them as little-endian float32."""
+    if encoding_format == "float":
+        return values
+    return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
+
+
+def _tokenize(service: Service, chat: Chat | None, body: TokenizeBody) -> dict[str, Any]:
+    """The ids that a completion of this text, or a chat of these messages, reads."""
+    model, tokenizer = service.model(body.model or service.base.name), service.tokenizer
+    if body.messages is not None:
+        _, ids = _chat_prompt(service, chat, body.messages)
+    else:
+        ids = (tokenizer.encode_prompt if body.add_special_tokens else tokenizer.encode)(body.prompt or "")
+    texts = [tokenizer.token(token) for token in ids] if body.return_token_strs else None
+    return {"count": len(ids), "max_model_len": model.max_seq_len, "tokens": ids, "token_strs": texts}
+
+
 # Label probabilities --------------------------------------------------------------------------------------------------
 
 
@@ -312,8 +400,8 @@ async def _classify(service: Service, body: ClassifyBody) -> dict[str, Any]:
 
     prompts = await asyncio.to_thread(lambda: [(model, *encode(text, model)) for text in texts for model in models])
     found: list[dict[str, Any]] = []
-    for start in range(0, len(prompts), CLASSIFY_CONCURRENCY):
-        batch = prompts[start : start + CLASSIFY_CONCURRENCY]
+    for start in range(0, len(prompts), CONCURRENCY):
+        batch = prompts[start : start + CONCURRENCY]
         results = await asyncio.gather(*(_probabilities(service, model, example) for model, example, _ in batch))
         found += [result | notes for result, (_, _, notes) in zip(results, batch, strict=True)]
     by_text = [found[start : start + len(models)] for start in range(0, len(found), len(models))]

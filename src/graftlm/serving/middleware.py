@@ -31,6 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from graftlm.serving.schemas import APIError
 
+PROTECTED = ("/v1/", "/tokenize", "/detokenize")
 MAX_BODY_BYTES = 2**20
 MAX_DRAIN_BYTES = 16 * MAX_BODY_BYTES
 """Of a body that is too large this much is read and dropped: many clients read no response before they sent it all."""
@@ -63,7 +64,7 @@ class SecurityMiddleware:
         app: the application.
         host: the address that the server listens at.
         allowed_hosts: further names of the server.
-        api_key: "" for none. Key and rate limit apply to paths below /v1/.
+        api_key: "" for none. Key and rate limit apply to `PROTECTED` paths.
         rate_limit: requests a minute from one client address; 0 for no limit.
     """
 
@@ -97,7 +98,7 @@ class SecurityMiddleware:
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
         self._hosts.check(headers.get("host", ""), headers.get("origin"))
-        if not scope["path"].startswith("/v1/"):
+        if not scope["path"].startswith(PROTECTED):
             return
         if self._rate is not None and (wait := self._rate.hit((scope.get("client") or ("",))[0])):
             message = f"too many requests from this address: wait {wait} s"

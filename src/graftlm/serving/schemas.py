@@ -22,6 +22,8 @@ from graftlm.inference.sampling import SamplingParams
 MAX_CHOICES = 64
 """Choices of one request: prompts times n; and texts to classify."""
 MAX_STOPS, MAX_MESSAGES, MAX_BIASES = 4, 1000, 1024
+MAX_EMBEDDINGS = 2048
+"""Texts of one request, as in OpenAI's API."""
 MAX_LOGPROBS = 20
 """Alternatives that are reported of each token."""
 
@@ -182,12 +184,14 @@ class Sampling(_SamplingSettings):
         )
 
 
+Texts = Text | list[Text] | list[TokenId] | list[Annotated[list[TokenId], Field(min_length=1)]]
+TEXTS = "a text, a list of texts, a list of token ids or a list of such lists, none empty"
+
+
 class CompletionBody(Sampling):
     """POST /v1/completions."""
 
-    prompt: Text | list[Text] | list[TokenId] | list[Annotated[list[TokenId], Field(min_length=1)]] = Field(
-        min_length=1, description="a text, a list of texts, a list of token ids or a list of such lists, none empty"
-    )
+    prompt: Texts = Field(min_length=1, description=TEXTS)
     max_tokens: int | None = Field(None, ge=0, description="a whole number, 1 or more, or 0 with echo")
     echo: bool = Field(False, description="true or false")
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description=f"a whole number from 0 to {MAX_LOGPROBS}")
@@ -268,6 +272,47 @@ class ClassifyBody(_Strict):
         if (self.text is None) == (self.texts is None):
             raise PydanticCustomError("one_of_two", "give either text or texts")
         return self
+
+
+class EmbeddingBody(_Strict):
+    """POST /v1/embeddings."""
+
+    ignored = {"user": (ANY,), "dimensions": ()}
+    model: str = Field(description="the name of a model, as GET /v1/models lists them")
+    input: Texts = Field(min_length=1, description=TEXTS)
+    encoding_format: Literal["float", "base64"] = Field("float", description="float or base64")
+
+    @model_validator(mode="after")
+    def _few(self) -> "EmbeddingBody":
+        if isinstance(self.input, list) and not isinstance(self.input[0], int) and len(self.input) > MAX_EMBEDDINGS:
+            raise PydanticCustomError("combination", f"input: at most {MAX_EMBEDDINGS} texts", {"name": "input"})
+        return self
+
+
+class TokenizeBody(_Strict):
+    """POST /tokenize, as vLLM has it."""
+
+    model: str | None = Field(None, description="the name of a model, as GET /v1/models lists them")
+    prompt: str | None = Field(None, description="a text")
+    messages: list[MessageBody] | None = Field(
+        None, min_length=1, max_length=MAX_MESSAGES, description="a list of messages, as in /v1/chat/completions"
+    )
+    add_special_tokens: bool = Field(True, description="true or false")
+    add_generation_prompt: Literal[True] = Field(True, description="true")
+    return_token_strs: bool = Field(False, description="true or false")
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> "TokenizeBody":
+        if (self.prompt is None) == (self.messages is None):
+            raise PydanticCustomError("one_of_two", "give either prompt or messages")
+        return self
+
+
+class DetokenizeBody(_Strict):
+    """POST /detokenize, as vLLM has it."""
+
+    model: str | None = Field(None, description="the name of a model, as GET /v1/models lists them")
+    tokens: list[TokenId] = Field(description="a list of token ids")
 
 
 def parse_body(body: type[BaseModel], content: bytes) -> Any:
