@@ -26,6 +26,7 @@ from graftlm.inference.sampling import SamplingParams
 from graftlm.serving import middleware
 from graftlm.serving.app import Service
 from graftlm.serving.middleware import RateLimiter, TrustedHosts, is_loopback
+from graftlm.serving.responses import Formatter
 from graftlm.serving.schemas import APIError
 from serving.fakes import FakeEngine, eventually, service, serving
 
@@ -367,7 +368,7 @@ def test_any_error_in_a_stream_is_an_event_and_the_stream_ends_as_promised(
 def test_an_error_of_writing_a_stream_is_an_event_too(
     http: httpx.Client, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("graftlm.serving.responses.Formatter.chunk", lambda *_: 1 / 0)
+    monkeypatch.setattr(Formatter, "chunk", lambda *_: 1 / 0)
     lines = http.post("/v1/completions", json={**TEXT, "stream": True}).text.split("\n\n")
     assert json.loads(lines[0][6:])["error"]["type"] == "server_error" and lines[1:] == ["data: [DONE]", ""]
 
