@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import logging
+import re
 import resource
 import signal
 import subprocess
@@ -427,12 +428,18 @@ def test_help_lists_the_verbs_and_every_verb_its_flags(capsys: pytest.CaptureFix
     assert capsys.readouterr().out == page
     for name, verb in cli.COMMANDS.items():
         assert f"  {name}" in page and verb.summary in page
-        assert cli.run([name, "--help"]) == 0
+        assert cli.run([name, "--help", "all"]) == 0
         help_page = capsys.readouterr().out
         assert help_page.startswith(f"usage: graft {name} ")
-        for field in (*fields(verb.config), *fields(CommonFlags)):
-            assert field.name == verb.positional or f"--{field.name}" in help_page
+        flags = {field.name for field in (*fields(verb.config), *fields(CommonFlags))}
+        assert all(flag == verb.positional or f"--{flag}" in help_page for flag in flags)
         assert "The base model: a built-in name" in help_page or name != "train"
+        assert cli.run([name, "--help"]) == 0
+        main_page = capsys.readouterr().out
+        listed = {*re.findall(r"^  --(\w+)", main_page, re.MULTILINE)}
+        main = {*getattr(verb.config, "MAIN", flags)} | {field.name for field in fields(CommonFlags)}
+        assert listed == main <= flags
+        assert f"{len(flags - main)} more flags: graft {name} --help all" in main_page or main == flags
 
 
 def test_the_help_page_of_train_lists_the_methods_and_with_method_the_defaults_of_one(

@@ -49,7 +49,7 @@ class Session:
         )
         self._home = {"GRAFT_HOME": str(work / "home")}
         self.spelling = Spelling(
-            lambda subcommand: self._ask([subcommand, "--help"] if subcommand else ["--help"])["out"]
+            lambda subcommand: self._ask([subcommand, "--help", "all"] if subcommand else ["--help"])["out"]
         )
 
     def close(self) -> None:

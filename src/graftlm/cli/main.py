@@ -100,8 +100,8 @@ def _dispatch(words: list[str]) -> None:
     elif wants_help(rest):
         from graftlm.config.flags import help_page
 
-        command = COMMANDS[name]
-        print(help_page(name, command.config, command.positional, command.epilog(rest)), end="")
+        command, everything = COMMANDS[name], rest[-1] == "all"
+        print(help_page(name, command.config, command.positional, command.epilog(rest), everything), end="")
     else:
         _run_command(COMMANDS[name], _parse(name, rest))
 
@@ -175,8 +175,9 @@ def _overview() -> str:
         "usage: graft SUBCOMMAND [--flag value]...\n\n"
         "Adapt a pretrained language model, measure it, and talk to it.\n\n"
         f"{commands}\n\n"
-        "graft SUBCOMMAND --help lists its flags. Every subcommand also takes --config recipe.toml (keys are flags;\n"
-        "flags on the command line win), --json (one JSON object on stdout) and --debug (tracebacks).\n"
+        "graft SUBCOMMAND --help lists its main flags, --help all every flag. Every subcommand also\n"
+        "takes --config recipe.toml (keys are flags; flags on the command line win), --json (one JSON\n"
+        "object on stdout) and --debug (tracebacks).\n"
         "graft --version prints the version."
     )
 
@@ -344,7 +345,7 @@ def _methods_help(words: Sequence[str]) -> str:
     from graftlm.config.flags import parse
 
     with suppress(InputError):
-        parsed = parse("train", TrainConfig, [word for word in words if word not in ("-h", "--help")])
+        parsed = parse("train", TrainConfig, [word for word in words if word not in ("-h", "--help", "all")])
         if "method" in parsed.explicit:
             from graftlm.methods import describe
 

@@ -159,8 +159,8 @@ class DataFlags(Flags):
     are put into the chat template only by on. Conversations always are."""
     labels: str = "negative,positive"
     """The label words, comma-separated, in the order of the label numbers, or the word of each value of the data, as in
-    1=bad,2=bad,5=good or false=no,true=yes. Default, and auto: negative,positive if the data's labels are these words
-    or 0 and 1, else the names in a parquet file's schema, else the train split's labels themselves."""
+    1=bad,2=bad,5=good or false=no,true=yes. Default: auto, which is negative,positive if the data's labels are these
+    words or 0 and 1, else the names in a parquet file's schema, else the train split's labels themselves."""
     bad_rows: Literal["stop", "skip"] = "stop"
     """What to do with rows that cannot be read: stop with an error that counts them by reason, or skip them."""
     max_length: int | None = bounded(gt=0)
@@ -230,9 +230,15 @@ def parse(command: str, config: type, words: Sequence[str], positional: str = ""
         raise
 
 
-def help_page(command: str, config: type, positional: str = "", epilog: str = "") -> str:
-    """What `graft COMMAND --help` prints."""
-    return _build(command, config, positional, epilog, _docstrings(config)).format_help()
+def help_page(command: str, config: type, positional: str = "", epilog: str = "", everything: bool = True) -> str:
+    """What `graft COMMAND --help all` prints; without `everything` only the flags that the config lists in MAIN."""
+    docs = _docstrings(config)
+    main = () if everything else getattr(config, "MAIN", ())
+    if main:
+        more = len(fields(config)) - len(main)
+        epilog = f"{more} more flags: graft {command} --help all" + (f"\n\n{epilog}" if epilog else "")
+        docs = {name: docs[name] for name in (*main, *(f.name for f in fields(CommonFlags)))}
+    return _build(command, config, positional, epilog, docs).format_help()
 
 
 # The parser -----------------------------------------------------------------------------------------------------------
@@ -246,7 +252,7 @@ def _kinds(config: type) -> dict[str, Any]:
 def _build(
     command: str, config: type, positional: str = "", epilog: str = "", docs: Mapping[str, str] | None = None
 ) -> argparse.ArgumentParser:
-    """The parser; `docs` is the help text by field. A flag that was not given is absent from the parsed namespace."""
+    """The parser, of the fields in `docs`, their help texts, if given; a flag that was not typed is no attribute."""
     kinds = _kinds(config)
     place = f" [{_title(positional)}]" if positional else ""
     place += "..." if positional and is_variadic(kinds[positional]) else ""
@@ -259,7 +265,10 @@ def _build(
         argument_default=argparse.SUPPRESS,
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=28),
     )
-    for owner, own in by_owner(config):
+    for owner, every in by_owner(config):
+        own = [f for f in every if docs is None or f.name in docs]
+        if not own:
+            continue
         title = (inspect.getdoc(owner) or "").partition("\n")[0].rstrip(".")
         group = parser.add_argument_group("flags" if owner is config else title)
         for f in own:

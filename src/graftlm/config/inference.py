@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from graftlm.config.flags import DataFlags, Flags, bounded, flag_group, parse_columns, require
 from graftlm.config.paths import has_suffix
@@ -102,6 +102,11 @@ class RayFlags(Flags):
 class GenerateConfig(RunFlags, SamplingFlags):
     """Continue a prompt; without --prompt, classify the test split by generation."""
 
+    MAIN: ClassVar = (
+        *("out_dir", "init_from", "prompt", "chat", "max_new_tokens", "temperature", "top_k"),
+        *("top_p", "min_p", "repetition_penalty", "stop", "seed", "num_samples"),
+    )
+
     prompt: str | None = None
     """The text to continue; - reads standard input. Default: none; the test split is classified."""
     chat: Literal["auto", "on", "off"] = "auto"
@@ -125,6 +130,11 @@ class GenerateConfig(RunFlags, SamplingFlags):
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(RunFlags, DataFlags, RayFlags):
     """Measure the accuracy of a model or a run on labelled text, or its loss on documents."""
+
+    MAIN: ClassVar = (
+        *("out_dir", "init_from", "data", "columns", "template", "labels", "split"),
+        *("mode", "limit", "shots", "demo_selection", "calibrate", "predictions"),
+    )
 
     data: str = ""
     """The data set: as in graft train, but one file is read whole unless --split is given. Default: the run's, else
@@ -178,6 +188,11 @@ class EvaluateConfig(RunFlags, DataFlags, RayFlags):
 class PromptConfig(RunFlags, SamplingFlags):
     """Answer questions by prompting alone: few-shot, chain of thought, zero-shot chain of thought."""
 
+    MAIN: ClassVar = (
+        *("init_from", "out_dir", "task", "style", "shots", "limit"),
+        *("num_permutations", "num_samples", "max_new_tokens", "temperature", "seed", "show_prompts"),
+    )
+
     init_from: str = "smollm2-135m"
     """As in graft generate; with --out_dir alone, that run."""
     task: str = "electricity"
@@ -225,6 +240,11 @@ class PromptConfig(RunFlags, SamplingFlags):
 @dataclass(frozen=True, kw_only=True)
 class PairsConfig(RunFlags, SamplingFlags):
     """Make preference pairs: sample completions, score them with a reward, and write prompt, chosen and rejected."""
+
+    MAIN: ClassVar = (
+        *("prompts", "out_dir", "init_from", "prompt_words", "num_samples", "max_new_tokens", "temperature"),
+        *("reward_model", "target_label", "reward_command", "pairing", "min_margin", "out"),
+    )
 
     prompts: str
     """The prompts: a data name, folder or file with a field prompt, or with texts for --prompt_words."""

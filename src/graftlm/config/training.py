@@ -5,7 +5,7 @@ The first line of a group's docstring is its title on the help page.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from graftlm.config.flags import DataFlags, Flags, MethodFlags, bounded, flag_group, require
 
@@ -148,6 +148,11 @@ class LoggingFlags(Flags):
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(MethodFlags, DataFlags, OptimizerFlags, ObjectiveFlags, SpeedFlags, LoggingFlags):
     """Fine-tune a pretrained model on labelled text, conversations or preferences; writes a run folder."""
+
+    MAIN: ClassVar = (
+        *("init_from", "method", "rank", "alpha", "targets", "data", "columns", "template", "labels", "objective"),
+        *("lr", "batch_size", "epochs", "max_iters", "out_dir", "resume", "plan"),
+    )
 
     init_from: str = "smollm2-135m"
     """The base model: a built-in name, a hub id (with @revision), a local folder or a .gguf file; or a run folder, to
