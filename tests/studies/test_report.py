@@ -143,6 +143,25 @@ def test_missing_predictions_are_told_with_the_command_that_makes_them(tmp_path:
     folder = run_folder(tmp_path / "my run")
     (run,) = read_folders([str(folder)])
     assert run.command == f"graft evaluate '{folder}'"
+    saved(folder, "10", limit=2, shots=4, data="my.csv", split="all")
+    command = f"graft evaluate '{folder}' --checkpoint=base --data=my.csv --limit=2 --shots=4"
+    assert [run.command for run in read_folders([str(folder)])] == [command]
+    saved(folder, "10", checkpoint="base")
+    assert [run.command for run in read_folders([str(folder)])] == ["", ""]
+    other = run_folder(tmp_path / "other")
+    saved(other, "10", data="rotten-tomatoes-pypi", split="validation", calibrate=True)
+    command = f"graft evaluate {other} --checkpoint=base --calibrate=true --split=validation"
+    assert [run.command for run in read_folders([str(other)])] == [command]
+    more = run_folder(tmp_path / "more")
+    saved(more, "10", data="a.csv", test_data="b.csv")
+    (run,) = read_folders([str(more)])
+    assert run.command == f"graft evaluate {more} --checkpoint=base --data=a.csv --test_data=b.csv"
+    assert run.predictions[0].source == "b.csv, test split"
+
+
+def test_the_command_for_what_is_missing_is_in_the_page(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "my run")
+    (run,) = read_folders([str(folder)])
     assert f"<code>{run.command.replace(chr(39), '&#39;')}</code>" in page(folder)
 
 
@@ -181,8 +200,8 @@ def test_saved_evaluations_are_rows_and_the_base_is_one_of_them(tmp_path: Path) 
     ]
     assert {"Confusion of mine (shots 4)", "Calibration of smollm2-135m (zero-shot)"} <= found.keys()
     assert found["Training loss"][0] == ["step", "mine"]
-    (base, run) = read_folders([str(folder)])
-    assert base.cost["trainable"] == base.cost["minutes"] == 0 and run.command == ""
+    (base, _) = read_folders([str(folder)])
+    assert base.cost["trainable"] == base.cost["minutes"] == 0
     other = run_folder(tmp_path / "other")
     saved(other, "1001", checkpoint="base")
     saved(other, "1100", checkpoint="base", shots=4)
@@ -246,7 +265,7 @@ def test_loss_on_documents_is_a_table(tmp_path: Path) -> None:
     result = {"n": 2, "windows": 3, "tokens": 1500, "loss": 2.5, "perplexity": 12.18, "tokens_per_s": 99.0}
     save_evaluation(folder, settings, None, result)
     table = Tables(page(folder)).found["Loss on documents; only that of the same data can be compared"]
-    assert table[1] == ["mine", "best", "books, test", "2", "1,500", "2.5000", "12.18"]
+    assert table[1] == ["mine", "best", "books, test split", "2", "1,500", "2.5000", "12.18"]
 
 
 # What is refused

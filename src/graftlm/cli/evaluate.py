@@ -173,8 +173,7 @@ def _settings(source: "RunCheckpoint", config: EvaluateConfig) -> Result:
     flags = [f for f in fields(config) if f.name not in NOT_SETTINGS]
     given = {f.name: value for f in flags if (value := getattr(config, f.name)) != f.default}
     split = config.split or ("all" if _reads_one_file(config) else "test")
-    file = {"validation": config.val_data, "test": config.test_data}.get(split)
-    data = file or config.data or source.record["config"].get("data", TrainConfig.data)
+    data = config.data or source.record["config"].get("data", TrainConfig.data)
     return {**given, "checkpoint": source.checkpoint, "data": data, "split": split}
 
 

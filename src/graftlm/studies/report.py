@@ -23,7 +23,7 @@ from typing import Any
 from graftlm.config import ReportConfig
 from graftlm.errors import InputError
 from graftlm.files.atomic import write_text
-from graftlm.studies.report_data import Predictions, Run, read_folders
+from graftlm.studies.report_data import Predictions, Run, read_folders, source_of
 from graftlm.studies.report_tables import ExampleSet, all_predictions, example_sets, results_tables
 
 CURVES = {
@@ -79,7 +79,7 @@ def make_page(runs: Sequence[Run], title: str, today: date) -> str:
         runs=runs,
         predictions=predictions,
         results=results_tables(runs, sets),
-        documents=[(run, each) for run in runs for each in run.documents],
+        documents=[(run, each, source_of(each.settings)) for run in runs for each in run.documents],
         curves={name: _curve_table(name, runs) for name in CURVES if name in data["charts"]},
         calibrations=[(name, *result) for _, name, p in predictions if (result := calibration(p)) is not None],
         disagreements=[

@@ -22,6 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from graftlm.config import TrainConfig
 from graftlm.config.renamed import upgrade_run
 from graftlm.errors import InputError
 from graftlm.exchange.runs import checkpoint_step
@@ -83,6 +84,11 @@ class Predictions:
         return confusion(self.true, self.predicted, len(self.labels))
 
     @property
+    def source(self) -> str:
+        """See `source_of`; empty if it is not known."""
+        return source_of(self.settings) if self.settings else ""
+
+    @property
     def macro_f1(self) -> float:
         """See `metrics.macro_f1`."""
         return macro_f1(self.confusion)
@@ -95,6 +101,13 @@ class Predictions:
     def label(self, number: int) -> str:
         """The label word of a label number."""
         return "garbage" if number == GARBAGE else self.labels[number]
+
+
+def source_of(settings: Mapping[str, Any]) -> str:
+    """The data and the split of an evaluation, in words."""
+    split = settings["split"]
+    name = settings.get({"validation": "val_data", "test": "test_data"}.get(split, ""), settings["data"])
+    return str(name) if split == "all" else f"{name}, {split} split"
 
 
 @dataclass(frozen=True)
@@ -113,7 +126,7 @@ class Run:
     note: str = ""
     """Why the run is incomplete."""
     command: str = ""
-    """The command that writes the missing predictions."""
+    """The command that adds the predictions that are missing, of the run or of its base."""
 
     @cached_property
     def cost(self) -> dict[str, Any]:
@@ -231,11 +244,26 @@ def _read_run_folder(folder: Path) -> list[Run]:
     base = [p for p in predictions if p.checkpoint == "base"]
     own = [p for p in predictions if p.checkpoint != "base"]
     run = replace(run, predictions=(*run.predictions, *own), documents=documents)
-    if not run.predictions and not run.documents:
-        run = replace(run, command=f"graft evaluate {shlex.quote(str(folder))}")
+    if not run.documents and not base and not is_trial:
+        run = replace(run, command=_missing(run))
     name = Path(run.manifest["base"]["name"])
     base_run = Run(name.name if name.is_absolute() else str(name), folder / FOLDER, {}, (), base)
     return [base_run, run] if base else [run]
+
+
+def _missing(run: Run) -> str:
+    """The command that evaluates a run, or its base as the run was evaluated."""
+    words = ["graft", "evaluate", str(run.folder)]
+    if run.predictions:
+        settings = dict(run.predictions[0].settings)
+        data, split = settings.get("data"), settings.pop("split", "test")
+        if is_own := data in (None, run.manifest["config"].get("data", TrainConfig.data)):
+            settings.pop("data", None)
+        if split != ("test" if is_own or {"val_data", "test_data"} & settings.keys() else "all"):
+            settings["split"] = split
+        settings["checkpoint"] = "base"
+        words += [f"--{flag}={str(value).lower() if value is True else value}" for flag, value in settings.items()]
+    return shlex.join(words)
 
 
 def _of_saved(saved: SavedEvaluation, folder: Path, manifest: Mapping[str, Any]) -> Predictions:

@@ -37,11 +37,8 @@ class ExampleSet:
     def caption(self) -> str:
         """How many examples, and of which data."""
         count = f"{len(self.members[0][2].true):,}"
-        settings = next((p.settings for _, _, p in self.members if p.settings), None)
-        if settings is None:
-            return f"{count} test examples"
-        split = "" if settings["split"] == "all" else f", {settings['split']} split"
-        return f"{count} examples of {settings['data']}{split}"
+        source = next((p.source for _, _, p in self.members if p.source), "")
+        return f"{count} examples of {source}" if source else f"{count} test examples"
 
 
 def example_sets(runs: Sequence[Run]) -> list[ExampleSet]:
