@@ -33,8 +33,11 @@ IDS = torch.randint(0, VOCAB, (2, 12), generator=torch.Generator().manual_seed(0
 
 
 def logits(model: CausalLM) -> torch.Tensor:
+    """As training computes them: to the bit those of the dequantised weights; without gradient, up to rounding."""
+    found = model(IDS).detach()
     with torch.inference_mode():
-        return model(IDS)
+        torch.testing.assert_close(model(IDS), found, rtol=1e-5, atol=1e-5)
+    return found
 
 
 @pytest.mark.parametrize("name", ["llama", "llama tied", "gpt2", "gpt_neox", "phi3", "gemma2", "lfm2"])

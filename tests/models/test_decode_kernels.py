@@ -15,10 +15,12 @@ from graftlm.methods.base import MergeableLinear, trainable
 from graftlm.methods.multi_lora import stack
 from graftlm.models import CausalLM, KVCache
 from graftlm.models import decode_kernels as module
+from graftlm.models import packed as packed_module
 from graftlm.models.config import read_model_config, tensor_mapping
-from graftlm.models.decode_kernels import FORMATS, DecodeProgram, decode_program, load_decode_kernels, matrix
+from graftlm.models.decode_kernels import DecodeProgram, decode_program, load_decode_kernels
+from graftlm.models.packed import CPP_FORMATS as FORMATS
 from graftlm.models.packed import FORMATS as BLOCKS
-from graftlm.models.packed import PackedWeight, Weight
+from graftlm.models.packed import PackedWeight, Weight, matrix
 from inference.tiny import stopping
 from tiny import model_of
 
@@ -207,7 +209,7 @@ def test_what_is_left_to_the_plain_model(monkeypatch: pytest.MonkeyPatch) -> Non
     assert decode_program(model) is None
     model.use_fused_ops(True)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "FORMATS", tuple(name for name in FORMATS if name != "q4_1"))
+        patch.setattr(packed_module, "CPP_FORMATS", tuple(name for name in FORMATS if name != "q4_1"))
         other = model_of("llama", dtype=torch.float32)
         other.embed.set_weight(PackedWeight.pack(other.embed.weight.detach(), "q4_1"))
         assert decode_program(other) is None  # a storage format without a kernel

@@ -20,7 +20,7 @@ from graftlm.methods.lora import LoRA
 from graftlm.methods.multi_lora import stack
 from graftlm.models import CausalLM, clone_with_shared_weights
 from graftlm.models import packed as packed_module
-from graftlm.models.packed import FORMATS, HasWeight, PackedWeight
+from graftlm.models.packed import FORMATS, HasWeight, PackedWeight, linear
 from tiny import random_model, shape_of
 
 
@@ -57,6 +57,26 @@ def test_values_are_those_of_the_gguf_package(
     assert torch.equal(weight.dequantize(rows=slice(rows // 2, rows)), expected[rows // 2 :])
     out = torch.empty(expected.shape)
     assert weight.dequantize(out) is out and torch.equal(out, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FORMATS)
+def test_products_equal_those_of_the_dequantised_weights(name: str) -> None:
+    threads = torch.get_num_threads()
+    for outputs, blocks in ((1, 1), (33, 5), (70, 1000 // FORMATS[name].block_size + 1)):
+        weight = PackedWeight(torch.from_numpy(blocks_of(name, outputs, blocks)), name)
+        values, columns = weight.dequantize(), weight.shape[1]
+        ones = torch.eye(columns)[:: max(1, columns // 40)]
+        assert torch.equal(linear(ones, weight, None), ones @ values.T), "not the very weights"
+        x, bias = (torch.randn(n, generator=torch.Generator().manual_seed(1)) for n in ((2, 10, columns), (outputs,)))
+        whole, exact = linear(x, weight, bias), x.double() @ values.double().T + bias
+        bound = 3e-7 * columns**0.5 * (x.double().abs() @ values.double().abs().T + bias.abs())
+        assert whole.shape == exact.shape and ((whole - exact).abs() <= bound).all()
+        for count in (1, 5, 6):  # a row's sums are the same in any company, with any number of threads
+            assert torch.equal(linear(x[0, -count:], weight, bias), whole[0, -count:])
+        torch.set_num_threads(3)
+        assert torch.equal(linear(x, weight, bias), whole)
+        torch.set_num_threads(threads)
 
 
 def test_block_sizes_are_those_of_the_gguf_package() -> None:

@@ -5,8 +5,8 @@
     q8_0, …  packed to this format when they are loaded
     auto     dense if that takes at most `SHARE` of the free memory, else stored
 
-The arithmetic is the same in all of them, so `stored` computes what `dense` computes. Norms, biases, learned positions
-and routers are always dense.
+The weights' values are the same, so `stored` computes what `dense` computes, up to rounding. Norms, biases, learned
+positions and routers are always dense.
 """
 
 from collections import Counter

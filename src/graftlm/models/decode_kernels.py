@@ -35,14 +35,12 @@ from graftlm.models.cpp import KernelsUnavailable, load_library
 from graftlm.models.decoder import DecoderBlock
 from graftlm.models.layers import Attention, KVCache, LayerNorm, Linear, LowRankUpdate, RMSNorm
 from graftlm.models.mlp import MLP
-from graftlm.models.packed import PackedWeight, Weight
+from graftlm.models.packed import Matrix, Weight, matrix
 from graftlm.models.rope import rope_cos_sin
 
 SOURCE = Path(__file__).with_name("decode_kernels.cpp")
 CHUNK = 32
 """Columns are padded to a multiple of it."""
-FORMATS = ("f32", "bf16", "f16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k")
-DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 CACHE_DTYPES = (torch.float32, torch.bfloat16)
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu")
 QK_NORMS = ("none", "head", "all")
@@ -53,10 +51,9 @@ def _structure(name: str, **fields: type) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
 
 
-# The structs of decode_kernels.cpp, field by field.
-_Matrix = _structure("Matrix", data=_P, format=_I, rows=_I, columns=_I, row_bytes=_I)
+# The structs of decode_kernels.cpp, field by field; Matrix is packed.py's.
 _Norm = _structure("Norm", weight=_P, bias=_P, kind=_I, eps=_D)
-_Linear = _structure("Linear", weight=_Matrix, bias=_P, a=_Matrix, b=_Matrix, a_distance=_I, b_distance=_I)
+_Linear = _structure("Linear", weight=Matrix, bias=_P, a=Matrix, b=Matrix, a_distance=_I, b_distance=_I)
 _NORMS = ("norm1", "post_norm1", "norm2", "post_norm2", "q_norm", "k_norm")
 _ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 _Layer = _structure(
@@ -241,10 +238,12 @@ class DecodeProgram:
         self._kept += [update.a, update.b]
         return _Linear(weight, bias, a, b, *distances)
 
-    def _matrix(self, weight: Weight) -> ctypes.Structure:
+    def _matrix(self, weight: Weight) -> Matrix:
         """A matrix as it is stored; no copy."""
         self._kept.append(weight)
-        return matrix(weight)
+        if (found := matrix(weight)) is None:
+            raise NotCovered(f"a weight in {weight.dtype}, or a transposed one")
+        return found
 
     def _floats(self, t: Tensor | None) -> int | None:
         """The address of a vector in float32."""
@@ -256,18 +255,6 @@ class DecodeProgram:
     def _address(self, array: ctypes.Array) -> int:
         self._kept.append(array)
         return ctypes.addressof(array)
-
-
-def matrix(weight: Weight) -> ctypes.Structure:
-    """The struct of a matrix; it points to the weight's own memory."""
-    if isinstance(weight, PackedWeight):
-        if weight.format not in FORMATS:
-            raise NotCovered(f"a weight in {weight.format}")
-        return _Matrix(weight.data.data_ptr(), FORMATS.index(weight.format), *weight.shape, weight.data.shape[1])
-    if weight.dtype not in DTYPES or weight.stride(1) != 1:
-        raise NotCovered(f"a weight in {weight.dtype}, or a transposed one")
-    row_bytes = weight.stride(0) * weight.element_size()
-    return _Matrix(weight.data_ptr(), FORMATS.index(DTYPES[weight.dtype]), *weight.shape, row_bytes)
 
 
 def _update_of(linear: Linear) -> LowRankUpdate | None:

@@ -1,151 +1,143 @@
-// Blocks of packed weights to float32, at the speed of memory; packed.py has the formats in plain torch, and calls these.
-//
-// A scale times a number of few bits is exact in float, so it does not matter whether the compiler fuses a product and
-// a sum: the values are those of the plain way to the bit.
+// Packed weights to float32, and their products with many rows; packed.py calls these.
 
-#include <cstdint>
-#include <cstring>
+#include "blocks.h"
+
+#include <utility>
+
+#include <omp.h>
 
 namespace {
 
-inline float half(const uint8_t *from) {  // finite ones only
-    uint16_t h;
-    std::memcpy(&h, from, 2);
-    uint32_t bits = uint32_t(h & 0x7fff) << 13;
-    float y;
-    std::memcpy(&y, &bits, 4);
-    return (h & 0x8000 ? -0x1p112f : 0x1p112f) * y;
-}
-
-struct q4_0 {
-    static const int64_t bytes = 18, size = 32;
-    static void unpack(const uint8_t *__restrict b, float *__restrict y) {
-        const float d = half(b);
-        for (int i = 0; i < 16; i++) y[i] = d * float(int(b[2 + i] & 15) - 8);
-        for (int i = 0; i < 16; i++) y[16 + i] = d * float(int(b[2 + i] >> 4) - 8);
-    }
-};
-
-struct q4_1 {
-    static const int64_t bytes = 20, size = 32;
-    static void unpack(const uint8_t *__restrict b, float *__restrict y) {
-        const float d = half(b), m = half(b + 2);
-        for (int i = 0; i < 16; i++) y[i] = d * float(int(b[4 + i] & 15)) + m;
-        for (int i = 0; i < 16; i++) y[16 + i] = d * float(int(b[4 + i] >> 4)) + m;
-    }
-};
-
-// 32 numbers of five bits: the fifth ones are the bits of four bytes, the others are nibbles.
-inline void five(const uint8_t *__restrict high, const uint8_t *__restrict low, int32_t *__restrict q) {
-    uint32_t bits;
-    std::memcpy(&bits, high, 4);
-    for (int i = 0; i < 16; i++) q[i] = int32_t(low[i] & 15) | int32_t((bits >> i) & 1) << 4;
-    for (int i = 0; i < 16; i++) q[16 + i] = int32_t(low[i] >> 4) | int32_t((bits >> (16 + i)) & 1) << 4;
-}
-
-struct q5_0 {
-    static const int64_t bytes = 22, size = 32;
-    static void unpack(const uint8_t *__restrict b, float *__restrict y) {
-        const float d = half(b);
-        int32_t q[32];
-        five(b + 2, b + 6, q);
-        for (int i = 0; i < 32; i++) y[i] = d * float(q[i] - 16);
-    }
-};
-
-struct q5_1 {
-    static const int64_t bytes = 24, size = 32;
-    static void unpack(const uint8_t *__restrict b, float *__restrict y) {
-        const float d = half(b), m = half(b + 2);
-        int32_t q[32];
-        five(b + 4, b + 8, q);
-        for (int i = 0; i < 32; i++) y[i] = d * float(q[i]) + m;
-    }
-};
-
-struct q8_0 {
-    static const int64_t bytes = 34, size = 32;
-    static void unpack(const uint8_t *__restrict b, float *__restrict y) {
-        const float d = half(b);
-        for (int i = 0; i < 32; i++) y[i] = d * float(int(int8_t(b[2 + i])));
-    }
-};
-
-// Scales and minima of the 8 groups of 32 numbers of a K block.
-inline void k_scales(const uint8_t *__restrict b, float *__restrict scale, float *__restrict minimum) {
-    const float d = half(b), m = half(b + 2);
-    const uint8_t *s = b + 4;
-    for (int j = 0; j < 4; j++) {
-        scale[j] = d * float(s[j] & 63);
-        minimum[j] = m * float(s[j + 4] & 63);
-        scale[j + 4] = d * float((s[j + 8] & 15) | ((s[j] >> 2) & 0x30));
-        minimum[j + 4] = m * float((s[j + 8] >> 4) | ((s[j + 4] >> 2) & 0x30));
-    }
-}
-
-struct q4_k {
-    static const int64_t bytes = 144, size = 256;
-    static void unpack(const uint8_t *__restrict b, float *__restrict y) {
-        float scale[8], minimum[8];
-        k_scales(b, scale, minimum);
-        for (int g = 0; g < 8; g++) {
-            const uint8_t *low = b + 16 + 32 * (g >> 1);
-            const int shift = 4 * (g & 1);
-            for (int i = 0; i < 32; i++) y[32 * g + i] = scale[g] * float((low[i] >> shift) & 15) - minimum[g];
+template <class F>
+void dequantize(const Matrix &w, float *y) {
+#pragma omp parallel for schedule(static) if (w.rows * w.columns > 8192)
+    for (int64_t n = 0; n < w.rows; n++)
+        for (int64_t c = 0; c < w.columns / CHUNK; c++) {
+            vec parts[PARTS];
+            F::unpack(w.data + n * w.row_bytes, c, parts);
+            for (int p = 0; p < PARTS; p++) store(y + n * w.columns + c * CHUNK + p * LANES, parts[p]);
         }
-    }
-};
+}
 
-struct q5_k {
-    static const int64_t bytes = 176, size = 256;
-    static void unpack(const uint8_t *__restrict b, float *__restrict y) {
-        float scale[8], minimum[8];
-        k_scales(b, scale, minimum);
-        for (int g = 0; g < 8; g++) {
-            const uint8_t *low = b + 48 + 32 * (g >> 1), *high = b + 16;
-            const int shift = 4 * (g & 1);
-            for (int i = 0; i < 32; i++) {
-                const int q = ((low[i] >> shift) & 15) | ((high[i] >> g) & 1) << 4;
-                y[32 * g + i] = scale[g] * float(q) - minimum[g];
+// Products -------------------------------------------------------------------------------------------------------------
+//
+//     y[b][n] = sum over k of w[n][k] x[b][k]
+//
+// A thread dequantises the weights of some outputs, DEPTH columns at a time, into panels [columns][WIDE outputs], which
+// stay in its cache, and multiplies each with all rows of x. Sums are added up in the order of the columns, so a row's
+// results depend neither on the other rows nor on the number of threads.
+
+constexpr int WIDE = 2 * LANES, PANELS = 64 / WIDE, DEPTH = 768;
+#ifdef __AVX512F__
+constexpr int MOST_ROWS = 12;  // 2 x 12 vectors of sums stay in 32 registers
+#else
+constexpr int MOST_ROWS = 6;
+#endif
+
+// Transposes LANES vectors, by exchanging blocks of H lanes.
+template <int H, int... L>
+inline void exchange(vec &a, vec &b, std::integer_sequence<int, L...>) {
+    const vec low = __builtin_shufflevector(a, b, (L & H ? LANES + L - H : L)...);
+    b = __builtin_shufflevector(a, b, (L & H ? LANES + L : L + H)...);
+    a = low;
+}
+template <int H = LANES / 2>
+inline void transpose(vec *rows) {
+    for (int i = 0; i < LANES; i++)
+        if (!(i & H)) exchange<H>(rows[i], rows[i + H], std::make_integer_sequence<int, LANES>());
+    if constexpr (H > 1) transpose<H / 2>(rows);
+}
+
+// The weights of outputs n to n + WIDE, from column k on: [depth padded to chunks][WIDE]; 0 beyond the last output.
+template <class F>
+void fill_panel(const Matrix &w, int64_t n, int64_t k, int64_t depth, float *panel) {
+    for (int64_t c = k / CHUNK; c < (k + padded(depth)) / CHUNK; c++)
+        for (int half = 0; half < 2; half++) {
+            vec parts[LANES][PARTS] = {};
+            for (int i = 0; i < LANES; i++) {
+                const int64_t row = n + half * LANES + i;
+                if (row >= w.rows) break;
+                if ((c + 1) * CHUNK <= w.columns)
+                    F::unpack(w.data + row * w.row_bytes, c, parts[i]);
+                else
+                    unpack_end<F>(w.data + row * w.row_bytes, w.columns, c, parts[i]);
+            }
+            for (int p = 0; p < PARTS; p++) {
+                vec block[LANES];
+                for (int i = 0; i < LANES; i++) block[i] = parts[i][p];
+                transpose(block);
+                float *to = panel + (c * CHUNK - k + p * LANES) * WIDE + half * LANES;
+                for (int i = 0; i < LANES; i++) store(to + i * WIDE, block[i]);
             }
         }
-    }
-};
+}
 
-struct q6_k {
-    static const int64_t bytes = 210, size = 256;
-    static void unpack(const uint8_t *__restrict b, float *__restrict y) {
-        const float d = half(b + 208);
-        for (int g = 0; g < 8; g++) {
-            const uint8_t *low = b + 64 * (g >> 2) + 32 * (g & 1), *high = b + 128 + 32 * (g >> 2);
-            const int shift = 4 * ((g >> 1) & 1), up = 2 * (g & 3);
-            for (int part = 0; part < 2; part++) {
-                const float scale = d * float(int8_t(b[192 + 2 * g + part]));
-                for (int i = 16 * part; i < 16 * part + 16; i++) {
-                    const int q = ((low[i] >> shift) & 15) | ((high[i] >> up) & 3) << 4;
-                    y[32 * g + i] = scale * float(q - 32);
-                }
-            }
+// y[b] += a panel times x[b] for B rows; `first`: y is not read.
+template <int B>
+void tile(const float *panel, int64_t depth, const float *x, int64_t columns, float *y, int64_t outputs, bool first) {
+    vec sums[B][2];
+    for (int b = 0; b < B; b++)
+        for (int half = 0; half < 2; half++)
+            sums[b][half] = first ? vec{} : load<vec>(y + b * outputs + half * LANES);
+    for (int64_t k = 0; k < depth; k++) {
+        const vec low = load<vec>(panel + k * WIDE), high = load<vec>(panel + k * WIDE + LANES);
+        for (int b = 0; b < B; b++) {
+            const vec v = all(x[b * columns + k]);
+            sums[b][0] = multiply_add(v, low, sums[b][0]);
+            sums[b][1] = multiply_add(v, high, sums[b][1]);
         }
     }
-};
+    for (int b = 0; b < B; b++)
+        for (int half = 0; half < 2; half++) store(y + b * outputs + half * LANES, sums[b][half]);
+}
+
+template <int B = MOST_ROWS>
+void tiles(const float *panel, int64_t depth, const float *x, int64_t columns, float *y, int64_t outputs, bool first,
+           int64_t rows) {
+    if (rows == B) return tile<B>(panel, depth, x, columns, y, outputs, first);
+    if constexpr (B > 1) tiles<B - 1>(panel, depth, x, columns, y, outputs, first, rows);
+}
 
 template <class F>
-void dequantize(const uint8_t *__restrict blocks, int64_t n, float *__restrict y) {
-#pragma omp parallel for schedule(static) if (n * F::size > 8192)
-    for (int64_t i = 0; i < n; i++) F::unpack(blocks + i * F::bytes, y + i * F::size);
+void product(const Matrix &w, const float *x, int64_t rows, float *y) {
+    alignas(64) float panels[PANELS * WIDE * DEPTH], edge[MOST_ROWS * WIDE];
+    const int64_t count = (w.rows + WIDE - 1) / WIDE, thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    const int64_t end = count * (thread + 1) / threads;
+    for (int64_t from = count * thread / threads; from < end; from += PANELS) {
+        const int64_t to = std::min<int64_t>(from + PANELS, end);
+        for (int64_t k = 0; k < w.columns; k += DEPTH) {
+            const int64_t depth = std::min<int64_t>(DEPTH, w.columns - k);
+            for (int64_t i = from; i < to; i++) fill_panel<F>(w, i * WIDE, k, depth, panels + (i - from) * WIDE * DEPTH);
+            for (int64_t b = 0; b < rows; b += MOST_ROWS)
+                for (int64_t i = from; i < to; i++) {
+                    const int64_t most = std::min<int64_t>(MOST_ROWS, rows - b), left = w.rows - i * WIDE;
+                    const float *panel = panels + (i - from) * WIDE * DEPTH, *at = x + b * w.columns + k;
+                    float *out = y + b * w.rows + i * WIDE;
+                    if (left >= WIDE) {
+                        tiles(panel, depth, at, w.columns, out, w.rows, k == 0, most);
+                        continue;
+                    }
+                    for (int64_t r = 0; k && r < most; r++) std::copy_n(out + r * w.rows, left, edge + r * WIDE);
+                    tiles(panel, depth, at, w.columns, edge, WIDE, k == 0, most);
+                    for (int64_t r = 0; r < most; r++) std::copy_n(edge + r * WIDE, left, out + r * w.rows);
+                }
+        }
+    }
 }
 
 }  // namespace
 
-#define FORMAT(NAME)                                                                                                 \
-    extern "C" void dequantize_##NAME(const uint8_t *blocks, int64_t n, float *y) { dequantize<NAME>(blocks, n, y); }
+extern "C" {
 
-FORMAT(q4_0)
-FORMAT(q4_1)
-FORMAT(q5_0)
-FORMAT(q5_1)
-FORMAT(q8_0)
-FORMAT(q4_k)
-FORMAT(q5_k)
-FORMAT(q6_k)
+// y [rows, columns]; whole chunks.
+void packed_dequantize(const Matrix *w, float *y) {
+    with_format(w->format, [&](auto format) { dequantize<decltype(format)>(*w, y); });
+}
+
+// y [B, rows] = x [B, columns] w^T.
+void packed_product(const Matrix *w, const float *x, int64_t rows, float *y) {
+#pragma omp parallel if (rows * w->rows * w->columns > 1 << 18)
+    with_format(w->format, [&](auto format) { product<decltype(format)>(*w, x, rows, y); });
+}
+
+}  // extern "C"

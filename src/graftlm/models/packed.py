@@ -3,9 +3,10 @@
 Packed is: as blocks of a GGUF file, or in 16 bits while the arithmetic is float32. In training, a layer's weight is
 dequantised into a buffer that all layers share, once in the forward and once in the backward pass; it has no gradient
 of its own (QLoRA, Dettmers et al. 2023, arXiv:2305.14314). The values are, to the bit, those that the `gguf` package's
-`dequantize` gives, so a packed base computes what the dequantised one computes.
+`dequantize` gives, so a packed base computes what the dequantised one computes. Without gradient, products in float32
+are `packed.cpp`'s, which needs no buffer and differs by rounding.
 
-To add a storage format is one entry of `FORMATS`.
+To add a storage format is one entry of `FORMATS`; blocks.h has them for C++.
 
 Letters: N blocks; R rows (outputs) and C columns (inputs) of a weight.
 """
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -176,11 +177,13 @@ class PackedWeight(nn.Module):
         data = self.data if rows is None else self.data[rows]
         if out is None:
             out = torch.empty(data.shape[0], self.shape[1], device=data.device)
-        assert out.shape == (data.shape[0], self.shape[1]) and out.dtype == torch.float32
+        assert out.shape == (data.shape[0], self.shape[1]) and out.dtype == torch.float32 and out.is_contiguous()
         if self.blocks.dtype is not None:
             return out.copy_(data.view(self.blocks.dtype))
-        if (unpack := _kernel(self.format, data, out)) is not None:
-            unpack(data.data_ptr(), data.numel() // self.blocks.block_bytes, out.data_ptr())
+        if (kernels := _kernels(self)) is not None:
+            library, struct = kernels
+            struct.data, struct.rows = data.data_ptr(), len(data)
+            library.packed_dequantize(ctypes.byref(struct), out.data_ptr())
             return out
         step = max(1, AT_A_TIME // max(1, self.shape[1]))
         for start in range(0, len(data), step):
@@ -211,6 +214,9 @@ class PackedWeight(nn.Module):
 
 
 Weight = Tensor | PackedWeight
+CPP_FORMATS = ("f32", "bf16", "f16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k")
+"""The formats of blocks.h, in its order."""
+CPP_DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 class HasWeight(nn.Module):
@@ -241,25 +247,44 @@ class HasWeight(nn.Module):
             self._modules.pop("packed_weight", None)
 
 
+class Matrix(ctypes.Structure):
+    """A matrix as the C++ kernels take it (`Matrix` of blocks.h); it points to the weight's own memory."""
+
+    _fields_: ClassVar = [
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("format", "rows", "columns", "row_bytes")),
+    ]
+
+
+def matrix(weight: Weight) -> Matrix | None:
+    """The struct of a weight in memory of the CPU; None if the C++ kernels lack its format."""
+    if isinstance(weight, PackedWeight):
+        kind, data = weight.format, weight.data
+    else:
+        kind, data = CPP_DTYPES.get(weight.dtype, ""), weight
+    if kind not in CPP_FORMATS or data.stride(1) != 1:
+        return None
+    return Matrix(data.data_ptr(), CPP_FORMATS.index(kind), *weight.shape, data.stride(0) * data.element_size())
+
+
 @cache
 def _library() -> ctypes.CDLL | None:
-    """The compiled kernels, which give the same bits sooner; None where there is no compiler."""
+    """The compiled kernels; None where there is no compiler."""
     try:
-        return load_library(Path(__file__).with_name("packed.cpp"))
+        library = load_library(Path(__file__).with_name("packed.cpp"))
     except KernelsUnavailable:
         return None
+    library.packed_dequantize.argtypes, library.packed_dequantize.restype = (ctypes.c_void_p, ctypes.c_void_p), None
+    product = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
+    library.packed_product.argtypes, library.packed_product.restype = product, None
+    return library
 
 
-def _kernel(format: str, data: Tensor, out: Tensor) -> Callable[[int, int, int], None] | None:
-    """The compiled function that unpacks blocks of this format; None: torch's operations do."""
-    if data.device.type != "cpu" or not (data.is_contiguous() and out.is_contiguous()):
+def _kernels(weight: PackedWeight) -> tuple[ctypes.CDLL, Matrix] | None:
+    """The compiled kernels and the struct of this weight; None if torch's operations compute with it."""
+    if weight.device.type != "cpu" or (library := _library()) is None or (struct := matrix(weight)) is None:
         return None
-    if (library := _library()) is None:
-        return None
-    function = getattr(library, f"dequantize_{format}")
-    function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p), None
-    found: Callable[[int, int, int], None] = function
-    return found
+    return library, struct
 
 
 def packed_weights(model: nn.Module) -> list[PackedWeight]:
@@ -289,10 +314,14 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """x W^T + b: [..., C] -> [..., R]; the bias has x's dtype."""
     if not isinstance(weight, PackedWeight):
         return F.linear(x, weight.to(x.dtype), bias)
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+    if torch.is_grad_enabled():
         y: Tensor = _PackedLinear.apply(x, weight, bias)
         return y
-    return F.linear(x, weight.in_buffer(x.dtype), bias)
+    if x.dtype != torch.float32 or (kernels := _kernels(weight)) is None:
+        return F.linear(x, weight.in_buffer(x.dtype), bias)
+    y, x, (library, struct) = torch.empty(*x.shape[:-1], weight.shape[0]), x.contiguous(), kernels
+    library.packed_product(ctypes.byref(struct), x.data_ptr(), x.numel() // x.shape[-1], y.data_ptr())
+    return y if bias is None else y.add_(bias)
 
 
 def head_logits(h: Tensor, head: Weight) -> Tensor:
