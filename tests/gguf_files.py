@@ -18,6 +18,7 @@ import transformers
 from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter
 from tokenizers.pre_tokenizers import ByteLevel
 
+from family_cases import CASES as FAMILY_CASES
 from family_cases import SIZES, theta
 
 VOCAB = 259
@@ -33,6 +34,7 @@ ARCHITECTURES = {
     "starcoder2": MODEL_ARCH.STARCODER2,
     "stablelm": MODEL_ARCH.STABLELM,
     "ernie4_5": MODEL_ARCH.ERNIE4_5,
+    "glm": MODEL_ARCH.CHATGLM,
     "glm4": MODEL_ARCH.GLM4,
     "cohere": MODEL_ARCH.COMMAND_R,
     "cohere2": MODEL_ARCH.COHERE2,
@@ -56,17 +58,26 @@ LONGROPE = {
         rope_type="longrope",
         short_factor=[1.0, 1.5, 2.0, 2.5],
         long_factor=[2.0, 3.0, 4.0, 5.5],
-        original_max_position_embeddings=64,
+        original_max_position_embeddings=1024,
         partial_rotary_factor=1.0,
     ),
-    **{"max_position_embeddings": 256, "original_max_position_embeddings": 64},
+    **{"max_position_embeddings": 4096, "original_max_position_embeddings": 1024},
 }
 
 PERMUTED = ("llama", "granite", "smollm3")
 """Subclasses of llama.cpp's `LlamaModel`."""
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("Llama", {"num_attention_heads": 3, "num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True}),
+    "llama": (
+        "Llama",
+        {
+            "hidden_size": 24,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+    ),
     "llama tied": ("Llama", {"tie_word_embeddings": True}),
     "llama linear": ("Llama", {"rope_parameters": theta(rope_type="linear", factor=2.0)}),
     "llama yarn": (
@@ -111,6 +122,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm": ("StableLm", {"hidden_size": 32, "use_qkv_bias": True, "partial_rotary_factor": 0.5}),
     "stablelm parallel": ("StableLm", {"hidden_size": 32, "use_parallel_residual": True}),
     "ernie4_5": ("Ernie4_5", {"tie_word_embeddings": True}),
+    "glm": ("Glm", {"attention_bias": True}),
     "glm4": ("Glm4", {"attention_bias": True}),
     "cohere": ("Cohere", {"hidden_size": 32, "logit_scale": 0.3, "tie_word_embeddings": True}),
     "cohere2": ("Cohere2", {"hidden_size": 32, "logit_scale": 0.5, "sliding_window": 5, "tie_word_embeddings": True}),
@@ -146,19 +158,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def tiny_model(name: str, width: int | None = None) -> transformers.PreTrainedModel:
-    """The case's model with random weights; large ones, so that every setting shows. width: of all sides, if given."""
-    kind, settings = CASES[name]
+def tiny_model(name: str, width: int | None = None, **others: Any) -> transformers.PreTrainedModel:
+    """The case's model with random weights; large ones, so that every setting shows.
+
+    width: of all sides, if given. others: settings in which it differs from the case.
+    """
+    kind, settings = CASES.get(name) or FAMILY_CASES[name]
     made = getattr(transformers, f"{kind}Config")
     known = {key: value for key, value in SIZES.items() if key != "num_key_value_heads" or hasattr(made(), key)}
-    sizes = {**known, "attn_implementation": "eager", **settings}
+    sizes = {**known, "attn_implementation": "eager", **settings, **others}
     if width is not None:
         sizes |= {"hidden_size": width, "intermediate_size": width, "head_dim": width // 2}
         sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
     config = made(**sizes)
     torch.manual_seed(0)
-    head = "LMHeadModel" if kind == "GPT2" else "ForCausalLM"
-    model: transformers.PreTrainedModel = getattr(transformers, f"{kind.removesuffix('Text')}{head}")(config)
+    model: transformers.PreTrainedModel = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
     for parameter, p in model.named_parameters():
         if "norm" in parameter or parameter.endswith("bias"):
             torch.nn.init.normal_(p, std=0.3)
@@ -270,7 +284,7 @@ def add_settings(writer: GGUFWriter, config: dict[str, Any]) -> None:
         writer.add_rope_freq_base(rope["rope_theta"])
     if kind != "gemma3_text" and "sliding_attention" in ropes:  # older files of Gemma 3 lack it
         writer.add_rope_freq_base_swa(ropes["sliding_attention"]["rope_theta"])
-    if kind in ("stablelm", "phi", "glm4", "gpt_neox"):
+    if kind in ("stablelm", "phi", "glm", "glm4", "gpt_neox"):
         writer.add_rope_dimension_count(int(head_dim * rope["partial_rotary_factor"]))
     if kind in ("stablelm", "gpt_neox"):
         writer.add_parallel_residual(config["use_parallel_residual"])

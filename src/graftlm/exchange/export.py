@@ -108,7 +108,9 @@ def _export_gguf(config: ExportConfig, loaded: ModelBundle, say: Callable[[str],
     """Write the formats of llama.cpp; the record is next to a file, or in the folder."""
     assert loaded.run is not None
     gguf, target = GGUFExport(loaded, config.format, config.quantization), Path(config.to)
-    reference = ReferenceLogits(loaded, loaded.run["config"])
+    data = loaded.run["config"]
+    longest = min(data.get("max_length") or gguf.context, gguf.context)
+    reference = ReferenceLogits(loaded, {**data, "max_length": longest})
     say(f"comparing logits on {reference.source}")
     origin = {
         "format": config.format,

@@ -13,22 +13,19 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from graftlm.errors import GraftError
 from graftlm.exchange.gguf_lora import check_is_lora, merge_lora_file, write_lora
 from graftlm.exchange.gguf_plan import GGUFPlan
 from graftlm.exchange.huggingface import EXPORT_JSON, load_model
-from graftlm.exchange.llama_cpp import LlamaCpp, is_installed
+from graftlm.exchange.llama_cpp import CONTEXT, GREEDY, LlamaCpp, compare, is_installed, logprob_tolerance
 from graftlm.exchange.load import ModelBundle
 from graftlm.exchange.modelfile import modelfile
-from graftlm.exchange.verify import TEXTS, ReferenceLogits
+from graftlm.exchange.verify import ReferenceLogits
 from graftlm.files.atomic import atomic_directory, atomic_write, write_json, write_text
 from graftlm.files.formats import read_json
 from graftlm.files.gguf import gguf_to_folder
@@ -40,32 +37,7 @@ from graftlm.models.config import tensor_mapping, to_file
 
 Say = Callable[[str], object]
 
-GREEDY = 10
-"""Tokens after each prompt that are compared."""
-TOP = 50
-"""Likeliest tokens whose log-probabilities are compared."""
-LLAMA_CPP_SHARES = {"f32": 1e-3, "f16": 1e-2, "bf16": 2e-2}
-"""The accepted difference of a log-probability in llama.cpp, as a share of the largest logit, by --quantization.
-
-It rounds GELU to float16 in any file, and activations to the file's own 16 bits, or to 8 in quantised files."""
-QUANTISED_SHARE = 0.05
-CONTEXT = 512
-"""Tokens that llama.cpp reserves memory for."""
 MODEL = "model.gguf"
-
-
-@dataclass(frozen=True)
-class LlamaCppProof:
-    """What llama.cpp made of a file, compared with the model that our reader found."""
-
-    max_abs_logprob_diff: float
-    tolerance: float
-    equal_texts: int
-    """Greedy continuations that are the same, of `texts`."""
-    texts: int
-    ended: int
-    """Texts that llama.cpp ended by itself."""
-    version: str
 
 
 class GGUFExport:
@@ -104,8 +76,15 @@ class GGUFExport:
             write_json(record_path(target), record)
         return record
 
+    @property
+    def context(self) -> int:
+        """Tokens of the longest text for which the file holds."""
+        return self._plan.config.max_positions
+
     def _write_file(self, path: Path, scratch: Path, reference: ReferenceLogits, say: Say) -> dict[str, Any]:
         """Write and compare a .gguf file; returns the part of the record about the comparisons."""
+        if self.context < self._loaded.model.max_seq_len:
+            say(f"llama.cpp has no sliding windows in such a model: its context is one window, {self.context} tokens")
         adapter = self._peft is not None
         model_file = scratch / "base.gguf" if adapter else path
         if self._peft is not None:
@@ -126,36 +105,11 @@ class GGUFExport:
             return {"verification": verification.to_json(), "llama_cpp": None}
         say("comparing with llama.cpp")
         llama = LlamaCpp(model_file, CONTEXT + GREEDY, path if adapter else None)
-        proof = self._ask(llama, model, kind, reference)
+        tolerance = logprob_tolerance(kind, reference.largest)
+        proof = compare(llama, model, self._loaded, reference.prompts, tolerance)
         if adapter:
             model_file.unlink()
         return {"verification": verification.to_json(), "llama_cpp": vars(proof)}
-
-    def _ask(self, llama: LlamaCpp, model: CausalLM, kind: str, reference: ReferenceLogits) -> LlamaCppProof:
-        """Compare llama.cpp's tokens, log-probabilities and greedy texts; GraftError if they are not the model's."""
-        tokenizer, ends = self._loaded.tokenizer, {*self._loaded.eos_token_ids}
-        for text in TEXTS:
-            ids = tokenizer.encode_prompt(text)
-            if (theirs := llama.tokens(text)) != ids:
-                raise GraftError(
-                    f"llama.cpp reads {text!r} as other tokens, {theirs} instead of {ids}; nothing was written"
-                )
-        shown, differences, equal, ended = tokenizer.encode(" a")[-1], [], 0, 0
-        prompts = [list(ids[:CONTEXT]) for ids in reference.prompts]
-        for ids in prompts:
-            top, ours = llama.next_logprobs(ids, TOP, shown), _next_logprobs(model, ids)
-            differences.append(max(abs(ours[index].item() - value) for index, value in top.items()))
-            greedy, end = llama.greedy(ids, GREEDY)
-            equal += [token for token in greedy if token not in ends] == _greedy(model, ids, ends)
-            ended += end
-        share = LLAMA_CPP_SHARES.get(kind, QUANTISED_SHARE)
-        tolerance = max(1e-3, share * reference.largest)
-        if not max(differences) <= tolerance:
-            raise GraftError(
-                f"export as {self._form}: in llama.cpp, log-probabilities differ by {max(differences):.1e}, more than "
-                f"{tolerance:.1e}; nothing was written"
-            )
-        return LlamaCppProof(max(differences), tolerance, equal, len(prompts), ended, version("xllamacpp"))
 
     def _base_parameters(self) -> dict[str, Tensor]:
         """The base's parameters, by our names."""
@@ -178,23 +132,6 @@ def _read_back(path: Path, scratch: Path, changed: dict[str, Tensor]) -> CausalL
         if mapping.name in changed:
             model.get_parameter(name).data.copy_(mapping.read(changed[mapping.name]))
     return model
-
-
-@torch.inference_mode()
-def _next_logprobs(model: CausalLM, ids: list[int]) -> Tensor:
-    last = torch.tensor([len(ids) - 1])
-    return model(torch.tensor([ids]), positions=last)[0].log_softmax(-1)
-
-
-def _greedy(model: CausalLM, ids: list[int], ends: set[int]) -> list[int]:
-    """The next GREEDY tokens at most, recomputed from the start for each."""
-    found: list[int] = []
-    while len(found) < GREEDY:
-        token = int(_next_logprobs(model, [*ids, *found]).argmax())
-        if token in ends:
-            break
-        found.append(token)
-    return found
 
 
 def gguf_tokenizer(loaded: ModelBundle) -> dict[str, Any]:

@@ -6,9 +6,10 @@ same `ModelConfig`. What the format cannot express is an error, not a file of an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,28 +42,32 @@ class GGUFPlan:
         self, config: ModelConfig, raw: Mapping[str, Any], state: Mapping[str, Tensor], tokenizer: Settings, where: str
     ) -> None:
         refused: dict[str, str] = {}
-        for name in _candidates(config, raw):
-            kind = ARCHITECTURES[name]
-            self.architecture, self._kind = name, kind
-            self._extra = _rope_tensors(config, raw)
-            self.settings = _settings(name, kind, config, raw) | tokenizer
-            planned = [*_planned(kind, state, config.num_layers), *self._extra]
-            file = planned_file(Path(where), self.settings, planned)
-            try:
-                read = read_config(file)
-                self.entries = {entry.name: entry for entry in tensor_entries(file, read)}
-                found = read_model_config(config_json(file, read), where)
-            except InputError as error:
-                refused[name] = str(error).removeprefix(f"{where}: ")
-                continue
-            if lost := {*state} - {*self.entries}:
-                refused[name] = f"it has no place for {min(lost)}"
-            elif difference := _difference(config, found):
-                refused[name] = f"it cannot express {difference}"
-            else:
+        for self.config, self.architecture in product(_expressible(config), _candidates(config, raw)):
+            if not (reason := self._refusal(raw, state, tokenizer, where)):
                 return
+            refused.setdefault(self.architecture, reason)
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items()) or "llama.cpp's name is not known"
         raise InputError(f"{where}: no .gguf file is written for this {raw.get('model_type')} model ({reasons})")
+
+    def _refusal(self, raw: Mapping[str, Any], state: Mapping[str, Tensor], tokenizer: Settings, where: str) -> str:
+        """Plan the file; why it is not one of this model, or empty."""
+        kind = ARCHITECTURES[self.architecture]
+        for what, is_used in _LACKS.get(self.architecture, ()):
+            if is_used(self.config):
+                return f"llama.cpp has no {what} in it"
+        self._extra = _rope_tensors(self.config, raw)
+        self.settings = _settings(self.architecture, kind, self.config, raw) | tokenizer
+        file = planned_file(Path(where), self.settings, [*_planned(kind, state, self.config.num_layers), *self._extra])
+        try:
+            read = read_config(file)
+            self.entries = {entry.name: entry for entry in tensor_entries(file, read)}
+            found = read_model_config(config_json(file, read), where)
+        except InputError as error:
+            return str(error).removeprefix(f"{where}: ")
+        if lost := {*state} - {*self.entries}:
+            return f"it has no place for {min(lost)}"
+        difference = _difference(self.config, found)
+        return f"it cannot express {difference}" if difference else ""
 
     def write(self, path: Path, state: Mapping[str, Tensor], kind: str) -> None:
         """Write the file with these tensors, by the checkpoint's names, as `kind` (`gguf_writer.TYPES`)."""
@@ -85,6 +90,15 @@ class GGUFPlan:
         stored = torch.empty_like(rows)
         stored[torch.from_numpy(entry.order(torch.arange(len(rows))[:, None].numpy())[:, 0])] = rows
         return stored
+
+
+def _expressible(config: ModelConfig) -> Iterator[ModelConfig]:
+    """The model; and the same without windows, which are all that the text of one window sees."""
+    yield config
+    layers = [config.layer(i) for i in range(config.num_layers)]
+    if windows := [layer.window for layer in layers if layer.window is not None]:
+        plain = tuple(replace(layer, window=None) for layer in layers)
+        yield replace(config, layers=plain, max_positions=min(windows))
 
 
 def _candidates(config: ModelConfig, raw: Mapping[str, Any]) -> list[str]:
@@ -238,3 +252,23 @@ _MORE = {
     "cohere2": _logit_scale,
 }
 """Settings that only some architectures have."""
+
+
+def _has_windows(config: ModelConfig) -> bool:
+    return any(layer.window is not None for layer in config.layers)
+
+
+def _has_other_width(config: ModelConfig) -> bool:
+    return config.num_heads * config.head_dim != config.hidden_size
+
+
+_LACKS: dict[str, tuple[tuple[str, Callable[[ModelConfig], bool]], ...]] = {
+    "qwen3": (("biases", lambda config: config.qkv_bias),),
+    "phi3": (("sliding windows", _has_windows),),
+    "olmo2": (("heads of another width than the model's", _has_other_width),),
+    "exaone4": (
+        ("heads of another width than the model's", _has_other_width),
+        ("sliding windows, unless it has 64 layers,", lambda config: _has_windows(config) and config.num_layers != 64),
+    ),
+}
+"""What llama.cpp's code cannot do in an architecture, though the format could say it, and whether a model has it."""

@@ -434,6 +434,15 @@ ARCHITECTURES: dict[str, Architecture] = {
         block={**_NORMS, **_ATTENTION, **_MLP},
         more=_use_bias,
     ),
+    "chatglm": replace(
+        LLAMA,
+        model_type="glm",
+        class_name="GlmForCausalLM",
+        block={**_NORMS, **_ATTENTION, "ffn_up": Target("mlp.gate_up_proj", "2f d"), "ffn_down": _MLP["ffn_down"]},
+        biases=("attn_q", "attn_k", "attn_v"),
+        more=_attention_bias,
+        partial_rotary=True,
+    ),
     "glm4": replace(
         LLAMA,
         model_type="glm4",
