@@ -1,19 +1,21 @@
 """mkdocs hooks: what a code host shows and mkdocs alone does not.
 
-- Links out of docs/ go to the repository's URL, or become plain text if it has none: the site has no source. Other
-  links stay, so mkdocs still reports broken ones.
+- Links out of docs/ go to the repository's URL, of pyproject.toml: the site has no source. Other links stay, so mkdocs
+  still reports broken ones. (The theme's own repo_url would ask the code host for stars whenever a page is read.)
 - A list may follow a paragraph without a blank line.
 - Mathematics becomes MathML, which browsers show without a script.
 """
 
 import html
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
 from latex2mathml.converter import convert
 
 ROOT = Path(__file__).parent.parent
+REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
 FENCE = re.compile(r"^ *(```|~~~)")
 ITEM = re.compile(r"^ *([-*+]|\d+\.) ")
 
@@ -64,8 +66,6 @@ def _rewrite_links(markdown: str, page: Any, config: Any) -> str:
         inside = there.is_relative_to(Path(config["docs_dir"])) and there.suffix in (".md", ".svg", ".png")
         if re.match(r"[a-z]+:|#", target) or inside or not there.exists():
             return match[0]
-        if not config["repo_url"]:
-            return text
-        return f"[{text}]({config['repo_url'].rstrip('/')}/blob/main/{there.relative_to(ROOT)}{sep}{anchor})"
+        return f"[{text}]({REPOSITORY}/blob/main/{there.relative_to(ROOT)}{sep}{anchor})"
 
     return re.sub(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)", rewritten, markdown)

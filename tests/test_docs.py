@@ -9,6 +9,7 @@ import dataclasses
 import json
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -168,6 +169,13 @@ def test_the_chat_pages_example_runs(
 def test_every_page_is_in_the_sites_navigation() -> None:
     named = set(re.findall(r"^\s*- [^:]+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE))
     assert named == {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
+
+
+def test_the_repository_has_one_address() -> None:
+    address = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
+    for file in ("README.md", "docs/index.md", "docs/tutorial.md", "notebooks/run_in_colab.ipynb"):
+        found = re.findall(r"https://github\.com/[\w.-]+/graftlm", (ROOT / file).read_text(encoding="utf-8"))
+        assert {*found} == {address}, file
 
 
 def test_the_reference_names_every_public_name() -> None:

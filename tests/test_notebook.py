@@ -207,31 +207,25 @@ def test_the_settings_that_no_test_runs_are_settings(gpu: bool, names: tuple[str
         ("", "", "."),
         ("", "notebooks", ".."),
         ("graftlm", "", "graftlm"),
-        ("graftlm.zip", "", "graftlm.zip"),
-        ("elsewhere/project", "", None),
+        ("elsewhere/project", "", "graftlm"),
     ],
 )
 def test_the_project_is_found_and_installed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, project: str, here: str, found: str | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, project: str, here: str, found: str
 ) -> None:
-    for folder in (project if not project.endswith(".zip") else "", here):
+    for folder in (project, here):
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
-    if project.endswith(".zip"):
-        (tmp_path / project).touch()
-    else:
-        shutil.copyfile(ROOT / "pyproject.toml", tmp_path / project / "pyproject.toml")
+    shutil.copyfile(ROOT / "pyproject.toml", tmp_path / project / "pyproject.toml")
     monkeypatch.chdir(tmp_path / here)
     folder_alone = SimpleNamespace(origin=None, submodule_search_locations=None)  # no package
     monkeypatch.setattr("importlib.util.find_spec", lambda name: folder_alone)
     monkeypatch.setattr(main, "tune_malloc_retain", lambda: None)
     installed: list[tuple[str, str]] = []
-    shell = SimpleNamespace(run_line_magic=lambda *words: installed.append(words))
+    cloned: list[str] = []
+    shell = SimpleNamespace(run_line_magic=lambda *words: installed.append(words), system=cloned.append)
     names: dict[str, Any] = {"get_ipython": lambda: shell}
     cell = compile(TransformerManager().transform_cell("".join(CODE["install"])), "install", "exec")
-    if found is None:
-        with pytest.raises(FileNotFoundError, match="clone the project, or upload it as a zip"):
-            exec(cell, names)
-        return
     exec(cell, names)
+    assert bool(cloned) == (project == "elsewhere/project")
     assert installed == [("pip", 'install --quiet "{source}[notebook]"')]
     assert names["source"] == (tmp_path / here / found).resolve()
