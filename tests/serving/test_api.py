@@ -569,7 +569,7 @@ def test_tokenize_refuses(path: str, body: dict[str, Any], status: int, message:
         (
             "chat/completions",
             {"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "a"}]},
-            '"text": …} (number 2 is wrong)',
+            "tool_calls (number 2 is wrong)",
             "messages",
         ),
         (
@@ -579,7 +579,7 @@ def test_tokenize_refuses(path: str, body: dict[str, Any], status: int, message:
             "messages",
         ),
         ("chat/completions", {"messages": [{"role": "user", "content": "a", "name": "b"}]}, "name is not supp", "name"),
-        ("chat/completions", {"tools": [{}]}, "tools is not supported", "tools"),
+        ("chat/completions", {"functions": [{}]}, "functions is not supported", "functions"),
         ("chat/completions", {"top_logprobs": 2}, "top_logprobs: needs logprobs: true", "top_logprobs"),
         (
             "chat/completions",

@@ -17,12 +17,15 @@ from graftlm.inference.engine import Engine
 from graftlm.serving.app import ServedModel, Service
 from graftlm.text.template import load_template
 from graftlm.text.tokenizer import Tokenizer
-from serving.fakes import serving
+from serving.fakes import FakeEngine, serving
+from serving.fakes import service as fake_service
 from tiny import byte_tokenizer, model_of
 
 TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% if tools %}<tools>{% for t in tools %}{{ t | tojson }}{% endfor %}</tools>{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}<tool_call>\n"
+    "{{ {'name': c.function.name, 'arguments': c.function.arguments} | tojson }}\n</tool_call>{% endfor %}<|end|>"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 TALK: Any = [{"role": "user", "content": "How was the film?"}]
 
@@ -117,3 +120,126 @@ def test_what_cannot_be_kept_is_refused(url: str, form: Any, message: str, code:
     assert answer.status_code == 400, answer.text
     found = answer.json()["error"]
     assert found["message"].startswith(message) and found["code"] == code and "\n" not in found["message"]
+
+
+# Tools ----------------------------------------------------------------------------------------------------------------
+
+WEATHER = {"type": "object", "properties": {"city": {"enum": ["Oslo", "Rome"]}}, "required": ["city"]}
+TOOLS: Any = [
+    {"type": "function", "function": {"name": "weather", "description": "The weather.", "parameters": WEATHER}},
+    {"type": "function", "function": {"name": "time", "strict": True}},
+]
+TOOLS[0]["function"]["parameters"]["additionalProperties"] = False
+NAMED: Any = {"type": "function", "function": {"name": "weather"}}
+CALLS = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED])
+def test_a_forced_call_is_always_one_of_the_tools(client: openai.OpenAI, choice: Any) -> None:
+    asked: Any = {"model": "base", "messages": TALK, "tools": TOOLS, "tool_choice": choice, "n": 4, "seed": 1}
+    found = client.chat.completions.create(**asked)
+    calls = []
+    for each in found.choices:
+        assert (each.finish_reason, each.message.content) == ("tool_calls", None)
+        (call,) = each.message.tool_calls or ()
+        calls.append((call.function.name, json.loads(call.function.arguments)))
+    possible = [("weather", {"city": "Oslo"}), ("weather", {"city": "Rome"}), ("time", {})]
+    assert all(call in possible[: 2 if choice is NAMED else 3] for call in calls)
+    streamed = [[] for _ in calls]
+    for part in client.chat.completions.create(**asked, stream=True):
+        for each in part.choices:
+            assert not each.delta.content and each.finish_reason in (None, "tool_calls")
+            streamed[each.index] += [call.function for call in each.delta.tool_calls or ()]
+    assert [(one.name, json.loads(one.arguments)) for (one,) in streamed] == calls
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[openai.OpenAI, FakeEngine]]:
+    """A client of a server whose model says what a test decides."""
+    folder = tmp_path_factory.mktemp("told")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    made, engine = fake_service(folder, room=2000, max_tokens=400, control=["<|end|>"])
+    with serving(made) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client:
+        yield client, engine
+
+
+def test_a_call_that_the_model_chooses_and_the_turn_after_it(told: tuple[openai.OpenAI, FakeEngine]) -> None:
+    client, engine = told
+    engine.reset()
+    engine.answer = f"I look.{CALLS}\n{CALLS.replace('Oslo', 'Rome')}"
+    asked: Any = {"model": "base", "messages": TALK, "tools": TOOLS}
+    choice = client.chat.completions.create(**asked).choices[0]
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", "I look.")
+    calls = choice.message.tool_calls or []
+    assert [call.function.arguments for call in calls] == ['{"city": "Oslo"}', '{"city": "Rome"}']
+    assert len({call.id for call in calls}) == 2
+    one = client.chat.completions.create(**asked, parallel_tool_calls=False).choices[0].message.tool_calls
+    assert len(one or ()) == 1
+    parts = [part.choices[0] for part in client.chat.completions.create(**asked, stream=True)]
+    assert "".join(part.delta.content or "" for part in parts) == "I look."
+    streamed = [call for part in parts for call in part.delta.tool_calls or ()]
+    assert [(call.index, call.function.name) for call in streamed] == [(0, "weather"), (1, "weather")]
+    assert parts[-1].finish_reason == "tool_calls"
+    engine.answer = "It rains."
+    turns: Any = [*TALK, choice.message, {"role": "tool", "tool_call_id": calls[0].id, "content": "rain"}]
+    answer = client.chat.completions.create(model="base", messages=turns, tools=TOOLS, tool_choice="none").choices[0]
+    assert (answer.finish_reason, answer.message.content, answer.message.tool_calls) == ("stop", "It rains.", None)
+    first, *_, last = (engine.tokenizer.decode(request.prompt) for request in engine.requests)
+    assert '<tools>{"type": "function", "function": {"name": "weather", "description": "The weather.", ' in first
+    assert f"I look.{CALLS}" in last and last.endswith("<tool>rain<assistant>") and "<tools>" not in last
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "code"),
+    [
+        ({"tools": [{}]}, 'tools: must be a list of {"type": "function", ', None),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools: must be a list of ", None),
+        ({"tool_choice": "required", "tools": []}, "tool_choice: names no function of tools", None),
+        ({"tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice: names no function", None),
+        ({"tool_choice": "always"}, 'tool_choice: must be "none", "auto", "required" or ', None),
+        ({"logprobs": True}, "logprobs: not supported together with tools", None),
+        ({"response_format": {"type": "json_object"}}, "response_format: not supported together with tools", None),
+        (
+            {
+                "tool_choice": "required",
+                "tools": [{"type": "function", "function": {"name": "a", "parameters": {"not": {}}}}],
+            },
+            'tools: Unimplemented keys: ["not"]',
+            "invalid_json_schema",
+        ),
+        ({"messages": [{"role": "tool", "content": "rain"}]}, "messages: must be a list of messages", None),
+        ({"messages": [{"role": "assistant"}]}, "messages: must be a list of messages", None),
+        (
+            {
+                "messages": [
+                    {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "a", "arguments": "["}}]}
+                ]
+            },
+            "messages: must be a list of messages",
+            None,
+        ),
+    ],
+)
+def test_tools_that_are_refused(url: str, change: dict[str, Any], message: str, code: str | None) -> None:
+    body = {"model": "base", "messages": TALK, "tools": TOOLS, **change}
+    found = httpx.post(f"{url}/v1/chat/completions", json=body)
+    assert found.status_code == 400, found.text
+    assert found.json()["error"]["message"].startswith(message) and found.json()["error"]["code"] == code
+
+
+def test_a_template_without_tools_refuses_them_but_a_call_can_be_forced(tmp_path: Path) -> None:
+    plain = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>{% endfor %}<assistant>"
+    made = service_of(tmp_path, plain)
+    with serving(made) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client:
+        asked: Any = {"model": "base", "messages": TALK, "tools": TOOLS}
+        with pytest.raises(
+            openai.BadRequestError, match="does not write tools: force a call by tool_choice"
+        ) as refused:
+            client.chat.completions.create(**asked)
+        assert refused.value.code == "unsupported_tools"
+        (call,) = client.chat.completions.create(**asked, tool_choice=NAMED).choices[0].message.tool_calls or ()
+        assert call.function.name == "weather" and json.loads(call.function.arguments)["city"] in ("Oslo", "Rome")
+        turns = [*TALK, {"role": "assistant", "content": None, "tool_calls": [call.model_dump()]}]
+        with pytest.raises(openai.BadRequestError, match="does not write tool_calls"):
+            client.chat.completions.create(model="base", messages=turns)
+    made.engine.close()

@@ -59,12 +59,14 @@ from graftlm.serving.schemas import (
     TokenizeBody,
     parse_body,
 )
+from graftlm.serving.tools import call_streams, check_messages, forced_call, written_tools
 from graftlm.text.boundary import split_prompt
 from graftlm.text.chat import Chat
 from graftlm.text.collate import Example, encode_rows
 from graftlm.text.records import Labelled
 from graftlm.text.template import Template
 from graftlm.text.tokenizer import Tokenizer
+from graftlm.text.tool_calls import ToolSupport
 
 DEFAULT_MAX_TOKENS = 16
 """Of a completion whose request does not set max_tokens, as in OpenAI's API."""
@@ -107,6 +109,12 @@ class Service:
     def grammars(self) -> Grammars:
         """Of the tokenizer."""
         return Grammars(self.tokenizer)
+
+    @cached_property
+    def tool_support(self) -> ToolSupport:
+        """What the chat template writes of tools."""
+        has_chat = self.tokenizer.chat_template is not None
+        return ToolSupport.of(Chat(self.tokenizer)) if has_chat else ToolSupport(False, False, False, None)
 
     @property
     def base(self) -> ServedModel:
@@ -219,7 +227,7 @@ def _add_inference(app: FastAPI, service: Service) -> None:
     async def respond(http: HTTPRequest, body: Sampling, parse: Callable[[], list[Request]]) -> Response:
         def prepare() -> tuple[list[Request], Formatter]:
             requests = parse()
-            return requests, Formatter(tokenizer, body, requests)
+            return requests, Formatter(tokenizer, body, requests, call_streams(service.tool_support, body))
 
         requests, formatter = await asyncio.to_thread(prepare)
         if body.stream:
@@ -270,21 +278,31 @@ def _listed(texts: Any) -> Any:
 
 
 def _parse_chat(service: Service, chat: Chat | None, body: ChatBody) -> list[Request]:
-    chat, prompt = _chat_prompt(service, chat, body.messages)
+    tools, (prefix, schema) = written_tools(service.tool_support, body), forced_call(service.tool_support, body)
+    chat, prompt = _chat_prompt(service, chat, body.messages, tools, prefix)
     limit = min(filter(None, (body.max_tokens, body.max_completion_tokens)), default=None)
-    return _requests(service, body, [prompt], limit, service.max_tokens, chat.stop_tokens)
+    requests = _requests(service, body, [prompt], limit, service.max_tokens, chat.stop_tokens)
+    grammar = _grammar(service, schema, "tools")
+    return [replace(request, grammar=grammar) for request in requests] if grammar is not None else requests
 
 
-def _chat_prompt(service: Service, chat: Chat | None, messages: Sequence[MessageBody]) -> tuple[Chat, list[int]]:
-    """The model's chat, and the tokens of messages in it. Raises APIError."""
+def _chat_prompt(
+    service: Service,
+    chat: Chat | None,
+    messages: Sequence[MessageBody],
+    tools: Sequence[Any] = (),
+    answer_prefix: str = "",
+) -> tuple[Chat, list[int]]:
+    """The model's chat, and the tokens of messages in it, up to the beginning of the answer. Raises APIError."""
     if chat is None:
         message = f"{service.base.name} has no chat template: send text to /v1/completions"
         raise APIError(400, message, param="messages", code="no_chat_template")
-    roles = {"developer": "system"}  # OpenAI's name for it in newer models
+    check_messages(service.tool_support, messages)
     try:
-        return chat, chat.encode([(roles.get(each.role, each.role), each.text_content) for each in messages])
+        prompt = chat.with_tools(tools).encode([each.to_message() for each in messages], answer_prefix)
     except InputError as error:
         raise APIError(400, f"messages: {error}", param="messages") from None
+    return chat, prompt
 
 
 def _requests(
@@ -320,7 +338,7 @@ def _requests(
         prompts[0],
         params,
         model.adapter,
-        grammar=_grammar(service, body.response_format.schema_of_answer),
+        grammar=_grammar(service, body.response_format.schema_of_answer, "response_format"),
         top_logprobs=body.num_logprobs or 0,
         prompt_logprobs=scored,
         prompt_only=limit == 0,
@@ -328,13 +346,12 @@ def _requests(
     return [replace(first, prompt=tuple(prompt), params=own) for prompt in prompts for own in each]
 
 
-def _grammar(service: Service, schema: dict[str, Any] | None) -> Grammar | None:
-    """The grammar of a request's JSON schema."""
+def _grammar(service: Service, schema: dict[str, Any] | None, field: str) -> Grammar | None:
+    """The grammar of a JSON schema, which is in this field of the body."""
     try:
         return None if schema is None else service.grammars.json_schema(schema)
     except InputError as error:
-        message = f"response_format: {error}"
-        raise APIError(400, message, param="response_format", code="invalid_json_schema") from None
+        raise APIError(400, f"{field}: {error}", param=field, code="invalid_json_schema") from None
 
 
 # Embeddings and tokens ------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ of the event loop. Pending requests are cancelled when the client disconnects, o
 import asyncio
 import json
 import logging
+import secrets
 import time
 import uuid
 from collections import deque
@@ -26,6 +27,7 @@ from graftlm.inference.requests import CaptureError, Completion, Request, Reques
 from graftlm.serving.schemas import APIError, ChatBody, Sampling
 from graftlm.text.stream import PlacedToken, TokenStream
 from graftlm.text.tokenizer import Tokenizer
+from graftlm.text.tool_calls import CallStream
 
 T = TypeVar("T")
 Event = dict[str, Any]
@@ -191,8 +193,11 @@ def _raise_if_unfinished(finish_reason: str) -> None:
 class Formatter:
     """OpenAI's JSON of one request's choices, of completions and of chats."""
 
-    def __init__(self, tokenizer: Tokenizer, body: Sampling, requests: Sequence[Request]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, body: Sampling, requests: Sequence[Request], calls: Sequence[CallStream] = ()
+    ) -> None:
         self.tokenizer, self.body, self.chat = tokenizer, body, isinstance(body, ChatBody)
+        self._calls = calls  # of each choice, where the model has tools
         self._prompts: list[tuple[str, list[PlacedToken]]] = [("", [])] * len(requests)  # to be written before answers
         if body.echoes:
             self._prompts = [self._echo(request) for request in requests[:: body.n] for _ in range(body.n)]
@@ -217,12 +222,13 @@ class Formatter:
     def choice(self, index: int, completion: Completion) -> Event:
         """A complete choice."""
         prompt, rows = self._take_prompt(index, completion.prompt_logprobs)
-        message = {"role": "assistant", "content": completion.text, "refusal": None}
-        content = {"message": message} if self.chat else {"text": prompt + completion.text}
+        text, calls, finish_reason = self._called(index, completion.text, completion.finish_reason)
+        message = {"role": "assistant", "content": text or None if calls else text, "refusal": None, **calls}
+        content = {"message": message} if self.chat else {"text": prompt + text}
         count = len(completion.tokens)
         rows += self._placed(index, completion.logprobs[:count], is_last=True)
         rows += self._ending(index, completion.logprobs[count:])
-        return _choice(index, content, self._logprobs(rows), completion.finish_reason)
+        return _choice(index, content, self._logprobs(rows), finish_reason)
 
     def chunk(self, index: int, output: TokenOutput) -> Event | None:
         """One output as a choice of an event; None if it is empty. Tokens are in the event that has their text."""
@@ -231,12 +237,35 @@ class Formatter:
         is_text = output.token is not None
         rows += self._placed(index, found if is_text else [], is_last=output.finish_reason is not None)
         rows += self._ending(index, [] if is_text else found)
-        text = prompt + output.text
-        if not text and output.finish_reason is None and not rows:
+        new, calls, finish_reason = self._called(index, output.text, output.finish_reason)
+        text = prompt + new
+        if not text and finish_reason is None and not rows:
             return None
-        content: Event = {"delta": {"content": text} if text else {}}
+        content: Event = {"delta": ({"content": text} if text else {}) | calls}
         logprobs = self._logprobs(rows) if rows else None
-        return _choice(index, content if self.chat else {"text": text}, logprobs, output.finish_reason)
+        return _choice(index, content if self.chat else {"text": text}, logprobs, finish_reason)
+
+    def _called(self, index: int, text: str, finish_reason: str | None) -> tuple[str, Event, str | None]:
+        """The next text of a choice without calls of tools and, at its end, these calls; and why it ends."""
+        if not self._calls:
+            return text, {}, finish_reason
+        text = self._calls[index].add(text)
+        if finish_reason is None:
+            return text, {}, None
+        rest, found = self._calls[index].finish()
+        if not found:
+            return text + rest, {}, finish_reason
+        assert isinstance(self.body, ChatBody)
+        calls = [
+            {
+                **({"index": number} if self.body.stream else {}),
+                "id": secrets.token_hex(5)[:9],  # Mistral's templates accept no other length
+                "type": "function",
+                "function": {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)},
+            }
+            for number, (name, arguments) in enumerate(found if self.body.parallel_tool_calls else found[:1])
+        ]
+        return text + rest, {"tool_calls": calls}, "tool_calls" if finish_reason == "stop" else finish_reason
 
     def usage(self, completions: Sequence[Completion]) -> Event:
         """The numbers of tokens; a prompt with n choices counts once."""

@@ -7,6 +7,7 @@
 """
 
 import dataclasses
+import json
 import secrets
 from collections.abc import Collection
 from typing import Annotated, Any, ClassVar, Literal, get_type_hints
@@ -18,10 +19,11 @@ from graftlm.config.flags import describe_bounds
 from graftlm.config.inference import SamplingFlags
 from graftlm.errors import GraftError, did_you_mean
 from graftlm.inference.sampling import SamplingParams
+from graftlm.text.chat import Message
 
 MAX_CHOICES = 64
 """Choices of one request: prompts times n; and texts to classify."""
-MAX_STOPS, MAX_MESSAGES, MAX_BIASES = 4, 1000, 1024
+MAX_STOPS, MAX_MESSAGES, MAX_TOOLS, MAX_BIASES = 4, 1000, 128, 1024
 MAX_EMBEDDINGS = 2048
 """Texts of one request, as in OpenAI's API."""
 MAX_LOGPROBS = 20
@@ -58,7 +60,7 @@ IGNORED: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
 }
 IGNORED_IN_MESSAGES: dict[str, tuple[Any, ...]] = dict.fromkeys(
-    ("name", "refusal", "annotations", "audio", "function_call", "tool_calls"), ()
+    ("name", "refusal", "annotations", "audio", "function_call"), ()
 )
 
 
@@ -220,17 +222,94 @@ class TextPart(_Strict):
     text: str
 
 
+class CalledFunction(_Strict):
+    """The name of a function, and its arguments as JSON text."""
+
+    name: Text
+    arguments: str
+
+    @property
+    def parsed(self) -> dict[str, Any]:
+        """The arguments. Raises ValueError if they are not a JSON object."""
+        found = json.loads(self.arguments or "{}")
+        if not isinstance(found, dict):
+            raise ValueError
+        return found
+
+    @model_validator(mode="after")
+    def _arguments_are_json(self) -> "CalledFunction":
+        try:
+            _ = self.parsed
+        except (ValueError, RecursionError):
+            raise PydanticCustomError("arguments", "the arguments are no JSON object") from None
+        return self
+
+
+class ToolCallBody(_Strict):
+    """A call in an earlier answer."""
+
+    id: Text
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class MessageBody(_Strict):
     """One message of a chat."""
 
     ignored = IGNORED_IN_MESSAGES
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] = ""
+    tool_calls: list[ToolCallBody] = []
+    tool_call_id: str = ""
 
-    @property
-    def text_content(self) -> str:
-        """The content as one text."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+    @model_validator(mode="after")
+    def _fields_of_its_role(self) -> "MessageBody":
+        empty = "content" not in self.model_fields_set and not self.tool_calls
+        calls = bool(self.tool_calls) and self.role != "assistant"
+        if empty or calls or bool(self.tool_call_id) != (self.role == "tool"):
+            raise PydanticCustomError("message", "a message lacks a field, or has one of another role")
+        return self
+
+    def to_message(self) -> Message:
+        """The message as chat templates read it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        role = "system" if self.role == "developer" else self.role  # OpenAI's name for it in newer models
+        fields: dict[str, Any] = {"tool_call_id": self.tool_call_id} if self.tool_call_id else {}
+        if self.tool_calls:
+            fields["tool_calls"] = [
+                {"id": c.id, "type": c.type, "function": {"name": c.function.name, "arguments": c.function.parsed}}
+                for c in self.tool_calls
+            ]
+        return (role, text, fields) if fields else (role, text)
+
+
+class FunctionBody(_Strict):
+    """A function that the model may call."""
+
+    ignored = {"strict": (ANY,)}
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+    description: str = ""
+    parameters: dict[str, Any] = {}
+
+
+class ToolBody(_Strict):
+    """A tool: a function."""
+
+    type: Literal["function"]
+    function: FunctionBody
+
+
+class FunctionName(_Strict):
+    """The name of a function."""
+
+    name: str
+
+
+class ToolChoice(_Strict):
+    """The function that must be called."""
+
+    type: Literal["function"]
+    function: FunctionName
 
 
 class ChatBody(Sampling):
@@ -239,9 +318,19 @@ class ChatBody(Sampling):
     messages: list[MessageBody] = Field(
         min_length=1,
         max_length=MAX_MESSAGES,
-        description="a list of messages, each with a role (system, developer, user or assistant) and a content: "
-        'a text, or parts {"type": "text", "text": …}',
+        description="a list of messages, each with a role (system, developer, user, assistant or tool) and a content: "
+        'a text, or parts {"type": "text", "text": …}; of tool also a tool_call_id; of assistant also tool_calls',
     )
+    tools: list[ToolBody] = Field(
+        [],
+        max_length=MAX_TOOLS,
+        description='a list of {"type": "function", "function": {"name": a text, "description": a text, '
+        '"parameters": a JSON schema of an object}}',
+    )
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice = Field(
+        "auto", description='"none", "auto", "required" or {"type": "function", "function": {"name": a text}}'
+    )
+    parallel_tool_calls: bool = Field(True, description="true or false")
     max_completion_tokens: int | None = Field(None, ge=1, description="a whole number, 1 or more")
     logprobs: bool = Field(False, description="true or false")
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS, description=f"a whole number from 0 to {MAX_LOGPROBS}")
@@ -250,6 +339,27 @@ class ChatBody(Sampling):
     def num_logprobs(self) -> int | None:
         """See Sampling."""
         return self.top_logprobs if self.logprobs else None
+
+    @property
+    def callable(self) -> list[dict[str, Any]]:
+        """The functions that may be called, as their names, descriptions and parameters."""
+        chosen = self.tool_choice.function.name if isinstance(self.tool_choice, ToolChoice) else None
+        functions = [tool.function.model_dump(exclude_unset=True) for tool in self.tools if self.tool_choice != "none"]
+        return [each for each in functions if chosen is None or each["name"] == chosen]
+
+    @property
+    def forces_call(self) -> bool:
+        """Whether the answer must be a call."""
+        return self.tool_choice not in ("none", "auto")
+
+    @model_validator(mode="after")
+    def _tools(self) -> "ChatBody":
+        if self.forces_call and not self.callable:
+            raise PydanticCustomError("combination", "tool_choice: names no function of tools", {"name": "tool_choice"})
+        others = {"logprobs": self.logprobs, "response_format": self.response_format.type != "text"}
+        for name in [name for name, is_used in others.items() if is_used and self.callable]:
+            raise PydanticCustomError("combination", "{name}: not supported together with tools", {"name": name})
+        return self
 
     @model_validator(mode="after")
     def _top_logprobs(self) -> "ChatBody":

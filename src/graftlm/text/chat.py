@@ -84,6 +84,13 @@ class Chat:
         """The tokens of the same prompt."""
         return self._ids(self._prompt(messages) + self._escaped(answer_prefix))[0]
 
+    def answer_text(self, messages: Sequence[Message]) -> str:
+        """The text of the last message, an answer, as the model generates it, without special tokens."""
+        prompt = self._prompt(messages[:-1])
+        whole = self._run(messages, add_generation_prompt=False).replace(BEGIN, "").replace(END, "")
+        answer = whole[common_length(whole, prompt) :]
+        return self._tokenizer.decode(self._ids(answer)[0], self._ids(prompt)[0])
+
     def answered(self, prompt: Sequence[Message], *answers: Sequence[Message]) -> list[list[int]]:
         """The tokens of a prompt, and those of it with each answer, as TRL's trainers of preferences take them.
 
