@@ -209,6 +209,16 @@ def test_saved_evaluations_are_rows_and_the_base_is_one_of_them(tmp_path: Path) 
     assert names == ["smollm2-135m", "mine", "other"]  # the same base, evaluated twice
 
 
+def test_a_users_metrics_are_columns(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "mine")
+    settings = {"checkpoint": "best", "data": "reviews.csv", "split": "test"}
+    result = {"labels": ["negative", "positive"], "accuracy": 1.0, "mcc": 0.25, "odd": math.nan}
+    path = save_evaluation(folder, settings, None, result, predictions([True]))
+    assert json.loads(path.read_text())["result"]["odd"] is None
+    names, row = Tables(page(folder)).found["Results on 1 examples of reviews.csv, test split"]
+    assert names[3:6] == ["macro F1", "mcc", "validation loss"] and row[4] == "0.250"
+
+
 def test_other_examples_have_another_table(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "mine")
     saved(folder, "10", limit=2)

@@ -22,20 +22,10 @@ MetricFunctions = Mapping[str, Callable[[np.ndarray, np.ndarray], float]]
 """By name, functions of the predicted and the true label numbers [N], of which the predicted may be garbage (-1)."""
 
 RESERVED = {
-    *(
-        "n",
-        "accuracy",
-        "ci_low",
-        "ci_high",
-        "mode",
-        "garbage_rate",
-        "macro_f1",
-        "confusion",
-        "examples_per_s",
-        "labels",
-    ),
-    *("score", "generate", "prompt_tokens", "shared_prompt_tokens", "step", "val_loss", "val_accuracy"),
-    *("train_loss", "lr", "examples", "tokens", "seconds", "peak_rss_mb", "peak_cuda_mb", "tokens_per_s", "kl"),
+    *("n", "accuracy", "ci_low", "ci_high", "mode", "garbage_rate", "macro_f1", "confusion", "examples_per_s", "saved"),
+    *("labels", "score", "generate", "prompt_tokens", "shared_prompt_tokens", "step", "val_loss", "val_accuracy"),
+    *("train_loss", "lr", "grad_norm", "examples", "tokens", "seconds", "peak_rss_mb", "peak_cuda_mb", "tokens_per_s"),
+    "kl",
 }
 """Names of other values in the same place."""
 

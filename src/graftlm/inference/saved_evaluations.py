@@ -10,6 +10,7 @@ no other. The .json is written last: without it there is no evaluation.
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +48,15 @@ def save_evaluation(
     path = run_dir / FOLDER / f"{settings['checkpoint']}-{settings['split']}-{name}.json"
     if rows:
         write_predictions(path.with_suffix(".jsonl"), rows)
-    write_json(path, {"settings": settings, "step": step, "result": result})
+    write_json(path, {"settings": settings, "step": step, "result": _finite(result)})
     return path
+
+
+def _finite(value: Any) -> Any:
+    """A user's metric may be NaN, which JSON lacks: null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_evaluations(run_dir: Path) -> list[SavedEvaluation]:

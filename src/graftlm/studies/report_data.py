@@ -27,7 +27,7 @@ from graftlm.config.renamed import upgrade_run
 from graftlm.errors import InputError
 from graftlm.exchange.runs import checkpoint_step
 from graftlm.files.formats import read_json
-from graftlm.inference.metrics import GARBAGE, confusion, macro_f1, wilson
+from graftlm.inference.metrics import GARBAGE, RESERVED, confusion, macro_f1, wilson
 from graftlm.inference.saved_evaluations import FOLDER, SavedEvaluation, read_evaluations
 from graftlm.studies.results_table import FAILED
 from graftlm.studies.sweep import ZERO_SHOT
@@ -55,6 +55,8 @@ class Predictions:
     """See `SavedEvaluation.settings`; empty if they are not known."""
     generated_accuracy: float | None = None
     """The accuracy by generated text, where `predicted` is by scores."""
+    own_metrics: Mapping[str, float] = field(default_factory=dict)
+    """The values of the user's metrics."""
     note: str = ""
     """Why it is out of date."""
 
@@ -275,6 +277,7 @@ def _of_saved(saved: SavedEvaluation, folder: Path, manifest: Mapping[str, Any])
         predictions,
         settings=saved.settings,
         generated_accuracy=saved.result["generate"]["accuracy"] if "generate" in saved.result else None,
+        own_metrics={k: v for k, v in saved.result.items() if k not in RESERVED and isinstance(v, float)},
         note=f"of step {saved.step:,}; {checkpoint} is step {now:,} now: evaluate it again" if stale else "",
     )
 

@@ -91,13 +91,15 @@ function csv(table) {
   const field = (cell) => {
     const text = textOf(cell);
     const value = "value" in cell.dataset && /^[\d.,%-]+$/.test(text) ? cell.dataset.value : text;
+    if (text === "–") return "";
     return /[",\n\r]/.test(value) ? `"${value.replaceAll('"', '""')}"` : value;
   };
   return cellsOf(table).map((row) => `${row.map(field).join(",")}\r\n`).join("");
 }
 
 function latex(table) {
-  const special = { "\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "–": "--", "…": "\\dots{}" };
+  const accents = { "\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}" };
+  const special = { ...accents, "–": "--", "…": "\\dots{}" };
   const escape = (text) => text.replace(/[\\~^–…&%$#_{}]/g, (c) => special[c] ?? `\\${c}`);
   const [head, ...body] = cellsOf(table).map((row) => `${row.map((cell) => escape(textOf(cell))).join(" & ")} \\\\\n`);
   const columns = `l${"r".repeat(table.rows[0].cells.length - 1)}`;

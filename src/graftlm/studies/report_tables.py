@@ -68,7 +68,8 @@ def results_tables(runs: Sequence[Run], sets: Sequence[ExampleSet]) -> list[Tabl
         if number == 0:
             members += [(i, run.name, None) for i, run in enumerate(runs) if not run.predictions]
         cells = [(i, name, p, settings[i] | _cells(runs[i], p)) for i, name, p in sorted(members, key=lambda m: m[0])]
-        order = (*dict.fromkeys(key for flags in settings for key in flags), *COLUMNS)
+        own = [key for _, _, p in each.members for key in p.own_metrics]
+        order = dict.fromkeys((*(key for flags in settings for key in flags), *COLUMNS[:4], *own, *COLUMNS[4:]))
         columns = [name for name in order if any(name in row for *_, row in cells)]
         rows = []
         for i, name, p, row in cells:
@@ -103,6 +104,7 @@ def _cells(run: Run, p: Predictions | None) -> dict[str, Cell]:
         cells["accuracy"] = (f"{p.accuracy:.1%}", p.accuracy)
         cells["95% interval"] = (f"{100 * low:.1f} to {100 * high:.1f}", low)
         cells["macro F1"] = (f"{p.macro_f1:.3f}", p.macro_f1)
+        cells |= {name: (f"{value:.3f}", value) for name, value in p.own_metrics.items()}
         if p.generated_accuracy is not None:
             cells["by generated text"] = (f"{p.generated_accuracy:.1%}", p.generated_accuracy)
         if p.garbage_rate is not None:
