@@ -642,12 +642,14 @@ def test_a_broken_run_folder(assets: Path, finished: Path, refuse: Refuse) -> No
     assert refuse("evaluate", "--out_dir=run").startswith("run/run.json, line 1: broken JSON: ")
 
 
-@pytest.mark.parametrize("command", ["train", "download"])
+@pytest.mark.parametrize("command", ["train", "download", "evaluate"])
 def test_corrupted_and_truncated_gguf(command: str, assets: Path, refuse: Refuse, tmp_path: Path) -> None:
     head = (assets / "head.gguf").read_bytes()
     for content in (b"", head[:3], head, b"JUNK" + head[4:], head[:200] + bytes(2000) + head[2200:]):
         Path("x.gguf").write_bytes(content)
-        line = refuse(*(train(assets, "--init_from=x.gguf") if command == "train" else ["download", "x.gguf"]))
+        flags = ["--init_from=x.gguf", "--base_format=stored", f"--data={assets / 'data'}"]
+        words = {"train": train(assets, *flags), "evaluate": ["evaluate", *flags], "download": ["download", "x.gguf"]}
+        line = refuse(*words[command])
         assert line.startswith("x.gguf: ") and line.endswith(": fetch it again"), line
     assert not list((tmp_path / "graft").glob("gguf/*"))
 

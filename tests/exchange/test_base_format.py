@@ -70,6 +70,9 @@ def test_a_corrupted_scale_is_one_line(kind: str, tmp_path: Path) -> None:
     raw.flush()
     with pytest.raises(InputError, match=r"m\.gguf: tensor blk\.0\.ffn_up\.weight holds infinite values"):
         gguf_to_folder(tmp_path / "m.gguf", tmp_path / "out", packed=True)
+    for kept in ("auto", "stored"):
+        with pytest.raises(InputError, match=r"m\.gguf: tensor blk\.0\.ffn_up\.weight holds infinite values"):
+            load(str(tmp_path / "m.gguf"), device="cpu", dtype="float32", base_format=kept)
 
 
 def test_a_base_in_16_bits_stays_so_and_has_the_same_logits(tmp_path: Path) -> None:
@@ -103,6 +106,19 @@ def test_auto_is_dense_where_there_is_memory(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("graftlm.exchange.base_format.free_mb", lambda device: 0.01)
     assert choose_format("auto", str(tmp_path), CPU, torch.float32) == "stored"
     assert choose_format("q8_0", str(tmp_path), CPU, torch.float32) == "q8_0"
+
+
+def test_auto_is_stored_for_inference_on_a_cpu(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load(str(base), device="cpu", dtype="float32")
+    assert {weight.format for weight in packed_weights(loaded.model)} == {"q8_0"}
+    with torch.inference_mode():
+        dense = load(str(base), device="cpu", dtype="float32", base_format="dense").model(IDS)
+        torch.testing.assert_close(loaded.model(IDS), dense, rtol=1e-5, atol=1e-5)
+    assert not packed_weights(load(str(base), device="cpu", dtype="bfloat16").model)
+    write_gguf(tiny_model("qwen3", width=32), tmp_path / "m.gguf", GGMLQuantizationType.F32)
+    assert not packed_weights(load(str(tmp_path / "m.gguf"), device="cpu", dtype="float32").model), "float32 is stored"
+    monkeypatch.setattr("graftlm.models.packed._library", lambda: None)
+    assert not packed_weights(load(str(base), device="cpu", dtype="float32").model), "slow without a compiler"
 
 
 def run_config(base: Path, data: Path, out_dir: Path, **changes: Any) -> TrainConfig:

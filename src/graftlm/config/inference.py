@@ -31,7 +31,8 @@ class RunFlags(Flags):
     dtype: Dtype = "auto"
     """Data type of weights and arithmetic."""
     base_format: BaseFormat = "auto"
-    """How the base's weights are kept in memory: as in graft train. auto: a run's as it was trained."""
+    """How the base's weights are kept in memory: as in graft train. auto: a run's as it was trained, a base's as it is
+    stored on a CPU in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,8 @@ class ServeConfig(Flags):
     dtype: Dtype = "auto"
     """Data type of weights and arithmetic."""
     base_format: BaseFormat = "auto"
-    """How the base's weights are kept in memory: as in graft train. auto: a run's as it was trained."""
+    """How the base's weights are kept in memory: as in graft train. auto: a run's as it was trained, a base's as it is
+    stored on a CPU in float32."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

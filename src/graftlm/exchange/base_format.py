@@ -3,7 +3,8 @@
     dense    in the dtype of the arithmetic: the fastest
     stored   as in the file: GGUF blocks, or 16 bits while the arithmetic is float32
     q8_0, …  packed to this format when they are loaded
-    auto     dense if that takes at most `SHARE` of the free memory, else stored
+    auto     dense if that takes at most `SHARE` of the free memory, else stored; for inference on a CPU in float32,
+             with a C++ compiler: stored, since a step of decoding takes as long as reading the weights does
 
 The weights' values are the same, so `stored` computes what `dense` computes, up to rounding. Norms, biases, learned
 positions and routers are always dense.
@@ -11,6 +12,7 @@ positions and routers are always dense.
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -29,7 +31,7 @@ from graftlm.models.config import (
     stored_name,
     tensor_mapping,
 )
-from graftlm.models.packed import FORMATS, HasWeight, PackedWeight, packed_weights
+from graftlm.models.packed import FORMATS, HasWeight, PackedWeight, has_kernels, packed_weights
 
 SHARE = 0.5
 """Of the free memory, that dense weights may take where the format is chosen by itself."""
@@ -37,10 +39,12 @@ SIXTEEN_BITS = {"F16": "f16", "BF16": "bf16"}
 """safetensors' name of a dtype -> our format."""
 
 
-def choose_format(flag: str, name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The format that a flag asks for; of auto, what fits the memory. No weights are read."""
+def choose_format(flag: str, name: str, device: torch.device, dtype: torch.dtype, inference: bool = False) -> str:
+    """The format that a flag asks for; of auto, the quick one or what fits the memory. No weights are read."""
     if flag != "auto":
         return flag
+    if inference and device.type == "cpu" and dtype == torch.float32 and has_kernels():
+        return "stored"
     with torch.device("meta"):
         model = CausalLM(read_model_config(*model_config(name)))
     size = sum(p.numel() for p in model.parameters()) * dtype.itemsize
@@ -161,6 +165,12 @@ def dequantize_base(model: CausalLM) -> None:
 
 def dense_hash(folder: Path) -> str | None:
     """What `base_hash` gives of the folder in which the same file was dequantised; None if no weights are packed."""
+    stamps = tuple((path, path.stat().st_mtime_ns) for path in formats.weight_files(folder))
+    return _dense_hash(folder, stamps)
+
+
+@cache  # several adapters are compared with one base
+def _dense_hash(folder: Path, stamps: tuple[tuple[Path, int], ...]) -> str | None:
     stored = formats.read_weights(folder)
     if not any(map(stored_format, stored)):
         return None

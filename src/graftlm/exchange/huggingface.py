@@ -21,7 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.errors import InputError
-from graftlm.exchange.base_format import fill_packed, load_packed, packed_plan, read_dense, stored_parameters
+from graftlm.exchange.base_format import (
+    dense_hash,
+    fill_packed,
+    load_packed,
+    packed_plan,
+    read_dense,
+    stored_parameters,
+)
 from graftlm.files import formats
 from graftlm.files.atomic import write_json
 from graftlm.files.memory import free_mb, out_of_memory_error
@@ -302,14 +309,15 @@ def check_no_adapter(folder: Path) -> None:
             )
 
 
-def check_exported_base(folder: Path, sha256: str, name: str) -> None:
-    """An InputError if `graft export` wrote the folder, and for another base than `name` with this hash."""
+def check_exported_base(folder: Path, base: Path, sha256: str, name: str) -> None:
+    """An InputError if `graft export` wrote the folder, and for another base than `name` in `base` with this hash."""
     if (folder / EXPORT_JSON).is_file():
         record = formats.read_json(folder / EXPORT_JSON)
-        base = record.get("base") if isinstance(record, dict) else None
-        if isinstance(base, dict) and base.get("sha256") != sha256:
+        trained = record.get("base") if isinstance(record, dict) else None
+        known = trained.get("sha256") if isinstance(trained, dict) else sha256
+        if isinstance(trained, dict) and known != sha256 and known != dense_hash(base):
             raise InputError(
-                f"{folder}: was trained on {base.get('name')} with weights {str(base.get('sha256'))[:12]}, but {name} "
+                f"{folder}: was trained on {trained.get('name')} with weights {str(known)[:12]}, but {name} "
                 f"holds {sha256[:12]}; use the base it was trained on"
             )
 

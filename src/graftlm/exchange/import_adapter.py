@@ -57,7 +57,7 @@ def import_adapter(config: ImportConfig, say: Callable[[str], object] = lambda l
     template = load_template(config.template, config.labels)
     name, base = _base(config, source)
     sha256 = base_hash(base)
-    check_exported_base(source, sha256, name)
+    check_exported_base(source, base, sha256, name)
     model, method = load_foreign_adapter(base, source, torch.float32)
     if not config.init_from:
         say(f"base model, as the adapter says: {name}")

@@ -95,8 +95,9 @@ def load(
     """Load a model by name, or the model that a run adapted: init_from is its folder, or "resume" for `out_dir`.
 
     checkpoint: "best", "last", or "base" for the run's base with the run's template. base_format: as the flag; auto
-    loads a run in the format in which it was trained. With `base`, a loaded model, the new model shares its tensors, so
-    many adapters of one base take about the memory of one. Device, dtype and format are then the base's.
+    loads a run in the format in which it was trained, a base as it is stored (on a CPU in float32, else as training
+    does). With `base`, a loaded model, the new model shares its tensors, so many adapters of one base take about the
+    memory of one. Device, dtype and format are then the base's.
 
     Raises InputError for an unknown name or device, a folder without a run or checkpoint, and a base whose weights
     are not those the run was trained on.
@@ -112,7 +113,7 @@ def load_base(name: str, device: str = "auto", dtype: str = "auto", base_format:
     name = base_name(name)
     target = pick_device(device)
     compute_dtype, reason = pick_dtype(dtype, target)
-    base_format = choose_format(base_format, name, target, compute_dtype)
+    base_format = choose_format(base_format, name, target, compute_dtype, inference=True)
     folder = model_folder(name, packed=base_format == "stored")
     check_no_adapter(folder)
     model = load_model(folder, target, compute_dtype, base_format)
@@ -317,7 +318,7 @@ def read_adapters(loaded: ModelBundle, folders: Mapping[str, Path]) -> dict[str,
             adapters[name] = method, read_adapter(checkpoint_folder(folder, "best"), config, method)
         else:
             check_source(folder)
-            check_exported_base(folder, sha256, loaded.name)
+            check_exported_base(folder, loaded.folder, sha256, loaded.name)
             adapters[name] = from_foreign_peft(folder, config)
             check_servable(name, adapters[name][0])
     return adapters

@@ -280,6 +280,11 @@ def _library() -> ctypes.CDLL | None:
     return library
 
 
+def has_kernels() -> bool:
+    """Whether packed weights are multiplied in C++ here; without it they are slower than dense ones."""
+    return _library() is not None
+
+
 def _kernels(weight: PackedWeight) -> tuple[ctypes.CDLL, Matrix] | None:
     """The compiled kernels and the struct of this weight; None if torch's operations compute with it."""
     if weight.device.type != "cpu" or (library := _library()) is None or (struct := matrix(weight)) is None:
