@@ -902,3 +902,38 @@ def test_sixty_four_clients_at_once(url: str, engine: FakeEngine) -> None:
             return [status for found in await asyncio.gather(*map(one, range(64))) for status in found]
 
     assert asyncio.run(work()) == [200] * 320
+
+
+# Prometheus -----------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_count_requests_tokens_and_times(made: tuple[Service, FakeEngine], engine: FakeEngine) -> None:
+    engine.pause = 0.01
+    with serving(made[0]) as url, httpx.Client(base_url=url) as http:
+        for stream in (False, True):
+            assert http.post("/v1/completions", json={**TEXT, "stream": stream}).status_code == 200
+        for path in ("/v1/models/one", "/v1/models/two", "/no/such", "/nor/this", "/health", "/"):
+            http.get(path)
+        http.post("/v1/completions", json={})
+        answer = http.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    lines = dict(line.rsplit(" ", 1) for line in answer.text.splitlines() if line[0] != "#")
+    found = {name: float(value) for name, value in lines.items() if "_created" not in name}
+    counted = {
+        ("/v1/completions", 200): 2, ("/v1/completions", 400): 1, ("/v1/models/{name:path}", 200): 2,
+        ("other", 404): 2, ("/health", 200): 1, ("/", 200): 1,
+    }  # fmt: skip
+    for (route, status), count in counted.items():
+        assert found[f'graft:http_requests_total{{route="{route}",status="{status}"}}'] == count
+    assert (found["graft:generation_tokens_total"], found["graft:prompt_tokens_total"]) == (18, 12)
+    assert found["graft:time_to_first_token_seconds_count"] == found["graft:tokens_per_second_count"] == 2
+    assert 0.02 <= found["graft:time_to_first_token_seconds_sum"] < 2
+    assert 0 < found["graft:tokens_per_second_sum"] < 2 * 100
+    assert found["graft:num_requests_running"] == found["graft:num_requests_waiting"] == 0
+
+
+def test_metrics_need_the_key_too(made: tuple[Service, FakeEngine]) -> None:
+    with serving(made[0], api_key="k") as url:
+        assert error(httpx.get(f"{url}/metrics"), 401)["code"] == "invalid_api_key"
+        answer = httpx.get(f"{url}/metrics", headers={"Authorization": "Bearer k"})
+    assert 'graft:http_requests_total{route="/metrics",status="401"} 1.0' in answer.text

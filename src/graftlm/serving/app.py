@@ -4,6 +4,7 @@
     GET  /health                 whether the server is running
     GET  /v1/models              the base and its adapters; /v1/models/NAME is one of them
     GET  /v1/stats               counters of the engine
+    GET  /metrics                counters and histograms for Prometheus
     POST /v1/completions         continue prompts
     POST /v1/chat/completions    answer messages, in the model's own chat template
     POST /v1/classify            label probabilities of texts, from the base and its adapters
@@ -27,6 +28,7 @@ from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI
 from fastapi import Request as HTTPRequest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
@@ -36,10 +38,12 @@ from graftlm.inference.engine import Engine
 from graftlm.inference.grammar import Grammar, Grammars
 from graftlm.inference.requests import Request
 from graftlm.inference.sampling import check_tokens
+from graftlm.serving.metrics import Metrics, MetricsMiddleware
 from graftlm.serving.middleware import SecurityMiddleware, error_response, read_body
 from graftlm.serving.responses import (
     INTERNAL_ERROR,
     Formatter,
+    Submit,
     cancel_on_disconnect,
     complete_response,
     future_result,
@@ -133,13 +137,16 @@ class Service:
 def make_app(service: Service, **security: Any) -> FastAPI:
     """The application. See `middleware.SecurityMiddleware` for the keyword arguments."""
     app = FastAPI(title="graft serve", openapi_url=None, docs_url=None, redoc_url=None)
+    metrics = Metrics(service.engine)
     app.add_middleware(SecurityMiddleware, **security)
+    app.add_middleware(MetricsMiddleware, metrics=metrics, routes=app)
     app.add_exception_handler(GraftError, _on_graft_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(500, _on_internal_error)
     _add_page(app)
     _add_models(app, service)
-    _add_inference(app, service)
+    _add_inference(app, service, metrics.submit)
+    app.add_route("/metrics", lambda _: Response(metrics.text(), media_type=CONTENT_TYPE_PLAIN_0_0_4))
     return app
 
 
@@ -220,8 +227,8 @@ def _body(schema: type[BaseModel]) -> Callable[[HTTPRequest], Any]:
     return body
 
 
-def _add_inference(app: FastAPI, service: Service) -> None:
-    engine, tokenizer = service.engine, service.tokenizer
+def _add_inference(app: FastAPI, service: Service, submit: Submit) -> None:
+    tokenizer = service.tokenizer
     chat = Chat(tokenizer, "send text to /v1/completions") if tokenizer.chat_template is not None else None
 
     async def respond(http: HTTPRequest, body: Sampling, parse: Callable[[], list[Request]]) -> Response:
@@ -231,8 +238,8 @@ def _add_inference(app: FastAPI, service: Service) -> None:
 
         requests, formatter = await asyncio.to_thread(prepare)
         if body.stream:
-            return stream_response(engine, requests, formatter)
-        return JSONResponse(await complete_response(engine, requests, formatter, http))
+            return stream_response(submit, requests, formatter)
+        return JSONResponse(await complete_response(submit, requests, formatter, http))
 
     @app.post("/v1/completions")
     async def completions(http: HTTPRequest, body: Annotated[Any, Depends(_body(CompletionBody))]) -> Response:

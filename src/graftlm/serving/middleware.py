@@ -31,7 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from graftlm.serving.schemas import APIError
 
-PROTECTED = ("/v1/", "/tokenize", "/detokenize")
+PROTECTED = ("/v1/", "/metrics", "/tokenize", "/detokenize")
 MAX_BODY_BYTES = 2**20
 MAX_DRAIN_BYTES = 16 * MAX_BODY_BYTES
 """Of a body that is too large this much is read and dropped: many clients read no response before they sent it all."""

@@ -22,7 +22,6 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from graftlm.errors import GraftError, InputError, Overloaded, ShuttingDown
-from graftlm.inference.engine import Engine
 from graftlm.inference.requests import CaptureError, Completion, Request, RequestHandle, TokenLogprob, TokenOutput
 from graftlm.serving.schemas import APIError, ChatBody, Sampling
 from graftlm.text.stream import PlacedToken, TokenStream
@@ -31,6 +30,8 @@ from graftlm.text.tool_calls import CallStream
 
 T = TypeVar("T")
 Event = dict[str, Any]
+Submit = Callable[[Request, Callable[[TokenOutput], None] | None], RequestHandle]
+"""As `Engine.submit`."""
 Row = tuple[PlacedToken, TokenLogprob]
 Outputs = asyncio.Queue[tuple[int, TokenOutput | None]]
 """(choice, its next output); None after its last."""
@@ -53,10 +54,10 @@ def to_http_error(error: GraftError) -> APIError:
 
 
 async def complete_response(
-    engine: Engine, requests: Sequence[Request], formatter: "Formatter", http: HTTPRequest
+    submit: Submit, requests: Sequence[Request], formatter: "Formatter", http: HTTPRequest
 ) -> dict[str, Any]:
     """All choices at once. Raises APIError."""
-    handles = _submit(engine, requests)
+    handles = _submit(submit, requests)
     try:
         found = await cancel_on_disconnect(http, asyncio.gather(*(future_result(handle.done) for handle in handles)))
     except GraftError as error:
@@ -70,13 +71,13 @@ async def complete_response(
 
 
 def _submit(
-    engine: Engine, requests: Sequence[Request], on_output: Callable[[int, TokenOutput], None] | None = None
+    submit: Submit, requests: Sequence[Request], on_output: Callable[[int, TokenOutput], None] | None = None
 ) -> list[RequestHandle]:
     """Submit all of the requests or, where the engine rejects one, none."""
     handles: list[RequestHandle] = []
     try:
         for number, request in enumerate(requests):
-            handles.append(engine.submit(request, None if on_output is None else partial(on_output, number)))
+            handles.append(submit(request, None if on_output is None else partial(on_output, number)))
     except GraftError as error:
         _cancel(handles)
         raise to_http_error(error) from None
@@ -133,7 +134,7 @@ class EventStream(StreamingResponse):
             _cancel(self._handles)
 
 
-def stream_response(engine: Engine, requests: Sequence[Request], formatter: "Formatter") -> EventStream:
+def stream_response(submit: Submit, requests: Sequence[Request], formatter: "Formatter") -> EventStream:
     """All choices, token by token. Raises APIError: the requests are submitted before the stream begins."""
     loop = asyncio.get_running_loop()
     outputs: Outputs = asyncio.Queue()
@@ -142,7 +143,7 @@ def stream_response(engine: Engine, requests: Sequence[Request], formatter: "For
         with suppress(RuntimeError):  # the loop is closed: the server was stopped at once
             loop.call_soon_threadsafe(outputs.put_nowait, (number, output))
 
-    handles = _submit(engine, requests, put)
+    handles = _submit(submit, requests, put)
     for number, handle in enumerate(handles):
         handle.done.add_done_callback(partial(lambda number, _: put(number, None), number))
     return EventStream(_events(handles, outputs, formatter), handles)
