@@ -18,7 +18,7 @@ import pytest
 from graftlm import cli
 from graftlm.config.flags import parse
 from graftlm.models.config import FAMILIES
-from tiny import model_folder
+from tiny import data_folder, model_folder
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "benchmarks" / "README.md"])
@@ -189,3 +189,29 @@ def test_the_reference_names_every_public_name() -> None:
 def test_the_table_of_models_has_a_row_for_each_model_type_in_alphabetical_order() -> None:
     rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "models.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert rows == sorted(name for family in FAMILIES.values() for name in family.model_types)
+
+
+@pytest.mark.usefixtures("forked_children")
+@pytest.mark.parametrize("number", range(6))
+def test_the_programs_of_the_library_run(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the page has them, with a small model and small data in place of the built-in ones."""
+    program = blocks("docs/library.md", "python")[number]
+    base = model_folder(tmp_path / "model") / "config.json"
+    base.write_text(json.dumps(json.loads(base.read_text()) | {"max_position_embeddings": 256}))
+    data = data_folder(tmp_path / "data")
+    rows = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
+    for name in ("reviews.csv", "test.csv"):
+        (tmp_path / name).write_text("text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GRAFT_HOME", str(tmp_path / "home"))
+    program = program.replace("smollm2-135m", str(base.parent)).replace("rotten-tomatoes-pypi", str(data))
+    if "init_from" not in program:
+        program = program.replace("rank=16, max_iters=200", f"rank=16, max_iters=2, init_from={str(base.parent)!r}")
+    exec(compile(program, f"docs/library.md, program {number}", "exec"), {"__name__": "__main__"})
+    assert capsys.readouterr().out
+
+
+def test_the_library_page_has_six_programs() -> None:
+    assert len(blocks("docs/library.md", "python")) == 6

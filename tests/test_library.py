@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from datetime import date
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,7 +16,10 @@ import numpy as np
 import pandas
 import pyarrow
 import pytest
+import torch
+import torch.nn.functional as F
 from rich.console import Console
+from torch import nn
 
 import graftlm
 from graftlm.config import EvaluateConfig, ReportConfig, TrainConfig
@@ -23,6 +27,7 @@ from graftlm.errors import InputError
 from graftlm.files.assets import cache_home
 from graftlm.files.in_memory import rows_file
 from graftlm.inference.sampling import SamplingParams
+from graftlm.methods import LoRA
 from tiny import TEMPLATE, model_folder
 
 WORDS = (("bad", "dull", "weak"), ("good", "fun", "fine"))
@@ -129,7 +134,7 @@ def test_a_wrong_call_is_one_line(call: Callable[[], object], line: str) -> None
 
 def test_help_and_completion_list_the_flags() -> None:
     parameters = inspect.signature(graftlm.train).parameters
-    assert [*parameters][:2] == ["config", "console"] and {f.name for f in fields(TrainConfig)} < {*parameters}
+    assert [*parameters][:2] == ["config", "callbacks"] and {f.name for f in fields(TrainConfig)} < {*parameters}
     assert parameters["val_limit"].default == 512
 
 
@@ -242,7 +247,7 @@ def test_evaluating_rows_by_name_or_by_a_loaded_model(run: Path) -> None:
         return int((predicted == true).sum())
 
     by_name = graftlm.evaluate(run, data=ROWS[:10], metrics=right, console=QUIET)
-    loaded = graftlm.load("resume", run)
+    loaded = graftlm.load(str(run))
     by_model = graftlm.evaluate(loaded, data=pandas.DataFrame(ROWS[:10]), metrics={"right": right}, console=QUIET)
     assert by_name.n == 10 and by_name.right == by_name.accuracy * 10
     assert by_name["generate"]["right"] == by_name["generate"]["accuracy"] * 10
@@ -257,7 +262,7 @@ def test_a_metric_that_is_no_number_is_one_line(run: Path) -> None:
 
 
 def test_a_single_text_is_one_text(run: Path) -> None:
-    loaded = graftlm.load("resume", run)
+    loaded = graftlm.load(str(run))
     assert loaded.template is not None
     alone = graftlm.predict_labels(loaded.model, loaded.tokenizer, "A joy.", loaded.template, mode="score")
     assert alone == graftlm.predict_labels(loaded.model, loaded.tokenizer, ["A joy."], loaded.template, mode="score")
@@ -291,3 +296,219 @@ def test_a_result_shows_itself(run: Path) -> None:
     assert json.loads(json.dumps(result)) == dict(result)
     with pytest.raises(AttributeError, match="EvaluateResult has no 'loss'; it has n, accuracy"):
         result.loss  # noqa: B018
+
+
+# In memory: own networks, own loops, callbacks ------------------------------------------------------------------------
+
+
+class Network(nn.Module):
+    """Someone's own: a tied head, names of their own, and an attention whose projection is read and never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, 16)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.blocks = nn.ModuleList(nn.ModuleDict({"fc1": nn.Linear(16, 32), "fc2": nn.Linear(32, 16)}) for _ in "ab")
+        self.head = nn.Linear(16, 10, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.embedding(x)
+        h = self.attention(h, h, h)[0]
+        for block in self.blocks:
+            h = h + block["fc2"](block["fc1"](h).relu())
+        return self.head(h)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_adapting_a_network_of_ones_own(method: str) -> None:
+    torch.manual_seed(0)
+    network, x = Network(), torch.randint(10, (3, 5))
+    before, weights = network(x), {name: p.clone() for name, p in network.named_parameters()}
+    graftlm.adapt(network, method, rank=2, alpha=4, dropout=0.0, targets=["fc1", "head", "blocks.*.fc2"])
+    assert torch.allclose(network(x), before, atol=1e-5)
+    trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    places = {f"blocks.{i}.fc{n}" for i in (0, 1) for n in (1, 2)} | {"head"}
+    assert {name.rpartition(".")[0] for name in trained} == places
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
+    losses = []
+    for _ in range(20):
+        loss = F.cross_entropy(network(x).flatten(0, 1), x.flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.2
+    after = network(x)
+    network.eval()  # merges; the head's weight is the embedding's too, and stays
+    assert torch.allclose(network(x), after, atol=1e-5)
+    for name, p in network.state_dict().items():
+        assert name not in weights or torch.equal(p, weights[name]), name
+    assert torch.equal(network.embedding.weight, weights["embedding.weight"])
+
+
+def test_an_adapted_network_under_autocast() -> None:
+    torch.manual_seed(0)
+    network, x = Network(), torch.randint(10, (3, 5))
+    graftlm.adapt(network, rank=2, alpha=4, targets="fc1")
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = F.cross_entropy(network(x).flatten(0, 1), x.flatten())
+    loss.backward()
+    assert all(p.grad is not None for p in network.parameters() if p.requires_grad)
+
+
+def test_a_linear_of_torch_as_lora() -> None:
+    linear, x = nn.Linear(6, 4).eval(), torch.randn(3, 6)
+    lora = graftlm.LoRALinear.from_linear(linear, rank=2, alpha=4)
+    assert torch.allclose(lora(x), linear(x)) and lora.weight is linear.weight and not lora.training
+
+
+def test_adapting_a_model_of_ours_is_what_training_installs(model: Path) -> None:
+    loaded, again = graftlm.load(str(model), dtype="float32"), graftlm.load(str(model), dtype="float32")
+    adapted = graftlm.adapt(loaded.model, "lora", rank=2, targets=["q", "v"], seed=3)
+    LoRA(rank=2, targets=("q", "v")).install(again.model, torch.Generator().manual_seed(3))
+    assert adapted is loaded.model
+    for (name, p), (other, q) in zip(adapted.named_parameters(), again.model.named_parameters(), strict=True):
+        assert name == other and torch.equal(p, q) and p.requires_grad == q.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("call", "line"),
+    [
+        (lambda: graftlm.adapt(Network(), rank=2), r"name the linears to adapt, as in targets=\['\*'\]: its linears"),
+        (lambda: graftlm.adapt(Network(), targets="fcx"), "targets: 'fcx' is no nn.Linear of this module"),
+        (lambda: graftlm.adapt(Network(), targets="out_proj"), "targets: 'out_proj' is no nn.Linear of this module"),
+        (lambda: graftlm.adapt(Network(), "ia3", targets="*"), "ia3 adapts the models of graftlm"),
+        (lambda: graftlm.adapt(Network(), ranks=2), "lora has no setting 'ranks': did you mean rank"),
+        (lambda: graftlm.adapt(Network(), rank=99, targets="fc1"), "rank 99 is above the width of blocks.0.fc1"),
+        (lambda: graftlm.adapt(Network(), "lorra"), "unknown method 'lorra': did you mean 'lora'"),
+        (lambda: graftlm.adapt(cast("Any", 3)), "3 is no module"),
+    ],
+)
+def test_what_cannot_be_adapted_is_one_line(call: Callable[[], object], line: str) -> None:
+    with pytest.raises(InputError, match=line):
+        call()
+
+
+def test_a_loop_of_ones_own_takes_the_steps_of_train(model: Path, run: Path) -> None:
+    prepared = graftlm.prepare(**settings(model, lora_dropout=0), data=ROWS, out_dir=run, console=QUIET)
+    trained = [p for p in prepared.model.parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0), []
+    for batch in islice(prepared.batches(), 4):
+        loss, _ = prepared.objective.loss(prepared.model, batch)
+        loss = loss / batch.weight
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert losses[0] == pytest.approx(first["train_loss"], rel=1e-5) and losses[-1] < losses[0]
+    measured = graftlm.evaluate(prepared.loaded, data=ROWS[:6], template=TEMPLATE, mode="score", console=QUIET)
+    assert measured.n == 6
+
+
+class Recorder:
+    """A callback that writes down what is called."""
+
+    def __init__(self, stop_at: int = 0) -> None:
+        self.calls: list[Any] = []
+        self.stop_at = stop_at
+
+    def on_start(self, run: Any) -> None:
+        self.calls.append(("start", run.config.rank))
+
+    def on_step(self, row: dict[str, Any]) -> None:
+        self.calls.append(("step", row["step"]))
+        if row["step"] == self.stop_at:
+            raise graftlm.StopTraining
+
+    def on_evaluate(self, row: dict[str, Any]) -> None:
+        self.calls.append(("evaluate", row["step"], row["always_negative"]))
+
+    def on_checkpoint(self, folder: Path) -> None:
+        self.calls.append(("checkpoint", folder.resolve().name))
+
+    def on_end(self) -> None:
+        self.calls.append("end")
+
+
+def test_callbacks_and_metrics_and_a_callback_that_stops(model: Path, tmp_path: Path) -> None:
+    def always_negative(predicted: np.ndarray, true: np.ndarray) -> float:
+        assert predicted.shape == true.shape and {*true.tolist()} <= {0, 1}
+        return float((true == 0).mean())
+
+    recorder, losses = Recorder(stop_at=3), list[float]()
+    result = graftlm.train(
+        **settings(model, max_iters=8, eval_every=2),
+        data=ROWS,
+        out_dir=tmp_path / "run",
+        callbacks=[recorder, lambda row: losses.append(row["train_loss"])],
+        metrics=always_negative,
+        console=QUIET,
+    )
+    value = result.best["always_negative"]
+    assert recorder.calls == [
+        ("start", 4),
+        ("step", 1),
+        ("step", 2),
+        ("evaluate", 2, value),
+        ("checkpoint", "step-2"),
+        ("step", 3),
+        ("evaluate", 3, value),
+        ("checkpoint", "step-3"),
+        "end",
+    ]
+    assert result.steps == 3 and len(losses) == 3 and 0 < value < 1
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["always_negative"] for row in rows] == [None, value, value]
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["python"] == {"callbacks": ["Recorder", "<lambda>"], "metrics": ["always_negative"]}
+    resumed = graftlm.train(resume=True, out_dir=tmp_path / "run", console=QUIET)
+    assert resumed.steps == 8  # without the callback, which is not recorded, it goes to its end
+
+
+def test_a_callback_changes_no_weight(run: Path, model: Path, tmp_path: Path) -> None:
+    """Also where it draws random numbers, and uses the model."""
+
+    class Sampler:
+        def on_start(self, run: Any) -> None:
+            self.loaded = run.loaded
+
+        def on_step(self, row: dict[str, Any]) -> None:
+            torch.rand(3)
+            graftlm.generate(self.loaded, "A film", max_new_tokens=2)
+
+    graftlm.train(**settings(model), data=ROWS, out_dir=tmp_path / "run", callbacks=Sampler(), console=QUIET)
+    name = Path("last") / "adapter_model.safetensors"
+    assert (tmp_path / "run" / name).read_bytes() == (run / name).read_bytes()
+
+
+class Misnamed:
+    def on_epoch_end(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("extra", "line"),
+    [
+        ({"callbacks": Misnamed()}, "Misnamed has on_epoch_end, which is never called"),
+        ({"callbacks": 3}, "callbacks: 3: pass a function"),
+        ({"callbacks": Recorder}, "callbacks: <class .*: pass a function"),
+        ({"metrics": 3}, "metrics: 3"),
+        ({"metrics": {"f": 3}}, "metrics: 3: is no function"),
+        ({"metrics": len, "data": ["A text without a label.", "Another."]}, "metrics: are functions of labels"),
+    ],
+)
+def test_what_is_no_callback_or_metric_is_one_line(
+    extra: dict[str, Any], line: str, model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=line):
+        graftlm.train(**{**settings(model), "data": ROWS, **extra}, out_dir=tmp_path / "run", console=QUIET)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_error_in_a_callback_is_the_callers(model: Path, tmp_path: Path) -> None:
+    def broken(row: dict[str, Any]) -> None:
+        raise KeyError("loss")
+
+    with pytest.raises(KeyError, match="loss"):
+        graftlm.train(**settings(model), data=ROWS, out_dir=tmp_path / "run", callbacks=broken, console=QUIET)

@@ -21,8 +21,10 @@ PUBLIC = {
     "InputError",
     "LoRALinear",
     "PairsConfig",
+    "StopTraining",
     "TrainConfig",
     "__version__",
+    "adapt",
     "compare",
     "estimate",
     "evaluate",
@@ -33,6 +35,7 @@ PUBLIC = {
     "mark_only_lora_as_trainable",
     "predict_labels",
     "make_preferences",
+    "prepare",
     "report",
     "train",
 }

@@ -21,8 +21,10 @@ __all__ = [
     "InputError",
     "LoRALinear",
     "PairsConfig",
+    "StopTraining",
     "TrainConfig",
     "__version__",
+    "adapt",
     "compare",
     "estimate",
     "evaluate",
@@ -33,6 +35,7 @@ __all__ = [
     "make_preferences",
     "mark_only_lora_as_trainable",
     "predict_labels",
+    "prepare",
     "report",
     "train",
 ]
@@ -44,7 +47,9 @@ _HOMES = {
     "InputError": "errors",
     "LoRALinear": "methods.lora",
     "PairsConfig": "config",
+    "StopTraining": "training.callbacks",
     "TrainConfig": "config",
+    "adapt": "exchange.adapt",
     "compare": "library",
     "estimate": "library",
     "evaluate": "library",
@@ -55,6 +60,7 @@ _HOMES = {
     "make_preferences": "inference.pairs",
     "mark_only_lora_as_trainable": "methods.lora",
     "predict_labels": "inference.evaluate",
+    "prepare": "library",
     "report": "library",
     "train": "library",
 }
@@ -62,12 +68,14 @@ _HOMES = {
 if TYPE_CHECKING:
     from graftlm.config import EvaluateConfig, GenerateConfig, PairsConfig, TrainConfig
     from graftlm.errors import GraftError, InputError
+    from graftlm.exchange.adapt import adapt
     from graftlm.exchange.load import load
     from graftlm.inference.evaluate import predict_labels
     from graftlm.inference.pairs import make_preferences
-    from graftlm.library import compare, estimate, evaluate, export, generate, report, train
+    from graftlm.library import compare, estimate, evaluate, export, generate, prepare, report, train
     from graftlm.methods.lora import LoRALinear, mark_only_lora_as_trainable
     from graftlm.text.template import get_sentiment_prompt
+    from graftlm.training.callbacks import StopTraining
 
 
 def __getattr__(name: str) -> object:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from graftlm.text.collate import Example
     from graftlm.text.template import Template
     from graftlm.text.tokenizer import Tokenizer
+    from graftlm.training.setup import RunContext
 
 Json = dict[str, Any]
 Name = str | Path
@@ -190,11 +191,22 @@ def _run(command: str, first: Any, console: Console | None, flags: Mapping[str, 
 
 
 @_flags_of("train")
-def train(config: TrainConfig | None = None, *, console: Console | None = None, **flags: Any) -> TrainResult:
+def train(
+    config: TrainConfig | None = None,
+    *,
+    callbacks: Any = None,
+    metrics: Any = None,
+    console: Console | None = None,
+    **flags: Any,
+) -> TrainResult:
     """Adapt a model, as `graft train` does, and leave a run folder.
 
     Args:
         config: flags in one object; keywords replace its fields.
+        callbacks: one or several: functions, which get each step's row of metrics.jsonl, or objects with any of the
+            methods on_start(run), on_step(row), on_evaluate(row), on_checkpoint(folder) and on_end(). Raising
+            StopTraining in one makes the step the run's last.
+        metrics: of validations, as in `evaluate`: columns of metrics.jsonl, and in the result's best and last.
         console: where progress and notes go; None: standard error. rich's Console(quiet=True) is silent.
         flags: any flag of `graft train`. data, val_data and test_data may be rows: a list of dicts, a dict of columns
             or of splits, a DataFrame.
@@ -202,11 +214,34 @@ def train(config: TrainConfig | None = None, *, console: Console | None = None, 
     Raises InputError for wrong input, before anything is written; GraftError when the loss is not a number;
     Interrupted after Ctrl-C or SIGTERM, with a checkpoint saved.
     """
+    from graftlm.training.callbacks import Callbacks
     from graftlm.training.train import train
 
     with _parsed("train", config, flags) as parsed:
+        console, called = console or display.stderr_console(), Callbacks.of(callbacks, metrics)
+        return TrainResult(train(parsed.config, given=parsed.explicit, console=console, callbacks=called))
+
+
+@_flags_of("train")
+def prepare(config: TrainConfig | None = None, *, console: Console | None = None, **flags: Any) -> RunContext:
+    """What `graft train` sets up before its first step, for a loop of one's own: nothing is written.
+
+    Its parts are `model` (in training mode, with the method installed), `batches()`, `objective`, `method`, `config`
+    (with every default decided), `data`, and `loaded`, which `evaluate` and `generate` take. console, flags: as of
+    `train`.
+
+    Raises InputError.
+    """
+    from graftlm.training.setup import prepare
+
+    with _parsed("train", config, flags) as parsed:
         console = console or display.stderr_console()
-        return TrainResult(train(parsed.config, given=parsed.explicit, console=console))
+        run = prepare(parsed.config, parsed.explicit, writes=False)
+        for note in run.notes:
+            console.print(note, markup=False)
+        run.objective.setup(run.model, run.data, run.dist, lambda line: console.print(line, markup=False))
+        run.model.train()
+        return run
 
 
 @overload

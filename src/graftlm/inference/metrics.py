@@ -36,6 +36,8 @@ def metric_functions(
     """A user's metrics by name: a function, several, or by name. Raises InputError for anything else."""
     if callable(metrics):
         metrics = [metrics]
+    if metrics is not None and not isinstance(metrics, Mapping | Sequence):
+        raise InputError(f"metrics: {short(metrics)}: pass a function, several, or a dict of them by name")
     if not isinstance(metrics, Mapping):
         metrics = {getattr(metric, "__name__", str(number)): metric for number, metric in enumerate(metrics or ())}
     for name, metric in metrics.items():

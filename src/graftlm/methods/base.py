@@ -149,7 +149,7 @@ def master_options(weight: Weight) -> dict[str, Any]:
     return {"dtype": master_dtype(weight.dtype), "device": target_device(weight)}
 
 
-def kaiming_parameter(rows: int, columns: int, weight: Weight, rng: torch.Generator) -> nn.Parameter:
+def kaiming_parameter(rows: int, columns: int, weight: Weight, rng: torch.Generator | None) -> nn.Parameter:
     """A trained [rows, columns] matrix next to `weight`, uniform within 1 / sqrt(columns), drawn on the CPU."""
     drawn = torch.empty(rows, columns, dtype=master_dtype(weight.dtype))
     nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=rng)

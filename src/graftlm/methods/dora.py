@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from graftlm.files.formats import full_tensor
 from graftlm.methods.cost_model import ParameterGroup, linear_group
 from graftlm.methods.lora import LoRA, LoRALinear
-from graftlm.models import CausalLM, Linear, ModelConfig
+from graftlm.models import CausalLM, ModelConfig
 
 
 class DoRALinear(LoRALinear):
@@ -29,12 +29,14 @@ class DoRALinear(LoRALinear):
     magnitude: nn.Parameter
 
     @classmethod
-    def from_linear(cls, linear: Linear, method: LoRA, rng: torch.Generator) -> "DoRALinear":
+    def from_linear(
+        cls, linear: nn.Linear, method: LoRA | None = None, rng: torch.Generator | None = None, **settings: Any
+    ) -> "DoRALinear":
         """As LoRALinear's; the magnitudes start as the norms of the weight's rows."""
-        new = super().from_linear(linear, method, rng)
+        new = super().from_linear(linear, method, rng, **settings)
         assert isinstance(new, DoRALinear)
         empty = torch.empty(linear.out_features, dtype=new.lora_A.dtype, device="meta")
-        new.magnitude = nn.Parameter(empty if linear.stored_weight.device.type == "meta" else new.weight_norm())
+        new.magnitude = nn.Parameter(empty if new.stored_weight.device.type == "meta" else new.weight_norm())
         return new
 
     @torch.no_grad()

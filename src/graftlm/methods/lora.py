@@ -61,12 +61,24 @@ class LoRALinear(HasFusedOps, MergeableLinear):
             self.reset_lora()
 
     @classmethod
-    def from_linear(cls, linear: Linear, method: "LoRA", rng: torch.Generator) -> "LoRALinear":
-        """A LoRALinear with this linear's weight and bias (no copy); A is drawn from `rng` on the CPU."""
+    def from_linear(
+        cls, linear: nn.Linear, method: "LoRA | None" = None, rng: torch.Generator | None = None, **settings: Any
+    ) -> "LoRALinear":
+        """A LoRALinear with a linear's weight and bias (no copy), which computes the same until it is trained.
+
+        Args:
+            linear: any nn.Linear.
+            method, settings: rank, alpha, dropout and rslora, as a LoRA or by name, as in rank=8.
+            rng: A is drawn from it on the CPU; None: from torch's own.
+        """
+        method = method or LoRA(**settings)
         sizes = (linear.in_features, linear.out_features, linear.bias is not None)
         with torch.device("meta"):  # no memory, no random numbers: every tensor is set below
             new = cls(*sizes, method.rank, method.alpha, method.dropout, method.rslora)
-        new.set_weight(weight := linear.stored_weight)
+        if not isinstance(linear, Linear):  # of a module in use
+            new.training = new.lora_drop.training = linear.training
+        weight = linear.stored_weight if isinstance(linear, Linear) else linear.weight
+        new.set_weight(weight)
         new.bias = linear.bias
         new.lora_A = base.kaiming_parameter(method.rank, linear.in_features, weight, rng)
         new.lora_B = nn.Parameter(torch.zeros(linear.out_features, method.rank, **base.master_options(weight)))
@@ -101,7 +113,8 @@ class LoRALinear(HasFusedOps, MergeableLinear):
             return [LoRALinear.forward_many([m], x)[0] for m in linears]
         mask = draw_mask(probabilities.pop()) if adapted else None
         frozen = not any(p.requires_grad for m in adapted for p in (m.weight, m.bias) if p is not None)
-        if adapted and frozen and all(m.fused for m in adapted):
+        # Under autocast, as in a loop of one's own, each operation has its own dtype.
+        if adapted and frozen and all(m.fused for m in adapted) and not torch.is_autocast_enabled(x.device.type):
             ys = iter(fused_lora_forward(adapted, x, mask))
             return [m._post_process(next(ys)) if m in adapted else Linear.forward(m, x) for m in linears]
         dropped = x if mask is None else TORCH.apply_dropout_mask(x, mask) * mask.scale

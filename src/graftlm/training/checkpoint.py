@@ -17,6 +17,7 @@ process killed between these steps leaves.
 """
 
 import shutil
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -100,9 +101,9 @@ class TrainState:
         elif self.steps_since_overflow == GROWTH_STEPS:
             self.loss_scale, self.steps_since_overflow = self.loss_scale * 2, 0
 
-    def update_best(self, loss: float, accuracy: float | None) -> None:
-        """Record a validation at the current step, and whether it is the best so far."""
-        self.last = {"step": self.step, "val_loss": loss, "val_accuracy": accuracy}
+    def update_best(self, loss: float, accuracy: float | None, own: Mapping[str, float]) -> None:
+        """Record a validation at the current step, with the caller's metrics, and whether it is the best so far."""
+        self.last = {"step": self.step, "val_loss": loss, "val_accuracy": accuracy, **own}
         better = not self.best or loss < self.best["val_loss"]
         self.evals_since_best = 0 if better else self.evals_since_best + 1
         if better:

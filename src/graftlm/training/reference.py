@@ -34,7 +34,7 @@ from graftlm.text.collate import Example
 from graftlm.text.example_table import ExampleTable, lengths_of
 from graftlm.training.batches import CollateOptions, TrainingBatch, TrainingData, forward_batch, sequence_logps
 from graftlm.training.distributed import DistContext, uneven_forward
-from graftlm.training.objectives import Notify, Objective, Statistics
+from graftlm.training.objectives import Notify, Objective, Statistics, Validation
 
 REFERENCE_FILES = "reference."
 WEIGHTS, FINGERPRINT = f"{REFERENCE_FILES}safetensors", f"{REFERENCE_FILES}json"
@@ -84,13 +84,11 @@ class ReferenceObjective(Objective):
         known = [e.reference for e in examples]
         return batch if None in known else batch.with_extra({"reference": torch.tensor(known, dtype=torch.float64)})
 
-    def evaluate(
-        self, model: CausalLM, data: TrainingData, statistics: Statistics
-    ) -> tuple[float, float, float | None]:
+    def evaluate(self, model: CausalLM, data: TrainingData, statistics: Statistics) -> Validation:
         """Correct are the examples that count in the metric reward_accuracy."""
         ordered = sorted(data.validation, key=lambda e: e.length)
         loss, weight, sums = self.sum_losses(model, replace(data, validation=ordered), VALIDATION_BATCH, statistics)
-        return loss, weight, sums["reward_accuracy"]
+        return Validation(loss, weight, sums["reward_accuracy"])
 
     @property
     def validation_metrics(self) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ explicit flag must agree with them, except for those that `run_manifest.RESUME_M
 """
 
 import math
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import date
@@ -44,7 +44,7 @@ from graftlm.text.collate import Example
 from graftlm.text.example_table import Prompts
 from graftlm.text.template import Template, load_template
 from graftlm.text.tokenizer import Tokenizer
-from graftlm.training.batches import BatchLoader, TrainingData
+from graftlm.training.batches import BatchLoader, TrainingBatch, TrainingData
 from graftlm.training.data import (
     CPU_TOKENS,
     DataRequest,
@@ -91,24 +91,43 @@ class RunContext:
         """The batches of the training split."""
         return BatchLoader(self.data.train, self.objective.collate, self.config, self.dist)
 
+    @property
+    def model(self) -> CausalLM:
+        """The model, with the method installed."""
+        return self.loaded.model
+
+    def batches(self) -> Iterator[TrainingBatch]:
+        """The batches of training in its order, without end, whole and on the model's device: for a loop of one's own.
+
+        `objective.loss(model, batch)` is the sum of a batch's losses, and `batch.weight` what to divide it by.
+        """
+        loader = replace(self.loader, config=replace(self.config, microbatch_tokens=0))
+        for rows in loader.stream(0):
+            (batch,) = loader.microbatches(rows)
+            examples = [loader.examples[row] for row in rows]
+            statistics = self.objective.batch_statistics(self.model, examples, self.dist)
+            yield batch.with_extra(statistics).to(self.device)
+
 
 def prepare(
     config: TrainConfig,
     given: Set[str] | None = None,
     dist: DistContext | None = None,
     previous: dict[str, Any] | None = None,
+    writes: bool = True,
 ) -> RunContext:
     """Check and load everything a run needs.
 
     given: the explicit flags; None: those that differ from their defaults. previous: run.json of the run that --resume
-    names; None: read it.
+    names; None: read it. writes: whether --out_dir will be written to, and must be free.
     """
     dist = dist or DistContext()
     out_dir = Path(config.out_dir)
     previous = previous or read_previous(config)
     explicit: Set[str] = frozenset()
     if previous is None:
-        check_out_dir(out_dir)
+        if writes:
+            check_out_dir(out_dir)
         explicit = explicit_flags(config, given)
     else:
         config = resumed_config(config, previous["config"], given)

@@ -22,6 +22,7 @@ from graftlm.files.atomic import LOCK_NAME, cleanup_tmp, lock_dir, lock_owner
 from graftlm.models.cpp import KernelsUnavailable, compiler
 from graftlm.models.fused_ops import CppKernels, load_kernels
 from graftlm.training.activation_cache import ActivationCache, CacheSpec, open_activation_cache
+from graftlm.training.callbacks import Callbacks
 from graftlm.training.checkpoint import FIRST_SCALE, CheckpointManager, TrainState
 from graftlm.training.distributed import DistContext, model_is_sharded
 from graftlm.training.estimate import make_plan
@@ -50,6 +51,7 @@ def train(
     given: Set[str] | None = None,
     console: Console | None = None,
     started: float | None = None,
+    callbacks: Callbacks | None = None,
 ) -> dict[str, Any]:
     """Adapt a model as `config` says and leave a run folder; returns the object of `graft train --json`.
 
@@ -59,6 +61,7 @@ def train(
             their defaults.
         console: where progress and notes go; None for silence.
         started: time.perf_counter() when the command began, for the time to the first step; None: now.
+        callbacks: what is called in the run, and metrics of its validations.
 
     Raises InputError for wrong input, before anything is written; GraftError when the loss is not a number;
     Interrupted after Ctrl-C or SIGTERM, with a checkpoint saved.
@@ -79,36 +82,34 @@ def train(
                 stack.enter_context(_run_lock(config, failure))
             if failure is not None:
                 raise failure
-        results = _train(_same_dtype(config, dist), console, given, started, dist, previous)
+        config = _same_dtype(config, dist)
+        with dist.same_error_on_all_ranks():
+            run = prepare(config, given, dist, previous)
+        results = _train(run, console, started, callbacks or Callbacks())
     dist.close()
     return results
 
 
-def _train(
-    config: TrainConfig,
-    console: Console,
-    given: Set[str] | None,
-    started: float,
-    dist: DistContext,
-    previous: dict[str, Any] | None,
-) -> dict[str, Any]:
-    """Set up and run, in a folder that is locked."""
-    with dist.same_error_on_all_ranks():
-        run = prepare(config, given, dist, previous)
+def _train(run: RunContext, console: Console, started: float, callbacks: Callbacks) -> dict[str, Any]:
+    """Run what is set up, in a folder that is locked."""
+    dist = run.dist
+    if callbacks.metrics and not run.data.label_ids:
+        raise InputError("metrics: are functions of labels, and the data has none: evaluate the run instead")
     _check_same_on_all_ranks(run)
     shard_and_load(run)
     notify, values = _notifier(console), run.manifest.values
     _print_header(run, notify)
-    if config.plan or values["plan"] is None:  # a resumed run keeps its estimate
-        estimate = make_plan(run, time.perf_counter() - started, repeats=3 if config.plan else 1)
+    if run.config.plan or values["plan"] is None:  # a resumed run keeps its estimate
+        estimate = make_plan(run, time.perf_counter() - started, repeats=3 if run.config.plan else 1)
         values["plan"] = dist.broadcast_object(asdict(estimate))
-        if config.plan:
+        if run.config.plan:
             return {**values["plan"], **parameter_counts(values)}
         notify(format_estimate(values["plan"]))
     with _cleanup_on_failure(run, console):
-        trainer = make_trainer(run, console, started)
+        trainer = make_trainer(run, console, started, callbacks)
         try:
             trainer.run()
+            trainer.callbacks.call("on_end")
         finally:
             trainer.metrics.close()
         trainer.checkpoints.consolidate()
@@ -117,7 +118,7 @@ def _train(
     return results
 
 
-def make_trainer(run: RunContext, console: Console, started: float) -> Trainer:
+def make_trainer(run: RunContext, console: Console, started: float, callbacks: Callbacks | None = None) -> Trainer:
     """The run's folder, reference, checkpoint, kernels, cache and loggers, in this order."""
     manifest, model, notify = run.manifest, run.loaded.model, _notifier(console)
     checkpoints = _checkpoints(run)
@@ -128,7 +129,13 @@ def make_trainer(run: RunContext, console: Console, started: float) -> Trainer:
     if manifest.values["cpp_kernels"] is None:
         manifest.values["cpp_kernels"] = _decide_kernels(run, notify)
     kernels = BackgroundCompile(run, notify)
+    callbacks = callbacks or Callbacks()
+    if callbacks.hooks or callbacks.metrics:
+        manifest.values["python"] = callbacks.to_json()
     manifest.update()
+    if not run.dist.is_main:
+        callbacks = replace(callbacks, hooks=())
+    callbacks.call("on_start", run)
     return Trainer(
         config=run.config,
         model=model,
@@ -144,6 +151,7 @@ def make_trainer(run: RunContext, console: Console, started: float) -> Trainer:
         console=console,
         state=state,
         started=started,
+        callbacks=callbacks,
     )
 
 

@@ -10,8 +10,9 @@ batch; rank 0 writes and prints.
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,6 +25,7 @@ from graftlm.methods import Method
 from graftlm.methods.base import trainable
 from graftlm.models.base import CausalLM
 from graftlm.training.batches import BatchLoader, TrainingBatch, TrainingData
+from graftlm.training.callbacks import Callbacks
 from graftlm.training.checkpoint import CheckpointManager, TrainState
 from graftlm.training.distributed import DistContext, model_is_sharded, uneven_forward
 from graftlm.training.objectives import Objective, validate
@@ -90,31 +92,40 @@ class Trainer:
     state: TrainState
     started: float
     """time.perf_counter() at the command's start."""
+    callbacks: Callbacks = field(default_factory=Callbacks)
 
     def run(self) -> None:
         """Train from `state` to the last step."""
         steps, state = self.config.max_iters or 0, self.state
         stream = self.loader.stream(state.step * self.config.grad_accum)
         offset = state.seconds - time.perf_counter()
+        not_evaluated = dict.fromkeys((*self.callbacks.metrics, *self.objective.validation_metrics))
         self.model.train()
         with stop_on_signal(patient=self.dist.size > 1) as stop, progress_bar(self.console) as bar:
             task = bar.add_task("train", total=steps, completed=state.step, info="")
-            while state.step < steps and not 0 < self.config.patience <= state.evals_since_best:
+            while not (
+                state.step >= steps or self.callbacks.ended or 0 < self.config.patience <= state.evals_since_best
+            ):
                 step = state.step + 1
                 self.before_step(step)
                 done = self.train_step(step, [next(stream) for _ in range(self.config.grad_accum)])
                 self.count(done, steps)
-                stopping = any(stop_here for (stop_here,) in self.dist.all_gather([stop.is_set()]))
-                is_eval_step = step % (self.config.eval_every or 1) == 0 or step == steps
-                evaluated = self.evaluate() if is_eval_step else dict.fromkeys(self.objective.validation_metrics)
                 state.seconds = offset + time.perf_counter()
-                row = metrics_row(done, state, self.model, evaluated)
+                row = metrics_row(done, state, self.model, not_evaluated)
+                self.callbacks.call("on_step", row)
+                stopping, self.callbacks.ended = self.on_any_rank(stop.is_set(), self.callbacks.ended)
+                is_eval_step = step % (self.config.eval_every or 1) == 0 or step == steps or self.callbacks.ended
+                if is_eval_step:
+                    evaluated = self.evaluate()
+                    state.seconds = offset + time.perf_counter()
+                    row = metrics_row(done, state, self.model, evaluated)
                 self.metrics.write(row)
                 if is_eval_step:
                     print_eval(row, bar.console, state.best, self.data.validation[0].is_window)
                 bar.update(task, completed=step, info=f"loss {done.loss:.3f}  {done.examples_per_s:.1f} examples/s")
                 if is_eval_step or stopping:
                     self.checkpoints.save(self.model, self.optimizer, state)
+                    self.report(row if is_eval_step else None)
                 if stopping and step < steps:
                     raise self.dist.on_all_ranks(
                         Interrupted(
@@ -122,6 +133,22 @@ class Trainer:
                             f"--resume --out_dir {self.out_dir}"
                         )
                     )
+
+    @property
+    def ends_early(self) -> bool:
+        """Whether a callback or --patience ends the run."""
+        return self.callbacks.ended or 0 < self.config.patience <= self.state.evals_since_best
+
+    def report(self, evaluated: dict[str, Any] | None) -> None:
+        """Call the callbacks after a checkpoint; evaluated: the row, if it was validated."""
+        if evaluated is not None:
+            self.callbacks.call("on_evaluate", evaluated)
+        self.callbacks.call("on_checkpoint", self.out_dir / "last")
+        (self.callbacks.ended,) = self.on_any_rank(self.callbacks.ended)
+
+    def on_any_rank(self, *here: bool) -> list[bool]:
+        """Whether each of these is so on some rank."""
+        return [any(column) for column in zip(*self.dist.all_gather(here), strict=True)]
 
     def train_step(self, step: int, batches: list[list[int]]) -> StepMetrics:
         """Optimizer step number `step` on these batches of example indices, whose gradients are accumulated."""
@@ -214,13 +241,13 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float | None]:
         """Validate, and update the best checkpoint; returns the columns that only a validation measures."""
-        loss, accuracy = validate(self.model, self.objective, self.data, self.dist)
+        loss, accuracy, own = validate(self.model, self.objective, self.data, self.dist, self.callbacks.metrics)
         if not math.isfinite(loss):
             raise self._not_finite(self.state.step, "validation loss", loss)
         with uneven_forward(self.model, self.dist):
             monitored = self.objective.monitor(self.model, self.data, self.config.seed)
-        self.state.update_best(loss, accuracy)
-        return {"val_loss": loss, "val_accuracy": accuracy, **monitored}
+        self.state.update_best(loss, accuracy, own)
+        return {"val_loss": loss, "val_accuracy": accuracy, **own, **monitored}
 
     def _not_finite(self, step: int, what: str, value: float) -> GraftError:
         latest = self.checkpoints.latest()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from graftlm.config.training import OBJECTIVES
 from graftlm.errors import InputError, unknown_name_error
 from graftlm.inference.decoder import token_batches
 from graftlm.inference.generate import eval_mode
+from graftlm.inference.metrics import MetricFunctions, apply_metrics
 from graftlm.models.base import CausalLM
 from graftlm.text.collate import Example
 from graftlm.text.example_table import lengths_of
@@ -29,7 +30,22 @@ from graftlm.training.distributed import DistContext, uneven_forward
 Sums = dict[str, Tensor]
 """Scalars, each the sum of a metric over a batch's examples, without gradient."""
 Statistics = Mapping[str, Tensor]
+NONE = -2
+"""In place of a label where a rank has fewer examples than another."""
 Notify = Callable[[str], None]
+
+
+class Validation(NamedTuple):
+    """What an objective measured on some examples."""
+
+    loss: float
+    """The sum of their losses."""
+    weight: float
+    """What the sum is divided by."""
+    correct: float | None
+    """The number of correct examples; None where the data does not define it."""
+    predicted: Sequence[int] = ()
+    """The label number that scores highest, of each example with a label."""
 
 
 @dataclass
@@ -81,13 +97,10 @@ class Objective(ABC):
     # Validation -------------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def evaluate(
-        self, model: CausalLM, data: TrainingData, statistics: Statistics
-    ) -> tuple[float, float, float | None]:
-        """(sum of losses, weight, correct examples) over `data.validation`, which is this rank's part.
+    def evaluate(self, model: CausalLM, data: TrainingData, statistics: Statistics) -> Validation:
+        """Loss and predictions over `data.validation`, which is this rank's part.
 
-        statistics: `batch_statistics` of the whole validation split. The number of correct examples is None where the
-        data does not define it.
+        statistics: `batch_statistics` of the whole validation split.
         """
 
     def sum_losses(
@@ -141,21 +154,42 @@ class Objective(ABC):
 
 
 def validate(
-    model: CausalLM, objective: Objective, data: TrainingData, dist: DistContext
-) -> tuple[float, float | None]:
-    """Mean loss per target token, pair or example, and the fraction of correct examples (None: not defined).
+    model: CausalLM,
+    objective: Objective,
+    data: TrainingData,
+    dist: DistContext,
+    metrics: MetricFunctions | None = None,
+) -> tuple[float, float | None, dict[str, float]]:
+    """Mean loss per target token, pair or example, the fraction of correct examples (None: not defined), and metrics.
 
-    Each rank evaluates its part of the examples; all return the same.
+    Each rank evaluates its part of the examples; all return the same. metrics: of the label that scores highest and the
+    own one, of data with labels.
     """
     examples = data.validation
     statistics = objective.batch_statistics(model, examples, dist)
     mine = [examples[i] for i in dist.partition(range(len(examples)), lengths_of(examples))]
-    loss, weight, correct = 0.0, 0.0, None
+    found = Validation(0.0, 0.0, None)
     with uneven_forward(model, dist):
         if mine:
-            loss, weight, correct = objective.evaluate(model, replace(data, validation=mine), statistics)
-    loss, weight, total, defined = dist.all_reduce_numbers([loss, weight, correct or 0.0, correct is not None])
-    return loss / weight, total / len(examples) if defined else None
+            found = Validation(*objective.evaluate(model, replace(data, validation=mine), statistics))
+    correct = found.correct
+    loss, weight, total, defined = dist.all_reduce_numbers(
+        [found.loss, found.weight, correct or 0.0, correct is not None]
+    )
+    own = _own_metrics(metrics, found, [e.label for e in mine], dist) if metrics else {}
+    return loss / weight, total / len(examples) if defined else None, own
+
+
+def _own_metrics(
+    metrics: MetricFunctions, found: Validation, true: Sequence[int | None], dist: DistContext
+) -> dict[str, float]:
+    """The caller's metrics, of all ranks' examples."""
+    pairs = [(p, t) for p, t in zip(found.predicted, true, strict=True) if t is not None]
+    most = int(max(count for (count,) in dist.all_gather([len(pairs)])))
+    flat = [number for pair in (*pairs, *[(NONE, NONE)] * (most - len(pairs))) for number in pair]
+    every = [int(number) for numbers in dist.all_gather(flat) for number in numbers]
+    rows = [pair for pair in zip(every[::2], every[1::2], strict=True) if pair != (NONE, NONE)]
+    return apply_metrics(metrics, [p for p, _ in rows], [t for _, t in rows])
 
 
 def objective_class(name: str) -> type[Objective]:

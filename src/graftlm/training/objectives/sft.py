@@ -17,7 +17,7 @@ from graftlm.models.base import CausalLM
 from graftlm.text.collate import Example
 from graftlm.text.records import Completion, Conversation, Document, Labelled
 from graftlm.training.batches import CollateOptions, HiddenStates, LossOn, TrainingBatch, TrainingData, collate
-from graftlm.training.objectives import Objective, Statistics, Sums
+from graftlm.training.objectives import Objective, Statistics, Sums, Validation
 
 VALIDATION_BATCH = 32
 
@@ -58,18 +58,17 @@ class SFT(Objective):
         )
         return loss, {}
 
-    def evaluate(
-        self, model: CausalLM, data: TrainingData, statistics: Statistics
-    ) -> tuple[float, float, float | None]:
+    def evaluate(self, model: CausalLM, data: TrainingData, statistics: Statistics) -> Validation:
         """Correct are the examples whose own label scores highest."""
         examples = data.validation
         scores = score(model, examples, data.label_ids, batch_size=VALIDATION_BATCH, max_tokens=data.max_tokens)
-        correct = None
+        correct, predicted = None, list[int]()
         if data.label_ids:
-            own = torch.tensor([e.label for e in examples])
-            correct = float((scores.labels.argmax(-1) == own).sum())
+            predicted = scores.labels.argmax(-1).tolist()
+            correct = float(sum(label == e.label for label, e in zip(predicted, examples, strict=True)))
         if self.loss_on == "completion":
-            return -scores.completion.sum().item(), int(scores.completion_tokens.sum()), correct
+            loss, tokens = -scores.completion.sum().item(), int(scores.completion_tokens.sum())
+            return Validation(loss, tokens, correct, predicted)
         ordered = sorted(examples, key=lambda e: len(e.prompt_ids))
         loss, weight, _ = self.sum_losses(model, replace(data, validation=ordered), VALIDATION_BATCH, statistics)
-        return loss, weight, correct
+        return Validation(loss, weight, correct, predicted)
