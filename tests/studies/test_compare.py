@@ -141,10 +141,12 @@ def test_wrong_words_are_refused(
     (tmp_path / "sweep.toml").write_text("jobz = 2\n[train]\nrank = 2")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
+    (tmp_path / "table.toml").write_text("[[row]]\nrank = 2")
     (tmp_path / "good.toml").write_text("[train]\nrank = 2")
     for words, line in (
         ([], "graft compare needs --config SWEEP.toml"),
         (["--config", "sweep.toml"], "sweep.toml: unknown key 'jobz': did you mean jobs?"),
+        (["--config", "table.toml"], "table.toml: unknown table 'row': the tables are [train], [grid], [[rows]]"),
         (["--config", "good.toml", "--jobs", "0"], "--jobs 0: must be 1 or more"),
         (["--config", "good.toml", "--budget_steps=3", "--budget_tflop=3"], "--budget_steps and --budget_tflop: all"),
         (["--config", "good.toml", "--out_dir", "full"], "--out_dir full: has other files"),

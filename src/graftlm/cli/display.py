@@ -3,6 +3,7 @@
 rich is imported where it is used, so that `graft --help` does not wait for it.
 """
 
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -75,6 +76,13 @@ def train(out: "Console", result: Result) -> None:
         "run folder": result["out_dir"],
     }
     _facts(out, facts)
+    run = shlex.quote(result["out_dir"])
+    commands = [f"generate {run} --prompt '…'", f"report {run} --open", f"export {run} --to {run}-export"]
+    if result["objective"] == "sft" and (result["last"] or {}).get("val_accuracy") is not None:
+        commands.insert(0, f"evaluate {run}")
+    _verbatim(out, "\nnext:")
+    for command in commands:
+        _verbatim(out, f"  graft {command}")
 
 
 def _trained(result: Result) -> str:

@@ -143,8 +143,11 @@ def _run_command(command: "Command", parsed: "ParsedArgs") -> None:
         tune_malloc_release()
     elif command.uses_tensors:
         tune_malloc_retain()
+    notes = display.stderr_console()
+    if command.uses_tensors and is_rank0() and notes.is_terminal:  # importing torch and reading weights take seconds
+        notes.print(f"loading {_model_name(parsed)}…", markup=False)
     with _redirect_stdout(parsed):
-        returned = command.run(parsed, display.stderr_console())
+        returned = command.run(parsed, notes)
         result = next(returned) if isinstance(returned, Iterator) else returned
     if not is_rank0():
         return
@@ -159,6 +162,17 @@ def _run_command(command: "Command", parsed: "ParsedArgs") -> None:
         with _redirect_stdout(parsed):
             for _ in returned:
                 raise AssertionError("a subcommand has one result")
+
+
+def _model_name(parsed: "ParsedArgs") -> str:
+    """What a subcommand will load, as its flags name it: a base, a run or an adapter."""
+    config, given = parsed.config, parsed.explicit
+    of_run = getattr(config, "resume", "out_dir" in given and "init_from" not in given)
+    if not of_run and (base := getattr(config, "init_from", "")) not in ("", "resume"):
+        return str(base)
+    names = (getattr(config, field, "") for field in ("adapters", "folder", "out_dir"))
+    found = next(filter(None, names), "the model")
+    return ", ".join(found) if isinstance(found, tuple) else str(found)
 
 
 @contextmanager

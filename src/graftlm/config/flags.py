@@ -375,7 +375,11 @@ def _read_recipe(file: str, command: str, config: type) -> dict[str, Any]:
     Tables that the config lists in TABLES are read by the subcommand itself.
     """
     table = read_toml(file, "--config ")
-    flags = {key: value for key, value in table.items() if key not in getattr(config, "TABLES", ())}
+    tables: dict[str, str] = getattr(config, "TABLES", {})
+    flags = {key: value for key, value in table.items() if key not in tables}
+    for key, value in flags.items() if tables else ():
+        if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(item, dict) for item in value)):
+            raise InputError(f"{file}: unknown table {key!r}: the tables are {', '.join(tables.values())}")
     return read_toml_flags(file, flags, get_type_hints(config), command)
 
 

@@ -13,7 +13,7 @@ from graftlm.errors import InputError
 class CompareConfig(RayFlags):
     """Train and evaluate a sweep of settings under one budget; makes one table."""
 
-    TABLES: ClassVar[tuple[str, ...]] = ("train", "grid", "rows")
+    TABLES: ClassVar[dict[str, str]] = {"train": "[train]", "grid": "[grid]", "rows": "[[rows]]"}
 
     out_dir: str = "graft-compare"
     """The folder of the runs and the table. If given again, finished runs are not repeated."""

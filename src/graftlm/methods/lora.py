@@ -301,11 +301,10 @@ class LoRA(Method):
         d, scale = linears[0].in_features, linears[0].scale
         step = scale * lr * self.plus_ratio * math.sqrt(self.rank / (3 * d))
         size = math.sqrt(sum(m.base_weight.float().square().mean().item() for m in linears) / len(linears))
-        divisor, formula = ("sqrt(r)", "alpha*lr/sqrt(3*d)") if self.rslora else ("r", "alpha*lr/sqrt(3*d*r)")
+        name = "alpha/sqrt(r)" if self.rslora else "alpha/r"
         return (
-            f"effective scale: alpha/{divisor} = {scale:g}; one step at the full lr moves an adapted weight "
-            f"by about {formula} = {step:.1e}, {step / size:.2%} of its size; "
-            "alpha and lr count as their product"
+            f"{name} = {scale:g}: a first step at the full lr moves an adapted weight "
+            f"by about {step / size:.2%} of its size; if the loss rises, lower lr or alpha (their product counts)"
         )
 
     def to_peft(self, model: CausalLM) -> PeftFolder:

@@ -207,7 +207,8 @@ class _Sweep:
     # Progress -----------------------------------------------------------------------------------------------------
 
     def _progress(self) -> Progress:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        what, loss = TextColumn("{task.description}"), TextColumn("{task.fields[loss]}")
+        columns = (what, BarColumn(), MofNCompleteColumn(), loss, TimeRemainingColumn())
         return Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
 
     def _update_progress(self, bar: Progress, tasks: dict[str, TaskID]) -> None:
@@ -218,13 +219,15 @@ class _Sweep:
                 continue
             if trial.id not in tasks:
                 total = read_json(run / "run.json")["config"]["max_iters"]
-                tasks[trial.id] = bar.add_task(f"{trial.row}, seed {trial.seed}", total=total)
-            bar.update(tasks[trial.id], completed=(run / "metrics.jsonl").read_bytes().count(b"\n"))
+                tasks[trial.id] = bar.add_task(f"{trial.row}, seed {trial.seed}", total=total, loss="")
+            *rows, _ = (run / "metrics.jsonl").read_bytes().split(b"\n")  # the last may be half written
+            loss = f"loss {json.loads(rows[-1])['train_loss']:.3f}" if rows else ""
+            bar.update(tasks[trial.id], completed=len(rows), loss=loss)
 
     def _report(self, trial: Trial, seconds: float) -> None:
         done = sum(self._is_done(other) or self._failed(other) for other in self.trials)
         results = [self._result(trial, checkpoint) for checkpoint in self._checkpoints(trial)]
-        outcome = results[0].error or " and ".join(f"{result.metrics['accuracy']:.3f}" for result in results)
+        outcome = results[0].error or " and ".join(map(_outcome, results))
         title = f"{done} of {len(self.trials)}: {trial.row}, seed {trial.seed}"
         self._print(f"{title}: {outcome} ({seconds / 60:.1f} min)")
 
@@ -249,6 +252,11 @@ class _Sweep:
             write_json(self.out_dir / "table.json", table)
             write_text(self.out_dir / "table.md", markdown(rows))
         return table
+
+
+def _outcome(result: TrialResult) -> str:
+    loss = f", validation loss {result.run['results'][result.checkpoint]['val_loss']:.4f}" if result.run else ""
+    return f"accuracy {result.metrics['accuracy']:.3f}{loss}"
 
 
 def _argv(flags: Mapping[str, Any]) -> list[str]:
