@@ -6,6 +6,8 @@
     graft-generate   `graft evaluate` by generation, up to 5 tokens per review
     hf-score         transformers, batches of 32 sorted by length, the head at each row's last position only
     hf-generate      transformers' generate, batches of 32 sorted by length, padded on the left, 5 tokens, greedy
+    harness-server   lm-evaluation-harness' local-completions, which asks `graft serve` for echoed log-probabilities, in
+                     batches of 16 and in float32; only with --only
 
 All classify the same test reviews with the same prompts and tokens, zero-shot, with glibc keeping freed memory; each
 peer in the dtype that a short trial finds fastest here. Loading is not timed.
@@ -21,8 +23,10 @@ from typing import Any
 
 import harness
 from harness import Run
+from serve_load import started
 
 PEERS = ("hf-score", "hf-generate")
+SERVED = "harness-server"
 CONTENDERS = ("graft-score", "graft-generate", *PEERS)
 FIGURES = ("examples_per_s", "accuracy", "peak_rss_mb")
 PAIRS = {
@@ -56,6 +60,8 @@ def child(task: Mapping[str, Any]) -> Run:
     rows = subset(load_dataset(task["data"], labels=template.labels).splits["test"], task["limit"])
     examples, _ = encode_rows(rows, template, tokenizer, 512)
     labels = label_ids(template, tokenizer)
+    if task["contender"] == SERVED:
+        return ask_server(task, [(list(each.prompt_ids), each.label or 0) for each in examples], labels)
     model = AutoModelForCausalLM.from_pretrained(task["model"], dtype=getattr(torch, task["dtype"])).eval()
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt_ids))
     batches = [order[i : i + task["batch_size"]] for i in range(0, len(order), task["batch_size"])]
@@ -69,6 +75,22 @@ def child(task: Mapping[str, Any]) -> Run:
             predicted = predict([list(examples[i].prompt_ids) for i in batch])
             correct += sum(p == examples[i].label for p, i in zip(predicted, batch, strict=True))
     seconds = time.perf_counter() - began
+    return {"n": len(rows), "accuracy": correct / len(rows), "examples_per_s": len(rows) / seconds}
+
+
+def ask_server(task: Mapping[str, Any], examples: Sequence[tuple[list[int], int]], labels: Any) -> Run:
+    """The harness's log-likelihoods of each label, from a server."""
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    url = f"{task['url']}/v1/completions"
+    tokens = {"tokenizer_backend": "huggingface", "tokenizer": task["model"]}
+    peer = LocalCompletionsAPI(base_url=url, model=task["served"], batch_size=16, **tokens)
+    requests = [(("", ""), prompt, list(label)) for prompt, _ in examples for label in labels]
+    began = time.perf_counter()
+    found = [value for value, _ in peer._loglikelihood_tokens(requests)]
+    seconds = time.perf_counter() - began
+    rows = [found[n : n + len(labels)] for n in range(0, len(found), len(labels))]
+    correct = sum(row.index(max(row)) == label for row, (_, label) in zip(rows, examples, strict=True))
     return {"n": len(rows), "accuracy": correct / len(rows), "examples_per_s": len(rows) / seconds}
 
 
@@ -110,7 +132,13 @@ def generate(model: Any, tokenizer: Any, template: Any, prompts: list[list[int]]
 
 def measure(contender: str, task: Mapping[str, Any], folder: Path) -> Run:
     """One run of a contender."""
-    if contender in PEERS:
+    if contender == SERVED:
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "graftlm", "serve", "--init_from", task["model"], "--dtype", "float32"]
+        with started([*command, "--port", "0", "--json"], folder) as server:
+            asked = {"contender": contender, "url": f"http://{server.host}:{server.port}", "served": server.models[0]}
+            run = harness.run_peer(__file__, {**task, **asked}, folder)
+    elif contender in PEERS:
         run = harness.run_peer(__file__, {**task, "contender": contender}, folder)
     else:
         flags = {"init_from": task["model"], "data": task["data"], "limit": task["limit"]}
@@ -139,8 +167,9 @@ def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     rounds, rejected = harness.run_rounds(contenders, args, work, "examples_per_s")
     summary = harness.summarise(rounds, FIGURES, PAIRS, GOALS)
     accuracy = {name: figures["accuracy"] for name, figures in summary["medians"].items()}
-    both = [how for how in ("score", "generate") if {f"graft-{how}", f"hf-{how}"} <= set(accuracy)]
-    same = all(abs(accuracy[f"graft-{how}"] - accuracy[f"hf-{how}"]) <= SAME_ACCURACY for how in both)
+    pairs = [("graft-score", "hf-score"), ("graft-score", SERVED), ("graft-generate", "hf-generate")]
+    both = [pair for pair in pairs if {*pair} <= set(accuracy)]
+    same = all(abs(accuracy[ours] - accuracy[peer]) <= SAME_ACCURACY for ours, peer in both)
     summary["claims"]["equal accuracy"] = same if both else None
     config = {**task, "model": args.model}
     return {"config": config, "trials": tried, **summary, "runs": rounds, "rejected": rejected}
@@ -149,7 +178,11 @@ def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
 FLAGS: dict[str, dict[str, Any]] = {
     "limit": {"type": int, "default": 1000, "help": "reviews (default 1000)"},
     "batch_size": {"type": int, "default": 32, "help": "reviews in a batch (default 32)"},
-    "only": {"type": harness.choices(CONTENDERS), "default": list(CONTENDERS), "help": "contenders, by commas"},
+    "only": {
+        "type": harness.choices((*CONTENDERS, SERVED)),
+        "default": list(CONTENDERS),
+        "help": "contenders, by commas",
+    },
     **harness.SOURCE,
     **harness.ROUNDS,
 }

@@ -59,6 +59,7 @@ class Server:
     pid: int
     host: str
     port: int
+    models: Sequence[str] = ()
 
     def cpu_seconds(self) -> float:
         """CPU seconds of all its threads so far."""
@@ -83,8 +84,9 @@ def started(command: Sequence[str], folder: Path) -> Iterator[Server]:
             if not line:
                 errors.seek(0)
                 raise BenchmarkError(f"{' '.join(command[:4])} did not start: {errors.read()[-1000:]}")
-            host, _, port = json.loads(line)["url"].removeprefix("http://").partition(":")
-            yield Server(process.pid, host, int(port))
+            said = json.loads(line)
+            host, _, port = said["url"].removeprefix("http://").partition(":")
+            yield Server(process.pid, host, int(port), said.get("models", ()))
         finally:
             process.send_signal(signal.SIGTERM)
             try:

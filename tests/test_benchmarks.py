@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -20,6 +20,9 @@ import pytest
 import torch
 
 from graftlm import cli
+from graftlm.exchange.huggingface import load_model
+from graftlm.inference.scoring import score_labels
+from graftlm.text.collate import Example
 from inference.tiny import VOCAB, full_logits, ragged, tiny
 from tiny import TEMPLATE, data_folder, model_folder
 
@@ -127,6 +130,35 @@ def test_classification(small: list[str], capsys: pytest.CaptureFixture[str]) ->
     only = ["--only", "graft-score,graft-generate,hf-generate"]
     found = report("evaluate_vs_peers", [*small, *ONCE, "--limit", "4", *only], capsys)
     assert found["medians"]["graft-generate"]["accuracy"] == found["medians"]["hf-generate"]["accuracy"]
+    assert found["claims"]["equal accuracy"] is True
+
+
+def test_classification_through_a_server(
+    small: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With doubles of the server and of lm_eval: its client scores here (test_server.py asks a server as it does)."""
+    bench = load("evaluate_vs_peers")
+
+    class Client:
+        def __init__(self, base_url: str, model: str, tokenizer: str, **settings: Any) -> None:
+            assert (base_url, model) == ("http://host:1/v1/completions", "name")
+            assert settings == {"tokenizer_backend": "huggingface", "batch_size": 16}
+            self.model = load_model(Path(tokenizer), torch.device("cpu"), torch.float32)
+
+        def _loglikelihood_tokens(self, requests: Any) -> list[tuple[float, bool]]:
+            examples = [Example(prompt, (), None, "", "", "") for _, prompt, _ in requests]
+            each = zip(examples, requests, strict=True)
+            return [(float(score_labels(self.model, [example], [label])), False) for example, (*_, label) in each]
+
+    server = load("serve_load").Server(0, "host", 1, ["name"])
+    monkeypatch.setattr(bench, "started", lambda command, folder: contextlib.nullcontext(server))
+    monkeypatch.setitem(sys.modules, "lm_eval", ModuleType("lm_eval"))
+    monkeypatch.setitem(sys.modules, "lm_eval.models", ModuleType("lm_eval.models"))
+    client = SimpleNamespace(LocalCompletionsAPI=Client)
+    monkeypatch.setitem(sys.modules, "lm_eval.models.openai_completions", client)
+    only = ["--only", "graft-score,harness-server"]
+    found = report("evaluate_vs_peers", [*small, *ONCE, "--limit", "20", *only], capsys)
+    assert found["medians"]["graft-score"]["accuracy"] == found["medians"]["harness-server"]["accuracy"] > 0
     assert found["claims"]["equal accuracy"] is True
 
 

@@ -40,7 +40,15 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
     ("/v1/completions", {"model": "base", "prompt": "a film", "max_tokens": 3, "temperature": 0, "stop": ["x"]}),
     ("/v1/completions", {"model": "one", "prompt": [[5, 6], [7]], "n": 2, "seed": 5, "logprobs": 0, "top_p": 0.5}),
     ("/v1/completions", {"model": "one", "prompt": ["a", "½"], "stream": True, "top_k": 3}),
-    ("/v1/chat/completions", {"model": "base", "messages": [{"role": "user", "content": "hi"}], "logprobs": True}),
+    ("/v1/completions", {"model": "one", "prompt": "é: ", "echo": True, "logprobs": 2, "max_tokens": 0, "n": 2}),
+    (
+        "/v1/completions",
+        {"model": "base", "prompt": "a", "logit_bias": {"5": 3}, "presence_penalty": 1, "repetition_penalty": 1.5},
+    ),
+    (
+        "/v1/chat/completions",
+        {"model": "base", "messages": [{"role": "user", "content": "hi"}], "logprobs": True, "top_logprobs": 2},
+    ),
     (
         "/v1/chat/completions",
         {
@@ -54,6 +62,10 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
             "max_completion_tokens": 2,
         },
     ),
+    ("/v1/embeddings", {"model": "one", "input": ["a film", "b"], "encoding_format": "base64"}),
+    ("/tokenize", {"prompt": "a <|endoftext|>", "add_special_tokens": True, "return_token_strs": True}),
+    ("/tokenize", {"messages": [{"role": "user", "content": "hi"}]}),
+    ("/detokenize", {"tokens": [5, 0, 200], "model": "one"}),
     ("/v1/classify", {"text": "a dull film"}),
     ("/v1/classify", {"texts": ["good", "x" * 200], "models": ["one", "base"]}),
 ]
