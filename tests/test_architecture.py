@@ -12,7 +12,7 @@ FILES = sorted((SRC / "graftlm").rglob("*.py"))
 ORDER = ("files", "text", "models", "methods", "exchange", "inference", "training", "studies", "serving")
 FOR_ALL = {"config": 0, "errors": 0}
 COMMAND = {"__init__", "__main__", "cli", "library"}
-MAY_PRINT = {"graftlm.cli.main", "graftlm.cli.display"}
+MAY_PRINT = {"graftlm.cli.main", "graftlm.cli.display", "graftlm.cli.chat"}
 MAY_EXIT = {"graftlm.cli.main", "graftlm.__main__"}
 UNSAFE = {"pickle", "cPickle", "dill", "joblib", "marshal", "shelve", "cloudpickle"}
 

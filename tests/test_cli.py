@@ -28,6 +28,7 @@ from graftlm.methods import METHODS, describe
 COMMANDS = (
     "train",
     "generate",
+    "chat",
     "evaluate",
     "prompt",
     "pairs",

@@ -155,6 +155,10 @@ def generate(out: "Console", result: Result) -> None:
         _verbatim(out, text)
 
 
+def chat(out: "Console", result: Result) -> None:
+    """Nothing: the conversation is on the screen already."""
+
+
 def _verbatim(out: "Console", text: str) -> None:
     out.print(text, markup=False, emoji=False, soft_wrap=True)
 

@@ -192,25 +192,26 @@ def generate(parsed: "ParsedArgs", notes: "Console") -> Result:
         raise InputError(f"--{flag} {getattr(config, flag)}: {problem}; without it the test split is classified")
     prompt = sys.stdin.read().removeprefix("\ufeff") if config.prompt == "-" else config.prompt
     loaded = _load(config)
-    return _classify(loaded, config, notes) if prompt is None else _continue(loaded, config, prompt)
+    return _classify(loaded, config, notes) if prompt is None else _continue(loaded, config, prompt, notes)
 
 
-def _continue(loaded: "ModelBundle", config: GenerateConfig, prompt: str) -> Result:
+def _continue(loaded: "ModelBundle", config: GenerateConfig, prompt: str, notes: "Console") -> Result:
     from graftlm.inference.generate import generate
     from graftlm.inference.sampling import SamplingParams
-    from graftlm.text.chat import Chat
 
-    speaks = config.chat == "on" or (config.chat == "auto" and loaded.learned_chat)
-    if speaks and loaded.tokenizer.chat_template is None:
-        raise InputError(f"--chat {config.chat}: {loaded.name} has no chat template; use --chat off")
+    chat = loaded.chat(config.chat)
     texts = generate(
         loaded.model,
         loaded.tokenizer,
         [prompt] * config.num_samples,
         SamplingParams.from_flags(config),
-        chat=Chat(loaded.tokenizer) if speaks else None,
+        chat=chat,
         batch_size=config.batch_size,
     )
+    if not any(text.strip() for text in texts):
+        other = "on" if chat is None else "off"
+        try_ = f"--chat {other}, or " if chat or loaded.tokenizer.chat_template else ""
+        notes.print(f"nothing came back: the model ended the text at once: try {try_}--temperature 0.7", markup=False)
     return {"prompt": prompt, "texts": texts}
 
 

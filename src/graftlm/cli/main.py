@@ -1,7 +1,7 @@
 """`graft`: finds the subcommand, runs it, prints its result, and turns every error into one line and an exit status.
 
-Exit status: 0 done, 1 a run failed, 2 wrong input, 130 interrupted. Only this module exits the process, and only it and
-`display.py` print. Nothing heavy is imported here, so that `graft --help` answers at once.
+Exit status: 0 done, 1 a run failed, 2 wrong input, 130 interrupted. Only this module exits the process, and only it,
+`chat.py` and `display.py` print. Nothing heavy is imported here, so that `graft --help` answers at once.
 """
 
 import os
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from graftlm.cli import display
 from graftlm.cli.evaluate import check_run_flags, evaluate, generate, ray_log_level
 from graftlm.config import (
+    ChatConfig,
     CompareConfig,
     DataConfig,
     DownloadConfig,
@@ -281,6 +282,12 @@ def _train(parsed: "ParsedArgs", notes: "Console") -> Result:
     return train(parsed.config, given=parsed.explicit, console=notes, started=BEGAN)
 
 
+def _chat(parsed: "ParsedArgs", notes: "Console") -> Result:
+    from graftlm.cli.chat import chat
+
+    return chat(parsed.config, notes)
+
+
 def _prompt(parsed: "ParsedArgs", notes: "Console") -> Result:
     from graftlm.inference.prompting import prompt
 
@@ -396,6 +403,7 @@ class Command:
 COMMANDS = {
     "train": Command(TrainConfig, _train, display.train, epilog=_methods_help),
     "generate": Command(GenerateConfig, generate, display.generate, positional="out_dir"),
+    "chat": Command(ChatConfig, _chat, display.chat, positional="runs"),
     "evaluate": Command(EvaluateConfig, evaluate, display.evaluate, positional="out_dir"),
     "prompt": Command(PromptConfig, _prompt, display.prompt),
     "pairs": Command(PairsConfig, _pairs, display.pairs, positional="prompts"),

@@ -279,7 +279,7 @@ def _build(
 
 def _title(positional: str) -> str:
     """What the usage line calls a word without dashes."""
-    runs = {"out_dir": "RUN", "folders": "RUN", "adapters": "RUN"}
+    runs = {"out_dir": "RUN", "folders": "RUN", "adapters": "RUN", "runs": "RUN"}
     return {**runs, "data": "SOURCE"}.get(positional, positional.upper())
 
 

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from graftlm.config.flags import DataFlags, Flags, bounded, flag_group, parse_columns, require
 from graftlm.config.paths import has_suffix
-from graftlm.config.training import BaseFormat, Device, Dtype
+from graftlm.config.training import BaseFormat, Checkpoint, Device, Dtype
 from graftlm.errors import InputError
 
 Style = Literal["zero-shot", "few-shot", "few-shot-cot", "zero-shot-cot"]
@@ -111,7 +111,8 @@ class GenerateConfig(RunFlags, SamplingFlags):
     prompt: str | None = None
     """The text to continue; - reads standard input. Default: none; the test split is classified."""
     chat: Literal["auto", "on", "off"] = "auto"
-    """Wrap the prompt in the model's chat template. auto: on if the run was trained on chat data."""
+    """Make the prompt a user's message in the model's chat template. auto: on if the model was tuned on it: a base that
+    is tuned for chat, or a run on conversations."""
     data: str = ""
     """The data set to classify without --prompt. Default: the run's, else rotten-tomatoes-pypi."""
     limit: int = bounded(0, ge=0)
@@ -126,6 +127,37 @@ class GenerateConfig(RunFlags, SamplingFlags):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(all(self.stop), "stop", repr(""), "a text that is not empty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig(SamplingFlags):
+    """Talk to a model, or to several runs, in the terminal."""
+
+    runs: tuple[str, ...] = ()
+    """Run folders; /adapter NAME changes between them and their base. Default: graft-run, unless --init_from says
+    what to load."""
+    init_from: str = ""
+    """Instead of runs, a base model's name, folder or .gguf file, or a run folder."""
+    checkpoint: Checkpoint = "best"
+    """Which checkpoint of the runs."""
+    system: str = ""
+    """The system message, which /system changes."""
+    max_new_tokens: int = bounded(512, ge=1)
+    """Maximum number of new tokens of an answer."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer; they are not part of it. May be given several times."""
+    device: Device = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:N or mps."""
+    dtype: Dtype = "auto"
+    """Data type of weights and arithmetic."""
+    base_format: BaseFormat = "auto"
+    """How the base's weights are kept in memory: as in graft train. auto: a run's as it was trained."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(all(self.stop), "stop", repr(""), "a text that is not empty")
+        if self.runs and self.init_from:
+            raise InputError(f"--init_from {self.init_from}: name runs or a model, not both: leave one of them out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +252,7 @@ class PromptConfig(RunFlags, SamplingFlags):
     max_new_tokens: int | None = bounded(ge=1)
     """Maximum length of an answer in tokens. Default: 256 with reasoning, else 24."""
     chat: Literal["auto", "on", "off"] = "auto"
-    """Wrap the questions in the model's chat template. auto: on if it has one and --init_from is not a run."""
+    """Wrap the questions in the model's chat template. auto: as in graft generate."""
     calibrate: bool = False
     """Contextual calibration (Zhao et al. 2021): divide out the label bias measured on content-free inputs."""
     show_prompts: bool = False

@@ -8,7 +8,7 @@ from graftlm.errors import InputError
 PATH_FLAGS = frozenset(
     {
         *("init_from", "data", "val_data", "test_data", "template", "out_dir", "to", "out", "predictions", "config"),
-        *("folder", "folders", "adapters", "reward_model", "reference", "task", "prompts", "name"),
+        *("folder", "folders", "adapters", "runs", "reward_model", "reference", "task", "prompts", "name"),
     }
 )
 """The fields of the config dataclasses that may name a file or a folder; `~` is expanded in them."""

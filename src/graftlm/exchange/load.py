@@ -74,6 +74,19 @@ class ModelBundle:
         """Whether it was adapted by a run on conversations."""
         return self.run is not None and bool(self.run["data"].get("chat"))
 
+    def chat(self, flag: str = "auto") -> Chat | None:
+        """The chat template that --chat FLAG asks the model in; None for plain text.
+
+        auto: if it was tuned on the template: a run on conversations, or a base that is tuned for chat. Raises
+        InputError for "on" without a template.
+        """
+        if flag == "on" and self.tokenizer.chat_template is None:
+            raise InputError(f"--chat on: {self.name} has no chat template; use --chat off")
+        if flag == "auto":
+            tuned = is_chat_tuned(self.folder, self.tokenizer) if self.run is None else self.learned_chat
+            flag = "on" if tuned and self.tokenizer.chat_template is not None else "off"
+        return Chat(self.tokenizer) if flag == "on" else None
+
     @property
     def eos_token_ids(self) -> list[int]:
         """The tokens that end what it generates; the first is the one that the run taught."""

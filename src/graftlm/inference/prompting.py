@@ -32,7 +32,7 @@ import numpy as np
 from graftlm.config import PromptConfig
 from graftlm.config.inference import Style
 from graftlm.errors import InputError
-from graftlm.exchange.load import ModelBundle, load
+from graftlm.exchange.load import load
 from graftlm.files.atomic import write_text
 from graftlm.inference.fewshot import CONTENT_FREE, FewShotConfig, embedder, select_demonstrations
 from graftlm.inference.generate import Batching, ProgressCallback, generate_ids, truncate_at_stop
@@ -356,7 +356,7 @@ def prompt(
         note(line)
     problems = task.questions[: config.limit or len(task.questions)]
     loaded = load(config.init_from, config.out_dir, config.checkpoint, config.device, config.dtype, config.base_format)
-    builder = PromptBuilder(task, loaded.tokenizer, _use_chat(config, loaded))
+    builder = PromptBuilder(task, loaded.tokenizer, loaded.chat(config.chat) is not None)
     prompter = Prompter(loaded.model, builder, config)
     styles = STYLES if config.style == "all" else (config.style,)
     result: dict[str, Any] = {
@@ -383,14 +383,6 @@ def prompt(
     if len(problems) <= MAX_SHOWN:
         result["answers"] = [row for row in rows if (row["seed"], row["order"]) == (config.seed, 0)]
     return result
-
-
-def _use_chat(config: PromptConfig, loaded: ModelBundle) -> bool:
-    """auto: if the model has a chat template and was not fine-tuned on plain text since."""
-    has_template = loaded.tokenizer.chat_template is not None
-    if config.chat == "on" and not has_template:
-        raise InputError(f"--chat on: {config.init_from} has no chat template; use --chat off")
-    return config.chat == "on" or (config.chat == "auto" and has_template and loaded.run is None)
 
 
 def _prompts(prompter: Prompter, builder: PromptBuilder, problems: Sequence[Problem], style: Style) -> list[str]:
