@@ -8,6 +8,7 @@ import base64
 import gzip
 import json
 import logging
+import re
 import socket
 import struct
 from collections.abc import Iterator
@@ -21,9 +22,11 @@ import limits
 import openai
 import pytest
 
+import graftlm.serving.app
 from graftlm.errors import GraftError, InputError, ShuttingDown
 from graftlm.inference.sampling import SamplingParams
 from graftlm.serving import middleware
+from graftlm.serving.api_docs import ROUTES
 from graftlm.serving.app import Service
 from graftlm.serving.middleware import RateLimiter, TrustedHosts, is_loopback
 from graftlm.serving.responses import Formatter
@@ -640,7 +643,7 @@ def test_classify_refuses(http: httpx.Client) -> None:
 def test_paths_and_methods_that_are_not_there(http: httpx.Client) -> None:
     assert error(http.get("/v2"), 404)["message"] == "GET /v2: there is nothing at this path"
     assert error(http.get("/v1/completions"), 405)["message"] == "GET /v1/completions: method not allowed"
-    for path in ("/docs", "/openapi.json", "/redoc", "/page.html", "/../cli.py", "/%2e%2e/cli.py"):
+    for path in ("/redoc", "/page.html", "/../cli.py", "/%2e%2e/cli.py"):
         error(http.get(path), 404)
 
 
@@ -902,6 +905,34 @@ def test_sixty_four_clients_at_once(url: str, engine: FakeEngine) -> None:
             return [status for found in await asyncio.gather(*map(one, range(64))) for status in found]
 
     assert asyncio.run(work()) == [200] * 320
+
+
+# The page of the routes -----------------------------------------------------------------------------------------------
+
+
+def test_docs_list_every_route_and_fetch_nothing_from_elsewhere(http: httpx.Client) -> None:
+    page, document = http.get("/docs"), http.get("/openapi.json").json()
+    assert page.headers["content-type"].startswith("text/html") and "<script" not in page.text
+    links = re.findall(r'(?:href|src)="([^"]*)"', page.text)
+    assert {link for link in links if not link.startswith("#")} == {"data:,", "page.css", "openapi.json"}
+    source = Path(graftlm.serving.app.__file__).read_text()
+    served = set(re.findall(r'@app\.(get|post)\("([^"]+)"', source)) | {("get", "/metrics")}
+    listed = {(method, path) for path, methods in document["paths"].items() for method in methods}
+    assert listed == {(method, path.replace("{name:path}", "{name}")) for method, path in served}
+    for path in document["paths"]:
+        assert f'id="{path}"' in page.text
+    references = re.findall(r'"\$ref": "#/components/schemas/(\w+)"', json.dumps(document))
+    assert {*references} <= document["components"]["schemas"].keys() and "ChatBody" in references
+    for field in ("response_format", "tool_choice", "logit_bias"):
+        assert field in page.text and field in document["components"]["schemas"]["ChatBody"]["properties"]
+
+
+def test_the_examples_of_the_docs_work(http: httpx.Client, engine: FakeEngine) -> None:
+    for route in ROUTES:
+        body = {**(route.example or {}), **({"model": "base"} if "model" in (route.example or {}) else {})}
+        path = route.path.replace("{name}", "base")
+        answer = http.get(path) if route.body is None else http.post(path, json=body)
+        assert answer.status_code == 200, (route, answer.text)
 
 
 # Prometheus -----------------------------------------------------------------------------------------------------------

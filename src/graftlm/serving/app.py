@@ -1,6 +1,7 @@
 """The routes: OpenAI's completions and chat completions, our own classification, and the page.
 
     GET  /                       the page, with page.css and page.js
+    GET  /docs                   the routes and their fields, also as /openapi.json
     GET  /health                 whether the server is running
     GET  /v1/models              the base and its adapters; /v1/models/NAME is one of them
     GET  /v1/stats               counters of the engine
@@ -38,6 +39,7 @@ from graftlm.inference.engine import Engine
 from graftlm.inference.grammar import Grammar, Grammars
 from graftlm.inference.requests import Request
 from graftlm.inference.sampling import check_tokens
+from graftlm.serving import api_docs
 from graftlm.serving.metrics import Metrics, MetricsMiddleware
 from graftlm.serving.middleware import SecurityMiddleware, error_response, read_body
 from graftlm.serving.responses import (
@@ -175,6 +177,9 @@ def _add_page(app: FastAPI) -> None:
     for path, (names, media_type) in PAGE.items():
         page = Response("".join(map(_page_file, names)), media_type=media_type)
         app.add_route(path, partial(lambda page, _: page, page))
+    docs, schema = Response(api_docs.page(), media_type="text/html"), JSONResponse(api_docs.openapi())
+    app.add_route("/docs", lambda _: docs)
+    app.add_route("/openapi.json", lambda _: schema)
 
 
 def _page_file(name: str) -> str:
