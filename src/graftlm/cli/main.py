@@ -171,7 +171,7 @@ def _model_name(parsed: "ParsedArgs") -> str:
     of_run = getattr(config, "resume", "out_dir" in given and "init_from" not in given)
     if not of_run and (base := getattr(config, "init_from", "")) not in ("", "resume"):
         return str(base)
-    names = (getattr(config, field, "") for field in ("adapters", "folder", "out_dir"))
+    names = (getattr(config, field, "") for field in ("adapters", "runs", "folder", "out_dir"))
     found = next(filter(None, names), "the model")
     return ", ".join(found) if isinstance(found, tuple) else str(found)
 
