@@ -167,6 +167,8 @@ def test_what_the_folder_says_of_itself(place: Path, tmp_path: Path) -> None:
         "Review: {text}\nIs it:",
     ):
         assert part in card, part
+    unlabelled = {**about, "val_metrics": {"val_loss": 1.0, "val_accuracy": None}}
+    assert "Review: {text}" not in export_module._card("t", unlabelled), "such a run has no prompt template"
     assert "base_model:" not in card and str(place) not in card, "a local path is nobody else's business"
     assert read_json(tmp_path / "my model" / "generation_config.json")["temperature"] == 0.5
 

@@ -4,7 +4,6 @@ Of each a LoRA on all linears: as an adapter, and merged, in float32 and in q8_0
 likely next tokens and greedy texts of a few prompts; here are ten prompts more, and the label scores of 100 reviews.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from graftlm.methods.base import mergeable_linears, trainable
 from graftlm.models import CausalLM
 from graftlm.models.config import FAMILIES, to_file
 from graftlm.text.template import Template
-from tiny import byte_tokenizer
+from tiny import merging_tokenizer
 
 WIDE: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "initializer_range": 0.3}
 """Rows of whole blocks, so that q8_0 is used."""
@@ -58,11 +57,7 @@ LABELS = [TOKENS.index("n"), TOKENS.index("p")]
 def a_run(folder: Path, name: str, settings: dict[str, Any]) -> ModelBundle:
     """A tiny model with LoRA on all linears; its base is also in `base.gguf`."""
     tiny_model(name, **settings).save_pretrained(folder)
-    byte_tokenizer(folder)
-    path = folder / "tokenizer.json"
-    content = json.loads(path.read_text())  # llama.cpp reads no tokenizer without merges
-    content["model"] |= {"vocab": {**content["model"]["vocab"], "ab": 257}, "merges": [["a", "b"]]}
-    path.write_text(json.dumps(content))
+    merging_tokenizer(folder)
     run = load(str(folder), device="cpu", dtype="float32")
     model, raw, tokenizer = run.model, read_json(folder / "config.json"), gguf_tokenizer(run)
     state = to_file(model.config, dict(model.named_parameters()))

@@ -41,6 +41,7 @@ FORM = """It was trained on prompts of this form, followed by {labels}:
 {template}
 ````"""
 CHAT_FORM = "It was trained on conversations in the tokenizer's chat template."
+TEXT_FORM = "It was trained on texts without labels: it continues a text as it is given."
 USAGE = 'inputs = tokenizer("…", return_tensors="pt")'
 CHAT_USAGE = """inputs = tokenizer.apply_chat_template(
     [{"role": "user", "content": "…"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -203,7 +204,8 @@ def _card(title: str, record: dict[str, Any]) -> str:
         f"{verification['max_abs_logit']:.0f}), on {verification['prompts']}",
     }
     cells = {key: " ".join(text.replace("|", "\\|").split()) for key, text in rows.items()}
-    usage, form = (CHAT_USAGE, CHAT_FORM) if data["chat"] else (USAGE, FORM)
+    is_labelled = not metrics or metrics.get("val_accuracy") is not None  # an accuracy is measured of labels only
+    usage, form = (CHAT_USAGE, CHAT_FORM) if data["chat"] else (USAGE, FORM if is_labelled else TEXT_FORM)
     template = (resources.files("graftlm.exchange") / "model_card.md").read_text(encoding="utf-8")
     return template.format(
         base_model=f"base_model: {base['name'].partition('@')[0]}\n" if on_hub else "",

@@ -101,7 +101,7 @@ class GGUFExport:
         kind = "f32" if adapter else self._kind
         verification = reference.verify(model, kind, action)
         if not is_installed():
-            say("llama.cpp was not asked: pip install xllamacpp, and it is compared too")
+            say("llama.cpp was not asked: the file is kept; pip install 'graftlm[llamacpp]' to have it compared, too")
             return {"verification": verification.to_json(), "llama_cpp": None}
         say("comparing with llama.cpp")
         llama = LlamaCpp(model_file, CONTEXT + GREEDY, path if adapter else None)

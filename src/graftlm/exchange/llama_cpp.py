@@ -71,7 +71,8 @@ class LlamaCpp:
             raise GraftError(f"llama.cpp does not load the file ({error}); nothing was written") from error
         self._open = build_opener(ProxyHandler({})).open
 
-    def _ask(self, route: str, question: dict[str, Any]) -> Any:
+    def ask(self, route: str, question: dict[str, Any]) -> Any:
+        """What the server answers to this JSON at this route."""
         request = Request(
             f"{self._server.listening_address}/{route}",
             json.dumps(question).encode(),
@@ -85,7 +86,7 @@ class LlamaCpp:
 
     def tokens(self, text: str) -> list[int]:
         """The ids of a text, with what precedes a text; special tokens in it are text."""
-        found = self._ask("tokenize", {"content": text, "add_special": True, "parse_special": False})
+        found = self.ask("tokenize", {"content": text, "add_special": True, "parse_special": False})
         return [int(index) for index in found["tokens"]]
 
     def next_logprobs(self, prompts: Sequence[Sequence[int]], top: int, shown: int) -> list[dict[int, float]]:
@@ -104,7 +105,7 @@ class LlamaCpp:
 
     def complete(self, prompts: Sequence[Sequence[int]], question: dict[str, Any]) -> list[dict[str, Any]]:
         """The server's answer for each prompt."""
-        found = self._ask("completion", {"prompt": [[*ids] for ids in prompts], "cache_prompt": False, **question})
+        found = self.ask("completion", {"prompt": [[*ids] for ids in prompts], "cache_prompt": False, **question})
         return found if isinstance(found, list) else [found]
 
 

@@ -88,6 +88,13 @@ class ModelBundle:
         return Chat(self.tokenizer) if flag == "on" else None
 
     @property
+    def learned_labels(self) -> bool:
+        """Whether it was adapted by a run on texts with labels: only of those an accuracy is measured."""
+        results = [] if self.run is None else (self.run.get("results") or {}).values()
+        measured = [point["val_accuracy"] for point in results if isinstance(point, dict) and "val_accuracy" in point]
+        return self.run is not None and (not measured or any(accuracy is not None for accuracy in measured))
+
+    @property
     def eos_token_ids(self) -> list[int]:
         """The tokens that end what it generates; the first is the one that the run taught."""
         tokenizer = self.tokenizer

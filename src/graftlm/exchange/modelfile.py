@@ -2,7 +2,8 @@
 
 Ollama writes prompts by a Go template. A model that learned conversations gets one made from its chat template: what
 that writes around messages is found by rendering a few, and must give the chat template's text for a conversation of
-five turns. A model that learned texts with labels gets its prompt template, with the user's text in it.
+five turns. A model that learned texts with labels gets its prompt template, with the user's text in it; one that
+learned other texts gets the user's text alone.
 """
 
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ class Turns:
     no_system: str
     """At the beginning of a conversation without a system message."""
     affixes: dict[str, tuple[str, str]]
-    """Role -> before and after a message; after a user's comes what begins an answer."""
+    """Role -> before and after a message; after a user's comes what begins an answer. system may be missing: then
+    Ollama leaves out such messages."""
 
     @classmethod
     def of(cls, chat: Chat, bos: str) -> "Turns":
@@ -33,7 +35,11 @@ class Turns:
         """
         system, user, answer = TEXTS
         first = _between(chat.render([("user", user)]).removeprefix(bos), user)
-        with_system = _between(chat.render([("system", system), ("user", user)]).removeprefix(bos), system, user)
+        try:
+            in_system = chat.render([("system", system), ("user", user)]).removeprefix(bos)
+        except InputError:  # Gemma 2 rejects system messages
+            in_system = ""
+        with_system = _between(in_system, system, user) if in_system else ["", first[0]]
         second = _between(
             chat.render([("user", user), ("assistant", answer), ("user", system)]).removeprefix(bos),
             user,
@@ -41,11 +47,10 @@ class Turns:
             system,
         )
         start = _common_suffix([first[0], with_system[1], second[2]])
-        affixes = {
-            "system": (with_system[0], with_system[1].removesuffix(start)),
-            "user": (start, second[1]),
-            "assistant": ("", second[2].removesuffix(start)),
-        }
+        before = second[1].removeprefix(first[1])  # Mistral's template writes a space before answers, not at the end
+        affixes = {"user": (start, first[1]), "assistant": (before, second[2].removesuffix(start))}
+        if in_system:
+            affixes["system"] = (with_system[0], with_system[1].removesuffix(start))
         turns = cls(first[0].removesuffix(start), affixes)
         talk_of_five: list[Message] = [
             ("user", "a"),
@@ -54,7 +59,7 @@ class Turns:
             ("assistant", "d"),
             ("user", "e"),
         ]
-        for messages in (talk_of_five, [("system", "s"), *talk_of_five]):
+        for messages in (talk_of_five, *([[("system", "s"), *talk_of_five]] if in_system else [])):
             if turns.render(messages) != chat.render(messages).removeprefix(bos):
                 raise InputError(
                     "--format ollama: the model's chat template writes a turn in ways that depend on other turns, as "
@@ -70,29 +75,33 @@ class Turns:
     def go_template(self) -> str:
         """The same as a Go template over Ollama's `.Messages`."""
         kinds = []
-        for role in ROLES:
+        for role in (role for role in ROLES if role in self.affixes):
             before, after = map(_literal, self.affixes[role])
             kinds.append(f'if eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}{{{{')
-        message = f"{{{{ {' else '.join(kinds)} end }}}}"
-        begin = f"{{{{ if not .System }}}}{_literal(self.no_system)}{{{{ end }}}}"
-        return f"{begin}{{{{ range .Messages }}}}{message}{{{{ end }}}}"
+        messages = f"{{{{ range .Messages }}}}{{{{ {' else '.join(kinds)} end }}}}{{{{ end }}}}"
+        if not self.no_system:
+            return messages
+        if "system" not in self.affixes:
+            return _literal(self.no_system) + messages
+        return f"{{{{ if not .System }}}}{_literal(self.no_system)}{{{{ end }}}}{messages}"
 
 
 def modelfile(loaded: ModelBundle, model: str = "model.gguf") -> str:
     """The Modelfile of a run whose merged model is in the file `model` next to it."""
-    tokenizer = loaded.tokenizer
-    before = tokenizer.encode_prompt("")
-    if loaded.learned_chat or loaded.template is None:
-        chat = Chat(tokenizer, "use --format gguf")
-        template = Turns.of(chat, tokenizer.decode_with_special(before)).go_template()
+    tokenizer, prompts = loaded.tokenizer, loaded.template
+    bos = tokenizer.decode_with_special(tokenizer.encode_prompt(""))
+    chat = Chat(tokenizer, "use --format gguf") if loaded.learned_chat else None
+    if chat is not None and not (prompts is not None and prompts.chat):
+        template = Turns.of(chat, bos).go_template()
     else:
-        written = loaded.template.prompt(TEXTS[0])
+        written = prompts.prompt(TEXTS[0]) if prompts is not None and loaded.learned_labels else TEXTS[0]
+        written = written if chat is None else chat.render([("user", written)]).removeprefix(bos)
         template = _literal(written).replace(TEXTS[0], "{{ .Prompt }}")
     if '"""' in template:
         raise InputError('--format ollama: the template holds """, which ends texts in a Modelfile: use --format gguf')
     ends = [tokenizer.token(index) for index in loaded.eos_token_ids]
     lines = [f"FROM ./{model}", f'TEMPLATE """{template}"""']
-    lines += [f'PARAMETER stop "{end}"' for end in ends]
+    lines += [f"PARAMETER stop {_quoted(end)}" for end in ends]
     return "\n".join([*lines, "PARAMETER temperature 0", ""])
 
 
@@ -115,5 +124,14 @@ def _common_suffix(texts: list[str]) -> str:
 
 
 def _literal(text: str) -> str:
-    """Text of a Go template that is written as it is."""
-    return text.replace("{{", '{{ "{{" }}')
+    """Text of a Go template that is written as it is. Ollama drops what is not printable from a Modelfile."""
+    text = text.replace("{{", '{{ "{{" }}')
+    kept = (
+        c if c.isprintable() or c in "\n\t" or c in "".join(TEXTS) else f'{{{{ "\\u{ord(c):04x}" }}}}' for c in text
+    )
+    return "".join(kept)
+
+
+def _quoted(text: str) -> str:
+    """A value of a Modelfile. Its quotation marks have no escapes."""
+    return f'"""{text}"""' if '"' in text else f'"{text}"'

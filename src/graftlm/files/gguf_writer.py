@@ -7,7 +7,9 @@ never below Q8_0: they are used most, and llama.cpp, too, gives them more bits.
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +73,10 @@ def write_gguf(
             values = np.ascontiguousarray(tensor.values(), dtype=np.float32)
             assert values.shape == tensor.shape, tensor.name
             writer.write_tensor_data(gguf.quantize(values, stored))
+    except OSError as error:
+        if error.errno is None:  # numpy's: "1536 requested and 1008 written"
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
     finally:
         writer.close()
 
