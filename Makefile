@@ -14,7 +14,7 @@ WORKERS ?= 2
 # Where uv finds torch's CPU build; TORCH="--find-links DIR" where PyTorch's own index is out of reach.
 TORCH ?= --torch-backend cpu
 
-.PHONY: demo test check cpu-torch docs bench clean coverage mutation lock release
+.PHONY: demo test check cpu-torch docs pictures bench clean coverage mutation lock release
 
 demo: .venv/core  ## fine-tune a real model on real reviews and show what it learned
 	$(BIN)/graft download smollm2-135m
@@ -42,6 +42,9 @@ cpu-torch:  ## before another target: .venv with torch's CPU build, where pip wo
 
 docs: .venv/docs  ## the site of docs/, into site/; a link that leads nowhere is an error
 	$(BIN)/mkdocs build
+
+pictures: .venv/dev  ## those of the docs, from a real run
+	$(BIN)/python docs/_pictures.py
 
 coverage: .venv/dev  ## by branch, with the tests' subprocesses; fails under the floor of .coveragerc
 	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder

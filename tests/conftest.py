@@ -27,14 +27,33 @@ Graft = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 CHROMIUM = shutil.which("chromium")
-"""Debian's browser, for the tests of the report."""
+"""Debian's browser, for the tests of pages."""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """It, without a window. Where it is missing the test does not run, and in CI it fails."""
+    if CHROMIUM is None:
+        missing = "there is no chromium: apt-get install chromium"
+        if os.environ.get("CI") == "true":
+            pytest.fail(missing, pytrace=False)
+        pytest.skip(missing)
+    from playwright.sync_api import sync_playwright
+
+    quiet = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=[*quiet, "--disable-component-update", "--disable-sync"]
+        )
+        yield browser
+        browser.close()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """What did not run for want of a browser is said last, where it cannot be overlooked."""
     if CHROMIUM is None:
         terminalreporter.write_line(
-            "The report's page was NOT tested: there is no chromium here (apt-get install chromium).", yellow=True
+            "The pages were NOT tested: there is no chromium here (apt-get install chromium).", yellow=True
         )
 
 

@@ -7,22 +7,13 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, sync_playwright
-
-from conftest import CHROMIUM
+from playwright.sync_api import Browser, Page
 
 ROOT = Path(__file__).parent.parent
 PAGES = [str(page.relative_to(ROOT / "docs")) for page in sorted((ROOT / "docs").rglob("*.md"))]
-MISSING = "there is no chromium: apt-get install chromium"
-if CHROMIUM is None and os.environ.get("CI") != "true":
-    pytest.skip(MISSING, allow_module_level=True)
-
-QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-
 PROBLEMS = r"""() => {
   const found = [];
   const walk = document.createTreeWalker(document.querySelector("article"), NodeFilter.SHOW_TEXT);
@@ -56,14 +47,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def phone() -> Iterator[Page]:
-    if CHROMIUM is None:
-        pytest.fail(MISSING, pytrace=False)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
-        yield browser.new_page(viewport={"width": 390, "height": 800})
-        browser.close()
+@pytest.fixture
+def phone(browser: Browser) -> Page:
+    return browser.new_page(viewport={"width": 390, "height": 800})
 
 
 def test_every_page_reads_well_on_a_phone(site: Path, phone: Page) -> None:

@@ -6,7 +6,6 @@ Needs Debian's chromium. Where there is none these tests do not run, and pytest'
 """
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,8 @@ from typing import Any
 import axe_playwright_python
 import httpx2 as httpx
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect
 
-from conftest import CHROMIUM
 from graftlm.errors import GraftError, Overloaded
 from graftlm.exchange.load import load
 from graftlm.inference.engine import Engine
@@ -25,26 +23,10 @@ from graftlm.text.template import load_template
 from serving.fakes import FakeEngine, eventually, service, serving
 from tiny import TEMPLATE, chat_model_folder
 
-MISSING = "there is no chromium: apt-get install chromium"
-if CHROMIUM is None and os.environ.get("CI") != "true":
-    pytest.skip(MISSING, allow_module_level=True)
-
-QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-QUIET += ["--disable-component-update", "--disable-sync"]
 AXE = Path(axe_playwright_python.__file__).parent / "axe.min.js"
 NASTY = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'><b>bold</b> **`<i>`**"
 CHAT = "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}\n{% endfor %}"
 EMPTY = "The answer is empty: the model ended it at once. Retry, say it in other words, or choose another model."
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.fail(MISSING, pytrace=False)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(QUIET))
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ Needs Debian's chromium. Where there is none these tests do not run, and pytest'
 import csv
 import io
 import json
-import os
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -15,30 +14,13 @@ from xml.etree import ElementTree
 
 import axe_playwright_python
 import pytest
-from playwright.sync_api import Browser, Locator, Page, sync_playwright
+from playwright.sync_api import Browser, Locator, Page
 
-from conftest import CHROMIUM
 from fake_runs import LABELS, compared, predictions, realistic, run_folder
 from graftlm import cli
 
-MISSING = "there is no chromium: apt-get install chromium"
-if CHROMIUM is None and os.environ.get("CI") != "true":
-    pytest.skip(MISSING, allow_module_level=True)
-
-QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-QUIET += ["--disable-component-update", "--disable-sync"]
 AXE = Path(axe_playwright_python.__file__).parent / "axe.min.js"
 NASTY = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'><b>bold</b>"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.fail(MISSING, pytrace=False)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(QUIET))
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
