@@ -292,7 +292,9 @@ def test_compare_report_export_and_estimate(run: Path, model: Path, tmp_path: Pa
 
 def test_a_result_shows_itself(run: Path) -> None:
     result = graftlm.evaluate(run, data=ROWS[:4], mode="score", console=QUIET)
-    assert "label scores" in str(result) and "label scores" in result._repr_html_()
+    with pytest.MonkeyPatch.context() as patch:  # in a notebook rich prints to no file of its own accord
+        patch.setattr("rich.console._is_jupyter", lambda: True)
+        assert "label scores" in str(result) and "label scores" in result._repr_html_()
     assert json.loads(json.dumps(result)) == dict(result)
     with pytest.raises(AttributeError, match="EvaluateResult has no 'loss'; it has n, accuracy"):
         result.loss  # noqa: B018

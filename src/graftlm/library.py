@@ -66,7 +66,7 @@ class Result(dict[str, Any]):
         from rich.console import Console
 
         text = io.StringIO()
-        COMMANDS[self.command].print_result(Console(file=text, highlight=False, width=100), self)
+        COMMANDS[self.command].print_result(Console(file=text, force_jupyter=False, highlight=False, width=100), self)
         return text.getvalue()
 
     def _repr_html_(self) -> str:
@@ -185,7 +185,7 @@ def _parsed(command: str, first: Any, flags: Mapping[str, Any]) -> Iterator[Pars
 def _run(command: str, first: Any, console: Console | None, flags: Mapping[str, Any]) -> Json:
     """The result of a subcommand."""
     with _parsed(command, first, flags) as parsed:
-        result = COMMANDS[command].run(parsed, console or display.stderr_console())
+        result = COMMANDS[command].run(parsed, console or display.notes_console())
         assert isinstance(result, dict)
         return result
 
@@ -207,7 +207,8 @@ def train(
             methods on_start(run), on_step(row), on_evaluate(row), on_checkpoint(folder) and on_end(). Raising
             StopTraining in one makes the step the run's last.
         metrics: of validations, as in `evaluate`: columns of metrics.jsonl, and in the result's best and last.
-        console: where progress and notes go; None: standard error. rich's Console(quiet=True) is silent.
+        console: where progress and notes go; None: standard error, or a notebook's output. rich's Console(quiet=True)
+            is silent.
         flags: any flag of `graft train`. data, val_data and test_data may be rows: a list of dicts, a dict of columns
             or of splits, a DataFrame.
 
@@ -218,7 +219,7 @@ def train(
     from graftlm.training.train import train
 
     with _parsed("train", config, flags) as parsed:
-        console, called = console or display.stderr_console(), Callbacks.of(callbacks, metrics)
+        console, called = console or display.notes_console(), Callbacks.of(callbacks, metrics)
         return TrainResult(train(parsed.config, given=parsed.explicit, console=console, callbacks=called))
 
 
@@ -235,7 +236,7 @@ def prepare(config: TrainConfig | None = None, *, console: Console | None = None
     from graftlm.training.setup import prepare
 
     with _parsed("train", config, flags) as parsed:
-        console = console or display.stderr_console()
+        console = console or display.notes_console()
         run = prepare(parsed.config, parsed.explicit, writes=False)
         for note in run.notes:
             console.print(note, markup=False)
@@ -274,7 +275,7 @@ def evaluate(
         metrics: more metrics: a function, several, or a dict of them by name. Each gets the predicted and the true
             label numbers as numpy arrays and returns a number, which is in the result under its name. The predicted
             number is -1 where the generated text names no label.
-        console: where progress and notes go; None: standard error.
+        console: where progress and notes go; None: standard error, or a notebook's output.
         flags: any flag of `graft evaluate`. data, val_data and test_data may be rows.
 
     `evaluate(model, tokenizer, template, examples, **settings)` evaluates examples that are encoded already; settings
@@ -292,7 +293,7 @@ def evaluate(
         return inference.evaluate(run, *parts, **settings)
     loaded = _loaded("evaluate", run, flags)
     with _parsed("evaluate", None if loaded else run, flags) as parsed:
-        return EvaluateResult(evaluate(parsed, console or display.stderr_console(), loaded, functions))
+        return EvaluateResult(evaluate(parsed, console or display.notes_console(), loaded, functions))
 
 
 @overload
@@ -321,7 +322,7 @@ def generate(
 
     Args:
         run: a run's folder, or a GenerateConfig, whose fields keywords replace.
-        console: where progress and notes go; None: standard error.
+        console: where progress and notes go; None: standard error, or a notebook's output.
         flags: any flag of `graft generate`, as in prompt="The film was".
 
     `generate(loaded, prompts, **settings)` and `generate(model, tokenizer, prompts, **settings)` return the text that
@@ -371,7 +372,7 @@ def compare(
         rows: flags of `graft train` of each row of the result, and its name; method="zero-shot" is the base model.
         train: flags of all rows. Data may be rows from Python.
         grid: lists of values, of which each combination is trained; seeds are one row.
-        console: where progress and notes go; None: standard error.
+        console: where progress and notes go; None: standard error, or a notebook's output.
         flags: any flag of `graft compare`, as in budget_steps=100.
 
     Raises InputError for an invalid sweep before anything is written, GraftError if every run failed.
@@ -385,7 +386,7 @@ def compare(
             raise InputError(f"graftlm.compare: {sweep} is a sweep file, which holds {next(iter(given))}: leave it out")
         sweep, given = None, str(sweep)
     with _parsed("compare", sweep, flags) as parsed:
-        return CompareResult(compare(parsed.config, given, console or display.stderr_console()))
+        return CompareResult(compare(parsed.config, given, console or display.notes_console()))
 
 
 def _table(name: str, value: Any) -> Any:

@@ -4,6 +4,7 @@ rich is imported where it is used, so that `graft --help` does not wait for it.
 """
 
 import shlex
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,18 @@ def stderr_console() -> "Console":
     from rich.console import Console
 
     return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def notes_console() -> "Console":
+    """The console for what the library's functions print: standard error, or a notebook's output."""
+    from importlib.util import find_spec
+
+    from rich.console import Console
+
+    console = stderr_console()
+    if console.is_jupyter and find_spec("ipywidgets") is None:  # without it rich has no bars there, and warns
+        return Console(file=sys.stdout, force_jupyter=False, force_terminal=False, highlight=False, soft_wrap=True)
+    return console
 
 
 @contextmanager
@@ -357,4 +370,6 @@ def _table(
         table.add_row(*map(escape, row))
     # Never truncated: in a narrow window, or a log, long lines wrap. A console prints nothing wider than itself.
     wide = Measurement.get(out, out.options.update(width=10_000), table).maximum
-    Console(file=out.file, highlight=False, width=max(out.width, wide)).print(table, crop=False)
+    Console(file=out.file, force_jupyter=out.is_jupyter, highlight=False, width=max(out.width, wide)).print(
+        table, crop=False
+    )
