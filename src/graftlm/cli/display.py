@@ -223,14 +223,14 @@ def _styles_table(out: "Console", result: Result) -> None:
         rows.append(row)
     n = next(iter(result["styles"].values()))["n"]
     title = f"{n:,} question{'s' * (n > 1)} of {result['task']}, {result['model']}{', in chat' * result['chat']}"
-    _table(out, [*columns, *(["mean (min to max)", "runs"] if repeated else [])], rows, title=title)
+    _table(out, [*columns, *(["mean (min to max)", "runs"] if repeated else [])], rows, title=title, drop=STYLES_DROP)
 
 
 def compare(out: "Console", result: Result) -> None:
     """The table, the failures, and the file that holds them."""
-    from graftlm.studies.results_table import COLUMNS, failures, format_rows
+    from graftlm.studies.results_table import COLUMNS, DROP, failures, format_rows
 
-    _table(out, COLUMNS, format_rows(result["rows"]))
+    _table(out, COLUMNS, format_rows(result["rows"]), drop=DROP)
     for line in failures(result["rows"]):
         out.print(f"failed: {line}", markup=False, soft_wrap=True)
     _facts(out, {"table": f"{result['out_dir']}/table.md"})
@@ -297,6 +297,8 @@ def _cost_facts(result: Result) -> dict[str, str]:
 
 
 EXAMPLE_CHARACTERS = 320  # of an example on the screen
+DATA_DROP = ("p90", "p50", "tokens lost", "targets")
+STYLES_DROP = ("shared", "new tokens", "prompt tokens", "s/answer", "runs", "unparsed")
 
 
 def data(out: "Console", result: Result) -> None:
@@ -311,7 +313,7 @@ def data(out: "Console", result: Result) -> None:
     _facts(out, facts)
     columns = ["split", "rows", "examples", "p50", "p90", "p99", "max", "targets", "truncated", "tokens lost"]
     rows = [_split_row(name, split) for name, split in result["splits"].items()]
-    _table(out, columns, rows, title="lengths in tokens of prompt and completion, before truncation")
+    _table(out, columns, rows, title="lengths in tokens of prompt and completion, before truncation", drop=DATA_DROP)
     common = {names.replace("_", " and "): count for names, count in result["duplicates"].items() if count}
     shared = "; ".join(f"{count:,} in {names}" for names, count in common.items())
     _facts(out, {"duplicates": f"{shared or 'no text is in two splits'} (without case and white space)"})
@@ -355,21 +357,42 @@ def _percent(value: float | None, digits: int = 1) -> str:
 
 
 def _table(
-    out: "Console", columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "", left: Sequence[str] = ()
+    out: "Console",
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    title: str = "",
+    left: Sequence[str] = (),
+    drop: Sequence[str] = (),
 ) -> None:
+    """A table; in a window too narrow for it headers take several lines, then columns are left out as `drop` says.
+
+    A log or a pipe gets all columns.
+    """
+    from textwrap import fill
+
     from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.measure import Measurement
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left")
-    for number, name in enumerate(columns):
-        table.add_column(escape(name), justify="right" if number and name not in left else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*map(escape, row))
-    # Never truncated: in a narrow window, or a log, long lines wrap. A console prints nothing wider than itself.
-    wide = Measurement.get(out, out.options.update(width=10_000), table).maximum
-    Console(file=out.file, force_jupyter=out.is_jupyter, highlight=False, width=max(out.width, wide)).print(
-        table, crop=False
-    )
+    narrower = [(True, drop[:count]) for count in range(len(drop) + 1)] if out.is_terminal else []
+    for wrapped, dropped in ((False, drop[:0]), *narrower):
+        table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left")
+        shown = [number for number, name in enumerate(columns) if name not in dropped]
+        for number in shown:
+            name, is_left = columns[number], not number or columns[number] in left
+            if wrapped and number:
+                longest = max(len(text) for text in (*name.split(), *(row[number] for row in rows)))
+                name = fill(name, longest, break_long_words=False, break_on_hyphens=False)
+            table.add_column(escape(name), justify="left" if is_left else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(*(escape(row[number]) for number in shown))
+        wide = Measurement.get(out, out.options.update(width=10_000), table).maximum
+        if wide <= out.width:
+            break
+    # Never truncated: if nothing helps, long lines wrap. A console prints nothing wider than itself.
+    console = Console(file=out.file, force_jupyter=out.is_jupyter, highlight=False, width=max(out.width, wide))
+    console.print(table, crop=False)
+    if dropped:
+        out.print(f"not shown here: {', '.join(name for name in columns if name in dropped)}", markup=False)

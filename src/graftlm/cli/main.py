@@ -184,15 +184,19 @@ def _redirect_stdout(parsed: "ParsedArgs") -> Iterator[None]:
 
 
 def _overview() -> str:
-    width = max(map(len, COMMANDS))
-    commands = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
+    from shutil import get_terminal_size
+    from textwrap import fill
+
+    width, indent = max(map(len, COMMANDS)), " " * (max(map(len, COMMANDS)) + 4)
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    commands = "\n".join(fill(line, get_terminal_size().columns, subsequent_indent=indent) for line in lines)
     return (
         "usage: graft SUBCOMMAND [--flag value]...\n\n"
         "Adapt a pretrained language model, measure it, and talk to it.\n\n"
         f"{commands}\n\n"
-        "graft SUBCOMMAND --help lists its main flags, --help all every flag. Every subcommand also\n"
-        "takes --config recipe.toml (keys are flags; flags on the command line win), --json (one JSON\n"
-        "object on stdout) and --debug (tracebacks).\n"
+        "graft SUBCOMMAND --help lists its main flags, --help all every flag. Every\n"
+        "subcommand also takes --config recipe.toml (keys are flags; flags on the command\n"
+        "line win), --json (one JSON object on stdout) and --debug (tracebacks).\n"
         "graft --version prints the version."
     )
 

@@ -15,6 +15,8 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
+from shutil import get_terminal_size
+from textwrap import fill
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
 
@@ -256,9 +258,10 @@ def _build(
     kinds = _kinds(config)
     place = f" [{_title(positional)}]" if positional else ""
     place += "..." if positional and is_variadic(kinds[positional]) else ""
+    width = get_terminal_size().columns
     parser = argparse.ArgumentParser(
         usage=f"graft {command}{place} [--flag value]...",
-        description=inspect.getdoc(config),
+        description="\n".join(fill(line, width) for line in (inspect.getdoc(config) or "").split("\n")),
         epilog=epilog,
         add_help=False,
         allow_abbrev=False,

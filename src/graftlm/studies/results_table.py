@@ -21,6 +21,8 @@ COLUMNS = (
     *("row", "accuracy", "95% interval", "vs. the first row", "validation loss", "trainable", "steps"),
     *("minutes (predicted)", "examples/s", "peak MB"),
 )
+DROP = ("peak MB", "examples/s", "steps", "trainable", "minutes (predicted)", "vs. the first row")
+"""Columns that a narrow window leaves out, the first one first."""
 COSTS = ("steps", "seconds", "examples_per_s", "peak_rss_mb", "trainable", "trainable_fraction")
 
 
