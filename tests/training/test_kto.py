@@ -317,7 +317,9 @@ def test_validation_is_the_same_over_ranks(assets: Path, tmp_path: Path) -> None
     """The estimate is over the whole split, the losses over a rank's part."""
     run = prepare(config(assets, tmp_path / "run"))
     run.objective.setup(run.loaded.model, run.data, run.dist, print)
-    loss, accuracy, _ = validate(run.loaded.model, run.objective, run.data, run.dist)
+    counts: list[int] = []
+    loss, accuracy, _ = validate(run.loaded.model, run.objective, replace(run.data, progress=counts.append), run.dist)
+    assert sum(counts) == len(run.data.validation)
     assert loss == pytest.approx(0.5, abs=1e-6) and accuracy is not None
     half = replace(run.data, validation=run.data.validation[:4])
     part = run.objective.evaluate(run.loaded.model, half, {"kl": torch.tensor(2.0)})

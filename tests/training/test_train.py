@@ -27,7 +27,9 @@ from graftlm.text.dataset import load_dataset
 from graftlm.training import trainer as trainer_module
 from graftlm.training.batches import BatchLoader
 from graftlm.training.distributed import DistContext
+from graftlm.training.objectives import validate
 from graftlm.training.objectives.sft import SFT
+from graftlm.training.setup import prepare
 from graftlm.training.train import train
 from graftlm.training.trainer import learning_rate
 from tiny import TEMPLATE, data_folder, model_folder
@@ -70,6 +72,13 @@ def timeless(out_dir: Path) -> list[dict[str, Any]]:
     """The rows without what a clock or the memory says."""
     apart = {"examples_per_s", "tokens_per_s", "seconds", "peak_rss_mb"}
     return [{k: v for k, v in row.items() if k not in apart} for row in rows(out_dir)]
+
+
+@pytest.mark.parametrize("loss_on", ["completion", "all"])
+def test_a_validation_reports_each_example_once(assets: Path, tmp_path: Path, loss_on: Any) -> None:
+    run, counts = prepare(config(assets, tmp_path / "run", loss_on=loss_on)), list[int]()
+    validate(run.loaded.model, run.objective, replace(run.data, progress=counts.append), run.dist)
+    assert sum(counts) == len(run.data.validation)
 
 
 def test_a_run_folder(assets: Path, tmp_path: Path) -> None:

@@ -47,6 +47,8 @@ class TrainingData:
     """The tokens that end a text."""
     max_tokens: int = MAX_PASS_TOKENS
     """Padded tokens of a pass without gradient, unless a single row has more."""
+    progress: Callable[[int], object] | None = None
+    """Called in a validation with the number of examples just evaluated."""
 
     @property
     def splits(self) -> dict[str, Sequence[Example]]:

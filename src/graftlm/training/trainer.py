@@ -10,12 +10,14 @@ batch; rank 0 writes and prints.
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor, nn
 
 from graftlm.config import TrainConfig
@@ -116,7 +118,7 @@ class Trainer:
                 stopping, self.callbacks.ended = self.on_any_rank(stop.is_set(), self.callbacks.ended)
                 is_eval_step = step % (self.config.eval_every or 1) == 0 or step == steps or self.callbacks.ended
                 if is_eval_step:
-                    evaluated = self.evaluate()
+                    evaluated = self.evaluate(bar)
                     state.seconds = offset + time.perf_counter()
                     row = metrics_row(done, state, self.model, evaluated)
                 self.metrics.write(row)
@@ -239,9 +241,12 @@ class Trainer:
             state.timed_seconds += done.seconds
             state.timed_model_tokens += done.unique_tokens
 
-    def evaluate(self) -> dict[str, float | None]:
+    def evaluate(self, bar: Progress) -> dict[str, float | None]:
         """Validate, and update the best checkpoint; returns the columns that only a validation measures."""
-        loss, accuracy, own = validate(self.model, self.objective, self.data, self.dist, self.callbacks.metrics)
+        task = bar.add_task("validating", total=math.ceil(len(self.data.validation) / self.dist.size), info="")
+        data = replace(self.data, progress=partial(bar.advance, task))
+        loss, accuracy, own = validate(self.model, self.objective, data, self.dist, self.callbacks.metrics)
+        bar.remove_task(task)
         if not math.isfinite(loss):
             raise self._not_finite(self.state.step, "validation loss", loss)
         with uneven_forward(self.model, self.dist):

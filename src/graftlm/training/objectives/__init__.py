@@ -114,6 +114,8 @@ class Objective(ABC):
                 batch = self.collate([examples[row] for row in rows], CollateOptions()).with_extra(statistics)
                 loss, sums = self.loss(model, batch.to(model.device))
                 total, weight = total + loss.item(), weight + batch.weight
+                if data.progress is not None:
+                    data.progress(len(rows))
                 totals = {name: totals.get(name, 0.0) + value.item() for name, value in sums.items()}
         return total, weight, totals
 

@@ -61,7 +61,9 @@ class SFT(Objective):
     def evaluate(self, model: CausalLM, data: TrainingData, statistics: Statistics) -> Validation:
         """Correct are the examples whose own label scores highest."""
         examples = data.validation
-        scores = score(model, examples, data.label_ids, batch_size=VALIDATION_BATCH, max_tokens=data.max_tokens)
+        progress = data.progress if self.loss_on == "completion" else None  # else `sum_losses` reports it
+        batching = {"batch_size": VALIDATION_BATCH, "max_tokens": data.max_tokens, "progress": progress}
+        scores = score(model, examples, data.label_ids, **batching)
         correct, predicted = None, list[int]()
         if data.label_ids:
             predicted = scores.labels.argmax(-1).tolist()
