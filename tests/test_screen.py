@@ -21,7 +21,14 @@ Result = dict[str, Any]
 POINT = {"step": 60, "val_loss": 0.1867, "val_accuracy": 0.828}
 TRAINED = {
     **{"best": POINT, "last": POINT, "trainable": 1_290_240, "total": 135_805_248, "steps": 60, "examples": 480},
-    **{"seconds": 504.2, "examples_per_s": 1.14, "peak_rss_mb": 1513.0, "objective": "sft", "out_dir": "runs/first"},
+    **{
+        "seconds": 504.2,
+        "examples_per_s": 1.14,
+        "peak_rss_mb": 1513.0,
+        "objective": "sft",
+        "chat": False,
+        "out_dir": "runs/first",
+    },
 }
 PLAN = {
     **{"trainable": 1_290_240, "total": 135_805_248, "steps": 60, "examples": 480, "model_tflop": 12.3},

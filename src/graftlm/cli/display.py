@@ -90,7 +90,8 @@ def train(out: "Console", result: Result) -> None:
     }
     _facts(out, facts)
     run = shlex.quote(result["out_dir"])
-    commands = [f"generate {run} --prompt '…'", f"report {run} --open", f"export {run} --to {run}-export"]
+    talk = f"chat {run}" if result["chat"] else f"generate {run} --prompt '…'"
+    commands = [talk, f"report {run} --open", f"export {run} --to {run}-export"]
     if result["objective"] == "sft" and (result["last"] or {}).get("val_accuracy") is not None:
         commands.insert(0, f"evaluate {run}")
     _verbatim(out, "\nnext:")

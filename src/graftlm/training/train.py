@@ -115,7 +115,7 @@ def _train(run: RunContext, console: Console, started: float, callbacks: Callbac
         trainer.checkpoints.consolidate()
         results = _results(run, trainer)
         run.manifest.update(results=results)
-    return {**results, "objective": run.config.objective}
+    return {**results, "objective": run.config.objective, "chat": bool(values["data"].get("chat"))}
 
 
 def make_trainer(run: RunContext, console: Console, started: float, callbacks: Callbacks | None = None) -> Trainer:
