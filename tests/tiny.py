@@ -1,7 +1,7 @@
 """Tiny models and folders for the tests that train: random weights, a byte-level tokenizer, reviews one can learn."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -170,10 +170,16 @@ def piece_tokenizer(folder: Path, kind: str, texts: Sequence[str], *control: str
     return made.get_vocab_size()
 
 
-def model_folder(folder: Path, kind: str = "llama", seed: int = 0, layers: int = 2) -> Path:
+def model_folder(
+    folder: Path,
+    kind: str = "llama",
+    seed: int = 0,
+    layers: int = 2,
+    tokenizer: Callable[[Path], int] = byte_tokenizer,
+) -> Path:
     """A Hugging Face folder with a tiny random model."""
     folder.mkdir(parents=True)
-    vocab = byte_tokenizer(folder)
+    vocab = tokenizer(folder)
     model = model_of(kind, seed, torch.float32, vocab=vocab, layers=layers)
     (folder / "config.json").write_text(json.dumps(config_json(model.config, kind)))
     tensors = to_file(model.config, dict(model.named_parameters()))
@@ -181,9 +187,9 @@ def model_folder(folder: Path, kind: str = "llama", seed: int = 0, layers: int =
     return folder
 
 
-def chat_model_folder(folder: Path, template: str) -> Path:
+def chat_model_folder(folder: Path, template: str, tokenizer: Callable[[Path], int] = byte_tokenizer) -> Path:
     """The same with a chat template."""
-    settings = model_folder(folder) / "tokenizer_config.json"
+    settings = model_folder(folder, tokenizer=tokenizer) / "tokenizer_config.json"
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "chat_template": template}))
     return folder
 
