@@ -101,8 +101,8 @@ def train(assets: Path, *more: str) -> list[str]:
 
 
 def snapshot(folder: Path) -> dict[str, int]:
-    """Every file, folder and link below with its time of change; locks and empty cache folders are no leftovers."""
-    paths = (p for p in folder.rglob("*") if "locks" not in p.parts)
+    """Every file, folder and link below with its time of change; locks, kernels and empty cache folders are none left."""
+    paths = (p for p in folder.rglob("*") if not {"locks", "compiled"} & {*p.parts})
     found = {str(p.relative_to(folder)): p for p in paths}
     return {
         name: 0 if path.is_dir() else path.lstat().st_mtime_ns
@@ -139,7 +139,7 @@ def has(line: str, *parts: str) -> None:
     [
         (
             ["trian"],
-            "unknown subcommand 'trian': did you mean 'train'? known are train, generate, evaluate, prompt, pairs, ",
+            "unknown subcommand 'trian': did you mean 'train'? known are train, generate, chat, evaluate, prompt, ",
         ),
         (["train", "--rnk=4"], "unknown flag --rnk: did you mean --rank? see graft train --help"),
         (["train", "--method=lra"], "unknown --method 'lra': did you mean 'lora'? known are adapter, bitfit, dora, "),

@@ -30,7 +30,18 @@ from tiny import data_folder, model_folder
 NOT_PATHS = {  # texts that are words, numbers or names, never files
     *("checkpoint", "device", "dtype", "split", "method", "targets", "prefix_init", "train_layers", "method_args"),
     *("columns", "labels", "prompt", "ray", "style", "wandb_project", "prompt_words", "target_label", "mlp_widths"),
-    *("reward_command", "title", "host", "api_key", "allowed_hosts", "stop", "system", "completion", "messages"),
+    *(
+        "logit_bias",
+        "reward_command",
+        "title",
+        "host",
+        "api_key",
+        "allowed_hosts",
+        "stop",
+        "system",
+        "completion",
+        "messages",
+    ),
 }
 CONFIGS = [pytest.param(name, command.config, command.positional, id=name) for name, command in COMMANDS.items()]
 NEEDED = {

@@ -72,14 +72,14 @@ def test_the_prefix_is_run_once_and_shared() -> None:
         assert prefill_shared_prefix(model, ragged([8])) == ((), 0)  # nobody to share with
         past, length = prefill_shared_prefix(model, [[1, 2, 3, 4, 5, 6]] * 4)
         assert length == 5  # each row keeps its last token
-    model.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape)))
+    model.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:2])))
     generate_ids(
         model,
         ragged([8, 11, 9, 30], shared=7),
         stopping(1, -1),
         batching=Batching(2),
     )
-    assert seen == [(2, 2), (2, 23)]  # the rest of the prompts alone, sorted by length
+    assert seen == [(1, 7), (2, 2), (2, 23)]  # the prefix, and the rest of the prompts, sorted by length
 
 
 def test_ended_rows_leave_the_batch() -> None:
@@ -87,7 +87,7 @@ def test_ended_rows_leave_the_batch() -> None:
     prompts = ragged([9, 6, 17, 7, 6, 12])
     eot = an_ending(model, prompts, 12)
     rows: list[int] = []
-    model.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[0]))
+    model.blocks[0].register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[0]))
     new = generate_ids(model, prompts, stopping(12, eot))
     # A row takes part in the step behind each of its tokens, but not in one behind its last.
     alive = [sum(len(tokens) > step for tokens in new) for step in range(12)]
@@ -100,7 +100,7 @@ def test_generation_stops_when_all_have_ended() -> None:
     model = tiny("llama")
     [[first]] = generate_ids(model, [[3, 1, 4]], stopping(1, -1))
     calls: list[int] = []
-    model.register_forward_pre_hook(lambda _, args: calls.append(1))
+    model.blocks[0].register_forward_pre_hook(lambda _, args: calls.append(1))
     assert generate_ids(model, [[3, 1, 4]] * 2, stopping(30, first)) == [[], []]
     assert len(calls) == 1
 
