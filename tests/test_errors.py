@@ -101,7 +101,7 @@ def train(assets: Path, *more: str) -> list[str]:
 
 
 def snapshot(folder: Path) -> dict[str, int]:
-    """Every file, folder and link below with its time of change; locks, kernels and empty cache folders are none left."""
+    """Every file, folder and link below with its time of change; locks, kernels and empty folders are no leftovers."""
     paths = (p for p in folder.rglob("*") if not {"locks", "compiled"} & {*p.parts})
     found = {str(p.relative_to(folder)): p for p in paths}
     return {
