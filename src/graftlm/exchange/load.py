@@ -116,8 +116,8 @@ def load(
 
     checkpoint: "best", "last", or "base" for the run's base with the run's template. base_format: as the flag; auto
     loads a run in the format in which it was trained, a base as it is stored (on a CPU in float32, else as training
-    does). With `base`, a loaded model, the new model shares its tensors, so many adapters of one base take about the
-    memory of one. Device, dtype and format are then the base's.
+    does). With `base`, a loaded model, the new model shares its tensors: several adapters of one base take about the
+    memory of a single one. Device, dtype and format are then the base's.
 
     Raises InputError for an unknown name or device, a folder without a run or checkpoint, and a base whose weights
     are not those the run was trained on.

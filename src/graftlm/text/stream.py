@@ -130,8 +130,8 @@ class TokenStream(TextStream):
         offsets = [each.offset - self._dropped for each in self._placed]
         count = len(offsets) if everything else sum(max(0, offset) < self._length for offset in offsets)
         placed, self._placed = self._placed[:count], self._placed[count:]
-        starts = [max(0, self._start + offset) for offset in offsets]
-        return [each._replace(offset=start) for each, start in zip(placed, starts, strict=False)]
+        starts = [max(0, self._start + offset) for offset in offsets[:count]]
+        return [each._replace(offset=start) for each, start in zip(placed, starts, strict=True)]
 
     @property
     def end(self) -> int:

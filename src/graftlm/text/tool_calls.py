@@ -75,13 +75,13 @@ class ToolSupport:
         called: list[Message] = [*asked, ("assistant", "", {"tool_calls": [call]})]
         answered: list[Message] = [*called, ("tool", RESULT, {"tool_call_id": "000000000", "name": NAME})]
         try:
-            told = chat.with_tools([{"type": "function", "function": PROBE}])
-            tools = NAME in told.render(asked)
-            answer = told.answer_text(called)
-            results = RESULT in told.render(answered)
+            with_probe = chat.with_tools([{"type": "function", "function": PROBE}])
+            tools = NAME in with_probe.render(asked)
+            answer = with_probe.answer_text(called)
+            results = RESULT in with_probe.render(answered)
         except InputError:  # some templates raise an error at tools
             return cls(False, False, False, None)
-        plain = _rendered(told, [*asked, ("assistant", "")])
+        plain = _rendered(with_probe, [*asked, ("assistant", "")])
         return cls(tools, NAME in answer, results, _format(answer, plain))
 
 
