@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from conftest import Graft
 from graftlm.files.assets import data_folder, download
 from hub_mirror import Mirror, serve
+from soak.forks import PRELUDE
 
 LAYERS, WIDTH, HEADS, CONTEXT, VOCAB = 1, 128, 4, 1024, 50257
 LORA = LAYERS * 3 * 2 * WIDTH * 128  # q, k and v have an A and a B each
@@ -28,6 +29,7 @@ TRAIN = (
     "train --init_from=gpt2-medium --out_dir=gpt_lora_default --device=cpu --rank=128 --alpha=256 --lr=2e-5 "
     "--dropout=0.05 --lora_dropout=0.05 --max_iters=80 --wandb_project=HW3_lora_finetune_handout"
 )
+RECIPES = Path(__file__).parents[1] / "recipes" / "handout"
 GENERATE = (
     "generate --init-from={} --out_dir=gpt_lora_default --device=cpu --max_new_tokens=5 --temperature=0.6 --top_k=200"
 )
@@ -161,3 +163,15 @@ def test_a_hub_data_set_is_read_with_its_own_splits(course: Course, graft: Graft
     done = graft("evaluate", "--out_dir=hub-run", "--device=cpu", "--json", cwd=course.folder, **course.environment)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["n"] == 60
+
+
+@pytest.mark.parametrize("recipe", ["templates", "zero_shot"])
+def test_a_recipe_is_measured_on_the_official_test_split_of_the_hub(
+    recipe: str, course: Course, graft: Graft, forked_children: str
+) -> None:
+    words = ["--config", str(RECIPES / f"{recipe}.toml"), "--init_from=gpt2-medium", "--data=rotten_tomatoes"]
+    words += ["--device=cpu", "--budget_steps=2", f"--out_dir=hub-{recipe}", "--json"]
+    done = graft("compare", *words, cwd=course.folder, **course.environment, **{PRELUDE: forked_children})
+    assert done.returncode == 0, done.stderr
+    table = json.loads(done.stdout)
+    assert [row["n"] for row in table["rows"]] == [60, 60] and table["failed"] == 0

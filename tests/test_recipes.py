@@ -39,8 +39,11 @@ def test_the_handouts_recipes_are_all_there_and_share_their_runs() -> None:
     assert [path.stem for path in handout] == ["alpha", "alpha_or_lr", "ranks", "templates", "zero_shot"]
     found = [cell for path in handout for cell in cells(path)]
     folders = {cell.folder for cell in found}
-    assert len(folders) == len({cell.id for cell in found}) == 9 and len(found) == 14
-    ranks = {cell.row: cell.flags for cell in cells(ROOT / "recipes" / "handout" / "ranks.toml")}
+    assert len(folders) == len({cell.id for cell in found}) == 17 and len(found) == 22
+    listed = cells(ROOT / "recipes" / "handout" / "ranks.toml")
+    ranks = {cell.row: cell.flags for cell in listed}
+    assert [(cell.row, cell.seed) for cell in listed] == [(row, seed) for row in ranks for seed in range(3)]
+    assert "r=16--alpha=64-seed0-202ecc23" in folders  # runs made before there were more seeds are found again
     assert {flags["alpha"] / flags["rank"] for flags in ranks.values() if flags["rank"]} == {4}
     assert ranks["full"]["dropout"] == 0.05
 

@@ -34,6 +34,8 @@ class CompareConfig(RayFlags):
     """Runs at the same time, each a process; they share the CPU cores. Default: 1; with --ray as many as fit."""
     init_from: str = ""
     """The base model of all rows; overrides the sweep."""
+    data: str = ""
+    """The data set of all rows; overrides the sweep."""
     device: str = ""
     """Where all rows compute; overrides the sweep."""
 

@@ -54,7 +54,7 @@ def compare(
     """
     if not sweep:
         raise InputError("graft compare needs --config SWEEP.toml (see graft compare --help)")
-    overrides = {name: value for name in ("init_from", "device") if (value := getattr(config, name))}
+    overrides = {name: value for name in ("init_from", "data", "device") if (value := getattr(config, name))}
     budget = {name: value for name, value in asdict(config).items() if name.startswith("budget_") and value is not None}
     if "budget_steps" in budget:
         overrides["max_iters"] = budget.pop("budget_steps")
