@@ -40,6 +40,7 @@ COMMANDS = (
     "export",
     "import",
     "download",
+    "completion",
 )
 HANDOUT_TRAIN = [
     "--init_from=gpt2-medium",
@@ -189,6 +190,8 @@ def test_report_takes_any_number_of_folders_with_and_without_the_flag() -> None:
             ["train", "--rank=0", "--method=lora"],
             "--rank 0 means full fine-tuning and contradicts --method lora: leave one out",
         ),
+        (["completion"], "graft completion needs SHELL (see graft completion --help)"),
+        (["completion", "tcsh"], "--shell tcsh: not one of bash, zsh, fish"),
         (["download"], "graft download needs NAME (see graft download --help)"),
         (["report"], "graft report needs RUN (see graft report --help)"),
         (["pairs"], "graft pairs needs PROMPTS (see graft pairs --help)"),

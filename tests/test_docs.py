@@ -75,6 +75,7 @@ def commands(path: str) -> Iterator[list[str]]:
             if path == "README.md" and not line.startswith(("graft ", "torchrun ")):
                 continue  # its tree stands in such a block too
             words = shlex.split(line, comments=True)
+            words = words[: words.index(">")] if ">" in words else words
             if words[:1] == ["graft"]:
                 yield words[1:]
             elif "graftlm" in words:  # torchrun … -m graftlm train …

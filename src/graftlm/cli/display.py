@@ -242,6 +242,11 @@ def path(out: "Console", result: Result) -> None:
     _verbatim(out, result["path"])
 
 
+def script(out: "Console", result: Result) -> None:
+    """A script as it is."""
+    out.file.write(result["script"])
+
+
 def serve(out: "Console", result: Result) -> None:
     """The address and the models."""
     _facts(out, {"page and API": result["url"], "models": ", ".join(result["models"]), "to stop": "Ctrl-C"})

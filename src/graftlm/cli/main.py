@@ -19,6 +19,7 @@ from graftlm.cli.evaluate import check_run_flags, evaluate, generate, ray_log_le
 from graftlm.config import (
     ChatConfig,
     CompareConfig,
+    CompletionConfig,
     DataConfig,
     DownloadConfig,
     EstimateConfig,
@@ -363,11 +364,19 @@ def _download(parsed: "ParsedArgs", notes: "Console") -> Result:
     return {"name": parsed.config.name, "path": str(download(parsed.config.name))}
 
 
+def _completion(parsed: "ParsedArgs", notes: "Console") -> Result:
+    from graftlm.cli.completion import script
+
+    commands = {name: (command.config, command.positional, command.summary) for name, command in COMMANDS.items()}
+    return {"shell": parsed.config.shell, "script": script(parsed.config.shell, commands)}
+
+
 def _methods_help(words: Sequence[str]) -> str:
     """The methods for the help page: with --method its flags and defaults, else a line for each, without torch."""
     from textwrap import fill
 
     from graftlm.config.flags import parse
+    from graftlm.config.training import method_titles
 
     with suppress(InputError):
         parsed = parse("train", TrainConfig, [word for word in words if word not in ("-h", "--help", "all")])
@@ -376,11 +385,8 @@ def _methods_help(words: Sequence[str]) -> str:
 
             return describe(parsed.config.method)
     lines = ["methods (graft train --method NAME --help shows one with its defaults):"]
-    for file in sorted(Path(__file__).parents[1].glob("methods/*.py")):
-        text = file.read_text(encoding="utf-8")
-        if "    name: ClassVar[str] = " in text:  # a method's file; its docstring begins with what the method is
-            title = text.removeprefix('"""').partition("\n")[0]
-            lines.append(fill(f"{file.stem:<8} {title}", 78, initial_indent="  ", subsequent_indent=" " * 11))
+    for name, title in method_titles().items():
+        lines.append(fill(f"{name:<8} {title}", 78, initial_indent="  ", subsequent_indent=" " * 11))
     return "\n".join(lines)
 
 
@@ -419,4 +425,5 @@ COMMANDS = {
     "export": Command(ExportConfig, _export, display.export, positional="out_dir"),
     "import": Command(ImportConfig, _import, display.export, positional="folder"),
     "download": Command(DownloadConfig, _download, display.path, positional="name", uses_tensors=False),
+    "completion": Command(CompletionConfig, _completion, display.script, positional="shell", uses_tensors=False),
 }

@@ -8,12 +8,13 @@ import torch, so that `graft --help` answers at once.
 from graftlm.config.exchange import DownloadConfig, ExportConfig, ImportConfig
 from graftlm.config.inference import ChatConfig, EvaluateConfig, GenerateConfig, PairsConfig, PromptConfig
 from graftlm.config.serving import ServeConfig
-from graftlm.config.studies import CompareConfig, DataConfig, EstimateConfig, ReportConfig
+from graftlm.config.studies import CompareConfig, CompletionConfig, DataConfig, EstimateConfig, ReportConfig
 from graftlm.config.training import TrainConfig
 
 __all__ = [
     "ChatConfig",
     "CompareConfig",
+    "CompletionConfig",
     "DataConfig",
     "DownloadConfig",
     "EstimateConfig",

@@ -213,7 +213,7 @@ def parse(command: str, config: type, words: Sequence[str], positional: str = ""
 
     positional: the field that a word without dashes sets. Raises InputError.
     """
-    kinds = _kinds(config)
+    kinds = field_types(config)
     typed = vars(_build(command, config, positional).parse_args([*_joined(command, words, kinds, positional)]))
     typed = {name: tuple(value) if is_variadic(kinds[name]) else value for name, value in typed.items()}
     common = CommonFlags(**{f.name: typed.pop(f.name) for f in fields(CommonFlags) if f.name in typed})
@@ -234,7 +234,7 @@ def parse(command: str, config: type, words: Sequence[str], positional: str = ""
 
 def help_page(command: str, config: type, positional: str = "", epilog: str = "", everything: bool = True) -> str:
     """What `graft COMMAND --help all` prints; without `everything` only the flags that the config lists in MAIN."""
-    docs = _docstrings(config)
+    docs = docstrings(config)
     main = () if everything else getattr(config, "MAIN", ())
     if main:
         more = len(fields(config)) - len(main)
@@ -246,7 +246,7 @@ def help_page(command: str, config: type, positional: str = "", epilog: str = ""
 # The parser -----------------------------------------------------------------------------------------------------------
 
 
-def _kinds(config: type) -> dict[str, Any]:
+def field_types(config: type) -> dict[str, Any]:
     """Type by field, the common flags included."""
     return {**get_type_hints(CommonFlags), **get_type_hints(config)}
 
@@ -255,7 +255,7 @@ def _build(
     command: str, config: type, positional: str = "", epilog: str = "", docs: Mapping[str, str] | None = None
 ) -> argparse.ArgumentParser:
     """The parser, of the fields in `docs`, their help texts, if given; a flag that was not typed is no attribute."""
-    kinds = _kinds(config)
+    kinds = field_types(config)
     place = f" [{_title(positional)}]" if positional else ""
     place += "..." if positional and is_variadic(kinds[positional]) else ""
     width = get_terminal_size().columns
@@ -357,7 +357,7 @@ def _following(flag: str, name: str, word: str | None) -> str:
     return word
 
 
-def _docstrings(config: type) -> dict[str, str]:
+def docstrings(config: type) -> dict[str, str]:
     """The docstring below each field, of the config and its bases."""
     docs: dict[str, str] = {}
     for cls in (*reversed(config.__mro__[:-1]), CommonFlags):

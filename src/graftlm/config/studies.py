@@ -1,4 +1,4 @@
-"""Flags of the subcommands about several runs or none: compare, report, estimate and data."""
+"""Flags of the subcommands about several runs or none: compare, report, estimate, data and completion."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -111,3 +111,11 @@ class EstimateConfig(MethodFlags):
         if self.base_format != "dense" and (self.world_size > 1 or self.mlp_widths):
             with_ = "--mlp_widths" if self.mlp_widths else "--world_size"
             raise InputError(f"--base_format {self.base_format}: is estimated for one process: leave out {with_}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionConfig(Flags):
+    """Print the script that completes subcommands, flags, names and runs in a shell."""
+
+    shell: Literal["bash", "zsh", "fish"]
+    """The shell that reads the script."""

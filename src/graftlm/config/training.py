@@ -17,6 +17,21 @@ OBJECTIVES = tuple(
     sorted(file.stem for file in (Path(__file__).parents[1] / "training" / "objectives").glob("[!_]*.py"))
 )
 """The training objectives: one file each."""
+
+
+def method_titles() -> dict[str, str]:
+    """What each method is, by its name: the first line of its file, read without importing torch."""
+    texts = {
+        file.stem: file.read_text(encoding="utf-8")
+        for file in sorted((Path(__file__).parents[1] / "methods").glob("*.py"))
+    }
+    return {
+        name: text.removeprefix('"""').partition("\n")[0]
+        for name, text in texts.items()
+        if "    name: ClassVar[str] = " in text
+    }
+
+
 if TYPE_CHECKING:
     ObjectiveName = str
 else:
