@@ -27,6 +27,8 @@ TRAINED = {
         "peak_rss_mb": 1513.0,
         "objective": "sft",
         "chat": False,
+        "documents": False,
+        "eval_split": "test",
         "out_dir": "runs/first",
     },
 }
@@ -39,6 +41,15 @@ SCORED = {
     **{"n": 200, "mode": "score", "accuracy": 0.815, "ci_low": 0.755, "ci_high": 0.863, "macro_f1": 0.814},
     **{"garbage_rate": 0.0, "examples_per_s": 5.8, "labels": ["negative", "positive"]},
     **{"confusion": [[88, 13, 0], [24, 75, 0]], "saved": "runs/first/evaluations/best-test-522421b7.json"},
+}
+INTENTS = [f"intent of the customer {n}" for n in range(77)]
+CONFUSED = {
+    **{**SCORED, "labels": INTENTS},
+    "confusion": [[40 * (p == t) + t * (p == (t + 5) % 78) for p in range(78)] for t in range(77)],
+}
+FEW_CONFUSED = {
+    **{**SCORED, "labels": [f"feeling {n}" for n in range(6)]},
+    "confusion": [[30 * (p == t) + t * (p == (t + 5) % 7) for p in range(7)] for t in range(6)],
 }
 DOCUMENTS = {"n": 12, "windows": 340, "tokens": 173_740, "loss": 2.7183, "perplexity": 15.15, "tokens_per_s": 1840.0}
 ROW = {
@@ -75,6 +86,8 @@ PRINTED: dict[str, tuple[Callable[[Console, Result], None], Result]] = {
     "train": (display.train, TRAINED),
     "train-plan": (display.train, PLAN),
     "evaluate": (display.evaluate, {**SCORED, "score": SCORED, "generate": {**SCORED, "mode": "generate"}}),
+    "evaluate-77-labels": (display.evaluate, CONFUSED),
+    "evaluate-6-labels": (display.evaluate, FEW_CONFUSED),
     "evaluate-documents": (display.evaluate, DOCUMENTS),
     "compare": (display.compare, COMPARED),
     "prompt": (display.prompt, PROMPTED),

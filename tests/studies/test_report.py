@@ -84,6 +84,22 @@ def test_a_run_folder_is_shown_with_its_figures_and_its_answers(tmp_path: Path) 
     assert tables["Validation loss"] == [["step", "mine"], ["2", "0.8000"], ["4", "0.5000"], ["6", "0.4000"]]
 
 
+def test_of_many_labels_the_most_frequent_mistakes_are_shown(tmp_path: Path) -> None:
+    answered = [(0, 10), (0, 10), (3, 2), (1, 1), (0, 0), (4, -1)]  # label, predicted
+    rows = [{"text": f"text {n}", "label": label, "predicted": got} for n, (label, got) in enumerate(answered)]
+    write(run_folder(tmp_path / "mine") / "test-best.jsonl", rows)
+    words = [f"intent {n}" for n in range(11)]
+    write(tmp_path / "mine" / "test-best.json", {"eval_config": {}, "reading": {"labels": words}})
+    tables = Tables(page(tmp_path / "mine")).found
+    assert "Confusion of mine" not in tables
+    assert tables["The most frequent mistakes of mine"] == [
+        ["true", "predicted", "examples", "fraction of the true label's examples"],
+        ["true intent 0", "intent 10", "2", "66.7%"],
+        ["true intent 3", "intent 2", "1", "100.0%"],
+        ["true intent 4", "garbage", "1", "100.0%"],
+    ]
+
+
 def test_a_comparison_stands_for_its_cells_in_order(tmp_path: Path) -> None:
     one = predictions([True, False])
     cells = [

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import shlex
 import shutil
 import signal
 from itertools import pairwise
@@ -17,6 +18,7 @@ import transformers
 from rich.console import Console
 
 from graftlm import cli
+from graftlm.cli import display
 from graftlm.config import DataConfig, TrainConfig
 from graftlm.errors import InputError, Interrupted
 from graftlm.exchange.load import load
@@ -329,6 +331,14 @@ def test_a_run_is_evaluated_in_its_own_windows(base: Path, tmp_path: Path, packi
     found = evaluated(f"--out_dir={tmp_path / 'run'}", "--split=validation", "--checkpoint=last", "--dtype=float32")
     assert found["n"] == 2 and found["windows"] == 2
     assert found["loss"] == pytest.approx(result["last"]["val_loss"], rel=1e-6)
+
+
+def test_train_names_the_commands_that_follow(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = train(config(base, tmp_path, tmp_path / "run"))
+    display.train(Console(width=300), result)
+    follow = capsys.readouterr().out.partition("next:\n")[2].splitlines()
+    assert [line.split()[1] for line in follow] == ["evaluate", "generate", "report", "export"]
+    assert cli.run(shlex.split(follow[0])[1:]) == 0 and "perplexity" in capsys.readouterr().out
 
 
 def test_the_loss_is_shown_as_a_table(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

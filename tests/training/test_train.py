@@ -84,7 +84,7 @@ def test_a_validation_reports_each_example_once(assets: Path, tmp_path: Path, lo
 def test_a_run_folder(assets: Path, tmp_path: Path) -> None:
     results = train(config(assets, tmp_path / "run", max_iters=60, eval_every=20))
     run = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert {**run["results"], "objective": "sft", "chat": False} == results
+    assert {**run["results"], "objective": "sft", "chat": False, "documents": False, "eval_split": "test"} == results
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 61))
     keys = "step examples tokens train_loss val_loss val_accuracy lr grad_norm examples_per_s tokens_per_s peak_rss_mb"
     assert set(rows(tmp_path / "run")[0]) == {*keys.split(), "seconds"}

@@ -92,8 +92,10 @@ def train(out: "Console", result: Result) -> None:
     run = shlex.quote(result["out_dir"])
     talk = f"chat {run}" if result["chat"] else f"generate {run} --prompt '…'"
     commands = [talk, f"report {run} --open", f"export {run} --to {run}-export"]
-    if result["objective"] == "sft" and (result["last"] or {}).get("val_accuracy") is not None:
-        commands.insert(0, f"evaluate {run}")
+    labelled = result["objective"] == "sft" and (result["last"] or {}).get("val_accuracy") is not None
+    if labelled or result["documents"]:
+        split = " --split validation" if result["eval_split"] == "validation" else ""
+        commands.insert(0, f"evaluate {run}{split}")
     _verbatim(out, "\nnext:")
     for command in commands:
         _verbatim(out, f"  graft {command}")
@@ -149,9 +151,23 @@ def _classification(out: "Console", result: Result) -> None:
         for metrics in modes
     ]
     _table(out, columns, rows, title=f"{result['n']:,} examples")
-    labels = result["labels"]
-    rows = [[label, *map(str, row)] for label, row in zip(labels, result["confusion"], strict=True)]
-    _table(out, ["true \\ predicted", *labels, "garbage"], rows)
+    _confusion(out, result["labels"], result["confusion"])
+
+
+def _confusion(out: "Console", labels: Sequence[str], table: Sequence[Sequence[int]]) -> None:
+    """The confusion matrix; of many labels, or in a window too narrow for it, the most frequent mistakes."""
+    from graftlm.inference.metrics import MAX_MATRIX, most_confused
+
+    names = [*labels, "garbage"]
+    columns = ["true \\ predicted", *names]
+    rows = [[label, *map(str, row)] for label, row in zip(labels, table, strict=True)]
+    width = 1 + sum(3 + max(map(len, column)) for column in zip(columns, *rows, strict=True))
+    if len(labels) <= MAX_MATRIX and (width <= out.width or not out.is_terminal):
+        _table(out, columns, rows)
+    elif mistakes := most_confused(table):
+        rows = [[names[t], names[p], str(n), _percent(n / sum(table[t]))] for t, p, n in mistakes]
+        title = "the most frequent mistakes, and their fraction of the true label's examples"
+        _table(out, ["true", "predicted", "examples", "fraction"], rows, title=title, left=("predicted",))
 
 
 def _interval(metrics: Result) -> str:

@@ -18,6 +18,8 @@ from graftlm.errors import InputError
 
 GARBAGE = -1
 """The prediction for a text that names no label (the course's word)."""
+MAX_MATRIX = 10
+"""The most labels whose confusion is shown as a matrix; of more the most frequent mistakes are listed."""
 MetricFunctions = Mapping[str, Callable[[np.ndarray, np.ndarray], float]]
 """By name, functions of the predicted and the true label numbers [N], of which the predicted may be garbage (-1)."""
 
@@ -85,6 +87,15 @@ def confusion(true: Sequence[int], predicted: Sequence[int], labels: int) -> lis
         assert 0 <= t < labels and GARBAGE <= p < labels
         table[t][p] += 1  # -1 is garbage, and indexes the last column
     return table
+
+
+def most_confused(table: Sequence[Sequence[int]], most: int = 10) -> list[tuple[int, int, int]]:
+    """(true, predicted, count) of the most frequent mistakes in `confusion`'s table, the most frequent first.
+
+    predicted is a column of the table, so garbage is the number of labels.
+    """
+    wrong = [(t, p, count) for t, row in enumerate(table) for p, count in enumerate(row) if count and t != p]
+    return sorted(wrong, key=lambda mistake: -mistake[2])[:most]
 
 
 def macro_f1(table: Sequence[Sequence[int]]) -> float:

@@ -23,6 +23,7 @@ from typing import Any
 from graftlm.config import ReportConfig
 from graftlm.errors import InputError
 from graftlm.files.atomic import write_text
+from graftlm.inference.metrics import MAX_MATRIX
 from graftlm.studies.report_data import Predictions, Run, read_folders, source_of
 from graftlm.studies.report_tables import ExampleSet, all_predictions, example_sets, results_tables
 
@@ -86,6 +87,7 @@ def make_page(runs: Sequence[Run], title: str, today: date) -> str:
             (each, disagreements([p for _, _, p in each.members])) for each in sets if len(each.members) > 1
         ],
         max_examples=MAX_EXAMPLES,
+        max_matrix=MAX_MATRIX,
         data=data,
     )
     return page.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate is not valid text

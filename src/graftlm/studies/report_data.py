@@ -27,7 +27,7 @@ from graftlm.config.renamed import upgrade_run
 from graftlm.errors import InputError
 from graftlm.exchange.runs import checkpoint_step
 from graftlm.files.formats import read_json
-from graftlm.inference.metrics import GARBAGE, RESERVED, confusion, macro_f1, wilson
+from graftlm.inference.metrics import GARBAGE, RESERVED, confusion, macro_f1, most_confused, wilson
 from graftlm.inference.saved_evaluations import FOLDER, SavedEvaluation, read_evaluations
 from graftlm.studies.results_table import FAILED
 from graftlm.studies.sweep import ZERO_SHOT
@@ -84,6 +84,12 @@ class Predictions:
     def confusion(self) -> list[list[int]]:
         """[L, L + 1]: a row per true label, a column per predicted label, garbage last."""
         return confusion(self.true, self.predicted, len(self.labels))
+
+    @property
+    def most_confused(self) -> list[tuple[str, str, int, float]]:
+        """The most frequent mistakes: true and predicted label, count, and fraction of the true label's examples."""
+        names = [*self.labels, "garbage"]
+        return [(names[t], names[p], n, n / self.true.count(t)) for t, p, n in most_confused(self.confusion)]
 
     @property
     def source(self) -> str:

@@ -115,7 +115,13 @@ def _train(run: RunContext, console: Console, started: float, callbacks: Callbac
         trainer.checkpoints.consolidate()
         results = _results(run, trainer)
         run.manifest.update(results=results)
-    return {**results, "objective": run.config.objective, "chat": bool(values["data"].get("chat"))}
+    kind = {"chat": bool(values["data"].get("chat")), "documents": run.data.validation[0].is_window}
+    return {**results, "objective": run.config.objective, **kind, "eval_split": _eval_split(run.config)}
+
+
+def _eval_split(config: TrainConfig) -> str:
+    """The split to evaluate the run on: validation if its data are files of which none is the test split."""
+    return "validation" if config.val_data and not config.test_data else "test"
 
 
 def make_trainer(run: RunContext, console: Console, started: float, callbacks: Callbacks | None = None) -> Trainer:
