@@ -1,123 +1,344 @@
-"""The course handout's experiments, or all methods: recipes -> a dated result -> docs/handout.md, docs/methods.md.
+"""The course handout's experiments, or all methods: recipes -> dated results -> docs/handout.md, docs/methods.md.
 
-    python benchmarks/handout.py [--study methods] [--budget_steps 128] [--jobs 2] [--json-out FILE]
+    python benchmarks/handout.py --json-out FILE [--study methods] [--out_dir DIR] [--jobs 2]     train what is missing
+    python benchmarks/handout.py --json-out FILE --collect [--study methods] [--out_dir DIR]      train nothing
 
-Runs `graft compare` on each recipe of recipes/handout or recipes/methods; a run that is in two recipes is made once.
-Killed and started again, it continues. `page.py` makes the tables and curves from the newest result.
+A trial is one run of a recipe of recipes/handout or recipes/methods with one seed. FILE gets what the page needs of
+each finished trial, and keeps what it has. A trial in FILE or in a result of benchmarks/results is not trained again,
+so the trials may be spread over sittings and machines. `--collect` takes the finished ones from a folder of
+`graft compare`, also while it is at work there. `page.py` makes tables and curves from all results together.
 """
 
 import argparse
+import hashlib
 import json
 import sys
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import harness
 from harness import ROOT
-from render import DOCS, chart, fill, machine, newest
+from render import DOCS, all_results, chart, fill, machine
+
+from graftlm.config import CompareConfig
+from graftlm.config.flags import parse
+from graftlm.studies.results_table import COSTS, TrialResult, make_rows, markdown, read_test
+from graftlm.studies.sweep import Trial, read_sweep
+
+STUDIES = {
+    "handout": ("zero_shot", "ranks", "alpha", "alpha_or_lr", "templates"),
+    "methods": ("all", "search"),
+}
+"""A folder of recipes, which names the page and the results -> its recipes of `graft compare`."""
+CURVES = ("val_loss", "val_accuracy")
+PLAN = ("train_seconds", "validation_seconds", "peak_rss_mb")
+Saved = dict[str, Any]
+"""A trial in a result: id, row, seed; date, machine, graftlm, jobs, other_work; tests; and dtype, run, curve."""
+Trials = dict[str, Saved]  # by id
+Curve = Mapping[str, Sequence[float]]  # of "step" and of CURVES: the values of all validations
 
 
 @dataclass(frozen=True)
-class Study:
-    """A folder of recipes and its page."""
+class Recipe:
+    """A recipe of `graft compare`."""
 
-    name: str
-    compared: tuple[str, ...]
-    """Recipes of `graft compare`."""
+    file: Path
 
-    def recipe(self, name: str) -> dict[str, Any]:
-        """A recipe's tables."""
-        return tomllib.loads((ROOT / "recipes" / self.name / f"{name}.toml").read_text(encoding="utf-8"))
+    @cached_property
+    def config(self) -> CompareConfig:
+        """Its flags."""
+        return parse("compare", CompareConfig, ["--config", str(self.file)]).config
 
-    @property
-    def batch_size(self) -> int:
-        """Reviews in a step, the same in every recipe."""
-        (size,) = {self.recipe(name)["train"].get("batch_size", 16) for name in self.compared}
-        return int(size)
+    @cached_property
+    def trials(self) -> list[Trial]:
+        """Its trials, row by row."""
+        return read_sweep(str(self.file), {}, {})
+
+    def checkpoints(self, trial: Trial) -> tuple[str, ...]:
+        """The checkpoints that its table shows of a trial."""
+        if not trial.trains:
+            return ("",)
+        return ("best", "last") if self.config.checkpoint == "both" else (self.config.checkpoint,)
+
+    def is_done(self, trial: Trial, tests: Mapping[str, Any]) -> bool:
+        """Whether its table has all it needs of a trial; tests: checkpoint -> the trial's test-*.json."""
+        wanted = {"mode": self.config.mode, "limit": self.config.limit}
+        return all(tests.get(name, {}).get("eval_config") == wanted for name in self.checkpoints(trial))
+
+    def missing(self, trials: Trials) -> list[Trial]:
+        """Those of its trials that are not among `trials`."""
+        return [each for each in self.trials if not self.is_done(each, trials.get(each.id, {}).get("tests", {}))]
+
+    def write(self, trials: Sequence[Trial], file: Path) -> Path:
+        """A sweep file of some of its trials, which have the same ids in it."""
+        tables = tomllib.loads(self.file.read_text(encoding="utf-8"))
+        flags = {key: value for key, value in tables.items() if not isinstance(value, dict | list)}
+        rows = [{"name": trial.row, **trial.flags} for trial in trials]
+        texts = ["".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items()) for table in (flags, *rows)]
+        file.write_text("\n[[rows]]\n".join(texts), encoding="utf-8")
+        return file
 
 
-STUDIES = {
-    "handout": Study("handout", ("zero_shot", "ranks", "alpha", "alpha_or_lr", "templates")),
-    "methods": Study("methods", ("all", "search")),
-}
-CURVES = ("val_loss", "val_accuracy")
+def recipes(study: str) -> dict[str, Recipe]:
+    """The recipes of a study by name."""
+    return {name: Recipe(ROOT / "recipes" / study / f"{name}.toml") for name in STUDIES[study]}
 
 
-def curves(out_dir: Path) -> dict[str, list[dict[str, float]]]:
-    """Row -> its validations, of every run of the comparison in a folder."""
+# -------------------------------------------------------------------------------------------------------- the trials
+
+
+def collect(recipe: Recipe, out_dir: Path, known: Trials, about: Mapping[str, Any]) -> Trials:
+    """The finished trials in a folder of `graft compare` that are not known; the folder is only read.
+
+    about: what the run folders do not say: machine, jobs, other_work, and graftlm of a trial that does not train.
+    """
     found = {}
-    for cell in json.loads((out_dir / "sweep.json").read_text(encoding="utf-8"))["cells"]:
-        metrics = out_dir / cell["folder"] / "run" / "metrics.jsonl"
-        if metrics.is_file():
-            rows = [row for row in harness.read_rows(metrics) if row["val_loss"] is not None]
-            found[cell["row"]] = [{key: row[key] for key in ("step", *CURVES)} for row in rows]
+    for trial in recipe.missing(known):
+        names = ("best", "last") if trial.trains else ("",)
+        files = {name: out_dir / trial.folder / f"test-{name}.json" for name in names}
+        tests = {name: read_test(file) for name, file in files.items() if file.is_file()}
+        if recipe.is_done(trial, tests):
+            written = max(files[name].stat().st_mtime for name in tests)
+            date = datetime.fromtimestamp(written, UTC).strftime("%Y-%m-%d")
+            found[trial.id] = save(trial, out_dir / trial.folder, tests, {**about, "date": date})
     return found
 
 
+def save(trial: Trial, folder: Path, tests: Mapping[str, Any], origin: Mapping[str, Any]) -> Saved:
+    """What a result has of a trial; of each test example one bit says whether its predicted label is correct."""
+    saved: Saved = {"id": trial.id, "row": trial.row, "seed": trial.seed, **origin, "tests": {}}
+    for checkpoint, test in tests.items():
+        correct = TrialResult(trial, checkpoint, folder).correct
+        texts = hashlib.sha256("\n".join(text for text, _ in correct).encode()).hexdigest()
+        bits = "".join("01"[each] for _, each in correct)
+        saved["tests"][checkpoint] = {**test, "examples": texts, "correct": f"{int(bits, 2):x}"}
+    if trial.trains:
+        run = TrialResult(trial, "", folder).run
+        saved |= {"date": run["date"], "graftlm": run["git"] or origin["graftlm"], "dtype": run["dtype"]}
+        results = {key: run["results"][key] for key in (*COSTS, *tests)}
+        saved["run"] = {"results": results, "plan": {key: run["plan"][key] for key in PLAN}}
+        rows = [row for row in harness.read_rows(folder / "run" / "metrics.jsonl") if row["val_loss"] is not None]
+        saved["curve"] = {key: [row[key] for row in rows] for key in ("step", *CURVES)}
+    return saved
+
+
+def merge(*groups: Iterable[Saved]) -> Trials:
+    """All trials; of two with the same id the one with more checkpoints, or else the first."""
+    found: Trials = {}
+    for trial in (trial for group in groups for trial in group):
+        if trial["id"] not in found or len(trial["tests"]) > len(found[trial["id"]]["tests"]):
+            found[trial["id"]] = trial
+    return found
+
+
+@dataclass(frozen=True)
+class SavedResult(TrialResult):
+    """A trial's result at one checkpoint, from a result file."""
+
+    saved: Saved = field(default_factory=dict)
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The JSON object of `graft evaluate --json`."""
+        return dict(self.saved["tests"][self.checkpoint]["reading"])
+
+    @property
+    def correct(self) -> list[tuple[str, bool]]:
+        """A name of each example that is the same in all trials, and whether its predicted label is correct."""
+        test = self.saved["tests"][self.checkpoint]
+        bits = f"{int(test['correct'], 16):0{test['reading']['n']}b}"
+        return [(f"{test['examples']} {number}", bit == "1") for number, bit in enumerate(bits)]
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """What a table needs of run.json; empty for zero-shot."""
+        return dict(self.saved.get("run", {}))
+
+
+# ------------------------------------------------------------------------------------------------------- the command
+
+
 def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """Every recipe's table and curves; the handout's share of trained parameters is a run of its own."""
-    study, found = STUDIES[args.study], dict[str, Any]()
-    recipes = f"recipes/{study.name}"
-    if study.name == "handout":
-        found["share"] = harness.graft("train", "--config", f"{recipes}/share.toml", "--out_dir", "runs/handout-share")
-    tables, drawn = {}, {}
-    for name in study.compared:
-        harness.note(f"{name}:")
-        words = ["--config", f"{recipes}/{name}.toml", "--jobs", str(args.jobs)]
-        words += [f"--budget_steps={args.budget_steps}"] if args.budget_steps and name != "search" else []
-        tables[name] = harness.graft("compare", *words)["rows"]
-        drawn[name] = curves(ROOT / study.recipe(name)["out_dir"])
-    config = {"budget_steps": args.budget_steps, "jobs": args.jobs}
-    return {"config": config, **found, "tables": tables, "curves": drawn}
+    """The trials of FILE, and those that are finished and in no result yet."""
+    study, committed = recipes(args.study), all_results(args.study)
+    file = json.loads(args.json_out.read_text(encoding="utf-8")) if args.json_out and args.json_out.is_file() else {}
+    kept = merge(file.get("trials", ()))
+    known = merge(kept.values(), *(result.get("trials", ()) for result in committed))
+    here = {key: value for key, value in harness.describe().items() if key != "date"}
+    about = {"machine": here, "graftlm": harness.git_commit(), "jobs": args.jobs, "other_work": args.other_work}
+    taken: Trials = {}
+    folders = {name: args.out_dir or ROOT / recipe.config.out_dir for name, recipe in study.items()}
+    for name, recipe in study.items():
+        taken |= collect(recipe, folders[name], known | taken, about)
+    seeds = sorted({trial.seed for recipe in study.values() for trial in recipe.trials})
+    for seed, (name, recipe) in ((seed, each) for seed in seeds if not args.collect for each in study.items()):
+        if missing := [trial for trial in recipe.missing(known | taken) if trial.seed == seed]:
+            harness.note(f"{name}: {listed((trial.row, trial.seed) for trial in missing)}")
+            sweep = recipe.write(missing, work / f"{name}-{seed}.toml")
+            harness.graft("compare", f"--config={sweep}", f"--out_dir={folders[name]}", f"--jobs={args.jobs}")
+            taken |= collect(recipe, folders[name], known | taken, about)
+    for name, recipe in study.items():
+        left = listed((trial.row, trial.seed) for trial in recipe.missing(known | taken))
+        harness.note(f"{name}: {f'missing are {left}' if left else 'complete'}")
+    found: dict[str, Any] = {key: file[key] for key in ("share",) if key in file}
+    if args.study == "handout" and not args.collect and not any("share" in result for result in (file, *committed)):
+        words = ("--config", "recipes/handout/share.toml", "--out_dir", "runs/handout-share")
+        found["share"] = harness.graft("train", *words)
+    return {**found, "trials": list(merge(taken.values(), kept.values()).values())}
+
+
+def listed(pairs: Iterable[tuple[str, int]]) -> str:
+    """Rows with their seeds, in words: `a (seeds 0, 1); b (seed 0)`."""
+    seeds: dict[str, list[str]] = {}
+    for row, seed in pairs:
+        seeds.setdefault(row, []).append(str(seed))
+    return "; ".join(f"{row} (seed{'s' * (len(each) > 1)} {', '.join(each)})" for row, each in seeds.items())
 
 
 # ---------------------------------------------------------------------------------------------------------- the page
 
 
-def blocks(study: Study, result: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
-    """What belongs between the page's marks, and the pictures: file name -> SVG."""
-    from graftlm.studies.results_table import markdown
+@dataclass(frozen=True)
+class Table:
+    """A recipe's table and curves."""
 
-    steps, jobs, size = result["config"]["budget_steps"], result["config"]["jobs"], study.batch_size
-    budget = f"{steps} steps a run in batches of {size} reviews" if steps else f"two epochs a run in batches of {size}"
-    at_once = f"{jobs} at a time" if jobs > 1 else "one after the other"
-    found = {"machine": f"{result['date']}, {budget}, {at_once}. {machine(result)}"}
-    if share := result.get("share"):
-        found["share"] = (
-            f"{share['trainable']:,} of {share['total']:,} parameters: **{share['trainable_fraction']:.2%}**."
-        )
-    pictures = {}
-    for name, rows in result["tables"].items():
-        parts = [markdown(rows).rstrip("\n")]
-        for key in CURVES if result["curves"][name] and name != "search" else ():  # search validates at the end only
-            lines = {
-                row: [(point["step"], point[key]) for point in curve] for row, curve in result["curves"][name].items()
-            }
+    rows: list[dict[str, Any]]
+    """As `graft compare` has them."""
+    curves: Mapping[str, Sequence[Curve]]
+    """Row -> the curve of each seed."""
+    note: str
+    """What is missing, or which runs these are; stands above the table."""
+    earlier: bool = False
+    """Whether it is of a result that has tables instead of trials."""
+
+    def pictures(self, name: str) -> dict[str, tuple[str, str]]:
+        """File name -> (title, SVG); none of runs that validate at their end only."""
+        if not any(len(curve["step"]) > 1 for curves in self.curves.values() for curve in curves):
+            return {}
+        several = any(len(curves) > 1 for curves in self.curves.values())
+        found = {}
+        for key in CURVES:
+            values = {row: at_each_step(curves, key) for row, curves in self.curves.items()}
+            lines = {row: [(step, mean(each)) for step, each in at.items()] for row, at in values.items()}
+            bands = {row: [(step, min(each), max(each)) for step, each in at.items()] for row, at in values.items()}
             last = max(x for line in lines.values() for x, _ in line)
-            words = f"{key.replace('val_', 'validation ')} against the step"
-            pictures[f"{name}-{key}.svg"] = chart(lines, words, "step", sorted({0, last // 2, last}))
-            parts.append(f"![{words}]({study.name}/{name}-{key}.svg)")
-        found[name] = "\n\n".join(parts)
+            words = f"{key.replace('val_', 'validation ')} against the step" + ", mean and range of seeds" * several
+            picture = chart(lines, words, "step", sorted({0, last // 2, last}), bands=bands if several else {})
+            found[f"{name}-{key}.svg"] = (words, picture)
+        return found
+
+
+def at_each_step(curves: Sequence[Curve], key: str) -> dict[float, list[float]]:
+    """Step -> the values of all seeds, for steps at which all were validated."""
+    each = [dict(zip(curve["step"], curve[key], strict=True)) for curve in curves]
+    return {step: [values[step] for values in each] for step in each[0] if all(step in values for values in each)}
+
+
+def table_of_trials(recipe: Recipe, trials: Trials) -> Table:
+    """The table of those trials of a recipe that are done."""
+    missing = recipe.missing(trials)
+    done = [(trial, trials[trial.id]) for trial in recipe.trials if trial not in missing]
+    results = [
+        SavedResult(trial, name, Path(), saved=each) for trial, each in done for name in recipe.checkpoints(trial)
+    ]
+    curves: dict[str, list[Curve]] = {}
+    for trial, each in done:
+        if trial.trains:
+            curves.setdefault(trial.row, []).append(each["curve"])
+    note = f"Missing: {listed((trial.row, trial.seed) for trial in missing)}." if missing else ""
+    return Table(make_rows(results), curves, note)
+
+
+def table_of_earlier(name: str, result: Mapping[str, Any]) -> Table:
+    """A recipe's table from a result that has tables instead of trials."""
+    rows, steps = result["tables"][name], result["config"]["budget_steps"]
+    curves = {
+        row: [{key: [point[key] for point in points] for key in ("step", *CURVES)}]
+        for row, points in result["curves"][name].items()
+    }
+    short = any(row["steps"] == steps for row in rows)
+    return Table(rows, curves, f"Until then, runs of {steps} steps with one seed:" if short else "", earlier=True)
+
+
+def tables_of(name: str, recipe: Recipe, trials: Trials, earlier: Mapping[str, Any] | None) -> list[Table]:
+    """A recipe's table, and while rows are missing in it the earlier one; or that alone if its runs were as long."""
+    table = table_of_trials(recipe, trials)
+    if earlier is None or {row["name"] for row in table.rows} == {trial.row for trial in recipe.trials}:
+        return [table]
+    before = table_of_earlier(name, earlier)
+    return [table, before] if table.rows or before.note else [before]
+
+
+def blocks(study: str, results: Sequence[Mapping[str, Any]]) -> tuple[dict[str, str], dict[str, str]]:
+    """What belongs between the page's marks, and the pictures: file name -> SVG. results: the study's, oldest first."""
+    newest = list(reversed(results))
+    trials = merge(*(result.get("trials", ()) for result in newest))
+    earlier = next((result for result in newest if "tables" in result), None)
+    found, pictures, shown, of_earlier = dict[str, str](), dict[str, str](), list[Saved](), list[str]()
+    for name, recipe in recipes(study).items():
+        shown += [trials[trial.id] for trial in recipe.trials if trial not in recipe.missing(trials)]
+        tables = tables_of(name, recipe, trials, earlier)
+        of_earlier += [f"`{name}.toml`"] * any(table.earlier for table in tables)
+        drawn = next((images for table in tables if (images := table.pictures(name))), {})
+        pictures |= {file: svg for file, (_, svg) in drawn.items()}
+        parts = [part for table in tables for part in (table.note, markdown(table.rows).rstrip() if table.rows else "")]
+        parts += [f"![{title}]({study}/{file})" for file, (title, _) in drawn.items()]
+        found[name] = "\n\n".join(filter(None, parts))
+    found["machine"] = "\n".join(f"- {line}" for line in [*origins(shown), *earlier_origin(earlier, of_earlier)])
+    if share := next((result["share"] for result in newest if "share" in result), None):
+        figures = f"{share['trainable']:,} of {share['total']:,} parameters"
+        found["share"] = f"{figures}: **{share['trainable_fraction']:.2%}**."
     return found, pictures
 
 
+def origins(shown: Iterable[Saved]) -> list[str]:
+    """Where and when the trials ran: a line for each date, machine and commit."""
+    found: dict[str, list[tuple[str, int]]] = {}
+    for trial in merge(shown).values():
+        dtype = f", {trial['dtype']}" if "dtype" in trial else ""
+        how = at_once(trial["jobs"]) + dtype + ", next to other work, so its minutes say little" * trial["other_work"]
+        found.setdefault(f"{trial['date']}, {how}. {machine(trial)}", []).append((trial["row"], trial["seed"]))
+    return [f"{origin.removesuffix('.')}: {listed(pairs)}." for origin, pairs in sorted(found.items())]
+
+
+def earlier_origin(result: Mapping[str, Any] | None, names: Sequence[str]) -> list[str]:
+    """The same of a result that has tables instead of trials."""
+    if result is None or not names:
+        return []
+    how = f"{at_once(result['config']['jobs'])}. {machine(result).removesuffix('.')}"
+    return [f"{result['date']}, {how}: the tables of {', '.join(names)}."]
+
+
+def at_once(jobs: int) -> str:
+    """How many runs shared the machine, in words."""
+    return f"{jobs} at a time" if jobs > 1 else "one after the other"
+
+
 def pages() -> dict[Path, str]:
-    """The files that the newest results give."""
+    """The files that all results give."""
     files = {}
-    for name, study in STUDIES.items():
-        found, pictures = blocks(study, newest(name))
-        files[DOCS / f"{name}.md"] = fill((DOCS / f"{name}.md").read_text(encoding="utf-8"), found)
-        files |= {DOCS / name / picture: svg for picture, svg in pictures.items()}
+    for study in STUDIES:
+        found, pictures = blocks(study, all_results(study))
+        files[DOCS / f"{study}.md"] = fill((DOCS / f"{study}.md").read_text(encoding="utf-8"), found)
+        files |= {DOCS / study / picture: svg for picture, svg in pictures.items()}
     return files
 
 
 FLAGS: dict[str, dict[str, Any]] = {
     "study": {"choices": tuple(STUDIES), "default": "handout", "help": "the folder of recipes"},
-    "budget_steps": {"type": int, "default": 0, "help": "steps of each run (default: two epochs)"},
-    "jobs": {"type": int, "default": 1, "help": "runs at the same time (default 1)"},
+    "out_dir": {
+        "type": lambda text: Path(text).absolute(),
+        "help": "the folder of graft compare (default: each recipe's)",
+    },
+    "collect": {"action": "store_true", "help": "only take finished trials; train nothing"},
+    "jobs": {"type": int, "default": 1, "help": "runs at the same time (default 1), also with --collect"},
+    "other-work": {"action": "store_true", "help": "the machine did other work meanwhile"},
 }
 
 if __name__ == "__main__":

@@ -49,13 +49,15 @@ def read_result(path: Path) -> dict[str, Any]:
     return {**renamed(json.loads(path.read_text(encoding="utf-8"))), "date": path.name[:10], "file": path.name}
 
 
+def all_results(kind: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """Every result of a kind, oldest first."""
+    paths = sorted(folder.glob("????-??-??-*.json"))
+    return [read_result(path) for path in paths if path.stem[11:].partition(".")[0] == kind]
+
+
 def results(kind: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
     """The newest result of a kind on each processor, newest first."""
-    found: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.glob("????-??-??-*.json")):
-        if path.stem[11:].partition(".")[0] == kind:
-            result = read_result(path)
-            found[result["machine"]["family_model_stepping"]] = result
+    found = {result["machine"]["family_model_stepping"]: result for result in all_results(kind, folder)}
     return sorted(found.values(), key=lambda result: str(result["file"]), reverse=True)
 
 
@@ -97,16 +99,27 @@ def fill(text: str, found: Mapping[str, str]) -> str:
 
 
 Line = Sequence[tuple[float, float]]
+Band = Sequence[tuple[float, float, float]]
 
 
-def chart(lines: Mapping[str, Line], title: str, x_label: str, ticks: Sequence[float], root: bool = False) -> str:
+def chart(
+    lines: Mapping[str, Line],
+    title: str,
+    x_label: str,
+    ticks: Sequence[float],
+    root: bool = False,
+    bands: Mapping[str, Band] | None = None,
+) -> str:
     """Lines through (x, y) points that colour and dashes distinguish, on a light or dark page.
 
+    bands: the (x, low, high) of an area around a line, by the line's name.
     root: x on a square-root scale, on which rewards rise about linearly with the KL at first (Gao et al. 2022).
     """
     left, top, width, height = 56, 12, 580, 260
     points = [point for line in lines.values() for point in line]
-    far, values = max([x for x, _ in points] + [1e-9]), [y for _, y in points]
+    bands = bands or {}
+    values = [y for _, y in points] + [y for band in bands.values() for _, *ends in band for y in ends]
+    far = max([x for x, _ in points] + [1e-9])
     low, high = min(values), max(values)
     margin = 0.05 * (high - low) or 0.05
     low, high = low - margin, high + margin
@@ -131,6 +144,10 @@ def chart(lines: Mapping[str, Line], title: str, x_label: str, ticks: Sequence[f
         look = f'stroke="{colour}" stroke-dasharray="{DASHES[i % 6]}" stroke-width="2"'
         placed = [place(*point) for point in line]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
+        if band := bands.get(name):
+            edge = [place(x, y) for x, y, _ in band] + [place(x, y) for x, _, y in reversed(band)]
+            corners = " ".join(f"{x:.1f},{y:.1f}" for x, y in edge)
+            body.append(f'<polygon points="{corners}" fill="{colour}" fill-opacity=".15"/>')
         dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in placed)
         body.append(
             f'<polyline points="{path}" fill="none" {look}/>{dots}'

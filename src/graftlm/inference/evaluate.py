@@ -1,6 +1,6 @@
 """Classification accuracy of a model: by the labels' log-probabilities, by the text it generates, or by both.
 
-Generated text that names no label is garbage (-1); it counts as wrong and has a rate of its own. The work is done by a
+Generated text that names no label is garbage (-1); it counts as wrong and is also counted alone. The work is done by a
 `Predictor`: a model of this process, or copies of it on a cluster (`studies/ray_cluster.py`).
 
 Letters: N examples, L labels.

@@ -134,14 +134,17 @@ def _vs_baseline(
 
 
 def format_rows(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """The rows as text, for COLUMNS; names contain the checkpoint if there are several."""
-    several = len({row["checkpoint"] for row in rows if row["checkpoint"]}) > 1
-    return [_format_row(row, f" ({row['checkpoint']})" if several and row["checkpoint"] else "") for row in rows]
+    """The rows as text, for COLUMNS; names contain the checkpoint and the number of seeds if these differ from 1."""
+    checkpoints = len({row["checkpoint"] for row in rows if row["checkpoint"]}) > 1
+    seeds = any(len(row["seeds"]) > 1 for row in rows)
+    return [_format_row(row, checkpoints, seeds) for row in rows]
 
 
-def _format_row(row: Mapping[str, Any], suffix: str) -> list[str]:
-    seeds = f", {len(row['seeds'])} seeds" if len(row["seeds"]) > 1 else ""
-    cells = [f"{row['name']}{suffix}{seeds}"]
+def _format_row(row: Mapping[str, Any], checkpoints: bool, seeds: bool) -> list[str]:
+    name, count = row["name"], len(row["seeds"])
+    if row["checkpoint"]:  # a row that is trained
+        name += f" ({row['checkpoint']})" * checkpoints + f", {count} seed{'s' * (count > 1)}" * (seeds and count > 0)
+    cells = [name]
     if "accuracy" not in row:
         cells.append("failed")
     else:
