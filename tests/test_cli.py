@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from rich.console import Console
@@ -20,8 +20,8 @@ from rich.console import Console
 from conftest import Graft, child_environment
 from graftlm import __version__, cli
 from graftlm.cli import display
-from graftlm.config import DownloadConfig, GenerateConfig, ReportConfig, TrainConfig
-from graftlm.config.flags import CommonFlags, parse, parse_columns
+from graftlm.config import DownloadConfig, ExportConfig, GenerateConfig, ReportConfig, TrainConfig
+from graftlm.config.flags import CommonFlags, field_types, parse, parse_columns, without_none
 from graftlm.errors import GraftError, InputError, Interrupted
 from graftlm.methods import METHODS, describe
 
@@ -234,6 +234,20 @@ def test_report_takes_any_number_of_folders_with_and_without_the_flag() -> None:
 )
 def test_wrong_flags_are_refused_in_one_line(words: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert refuse(words, capsys) == line
+
+
+def test_a_choice_is_read_in_any_case(tmp_path: Path) -> None:
+    for name, command in cli.COMMANDS.items():
+        for field in fields(command.config):
+            choices = get_args(without_none(field_types(command.config)[field.name])[0])
+            assert all(choice == choice.lower() for choice in choices if isinstance(choice, str)), (name, field.name)
+    words = ["--to=m.gguf", "--format=GGUF", "--quantization", "Q8_0"]
+    config = parse("export", ExportConfig, words).config
+    assert (config.format, config.quantization) == ("gguf", "q8_0")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('base_format = "Q4_0"\n')
+    assert parse("train", TrainConfig, [f"--config={recipe}"]).config.base_format == "q4_0"
+    assert TrainConfig(base_format="Q4_1").base_format == "q4_1"
 
 
 # Recipes

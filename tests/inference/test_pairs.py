@@ -13,6 +13,7 @@ import torch
 
 from graftlm import cli
 from graftlm.config import PairsConfig
+from graftlm.config.inference import parse_logit_bias
 from graftlm.errors import InputError
 from graftlm.exchange.load import load
 from graftlm.inference.evaluate import label_probabilities
@@ -28,11 +29,13 @@ from graftlm.inference.pairs import (
     sample_completions,
 )
 from graftlm.inference.sampling import SamplingParams
-from graftlm.text.dataset import load_prompts
-from graftlm.text.template import Template
+from graftlm.text.chat import Chat
+from graftlm.text.collate import encode_rows
+from graftlm.text.dataset import load_dataset, load_prompts
+from graftlm.text.template import Template, load_template
 from graftlm.text.tokenizer import Tokenizer
 from inference.tiny import CONTEXT, full_logits, stopping, tiny, words
-from tiny import TEMPLATE, byte_tokenizer, data_folder, model_folder
+from tiny import TEMPLATE, byte_tokenizer, chat_model_folder, data_folder, model_folder
 
 TOKENIZER = words(*[f"w{n}" for n in range(1, 48)])
 SAMPLED: dict[str, Any] = {"temperature": 1.5, "top_k": 20, "top_p": 0.9, "seed": 7}
@@ -298,7 +301,7 @@ def test_through_the_command_with_a_program_as_judge(
     assert cli.run(["pairs", *given, *more, f"--out={out}", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     keys = ["pairs", "prompts", "answers", "ties", "duplicates", "empty", "truncated", "retokenized", "mean_reward"]
-    assert list(result) == [*keys, "seconds", "out"]
+    assert list(result) == [*keys[:-1], "unfinished", "chat", "mean_reward", "seconds", "out"]
     rows = read(out)
     assert result["pairs"] == len(rows) > 0 and result["out"] == str(out) and result["answers"] == 12
     for row in rows:
@@ -308,6 +311,65 @@ def test_through_the_command_with_a_program_as_judge(
     shown = capsys.readouterr().out
     assert shown.startswith(f"pairs        {len(rows)} from 12 completions of 3 prompts\nnot paired   ")
     assert (tmp_path / "again.jsonl").read_bytes() == out.read_bytes()
+
+
+LETTERS = "0=3," + ",".join(f"{token}=-100" for token in range(95, 257))
+"""A --logit_bias for `byte_tokenizer`: printable ASCII only, and end-of-text early."""
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|endoftext|>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_in_chat_a_pair_is_messages_that_training_tokenises_as_they_were_sampled(place: Path, tmp_path: Path) -> None:
+    chat_model_folder(tmp_path / "tuned", CHAT)
+    more = {"init_from": str(tmp_path / "tuned"), "num_samples": 8, "logit_bias": LETTERS, "seed": 2}
+    notes: list[str] = []
+    out = tmp_path / "pairs.jsonl"
+    result = make_preferences(config(place, out, **more), notes.append)
+    assert any("--chat auto); --chat off" in note for note in notes)
+    base, rows = load(str(tmp_path / "tuned"), dtype="float32"), read(out)
+    chat = Chat(base.tokenizer)
+    prompts = ["a good film ", "a bad film ", "one film ", "this film ", "that film ", "no film "]
+    params = SamplingParams(max_new_tokens=20, temperature=1.0, logit_bias=parse_logit_bias(LETTERS), seed=2)
+    sampled = sample_completions(base.model, base.tokenizer, prompts, 8, params, chat=chat)
+    new = generate_ids(
+        base.model,
+        [chat.encode([("user", prompt)]) for prompt in prompts for _ in range(8)],
+        replace(params, stop_token_ids=chat.stop_tokens),
+    )
+    assert [one.text for own in sampled for one in own] == [base.tokenizer.decode(tokens) for tokens in new]
+    finished = [[one.text for one in own if one.finished] for own in sampled]
+    assert result["chat"] and result["unfinished"] == 48 - sum(map(len, finished)) > 0 == result["truncated"]
+    assert len(rows) == result["pairs"] > 2
+    for row in rows:
+        (asked,), answers = row["prompt"], [*row["chosen"], *row["rejected"]]
+        assert asked["role"] == "user" and {answer["role"] for answer in answers} == {"assistant"}
+        assert {answer["content"] for answer in answers} <= set(finished[prompts.index(asked["content"])])
+    judge = load("resume", str(place / "judge"), dtype="float32")
+    assert judge.template is not None
+    texts = [f"{row['prompt'][0]['content']}\n{row['chosen'][0]['content']}" for row in rows]
+    probabilities = label_probabilities(judge.model, judge.tokenizer, judge.template, texts)
+    assert [row["reward_chosen"] for row in rows] == pytest.approx([p[1] for p in probabilities], abs=1e-6)
+    records = load_dataset("", "", str(out)).splits["test"]
+    examples, _ = encode_rows(records, load_template("sentiment"), base.tokenizer, CONTEXT)
+    by_prompt = dict(zip(prompts, zip(*[iter(new)] * 8, strict=True), strict=True))
+    for row, example in zip(rows, examples, strict=True):
+        own = [[*tokens, chat.turn_end] for tokens in by_prompt[row["prompt"][0]["content"]]]
+        assert list(example.completion_ids) in own and list(example.rejected_ids) in own
+    assert result["retokenized"] == 0
+
+
+def test_auto_is_off_for_the_beginnings_of_texts_and_a_template_is_needed(place: Path, tmp_path: Path) -> None:
+    chat_model_folder(tmp_path / "tuned", CHAT)
+    more = {"init_from": str(tmp_path / "tuned"), "logit_bias": "0=3"}
+    texts = {**more, "prompts": str(place / "data"), "prompt_words": 1, "limit": 4}
+    for name, flags in {"words": texts, "off": {**more, "chat": "off"}}.items():
+        assert not make_preferences(config(place, tmp_path / f"{name}.jsonl", **flags))["chat"]
+        assert all(isinstance(row["prompt"], str) for row in read(tmp_path / f"{name}.jsonl"))
+    assert make_preferences(config(place, tmp_path / "on.jsonl", **texts, chat="on", num_samples=6))["chat"]
+    with pytest.raises(InputError, match=r"--chat on: .* has no chat template; use --chat off"):
+        make_preferences(config(place, tmp_path / "none.jsonl", chat="on"))
 
 
 # Prompts --------------------------------------------------------------------------------------------------------------

@@ -196,6 +196,7 @@ def _verbatim(out: "Console", text: str) -> None:
 def pairs(out: "Console", result: Result) -> None:
     """The number of pairs and of completions, the reasons why others made no pair, and the file."""
     unpaired = {"ties": "ties", "duplicates": "duplicates", "empty": "empty"}
+    unpaired |= {"unfinished": "not finished"} if result["chat"] else {}
     facts = {
         "pairs": f"{result['pairs']:,} from {result['answers']:,} completions of {result['prompts']:,} prompts",
         "not paired": ", ".join(f"{result[key]:,} {what}" for key, what in unpaired.items()),

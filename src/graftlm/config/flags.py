@@ -463,8 +463,10 @@ def parse_value(where: str, text: str, kind: Any) -> Any:
 
 
 def _check_allowed(where: str, value: Any, inner: Any) -> Any:
-    if get_origin(inner) is Literal and value not in get_args(inner):
-        raise InputError(f"{where}: not one of {', '.join(get_args(inner))}")
+    if get_origin(inner) is Literal:
+        value = value.lower()  # as in --quantization Q8_0, which is how llama.cpp writes it; all choices are lower-case
+        if value not in get_args(inner):
+            raise InputError(f"{where}: not one of {', '.join(get_args(inner))}")
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{where}: not a finite number")
     return value

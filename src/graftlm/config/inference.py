@@ -275,7 +275,7 @@ class PairsConfig(RunFlags, SamplingFlags):
     """Make preference pairs: sample completions, score them with a reward, and write prompt, chosen and rejected."""
 
     MAIN: ClassVar = (
-        *("prompts", "out_dir", "init_from", "prompt_words", "num_samples", "max_new_tokens", "temperature"),
+        *("prompts", "out_dir", "init_from", "prompt_words", "chat", "num_samples", "max_new_tokens", "temperature"),
         *("reward_model", "target_label", "reward_command", "pairing", "min_margin", "out"),
     )
 
@@ -289,6 +289,9 @@ class PairsConfig(RunFlags, SamplingFlags):
     """Which columns of the data to read, as text=sentence (for --prompt_words) or prompt=question."""
     bad_rows: Literal["stop", "skip"] = "stop"
     """What to do with rows that cannot be read: stop with an error that counts them by reason, or skip them."""
+    chat: Literal["auto", "on", "off"] = "auto"
+    """Make the prompts a user's messages and the completions the assistant's, in the model's chat template. auto: as in
+    graft generate; off with --prompt_words, which makes beginnings of texts."""
     limit: int = bounded(0, ge=0)
     """Use only this many prompts (a fixed sample); 0: all. Duplicates count once."""
     num_samples: int = 2

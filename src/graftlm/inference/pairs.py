@@ -5,6 +5,8 @@
 - A pair is written as the model generated it: the prompt ends without a space, and the space after it belongs to the
   completion (`text/boundary.py`); so training tokenises the prompt as sampling did. A completion's own tokens may
   still differ (a model can spell a word in two ways); `retokenized` counts those.
+- With --chat a prompt is a user's message and a completion the assistant's, and the row has lists of messages. A
+  message ends its turn, so completions that did not finish by themselves make no pair there.
 - A completion truncated at --max_new_tokens was not followed by end-of-text, and learning one there would teach the
   model to stop in the middle of a sentence. So every row records whether its two completions finished by themselves
   ("finished"), and training appends the token to those only.
@@ -39,6 +41,7 @@ from graftlm.inference.generate import Batching, ProgressCallback, generate_ids
 from graftlm.inference.sampling import SamplingParams
 from graftlm.models import CausalLM
 from graftlm.text.boundary import split_prompt
+from graftlm.text.chat import Chat
 from graftlm.text.collate import subset
 from graftlm.text.dataset import load_prompts
 from graftlm.text.records import Document
@@ -74,47 +77,69 @@ def sample_completions(
     n: int,
     params: SamplingParams,
     batching: Batching | None = None,
+    chat: Chat | None = None,
 ) -> list[list[SampledCompletion]]:
-    """`n` completions of each prompt, in order. prompts: as `split_prompt` leaves them.
+    """`n` completions of each prompt, in order.
+
+    prompts: as `split_prompt` leaves them; with `chat` each is a user's message in that template.
 
     Completion k of prompt p is row n·p + k of `generate_ids`, so it depends on the seed, p and k only, not on the
     batch. Raises what `generate_ids` raises.
     """
     repeated = [prompt for prompt in prompts for _ in range(n)]
-    ids = tokenizer.encode_prompts(repeated)
-    new = generate_ids(model, ids, replace(params, stop_token_ids=tokenizer.stop_tokens), batching=batching)
+    ids = [own for own in _prompt_ids(prompts, tokenizer, chat) for _ in range(n)]
+    stop_token_ids = (chat or tokenizer).stop_tokens
+    new = generate_ids(model, ids, replace(params, stop_token_ids=stop_token_ids), batching=batching)
     completions = []
     for text, prompt, tokens in zip(repeated, ids, new, strict=True):
         limit = min(params.limit, model.max_seq_len - len(prompt))
-        completions.append(_completion(tokenizer, (text, prompt), tokens, limit))
+        completions.append(_completion(tokenizer, (text, prompt), tokens, limit, chat))
     return [completions[start : start + n] for start in range(0, len(completions), n)]
 
 
+def _prompt_ids(prompts: Sequence[str], tokenizer: Tokenizer, chat: Chat | None) -> list[list[int]]:
+    return [chat.encode([("user", text)]) for text in prompts] if chat else tokenizer.encode_prompts(prompts)
+
+
 def _completion(
-    tokenizer: Tokenizer, prompt: tuple[str, Sequence[int]], tokens: Sequence[int], limit: int
+    tokenizer: Tokenizer,
+    prompt: tuple[str, Sequence[int]],
+    tokens: Sequence[int],
+    limit: int,
+    chat: Chat | None = None,
 ) -> SampledCompletion:
     finished = len(tokens) < limit  # only a token that ends texts ends a row earlier
     text = tokenizer.decode(tokens, prompt[1])
     while not finished and tokens and text.endswith(BROKEN):  # truncated within a character: drop its bytes
         tokens = tokens[:-1]
         text = tokenizer.decode(tokens, prompt[1])
-    return SampledCompletion(text, finished, tokenizer.encode_prompt(prompt[0] + text) == [*prompt[1], *tokens])
+    if chat and text:  # what the template writes after the answer is not sampled
+        trained = chat.answered([("user", prompt[0])], [("assistant", text)])[1][: len(prompt[1]) + len(tokens)]
+    else:
+        trained = tokenizer.encode_prompt(prompt[0] + text)
+    return SampledCompletion(text, finished, trained == [*prompt[1], *tokens])
 
 
 # Rewards --------------------------------------------------------------------------------------------------------------
 
 
 def classifier_reward(
-    model: CausalLM, tokenizer: Tokenizer, template: Template, target_label: str = "", batch_size: int = 32
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    template: Template,
+    target_label: str = "",
+    batch_size: int = 32,
+    joint: str = "",
 ) -> Reward:
     """A classifier's probability of a label for prompt and completion, joined; a text too long for it is truncated.
 
-    target_label: by its word or number; the last one by default. Raises InputError for an unknown label.
+    target_label: by its word or number; the last one by default. joint: what is between the two. Raises InputError
+    for an unknown label.
     """
     label = resolve_label(template, target_label)
 
     def reward(pairs: Sequence[tuple[str, str]], progress: ProgressCallback) -> list[float]:
-        texts = [prompt + completion for prompt, completion in pairs]
+        texts = [f"{prompt}{joint}{completion}" for prompt, completion in pairs]
         rows = label_probabilities(model, tokenizer, template, texts, Batching(batch_size, progress=progress))
         return [row[label] for row in rows]
 
@@ -197,11 +222,13 @@ def make_pairs(
     *,
     min_margin: float = 0.0,
     pairing: Literal["best", "all"] = "best",
+    in_chat: bool = False,
 ) -> tuple[list[dict[str, Any]], Counter[str]]:
     """Pairs of a better and a worse completion of the same prompt, as rows of the file, and the COUNTS.
 
     min_margin: the minimum difference of rewards; equal rewards never make a pair.
     pairing: "best": the best completion with the worst (of ties the one sampled first); "all": all with each other.
+    in_chat: whether rows have lists of messages.
     """
     rows: list[dict[str, Any]] = []
     counts = Counter(dict.fromkeys(COUNTS, 0))
@@ -220,7 +247,14 @@ def make_pairs(
                 continue
             counts["truncated"] += (not chosen.finished) + (not rejected.finished)
             counts["retokenized"] += (not chosen.roundtrips) + (not rejected.roundtrips)
-            row: dict[str, Any] = {"prompt": prompt, "chosen": chosen.text, "rejected": rejected.text}
+            said = {
+                "prompt": ("user", prompt),
+                "chosen": ("assistant", chosen.text),
+                "rejected": ("assistant", rejected.text),
+            }
+            row: dict[str, Any] = {
+                key: [{"role": role, "content": text}] if in_chat else text for key, (role, text) in said.items()
+            }
             row |= {"reward_chosen": high, "reward_rejected": low, "finished": [chosen.finished, rejected.finished]}
             rows.append(row)
     return rows, counts
@@ -250,20 +284,38 @@ def make_preferences(
         raise InputError(f"--out {out}: exists already; name a new file")
     documents = _prompts(config, note)
     loaded = load(config.init_from, config.out_dir, config.checkpoint, config.device, config.dtype, config.base_format)
-    reward = _reward(config)
-    prompts = [split_prompt(document.text, loaded.tokenizer)[0] for document in documents]
+    chat = None if config.chat == "auto" and config.prompt_words else loaded.chat(config.chat)
+    if chat:
+        note(f"prompts are messages in the model's chat template (--chat {config.chat}); --chat off continues them")
+    reward = _reward(config, chat)
+    texts = [document.text for document in documents]
+    prompts = texts if chat else [split_prompt(text, loaded.tokenizer)[0] for text in texts]
     total = len(prompts) * config.num_samples
-    _check_length(documents, loaded.tokenizer, loaded.model.max_seq_len)
+    _check_length(documents, _prompt_ids(texts, loaded.tokenizer, chat), loaded.model.max_seq_len)
     params = SamplingParams.from_flags(config)
     with progress("sample", total) as done:
         batching = Batching(config.batch_size, progress=done)
-        completions = sample_completions(loaded.model, loaded.tokenizer, prompts, config.num_samples, params, batching)
+        completions = sample_completions(
+            loaded.model, loaded.tokenizer, prompts, config.num_samples, params, batching, chat
+        )
+    if chat:
+        completions = [[one for one in own if one.finished] for own in completions]
+    unfinished = total - sum(map(len, completions))
     rewards = _score(reward, prompts, completions, progress)
-    rows, counts = make_pairs(prompts, completions, rewards, min_margin=config.min_margin, pairing=config.pairing)
+    rows, counts = make_pairs(
+        prompts,
+        completions,
+        rewards,
+        min_margin=config.min_margin,
+        pairing=config.pairing,
+        in_chat=chat is not None,
+    )
     if not rows:
+        not_finished = f"{unfinished} not finished, " if chat else ""
         raise GraftError(
-            f"{total} answers to {len(prompts)} prompts gave no pairs ({counts['empty']} empty, {counts['duplicates']} "
-            f"equal to another, {counts['ties']} ties): raise --num_samples or --temperature, or lower --min_margin"
+            f"{total} answers to {len(prompts)} prompts gave no pairs ({not_finished}{counts['empty']} empty, "
+            f"{counts['duplicates']} equal to another, {counts['ties']} ties): raise --num_samples or --temperature"
+            f"{', or --max_new_tokens' if unfinished else ''}, or lower --min_margin"
         )
     write_text(out, "".join(json.dumps(row) + "\n" for row in rows))
     scored = [value for values in rewards for value in values if not math.isnan(value)]
@@ -272,6 +324,8 @@ def make_preferences(
         "prompts": len(prompts),
         "answers": total,
         **counts,
+        "unfinished": unfinished,
+        "chat": chat is not None,
         "mean_reward": sum(scored) / len(scored),
         "seconds": time.perf_counter() - start,
         "out": str(out),
@@ -293,16 +347,16 @@ def _prompts(config: PairsConfig, note: Callable[[str], object]) -> list[Documen
     return subset(list(unique.values()), config.limit)
 
 
-def _reward(config: PairsConfig) -> Reward:
+def _reward(config: PairsConfig, chat: Chat | None) -> Reward:
     if config.reward_command:
         return command_reward(config.reward_command)
     run = load("resume", config.reward_model, "best", config.device, config.dtype)
     assert run.template is not None, "a run has a template"
-    return classifier_reward(run.model, run.tokenizer, run.template, config.target_label, config.batch_size)
+    label, joint = config.target_label, "\n" if chat else ""
+    return classifier_reward(run.model, run.tokenizer, run.template, label, config.batch_size, joint)
 
 
-def _check_length(rows: Sequence[Document], tokenizer: Tokenizer, max_seq_len: int) -> None:
-    encoded = tokenizer.encode_prompts([row.text for row in rows])
+def _check_length(rows: Sequence[Document], encoded: Sequence[Sequence[int]], max_seq_len: int) -> None:
     for row, ids in zip(rows, encoded, strict=True):
         if len(ids) >= max_seq_len:
             raise InputError(
