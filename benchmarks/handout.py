@@ -218,8 +218,8 @@ class Table:
     """Whether it is of a result that has tables instead of trials."""
 
     def pictures(self, name: str) -> dict[str, tuple[str, str]]:
-        """File name -> (title, SVG); none of runs that validate at their end only."""
-        if not any(len(curve["step"]) > 1 for curves in self.curves.values() for curve in curves):
+        """File name -> (title, SVG); none of one row, or of runs that validate at their end only."""
+        if len(self.curves) < 2 or not any(len(curve["step"]) > 1 for each in self.curves.values() for curve in each):
             return {}
         several = any(len(curves) > 1 for curves in self.curves.values())
         found = {}

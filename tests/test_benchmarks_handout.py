@@ -224,7 +224,7 @@ def test_an_earlier_table_stays_until_each_row_has_a_trial(handout: Any, recipe:
     row |= {"steps": 100, "val_loss": 0.1, "trainable": 1, "trainable_fraction": 0.1, "seconds": 60.0}
     row |= {"predicted": {"seconds": 60.0}, "examples_per_s": 1.0, "peak_rss_mb": 9.0}
     points = [{"step": step, "val_loss": 0.5, "val_accuracy": 0.5} for step in (50, 100)]
-    earlier = {"tables": {"small": [row]}, "curves": {"small": {"old": points}}, "date": "2025-01-01"}
+    earlier = {"tables": {"small": [row]}, "curves": {"small": {"old": points, "two": points}}, "date": "2025-01-01"}
     earlier |= {"config": {"budget_steps": 100, "jobs": 2}, **{k: machine("old")[k] for k in ("machine", "graftlm")}}
     found, pictures = handout.blocks("handout", [earlier])
     assert found["small"].startswith("Missing: narrow (seeds 0, 1, 2); ") and "| old | 70.0% |" in found["small"]
@@ -238,9 +238,10 @@ def test_an_earlier_table_stays_until_each_row_has_a_trial(handout: Any, recipe:
         and "| old |" in found["small"]
         and len(found["machine"].split("\n- ")) == 2
     )
-    assert ">narrow</text>" in pictures["small-val_loss.svg"] and "mean and range" not in found["small"]
+    assert ">old</text>" in pictures["small-val_loss.svg"] and "mean and range" not in found["small"]
     results = results_of(handout, recipe, tmp_path, {"narrow": [0, 2], 'wide, "r=8"': [1], "as it is": [0]})
-    found, _ = handout.blocks("handout", [*results, earlier])
+    found, pictures = handout.blocks("handout", [*results, earlier])
+    assert ">narrow</text>" in pictures["small-val_loss.svg"]
     assert found["small"].startswith('Missing: narrow (seed 1); wide, "r=8" (seeds 0, 2).\n\n| row |')
     assert "old" not in found["small"] + found["machine"]
     assert handout.blocks("handout", [])[0]["small"].startswith("Missing: ")

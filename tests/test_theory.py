@@ -1,6 +1,7 @@
 """docs/theory/: both sides of every equation agree, a flipped sign is noticed, and the pages show what is computed."""
 
 import importlib
+import json
 import re
 import shutil
 from pathlib import Path
@@ -97,16 +98,19 @@ def test_the_command_writes_nothing_where_an_equation_does_not_hold(
     assert capsys.readouterr().err == "error: does not hold: (9.9) one\n"
 
 
-def test_the_quoted_runs_are_those_of_the_handouts_page() -> None:
-    """The same rows, accuracies, intervals and lowest losses stand in docs/handout.md, under the recipe's own mark."""
-    handout = (FOLDER.parent / "handout.md").read_text(encoding="utf-8")
-    table = handout.split("<!-- alpha_or_lr -->\n")[1].split("<!-- end -->")[0]
-    block = TEXTS["low_rank.md"].split("<!-- runs -->\n")[1].split("<!-- end -->")[0]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()[2:]]
-    assert len(rows) == 3
-    for name, _, loss, accuracy, interval in rows:
-        (line,) = [line for line in table.splitlines() if line.startswith(f"| {name} | ")]
-        assert all(f"| {figure} |" in line for figure in (loss, accuracy, interval))
+def test_the_quoted_runs_are_those_of_a_committed_result() -> None:
+    """The same rows, accuracies, intervals and losses are in the result that low_rank.md names."""
+    before, block = TEXTS["low_rank.md"].split("<!-- runs -->\n")
+    (name,) = re.findall(r"\(\.\./\.\./(benchmarks/results/\S+\.json)\)", before)
+    result = json.loads((FOLDER.parents[1] / name).read_text(encoding="utf-8"))
+    expected = [
+        [row["name"], f"{early:.3f}", f"{row['val_loss']:.3f}", f"{row['accuracy']:.1%}", f"{low:.1f} to {high:.1f}"]
+        for row in result["tables"]["alpha_or_lr"]
+        for low, high in [(100 * row["low"], 100 * row["high"])]
+        for early in [next(x["val_loss"] for x in result["curves"]["alpha_or_lr"][row["name"]] if x["step"] == 10)]
+    ]
+    lines = block.split("<!-- end -->")[0].splitlines()[2:]
+    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in lines] == expected and len(lines) == 3
 
 
 def test_alpha_is_bs_learning_rate_in_a_model_too() -> None:
