@@ -18,7 +18,7 @@ import pytest
 from graftlm import cli
 from graftlm.config.flags import parse
 from graftlm.models.config import FAMILIES
-from tiny import data_folder, model_folder
+from tiny import data_folder, fresh_home, model_folder
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "benchmarks" / "README.md"])
@@ -206,7 +206,7 @@ def test_the_programs_of_the_library_run(
     for name in ("reviews.csv", "test.csv"):
         (tmp_path / name).write_text("text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in rows))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("GRAFT_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("GRAFT_HOME", fresh_home(tmp_path / "home"))
     program = program.replace("smollm2-135m", str(base.parent)).replace("rotten-tomatoes-pypi", str(data))
     if "init_from" not in program:
         program = program.replace("rank=16, max_iters=200", f"rank=16, max_iters=2, init_from={str(base.parent)!r}")

@@ -28,7 +28,7 @@ from graftlm.files.assets import model_folder as asset_folder
 from graftlm.training import trainer as trainer_module
 from hub_mirror import serve
 from soak.forks import Forks
-from tiny import TEMPLATE, data_folder, model_folder
+from tiny import TEMPLATE, data_folder, fresh_home, model_folder
 
 ROW = '{"text": "good fun", "label": 1}\n'
 Refuse = Callable[..., str]
@@ -59,7 +59,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty working directory and empty caches; one thread, and this process's memory left as it is."""
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
-    monkeypatch.setenv("GRAFT_HOME", str(tmp_path / "graft"))
+    monkeypatch.setenv("GRAFT_HOME", fresh_home(tmp_path / "graft"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "1")
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_ENDPOINT"):

@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from datetime import date
@@ -24,11 +23,10 @@ from torch import nn
 import graftlm
 from graftlm.config import EvaluateConfig, ReportConfig, TrainConfig
 from graftlm.errors import InputError
-from graftlm.files.assets import cache_home
 from graftlm.files.in_memory import rows_file
 from graftlm.inference.sampling import SamplingParams
 from graftlm.methods import LoRA
-from tiny import TEMPLATE, model_folder
+from tiny import TEMPLATE, fresh_home, model_folder
 
 WORDS = (("bad", "dull", "weak"), ("good", "fun", "fine"))
 ROWS = [{"text": f"{WORDS[i % 2][i % 3]} {'x' * (i % 7)}{i}", "label": i % 2} for i in range(60)]
@@ -38,11 +36,9 @@ QUIET = Console(quiet=True)
 @pytest.fixture(scope="module", autouse=True)
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A cache of its own, with the kernels that are compiled already."""
-    folder, compiled = tmp_path_factory.mktemp("home"), cache_home() / "compiled"
-    if compiled.is_dir():
-        shutil.copytree(compiled, folder / "compiled")
+    folder = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GRAFT_HOME", str(folder))
+        patch.setenv("GRAFT_HOME", fresh_home(folder))
         yield folder
 
 

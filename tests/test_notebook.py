@@ -25,7 +25,7 @@ from graftlm.cli import COMMANDS, main
 from graftlm.config import TrainConfig
 from graftlm.config.flags import parse
 from soak.forks import Forks, ask_script
-from tiny import data_folder, model_folder, shape_of
+from tiny import data_folder, fresh_home, model_folder, shape_of
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "notebooks" / "run_in_colab.ipynb"
@@ -62,7 +62,7 @@ def home_of_its_own(folder: Path) -> dict[str, str]:
     theirs = ("JUPYTER", "IPYTHON", "XDG_", "MPL", "GRAFT_", "FORCE_COLOR")
     kept = {name: value for name, value in child_environment().items() if not name.startswith(theirs)}
     (folder / "tmp").mkdir()
-    own = {"HOME": str(folder), "GRAFT_HOME": str(folder / "graft"), "TMPDIR": str(folder / "tmp")}
+    own = {"HOME": str(folder), "GRAFT_HOME": fresh_home(folder / "graft"), "TMPDIR": str(folder / "tmp")}
     return {**kept, **own, "OMP_NUM_THREADS": "1"}  # what is so small only waits for a second thread
 
 

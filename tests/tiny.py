@@ -9,9 +9,21 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from graftlm.files.assets import cache_home
 from graftlm.models import CausalLM, ModelConfig
 from graftlm.models.config import FAMILIES as FAMILY_TABLE
 from graftlm.models.config import RopeConfig, to_file
+
+
+def fresh_home(folder: Path) -> str:
+    """A GRAFT_HOME that is empty but for the compiled kernels: compiling them takes longer than most tests."""
+    compiled = cache_home() / "compiled"
+    compiled.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "compiled").exists():
+        (folder / "compiled").symlink_to(compiled)
+    return str(folder)
+
 
 FAMILIES = ("gpt2", "llama", "llama-biased", "neox")
 

@@ -26,7 +26,7 @@ from graftlm.models.packed import FORMATS, packed_weights
 from graftlm.studies.cost_report import estimate
 from graftlm.training.train import train
 from graftlm.training.trainer import Trainer
-from tiny import data_folder
+from tiny import data_folder, fresh_home
 
 CPU = torch.device("cpu")
 IDS = torch.randint(0, VOCAB, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -136,7 +136,7 @@ def losses(out_dir: Path) -> list[float]:
 @pytest.fixture(scope="module", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GRAFT_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.setenv("GRAFT_HOME", fresh_home(tmp_path_factory.mktemp("home")))
         yield
 
 

@@ -31,7 +31,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / 
 
 from soak.faults import PHASES, Fault, calls  # noqa: E402
 from soak.forks import Forks, ask_script  # noqa: E402
-from tiny import TEMPLATE, data_folder, model_folder  # noqa: E402
+from tiny import TEMPLATE, data_folder, fresh_home, model_folder  # noqa: E402
 
 TIMES = {"examples_per_s", "tokens_per_s", "seconds", "peak_rss_mb"}
 MADE = (".tmp-", ".old-")
@@ -61,7 +61,7 @@ class Case:
         raise NotImplementedError
 
     def environment(self, folder: Path, assets: Path) -> dict[str, str]:
-        return {"GRAFT_HOME": str(folder / "home")}
+        return {"GRAFT_HOME": fresh_home(folder / "home")}
 
     def prelude(self, assets: Path) -> str:
         """Python that runs in the command's process before it begins."""
@@ -256,7 +256,7 @@ class Fetch(OneThing):
     """A data set out of a wheel."""
 
     def environment(self, folder: Path, assets: Path) -> dict[str, str]:
-        return {"GRAFT_HOME": str(folder / "home"), "GRAFT_WHEEL_DIR": str(assets)}
+        return {"GRAFT_HOME": fresh_home(folder / "home"), "GRAFT_WHEEL_DIR": str(assets)}
 
     def prelude(self, assets: Path) -> str:
         return ASSET.replace("WHEEL_HASH", digest(assets / WHEEL))
@@ -307,9 +307,9 @@ def make_assets(forks: Forks, assets: Path) -> None:
         archive.writestr("tiny/rows.csv", ROWS)
         archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-reviews\nVersion: 1.0\n")
     log, words = assets / "log.txt", CASES["train"].words(assets, assets)
-    assert forks.run(*words, cwd=assets, log=log, GRAFT_HOME=str(assets / "home")) == 0, log.read_text()
+    assert forks.run(*words, cwd=assets, log=log, GRAFT_HOME=fresh_home(assets / "home")) == 0, log.read_text()
     words = f"export --out_dir {assets}/run --to {assets}/adapter".split()
-    assert forks.run(*words, cwd=assets, log=log, GRAFT_HOME=str(assets / "home")) == 0, log.read_text()
+    assert forks.run(*words, cwd=assets, log=log, GRAFT_HOME=fresh_home(assets / "home")) == 0, log.read_text()
 
 
 # One kill, and what comes of it ---------------------------------------------------------------------------------------
@@ -354,7 +354,7 @@ class Soak:
     def life_of(self, words: Sequence[str], cwd: Path, log: Path, fault: Fault | None = None) -> int:
         """Any command, in a folder, with a home of its own."""
         asked = fault.to_json() if fault else ""
-        return self.forks.run(*words, cwd=cwd, log=log, fault=asked, GRAFT_HOME=str(self.work / "home"))
+        return self.forks.run(*words, cwd=cwd, log=log, fault=asked, GRAFT_HOME=fresh_home(self.work / "home"))
 
     def reference(self, name: str) -> Reference:
         """What the case comes to without a fault; done twice, which must agree."""

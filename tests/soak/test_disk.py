@@ -12,6 +12,7 @@ import pytest
 
 from soak.faults import Fault
 from soak.kills import CASES, FAILURES, Soak, run_result
+from tiny import fresh_home
 
 FEW = {"train": 2, "train-layers": 1, "compare": 1}
 HERE = {error: number for number, (error, _) in enumerate(FAILURES)}
@@ -53,7 +54,9 @@ def test_a_clock_that_jumps_changes_nothing(soak: Soak, tmp_path: Path) -> None:
     case = CASES["train"]
     jump = "import itertools, time; n, t = itertools.count(), time.time; time.time = lambda: t() - 1e5 * next(n)"
     words = case.words(tmp_path, soak.assets)
-    assert soak.forks.run(*words, cwd=tmp_path, log=tmp_path / "log", prelude=jump, GRAFT_HOME=str(tmp_path)) == 0
+    assert (
+        soak.forks.run(*words, cwd=tmp_path, log=tmp_path / "log", prelude=jump, GRAFT_HOME=fresh_home(tmp_path)) == 0
+    )
     assert case.result(tmp_path, soak.assets) == soak.reference("train").result
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(a["seconds"] < b["seconds"] for a, b in pairwise(rows)) and rows[-1]["seconds"] < 100
@@ -107,7 +110,7 @@ def test_on_another_machine_its_data_and_model_are_given_anew(soak: Soak, tmp_pa
 
 
 def test_two_that_want_one_run_folder(soak: Soak, tmp_path: Path) -> None:
-    log, home = tmp_path / "log", str(tmp_path / "home")
+    log, home = tmp_path / "log", fresh_home(tmp_path / "home")
     words = [*CASES["train"].words(tmp_path, soak.assets), "--max_iters=100000", "--eval_every=5"]
     first = soak.forks.start(*words, cwd=tmp_path, log=log, GRAFT_HOME=home)
     try:

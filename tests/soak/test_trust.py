@@ -16,6 +16,7 @@ from graftlm.files.fetch import PinnedWheel, wheel_file, wheel_member
 from graftlm.files.formats import load_safetensors, read_weights
 from graftlm.files.gguf import gguf_to_folder
 from soak.kills import CASES, Soak
+from tiny import fresh_home
 
 ROOT = Path(__file__).parents[2]
 LONG = "x" * 300 + ".safetensors"
@@ -53,7 +54,9 @@ def test_a_secret_of_the_environment_is_written_nowhere(soak: Soak, tmp_path: Pa
         (f"report {run} --out {tmp_path}/report.html".split(), 0),
         (["evaluate", "--out_dir", str(tmp_path / "none"), "--debug"], 2),
     ):
-        assert soak.forks.run(*words, cwd=tmp_path, log=log, GRAFT_HOME=str(tmp_path / "home"), **secrets) == status
+        assert (
+            soak.forks.run(*words, cwd=tmp_path, log=log, GRAFT_HOME=fresh_home(tmp_path / "home"), **secrets) == status
+        )
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {"log.txt", "run.json", "metrics.jsonl", "report.html", "export.json"} <= {path.name for path in files}
     assert not [path for path in files if SECRET.encode() in path.read_bytes()]

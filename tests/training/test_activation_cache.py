@@ -25,12 +25,12 @@ from graftlm.training.activation_cache import GROUP, ActivationCache, CacheSpec,
 from graftlm.training.batches import CollateOptions, make_microbatches
 from graftlm.training.objectives.sft import SFT
 from graftlm.training.train import train
-from tiny import TEMPLATE, data_folder, model_folder, model_of
+from tiny import TEMPLATE, data_folder, fresh_home, model_folder, model_of
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("GRAFT_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("GRAFT_HOME", fresh_home(tmp_path / "home"))
     return tmp_path / "home"
 
 

@@ -21,7 +21,7 @@ from graftlm.training.batches import CollateOptions, make_microbatches
 from graftlm.training.objectives.sft import SFT
 from graftlm.training.packing import pack_rows, row_width
 from graftlm.training.train import train
-from tiny import model_folder
+from tiny import fresh_home, model_folder
 
 
 def model_of_case(case: str) -> CausalLM:
@@ -162,7 +162,7 @@ def config(base: Path, data: Path, out: Path, **more: Any) -> TrainConfig:
 def test_a_packed_run_takes_the_same_steps(
     base: Path, data: Path, tmp_path: Path, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("GRAFT_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("GRAFT_HOME", fresh_home(tmp_path / "home"))
     made, real = list[int](), batches.pack_rows
     monkeypatch.setattr(batches, "pack_rows", lambda *a: made.append(len(real(*a))) or real(*a))
     rows: dict[bool, list[dict[str, Any]]] = {}

@@ -17,7 +17,7 @@ from graftlm.training import token_cache
 from graftlm.training.data import DataRequest
 from graftlm.training.token_cache import DataKey, PreparedData, TokenCache
 from graftlm.training.train import train
-from tiny import model_folder
+from tiny import fresh_home, model_folder
 
 CHANGED = {"out_dir", "resume", "max_iters"}
 
@@ -29,7 +29,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("GRAFT_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("GRAFT_HOME", fresh_home(tmp_path / "home"))
     monkeypatch.setattr(token_cache, "MIN_EXAMPLES", 1)
     return tmp_path / "home" / "tokens"
 
