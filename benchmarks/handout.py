@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median_low
 from typing import Any
 
 import harness
@@ -241,7 +241,7 @@ def at_each_step(curves: Sequence[Curve], key: str) -> dict[float, list[float]]:
 
 
 def table_of_trials(recipe: Recipe, trials: Trials) -> Table:
-    """The table of those trials of a recipe that are done."""
+    """The table of those trials of a recipe that are done; times are of trials without other work on the machine."""
     missing = recipe.missing(trials)
     done = [(trial, trials[trial.id]) for trial in recipe.trials if trial not in missing]
     results = [
@@ -251,8 +251,14 @@ def table_of_trials(recipe: Recipe, trials: Trials) -> Table:
     for trial, each in done:
         if trial.trains:
             curves.setdefault(trial.row, []).append(each["curve"])
+    rows = make_rows(results)
+    for row in (row for row in rows if row["steps"] is not None):
+        quiet = [each["run"]["results"] for trial, each in done if trial.row == row["name"] and not each["other_work"]]
+        row |= {
+            key: median_low(each[key] for each in quiet) if quiet else None for key in ("seconds", "examples_per_s")
+        }
     note = f"Missing: {listed((trial.row, trial.seed) for trial in missing)}." if missing else ""
-    return Table(make_rows(results), curves, note)
+    return Table(rows, curves, note)
 
 
 def table_of_earlier(name: str, result: Mapping[str, Any]) -> Table:
@@ -302,7 +308,7 @@ def origins(shown: Iterable[Saved]) -> list[str]:
     found: dict[str, list[tuple[str, int]]] = {}
     for trial in merge(shown).values():
         dtype = f", {trial['dtype']}" if "dtype" in trial else ""
-        how = at_once(trial["jobs"]) + dtype + ", next to other work, so its minutes say little" * trial["other_work"]
+        how = at_once(trial["jobs"]) + dtype + ", next to other work (times not shown)" * trial["other_work"]
         found.setdefault(f"{trial['date']}, {how}. {machine(trial)}", []).append((trial["row"], trial["seed"]))
     return [f"{origin.removesuffix('.')}: {listed(pairs)}." for origin, pairs in sorted(found.items())]
 
@@ -338,7 +344,10 @@ FLAGS: dict[str, dict[str, Any]] = {
     },
     "collect": {"action": "store_true", "help": "only take finished trials; train nothing"},
     "jobs": {"type": int, "default": 1, "help": "runs at the same time (default 1), also with --collect"},
-    "other-work": {"action": "store_true", "help": "the machine did other work meanwhile"},
+    "other-work": {
+        "action": "store_true",
+        "help": "other processes used the machine or paused the runs: show no times",
+    },
 }
 
 if __name__ == "__main__":

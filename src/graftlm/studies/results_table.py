@@ -151,12 +151,13 @@ def _format_row(row: Mapping[str, Any], checkpoints: bool, seeds: bool) -> list[
         delta = "" if row.get("p") is None else f"{100 * row['delta_vs_baseline']:+.1f}, p = {row['p']:.2g}"
         cells += [f"{row['accuracy']:.1%}", f"{100 * row['ci_low']:.1f} to {100 * row['ci_high']:.1f}", delta]
     if row.get("steps") is not None:
+        timed = row["seconds"] is not None
         cells += [
             f"{row['val_loss']:.3f}",
             f"{row['trainable']:,} ({row['trainable_fraction']:.2%})",
             f"{row['steps']:g}",
-            f"{row['seconds'] / 60:.1f} ({row['predicted']['seconds'] / 60:.1f})",
-            f"{row['examples_per_s']:.1f}",
+            f"{row['seconds'] / 60:.1f} ({row['predicted']['seconds'] / 60:.1f})" if timed else "",
+            f"{row['examples_per_s']:.1f}" if timed else "",
             f"{row['peak_rss_mb']:,.0f}",
         ]
     return cells + [""] * (len(COLUMNS) - len(cells))
