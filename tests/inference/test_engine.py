@@ -145,6 +145,20 @@ def results(tickets: Sequence[RequestHandle]) -> list[Completion]:
 # What is answered -----------------------------------------------------------------------------------------------------
 
 
+def test_prompts_are_read_beside_rows_that_are_decoded(folders: dict[str, Path], loaded: ModelBundle) -> None:
+    """In float32, where one pass of the C++ program does both: as with passes of PyTorch."""
+    answers = []
+    for fused in (True, False):
+        model = load_model(loaded.folder, torch.device("cpu"), torch.float32)
+        model.use_fused_ops(fused)
+        engine = Engine(replace(loaded, model=model), folders, max_rows=8)
+        asked = [changed(each, max_new_tokens=20) for each in requests(loaded, 20, temperature=0)]  # others join later
+        asked += [replace(each, prompt=(*each.prompt, *each.prompt, 7)) for each in asked]  # known in part
+        answers.append([done.tokens for done in results([engine.submit(each) for each in asked])])
+        engine.close()
+    assert answers[0] == answers[1]
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_a_mixed_batch_gives_each_what_generate_gives_it_alone(
     engine: Engine, loaded: ModelBundle, alone: dict[str | None, CausalLM], temperature: float

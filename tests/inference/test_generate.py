@@ -10,12 +10,13 @@ from torch import nn
 
 from graftlm.config import GenerateConfig, PromptConfig
 from graftlm.errors import GraftError, InputError
+from graftlm.inference import decoder, sampling
 from graftlm.inference import generate as module
-from graftlm.inference import sampling
 from graftlm.inference.decoder import compact, prefill_shared_prefix
 from graftlm.inference.generate import Batching, eval_mode, generate, generate_ids
 from graftlm.inference.sampling import SamplingParams, candidates, counter_based_uniform, sample_tokens
 from graftlm.models import CausalLM
+from graftlm.models.decode_kernels import decode_program
 from graftlm.serving.schemas import CompletionBody
 from graftlm.text.stream import TextStream
 from inference.tiny import CONTEXT, VOCAB, full_logits, ragged, stopping, tiny, words
@@ -60,6 +61,16 @@ def test_greedy_equals_full_forwards(family: str, batch_size: int, shared: int) 
         )
         == expected
     )
+
+
+@pytest.mark.parametrize("most", [1, 5, 1024])
+@pytest.mark.parametrize("shared", [0, 5])
+def test_prompts_read_by_the_program_in_any_parts(shared: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder, "MAX_PROGRAM_TOKENS", most)
+    model, prompts = tiny("llama").float(), ragged([9, 6, 17, 7, 6, 12, 28], shared)
+    assert decode_program(model) is not None
+    expected = [naive(model, prompt, 12, -1) for prompt in prompts]
+    assert generate_ids(model, prompts, stopping(12, -1), batching=Batching(3)) == expected
 
 
 def test_the_prefix_is_run_once_and_shared() -> None:

@@ -1,7 +1,8 @@
 """The batched decoder: read prompts once (prefill), then one token per row and step with a KV cache (decode).
 
-- Rows are right-padded only. Each row decodes at its own position, so a ragged batch needs no mask and no position
-  correction, and computes what each row computes in a batch of its own.
+- One pass of the C++ program (`models/decode_kernels.py`) feeds each row what it has not read: a prompt, or one token.
+- Without the program rows are right-padded, and prompts are read in passes of their own. Each row decodes at its own
+  position, so a ragged batch needs no mask and no position correction, and computes what each row computes alone.
 - The common prefix of all prompts is computed once per call and never copied (a shared `KVCache`).
 - A finished row leaves the batch: the cache is compacted in place, and a step costs what its unfinished rows cost.
   Rows may also join between steps (continuous batching), which the server's engine (`engine.py`) does.
@@ -10,7 +11,8 @@
 Letters: B rows, T tokens of a pass, V tokens of the vocabulary.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -28,6 +30,8 @@ FIRST_CAPACITY = 32
 MAX_PASS_TOKENS = 4096
 """Padded tokens of a pass without gradient, unless a single row has more. Such a pass keeps one layer's activations, so
 it takes less memory than a training pass of an eighth of them (--microbatch_tokens 512) in 8 layers or more."""
+MAX_PROGRAM_TOKENS = 1024
+"""Tokens of a pass of the C++ program (`decode_kernels.py`); what one row has beyond them is read in the next pass."""
 
 
 class Row:
@@ -71,12 +75,18 @@ class Row:
 class DecodingBatch:
     """Rows that are decoded together, and their KV cache: new rows join at the end, finished ones leave anywhere.
 
-    prefix: what precedes every row's prompt. The cache is one block of memory of as many rows and tokens as were
-    reserved; a step reads only the rows in use, up to the length of the longest one.
+    prefix: what precedes every row's prompt. using: what surrounds a pass of these rows. The cache is one block of
+    memory of as many rows and tokens as were reserved; a step reads only the rows in use, up to the length of the
+    longest one.
     """
 
-    def __init__(self, model: CausalLM, prefix: Sequence[KVCache] = ()) -> None:
-        self._model, self._prefix, self._program = model, prefix, decode_program(model)
+    def __init__(
+        self,
+        model: CausalLM,
+        prefix: Sequence[KVCache] = (),
+        using: Callable[[Sequence[Row]], AbstractContextManager[None]] = lambda rows: nullcontext(),
+    ) -> None:
+        self._model, self._prefix, self._program, self._using = model, prefix, decode_program(model), using
         self._cache = model.empty_cache(0, 0)
         self.rows: list[Row] = []
         self._lengths: list[int] = []  # tokens in the cache, by row
@@ -99,47 +109,96 @@ class DecodingBatch:
                 tensors[layer] = old.new_zeros(rows, old.shape[1], tokens, old.shape[3])
                 tensors[layer][used] = old[used]
 
-    def join(self, rows: Sequence[Row], known: Sequence[KVCache | None] = ()) -> Tensor:
-        """Read the prompts of B new rows, as `read` does; the logits [B, V] after each prompt."""
-        return self._model.logits(self.read(rows, known)[:, 0])
-
-    def read(self, rows: Sequence[Row], known: Sequence[KVCache | None] = (), every: bool = False) -> Tensor:
-        """Read the prompts of B new rows; the hidden states [B, 1, d] after each prompt.
-
-        every: instead those [B, T, d] after every token that is read.
-        known: of each row, keys and values of its prompt's first tokens, which are then not read; `fits_together` says
-        whether these rows can be read in one pass.
-        """
-        starts = [0 if cache is None else cache.size for cache in known] or [0] * len(rows)
-        ids, lengths = right_pad([row.prompt[n:] for row, n in zip(rows, starts, strict=True)], self._model.device)
-        first, (b, width) = len(self._lengths), ids.shape
-        most = max(row.capacity for row in (*self.rows, *rows))
-        self._ensure_capacity(first + b, max(starts) + width, FIRST_CAPACITY, most)
+    def add(self, rows: Sequence[Row], known: Sequence[KVCache | None] = ()) -> None:
+        """New rows, whose prompts are read in the next step. known: keys and values of each prompt's first tokens."""
+        first, every = len(self.rows), [*self.rows, *rows]
+        longest = max(len(row.prompt) for row in rows)
+        self._ensure_capacity(len(every), longest, FIRST_CAPACITY, max(row.capacity for row in every))
         for row, cache in enumerate(known, start=first):
             if cache is not None:
                 for own, read in ((self._cache.keys, cache.keys), (self._cache.values, cache.values)):
                     for mine, its in zip(own, read, strict=True):
                         mine[row, :, : cache.size] = its[0]
-        part = self._part(slice(first, first + b), max(starts) + width, starts)
-        past = [*self._prefix, part] if any(starts) else self._prefix
-        hidden = self._model.hidden_states(ids, past, part, None if every else lengths[:, None] - 1)
-        self._lengths += [len(row.prompt) for row in rows]
-        self.rows = [*self.rows, *rows]
-        return hidden
+        self._lengths += [0 if cache is None else cache.size for cache in known or [None] * len(rows)]
+        self.rows = every
+
+    def join(self, rows: Sequence[Row]) -> Tensor:
+        """Read the prompts of B new rows; the logits [B, V] after each."""
+        self.add(rows)
+        return self._feed(len(self.rows) - len(rows), len(self.rows))
 
     def step(self) -> Tensor:
-        """Feed each of the B rows its newest token; the logits [B, V] after it."""
-        longest = max(self._lengths) + 1
+        """Feed each of the B rows what it has not read, its prompt or its newest token; the logits [B, V] after it."""
+        return self._feed(0, len(self.rows))
+
+    def _feed(self, first: int, end: int) -> Tensor:
+        """The logits after what these rows have not read."""
+        if self._program is None:
+            passes = list(self._padded_passes(first, end))
+            return torch.cat([self._model.logits(self.read(start, stop)[:, 0]) for start, stop in passes])
+        longest = max(len(row.prompt) + len(row.tokens) for row in self.rows)
         self._ensure_capacity(len(self.rows), longest, longest, max(row.capacity for row in self.rows))
-        ids = torch.tensor([row.tokens[-1] for row in self.rows], device=self._model.device)
-        if self._program is not None:
-            cache = KVCache(self._cache.keys, self._cache.values, torch.tensor(self._lengths))
-            logits = self._program.step(ids, self._prefix, cache)
-        else:
-            part = self._part(slice(len(self.rows)), longest, self._lengths)
-            logits = self._model(ids[:, None], past=[*self._prefix, part], cache=part)[:, 0]
-        self._lengths = [length + 1 for length in self._lengths]
+        logits = torch.empty(end - first, self._model.config.vocab_size)
+        row = first
+        while row < end:
+            fed, left = list[list[int]](), MAX_PROGRAM_TOKENS
+            while left and row + len(fed) < end:
+                fed.append(self._unread(row + len(fed))[:left])
+                left -= len(fed[-1])
+            self._run_program(row, fed, logits[row - first : row - first + len(fed)])
+            row += len(fed)
+            row -= bool(self._unread(row - 1))  # the rest of the last one is fed in the next pass
         return logits
+
+    def _run_program(self, first: int, fed: Sequence[Sequence[int]], logits: Tensor) -> None:
+        """Feed these tokens to as many rows, from the first on; the logits [B, V] after them are written."""
+        assert self._program is not None
+        rows = slice(first, first + len(fed))
+        cache = KVCache(self._cache.keys, self._cache.values, torch.tensor(self._lengths[rows]))
+        if first:
+            cache.keys, cache.values = ([t[rows] for t in tensors] for tensors in (cache.keys, cache.values))
+        ids = torch.tensor([token for tokens in fed for token in tokens])
+        with self._using(self.rows[rows]):
+            self._program.step(ids, self._prefix, cache, [len(tokens) for tokens in fed], logits)
+        self._lengths[rows] = [length + len(tokens) for length, tokens in zip(self._lengths[rows], fed, strict=True)]
+
+    def read(self, first: int, end: int, every: bool = False) -> Tensor:
+        """Feed B rows what they have not read, without the program; the hidden states [B, 1, d] after the last token.
+
+        every: instead those [B, T, d] after every token that is read.
+        """
+        starts = self._lengths[first:end]
+        ids, lengths = right_pad([self._unread(row) for row in range(first, end)], self._model.device)
+        tokens = max(starts) + ids.shape[1]
+        self._ensure_capacity(len(self.rows), tokens, tokens, max(row.capacity for row in self.rows))
+        part = self._part(slice(first, end), tokens, starts)
+        past = [*self._prefix, part] if any(starts) else self._prefix
+        with self._using(self.rows[first:end]):
+            hidden = self._model.hidden_states(ids, past, part, None if every else lengths[:, None] - 1)
+        self._lengths[first:end] = [start + length for start, length in zip(starts, lengths.tolist(), strict=True)]
+        return hidden
+
+    def _padded_passes(self, first: int, end: int) -> Iterator[tuple[int, int]]:
+        """Runs of rows that are read in one pass, padded to the longest: either new or not, and with room in the cache.
+
+        What is padded comes after what each row has read, and must fit into the cache.
+        """
+        most, start = max(row.capacity for row in self.rows), first
+        longest = widest = 0
+        for row in range(first, end):
+            length, width = self._lengths[row], len(self._unread(row))
+            same = bool(self.rows[row].tokens) == bool(self.rows[start].tokens)
+            if row > start and not (same and max(longest, length) + max(widest, width) <= most):
+                yield start, row
+                start, longest, widest = row, 0, 0
+            longest, widest = max(longest, length), max(widest, width)
+        yield start, end
+
+    def _unread(self, row: int) -> list[int]:
+        """The tokens that a row has not read: of its prompt, or its newest one."""
+        length, own = self._lengths[row], self.rows[row]
+        read = length - len(own.prompt)
+        return own.tokens[read:] if read >= 0 else [*own.prompt[length:], *own.tokens]
 
     def evict(self, stays: Sequence[bool]) -> list[int]:
         """Drop rows; returns the old index of each remaining row. Without rows the memory is freed."""
@@ -171,15 +230,6 @@ class DecodingBatch:
         """Views of some rows of these lengths, up to this many tokens."""
         keys, values = ([t[rows, :, :tokens] for t in tensors] for tensors in (self._cache.keys, self._cache.values))
         return KVCache(keys, values, torch.tensor(lengths, device=self._model.device))
-
-
-def fits_together(rows: Sequence[tuple[Row, int]]) -> bool:
-    """Whether new rows, of whose prompts the first tokens are known, can be read in one pass.
-
-    A pass pads what is left of the prompts to the longest; after the known tokens of each, that must fit in the cache.
-    """
-    width = max(len(row.prompt) - known for row, known in rows)
-    return max(known for _, known in rows) + width <= max(row.capacity for row, _ in rows)
 
 
 def choose_tokens(logits: Tensor, rows: Sequence[Row]) -> list[int]:

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from graftlm.errors import GraftError, InputError, Overloaded, ShuttingDown, unknown_name_error
 from graftlm.exchange.load import ModelBundle, read_adapters
-from graftlm.inference.decoder import DecodingBatch, choose_tokens, fits_together
+from graftlm.inference.decoder import DecodingBatch, Row, choose_tokens
 from graftlm.inference.grammar import constrain
 from graftlm.inference.prefix_cache import PrefixCache, ReadText
 from graftlm.inference.requests import (
@@ -57,7 +57,7 @@ from graftlm.text.stream import TextStream
 MAX_SCORED_TOKENS = 256
 """Logits of this many prompt tokens are computed at once; at V = 50,000 they take 50 MB."""
 MAX_PREFILL_TOKENS = 512
-"""Padded tokens of new prompts that are read between two steps: a longer pass would keep the running rows waiting."""
+"""Tokens of new prompts, padded, that are read in one step: a longer pass would keep the running rows waiting."""
 
 
 class Engine:
@@ -95,7 +95,7 @@ class Engine:
         self._counts = {"completed": 0, "cancelled": 0, "failed": 0, "tokens_generated": 0, "max_batch_size_seen": 0}
         self._counts["prompt_tokens_read"] = 0
         self._rows: list[RequestHandle] = []
-        self._batch = DecodingBatch(self._model)  # used by the engine's thread only, as is the next
+        self._batch = DecodingBatch(self._model, using=self._using)  # used by the engine's thread only, as is the next
         self._prefixes = PrefixCache(max_tokens // 8 if prefix_tokens is None else prefix_tokens)
         self._thread = threading.Thread(target=self._work, name="graft-engine", daemon=True)
         self._thread.start()
@@ -244,7 +244,7 @@ class Engine:
                 self._fail_batch(affected, as_graft_error(caught.error, "the engine"))
 
     def _join(self, affected: list[Any]) -> None:
-        """Read the prompts of the requests that join now."""
+        """Take in the requests that join now; their prompts are read in the next step."""
         joining = self._schedule()
         affected += [*self._rows, *joining]  # a partly written cache is lost for all rows
         if not joining:
@@ -259,29 +259,23 @@ class Engine:
             else self._prefixes.find(each.request.adapter, each.prompt[:-1], running)
             for each in joining
         ]
-        groups: list[list[tuple[RequestHandle, KVCache | None]]] = []
-        for each in sorted(zip(joining, known, strict=True), key=lambda pair: (_is_scored(pair[0]), _size(pair[1]))):
-            if not groups or not _read_together([*groups[-1], each]):
-                groups.append([])
-            groups[-1].append(each)
-        logits = [self._read(group) for group in groups]  # before any row leaves, which moves the rows that are known
-        self._sample_and_emit([handle for group in groups for handle, _ in group], torch.cat(logits))
-
-    def _read(self, group: Sequence[tuple[RequestHandle, KVCache | None]]) -> Tensor:
-        """Read prompts from where they are known, in one pass; the logits [B, V] after them."""
-        joining, caches = [handle for handle, _ in group], [cache for _, cache in group]
-        with self._using([handle.request.adapter for handle in joining]):
-            hidden = self._batch.read(joining, caches, _is_scored(joining[0]))
-        if _is_scored(joining[0]):
-            for handle, own in zip(joining, hidden, strict=True):
-                handle.prompt_logprobs = self._score_prompt(handle, own)
-        last = [len(handle.prompt) - 1 if _is_scored(handle) else 0 for handle in joining]
-        logits = self._model.logits(hidden[range(len(joining)), last])
+        found = sorted(zip(joining, known, strict=True), key=lambda pair: (_is_scored(pair[0]), _size(pair[1])))
+        self._batch.add([handle for handle, _ in found], [cache for _, cache in found])
         with self._changed:
-            self._rows = [*self._rows, *joining]
+            self._rows = [*self._rows, *(handle for handle, _ in found)]
             self._counts["max_batch_size_seen"] = max(self._counts["max_batch_size_seen"], len(self._rows))
-            self._counts["prompt_tokens_read"] += sum(len(handle.prompt) - _size(cache) for handle, cache in group)
-        return logits
+            self._counts["prompt_tokens_read"] += sum(len(handle.prompt) - _size(cache) for handle, cache in found)
+        if scored := [handle for handle in self._rows if _is_scored(handle) and handle in joining]:
+            self._read_scored(scored)
+
+    def _read_scored(self, handles: Sequence[RequestHandle]) -> None:
+        """Read the prompts of the last rows, whose log-probabilities are asked for."""
+        first = len(self._rows) - len(handles)
+        hidden = self._batch.read(first, len(self._rows), every=True)
+        for handle, own in zip(handles, hidden, strict=True):
+            handle.prompt_logprobs = self._score_prompt(handle, own)
+        last = [len(handle.prompt) - 1 for handle in handles]
+        self._sample_and_emit(handles, self._model.logits(hidden[range(len(handles)), last]))
 
     def _score_prompt(self, handle: RequestHandle, hidden: Tensor) -> tuple[TokenLogprob, ...]:
         """The log-probabilities of a prompt's tokens from the hidden states [T, d] after each."""
@@ -324,7 +318,7 @@ class Engine:
             affected += similar[: max(1, MAX_PREFILL_TOKENS // longest)]
             self._score_requests = deque(request for request in self._score_requests if request not in affected)
         examples = [Example(each.prompt, (), None, "", "", "the prompt", skip=each.skip) for each in affected]
-        with self._using(first.adapter):
+        with self._with_adapters(first.adapter):
             if first.options:
                 rows = score_labels(self._model, examples, first.options)
             else:
@@ -338,9 +332,7 @@ class Engine:
         affected += self._rows
         self._leave([(handle, CANCELLED) for handle in self._rows if handle.cancel_requested])
         if self._rows:
-            with self._using([handle.request.adapter for handle in self._rows]):
-                logits = self._batch.step()
-            self._sample_and_emit(self._rows, logits)
+            self._sample_and_emit(self._rows, self._batch.step())
 
     def _sample_and_emit(self, handles: Sequence[RequestHandle], logits: Tensor) -> None:
         """Choose each row's next token from logits [B, V], and pass it to the caller."""
@@ -412,13 +404,16 @@ class Engine:
                 self._count("failed")
                 request.done.set_exception(error)
         if handles:
-            self._batch = DecodingBatch(self._model)
+            self._batch = DecodingBatch(self._model, using=self._using)
             with self._changed:
                 self._rows = []
             for handle in handles:
                 self._finish(handle, error)
 
-    def _using(self, adapters: Sequence[str | None] | str | None) -> AbstractContextManager[None]:
+    def _using(self, rows: Sequence[Row]) -> AbstractContextManager[None]:
+        return self._with_adapters([row.request.adapter for row in rows if isinstance(row, RequestHandle)])
+
+    def _with_adapters(self, adapters: Sequence[str | None] | str | None) -> AbstractContextManager[None]:
         return nullcontext() if self._stack is None else self._stack.adapters_for(adapters)
 
 
@@ -438,12 +433,6 @@ def token_logprobs(logits: Tensor, sums: Tensor, tokens: Sequence[int], top: Seq
 
 def _is_scored(handle: RequestHandle) -> bool:
     return handle.request.prompt_logprobs
-
-
-def _read_together(group: Sequence[tuple[RequestHandle, KVCache | None]]) -> bool:
-    """Whether these prompts can be read in one pass."""
-    same = len({_is_scored(handle) for handle, _ in group}) == 1
-    return same and fits_together([(handle, _size(cache)) for handle, cache in group])
 
 
 def _size(cache: KVCache | None) -> int:

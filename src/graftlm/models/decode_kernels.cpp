@@ -1,25 +1,26 @@
-// One decode step of a model: one new token for each of B rows, from its embedding to its logits.
+// One pass of a model: the next tokens of some texts, from their embeddings to the logits after each text's last one. A
+// decode step has one token of each text, and where a text begins it has those of its prompt.
 //
 // A step reads every weight once and does little with it, so its time is that of reading memory. Weights are read as
 // they are stored and unpacked in registers; activations and sums are float32.
 //
 //     y[b][n] = sum over k of w[n][k] x[b][k]
 //
-// Each y[b][n] is computed by one thread and added up in one order. So a row's results depend neither on the other rows
-// nor on the number of threads. Threads meet at a barrier where one needs what another has computed; the residual
-// stream x, which all need, is kept by each thread for itself.
+// Each y[b][n] is computed by one thread and added up in one order, for few tokens along the columns in lanes, for more
+// one column after another (panels.h). So the results do not depend on the number of threads, nor those of a few tokens
+// on the others. Threads meet at a barrier where one needs what another has computed; the residual stream x, which all
+// need, is kept by each thread for itself.
 //
-// Letters: B rows, d hidden size, H query heads, K key/value heads, D head dimension, V vocabulary, S cached tokens.
+// Letters: N tokens, d hidden size, H query heads, K key/value heads, D head dimension, V vocabulary, S cached tokens.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
-#include <type_traits>
 
-#include "blocks.h"
 #include "exponential.h"
+#include "panels.h"
 
 #include <omp.h>
 
@@ -57,32 +58,9 @@ inline float total(vec v) {
     return (f[0] + f[2]) + (f[1] + f[3]);
 }
 
-struct Span {
-    int64_t begin, end;
-};
-
-// This thread's part of n, in whole groups.
-inline Span share(int64_t n, int64_t group = OUTPUTS) {
-    int64_t groups = (n + group - 1) / group, t = omp_get_thread_num(), threads = omp_get_num_threads();
-    return {std::min(n, groups * t / threads * group), std::min(n, groups * (t + 1) / threads * group)};
-}
-
 // Ask for chunk c of a row that is read later: the processor does not foresee rows that are read side by side.
 inline void prefetch(const uint8_t *row, int64_t row_bytes, int64_t c, int64_t whole) {
     for (int64_t at = 0; at < row_bytes / whole; at += 64) __builtin_prefetch(row + c * row_bytes / whole + at);
-}
-
-// The columns of a row, padded to whole chunks: use(c, the weights) for each.
-template <class F, class Use>
-inline void each_chunk(const uint8_t *row, int64_t columns, const Use &use, int64_t row_bytes = 0) {
-    vec w[PARTS];
-    const int64_t whole = columns / CHUNK;
-    for (int64_t c = 0; c < whole; c++) {
-        if (row_bytes) prefetch(row + OUTPUTS * row_bytes, row_bytes, c, whole);
-        F::unpack(row, c, w);
-        use(c, w);
-    }
-    if (whole * CHUNK < columns) unpack_end<F>(row, columns, whole, w), use(whole, w);
 }
 
 // y[b * y_stride + n] = sum of w[n] x[b] for N rows of w and B rows of x, which is padded with zeros to whole chunks.
@@ -117,12 +95,6 @@ void tile(const uint8_t *w, int64_t row_bytes, int64_t columns, const float *x, 
         }
 }
 
-struct Rows {  // B vectors, one after another
-    float *data;
-    int64_t count, stride;
-    float *operator[](int64_t b) const { return data + b * stride; }
-};
-
 // N outputs, from the n-th on, of all rows of x, MOST_ROWS at a time; `first` is the first that is left.
 template <class F, int N, int B = MOST_ROWS>
 void tiles(const uint8_t *w, int64_t row_bytes, int64_t columns, const Rows &x, const Rows &y, int64_t n, bool ahead,
@@ -135,35 +107,22 @@ void tiles(const uint8_t *w, int64_t row_bytes, int64_t columns, const Rows &x, 
     }
 }
 
-// y = w x for some rows of w. For few rows of x the weights are used as they are unpacked, twice at the most; for more
-// they are kept in `unpacked`, OUTPUTS rows of floats.
+// y = w x for some rows of w. For few rows of x the weights are used as they are unpacked, twice at the most.
 template <class F>
-void product(const Matrix &w, Span rows, const Rows &x, const Rows &y, float *unpacked) {
-    const bool as_stored = std::is_same<F, F32>::value || x.count <= 2 * MOST_ROWS;
+void product(const Matrix &w, Span rows, const Rows &x, const Rows &y) {
+    if (x.count > 2 * MOST_ROWS) return panel_product<F>(w, rows, x, y);
     for (int64_t n = rows.begin; n < rows.end; n += OUTPUTS) {
-        const int64_t count = std::min<int64_t>(OUTPUTS, rows.end - n), width = padded(w.columns);
         const uint8_t *from = w.data + n * w.row_bytes;
-        if (as_stored && count == OUTPUTS) {
+        if (rows.end - n >= OUTPUTS)
             tiles<F, OUTPUTS>(from, w.row_bytes, w.columns, x, y, n, true);
-            continue;
-        }
-        for (int64_t i = 0; i < count; i++) {
-            float *to = unpacked + i * width;
-            auto keep = [&](int64_t c, const vec *parts) {
-                for (int p = 0; p < PARTS; p++) store(to + c * CHUNK + p * LANES, parts[p]);
-            };
-            each_chunk<F>(from + i * w.row_bytes, w.columns, keep, w.row_bytes);
-        }
-        from = (const uint8_t *)unpacked;
-        if (count == OUTPUTS)
-            tiles<F32, OUTPUTS>(from, width * 4, width, x, y, n, false);
         else
-            for (int64_t i = 0; i < count; i++) tiles<F32, 1>(from + i * width * 4, width * 4, width, x, y, n + i, false);
+            for (int64_t i = 0; i < rows.end - n; i++)
+                tiles<F, 1>(from + i * w.row_bytes, w.row_bytes, w.columns, x, y, n + i, false);
     }
 }
 
-void multiply(const Matrix &w, Span rows, const Rows &x, const Rows &y, float *unpacked) {
-    with_format(w.format, [&](auto format) { product<decltype(format)>(w, rows, x, y, unpacked); });
+void multiply(const Matrix &w, Span rows, const Rows &x, const Rows &y) {
+    with_format(w.format, [&](auto format) { product<decltype(format)>(w, rows, x, y); });
 }
 
 // The model ------------------------------------------------------------------------------------------------------------
@@ -201,17 +160,17 @@ struct Model {
 
 struct Segment {  // keys and values of earlier tokens: pointers by layer; strides in elements
     const void *const *keys, *const *values;
-    const int64_t *lengths;  // by row
-    int64_t row_stride, head_stride, token_stride;
+    int64_t length, text_stride, head_stride, token_stride;  // length: the capacity of the last segment
 };
 
 struct Step {
-    const float *embedded;  // [B, d]
-    float *logits;          // [B, V]
-    const int64_t *positions, *adapters;  // by row; adapter -1: none
-    const float *const *cosines, *const *sines;  // by rope: [positions, D/2]
-    const Segment *segments;  // the last one takes the new keys and values
-    int64_t rows, segment_count, adapted;
+    const float *embedded;  // [N, d]
+    float *logits;          // [outputs, V]
+    const int64_t *positions, *texts, *adapters;  // by token; adapter -1: none
+    const int64_t *last;                          // the tokens after which there are logits
+    const float *const *cosines, *const *sines;   // by rope: [positions, D/2]
+    const Segment *segments;                      // the last one, which has each text's own tokens, takes the new ones
+    int64_t tokens, outputs, segment_count, before, adapted;  // before: the tokens of the other segments
     float *scratch;
 };
 
@@ -229,29 +188,20 @@ struct Memory {  // consecutive parts of one block; without a block it counts ho
 
 struct Shared {  // what some threads write and others read, each between two barriers
     Rows q, k, v, mixed, branch, inner, up, low_rank;
-    Shared(const Model &m, int64_t rows, int64_t ranks, Memory &memory)
-        : q(memory.rows(rows, m.heads * m.head_dim)), k(memory.rows(rows, m.kv_heads * m.head_dim)),
-          v(memory.rows(rows, m.kv_heads * m.head_dim)), mixed(memory.rows(rows, m.heads * m.head_dim)),
-          branch(memory.rows(rows, m.width)), inner(memory.rows(rows, m.inner)), up(memory.rows(rows, m.inner)),
-          low_rank(memory.rows(rows, ranks)) {}
+    Shared(const Model &m, int64_t tokens, int64_t ranks, Memory &memory)
+        : q(memory.rows(tokens, m.heads * m.head_dim)), k(memory.rows(tokens, m.kv_heads * m.head_dim)),
+          v(memory.rows(tokens, m.kv_heads * m.head_dim)), mixed(memory.rows(tokens, m.heads * m.head_dim)),
+          branch(memory.rows(tokens, m.width)), inner(memory.rows(tokens, m.inner)), up(memory.rows(tokens, m.inner)),
+          low_rank(memory.rows(tokens, ranks)) {}
 };
 
 struct Own {  // of one thread
-    Rows x, h, h2;
-    float *unpacked, *update, *scores, *query, *value, *q_row, *k_row;
-    uint8_t *key_value;
-    Own(const Model &m, int64_t rows, int64_t ranks, int64_t tokens, Memory &memory)
-        : x(memory.rows(rows, m.width)), h(memory.rows(rows, m.width)), h2(memory.rows(rows, m.width)) {
-        const int64_t attended = m.heads * m.head_dim, most = std::max({m.width, m.inner, attended, ranks});
-        unpacked = memory.floats(OUTPUTS * padded(most));
-        update = memory.floats(std::max(most, m.head.weight.rows));
-        scores = memory.floats(tokens + 1);
-        query = memory.floats(m.head_dim);
-        value = memory.floats(m.head_dim);
-        q_row = memory.floats(attended);
-        k_row = memory.floats(m.kv_heads * m.head_dim);
-        key_value = (uint8_t *)memory.floats(2 * m.head_dim);
-    }
+    Rows x, h, h2, update, scores, query, value;
+    Own(const Model &m, int64_t tokens, int64_t ranks, int64_t context, Memory &memory)
+        : x(memory.rows(tokens, m.width)), h(memory.rows(tokens, m.width)), h2(memory.rows(tokens, m.width)),
+          update(memory.rows(MOST_ROWS, std::max({m.width, m.inner, m.heads * m.head_dim, m.head.weight.rows}))),
+          scores(memory.rows(m.heads / m.kv_heads, context)), query(memory.rows(m.heads / m.kv_heads, m.head_dim)),
+          value(memory.rows(m.heads / m.kv_heads, m.head_dim)) {}
 };
 
 float sum_of_squares(const float *x, int64_t n, float mean = 0) {
@@ -289,21 +239,28 @@ Matrix of_adapter(Matrix m, int64_t distance, int64_t adapter) {
     return m;
 }
 
-// low_rank = a x for each row's adapter, of linears with the same x; ends with a barrier if there is one.
-void low_ranks(const Step &s, std::initializer_list<const Linear *> linears, const Rows &x, const Shared &shared,
-               const Own &own) {
+// use(the adapter, the first token, how many follow each other) for the tokens of the same adapter, `most` at a time.
+template <class Use>
+void each_adapter(const Step &s, int64_t count, int64_t most, const Use &use) {
+    for (int64_t b = 0, end; b < count; b = end) {
+        for (end = b + 1; end < count && end - b < most && s.adapters[end] == s.adapters[b];) end++;
+        if (s.adapters[b] >= 0) use(s.adapters[b], b, end - b);
+    }
+}
+
+// low_rank = a x for each token's adapter, of linears with the same x; ends with a barrier if there is one.
+void low_ranks(const Step &s, std::initializer_list<const Linear *> linears, const Rows &x, const Shared &shared) {
     int64_t start = 0;
     if (!s.adapted) return;
     for (const Linear *linear : linears) {
         if (!linear->a.data) continue;
-        const Span rows = share(linear->a.rows);
-        for (int64_t b = 0; b < x.count; b++) {
-            if (s.adapters[b] < 0) continue;
-            float *to = shared.low_rank[b] + start;
-            multiply(of_adapter(linear->a, linear->a_distance, s.adapters[b]), rows, {x[b], 1, 0}, {to, 1, 0},
-                     own.unpacked);
-            if (rows.end == linear->a.rows) std::fill(to + rows.end, to + padded(rows.end), 0.0f);
-        }
+        const Span rows = share(linear->a.rows, OUTPUTS);
+        each_adapter(s, x.count, x.count, [&](int64_t adapter, int64_t b, int64_t count) {
+            const Rows to = {shared.low_rank[b] + start, count, shared.low_rank.stride};
+            multiply(of_adapter(linear->a, linear->a_distance, adapter), rows, {x[b], count, x.stride}, to);
+            for (int64_t i = 0; rows.end == linear->a.rows && i < count; i++)
+                std::fill(to[i] + rows.end, to[i] + padded(rows.end), 0.0f);
+        });
         start += padded(linear->a.rows);
     }
     if (start) {
@@ -314,22 +271,24 @@ void low_ranks(const Step &s, std::initializer_list<const Linear *> linears, con
 // y = weight x + bias + b low_rank for some outputs; start: of this linear's part of low_rank, moved to the next one's.
 void apply(const Step &s, const Linear &linear, Span rows, const Rows &x, const Rows &y, const Shared &shared,
            const Own &own, int64_t &start) {
-    multiply(linear.weight, rows, x, y, own.unpacked);
-    for (int64_t b = 0; b < x.count; b++) {
-        float *to = y[b];
-        if (linear.bias)
-            for (int64_t n = rows.begin; n < rows.end; n++) to[n] += linear.bias[n];
-        if (!s.adapted || !linear.a.data || s.adapters[b] < 0) continue;
-        multiply(of_adapter(linear.b, linear.b_distance, s.adapters[b]), rows, {shared.low_rank[b] + start, 1, 0},
-                 {own.update, 1, 0}, own.unpacked);
-        for (int64_t n = rows.begin; n < rows.end; n++) to[n] += own.update[n];
-    }
-    if (linear.a.data) start += padded(linear.a.rows);
+    multiply(linear.weight, rows, x, y);
+    for (int64_t b = 0; linear.bias && b < x.count; b++)
+        for (int64_t n = rows.begin; n < rows.end; n++) y[b][n] += linear.bias[n];
+    if (!linear.a.data) return;
+    if (s.adapted)
+        each_adapter(s, x.count, own.update.count, [&](int64_t adapter, int64_t b, int64_t count) {
+            const Rows from = {shared.low_rank[b] + start, count, shared.low_rank.stride};
+            const Rows update = {own.update.data, count, own.update.stride};
+            multiply(of_adapter(linear.b, linear.b_distance, adapter), rows, from, update);
+            for (int64_t i = 0; i < count; i++)
+                for (int64_t n = rows.begin; n < rows.end; n++) y[b + i][n] += update[i][n];
+        });
+    start += padded(linear.a.rows);
 }
 
 void apply(const Step &s, const Linear &linear, const Rows &x, const Rows &y, const Shared &shared, const Own &own,
            int64_t &start) {
-    apply(s, linear, share(linear.weight.rows), x, y, shared, own, start);
+    apply(s, linear, share(linear.weight.rows, OUTPUTS), x, y, shared, own, start);
 }
 
 void put(float *to, float x) { *to = x; }
@@ -348,103 +307,127 @@ void rotate(float *x, const float *cosine, const float *sine, int64_t half) {
     }
 }
 
-// softmax(q K^T scale) V of one row and head. C: the cache's format, T its type.
+// y[g] += sum over t of weights[g][t] v[t], for G rows of weights.
+template <class C, int G>
+void mix(const Matrix &v, const float *weights, int64_t weights_stride, float *y, int64_t y_stride) {
+    for (int64_t c = 0; c < padded(v.columns) / CHUNK; c++) {
+        const bool whole = (c + 1) * CHUNK <= v.columns;
+        vec sums[G][PARTS], parts[PARTS];
+        for (int g = 0; g < G; g++)
+            for (int p = 0; p < PARTS; p++) sums[g][p] = load<vec>(y + g * y_stride + c * CHUNK + p * LANES);
+        for (int64_t t = 0; t < v.rows; t++) {
+            whole ? C::unpack(v.data + t * v.row_bytes, c, parts)
+                  : unpack_end<C>(v.data + t * v.row_bytes, v.columns, c, parts);
+            for (int g = 0; g < G; g++)
+                for (int p = 0; p < PARTS; p++)
+                    sums[g][p] = multiply_add(parts[p], all(weights[g * weights_stride + t]), sums[g][p]);
+        }
+        for (int g = 0; g < G; g++)
+            for (int p = 0; p < PARTS; p++) store(y + g * y_stride + c * CHUNK + p * LANES, sums[g][p]);
+    }
+}
+
+template <class C, int G = 8 / PARTS>
+void mixes(const Matrix &v, const Rows &weights, const Rows &y, int64_t first = 0) {
+    if (y.count - first >= G) {
+        mix<C, G>(v, weights[first], weights.stride, y[first], y.stride);
+        if (y.count - first > G) mixes<C, G>(v, weights, y, first + G);
+    } else if constexpr (G > 1) {
+        mixes<C, G - 1>(v, weights, y, first);
+    }
+}
+
+// softmax(q K^T scale) V. C: the cache's format, T its type.
 template <class C, class T>
 struct Attention {
     const Model &m;
     const Step &s;
     const Layer &layer;
     int64_t index;  // of the layer
+    const Shared &shared;
     const Own &own;
 
-    // use(key or value, how many tokens precede it) for each token that the window shows, the row's new one last.
+    // This thread's part of the new queries, keys and values, normalised and rotated; keys and values into the cache.
+    void place() const {
+        const Segment &last = s.segments[s.segment_count - 1];
+        const int64_t d = m.head_dim;
+        const Span part = share(s.tokens, 1);
+        for (int64_t b = part.begin; b < part.end; b++) {
+            float *q = shared.q[b], *k = shared.k[b], *v = shared.v[b];
+            turn(layer.q_norm, q, m.heads, b);
+            turn(layer.k_norm, k, m.kv_heads, b);
+            for (int64_t i = 0; i < m.heads * d; i++) q[i] *= float(layer.scale);
+            for (int64_t kv = 0; kv < m.kv_heads; kv++) {
+                const int64_t at = s.texts[b] * last.text_stride + kv * last.head_stride +
+                                   (s.positions[b] - s.before) * last.token_stride;
+                T *keys = (T *)last.keys[index] + at, *values = (T *)last.values[index] + at;
+                for (int64_t i = 0; i < d; i++) put(keys + i, k[kv * d + i]), put(values + i, v[kv * d + i]);
+            }
+        }
+    }
+
+    void turn(const Norm &norm, float *x, int64_t heads, int64_t b) const {
+        const int64_t d = m.head_dim, at = s.positions[b] * (d / 2);
+        if (layer.norm_of_heads == 2) normalize(norm, x, heads * d, x);
+        for (int64_t h = 0; h < heads; h++) {
+            if (layer.norm_of_heads == 1) normalize(norm, x + h * d, d, x + h * d);
+            if (layer.rope >= 0) rotate(x + h * d, s.cosines[layer.rope] + at, s.sines[layer.rope] + at, d / 2);
+        }
+    }
+
+    // use(keys or values, how many precede them) for those that the window shows to a token, its own last.
     template <class Use>
-    void each_token(bool values, int64_t b, int64_t kv, const Use &use) const {
+    int64_t each_segment(bool values, int64_t b, int64_t kv, const Use &use) const {
         const int64_t first = layer.window ? std::max<int64_t>(0, s.positions[b] + 1 - layer.window) : 0;
-        int64_t before = 0;
+        int64_t start = 0, seen = 0;
         for (int64_t i = 0; i < s.segment_count; i++) {
             const Segment &segment = s.segments[i];
-            const T *at = (const T *)(values ? segment.values : segment.keys)[index] + b * segment.row_stride +
-                          kv * segment.head_stride;
-            for (int64_t t = std::max<int64_t>(0, first - before); t < segment.lengths[b]; t++)
-                use((const uint8_t *)(at + t * segment.token_stride), before + t - first);
-            before += segment.lengths[b];
+            const int64_t own_length = s.positions[b] + 1 - s.before;
+            const int64_t length = i + 1 < s.segment_count ? segment.length : own_length;
+            const int64_t skipped = std::min(length, std::max<int64_t>(0, first - start));
+            const T *at = (const T *)(values ? segment.values : segment.keys)[index] + s.texts[b] * segment.text_stride +
+                          kv * segment.head_stride + skipped * segment.token_stride;
+            const int64_t bytes = segment.token_stride * int64_t(sizeof(T));
+            if (length > skipped) use(Matrix{(const uint8_t *)at, 0, length - skipped, m.head_dim, bytes}, seen);
+            start += length, seen += length - skipped;
         }
-        use(own.key_value + (values ? m.head_dim * 4 : 0), before - first);
+        return seen;
     }
 
-    // The row's new key, normalised and rotated, and its new value, in the cache's format; also into the cache.
-    void take(int64_t b, int64_t kv, const float *key, const float *value, bool write) const {
-        const Segment &last = s.segments[s.segment_count - 1];
-        const int64_t d = m.head_dim, at = b * last.row_stride + kv * last.head_stride +
-                                           last.lengths[b] * last.token_stride;
-        std::copy(key + kv * d, key + (kv + 1) * d, own.query);
-        turn(layer.k_norm, b);
-        T *k = (T *)own.key_value, *v = (T *)(own.key_value + d * 4);
-        for (int64_t i = 0; i < d; i++) put(k + i, own.query[i]), put(v + i, value[kv * d + i]);
-        if (write) {
-            std::copy(k, k + d, (T *)const_cast<void *>(last.keys[index]) + at);
-            std::copy(v, v + d, (T *)const_cast<void *>(last.values[index]) + at);
+    // The heads of one key/value head, of one token.
+    void attend(int64_t b, int64_t kv) const {
+        const int64_t d = m.head_dim, group = m.heads / m.kv_heads, from = kv * group * d;
+        for (int64_t g = 0; g < group; g++) {
+            std::copy_n(shared.q[b] + from + g * d, d, own.query[g]);
+            std::fill_n(own.value[g], own.value.stride, 0.0f);
         }
+        const int64_t tokens = each_segment(false, b, kv, [&](const Matrix &keys, int64_t seen) {
+            product<C>(keys, {0, keys.rows}, own.query, {own.scores.data + seen, group, own.scores.stride});
+        });
+        for (int64_t g = 0; g < group; g++) softmax(own.scores[g], tokens, kv * group + g);
+        each_segment(true, b, kv, [&](const Matrix &values, int64_t seen) {
+            mixes<C>(values, {own.scores.data + seen, group, own.scores.stride}, own.value);
+        });
+        for (int64_t g = 0; g < group; g++) std::copy_n(own.value[g], d, shared.mixed[b] + from + g * d);
     }
 
-    void turn(const Norm &norm, int64_t b) const {
-        if (layer.norm_of_heads == 1) normalize(norm, own.query, m.head_dim, own.query);
-        const int64_t half = m.head_dim / 2, at = s.positions[b] * half;
-        if (layer.rope >= 0) rotate(own.query, s.cosines[layer.rope] + at, s.sines[layer.rope] + at, half);
-    }
-
-    void attend(int64_t b, int64_t h, const float *q, float *out) const {
-        const int64_t d = m.head_dim, kv = h / (m.heads / m.kv_heads);
-        std::copy(q + h * d, q + (h + 1) * d, own.query);
-        turn(layer.q_norm, b);
-        for (int64_t i = 0; i < d; i++) own.query[i] *= float(layer.scale);
+    void softmax(float *x, int64_t tokens, int64_t h) const {
+        const float cap = float(layer.softcap);
+        for (int64_t t = 0; cap && t < tokens; t++) x[t] = cap * std::tanh(x[t] / cap);
         float most = layer.sinks ? layer.sinks[h] : -INFINITY, sum = 0;
-        int64_t tokens = 0;
-        each_token(false, b, kv, [&](const uint8_t *key, int64_t t) {
-            vec sums = {};
-            each_chunk<C>(key, d, [&](int64_t c, const vec *parts) {
-                for (int p = 0; p < PARTS; p++)
-                    sums = multiply_add(parts[p], load<vec>(own.query + c * CHUNK + p * LANES), sums);
-            });
-            float score = total(sums);
-            if (layer.softcap) score = float(layer.softcap) * std::tanh(score / float(layer.softcap));
-            own.scores[t] = score;
-            most = std::max(most, score);
-            tokens = t + 1;
-        });
-        for (int64_t t = 0; t < tokens; t++) sum += own.scores[t] = exponential(own.scores[t] - most);
+        for (int64_t t = 0; t < tokens; t++) most = std::max(most, x[t]);
+        for (int64_t t = 0; t < tokens; t++) x[t] = exponential(x[t] - most);
+        for (int64_t t = 0; t < tokens; t++) sum += x[t];
         if (layer.sinks) sum += exponential(layer.sinks[h] - most);
-        std::fill(own.value, own.value + padded(d), 0.0f);
-        each_token(true, b, kv, [&](const uint8_t *value, int64_t t) {
-            const float weight = own.scores[t] / sum;
-            each_chunk<C>(value, d, [&](int64_t c, const vec *parts) {
-                for (int p = 0; p < PARTS; p++) {
-                    float *to = own.value + c * CHUNK + p * LANES;
-                    store(to, multiply_add(parts[p], vec{} + weight, load<vec>(to)));
-                }
-            });
-        });
-        std::copy(own.value, own.value + d, out + h * d);
+        for (int64_t t = 0; t < tokens; t++) x[t] /= sum;
     }
 
-    // This thread's part of the B times H heads.
-    void run(const Shared &shared) const {
-        const Span part = share(s.rows * m.heads, 1);
-        const int64_t group = m.heads / m.kv_heads;
-        for (int64_t i = part.begin; i < part.end; i++) {
-            const int64_t b = i / m.heads, h = i % m.heads;
-            const float *q = shared.q[b], *k = shared.k[b];
-            if (layer.norm_of_heads == 2) {
-                if (i == part.begin || h == 0) {
-                    normalize(layer.q_norm, q, m.heads * m.head_dim, own.q_row);
-                    normalize(layer.k_norm, k, m.kv_heads * m.head_dim, own.k_row);
-                }
-                q = own.q_row, k = own.k_row;
-            }
-            if (i == part.begin || h % group == 0) take(b, h / group, k, shared.v[b], h % group == 0);
-            attend(b, h, q, shared.mixed[b]);
-        }
+    void run() const {
+        place();
+#pragma omp barrier
+        // In turn, since later tokens of a text attend to more than earlier ones.
+        for (int64_t i = omp_get_thread_num(); i < s.tokens * m.kv_heads; i += omp_get_num_threads())
+            attend(i / m.kv_heads, i % m.kv_heads);
     }
 };
 
@@ -477,7 +460,7 @@ void add_branch(const Model &m, const Layer &layer, const Norm &post, const Shar
     for (int64_t b = 0; b < own.x.count; b++) {
         const float *y = shared.branch[b];
         float *x = own.x[b];
-        if (post.kind) normalize(post, y, m.width, own.update), y = own.update;
+        if (post.kind) normalize(post, y, m.width, own.update.data), y = own.update.data;
         for (int64_t i = 0; i < m.width; i++) x[i] += y[i] * float(layer.residual);
     }
 }
@@ -486,17 +469,17 @@ void run_layer(const Model &m, const Step &s, int64_t index, const Shared &share
     const Layer &layer = m.layers[index];
     int64_t start = 0;
     normalize(layer.norm1, own.x, m.width, own.h);
-    low_ranks(s, {&layer.q, &layer.k, &layer.v}, own.h, shared, own);
+    low_ranks(s, {&layer.q, &layer.k, &layer.v}, own.h, shared);
     apply(s, layer.q, own.h, shared.q, shared, own, start);
     apply(s, layer.k, own.h, shared.k, shared, own, start);
     apply(s, layer.v, own.h, shared.v, shared, own, start);
 #pragma omp barrier
     if (m.wide_cache)
-        Attention<F32, float>{m, s, layer, index, own}.run(shared);
+        Attention<F32, float>{m, s, layer, index, shared, own}.run();
     else
-        Attention<BF16, uint16_t>{m, s, layer, index, own}.run(shared);
+        Attention<BF16, uint16_t>{m, s, layer, index, shared, own}.run();
 #pragma omp barrier
-    low_ranks(s, {&layer.o}, shared.mixed, shared, own);
+    low_ranks(s, {&layer.o}, shared.mixed, shared);
     start = 0;
     apply(s, layer.o, shared.mixed, shared.branch, shared, own, start);
 #pragma omp barrier
@@ -504,14 +487,14 @@ void run_layer(const Model &m, const Step &s, int64_t index, const Shared &share
     add_branch(m, layer, layer.post_norm1, shared, own);
     if (!layer.parallel && !layer.single_norm) normalize(layer.norm2, own.x, m.width, own.h2);
     const Rows &h = layer.single_norm ? own.h : own.h2;
-    const Span part = share(layer.up.weight.rows);
-    low_ranks(s, {&layer.gate, &layer.up}, h, shared, own);
+    const Span part = share(layer.up.weight.rows, OUTPUTS);
+    low_ranks(s, {&layer.gate, &layer.up}, h, shared);
     start = 0;
     if (layer.gated) apply(s, layer.gate, part, h, shared.inner, shared, own, start);
     apply(s, layer.up, part, h, layer.gated ? shared.up : shared.inner, shared, own, start);
-    for (int64_t b = 0; b < s.rows; b++) activate(layer, shared.inner[b], shared.up[b], part);
+    for (int64_t b = 0; b < s.tokens; b++) activate(layer, shared.inner[b], shared.up[b], part);
 #pragma omp barrier
-    low_ranks(s, {&layer.down}, shared.inner, shared, own);
+    low_ranks(s, {&layer.down}, shared.inner, shared);
     start = 0;
     apply(s, layer.down, shared.inner, shared.branch, shared, own, start);
 #pragma omp barrier
@@ -519,18 +502,19 @@ void run_layer(const Model &m, const Step &s, int64_t index, const Shared &share
 }
 
 void run(const Model &m, const Step &s, const Shared &shared, const Own &own) {
-    for (int64_t b = 0; b < s.rows; b++) std::copy(s.embedded + b * m.width, s.embedded + (b + 1) * m.width, own.x[b]);
+    for (int64_t b = 0; b < s.tokens; b++) std::copy_n(s.embedded + b * m.width, m.width, own.x[b]);
     for (int64_t index = 0; index < m.count; index++) run_layer(m, s, index, shared, own);
-    normalize(m.norm, own.x, m.width, own.h);
-    for (int64_t i = 0; m.logits_multiplier != 1 && i < s.rows * own.h.stride; i++)
-        own.h.data[i] *= float(m.logits_multiplier);
+    const Rows h = {own.h.data, s.outputs, own.h.stride};
+    for (int64_t b = 0; b < s.outputs; b++) normalize(m.norm, own.x[s.last[b]], m.width, h[b]);
+    for (int64_t i = 0; m.logits_multiplier != 1 && i < s.outputs * h.stride; i++)
+        h.data[i] *= float(m.logits_multiplier);
     const int64_t vocabulary = m.head.weight.rows;
-    const Span part = share(vocabulary);
-    const Rows logits = {s.logits, s.rows, vocabulary};
+    const Span part = share(vocabulary, OUTPUTS);
+    const Rows logits = {s.logits, s.outputs, vocabulary};
     int64_t start = 0;
-    apply(s, m.head, part, own.h, logits, shared, own, start);
+    apply(s, m.head, part, h, logits, shared, own, start);
     const float cap = float(m.logits_softcap);
-    for (int64_t b = 0; cap && b < s.rows; b++)
+    for (int64_t b = 0; cap && b < s.outputs; b++)
         for (int64_t n = part.begin; n < part.end; n++) logits[b][n] = cap * std::tanh(logits[b][n] / cap);
 }
 
@@ -538,35 +522,34 @@ void run(const Model &m, const Step &s, const Shared &shared, const Own &own) {
 
 extern "C" {
 
-// The floats of scratch memory that a step needs. ranks: the most that linears with the same input have together.
-int64_t decode_scratch(const Model *m, int64_t rows, int64_t ranks, int64_t tokens, int64_t threads) {
+// The floats of scratch memory that a step needs. ranks: the most that linears with the same input have together;
+// context: the most tokens that one attends to.
+int64_t decode_scratch(const Model *m, int64_t tokens, int64_t ranks, int64_t context, int64_t threads) {
     Memory shared = {nullptr, 0}, own = {nullptr, 0};
-    Shared(*m, rows, ranks, shared);
-    Own(*m, rows, ranks, tokens, own);
+    Shared(*m, tokens, ranks, shared);
+    Own(*m, tokens, ranks, context, own);
     return shared.used + threads * own.used;
 }
 
-void decode_step(const Model *m, const Step *s, int64_t ranks, int64_t tokens, int64_t threads) {
+void decode_step(const Model *m, const Step *s, int64_t ranks, int64_t context, int64_t threads) {
     Memory memory = {s->scratch, 0};
-    const Shared shared(*m, s->rows, ranks, memory);
+    const Shared shared(*m, s->tokens, ranks, memory);
     std::fill(s->scratch, s->scratch + memory.used, 0.0f);  // the padding of rows is read
 #pragma omp parallel num_threads(threads)
     {
         Memory counted = {nullptr, 0};
-        Own(*m, s->rows, ranks, tokens, counted);
+        Own(*m, s->tokens, ranks, context, counted);
         Memory mine = {s->scratch + memory.used + omp_get_thread_num() * counted.used, 0};
-        const Own own(*m, s->rows, ranks, tokens, mine);
+        const Own own(*m, s->tokens, ranks, context, mine);
         std::fill(mine.base, mine.base + mine.used, 0.0f);
         run(*m, *s, shared, own);
     }
 }
 
-// y [B, N] = x [B, K] w^T, with K padded with zeros to a multiple of 32; unpacked: 4 K floats for each thread.
-void decode_product(const Matrix *w, const float *x, int64_t rows, float *y, float *unpacked, int64_t threads) {
-    const int64_t width = padded(w->columns);
+// y [B, N] = x [B, K] w^T, with K padded with zeros to a multiple of 32.
+void decode_product(const Matrix *w, const float *x, int64_t rows, float *y, int64_t threads) {
 #pragma omp parallel num_threads(threads)
-    multiply(*w, share(w->rows), {const_cast<float *>(x), rows, width}, {y, rows, w->rows},
-             unpacked + omp_get_thread_num() * OUTPUTS * width);
+    multiply(*w, share(w->rows, OUTPUTS), {const_cast<float *>(x), rows, padded(w->columns)}, {y, rows, w->rows});
 }
 
 }  // extern "C"

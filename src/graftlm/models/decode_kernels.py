@@ -1,8 +1,9 @@
-"""A decode step in C++: one new token for each row, from embedding to logits, in one call.
+"""A pass of a model in C++: the next tokens of each row, one or a whole prompt, from embedding to logits, in one call.
 
-A step of plain PyTorch is some 40 small operations a layer, whose overhead exceeds their work; and it needs weights in
-the dtype of the arithmetic. Here one call reads each weight once, as it is stored, and multiplies in float32
-(`decode_kernels.cpp`). A row's logits do not depend on the other rows, nor on the number of threads.
+A decode step of plain PyTorch is some 40 small operations a layer, whose overhead exceeds their work; it needs weights
+in the dtype of the arithmetic, and prompts padded to the same length. Here one call reads each weight once, as it is
+stored, and multiplies in float32 (`decode_kernels.cpp`). A row's logits do not depend on the number of threads, nor on
+the other rows but for rounding: a pass of few tokens adds up in another order than one of many.
 
 | computed here | by the plain model instead |
 |---|---|
@@ -17,7 +18,7 @@ the dtype of the arithmetic. Here one call reads each weight once, as it is stor
 A model that computes in bfloat16 has its cache in bfloat16; what is between two caches is float32, so the logits are
 closer to those of float32 than the plain model's.
 
-Letters: B rows, d hidden size, V vocabulary, N adapters, r rank, S tokens.
+Letters: B rows, N tokens of a pass, d hidden size, V vocabulary, r rank, S tokens.
 """
 
 import ctypes
@@ -73,12 +74,17 @@ _Model = _structure(
     **dict.fromkeys(("logits_multiplier", "logits_softcap"), _D),
 )
 _Segment = _structure(
-    "Segment", keys=_P, values=_P, lengths=_P, **dict.fromkeys(("row_stride", "head_stride", "token_stride"), _I)
+    "Segment",
+    keys=_P,
+    values=_P,
+    **dict.fromkeys(("length", "text_stride", "head_stride", "token_stride"), _I),
 )
 _Step = _structure(
     "Step",
-    **dict.fromkeys(("embedded", "logits", "positions", "adapters", "cosines", "sines", "segments"), _P),
-    **dict.fromkeys(("rows", "segment_count", "adapted"), _I),
+    **dict.fromkeys(
+        ("embedded", "logits", "positions", "texts", "adapters", "last", "cosines", "sines", "segments"), _P
+    ),
+    **dict.fromkeys(("tokens", "outputs", "segment_count", "before", "adapted"), _I),
     scratch=_P,
 )
 
@@ -89,7 +95,7 @@ def load_decode_kernels() -> ctypes.CDLL:
     library = load_library(SOURCE)
     library.decode_scratch.argtypes, library.decode_scratch.restype = (_P, _I, _I, _I, _I), _I
     library.decode_step.argtypes, library.decode_step.restype = (_P, _P, _I, _I, _I), None
-    library.decode_product.argtypes, library.decode_product.restype = (_P, _P, _I, _P, _P, _I), None
+    library.decode_product.argtypes, library.decode_product.restype = (_P, _P, _I, _P, _I), None
     return library
 
 
@@ -142,43 +148,58 @@ class DecodeProgram:
         self._scratch = torch.empty(0)
         self._ropes: list[tuple[Tensor, Tensor]] = []
 
-    def step(self, ids: Tensor, prefix: Sequence[KVCache], cache: KVCache) -> Tensor:
-        """The logits [B, V] in float32 after one more token of each row; ids [B].
+    def step(
+        self,
+        ids: Tensor,
+        prefix: Sequence[KVCache],
+        cache: KVCache,
+        counts: Sequence[int] | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """The logits [B, V] in float32 after the next tokens of each row: counts [B] of the ids [N], or one of each.
 
         prefix: what all rows share. cache: the rows', in its first B; the new keys and values are written after each
-        row's length.
+        row's length. out: where the logits are written.
         """
-        model, rows, threads = self._model, len(ids), torch.get_num_threads()
+        model, threads = self._model, torch.get_num_threads()
         segments = (*model.learned_prefix, *prefix, cache)
         assert cache.lengths is not None and all(segment.lengths is None for segment in segments[:-1])
         shared = sum(segment.size for segment in segments[:-1])
-        positions = cache.lengths + shared
-        tokens = int(positions.max())
+        last = (torch.tensor(counts) if counts is not None else torch.ones_like(ids)).cumsum(0) - 1
+        rows = torch.searchsorted(last, torch.arange(len(ids)))
+        first = torch.cat([torch.zeros(1, dtype=torch.long), last[:-1] + 1])
+        positions = shared + (cache.lengths - first)[rows] + torch.arange(len(ids))
+        context = int(positions.max()) + 1
         embedded = model.embed_tokens(ids[:, None], positions[:, None]).float().contiguous()
-        logits = torch.empty(rows, model.config.vocab_size)
-        adapters = None if self._update is None else self._update.adapters(rows)
-        needed = self._library.decode_scratch(ctypes.byref(self._struct), rows, self._ranks, tokens, threads)
+        logits = torch.empty(len(last), model.config.vocab_size) if out is None else out
+        adapters = None if self._update is None else self._update.adapters(len(last))
+        adapters = None if adapters is None else adapters[rows]
+        needed = self._library.decode_scratch(ctypes.byref(self._struct), len(ids), self._ranks, context, threads)
         if needed > self._scratch.numel():
             self._scratch = torch.empty(needed)
-        kept = [_segment(segment, rows) for segment in segments]
+        kept = [_segment(segment) for segment in segments]
         segment_array = (_Segment * len(kept))()
         for n, (struct, *_) in enumerate(kept):
             segment_array[n] = struct
-        cos, sin = zip(*self._rope_tables(tokens), strict=True) if model.rope_configs else ((), ())
+        cos, sin = zip(*self._rope_tables(context), strict=True) if model.rope_configs else ((), ())
         step = _Step(
             embedded=embedded.data_ptr(),
             logits=logits.data_ptr(),
             positions=positions.data_ptr(),
+            texts=rows.data_ptr(),
             adapters=None if adapters is None else adapters.data_ptr(),
+            last=last.data_ptr(),
             cosines=ctypes.addressof(cosines := _pointers(cos)),
             sines=ctypes.addressof(sines := _pointers(sin)),
             segments=ctypes.addressof(segment_array),
-            rows=rows,
+            tokens=len(ids),
+            outputs=len(last),
             segment_count=len(kept),
+            before=shared,
             adapted=adapters is not None,
             scratch=self._scratch.data_ptr(),
         )
-        self._library.decode_step(ctypes.byref(self._struct), ctypes.byref(step), self._ranks, tokens, threads)
+        self._library.decode_step(ctypes.byref(self._struct), ctypes.byref(step), self._ranks, context, threads)
         del cosines, sines, kept  # they must live until here
         return logits
 
@@ -270,20 +291,13 @@ def _padded_rank(linear: Linear | None) -> int:
     return 0 if update is None else -(-update.a.shape[1] // CHUNK) * CHUNK
 
 
-def _segment(cache: KVCache, rows: int) -> tuple[Any, ...]:
+def _segment(cache: KVCache) -> tuple[Any, ...]:
     """The struct of a cache, and the memory that it points to."""
-    is_shared = cache.lengths is None
-    lengths = torch.full((rows,), cache.size) if cache.lengths is None else cache.lengths
     strides = [_strides(t) for t in (*cache.keys, *cache.values)]
-    assert strides == [strides[0]] * len(strides) and not (is_shared and strides[0][0])
+    assert strides == [strides[0]] * len(strides) and not (cache.lengths is None and strides[0][0])
     keys, values = _pointers(cache.keys), _pointers(cache.values)
-    segment = _Segment(
-        keys=ctypes.addressof(keys),
-        values=ctypes.addressof(values),
-        lengths=lengths.data_ptr(),
-        **dict(zip(("row_stride", "head_stride", "token_stride"), strides[0][:3], strict=True)),
-    )
-    return segment, keys, values, lengths
+    segment = _Segment(ctypes.addressof(keys), ctypes.addressof(values), cache.size, *strides[0][:3])
+    return segment, keys, values
 
 
 def _strides(t: Tensor) -> list[int]:
