@@ -4,6 +4,7 @@
   still reports broken ones. (The theme's own repo_url would ask the code host for stars whenever a page is read.)
 - A list may follow a paragraph without a blank line.
 - Mathematics becomes MathML, which browsers show without a script.
+- A flag in the text is not broken between its dashes.
 """
 
 import html
@@ -17,6 +18,7 @@ from latex2mathml.converter import convert
 ROOT = Path(__file__).parent.parent
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
 FENCE = re.compile(r"^ *(```|~~~)")
+FLAG = re.compile(r"(?<![\w-])--[\w-]+")
 ITEM = re.compile(r"^ *([-*+]|\d+\.) ")
 
 
@@ -38,7 +40,8 @@ def _separate_lists(markdown: str) -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """The page with its mathematics rendered."""
+    """The page with its mathematics rendered, and flags that stay whole."""
+    content = re.sub(r"<code>[^<]+</code>", lambda m: FLAG.sub(r'<span class="flag">\g<0></span>', m[0]), content)
     content = re.sub(
         r'<span class="arithmatex">\\\((.*?)\\\)</span>', lambda m: _math(m[1], "inline"), content, flags=re.S
     )

@@ -476,7 +476,7 @@ def test_markup_in_names_texts_and_answers_does_nothing(browser: Browser, tmp_pa
     engine.answer = NASTY
     with serving(made) as url:
         visit = Visit(browser, url)
-        expect(visit.page.locator("#intro")).to_have_text(f"Serving base and its adapters {NASTY}.")
+        expect(visit.page.locator("#intro")).to_have_text(f"Serving base and its adapter {NASTY}.")
         visit.page.get_by_label("Model", exact=True).select_option(NASTY)
         say(visit.page, NASTY)
         live(visit.page).to_contain_text(f"{NASTY}: {NASTY} (")

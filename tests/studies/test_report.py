@@ -80,7 +80,7 @@ def test_a_run_folder_is_shown_with_its_figures_and_its_answers(tmp_path: Path) 
         "examples/s": "9.5",
         "peak MB": "1,500",
     }
-    assert tables["Confusion of mine"][1:] == [["true negative", "1", "1", "0"], ["true positive", "0", "2", "0"]]
+    assert tables["Confusion of mine"][1:] == [["true negative", "1", "1"], ["true positive", "0", "2"]]
     assert tables["Validation loss"] == [["step", "mine"], ["2", "0.8000"], ["4", "0.5000"], ["6", "0.4000"]]
 
 
@@ -132,6 +132,15 @@ def test_both_checkpoints_are_rows_and_garbage_has_a_rate_where_text_was_generat
     _, best, last = Tables(page(folder)).found["Results on 4 test examples"]
     assert (best[0], best[1], best[4]) == ("mine (best)", "75.0%", "–")
     assert (last[0], last[1], last[4]) == ("mine (last)", "100.0%", "25.0%")
+
+
+def test_confusion_has_a_column_of_garbage_where_there_is_some(tmp_path: Path) -> None:
+    folder = measured(tmp_path / "mine")
+    rows = predictions([True] * 4)
+    rows[0] = {**rows[0], "predicted": -1}
+    write(folder / "test-best.jsonl", rows)
+    names, *counts = Tables(page(folder)).found["Confusion of mine"]
+    assert names[-1] == "predicted garbage" and sum(int(row[-1]) for row in counts) == 1
 
 
 def test_a_run_at_work_is_shown_as_far_as_it_came(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ async function readModels() {
   }
   element("key-form").hidden = true;
   const [base, ...adapters] = models.map((model) => model.id);
-  const names = adapters.length ? ` and its adapters ${adapters.join(", ")}` : "";
+  const names = adapters.length ? ` and its adapter${adapters.length > 1 ? "s" : ""} ${adapters.join(", ")}` : "";
   element("intro").textContent = `Serving ${base}${names}.`;
   if (element("work").hidden) showWork(models[0]);
 }

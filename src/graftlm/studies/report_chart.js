@@ -255,8 +255,8 @@ class Chart {
     const dashes = DASHES[series.run % DASHES.length];
     if (series.raw) group.append(this.path("raw", series.raw));
     if (this.spec.kind !== "costs") group.append(this.path("curve", series.points, { "stroke-dasharray": dashes }));
-    for (const [x, y, low, high] of series.points) {
-      if (this.spec.noisy && series.points.length > 1) break; // no markers on long curves
+    const dense = this.spec.kind === "lines" && series.points.length > (this.spec.noisy ? 1 : this.plotWidth / 10);
+    for (const [x, y, low, high] of dense ? [] : series.points) {
       const [across, down] = [this.left(x), this.top(y)];
       if (low !== undefined) {
         const ends = `M${across - 4} ${this.top(low)}h8m-4 0V${this.top(high)}m-4 0h8`;
