@@ -4,7 +4,7 @@ import pytest
 
 from soak.kills import CASES, Soak
 
-KILLS = {"train": 8, "train-full": 3, "train-pairs": 3, "train-layers": 4, "compare": 1}
+KILLS = {"train": 6, "train-layers": 3, "compare": 1}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -253,7 +253,7 @@ def test_all_rows_failing_is_a_failure(assets: Path, tmp_path: Path, capsys: pyt
     assert "every row failed: rank=1000, seed 0: --rank 1000" in capsys.readouterr().err
 
 
-def test_killed_five_times_it_ends_with_the_same_table(
+def test_killed_three_times_it_ends_with_the_same_table(
     assets: Path, tmp_path: Path, forks: Forks, forked_children: str
 ) -> None:
     rest = "max_iters = 60\neval_every = 5\n[grid]\nrank = [1, 2]\n"
@@ -266,7 +266,7 @@ def test_killed_five_times_it_ends_with_the_same_table(
     assert begin(tmp_path / "quiet").wait() == 0, log.read_text()
     out, folders = tmp_path / "killed", [p.name for p in (tmp_path / "quiet").glob("rank=*")]
     folders.sort(key=lambda name: name.startswith("rank=2"))
-    moments = [(0, 3), (0, 20), (0, 59), (1, 10), (1, 44)]  # which cell, and after which step
+    moments = [(0, 3), (0, 59), (1, 20)]  # which cell, and after which step
     for cell, step in moments:
         life = begin(out)
         wait_for(out / folders[cell] / "run" / "metrics.jsonl", step, life.ended)
@@ -275,7 +275,7 @@ def test_killed_five_times_it_ends_with_the_same_table(
     assert begin(out).wait() == 0, log.read_text()
     assert timeless(out) == timeless(tmp_path / "quiet")
     text = "".join((out / name / "log.txt").read_text() for name in folders)
-    assert text.count("--resume") >= 3
+    assert text.count("--resume") >= 2
 
 
 def start(file: Path, out_dir: Path) -> "subprocess.Popen[bytes]":
@@ -306,9 +306,9 @@ def test_what_it_started_ends_with_it_and_another_one_waits_for_its_lock(assets:
         process.kill()
         process.wait()
     rows = next((tmp_path / "out").glob("*/run/metrics.jsonl"))
-    time.sleep(1.0)
+    time.sleep(0.3)
     count = rows.read_bytes().count(b"\n")
-    time.sleep(1.0)
+    time.sleep(0.3)
     assert rows.read_bytes().count(b"\n") == count
 
 
