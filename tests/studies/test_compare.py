@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from graftlm import cli
 from graftlm.errors import InputError
 from graftlm.studies import sweep as sweep_module
+from graftlm.studies.report_data import read_folders
 from graftlm.studies.results_table import TrialResult, make_rows, markdown
 from graftlm.studies.sweep import read_sweep
 from soak.forks import Forks, Life
@@ -211,8 +213,16 @@ def test_rows_are_trained_measured_skipped_and_may_fail(
     assert result["failed"] == 1 and wide["failed"][0].startswith("seed 0: --rank 1000: above the width of ")
     assert "3 of 3: " in err
     assert (lora["steps"], lora["n"], zero["n"], zero["steps"]) == (6, 8, 8, None) and lora["trainable"] == 2 * 320
-    predictions = [json.loads(x) for x in next(tmp_path.glob("out/LoRA*/test-last.jsonl")).read_text().splitlines()]
+    (trial,) = tmp_path.glob("out/LoRA*")
+    file = trial / json.loads((trial / "test-last.json").read_text())["predictions"]
+    predictions = [json.loads(x) for x in file.read_text().splitlines()]
     assert lora["accuracy"] == sum(p["predicted"] == p["label"] for p in predictions) / 8
+    # In the report the trial's run is like any other, on its own and among the trials.
+    (alone,), (among, _, base) = (read_folders([str(folder)]) for folder in (trial / "run", tmp_path / "out"))
+    for run in (alone, among):
+        (shown,) = run.predictions
+        assert (shown.accuracy, shown.checkpoint, shown.settings["limit"]) == (lora["accuracy"], "last", 8)
+    assert base.predictions[0].accuracy == zero["accuracy"] and alone.name == trial.name
     log = next(tmp_path.glob("out/LoRA*/log.txt")).read_text()
     assert log.count("$ graft train") == log.count("$ graft evaluate") == 1
     # Again: only what failed is tried again, and another reading needs no other training.
@@ -220,6 +230,15 @@ def test_rows_are_trained_measured_skipped_and_may_fail(
     assert cli.run(words) == 0 and timeless(tmp_path / "out") == before
     assert "failed: too wide, seed 0: --rank 1000" in capsys.readouterr().out
     assert next(tmp_path.glob("out/LoRA*/log.txt")).read_text() == log
+    # As an older version left it: the predictions are in the trial's folder.
+    test = json.loads((trial / "test-last.json").read_text())
+    file.rename(trial / "test-last.jsonl")
+    shutil.rmtree(trial / "run/evaluations")
+    (trial / "test-last.json").write_text(json.dumps({key: test[key] for key in ("eval_config", "reading")}))
+    assert cli.run(words) == 0 and timeless(tmp_path / "out") == before
+    (old,) = read_folders([str(trial / "run")])
+    assert [each.accuracy for each in old.predictions] == [lora["accuracy"]]
+    assert (trial / "log.txt").read_text() == log
     assert cli.run([*words[:-1], "4"]) == 0
     assert next(tmp_path.glob("out/LoRA*/log.txt")).read_text().count("$ graft train") == 1
     assert timeless(tmp_path / "out")[0]["n"] == 4

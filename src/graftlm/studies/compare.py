@@ -4,8 +4,8 @@
       sweep.json                the trials
       table.json, table.md      the results, updated after every trial
       {row}-seed{n}-{hash}/     one trial
-        run/                      a run folder
-        test-best.json(l)         the result of `graft evaluate`, and each prediction
+        run/                      a run folder, in which `graft evaluate` keeps its result and predictions
+        test-best.json            the result again, and where the predictions are; for zero-shot test-.json and .jsonl
         steps.json                the steps that fit a budget in seconds or TFLOP
         log.txt, failed.json      the commands' stderr; why the trial failed
 
@@ -32,6 +32,7 @@ from graftlm.config import CompareConfig, TrainConfig
 from graftlm.errors import GraftError, InputError, Interrupted, stop_on_signal
 from graftlm.files.atomic import LOCK_NAME, cleanup_tmp, disk_errors, lock_dir, write_json, write_text
 from graftlm.files.formats import read_json
+from graftlm.inference.saved_evaluations import FOLDER
 from graftlm.studies.results_table import FAILED, TrialResult, failures, make_rows, markdown, read_test
 from graftlm.studies.subprocess_runner import MAX_RETRIES, CommandFailed, JobRunner, LocalRunner, WorkerLost
 from graftlm.studies.sweep import Trial, read_sweep
@@ -192,7 +193,7 @@ class _Sweep:
 
     def _evaluate(self, trial: Trial, folder: Path, checkpoint: str) -> None:
         path = folder / f"test-{checkpoint}.json"
-        flags: dict[str, Any] = {**self.eval_config, "predictions": path.with_suffix(".jsonl")}
+        flags: dict[str, Any] = {**self.eval_config}
         if trial.trains:
             flags |= {name: trial.flags[name] for name in ("device", "dtype") if name in trial.flags}
             flags |= {"out_dir": folder / "run", "checkpoint": checkpoint}
@@ -200,9 +201,15 @@ class _Sweep:
             # The defaults of training, which are not those of evaluating a run that --init_from names.
             defaults = {name: getattr(TrainConfig, name) for name in ("init_from", "data", "template", "labels")}
             flags |= {**defaults, "chat": "off", **trial.flags, "split": "test"}
+            flags["predictions"] = path.with_suffix(".jsonl")
             del flags["method"]
         metrics = json.loads(self.runner.run(["evaluate", *_argv(flags), "--json"], folder))
-        write_json(path, {"eval_config": self.eval_config, "reading": metrics})
+        rows = path.with_suffix(".jsonl").name
+        if trial.trains:
+            if "saved" not in metrics:
+                raise CommandFailed(f"graft evaluate could not write to {folder / 'run'}: see {folder / 'log.txt'}")
+            rows = f"run/{FOLDER}/{Path(metrics.pop('saved')).with_suffix('.jsonl').name}"
+        write_json(path, {"eval_config": self.eval_config, "predictions": rows, "reading": metrics})
 
     # Progress -----------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@
       test-best.jsonl              predictions that were written by hand, as by version 0.1; test-last.jsonl likewise
     COMPARISON/                  a folder of `graft compare`: sweep.json lists its trials
       {trial}/run/                 a run folder
-      {trial}/test-best.jsonl      its predictions; test-.jsonl for the base model (zero-shot)
+      {trial}/test-.jsonl          predictions of the base model (zero-shot); test-best.jsonl of an older run
 
 A run need not be finished: one that is running, was killed or failed is shown up to its last step. A file that is not
 as graft writes it is an error that names the file. Accuracies are computed from the predictions. Does not import torch.
@@ -243,20 +243,25 @@ def _read_folder(folder: Path) -> list[Run]:
 def _read_run_folder(folder: Path) -> list[Run]:
     """The run, preceded by its base if that was evaluated."""
     trial = folder.resolve().parent  # in a comparison
-    is_trial = folder.resolve().name == "run" and any(trial.glob("test-*.jsonl"))
+    is_trial = folder.resolve().name == "run" and any(trial.glob("test-*.json*"))
     run = _read_run(trial.name if is_trial else folder.resolve().name, folder, trial if is_trial else folder)
-    with _reading(folder / FOLDER):
-        saved = read_evaluations(folder)
-        documents = [each for each in saved if "perplexity" in each.result]
-        predictions = [_of_saved(each, folder, run.manifest) for each in saved if "perplexity" not in each.result]
-    base = [p for p in predictions if p.checkpoint == "base"]
-    own = [p for p in predictions if p.checkpoint != "base"]
-    run = replace(run, predictions=(*run.predictions, *own), documents=documents)
+    run, base = _with_saved(run)
     if not run.documents and not base and not is_trial:
         run = replace(run, command=_missing(run))
     name = Path(run.manifest["base"]["name"])
     base_run = Run(name.name if name.is_absolute() else str(name), folder / FOLDER, {}, (), base)
     return [base_run, run] if base else [run]
+
+
+def _with_saved(run: Run) -> tuple[Run, list[Predictions]]:
+    """The run with the evaluations in its folder, and those of its base."""
+    with _reading(run.folder / FOLDER):
+        saved = read_evaluations(run.folder)
+        documents = [each for each in saved if "perplexity" in each.result]
+        predictions = [_of_saved(each, run.folder, run.manifest) for each in saved if "perplexity" not in each.result]
+    base = [p for p in predictions if p.checkpoint == "base"]
+    own = [p for p in predictions if p.checkpoint != "base"]
+    return replace(run, predictions=(*run.predictions, *own), documents=documents), base
 
 
 def _missing(run: Run) -> str:
@@ -297,7 +302,7 @@ def _read_comparison(folder: Path) -> list[Run]:
         name = trial["row"] if seeds[trial["row"]] == 1 else f"{trial['row']}, seed {trial['flags'].get('seed', 0)}"
         path, trains = folder / trial["folder"], trial["flags"].get("method") != ZERO_SHOT
         if trains and (path / "run" / "run.json").is_file():
-            run = _read_run(name, path / "run", path)
+            run, _ = _with_saved(_read_run(name, path / "run", path))
         else:
             run = Run(name, path / "run" if trains else path, {}, (), _read_predictions(path, {}))
         if (path / FAILED).is_file():

@@ -40,14 +40,20 @@ class TrialResult:
     @property
     def metrics(self) -> dict[str, Any]:
         """The JSON object of `graft evaluate --json`."""
-        return read_test(self.folder / f"test-{self.checkpoint}.json")["reading"]
+        return self._test["reading"]
 
     @property
     def correct(self) -> list[tuple[str, bool]]:
         """The text of each example, and whether its predicted label is correct."""
-        lines = (self.folder / f"test-{self.checkpoint}.jsonl").read_text(encoding="utf-8").splitlines()
+        # Older comparisons have the predictions of all trials in the trial's folder.
+        file = self.folder / self._test.get("predictions", f"test-{self.checkpoint}.jsonl")
+        lines = file.read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
         return [(row["text"], row["predicted"] == row["label"]) for row in rows]
+
+    @property
+    def _test(self) -> dict[str, Any]:
+        return read_test(self.folder / f"test-{self.checkpoint}.json")
 
     @property
     def run(self) -> dict[str, Any]:
@@ -56,7 +62,7 @@ class TrialResult:
 
 
 def read_test(path: Path) -> dict[str, Any]:
-    """The test-*.json of a trial: {"eval_config", "reading"}."""
+    """The test-*.json of a trial: {"eval_config", "predictions", "reading"}."""
     return upgrade_test(read_json(path))
 
 
