@@ -179,7 +179,7 @@ class DecodingBatch:
         return hidden
 
     def _padded_passes(self, first: int, end: int) -> Iterator[tuple[int, int]]:
-        """Runs of rows that are read in one pass, padded to the longest: either new or not, and with room in the cache.
+        """Runs of rows that are read in one pass, padded to the longest: either new or not, and within the cache.
 
         What is padded comes after what each row has read, and must fit into the cache.
         """
