@@ -179,9 +179,9 @@ class DecodingBatch:
         return hidden
 
     def _padded_passes(self, first: int, end: int) -> Iterator[tuple[int, int]]:
-        """Runs of rows that are read in one pass, padded to the longest: either new or not, and within the cache.
+        """Runs of rows, all new or none, that are read in one pass, padded to the longest.
 
-        What is padded comes after what each row has read, and must fit into the cache.
+        The padding comes after what each row has read, and must fit into the cache.
         """
         most, start = max(row.capacity for row in self.rows), first
         longest = widest = 0

@@ -29,9 +29,9 @@ namespace {
 // Products -------------------------------------------------------------------------------------------------------------
 
 #ifdef __AVX512F__
-constexpr int MOST_ROWS = 5;  // 4 outputs x 5 rows of sums stay in 32 registers
+constexpr int MOST_ROWS = 5, FEW = 5;  // 4 outputs x 5 rows of sums stay in 32 registers
 #else
-constexpr int MOST_ROWS = 2;
+constexpr int MOST_ROWS = 2, FEW = 4;
 #endif
 constexpr int OUTPUTS = 4;  // at a time
 
@@ -107,10 +107,10 @@ void tiles(const uint8_t *w, int64_t row_bytes, int64_t columns, const Rows &x, 
     }
 }
 
-// y = w x for some rows of w. For few rows of x the weights are used as they are unpacked, twice at the most.
+// y = w x for some rows of w. The weights are used as they are unpacked, for FEW rows of x; for more in panels.
 template <class F>
 void product(const Matrix &w, Span rows, const Rows &x, const Rows &y) {
-    if (x.count > 2 * MOST_ROWS) return panel_product<F>(w, rows, x, y);
+    if (x.count > FEW) return panel_product<F>(w, rows, x, y);
     for (int64_t n = rows.begin; n < rows.end; n += OUTPUTS) {
         const uint8_t *from = w.data + n * w.row_bytes;
         if (rows.end - n >= OUTPUTS)

@@ -53,28 +53,111 @@ inline void transpose(vec *rows) {
     if constexpr (H > 1) transpose<H / 2>(rows);
 }
 
+// 16 bytes that LANES rows have at the same place: q[j] is the j-th four bytes of each.
+inline void quarters(const uint8_t *from, int64_t row_bytes, ints *q) {
+    vec parts[4];
+    for (int i = 0; i < 4; i++) {  // rows i, i + 4, ...
+        auto row = [&](int n) { return load<four>(from + (i + 4 * n) * row_bytes); };
+#if defined(__AVX512F__)
+        __m512 rows = _mm512_insertf32x4(_mm512_castps128_ps512((__m128)row(0)), (__m128)row(1), 1);
+        rows = _mm512_insertf32x4(_mm512_insertf32x4(rows, (__m128)row(2), 2), (__m128)row(3), 3);
+        parts[i] = (vec)rows;
+#else
+        const four rows[2] = {row(0), row(1)};
+        parts[i] = load<vec>(rows);
+#endif
+    }
+    constexpr auto lanes = std::make_integer_sequence<int, LANES>();
+    exchange<2>(parts[0], parts[2], lanes), exchange<2>(parts[1], parts[3], lanes);
+    exchange<1>(parts[0], parts[1], lanes), exchange<1>(parts[2], parts[3], lanes);
+    for (int j = 0; j < 4; j++) q[j] = (ints)parts[j];
+}
+
+// CHUNK columns of LANES rows, from chunk c on, each in to[column * WIDE]: what F::unpack gives, transposed. For common
+// formats the bytes are transposed before they are unpacked.
+template <class F>
+inline void fill_chunk(F, const uint8_t *rows, int64_t row_bytes, int64_t c, float *to) {
+    vec parts[LANES][PARTS];
+    for (int i = 0; i < LANES; i++) F::unpack(rows + i * row_bytes, c, parts[i]);
+    for (int p = 0; p < PARTS; p++) {
+        vec block[LANES];
+        for (int i = 0; i < LANES; i++) block[i] = parts[i][p];
+        transpose(block);
+        for (int i = 0; i < LANES; i++) store(to + (p * LANES + i) * WIDE, block[i]);
+    }
+}
+
+inline void fill_chunk(F32, const uint8_t *rows, int64_t row_bytes, int64_t c, float *to) {
+    for (int i = 0; i < CHUNK; i += 4) {
+        ints q[4];
+        quarters(rows + (c * CHUNK + i) * 4, row_bytes, q);
+        for (int j = 0; j < 4; j++) store(to + (i + j) * WIDE, (vec)q[j]);
+    }
+}
+
+inline void fill_chunk(BF16, const uint8_t *rows, int64_t row_bytes, int64_t c, float *to) {
+    for (int i = 0; i < CHUNK; i += 8) {
+        ints q[4];
+        quarters(rows + (c * CHUNK + i) * 2, row_bytes, q);
+        for (int j = 0; j < 4; j++) {
+            store(to + (i + 2 * j) * WIDE, (vec)(q[j] << 16));
+            store(to + (i + 2 * j + 1) * WIDE, (vec)(q[j] & ~0xffff));
+        }
+    }
+}
+
+inline void fill_chunk(Q8_0, const uint8_t *rows, int64_t row_bytes, int64_t c, float *to) {
+    const uint8_t *block = rows + c * Q8_0::BLOCK;
+    vec d;
+    for (int i = 0; i < LANES; i++) d[i] = half(block + i * row_bytes);
+    for (int i = 0; i < CHUNK; i += 16) {
+        ints q[4];
+        quarters(block + 2 + i, row_bytes, q);
+        for (int k = 0; k < 16; k++) store(to + (i + k) * WIDE, real(q[k / 4] << (24 - k % 4 * 8) >> 24) * d);
+    }
+}
+
+template <bool FIVE, bool MINIMUM>
+inline void fill_chunk(Q45<FIVE, MINIMUM>, const uint8_t *rows, int64_t row_bytes, int64_t c, float *to) {
+    constexpr int BLOCK = Q45<FIVE, MINIMUM>::BLOCK;
+    const uint8_t *block = rows + c * BLOCK;
+    float d[LANES], least[LANES];
+    ints q[4], fifth = {};
+    for (int i = 0; i < LANES; i++) {
+        const four scales = halves(block + i * row_bytes);
+        d[i] = scales[0], least[i] = scales[1];
+        if (FIVE) fifth[i] = load<int32_t>(block + i * row_bytes + BLOCK - 20);
+    }
+    quarters(block + BLOCK - 16, row_bytes, q);
+    for (int k = 0; k < CHUNK; k++) {
+        ints v = (q[k % 16 / 4] >> (k % 4 * 8 + k / 16 * 4)) & 15;
+        if (FIVE) v |= ((fifth >> k) & 1) << 4;
+        const vec w = MINIMUM ? real(v) * load<vec>(d) + load<vec>(least) : real(v - (FIVE ? 16 : 8)) * load<vec>(d);
+        store(to + k * WIDE, w);
+    }
+}
+
 // The weights of outputs n to n + WIDE, from column k on: [depth padded to chunks][WIDE]; 0 beyond the last output.
 template <class F>
 void fill_panel(const Matrix &w, int64_t n, int64_t k, int64_t depth, float *panel) {
-    for (int64_t c = k / CHUNK; c < (k + padded(depth)) / CHUNK; c++)
-        for (int half = 0; half < 2; half++) {
-            vec parts[LANES][PARTS] = {};
-            for (int i = 0; i < LANES; i++) {
-                const int64_t row = n + half * LANES + i;
-                if (row >= w.rows) break;
-                if ((c + 1) * CHUNK <= w.columns)
-                    F::unpack(w.data + row * w.row_bytes, c, parts[i]);
-                else
-                    unpack_end<F>(w.data + row * w.row_bytes, w.columns, c, parts[i]);
+    for (int half = 0; half < 2; half++) {
+        const int64_t row = n + half * LANES, whole = w.columns / CHUNK;
+        for (int64_t c = k / CHUNK; c < (k + padded(depth)) / CHUNK; c++) {
+            const uint8_t *rows = w.data + row * w.row_bytes;
+            float *to = panel + (c * CHUNK - k) * WIDE + half * LANES;
+            if (row + LANES <= w.rows && c < whole) {
+                fill_chunk(F(), rows, w.row_bytes, c, to);
+                continue;
             }
-            for (int p = 0; p < PARTS; p++) {
-                vec block[LANES];
-                for (int i = 0; i < LANES; i++) block[i] = parts[i][p];
-                transpose(block);
-                float *to = panel + (c * CHUNK - k + p * LANES) * WIDE + half * LANES;
-                for (int i = 0; i < LANES; i++) store(to + i * WIDE, block[i]);
+            for (int i = 0; i < LANES; i++) {
+                vec parts[PARTS] = {};
+                if (row + i < w.rows)
+                    c < whole ? F::unpack(rows + i * w.row_bytes, c, parts)
+                              : unpack_end<F>(rows + i * w.row_bytes, w.columns, c, parts);
+                for (int l = 0; l < CHUNK; l++) to[l * WIDE + i] = parts[l / LANES][l % LANES];
             }
         }
+    }
 }
 
 // y[b] += a panel times x[b] for B rows; `first`: y is not read.
