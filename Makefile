@@ -49,8 +49,9 @@ cpu-torch:  ## before another target: .venv with torch's CPU build, where pip wo
 docs: .venv/docs  ## the site of docs/, into site/; a link that leads nowhere is an error
 	$(BIN)/mkdocs build
 
-pictures: .venv/dev  ## those of the docs, from a real run
+pictures: .venv/dev  ## those of the docs, from a real run, and the notebook's outputs
 	$(BIN)/python docs/_pictures.py
+	$(BIN)/python docs/_notebook.py
 
 coverage: .venv/dev  ## by branch, with the tests' subprocesses; fails under the floor of .coveragerc
 	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder

@@ -1,4 +1,4 @@
-"""Make the pictures of the docs from a real run: `make pictures`, about ten minutes on two idle cores.
+"""Make the pictures of the docs from a real run: `make pictures`, about ten minutes on two busy cores.
 
     python docs/_pictures.py [--out docs/pictures] [--max_iters 200] [--work FOLDER]
 

@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom, on the CPU and offline with its small settings; committed without outputs.
+"""The notebook runs from top to bottom, on the CPU and offline with its small settings; its stored outputs are its own.
 
 It runs in a process and a home folder of its own, by the command that a user would type (`jupyter execute`). The graft
 commands that it starts are forks.
@@ -6,8 +6,10 @@ commands that it starts are forks.
 
 import ast
 import base64
+import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -160,17 +162,42 @@ def test_nothing_is_written_beside_its_own_folder(ran: Ran) -> None:
 
 
 COMMITTED = nbformat.from_dict(json.loads(NOTEBOOK.read_text(encoding="utf-8")))
-CODE = {cell["id"]: cell["source"] for cell in COMMITTED.cells if cell["cell_type"] == "code"}
+STORED = {cell["id"]: cell for cell in COMMITTED.cells if cell["cell_type"] == "code"}
+CODE = {name: cell["source"] for name, cell in STORED.items()}
 LINES = [line for cell in COMMITTED.cells for line in "".join(cell["source"]).splitlines()]
 SHOWN = [line for line in LINES if line.startswith("!graft ")]
 
 
-def test_the_committed_notebook_is_valid_and_has_no_outputs() -> None:
+def test_the_committed_notebook_is_valid() -> None:
     nbformat.validate(COMMITTED)
     assert (COMMITTED.nbformat, COMMITTED.nbformat_minor) == (4, 5)
-    assert not any(cell["outputs"] or cell["execution_count"] for cell in COMMITTED.cells if "outputs" in cell)
     assert COMMITTED.metadata["accelerator"] == "GPU" and COMMITTED.metadata["colab"]["gpuType"] == "T4"
     assert COMMITTED.metadata["kernelspec"]["name"] == "python3"
+
+
+def test_its_stored_outputs_are_those_of_its_source() -> None:
+    """`make pictures` stores them, with the hash of the cells that it ran. Outputs of other cells are none."""
+    if "executed" not in COMMITTED.metadata:
+        assert not any(cell["outputs"] or cell["execution_count"] for cell in STORED.values())
+        return
+    source = "\n\n".join("".join(text) for text in CODE.values())
+    assert COMMITTED.metadata["executed"]["sha256"] == hashlib.sha256(source.encode()).hexdigest()
+    assert [cell["execution_count"] for cell in STORED.values()] == list(range(1, len(CODE) + 1))
+    assert [name for name, cell in STORED.items() if not cell["outputs"]] == ["install"]
+    for cell in ("curves", "after", "table"):
+        assert sum("image/png" in out.get("data", {}) for out in STORED[cell]["outputs"]) == 1, cell
+
+
+def test_its_stored_outputs_tell_of_no_error_and_of_no_machine() -> None:
+    for name, cell in STORED.items():
+        for out in cell["outputs"]:
+            assert out["output_type"] in ("stream", "display_data", "execute_result"), (name, out)
+            assert out.get("name") != "stderr", (name, out["text"])
+            assert set(out.get("data", {})) <= {"text/plain", "text/markdown", "image/png"}, name
+            data = {kind: shown for kind, shown in out.get("data", {}).items() if kind != "image/png"}
+            text = "".join([*out.get("text", ()), *("".join(shown) for shown in data.values())])
+            assert not re.search(r"[\r\x1b]|(?<![\w.:/])/\w+/|[A-Z]:\\", text), (name, text)
+    assert NOTEBOOK.stat().st_size < 400_000
 
 
 @pytest.mark.parametrize("cell", CODE)
