@@ -32,6 +32,9 @@ def main() -> None:
             resources={"metadata": {"path": folder}},
         ).execute()
     notebook.metadata["language_info"] = language
+    for output in (output for cell in notebook.cells for output in cell.get("outputs", ())):
+        if output.output_type == "stream":
+            output.text = output.text.replace("\r\n", "\n")  # of the terminal in which `!` runs a command
     code = "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
     notebook.metadata["executed"] = {"sha256": hashlib.sha256(code.encode()).hexdigest()}  # a test compares it
     nbformat.write(notebook, flags.out)
