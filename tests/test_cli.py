@@ -21,7 +21,8 @@ from conftest import Graft, child_environment
 from graftlm import __version__, cli
 from graftlm.cli import display
 from graftlm.config import DownloadConfig, ExportConfig, GenerateConfig, ReportConfig, TrainConfig
-from graftlm.config.flags import CommonFlags, field_types, parse, parse_columns, without_none
+from graftlm.config.flags import CommonFlags, field_types, parse, parse_columns
+from graftlm.config.values import without_none
 from graftlm.errors import GraftError, InputError, Interrupted
 from graftlm.methods import METHODS, describe
 

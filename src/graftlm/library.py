@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, overload
 
 from graftlm.cli import COMMANDS, display
-from graftlm.config.flags import ROWS, CommonFlags, ParsedArgs, short
+from graftlm.config.flags import CommonFlags, ParsedArgs
 from graftlm.config.keywords import config_from, signature_of
+from graftlm.config.values import ROWS, short
 from graftlm.errors import InputError
 
 if TYPE_CHECKING:

@@ -28,9 +28,10 @@ from graftlm.exchange.huggingface import save_adapter
 from graftlm.exchange.load import load
 from graftlm.inference.engine import Engine
 from graftlm.methods import LoRA
-from graftlm.serving.app import ServedModel, Service, make_app
+from graftlm.serving.app import make_app
 from graftlm.serving.middleware import HEADERS
 from graftlm.serving.server import Server
+from graftlm.serving.service import ServedModel, Service
 from graftlm.text.template import load_template
 from tiny import model_folder
 

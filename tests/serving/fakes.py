@@ -10,8 +10,9 @@ from typing import Any
 
 from graftlm.errors import Overloaded
 from graftlm.inference.requests import Completion, Request, RequestHandle, TokenLogprob, TokenOutput
-from graftlm.serving.app import ServedModel, Service, make_app
+from graftlm.serving.app import make_app
 from graftlm.serving.server import Server, listening, url_of
+from graftlm.serving.service import ServedModel, Service
 from graftlm.text.boundary import without_space
 from graftlm.text.stream import TextStream
 from graftlm.text.template import load_template

@@ -27,10 +27,10 @@ from graftlm.errors import GraftError, InputError, ShuttingDown
 from graftlm.inference.sampling import SamplingParams
 from graftlm.serving import middleware
 from graftlm.serving.api_docs import ROUTES
-from graftlm.serving.app import Service
 from graftlm.serving.middleware import RateLimiter, TrustedHosts, is_loopback
 from graftlm.serving.responses import Formatter
 from graftlm.serving.schemas import APIError
+from graftlm.serving.service import Service
 from serving.fakes import FakeEngine, eventually, service, serving
 
 TEXT = {"model": "base", "prompt": "a film"}

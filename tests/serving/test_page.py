@@ -18,7 +18,7 @@ from playwright.sync_api import Browser, Locator, Page, expect
 from graftlm.errors import GraftError, Overloaded
 from graftlm.exchange.load import load
 from graftlm.inference.engine import Engine
-from graftlm.serving.app import ServedModel, Service
+from graftlm.serving.service import ServedModel, Service
 from graftlm.text.template import load_template
 from serving.fakes import FakeEngine, eventually, service, serving
 from tiny import TEMPLATE, chat_model_folder

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 
 from graftlm.exchange.load import ModelBundle
 from graftlm.inference.engine import Engine
-from graftlm.serving.app import ServedModel, Service
+from graftlm.serving.service import ServedModel, Service
 from graftlm.text.template import load_template
 from graftlm.text.tokenizer import Tokenizer
 from serving.fakes import FakeEngine, serving

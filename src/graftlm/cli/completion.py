@@ -10,9 +10,10 @@ from string import Template
 from textwrap import shorten
 from typing import Any, Literal, get_args, get_origin
 
-from graftlm.config.flags import by_owner, docstrings, field_types, without_none
+from graftlm.config.flags import by_owner, docstrings, field_types
 from graftlm.config.paths import PATH_FLAGS
 from graftlm.config.training import method_titles
+from graftlm.config.values import without_none
 from graftlm.files.assets import BUILTIN_DATA, BUILTIN_MODELS, HUB_DATA, HUB_MODELS
 from graftlm.text.tasks import REVIEWS, WORD_PROBLEMS
 from graftlm.text.template import BUILTIN

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields, replace
 from typing import Any, TypeVar, get_type_hints
 
-from graftlm.config.flags import Flags, by_owner, short
+from graftlm.config.flags import Flags, by_owner
 from graftlm.config.renamed import new_flag
+from graftlm.config.values import short
 from graftlm.errors import InputError, did_you_mean
 
 Config = TypeVar("Config", bound=Flags)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_type_hints
 import torch
 from torch import nn
 
-from graftlm.config.flags import python_value, short
+from graftlm.config.values import python_value, short
 from graftlm.errors import InputError, did_you_mean, unknown_name_error
 from graftlm.methods import METHODS, base
 from graftlm.methods.base import Method

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from graftlm.config.flags import short
+from graftlm.config.values import short
 from graftlm.errors import GraftError, InputError
 from graftlm.files.assets import rows_home
 from graftlm.files.atomic import write_text

@@ -14,9 +14,9 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from graftlm.config.flags import short
 from graftlm.config.inference import Mode
 from graftlm.config.keywords import listed
+from graftlm.config.values import short
 from graftlm.errors import GraftError, InputError
 from graftlm.inference.decoder import shared_prefix_length
 from graftlm.inference.generate import Batching, ProgressCallback, decode_groups, generate_ids

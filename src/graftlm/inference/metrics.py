@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from graftlm.config.flags import short
+from graftlm.config.values import short
 from graftlm.errors import InputError
 
 GARBAGE = -1

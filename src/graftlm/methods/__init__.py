@@ -11,7 +11,8 @@ from pkgutil import iter_modules
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from graftlm.config.flags import MethodFlags, parse_value
+from graftlm.config.flags import MethodFlags
+from graftlm.config.values import parse_value
 from graftlm.errors import InputError, unknown_name_error
 from graftlm.methods.adapter import Adapter
 from graftlm.methods.base import Method

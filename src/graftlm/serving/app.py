@@ -17,13 +17,10 @@ Tokenisation runs off the event loop: a long prompt does not block other request
 """
 
 import asyncio
-import base64
-import math
-import struct
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from functools import partial
 from importlib.resources import files
 from typing import Annotated, Any
 
@@ -34,12 +31,13 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from graftlm.errors import GraftError, InputError, did_you_mean
-from graftlm.inference.engine import Engine
-from graftlm.inference.grammar import Grammar, Grammars
+from graftlm.errors import GraftError, InputError
+from graftlm.inference.grammar import Grammar
 from graftlm.inference.requests import Request
 from graftlm.inference.sampling import check_tokens
 from graftlm.serving import api_docs
+from graftlm.serving.classify import classify_texts
+from graftlm.serving.embeddings import embed_texts
 from graftlm.serving.metrics import Metrics, MetricsMiddleware
 from graftlm.serving.middleware import SecurityMiddleware, error_response, read_body
 from graftlm.serving.responses import (
@@ -48,7 +46,6 @@ from graftlm.serving.responses import (
     Submit,
     cancel_on_disconnect,
     complete_response,
-    future_result,
     stream_response,
     to_http_error,
 )
@@ -65,19 +62,13 @@ from graftlm.serving.schemas import (
     TokenizeBody,
     parse_body,
 )
+from graftlm.serving.service import ServedModel, Service, listed
 from graftlm.serving.tools import call_streams, check_messages, forced_call, written_tools
 from graftlm.text.boundary import split_prompt
 from graftlm.text.chat import Chat
-from graftlm.text.collate import Example, encode_rows
-from graftlm.text.records import Labelled
-from graftlm.text.template import Template
-from graftlm.text.tokenizer import Tokenizer
-from graftlm.text.tool_calls import ToolSupport
 
 DEFAULT_MAX_TOKENS = 16
 """Of a completion whose request does not set max_tokens, as in OpenAI's API."""
-CONCURRENCY = 64
-"""Prompts of one classification, or texts to embed, that are submitted to the engine at the same time."""
 
 PAGE = {
     "/": (("page.html",), "text/html"),
@@ -85,55 +76,6 @@ PAGE = {
     "/page.js": (("report_parts.js", "page_stream.js", "page.js"), "text/javascript"),
 }
 """Path -> files to concatenate, and their media type. The report_* files belong to `graft report`."""
-
-
-@dataclass(frozen=True)
-class ServedModel:
-    """A model that requests can name: the base, or one of its adapters."""
-
-    name: str
-    adapter: str | None
-    """Its name in the engine; None for the base."""
-    template: Template
-    """The prompt of a classification."""
-    max_seq_len: int
-    stop_tokens: frozenset[int] = frozenset()
-    """What ends its texts, besides the base's end-of-text tokens."""
-
-
-@dataclass(frozen=True)
-class Service:
-    """What the routes need."""
-
-    engine: Engine
-    tokenizer: Tokenizer
-    models: Mapping[str, ServedModel]
-    """By name; the base is the first."""
-    max_tokens: int
-
-    @cached_property
-    def grammars(self) -> Grammars:
-        """Of the tokenizer."""
-        return Grammars(self.tokenizer)
-
-    @cached_property
-    def tool_support(self) -> ToolSupport:
-        """What the chat template writes of tools."""
-        has_chat = self.tokenizer.chat_template is not None
-        return ToolSupport.of(Chat(self.tokenizer)) if has_chat else ToolSupport(False, False, False, None)
-
-    @property
-    def base(self) -> ServedModel:
-        """The model without an adapter."""
-        return next(iter(self.models.values()))
-
-    def model(self, name: str) -> ServedModel:
-        """A model by its name. Raises APIError with status 404."""
-        if name not in self.models:
-            hint = did_you_mean(name[:100], self.models)
-            message = f"there is no model {name[:100]!r}: {hint}GET /v1/models lists them"
-            raise APIError(404, message, param="model", code="model_not_found")
-        return self.models[name]
 
 
 def make_app(service: Service, **security: Any) -> FastAPI:
@@ -256,7 +198,7 @@ def _add_inference(app: FastAPI, service: Service, submit: Submit) -> None:
 
     @app.post("/v1/embeddings")
     async def embeddings(http: HTTPRequest, body: Annotated[Any, Depends(_body(EmbeddingBody))]) -> Response:
-        return JSONResponse(await cancel_on_disconnect(http, _embeddings(service, body)))
+        return JSONResponse(await cancel_on_disconnect(http, embed_texts(service, body)))
 
     @app.post("/tokenize")
     async def tokenize(body: Annotated[Any, Depends(_body(TokenizeBody))]) -> dict[str, Any]:
@@ -270,11 +212,11 @@ def _add_inference(app: FastAPI, service: Service, submit: Submit) -> None:
 
     @app.post("/v1/classify")
     async def classify(http: HTTPRequest, body: Annotated[Any, Depends(_body(ClassifyBody))]) -> Response:
-        return JSONResponse(await cancel_on_disconnect(http, _classify(service, body)))
+        return JSONResponse(await cancel_on_disconnect(http, classify_texts(service, body)))
 
 
 def _parse_completion(service: Service, body: CompletionBody) -> list[Request]:
-    prompts = _listed(body.prompt)
+    prompts = listed(body.prompt)
     if not isinstance(prompts[0], str):
         return _requests(service, body, prompts, body.max_tokens, DEFAULT_MAX_TOKENS)
     split = [split_prompt(text, service.tokenizer) for text in prompts]
@@ -282,11 +224,6 @@ def _parse_completion(service: Service, body: CompletionBody) -> list[Request]:
     spaces = [space for _, space in split for _ in range(body.n)]
     requests = _requests(service, body, tokens, body.max_tokens, DEFAULT_MAX_TOKENS)
     return [replace(request, space=space) for request, space in zip(requests, spaces, strict=True)]
-
-
-def _listed(texts: Any) -> Any:
-    """One text, or the ids of one, as a list of one."""
-    return [texts] if isinstance(texts, str) or isinstance(texts[0], int) else texts
 
 
 def _parse_chat(service: Service, chat: Chat | None, body: ChatBody) -> list[Request]:
@@ -366,43 +303,6 @@ def _grammar(service: Service, schema: dict[str, Any] | None, field: str) -> Gra
         raise APIError(400, f"{field}: {error}", param=field, code="invalid_json_schema") from None
 
 
-# Embeddings and tokens ------------------------------------------------------------------------------------------------
-
-
-async def _embeddings(service: Service, body: EmbeddingBody) -> dict[str, Any]:
-    """The mean of the last hidden states of each text."""
-    model, texts = service.model(body.model), _listed(body.input)
-    encode = service.tokenizer.encode_prompts
-    rows = await asyncio.to_thread(encode, texts) if isinstance(texts[0], str) else texts
-    if (longest := max(map(len, rows))) > model.max_seq_len:
-        message = f"{longest} tokens, and {model.name} reads at most {model.max_seq_len}: shorten the text"
-        raise APIError(400, message, code="context_length_exceeded")
-    found: list[list[float]] = []
-    for start in range(0, len(rows), CONCURRENCY):
-        futures = [service.engine.embed(row, model.adapter) for row in rows[start : start + CONCURRENCY]]
-        found += await asyncio.gather(*map(future_result, futures))
-    if not all(math.isfinite(value) for values in found for value in values):
-        raise GraftError("the hidden states are NaN: the weights are broken, or overflow in this --dtype; try float32")
-    count = sum(map(len, rows))
-    return {
-        "object": "list",
-        "model": body.model,
-        "pooling": "mean of the last hidden states",
-        "data": [
-            {"object": "embedding", "index": index, "embedding": _encoded(values, body.encoding_format)}
-            for index, values in enumerate(found)
-        ],
-        "usage": {"prompt_tokens": count, "total_tokens": count},
-    }
-
-
-def _encoded(values: list[float], encoding_format: str) -> list[float] | str:
-    """The numbers, or base64 of them as little-endian float32."""
-    if encoding_format == "float":
-        return values
-    return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
-
-
 def _tokenize(service: Service, chat: Chat | None, body: TokenizeBody) -> dict[str, Any]:
     """The ids that a completion of this text, or a chat of these messages, reads."""
     model, tokenizer = service.model(body.model or service.base.name), service.tokenizer
@@ -412,40 +312,3 @@ def _tokenize(service: Service, chat: Chat | None, body: TokenizeBody) -> dict[s
         ids = (tokenizer.encode_prompt if body.add_special_tokens else tokenizer.encode)(body.prompt or "")
     texts = [tokenizer.token(token) for token in ids] if body.return_token_strs else None
     return {"count": len(ids), "max_model_len": model.max_seq_len, "tokens": ids, "token_strs": texts}
-
-
-# Label probabilities --------------------------------------------------------------------------------------------------
-
-
-async def _classify(service: Service, body: ClassifyBody) -> dict[str, Any]:
-    """For each text and model the probability of each label: a softmax over the labels' scores."""
-    models = [service.model(name) for name in dict.fromkeys(body.models or service.models)]
-    texts = [body.text] if body.text is not None else list(body.texts or ())
-
-    def encode(text: str, model: ServedModel) -> tuple[Example, dict[str, bool]]:
-        records = [Labelled(text, 0, source="text")]
-        examples, truncated = encode_rows(records, model.template, service.tokenizer, model.max_seq_len)
-        return examples[0], {"truncated": bool(truncated)}
-
-    prompts = await asyncio.to_thread(lambda: [(model, *encode(text, model)) for text in texts for model in models])
-    found: list[dict[str, Any]] = []
-    for start in range(0, len(prompts), CONCURRENCY):
-        batch = prompts[start : start + CONCURRENCY]
-        results = await asyncio.gather(*(_probabilities(service, model, example) for model, example, _ in batch))
-        found += [result | notes for result, (_, _, notes) in zip(results, batch, strict=True)]
-    by_text = [found[start : start + len(models)] for start in range(0, len(found), len(models))]
-    names = [model.name for model in models]
-    classified = [{"index": n, "models": dict(zip(names, each, strict=True))} for n, each in enumerate(by_text)]
-    return {"object": "classification", "results": classified}
-
-
-async def _probabilities(service: Service, model: ServedModel, example: Example) -> dict[str, Any]:
-    """The most likely label and all probabilities. Raises GraftError if a score is NaN or infinite."""
-    score = service.engine.score(example.prompt_ids, example.label_ids, model.adapter, example.skip)
-    scores = await future_result(score)
-    if not all(map(math.isfinite, scores)):
-        raise GraftError("the labels' scores are NaN: the weights are broken, or overflow in this --dtype; try float32")
-    weights = [math.exp(score - max(scores)) for score in scores]
-    probabilities = dict(zip(model.template.labels, (weight / sum(weights) for weight in weights), strict=True))
-    label = max(probabilities, key=probabilities.__getitem__)
-    return {"label": label, "probabilities": probabilities}

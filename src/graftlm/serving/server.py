@@ -27,8 +27,9 @@ try:
     import uvicorn
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
-    from graftlm.serving.app import ServedModel, Service, make_app
+    from graftlm.serving.app import make_app
     from graftlm.serving.middleware import is_loopback
+    from graftlm.serving.service import ServedModel, Service
 except ModuleNotFoundError as error:
     if (error.name or "").startswith("graftlm"):
         raise

@@ -25,8 +25,8 @@ from itertools import product
 from typing import Any, get_type_hints
 
 from graftlm.config import EvaluateConfig, TrainConfig
-from graftlm.config.flags import read_toml, read_toml_flags
 from graftlm.config.paths import split_choices, user_path
+from graftlm.config.values import read_toml, read_toml_flags
 from graftlm.errors import InputError
 from graftlm.files.formats import sha256_file
 

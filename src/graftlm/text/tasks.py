@@ -29,8 +29,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from graftlm.config.flags import read_toml
 from graftlm.config.paths import user_path
+from graftlm.config.values import read_toml
 from graftlm.errors import InputError, did_you_mean, unknown_name_error
 from graftlm.files.readers import Record, read_records
 from graftlm.text.collate import sort_by_hash

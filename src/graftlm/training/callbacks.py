@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from graftlm.config.flags import short
+from graftlm.config.values import short
 from graftlm.errors import InputError, did_you_mean
 from graftlm.inference.metrics import MetricFunctions, metric_functions
 

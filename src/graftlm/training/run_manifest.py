@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from graftlm.config import TrainConfig
-from graftlm.config.flags import ROWS, MethodFlags
+from graftlm.config.flags import MethodFlags
+from graftlm.config.values import ROWS
 from graftlm.errors import InputError
 from graftlm.exchange.huggingface import check_no_adapter, read_adapter
 from graftlm.exchange.load import check_base, resolve_path
