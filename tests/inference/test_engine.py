@@ -581,6 +581,21 @@ def test_the_line_has_an_end(loaded: ModelBundle) -> None:
         engine.close()
 
 
+def test_a_request_is_not_lost_while_the_queue_is_replaced(loaded: ModelBundle) -> None:
+    engine = Engine(loaded, {})
+    try:
+        taken: list[RequestHandle] = []
+        asking = threading.Thread(target=lambda: taken.append(engine.submit(ask((1,), max_new_tokens=2))))
+        with engine._changed:  # as the engine's thread, which has the lock while the request arrives
+            asking.start()
+            asking.join(0.3)
+            engine._waiting = type(engine._waiting)(engine._waiting)
+        asking.join()
+        assert taken[0].done.result(60)
+    finally:
+        engine.close(drain=False)
+
+
 def test_memory_is_bounded_by_waiting(loaded: ModelBundle, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(loaded, {}, max_rows=8, max_tokens=100)
     sizes: list[tuple[int, int]] = []

@@ -124,7 +124,7 @@ class Engine:
             )
         stream = TextStream(self._tokenizer, request.prompt, request.params.stop, request.space)
         handle = RequestHandle(request, limit, stream, on_output)
-        self._enqueue(self._waiting, handle)
+        self._enqueue(handle)
         return handle
 
     def score(
@@ -161,7 +161,7 @@ class Engine:
 
     def _submit_score(self, request: ScoreRequest) -> "Future[list[float]]":
         request.done.set_running_or_notify_cancel()
-        self._enqueue(self._score_requests, request)
+        self._enqueue(request)
         return request.done
 
     def stats(self) -> dict[str, Any]:
@@ -198,13 +198,16 @@ class Engine:
             raise unknown_name_error("adapter", adapter, self.names)
         check_tokens(ids, self._model.config.vocab_size, what)
 
-    def _enqueue(self, queue: deque[Any], request: RequestHandle | ScoreRequest) -> None:
-        with self._changed:
+    def _enqueue(self, request: RequestHandle | ScoreRequest) -> None:
+        with self._changed:  # the engine's thread replaces the queues, so they are looked up in here
             if self._closed:
                 raise ShuttingDown("the engine is closed: it takes no new requests")
             if len(self._waiting) + len(self._score_requests) >= self._max_waiting:
                 raise Overloaded(f"{self._max_waiting} requests are waiting already: ask again later")
-            queue.append(request)
+            if isinstance(request, RequestHandle):
+                self._waiting.append(request)
+            else:
+                self._score_requests.append(request)
             self._changed.notify_all()
 
     # For the engine's thread
@@ -293,7 +296,7 @@ class Engine:
         joining: list[RequestHandle] = []
         with self._changed:
             cancelled = [handle for handle in self._waiting if handle.cancel_requested]
-            self._waiting = deque(handle for handle in self._waiting if not handle.cancel_requested)
+            self._waiting = deque(handle for handle in self._waiting if handle not in cancelled)
             while self._waiting and len(self._rows) + len(joining) < self._max_rows:
                 handle = self._waiting[0]
                 rows = [*self._rows, *joining, handle]
