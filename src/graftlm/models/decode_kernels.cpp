@@ -29,7 +29,7 @@ namespace {
 // Products -------------------------------------------------------------------------------------------------------------
 
 #ifdef __AVX512F__
-constexpr int MOST_ROWS = 5, FEW = 5;  // 4 outputs x 5 rows of sums stay in 32 registers
+constexpr int MOST_ROWS = 5, FEW = 8;  // 4 outputs x 5 rows of sums stay in 32 registers
 #else
 constexpr int MOST_ROWS = 2, FEW = 4;
 #endif
