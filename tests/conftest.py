@@ -30,14 +30,19 @@ CHROMIUM = shutil.which("chromium")
 """Debian's browser, for the tests of pages."""
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """It, without a window. Where it is missing the test does not run, and in CI it fails."""
-    if CHROMIUM is None:
-        missing = "there is no chromium: apt-get install chromium"
+def require(program: str) -> None:
+    """Where a program of Debian is missing the test does not run, and in CI it fails."""
+    if shutil.which(program) is None:
+        missing = f"there is no {program}: apt-get install {program}"
         if os.environ.get("CI") == "true":
             pytest.fail(missing, pytrace=False)
         pytest.skip(missing)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """It, without a window."""
+    require("chromium")
     from playwright.sync_api import sync_playwright
 
     quiet = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]

@@ -3,7 +3,6 @@
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import child_environment
+from conftest import child_environment, require
 from graftlm import cli
 from graftlm.files.assets import BUILTIN_DATA, HUB_DATA
 from graftlm.methods import METHODS
@@ -58,11 +57,7 @@ def offers(
 ) -> Iterator[Offers]:
     """In a folder with two runs, a comparison, a file and a folder."""
     shell = request.param
-    if shutil.which(shell) is None:
-        missing = f"there is no {shell}: apt-get install {shell}"
-        if os.environ.get("CI") == "true":
-            pytest.fail(missing, pytrace=False)
-        pytest.skip(missing)
+    require(shell)
     for name in ("work/runs/one/run.json", "work/runs/two/run.json", "work/runs/ranks/sweep.json", "work/a.csv"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
