@@ -360,6 +360,23 @@ def test_in_chat_a_pair_is_messages_that_training_tokenises_as_they_were_sampled
     assert result["retokenized"] == 0
 
 
+def test_in_chat_an_answer_ends_at_the_end_of_a_turn(tmp_path: Path) -> None:
+    """Which need not be the end of a text."""
+    end = 34
+
+    class Turns(Chat):
+        @property
+        def stop_tokens(self) -> frozenset[int]:
+            return super().stop_tokens | {end}
+
+    chat_model_folder(tmp_path / "tuned", CHAT)
+    base = load(str(tmp_path / "tuned"), dtype="float32")
+    params = SamplingParams(max_new_tokens=20, temperature=1.0, logit_bias={end: 3.0, 0: -100.0}, seed=2)
+    (own,) = sample_completions(base.model, base.tokenizer, ["a film "], 8, params, chat=Turns(base.tokenizer))
+    assert any(one.finished for one in own)
+    assert not any(base.tokenizer.decode([end]) in one.text for one in own)
+
+
 def test_auto_is_off_for_the_beginnings_of_texts_and_a_template_is_needed(place: Path, tmp_path: Path) -> None:
     chat_model_folder(tmp_path / "tuned", CHAT)
     more = {"init_from": str(tmp_path / "tuned"), "logit_bias": "0=3"}
