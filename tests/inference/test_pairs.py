@@ -310,6 +310,7 @@ def test_through_the_command_with_a_program_as_judge(
     assert cli.run(["pairs", *given, *more, f"--out={tmp_path / 'again.jsonl'}"]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith(f"pairs        {len(rows)} from 12 completions of 3 prompts\nnot paired   ")
+    assert f"{result['ties']} ties, {result['duplicates']} duplicates, {result['empty']} empty\n" in shown
     assert (tmp_path / "again.jsonl").read_bytes() == out.read_bytes()
 
 
