@@ -34,8 +34,11 @@ from graftlm.studies.sweep import Trial, read_sweep
 STUDIES = {
     "handout": ("zero_shot", "ranks", "alpha", "alpha_or_lr", "templates"),
     "methods": ("all", "search"),
+    "lora_without_regret": ("ranks", "targets", "batch_size"),
 }
 """A folder of recipes, which names the page and the results -> its recipes of `graft compare`."""
+PAGES = ("handout", "methods")
+"""The studies whose pages this file makes."""
 CURVES = ("val_loss", "val_accuracy")
 PLAN = ("train_seconds", "validation_seconds", "peak_rss_mb")
 Saved = dict[str, Any]
@@ -329,7 +332,7 @@ def at_once(jobs: int) -> str:
 def pages() -> dict[Path, str]:
     """The files that all results give."""
     files = {}
-    for study in STUDIES:
+    for study in PAGES:
         found, pictures = blocks(study, all_results(study))
         files[DOCS / f"{study}.md"] = fill((DOCS / f"{study}.md").read_text(encoding="utf-8"), found)
         files |= {DOCS / study / picture: svg for picture, svg in pictures.items()}

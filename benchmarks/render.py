@@ -108,36 +108,38 @@ def chart(
     x_label: str,
     ticks: Sequence[float],
     root: bool = False,
+    log: bool = False,
     bands: Mapping[str, Band] | None = None,
 ) -> str:
     """Lines through (x, y) points that colour and dashes distinguish, on a light or dark page.
 
     bands: the (x, low, high) of an area around a line, by the line's name.
     root: x on a square-root scale, on which rewards rise about linearly with the KL at first (Gao et al. 2022).
+    log: x on a logarithmic scale.
     """
     left, top, width, height = 56, 12, 580, 260
     points = [point for line in lines.values() for point in line]
     bands = bands or {}
     values = [y for _, y in points] + [y for band in bands.values() for _, *ends in band for y in ends]
-    far = max([x for x, _ in points] + [1e-9])
+    near, far = min(x for x, _ in points), max([x for x, _ in points] + [1e-9])
     low, high = min(values), max(values)
     margin = 0.05 * (high - low) or 0.05
     low, high = low - margin, high + margin
 
     def place(x: float, y: float) -> tuple[float, float]:
-        share = math.sqrt(max(x, 0.0) / far) if root else x / far
+        share = math.sqrt(max(x, 0.0) / far) if root else math.log(x / near, far / near) if log else x / far
         return left + width * share, top + height * (high - y) / (high - low)
 
     body = []
     for i in range(5):
         value = low + (high - low) * i / 4
-        _, y = place(0, value)
+        _, y = place(far, value)
         body.append(
             f'<line x1="{left}" x2="{left + width}" y1="{y:.1f}" y2="{y:.1f}" stroke="#999" stroke-opacity=".35"/>'
             f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.2f}</text>'
         )
     for tick in (tick for tick in ticks if tick <= far):
-        body.append(f'<text x="{place(tick, 0)[0]:.1f}" y="{top + height + 18}" text-anchor="middle">{tick:g}</text>')
+        body.append(f'<text x="{place(tick, 0.0)[0]:.1f}" y="{top + height + 18}" text-anchor="middle">{tick:g}</text>')
     body.append(f'<text x="{left + width / 2}" y="{top + height + 36}" text-anchor="middle">{escape(x_label)}</text>')
     for i, (name, line) in enumerate(lines.items()):
         colour, y = COLOURS[i % 6], top + height + 62 + 18 * i

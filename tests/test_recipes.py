@@ -48,6 +48,11 @@ def test_the_handouts_recipes_are_all_there_and_share_their_runs() -> None:
     assert ranks["full"]["dropout"] == 0.05
 
 
+def test_the_recipes_of_lora_without_regret_share_their_runs() -> None:
+    found = [cell for path in SWEEPS if path.parent.name == "lora_without_regret" for cell in cells(path)]
+    assert len({cell.folder for cell in found}) == len({cell.id for cell in found}) == 33 and len(found) == 42
+
+
 def test_every_method_has_its_row() -> None:
     found = [cell.flags["method"] for cell in cells(ROOT / "recipes" / "methods" / "all.toml")]
     assert sorted(found) == sorted(METHODS)
