@@ -7,11 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from family_cases import config_of
 from graftlm.errors import InputError
+from graftlm.exchange.adapt import adapt
+from graftlm.methods.ia3 import IA3
 from graftlm.methods.lora import LoRA, LoRALinear, mark_only_lora_as_trainable
 from graftlm.models import Linear
+from graftlm.models.config import read_model_config
 from graftlm.models.layers import apply_linears
-from tiny import model_of
+from tiny import model_of, random_model
 
 
 def layer(rank: int = 3, dtype: torch.dtype = torch.float64, dropout: float = 0.0) -> LoRALinear:
@@ -193,6 +197,30 @@ def test_install_names_what_is_wrong(targets: tuple[str, ...], rank: int, messag
     with pytest.raises(InputError) as caught:
         LoRA(rank=rank, targets=targets).install(model_of("gpt2"), torch.Generator())
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "neox"])
+def test_all_linear_is_every_linear_of_the_adapted_blocks(kind: str) -> None:
+    config = model_of(kind).config
+    for name, method in {"lora": LoRA, "ia3": IA3}.items():
+        assert method(targets=("all-linear",)).for_model(config) == method(targets=config.roles), name
+    upper = LoRA(rank=2, targets=("all-linear",)).for_model(config, "1:")
+    assert upper.layers == (1, config.num_layers)
+    adapted = [model_of(kind), model_of(kind)]
+    adapt(adapted[0], "lora", rank=2, targets=["all-linear"])
+    LoRA(rank=2, targets=("all-linear",)).for_model(config).install(adapted[1], torch.Generator().manual_seed(0))
+    linears = {name for name, module in model_of(kind).blocks.named_modules() if type(module) is Linear}
+    for model in adapted:
+        assert {name for name, module in model.blocks.named_modules() if isinstance(module, LoRALinear)} == linears
+
+
+def test_all_linear_leaves_out_what_the_adapted_blocks_do_not_have() -> None:
+    config = read_model_config(config_of("lfm2").to_dict(), "config.json")
+    assert "q" in config.roles and "q" not in config.layer(1).roles
+    method = LoRA(rank=2, targets=("all-linear",)).for_model(config, ":1")
+    assert isinstance(method, LoRA)
+    assert method.targets == tuple(role for role in config.roles if role in config.layer(0).roles)
+    method.install(random_model(config), torch.Generator())
 
 
 def test_adapting_twice_is_an_error() -> None:

@@ -105,6 +105,16 @@ def test_a_run_folder(assets: Path, tmp_path: Path) -> None:
     assert run["config"]["warmup_steps"] == 4 and run["template"]["labels"] == ["negative", "positive"]
 
 
+def test_all_linear_targets_are_recorded_by_name(assets: Path, tmp_path: Path) -> None:
+    """A run on all linear layers equals one that names them, and is resumed and continued by their names."""
+    for name, targets in (("all", "all-linear"), ("named", "q,k,v,o,up,gate,down")):
+        train(config(assets, tmp_path / name, targets=targets))
+    records = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("all", "named")]
+    assert records[0]["method"] == records[1]["method"] and "gate" in records[0]["method"]["targets"]
+    assert records[0]["config"]["targets"] == records[1]["config"]["targets"]
+    assert timeless(tmp_path / "all") == timeless(tmp_path / "named")
+
+
 def test_every_checkpoint_is_kept_where_that_is_asked_for(assets: Path, tmp_path: Path) -> None:
     """Each loads under its name; of the optimiser's moments only the last ones stay; a resumed run adds its own."""
     out = tmp_path / "run"

@@ -106,8 +106,8 @@ class MethodFlags(Flags):
     alpha: float | None = bounded(gt=0)
     """LoRA's alpha; the update is scaled by alpha / rank. Default: the method's (LoRA: 512)."""
     targets: str | None = None
-    """The linear layers to adapt, comma-separated: q, k, v, o, up, gate, down; of LFM2 also conv_in, conv_out.
-    Default: the method's (LoRA: q,k,v)."""
+    """The linear layers to adapt, comma-separated: q, k, v, o, up, gate, down; of LFM2 also conv_in, conv_out; or
+    all-linear. Default: the method's (LoRA: q,k,v)."""
     rslora: bool = False
     """Scale the update by alpha / sqrt(rank) instead (rsLoRA)."""
     lora_plus_ratio: float = bounded(1.0, gt=0)

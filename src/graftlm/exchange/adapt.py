@@ -30,15 +30,15 @@ def adapt(model: Module, method: str | Method = "lora", *, seed: int = 0, **sett
         model: a CausalLM, as `load(…).model`, or any other module, whose `nn.Linear` LoRA and DoRA adapt.
         method: its name, or an object of `methods`.
         seed: of the initial weights.
-        settings: fields of the method by name, as in rank=8, alpha=16, dropout=0.1, targets=["q", "v"]. Of another
-            module than ours, targets are names of linears, whole or from a dot on, or patterns with * and ?: "fc1" is
-            every linear of this name, "*" is every linear.
+        settings: fields of the method by name, as in rank=8, alpha=16, dropout=0.1, targets=["q", "v"], or
+            targets=["all-linear"]. Of another module than ours, targets are names of linears, whole or from a dot on,
+            or patterns with * and ?: "fc1" is every linear of this name, "*" is every linear.
 
     Raises InputError for an unknown method or setting, and for a target that the model does not have.
     """
     chosen = _method(method, settings)
     if isinstance(model, CausalLM):
-        chosen.install(model, torch.Generator().manual_seed(seed))
+        chosen.for_model(model.config).install(model, torch.Generator().manual_seed(seed))
     elif isinstance(model, nn.Module):
         if not isinstance(chosen, LoRA):
             raise InputError(f"adapt: {chosen.name} adapts the models of graftlm: lora and dora adapt any module")

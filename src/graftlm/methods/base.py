@@ -8,7 +8,7 @@ the base's dtype.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -23,6 +23,8 @@ from graftlm.models.packed import Weight, dense, packed_weights
 
 PeftFolder = tuple[dict[str, Any], dict[str, Tensor]]
 """The contents of PEFT's two files: adapter_config.json (without the base's name) and adapter_model.safetensors."""
+ALL_LINEAR = "all-linear"
+"""The value of --targets that means every linear layer of the blocks, as in PEFT."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,15 @@ class Method(ABC):
     def layer_range(self, config: ModelConfig) -> range:
         """The indices of the blocks it adapts."""
         return range(*self.layers) if self.layers else range(config.num_layers)
+
+    def for_model(self, config: ModelConfig, train_layers: str = "") -> "Method":
+        """The method with the layers of --train_layers, and with the targets that `all-linear` means in this model."""
+        method = replace(self, layers=parse_layer_range(train_layers, config.num_layers)) if train_layers else self
+        if getattr(method, "targets", None) != (ALL_LINEAR,):
+            return method
+        layers = method.layer_range(config)
+        every: dict[str, Any] = {"targets": tuple(role for role in config.roles if config.layers_with(role, layers))}
+        return replace(method, **every)
 
     @property
     def positions(self) -> int:

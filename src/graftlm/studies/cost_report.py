@@ -24,7 +24,6 @@ from graftlm.exchange.load import read_config
 from graftlm.exchange.runs import find_run
 from graftlm.files.assets import BUILTIN_MODELS, model_config
 from graftlm.methods import Adapter, Full, LoRA, Method, PrefixTuning, cost_model, method_from_flags
-from graftlm.methods.base import parse_layer_range
 from graftlm.methods.cost_model import CostItem, ParameterGroup, total
 from graftlm.methods.ia3 import IA3
 from graftlm.models import CausalLM, ModelConfig
@@ -80,7 +79,7 @@ def _model_and_method(config: EstimateConfig, explicit: Set[str]) -> tuple[Model
         model, method = read_config(source.folder), source.method
         if source.adapter is not None:
             return model, method
-    return model, replace(method, layers=parse_layer_range(config.train_layers, model.num_layers))
+    return model, method.for_model(model, config.train_layers)
 
 
 def _pack(config: EstimateConfig, model: ModelConfig, method: Method, result: dict[str, Any]) -> None:

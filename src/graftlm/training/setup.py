@@ -38,7 +38,7 @@ from graftlm.exchange.load import (
 )
 from graftlm.files.assets import cache_home
 from graftlm.methods import Method
-from graftlm.methods.base import mergeable_linears, parse_layer_range
+from graftlm.methods.base import mergeable_linears
 from graftlm.models.base import CausalLM
 from graftlm.text.collate import Example
 from graftlm.text.example_table import Prompts
@@ -322,7 +322,7 @@ def _method(
     """The method, with what depends on the model's depth and the run's prompts decided."""
     if source.adapter is not None:
         return source.method
-    method = replace(source.method, layers=parse_layer_range(config.train_layers, model.config.num_layers))
+    method = source.method.for_model(model.config, config.train_layers)
     return method.resolve_init(Prompts(train), lambda text: tokenizer.encode_prompt(text))
 
 
