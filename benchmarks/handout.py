@@ -6,7 +6,8 @@
 A trial is one run of a recipe of recipes/handout or recipes/methods with one seed. FILE gets what the page needs of
 each finished trial, and keeps what it has. A trial in FILE or in a result of benchmarks/results is not trained again,
 so the trials may be spread over sittings and machines. `--collect` takes the finished ones from a folder of
-`graft compare`, also while it is at work there. `page.py` makes tables and curves from all results together.
+`graft compare`, also while it is at work there. Of the runs of recipes/methods/all.toml that are still in the folder,
+forgetting.py measures the forgetting, also later than the accuracy. `page.py` makes tables and curves from all results.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from pathlib import Path
 from statistics import mean, median_low
 from typing import Any
 
+import forgetting
 import harness
 from harness import ROOT
 from render import DOCS, all_results, chart, fill, machine
@@ -39,10 +41,13 @@ STUDIES = {
 """A folder of recipes, which names the page and the results -> its recipes of `graft compare`."""
 PAGES = ("handout", "methods")
 """The studies whose pages this file makes."""
+FORGETTING = {"methods": ("all",)}
+"""A study -> the recipes whose runs are measured for forgetting."""
 CURVES = ("val_loss", "val_accuracy")
 PLAN = ("train_seconds", "validation_seconds", "peak_rss_mb")
 Saved = dict[str, Any]
-"""A trial in a result: id, row, seed; date, machine, graftlm, jobs, other_work; tests; and dtype, run, curve."""
+"""A trial in a result: id, row, seed; date, machine, graftlm, jobs, other_work; tests; of a run also dtype, run, curve
+and, once measured, forgetting: date, graftlm, and by checkpoint what `forgetting.compared` says."""
 Trials = dict[str, Saved]  # by id
 Curve = Mapping[str, Sequence[float]]  # of "step" and of CURVES: the values of all validations
 
@@ -131,13 +136,42 @@ def save(trial: Trial, folder: Path, tests: Mapping[str, Any], origin: Mapping[s
     return saved
 
 
+def measure_forgetting(recipe: Recipe, out_dir: Path, known: Trials, work: Path) -> Trials:
+    """Those of a recipe's known trials that have no forgetting yet and whose runs are in the folder, with it."""
+    found, bases = Trials(), dict[str, Any]()
+    for trial in (trial for trial in recipe.trials if trial.trains and trial not in recipe.missing(known)):
+        saved, folder = known[trial.id], out_dir / trial.folder / "run"
+        if "forgetting" in saved or not (folder / "run.json").is_file():
+            continue
+        run = TrialResult(trial, "", folder.parent).run
+        if run["results"] is None or any(run["results"][key] != x for key, x in saved["run"]["results"].items()):
+            harness.note(f"{trial.row} (seed {trial.seed}): {folder} has another run than the result")
+            continue
+        base = run["base"]["name"]
+        if base not in bases:
+            bases[base] = forgetting.measure(folder, "base", work / f"base-{len(bases)}")
+        measured = {
+            name: forgetting.compared(bases[base], forgetting.measure(folder, name, work / f"{trial.id}-{name}"))
+            for name in recipe.checkpoints(trial)
+        }
+        harness.note("; ".join(f"{trial.row}: {forgetting.cell(each)}" for each in measured.values()))
+        origin = {"date": datetime.now(UTC).strftime("%Y-%m-%d"), "graftlm": harness.git_commit()}
+        found[trial.id] = {**saved, "forgetting": {**origin, "checkpoints": measured}}
+    return found
+
+
 def merge(*groups: Iterable[Saved]) -> Trials:
-    """All trials; of two with the same id the one with more checkpoints, or else the first."""
+    """All trials; of two with the same id the one with more checkpoints, then with forgetting, or else the first."""
     found: Trials = {}
     for trial in (trial for group in groups for trial in group):
-        if trial["id"] not in found or len(trial["tests"]) > len(found[trial["id"]]["tests"]):
+        if trial["id"] not in found or completeness(trial) > completeness(found[trial["id"]]):
             found[trial["id"]] = trial
     return found
+
+
+def completeness(trial: Saved) -> tuple[int, bool]:
+    """How much a result has of a trial: its checkpoints, and whether it has forgetting."""
+    return len(trial["tests"]), "forgetting" in trial
 
 
 @dataclass(frozen=True)
@@ -186,6 +220,8 @@ def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
             sweep = recipe.write(missing, work / f"{name}-{seed}.toml")
             harness.graft("compare", f"--config={sweep}", f"--out_dir={folders[name]}", f"--jobs={args.jobs}")
             taken |= collect(recipe, folders[name], known | taken, about)
+    for name in FORGETTING.get(args.study, ()):
+        taken |= measure_forgetting(study[name], folders[name], merge(taken.values(), known.values()), work)
     for name, recipe in study.items():
         left = listed((trial.row, trial.seed) for trial in recipe.missing(known | taken))
         harness.note(f"{name}: {f'missing are {left}' if left else 'complete'}")
@@ -260,8 +296,23 @@ def table_of_trials(recipe: Recipe, trials: Trials) -> Table:
         row |= {
             key: median_low(each[key] for each in quiet) if quiet else None for key in ("seconds", "examples_per_s")
         }
+        if cell := forgetting_of([each for trial, each in done if trial.row == row["name"]], row["checkpoint"]):
+            row["forgetting"] = cell
     note = f"Missing: {listed((trial.row, trial.seed) for trial in missing)}." if missing else ""
     return Table(rows, curves, note)
+
+
+def forgetting_of(seeds: Sequence[Saved], checkpoint: str) -> str:
+    """The cell of a row with these trials: each seed's forgetting; empty until all are measured."""
+    if not all("forgetting" in each for each in seeds):
+        return ""
+    return "; ".join(forgetting.cell(each["forgetting"]["checkpoints"][checkpoint]) for each in seeds)
+
+
+def markdown_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A recipe's table in Markdown, with a column of forgetting if a row has some."""
+    cells = [row.get("forgetting", "") for row in rows]
+    return markdown(rows, {forgetting.HEAD: cells} if any(cells) else {}).rstrip()
 
 
 def table_of_earlier(name: str, result: Mapping[str, Any]) -> Table:
@@ -296,7 +347,7 @@ def blocks(study: str, results: Sequence[Mapping[str, Any]]) -> tuple[dict[str, 
         of_earlier += [f"`{name}.toml`"] * any(table.earlier for table in tables)
         drawn = next((images for table in tables if (images := table.pictures(name))), {})
         pictures |= {file: svg for file, (_, svg) in drawn.items()}
-        parts = [part for table in tables for part in (table.note, markdown(table.rows).rstrip() if table.rows else "")]
+        parts = [part for table in tables for part in (table.note, markdown_of(table.rows) if table.rows else "")]
         parts += [f"![{title}]({study}/{file})" for file, (title, _) in drawn.items()]
         found[name] = "\n\n".join(filter(None, parts))
     found["machine"] = "\n".join(f"- {line}" for line in [*origins(shown), *earlier_origin(earlier, of_earlier)])

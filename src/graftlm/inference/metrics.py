@@ -196,12 +196,17 @@ T95 = (
 )
 
 
+def t_quantile(n: int) -> float:
+    """Student's t, two-sided 95%, for the mean of n values, at least two."""
+    assert n >= 2
+    return T95[n - 2] if n - 2 < len(T95) else 1.96
+
+
 def t_interval(accuracies: Sequence[float]) -> tuple[float, float]:
     """The 95% t interval of the mean accuracy over two or more seeds, within [0, 1].
 
     It covers the choice of seeds on these examples, not the choice of examples.
     """
     n = len(accuracies)
-    assert n >= 2
-    half = (T95[n - 2] if n - 2 < len(T95) else 1.96) * stdev(accuracies) / sqrt(n)
+    half = t_quantile(n) * stdev(accuracies) / sqrt(n)
     return max(0.0, mean(accuracies) - half), min(1.0, mean(accuracies) + half)

@@ -174,9 +174,12 @@ def failures(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(f"{row['name']}, {error}" for row in rows for error in row.get("failed", [])))
 
 
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table in Markdown, with a list of failures below it."""
-    lines = [COLUMNS, ["---", *["---:"] * (len(COLUMNS) - 1)], *format_rows(rows)]
+def markdown(rows: Sequence[Mapping[str, Any]], more: Mapping[str, Sequence[str]] | None = None) -> str:
+    """The table in Markdown, with a list of failures below it. more: further columns, a cell for each row."""
+    more = more or {}
+    cells = [[*row, *(column[i] for column in more.values())] for i, row in enumerate(format_rows(rows))]
+    head = [*COLUMNS, *more]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *cells]
     escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     table = "".join(f"| {' | '.join(line)} |\n" for line in escaped)
     failed = "".join(f"- {line}\n" for line in failures(rows))
