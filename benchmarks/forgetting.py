@@ -164,6 +164,8 @@ HEAD = f"forgetting, nats/token: {' / '.join(WINDOWS)}"
 
 def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """The run's checkpoint, compared with its base."""
+    if args.run is None:
+        raise BenchmarkError("name a run folder by --run")
     base, trained = (measure(args.run, name, work / name) for name in ("base", args.checkpoint))
     found = compared(base, trained)
     harness.note(f"{HEAD}: {cell(found)}")
@@ -171,7 +173,7 @@ def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 
 FLAGS: dict[str, dict[str, Any]] = {
-    "run": {"type": lambda text: Path(text).absolute(), "required": True, "help": "a run folder"},
+    "run": {"type": lambda text: Path(text).absolute(), "help": "a run folder"},
     "checkpoint": {"choices": ("best", "last"), "default": "last", "help": "its checkpoint (default last)"},
 }
 

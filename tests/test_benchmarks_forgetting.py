@@ -114,6 +114,26 @@ def test_the_losses_are_those_of_graft_evaluate_and_merging_does_not_change_them
         assert sum(after[text]["tokens"]) == found[text]["tokens"]
 
 
+def test_a_process_of_its_own_measures_a_checkpoint(
+    trained: Path, forgetting: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    harness = sys.modules["harness"]
+
+    def in_process(command: list[str], folder: Path, environment: Any) -> Any:
+        capsys.readouterr()
+        words = command[command.index("--child") :]
+        assert harness.main(forgetting.__doc__, forgetting.run, forgetting.FLAGS, words, forgetting.child) == 0
+        return harness.Process(capsys.readouterr().out, "", 0, 1.0, 100.0, 0.0)
+
+    monkeypatch.setattr(harness, "run_process", in_process)
+    loaded = load(str(trained / "lora"), checkpoint="last", dtype="float32")
+    assert forgetting.measure(trained / "lora", "last", tmp_path) == forgetting.losses(loaded.model, loaded.tokenizer)
+    words = [f"--run={trained / 'lora'}", f"--json-out={tmp_path / 'found.json'}"]
+    assert harness.main(forgetting.__doc__, forgetting.run, forgetting.FLAGS, words) == 0
+    assert json.loads((tmp_path / "found.json").read_text())["forgetting"].keys() == DOCUMENTS.keys()
+    assert harness.main(forgetting.__doc__, forgetting.run, forgetting.FLAGS, []) == 1
+
+
 # ---------------------------------------------------------------------------------------------------- with the trials
 
 RECIPE = """
