@@ -12,9 +12,10 @@ from pathlib import Path
 
 import controlled_sentiment
 import handout
+import peft_anchor
 import prompting
 from harness import ROOT
-from render import DOCS, WORDS, fill, machine, markdown, results
+from render import DOCS, WORDS, all_results, fill, machine, markdown, results
 
 PROCESSORS = {
     "6/167/1": "Intel 6/167, amx_bf16",
@@ -57,8 +58,9 @@ def pages() -> dict[Path, str]:
     every = {result["machine"]["family_model_stepping"]: result for kind in CLAIMS for result in results(kind)}
     machines = "\n".join(f"- {PROCESSORS[key]}: {machine(every[key]).partition('; ')[0]}." for key in sorted(every))
     table = markdown(head, cells, left=len(head))
+    anchor = {"anchor": peft_anchor.block(all_results("peft-anchor"))}
     page = DOCS / "benchmarks.md"
-    return {page: fill(page.read_text(encoding="utf-8"), {"claims": table, "machines": machines})}
+    return {page: fill(page.read_text(encoding="utf-8"), {"claims": table, **anchor, "machines": machines})}
 
 
 def all_pages() -> dict[Path, str]:

@@ -36,7 +36,7 @@ class Job:
     batch_size: int
     dtype: str = "float32"
     method: str = "lora"
-    """lora, dora or prefix, by graft's names."""
+    """lora, dora, ia3, prefix or full, by graft's names; or rslora."""
     loss_on: str = "completion"
     rank: int = 16
     alpha: int = 64
@@ -162,17 +162,25 @@ def step_timer() -> tuple[Any, list[float]]:
 
 def peft_config(job: Job) -> Any:
     """PEFT's configuration of the job's method."""
-    from peft import LoraConfig, PrefixTuningConfig
+    from peft import IA3Config, LoraConfig, PrefixTuningConfig
 
     if job.method == "prefix":
         return PrefixTuningConfig(num_virtual_tokens=PREFIX_LENGTH, task_type="CAUSAL_LM")
+    targets = [f"{target}_proj" for target in job.targets.split(",")]
+    if job.method == "ia3":
+        return IA3Config(
+            target_modules=targets,
+            feedforward_modules=[name for name in targets if name == "down_proj"],
+            task_type="CAUSAL_LM",
+        )
     return LoraConfig(
         r=job.rank,
         lora_alpha=job.alpha,
         lora_dropout=job.lora_dropout,
-        target_modules=[f"{target}_proj" for target in job.targets.split(",")],
+        target_modules=targets,
         task_type="CAUSAL_LM",
         use_dora=job.method == "dora",
+        use_rslora=job.method == "rslora",
     )
 
 
@@ -213,7 +221,10 @@ def run_trl(job: Job) -> Run:
 
 
 class PeftLoop:
-    """A PEFT model and its optimizer; the schedule and the order of the batches are its caller's."""
+    """A PEFT model, or with method full the base itself, and its optimizer.
+
+    The schedule and the order of the batches are its caller's.
+    """
 
     def __init__(self, job: Job) -> None:
         import torch
@@ -224,23 +235,29 @@ class PeftLoop:
         base_dtype = torch.float32 if job.dtype in ("autocast-float32-base", "float32") else torch.bfloat16
         self.mixed, self.prefix = job.dtype.startswith("autocast"), job.method == "prefix"
         base = AutoModelForCausalLM.from_pretrained(job.model, dtype=base_dtype)
-        self.model: Any = get_peft_model(base, peft_config(job), autocast_adapter_dtype=job.dtype != "bfloat16")
-        self.causal_lm = self.model.get_base_model()
+        self.model: Any = base
+        if job.method != "full":
+            self.model = get_peft_model(base, peft_config(job), autocast_adapter_dtype=job.dtype != "bfloat16")
+        self.causal_lm = base if job.method == "full" else self.model.get_base_model()
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=job.lr, weight_decay=0.0, fused=True)
         self.model.train()
 
-    def step(self, batch: Batch) -> None:
-        """One optimizer step."""
+    def past(self, rows: int) -> Any:
+        """The keys and values of the prefix for a batch of rows; None without one."""
+        return self.model.get_prompt(batch_size=rows) if self.prefix else None
+
+    def step(self, batch: Batch) -> float:
+        """One optimizer step; the loss before it, the mean over the targets."""
         import torch
 
         with torch.autocast("cpu", torch.bfloat16, enabled=self.mixed):
-            past = self.model.get_prompt(batch_size=len(batch.ids)) if self.prefix else None
-            loss = summed_loss(self.causal_lm, batch, past) / len(batch.targets)
+            loss = summed_loss(self.causal_lm, batch, self.past(len(batch.ids))) / len(batch.targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        return loss.item()
 
 
 def run_peft(job: Job) -> Run:

@@ -20,9 +20,11 @@ import pytest
 import torch
 
 from graftlm import cli
+from graftlm.config import TrainConfig
 from graftlm.exchange.huggingface import load_model
 from graftlm.inference.scoring import score_labels
 from graftlm.text.collate import Example
+from graftlm.training.trainer import learning_rate
 from inference.tiny import VOCAB, full_logits, ragged, tiny
 from tiny import TEMPLATE, data_folder, model_folder
 
@@ -117,6 +119,74 @@ def test_training_and_methods(small: list[str], capsys: pytest.CaptureFixture[st
     found = report("methods", [*words, "--only", "prefix"], capsys)
     assert list(found["medians"]) == ["graft prefix", "peft prefix"]
     assert list(found["ratios"]) == ["examples/s prefix / PEFT's"]
+
+
+GENERAL = {"imdb": ["a long and a good film\n" * 4, "dull"], "licences": ["no warranty of any kind, " * 4, "nor any"]}
+ANCHORED = ("lora", "rslora", "dora", "ia3", "prefix", "full")
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_pefts_methods_and_ours_start_and_learn_equally(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forgetting, anchor = load("forgetting"), load("peft_anchor")
+    monkeypatch.setattr(forgetting, "general_texts", lambda: GENERAL)
+    file = tmp_path / "found.json"
+    words = [*small, "--steps=3", "--batch_size=4", "--seeds=1", f"--json-out={file}"]
+    found = report("peft_anchor", [*words, f"--methods={','.join(ANCHORED)}"], capsys)
+    runs = {(run["method"], run["implementation"]): run for run in found["runs"]}
+    assert len(runs) == 2 * (1 + len(ANCHORED))
+    peft, graft = runs["base", "peft"], runs["base", "graft"]
+    assert peft["predicted"] == graft["predicted"] and len(set(found["config"]["answers"])) == 2
+    for text in GENERAL:
+        assert peft["losses"][text]["nats"] == pytest.approx(graft["losses"][text]["nats"], rel=1e-5)
+    for method in ANCHORED:
+        peft, graft = runs[method, "peft"], runs[method, "graft"]
+        assert peft["trainable"] == graft["trainable"] > 0
+        assert peft["first_loss"] == pytest.approx(graft["first_loss"], abs=2e-4)
+        assert graft["seconds"] > 0 and peft["seconds"] > 0
+    for method in ("ia3", "prefix", "full"):  # nothing is drawn at random
+        peft, graft = runs[method, "peft"], runs[method, "graft"]
+        assert peft["last_loss"] == pytest.approx(graft["last_loss"], abs=5e-4)
+        assert abs(peft["last_loss"] - peft["first_loss"]) > 1e-3
+        for text, measured in peft["forgetting"].items():
+            assert measured["change"] == pytest.approx(graft["forgetting"][text]["change"], abs=1e-3)
+    monkeypatch.setattr(anchor, "measure", None)  # nothing is measured twice
+    assert report("peft_anchor", [*words, "--methods=lora,full"], capsys)["runs"] == found["runs"]
+    other = [*small, "--steps=2", "--batch_size=4", f"--json-out={file}"]
+    assert load("harness").main(anchor.__doc__, anchor.run, anchor.FLAGS, other) == 1
+    assert "other settings" in capsys.readouterr().err
+
+
+def test_the_anchors_learning_rate_is_that_of_graft_train() -> None:
+    anchor = load("peft_anchor")
+    job = load("peers").Job("", "", 0, steps=40, batch_size=1, lr=0.5)
+    config = TrainConfig(out_dir="x", lr=0.5, warmup_steps=job.warmup, max_iters=40)
+    for step in range(1, 41):
+        assert 0.5 * anchor.learning_rate(step, job) == pytest.approx(learning_rate(step, config))
+
+
+def test_the_anchors_page_compares_in_pairs_and_hides_seconds_next_to_other_work() -> None:
+    anchor = load("peft_anchor")
+    change = {"sha256": "x", "change": 0.25, "ci_low": 0.125, "ci_high": 0.375}
+    answers, common = "01" * 50, {"seed": 0, "first_loss": 1.0, "trainable": 1000, "peak_rss_mb": 2000.0}
+    common |= {"forgetting": {"imdb": change, "licences": change}}
+    peft = {**common, "method": "lora", "implementation": "peft", "predicted": "11" * 10 + "01" * 40, "seconds": 99.4}
+    graft = {**common, "method": "lora", "implementation": "graft", "predicted": "11" * 4 + "01" * 46, "seconds": 50.0}
+    graft |= {"first_loss": 1.0005}
+    runs = [{**peft, "other_work": False}, {**graft, "other_work": True}]
+    config = {"answers": answers, "steps": 2, "batch_size": 4}
+    about = {"cpu": "c", "family_model_stepping": "1/2/3", "flags": [], "cores": 2, "memory_gb": 8, "torch": "2"}
+    text = anchor.block(
+        [{"config": config, "runs": runs, "machine": about, "graftlm": "abc", "date": "2026-01-02", "file": "f.json"}]
+    )
+    first, second = [line.split(" | ") for line in text.splitlines() if "LoRA" in line]
+    assert first[1:5] == ["PEFT", "1,000", "90.0% (82.6 to 94.5)", ""]
+    assert first[5:] == ["+0.250 (0.125 to 0.375) / +0.250 (0.125 to 0.375)", "99", "2,000 |"]
+    assert second[1:5] == ["graft", "1,000", "96.0% (90.2 to 98.4)", "+6.0 (1.3 to 10.7), p = 0.031"]
+    assert second[6] == ""
+    assert "first step differ by at most 5.0e-04 nats" in text and "next to other work (no seconds)" in text
+    assert "graftlm at abc" in text and anchor.block([]).startswith("Missing: untrained base, LoRA r=16")
 
 
 def test_preferences(small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
