@@ -1,6 +1,6 @@
 """Every method that PEFT has too: PEFT's implementation and ours side by side, quality, forgetting, seconds and memory.
 
-    python benchmarks/peft_anchor.py --json-out FILE [--methods lora,prefix] [--steps 200] [--seeds 1] [--minutes 60]
+    python benchmarks/peft_anchor.py --json-out FILE [--methods lora,prefix] [--steps 80] [--seeds 1] [--minutes 60]
 
     graft    `graft train`, then `graft evaluate` by label scores
     peft     PeftLoop of peers.py, PEFT's implementation in a plain loop with transformers; full: transformers alone
@@ -441,7 +441,7 @@ FLAGS: dict[str, dict[str, Any]] = {
         "default": ["lora", "dora", "ia3", "prefix", "full"],
         "help": "methods, by commas (default: all but rslora)",
     },
-    "steps": {"type": harness.at_least(1), "default": 200, "help": "optimizer steps of a run (default 200)"},
+    "steps": {"type": harness.at_least(1), "default": 80, "help": "optimizer steps of a run (default 80)"},
     "batch_size": {"type": harness.at_least(1), "default": 16, "help": "reviews in a step (default 16)"},
     "seeds": {"type": harness.at_least(1), "default": 1, "help": "seeds of each run (default 1)"},
     "minutes": {"type": float, "default": math.inf, "help": "start no run after this time (default: no limit)"},
