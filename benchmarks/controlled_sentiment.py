@@ -1,18 +1,18 @@
-"""The controlled sentiment experiment of the DPO paper (Rafailov et al. 2023, section 6.1) on real reviews.
+"""The controlled sentiment experiment of the DPO paper (Rafailov et al. 2023, section 6.1) in variants.
 
-    python benchmarks/controlled_sentiment.py [--work runs/controlled] [--until pairs] [--json-out FILE]
+    python benchmarks/controlled_sentiment.py [--work runs/controlled] [--until answers] [--json-out FILE]
 
     texts        IMDb reviews -> whole sentences: a prompt of a few words, and its continuation
     classifier   `graft train` on Rotten Tomatoes: its probability of "positive" is the reward
     sft          `graft train` on the texts: the reference of all later stages
-    pairs        `graft pairs`: its answers to other prompts, the best against the worst
-    dpo          `graft train --objective dpo` from the reference, once for each beta, keeping checkpoints
-    preferred    `graft train` from the reference on the chosen answers alone, keeping checkpoints
-    evaluation   for every checkpoint: answers to held-out prompts, their reward, and the KL to the reference
+    answers      `graft pairs`: its answers to other prompts, and all pairs of them
+    runs         for each variant and seed: some of these pairs, `graft train --objective dpo` from the reference, and
+                 for its checkpoints answers to held-out prompts, their reward, and the KL to the reference
 
-The result is the frontier of reward against KL: DPO, SFT on the preferred, the base, and best-of-n of the reference's
-answers. All values are in recipes/preferences/controlled.toml. Killed and started again, it continues: a stage whose
-NAME.json is in the work folder is not run again, and training resumes from its last checkpoint.
+A variant overrides values of recipes/preferences/controlled.toml for pairs, training or reference; stages that two
+variants share run once. The result is each variant's frontier of reward against KL (`frontier.py`), next to best-of-n
+of the reference's answers. Killed and started again, it continues: a stage whose NAME.json is in the work folder is
+not run again, and training resumes from its last checkpoint. --finished runs nothing and reports what is finished.
 
 The KL is not the difference of two sampled log-probabilities: for each sampled token the KL between both models'
 distributions of the next token is computed, and summed over the answer. Its mean estimates the same KL between
@@ -26,31 +26,27 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from frontier import Point, best_of_n, compare, draws, interval, kl_of_best
+from frontier import summarise
 from harness import ROOT, BenchmarkError, graft, graft_words, main, note, read_rows, write_rows
-from render import DOCS, WORDS, chart, fill, machine, markdown, newest
 
 if TYPE_CHECKING:
     from graftlm.exchange.load import ModelBundle
 
-STAGES = ("texts", "classifier", "sft", "pairs", "dpo", "preferred", "evaluation")
-TEXTS, CLASSIFIER, SFT, PAIRS = ("texts",), ("classifier",), ("texts", "sft"), ("texts", "classifier", "sft", "pairs")
-"""The recipe's tables on which a stage's result depends."""
+STAGES = ("texts", "classifier", "sft", "answers", "runs")
 RECIPE = ROOT / "recipes" / "preferences" / "controlled.toml"
-PAGE = DOCS / "preferences.md"
 SENTENCE_END = re.compile(r"[.!?][\"')\]]*$")
 MIN_WORDS = 4
 """Words that must follow a prompt."""
 ROWS = 10
 """Answers whose distributions are compared in one pass; 480 tokens of a vocabulary of 50,000 take 100 MB per model."""
-KL_STEPS = 10
-"""Values of the KL at which two lines are compared."""
+PREFERENCE_FLAGS = ("beta", "kl_samples")
+"""Flags of [train] that training on the chosen answers alone does not have."""
 
 
 def run_graft(verb: str, values: Mapping[str, Any]) -> Any:
@@ -96,9 +92,10 @@ def make_texts(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         rows = sorted(splits[split], key=lambda row: text_hash("controlled\n" + row.text))
         return (found for row in rows if (found := beginning(row.text, values["prompt_words"], values["words"])))
 
-    train = texts("train")
+    train, test = texts("train"), texts("test")
     found = {
-        "held_out": take(texts("test"), values["held_out"], taken, "test"),
+        "tuning": take(test, values["tuning"], taken, "test"),
+        "held_out": take(test, values["held_out"], taken, "test"),
         "sft/validation": take(texts("validation"), values["validation"], taken, "validation"),
         "sft/train": take(train, values["train"], taken, "train"),
         "prompts": take(train, values["prompts"], taken, "train"),
@@ -106,6 +103,65 @@ def make_texts(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     for name, rows in found.items():
         write_rows(folder / f"{name}.jsonl", rows)
     return {name: len(rows) for name, rows in found.items()}
+
+
+# ---------------------------------------------------------------------------------------------------- the variants
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One line of the frontier: what it changes, with the recipe's values for all else."""
+
+    name: str
+    why: str
+    """What it is compared for."""
+    seeds: int
+    """Training seeds 0, 1, …"""
+    against: str
+    """The variant that it is compared with; empty for the first."""
+    sft: dict[str, Any]
+    """Flags of the reference's `graft train`."""
+    pairs: dict[str, Any]
+    """first, prompts: which prompts; pairing: best or all; validation: prompts for validation pairs."""
+    train: dict[str, Any]
+    """Flags of `graft train`."""
+    steps: tuple[int, ...]
+    """Steps whose checkpoints are evaluated."""
+    after: str
+    """The variant whose policy answers the prompts and is trained further (a second round on-policy), or empty."""
+    after_step: int
+
+    @property
+    def reference(self) -> str:
+        """The folder of its reference, named by what differs from the recipe's."""
+        return "-".join(["reference", *(f"{key}={value}" for key, value in sorted(self.own_sft.items()))])
+
+    own_sft: dict[str, Any] = field(default_factory=dict)
+    """Those of `sft` that the variant changes."""
+
+
+def variants(recipe: Mapping[str, Any]) -> dict[str, Variant]:
+    """The recipe's [[variants]] by name, in order. Raises BenchmarkError for keys and names that are not known."""
+    found: dict[str, Variant] = {}
+    for own in recipe["variants"]:
+        if unknown := set(own) - {*Variant.__dataclass_fields__} | {"own_sft"} & set(own):
+            raise BenchmarkError(f"variant {own.get('name')}: unknown {', '.join(sorted(unknown))}")
+        for other in filter(None, (own.get("against"), own.get("after"))):
+            if other not in found:
+                raise BenchmarkError(f"variant {own['name']}: no earlier variant is called {other}")
+        tables = {table: {**recipe[table], **own.get(table, {})} for table in ("sft", "pairs", "train")}
+        found[own["name"]] = Variant(
+            name=own["name"],
+            why=own["why"],
+            seeds=own.get("seeds", 1),
+            against=own.get("against", ""),
+            steps=tuple(own["steps"]),
+            after=own.get("after", ""),
+            after_step=own.get("after_step", 0),
+            own_sft=own.get("sft", {}),
+            **tables,
+        )
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------ the stages
@@ -118,36 +174,41 @@ class Experiment:
     recipe: dict[str, Any]
     work: Path
 
-    def stage(self, name: str, tables: Sequence[str], run: Callable[[], Any]) -> Any:
-        """A stage's result: run now, or read if it was run before with the same values in the recipe's `tables`."""
+    @cached_property
+    def variants(self) -> dict[str, Variant]:
+        """The recipe's variants by name."""
+        return variants(self.recipe)
+
+    def tables(self, *names: str) -> dict[str, Any]:
+        """Tables of the recipe, by name."""
+        return {name: self.recipe[name] for name in names}
+
+    def stage(self, name: str, values: Mapping[str, Any], run: Callable[[], Any]) -> Any:
+        """A stage's result: run now, or read if it was run before with the same `values`, on which it depends."""
         from graftlm.files.atomic import write_json
 
         file, begun = self.work / f"{name}.json", self.work / f"{name}.begun"
-        # A longer list of betas keeps the runs of those that are done.
-        values = {each: {k: v for k, v in self.recipe[each].items() if k != "betas"} for each in tables}
-        again = begun.is_file()
-        if again and (was := json.loads(begun.read_text(encoding="utf-8"))) != values:
-            other = ", ".join(f"[{each}]" for each in tables if was.get(each) != values[each])
+        values = json.loads(json.dumps(values))
+        if begun.is_file() and (was := json.loads(begun.read_text(encoding="utf-8"))) != values:
+            other = ", ".join(f"[{each}]" for each in values if was.get(each) != values[each])
             raise BenchmarkError(f"{self.work}: {name} was begun with another {other}: choose another --work")
         if file.is_file():
-            return json.loads(file.read_text(encoding="utf-8"))["result"]
+            return self.result(name)
         write_json(begun, values)
         began = time.perf_counter()
         result = run()
         seconds = time.perf_counter() - began
-        write_json(file, {"seconds": round(seconds, 1), "again": again, "result": result})
+        write_json(file, {"seconds": round(seconds, 1), "result": result})
         note(f"{name}: {seconds:.0f} s")
         return result
 
-    def seconds(self) -> dict[str, dict[str, Any]]:
-        """Seconds of each finished stage, and whether any part of it was interrupted."""
-        found: dict[str, dict[str, Any]] = {}
-        for file in sorted(self.work.glob("*.json"), key=lambda file: file.stat().st_mtime_ns):
-            about = json.loads(file.read_text(encoding="utf-8"))
-            stage = found.setdefault(file.stem.partition(" ")[0], {"seconds": 0.0, "again": False})
-            stage["seconds"] = round(stage["seconds"] + about["seconds"], 1)
-            stage["again"] |= about["again"]
-        return found
+    def result(self, name: str) -> Any:
+        """A finished stage's result."""
+        return json.loads((self.work / f"{name}.json").read_text(encoding="utf-8"))["result"]
+
+    def finished(self, name: str) -> bool:
+        """Whether a stage has a result."""
+        return (self.work / f"{name}.json").is_file()
 
     def train(self, name: str, values: Mapping[str, Any], **more: Any) -> dict[str, Any]:
         """The results of a training run in the folder `name`: started, resumed, or read."""
@@ -159,79 +220,141 @@ class Experiment:
         return run_graft("train", {**values, **more, "out_dir": out_dir})
 
     def run(self, until: str) -> None:
-        """All stages up to `until`."""
+        """All stages up to `until`: each variant's first seed before any second one."""
         self.work.mkdir(parents=True, exist_ok=True)
-        own = self.recipe
-        stages: dict[str, Callable[[], object]] = {
-            "texts": lambda: self.stage("texts", TEXTS, lambda: make_texts(own["texts"], self.work)),
-            "classifier": lambda: self.stage(
-                "classifier", CLASSIFIER, lambda: self.train("classifier", own["classifier"])
-            ),
-            "sft": lambda: self.stage("sft", SFT, lambda: self.train("reference", own["sft"], data=self.work / "sft")),
-            "pairs": lambda: self.stage("pairs", PAIRS, self.make_pairs),
-            "dpo": self.train_dpo,
-            "preferred": lambda: self.stage("preferred", (*PAIRS, "preferred"), self.train_preferred),
-            "evaluation": self.evaluate,
-        }
-        for name in STAGES[: STAGES.index(until) + 1]:
-            stages[name]()
+        last = STAGES.index(until)
+        self.stage("texts", self.tables("texts"), lambda: make_texts(self.recipe["texts"], self.work))
+        if last >= STAGES.index("classifier"):
+            judge = self.tables("classifier")
+            self.stage("classifier", judge, lambda: self.train("classifier", judge["classifier"]))
+        for variant in self.variants.values():
+            if last >= STAGES.index("sft"):
+                self.make_reference(variant)
+            if last >= STAGES.index("answers"):
+                self.answer_from_reference(variant)
+        if until == STAGES[-1]:
+            for seed in range(max(variant.seeds for variant in self.variants.values())):
+                for variant in self.variants.values():
+                    if seed < variant.seeds:
+                        self.run_variant(variant, seed)
 
-    def make_pairs(self) -> dict[str, Any]:
-        """`graft pairs`, and its pairs as two data sets: pairs/ for DPO, chosen/ for SFT on the preferred."""
-        file = self.work / "pairs.jsonl"
+    def make_reference(self, variant: Variant) -> None:
+        """SFT on the texts."""
+        values = {**self.tables("texts"), "sft": variant.sft}
+        run = partial(self.train, variant.reference, variant.sft, data=self.work / "sft")
+        self.stage(variant.reference.replace("reference", "sft", 1), values, run)
+
+    def measuring(self, variant: Variant) -> dict[str, Any]:
+        """The values on which any measurement with a variant's reference depends."""
+        return {**self.tables("texts", "classifier", "evaluation"), "sft": variant.sft}
+
+    def answer_from_reference(self, variant: Variant) -> None:
+        """All pairs of the reference's answers, and its answers to the held-out prompts."""
+        name = variant.reference.replace("reference", "answers", 1)
+        same = [v.pairs for v in self.variants.values() if v.reference == variant.reference and not v.after]
+        limit = max(pairs["first"] + pairs["prompts"] for pairs in same)
+        values = {**self.tables("texts", "classifier"), "sft": variant.sft}
+        values |= {"answers": {**self.recipe["answers"], "limit": limit}}
+        self.stage(name, values, partial(self.answer, variant.reference, name, self.work / "prompts.jsonl", limit))
+        name = variant.reference.replace("reference", "evaluation", 1)
+        self.stage(name, self.measuring(variant), partial(self.sample_reference, variant.reference))
+
+    def answer(self, model: str, name: str, prompts: Path, limit: int = 0) -> dict[str, Any]:
+        """`graft pairs` with all pairs of a model's answers to the first `limit` prompts, into NAME.jsonl."""
+        file = self.work / f"{name}.jsonl"
         file.unlink(missing_ok=True)  # of a killed stage
-        places = {"out_dir": self.work / "reference", "prompts": self.work / "prompts.jsonl", "out": file}
-        found = run_graft("pairs", {**self.recipe["pairs"], **places, "reward_model": self.work / "classifier"})
-        rows, held = read_rows(file), self.recipe["texts"]["pairs_validation"]
-        prompts = list(dict.fromkeys(row["prompt"] for row in rows))
-        if len(prompts) <= held:
-            raise BenchmarkError(
-                f"pairs of only {len(prompts)} prompts, of which {held} are for validation: ask for more"
-            )
-        for split, some in (("validation", set(prompts[:held])), ("train", set(prompts[held:]))):
-            own = [row for row in rows if row["prompt"] in some]
-            write_rows(self.work / "pairs" / f"{split}.jsonl", own)
-            chosen = {
-                (row["prompt"], row["chosen"]): {
-                    "prompt": row["prompt"],
-                    "completion": row["chosen"],
-                    "finished": row["finished"][0],
-                }
-                for row in own
-            }
-            write_rows(self.work / "chosen" / f"{split}.jsonl", list(chosen.values()))
-        means = {key: float(np.mean([row[key] for row in rows])) for key in ("reward_chosen", "reward_rejected")}
-        return {**found, **means, "example": rows[0]}
+        places = {"init_from": self.work / model, "prompts": prompts, "out": file, "pairing": "all", "limit": limit}
+        return run_graft("pairs", {**self.recipe["answers"], **places, "reward_model": self.work / "classifier"})
 
-    def train_dpo(self) -> None:
-        """One run for each beta; the reference's log-probabilities are computed once, by the first."""
-        values = dict(self.recipe["dpo"])
-        betas = values.pop("betas")
-        first = self.work / f"dpo-{betas[0]:g}"
-        for beta in betas:
-            more = {"objective": "dpo", "beta": beta, "init_from": self.work / "reference", "data": self.work / "pairs"}
-            more |= {"keep_checkpoints": True} | ({"reference": first} if beta != betas[0] else {})
-            name = f"dpo-{beta:g}"
-            self.stage(f"dpo {beta:g}", (*PAIRS, "dpo"), partial(self.train, name, values, **more))
+    # ------------------------------------------------------------------------------------------------ one variant
 
-    def train_preferred(self) -> dict[str, Any]:
-        """SFT on the chosen answers alone, from the reference."""
-        more = {"init_from": self.work / "reference", "data": self.work / "chosen", "keep_checkpoints": True}
-        return self.train("preferred", self.recipe["preferred"], **more)
+    def run_variant(self, variant: Variant, seed: int) -> None:
+        """Pairs, training, and the evaluation of its checkpoints."""
+        run = f"{variant.name} seed {seed}"
+        values = {**self.tables("texts", "classifier", "answers"), **self.own_values(variant)}
+        start, answers = variant.reference, variant.reference.replace("reference", "answers", 1)
+        if variant.after:
+            start, answers = f"{variant.after} seed {seed}/checkpoints/step-{variant.after_step}", f"answers {run}"
+            self.stage(answers, values, partial(self.answer_again, variant, start, answers))
+        data = f"pairs {run if variant.after else variant.name}"
+        self.stage(data, values, partial(self.choose_pairs, variant, answers, data))
+        self.stage(f"run {run}", values, partial(self.train_variant, variant, seed, self.work / start, data))
+        measuring = {**values, **self.measuring(variant)}
+        for step in variant.steps:
+            measure = partial(self.measure_checkpoint, run, step, variant.reference)
+            self.stage(f"evaluation {run} step {step}", measuring, measure)
+
+    def own_values(self, variant: Variant) -> dict[str, Any]:
+        """The values on which a variant's runs depend, those of the variant before it included."""
+        own: dict[str, Any] = {"sft": variant.sft, "pairs": variant.pairs, "train": variant.train}
+        if variant.after:
+            own["after"] = {**self.own_values(self.variants[variant.after]), "step": variant.after_step}
+        return own
+
+    def prompts_of(self, variant: Variant) -> list[str]:
+        """The prompts whose answers a variant takes for pairs."""
+        first = variant.pairs["first"]
+        rows = read_rows(self.work / "prompts.jsonl")[first : first + variant.pairs["prompts"]]
+        if len(rows) < variant.pairs["prompts"]:
+            raise BenchmarkError(f"variant {variant.name}: there are only {len(rows)} prompts; raise [texts] prompts")
+        return [row["prompt"] for row in rows]
+
+    def answer_again(self, variant: Variant, model: str, name: str) -> dict[str, Any]:
+        """All pairs of answers of a policy to this variant's prompts."""
+        prompts = self.work / f"{name} prompts.jsonl"
+        write_rows(prompts, ({"prompt": prompt} for prompt in self.prompts_of(variant)))
+        return self.answer(model, name, prompts)
+
+    def choose_pairs(self, variant: Variant, answers: str, folder: str) -> dict[str, Any]:
+        """The variant's pairs as a data set, and their chosen answers as another: FOLDER and FOLDER chosen."""
+        prompts = self.prompts_of(variant)
+        by_prompt: dict[str, list[dict[str, Any]]] = {prompt: [] for prompt in prompts}
+        for row in read_rows(self.work / f"{answers}.jsonl"):
+            if row["prompt"] in by_prompt:
+                by_prompt[row["prompt"]].append(row)
+        if variant.pairs["pairing"] == "best":
+            by_prompt = {prompt: widest(rows) for prompt, rows in by_prompt.items()}
+        held, train = variant.pairs["validation"], []
+        for split, some in (("validation", prompts[:held]), ("train", prompts[held:])):
+            train = [row for prompt in some for row in by_prompt[prompt]]
+            write_rows(self.work / folder / f"{split}.jsonl", train)
+            write_rows(self.work / f"{folder} chosen" / f"{split}.jsonl", chosen(train))
+        means = {key: float(np.mean([row[key] for row in train])) for key in ("reward_chosen", "reward_rejected")}
+        return {"pairs": len(train), "prompts": len(prompts) - held, **means}
+
+    def train_variant(self, variant: Variant, seed: int, start: Path, data: str) -> dict[str, Any]:
+        """DPO on the pairs, or SFT on the chosen answers alone.
+
+        The reference's log-probabilities are computed by the first seed, unless each seed has pairs of its own.
+        """
+        values, more = dict(variant.train), {"init_from": start, "seed": seed, "keep_checkpoints": True}
+        if values["objective"] == "sft":
+            values = {key: value for key, value in values.items() if key not in PREFERENCE_FLAGS}
+            data += " chosen"
+        elif seed and not variant.after:
+            more["reference"] = self.work / f"{variant.name} seed 0"
+        return self.train(f"{variant.name} seed {seed}", values, data=self.work / data, **more)
 
     # -------------------------------------------------------------------------------------------------- evaluation
 
     @cached_property
     def prompts(self) -> list[str]:
         """The held-out prompts."""
-        return [row["prompt"] for row in read_rows(self.work / "held_out.jsonl")]
+        values = self.recipe["evaluation"]
+        return [row["prompt"] for row in read_rows(self.work / f"{values['prompts']}.jsonl")][: values["limit"]]
 
     @cached_property
-    def reference(self) -> "ModelBundle":
-        """The model that all others are compared with."""
+    def references(self) -> dict[str, "ModelBundle"]:
+        """The references that were loaded, by folder."""
+        return {}
+
+    def load_reference(self, name: str) -> "ModelBundle":
+        """The model that a variant's checkpoints are compared with."""
         from graftlm.exchange.load import load
 
-        return load("resume", self.work / "reference")
+        if name not in self.references:
+            self.references[name] = load("resume", self.work / name)
+        return self.references[name]
 
     @cached_property
     def reward(self) -> Callable[[Sequence[str], Sequence[str]], list[float]]:
@@ -244,37 +367,11 @@ class Experiment:
         judged = classifier_reward(judge.model, judge.tokenizer, judge.template)
         return lambda prompts, answers: judged(list(zip(prompts, answers, strict=True)), lambda done: None)
 
-    def checkpoints(self) -> dict[str, tuple[str, str]]:
-        """Point -> (run folder, checkpoint) for every checkpoint of the DPO runs and of SFT on the preferred."""
-        found = {}
-        for run in [*(f"dpo-{beta:g}" for beta in self.recipe["dpo"]["betas"]), "preferred"]:
-            folders = (self.work / run / "checkpoints").glob("step-*")
-            for step in sorted(int(folder.name.removeprefix("step-")) for folder in folders):
-                found[f"{run} step {step}"] = (run, f"checkpoints/step-{step}")
-        return found
-
-    def evaluate(self) -> None:
-        """The reference's many answers, the base, and every checkpoint."""
-        from graftlm.exchange.load import load
-
-        measuring = (*CLASSIFIER, *SFT, "evaluation")
-        self.stage("evaluation best-of-n", measuring, self.sample_reference)
-        self.stage("evaluation base", measuring, lambda: self.measure(load(self.recipe["sft"]["init_from"])))
-        for name, (run, checkpoint) in self.checkpoints().items():
-            tables = (*PAIRS, run.partition("-")[0], "evaluation")
-            self.stage(f"evaluation {name}", tables, partial(self.measure_run, run, checkpoint))
-
-    def measure_run(self, run: str, checkpoint: str) -> dict[str, Any]:
-        """`measure` of a run's checkpoint."""
-        from graftlm.exchange.load import load
-
-        return self.measure(load("resume", self.work / run, checkpoint))
-
-    def sample_reference(self) -> dict[str, Any]:
+    def sample_reference(self, name: str) -> dict[str, Any]:
         """Rewards of the reference's answers, [P][N]."""
         n = self.recipe["evaluation"]["best_of"]
         prompts = [prompt for prompt in self.prompts for _ in range(n)]
-        answers, ended, _ = self.sample(self.reference, prompts)
+        answers, ended, _ = self.sample(self.load_reference(name), prompts)
         rewards = self.reward(prompts, answers)
         return {
             "reward": [rewards[start : start + n] for start in range(0, len(rewards), n)],
@@ -298,18 +395,39 @@ class Experiment:
         texts = [loaded.tokenizer.decode(ids) for ids in tokens]
         return texts, [len(ids) < values["max_new_tokens"] for ids in tokens], tokens
 
-    def measure(self, policy: "ModelBundle") -> dict[str, Any]:
+    def measure_checkpoint(self, run: str, step: int, reference: str) -> dict[str, Any]:
         """Reward and KL of one answer to each held-out prompt, [P] each."""
+        from graftlm.exchange.load import load
+
+        policy = load("resume", self.work / run, f"checkpoints/step-{step}")
         answers, ended, tokens = self.sample(policy, self.prompts)
         prompts = policy.tokenizer.encode_prompts(self.prompts)
         sampled = [[*ids, policy.tokenizer.eot] if done else ids for ids, done in zip(tokens, ended, strict=True)]
         return {
             "reward": self.reward(self.prompts, answers),
-            "kl": kl_of_answers(policy, self.reference, prompts, sampled),
+            "kl": kl_of_answers(policy, self.load_reference(reference), prompts, sampled),
             "ended": float(np.mean(ended)),
             "tokens": float(np.mean([len(ids) for ids in tokens])),
             "texts": [prompt + answer for prompt, answer in zip(self.prompts, answers, strict=True)][:4],
         }
+
+
+def widest(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of all pairs of a prompt's answers the best with the worst, as `graft pairs --pairing best` takes it."""
+    return [max(rows, key=lambda row: row["reward_chosen"] - row["reward_rejected"])] if rows else []
+
+
+def chosen(pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows for training on the chosen answers alone, each once."""
+    found = {
+        (row["prompt"], row["chosen"]): {
+            "prompt": row["prompt"],
+            "completion": row["chosen"],
+            "finished": row["finished"][0],
+        }
+        for row in pairs
+    }
+    return list(found.values())
 
 
 def kl_of_answers(
@@ -341,168 +459,55 @@ def kl_of_answers(
     return kl
 
 
-# ----------------------------------------------------------------------------------------------------------- summary
+# ------------------------------------------------------------------------------------------------------------ report
 
 
-def summarise(recipe: Mapping[str, Any], results: Mapping[str, Any], seconds: Mapping[str, Any]) -> dict[str, Any]:
-    """The frontier: every point with its intervals, best-of-n, DPO against SFT on the preferred, and the claims.
-
-    results: of each stage by name; "evaluation NAME" for each point.
-    """
-    values = recipe["evaluation"]
-    many = np.array(results["evaluation best-of-n"]["reward"])
-    start = Point(many.mean(axis=1), np.zeros(len(many)))
-    chosen = draws(len(many), values["resamples"], values["seed"])
-    measured = {
-        name.removeprefix("evaluation "): Point(np.array(found["reward"]), np.array(found["kl"]))
-        for name, found in results.items()
-        if name.startswith("evaluation ") and "kl" in found
-    }
-    points = {"reference": _row(start, chosen)}
-    for name, point in measured.items():
-        found = results[f"evaluation {name}"]
-        points[name] = {**_row(point, chosen), "ended": found["ended"], "tokens": found["tokens"]}
-    best = {}
-    for n in [2**i for i in range(many.shape[1].bit_length()) if 2**i <= many.shape[1]]:
-        best[str(n)] = {**_row(Point(best_of_n(many, n), np.zeros(len(many))), chosen), "kl": kl_of_best(n)}
-    dpo = {name: point for name, point in measured.items() if name.startswith("dpo-")}
-    preferred = [point for name, point in measured.items() if name.startswith("preferred")]
-    against = compare(
-        list(dpo.values()), preferred, start, steps=KL_STEPS, resamples=values["resamples"], seed=values["seed"]
-    )
-    top = max(dpo, key=lambda name: points[name]["reward"])
-    total = sum(stage["seconds"] for stage in seconds.values())
-    claims: dict[str, bool | None] = {
-        "DPO reaches a mean reward of 0.9": points[top]["reward"] >= 0.9,
-        "DPO lies above SFT on the preferred at every KL that both have": all(
-            row["delta_vs_baseline"] > 0 for row in against["rows"]
-        ),
-        "and the interval of the mean difference lies above 0": against["ci_low"] > 0,
-        "all within 60 minutes": None if any(stage["again"] for stage in seconds.values()) else total <= 3600,
-    }
-    return {
-        "seconds": {name: stage["seconds"] for name, stage in seconds.items()},
-        "minutes": round(total / 60, 1),
-        "found": {key: results[key] for key in ("texts", "classifier", "sft", "pairs")},
-        "points": points,
-        "best_of_n": best,
-        "comparison": against,
-        "top": top,
-        "texts": {
-            name: results[f"evaluation {place}"]["texts"]
-            for name, place in (("reference", "best-of-n"), ("preferred", _last(measured)), (top, top))
-        },
-        "claims": claims,
-    }
-
-
-def _last(measured: Mapping[str, Point]) -> str:
-    return [name for name in measured if name.startswith("preferred")][-1]
-
-
-def _row(point: Point, chosen: Any) -> dict[str, float]:
-    """A point's means and their intervals."""
-    kl, reward = point.at()
-    low, high = interval(point.reward[chosen].mean(axis=1))
-    kl_low, kl_high = interval(point.kl[chosen].mean(axis=1))
-    return {"kl": kl, "kl_low": kl_low, "kl_high": kl_high, "reward": reward, "ci_low": low, "ci_high": high}
+KEPT = (
+    *("held_out", "tuning", "prompts", "sft/train", "last", "pairs", "answers", "mean_reward"),
+    *("ties", "duplicates", "empty", "truncated", "reward_chosen", "reward_rejected"),
+)
+"""Keys of a stage's result that the report has."""
 
 
 def collect(experiment: Experiment) -> dict[str, Any]:
-    """The results of all stages, by name."""
-    names = ["texts", "classifier", "sft", "pairs", "evaluation best-of-n", "evaluation base"]
-    names += [f"evaluation {name}" for name in experiment.checkpoints()]
-    files = {name: experiment.work / f"{name}.json" for name in names}
-    return {name: json.loads(file.read_text(encoding="utf-8"))["result"] for name, file in files.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------- the page
-
-
-def spread(low: float, high: float, form: str) -> str:
-    """An interval; empty where nothing varies."""
-    return f"{low:{form}} to {high:{form}}" if high else ""
-
-
-def blocks(result: Mapping[str, Any]) -> tuple[dict[str, str], str]:
-    """What belongs between the page's marks, and the picture as SVG."""
-    points, found, against = result["points"], result["found"], result["comparison"]
-    best = {f"best of {n}": row for n, row in result["best_of_n"].items()}
-    origin = (0.0, points["reference"]["reward"])
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for name, point in points.items():
-        run, _, step = name.partition(" step ")
-        if step:
-            label = run.replace("dpo-", "DPO, beta ").replace("preferred", "SFT on the preferred")
-            lines.setdefault(label, [origin]).append((point["kl"], point["reward"]))
-    lines["best-of-n of the reference"] = [(row["kl"], row["reward"]) for row in best.values()]
-    lines["base"] = [(points["base"]["kl"], points["base"]["reward"])]
-    minutes = " · ".join(f"{name} {seconds / 60:.1f}" for name, seconds in result["seconds"].items())
-    pairs, judge = found["pairs"], found["classifier"]["last"]
-    rows = [
-        [
-            name,
-            f"{row['kl']:.2f}",
-            spread(row["kl_low"], row["kl_high"], ".2f"),
-            f"{row['reward']:.3f}",
-            spread(row["ci_low"], row["ci_high"], ".3f"),
-            f"{row['ended']:.0%}" if "ended" in row else "",
-        ]
-        for name, row in {**points, **best}.items()
-    ]
-    differences = [
-        [
-            *(f"{row['kl']:.2f}", f"{row['one']:.3f}", f"{row['other']:.3f}", f"{row['delta_vs_baseline']:+.3f}"),
-            spread(row["ci_low"], row["ci_high"], "+.3f"),
-        ]
-        for row in against["rows"]
-    ]
-    differences.append(
-        ["mean", "", "", f"{against['mean']:+.3f}", spread(against["ci_low"], against["ci_high"], "+.3f")]
-    )
-    title = "mean reward against the KL to the reference"
-    picture = chart(lines, title, "KL to the reference, nats", (0, 0.1, 0.5, 1, 2, 5, 10, 20, 50, 100), root=True)
-    claims = "\n".join(f"- *{claim}*: {WORDS[holds]}" for claim, holds in result["claims"].items())
-    head = ("KL, nats", "DPO", "SFT on the preferred", "difference", "95%")
-    return {
-        "machine": f"{result['date']}, seed {result['recipe']['evaluation']['seed']} of the samples, 0 of training. "
-        f"{machine(result)}\n\n{result['minutes']:.0f} minutes in all: {minutes}.",
-        "pairs": f"{pairs['pairs']:,} pairs of {pairs['answers']:,} answers to {pairs['prompts']:,} openings "
-        f"({pairs['ties']} ties, {pairs['duplicates']} duplicates, {pairs['empty']} empty; {pairs['truncated']} "
-        f"answers in pairs were truncated). Mean reward of all answers {pairs['mean_reward']:.3f}, of the chosen "
-        f"{pairs['reward_chosen']:.3f}, of the rejected {pairs['reward_rejected']:.3f}. The classifier is right on "
-        f"{judge['val_accuracy']:.1%} of the Rotten Tomatoes validation sample.",
-        "frontier": f"{markdown(('model', 'KL, nats', '95%', 'mean reward', '95%', 'ended'), rows)}\n\n"
-        f"![{title}](preferences/frontier.svg)",
-        "comparison": f"{markdown(head, differences, left=0)}\n\n{claims}",
-        "samples": "\n".join(
-            f"- {name}: " + " / ".join(f"“{' '.join(text.split())}”" for text in texts[:3])
-            for name, texts in result["texts"].items()
-        ),
-    }, picture
-
-
-def pages() -> dict[Path, str]:
-    """The page and the picture that the newest result gives."""
-    found, picture = blocks(newest("controlled"))
-    text = fill(PAGE.read_text(encoding="utf-8"), found)
-    return {PAGE: text, PAGE.with_suffix("") / "frontier.svg": picture}
+    """The finished stages' results: `found`, `references`, and `lines`: variant -> seed -> step -> measurement."""
+    names = sorted(file.stem for file in experiment.work.glob("*.json"))
+    kinds = ("texts", "classifier", "answers", "pairs")
+    found = {name: experiment.result(name) for name in names if name.startswith(kinds)}
+    found = {name: {key: value[key] for key in KEPT if key in value} for name, value in found.items()}
+    references, lines = {}, {}
+    for variant in experiment.variants.values():
+        name = variant.reference.replace("reference", "evaluation", 1)
+        if not experiment.finished(name):
+            continue
+        references[variant.reference] = experiment.result(name)
+        own = {}
+        for seed in range(variant.seeds):
+            stages = {step: f"evaluation {variant.name} seed {seed} step {step}" for step in variant.steps}
+            done = {step: experiment.result(stage) for step, stage in stages.items() if experiment.finished(stage)}
+            if done:
+                own[str(seed)] = done
+        if own:
+            lines[variant.name] = own
+    return {"found": found, "references": references, "lines": lines}
 
 
 def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """All stages up to --until; after the last one the summary."""
+    """All stages up to --until; then the summary of what is finished."""
     recipe = tomllib.loads(args.recipe.read_text(encoding="utf-8"))
     experiment = Experiment(recipe, args.work.resolve())
-    experiment.run(args.until)
+    if not args.finished:
+        experiment.run(args.until)
     if args.until != STAGES[-1]:
-        return {"seconds": experiment.seconds()}
-    return {"recipe": recipe, **summarise(recipe, collect(experiment), experiment.seconds())}
+        return {"recipe": recipe}
+    return {"recipe": recipe, **summarise(experiment.variants, recipe["evaluation"], collect(experiment))}
 
 
 FLAGS: dict[str, dict[str, Any]] = {
     "recipe": {"type": Path, "default": RECIPE, "help": "the values (default recipes/preferences/controlled.toml)"},
     "work": {"type": Path, "default": ROOT / "runs" / "controlled", "help": "the folder of all runs"},
     "until": {"choices": STAGES, "default": STAGES[-1], "help": "the last stage to run (default: all)"},
+    "finished": {"action": "store_true", "help": "run nothing, and report the runs that are finished"},
 }
 
 if __name__ == "__main__":

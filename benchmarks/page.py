@@ -1,4 +1,4 @@
-"""Make all pages that show measured results: docs/benchmarks.md, handout.md, methods.md, preferences.md, prompting.md.
+"""Make all pages that show measured results: docs/benchmarks.md, handout.md, methods.md, prompting.md.
 
     python benchmarks/page.py
 
@@ -10,7 +10,6 @@ import sys
 import tomllib
 from pathlib import Path
 
-import controlled_sentiment
 import handout
 import peft_anchor
 import prompting
@@ -22,6 +21,7 @@ PROCESSORS = {
     "6/207/2": "Intel 6/207, avx512_bf16",
     "25/1/1": "AMD Zen 3, avx2",
     "25/17/1": "AMD Zen 4, avx512_bf16",
+    "26/2/1": "AMD Zen 5, avx512_bf16",
 }
 
 
@@ -65,7 +65,7 @@ def pages() -> dict[Path, str]:
 
 def all_pages() -> dict[Path, str]:
     """Every page and picture that is made from results."""
-    return {**pages(), **handout.pages(), **controlled_sentiment.pages(), **prompting.pages()}
+    return {**pages(), **handout.pages(), **prompting.pages()}
 
 
 def main() -> int:

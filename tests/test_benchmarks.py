@@ -9,6 +9,7 @@ import json
 import math
 import sys
 import threading
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -20,7 +21,8 @@ import pytest
 import torch
 
 from graftlm import cli
-from graftlm.config import TrainConfig
+from graftlm.config import PairsConfig, TrainConfig
+from graftlm.config.flags import parse
 from graftlm.exchange.huggingface import load_model
 from graftlm.inference.scoring import score_labels
 from graftlm.text.collate import Example
@@ -568,38 +570,119 @@ def test_the_kl_of_answers_is_the_kl_of_their_distributions(monkeypatch: pytest.
     assert float((chance * kl).sum()) == pytest.approx(float((chance * (ours - others)).sum()), rel=1e-4)
 
 
-def test_two_lines_are_compared_where_both_have_kls() -> None:
+def line(*points: tuple[float, list[float]]) -> list[Any]:
+    """A line of points (KL, rewards of the prompts)."""
+    return [load("frontier").Point(np.array(r), np.full(len(r), float(kl))) for kl, r in points]
+
+
+def test_a_line_has_a_reward_at_each_kl_up_to_its_end_and_a_kl_at_each_reward() -> None:
     frontier = load("frontier")
+    one = line((0, [0.4, 0.6]), (8, [0.9, 0.9]), (2, [0.6, 0.8]))  # sorted by KL: 0.5, 0.7, 0.9
+    short = line((0, [0.4, 0.6]), (4, [0.5, 0.7]))
+    every = np.array([[0, 1], [0, 0]])
+    rewards, resampled = frontier.rewards_at([one, short], np.array([1.0, 5.0]), every)
+    assert rewards[:, 0] == pytest.approx([0.6, 0.525]) and rewards[0, 1] == pytest.approx(0.8)
+    assert np.isnan(rewards[1, 1])  # it ends at 4 nats
+    assert resampled[0, :, 0] == pytest.approx([0.6, 0.525]) and resampled[1, 0] == pytest.approx([0.5, 0.75])
+    assert frontier.kl_at_reward(one, 0.8) == pytest.approx(5) and frontier.kl_at_reward(one, 0.7) == pytest.approx(2)
+    assert frontier.kl_at_reward(one, 0.91) is None
 
-    def point(kl: float, *rewards: float) -> Any:
-        return frontier.Point(np.array(rewards), np.full(len(rewards), kl))
 
-    one, other, start = [point(8, 0.9, 0.9), point(2, 0.6, 0.8)], [point(4, 0.5, 0.7)], point(0, 0.4, 0.6)
-    found = frontier.compare(one, other, start, steps=4, resamples=200, seed=0)
-    assert [row["kl"] for row in found["rows"]] == [1, 2, 3, 4]
-    assert [row["one"] for row in found["rows"]] == pytest.approx([0.6, 0.7, 0.7 + 0.2 / 6, 0.7 + 0.4 / 6])
-    assert [row["other"] for row in found["rows"]] == pytest.approx([0.525, 0.55, 0.575, 0.6])
-    # Both prompts differ by the same up to a KL of 2, so resampling changes nothing there.
-    assert (found["rows"][1]["ci_low"], found["rows"][1]["ci_high"]) == pytest.approx((0.15, 0.15))
-    assert found["rows"][3]["ci_low"] < found["rows"][3]["delta_vs_baseline"] < found["rows"][3]["ci_high"]
+def test_intervals_over_seeds_are_students_and_a_verdict_needs_both_intervals() -> None:
+    frontier, half = load("frontier"), 4.3027 * 0.03 / math.sqrt(3)  # t at 0.975 with 2 degrees of freedom
+    assert frontier.seed_interval([0.80, 0.86, 0.83]) == pytest.approx((0.83 - half, 0.83 + half), abs=1e-4)
+    assert frontier.seed_interval([0.8]) is None
+
+    def verdict(seeds: tuple[float, float] | None, prompts: tuple[float, float]) -> str:
+        return str(frontier.verdict({"ci_seeds": seeds, "ci_prompts": prompts}))
+
+    assert verdict((0.1, 0.2), (0.05, 0.3)) == "higher" and verdict((-0.2, -0.1), (-0.3, -0.1)) == "lower"
+    assert verdict((0.1, 0.2), (-0.05, 0.3)) == verdict((-0.1, 0.2), (0.1, 0.3)) == "not distinguished"
+    assert verdict(None, (0.1, 0.2)) == "one seed"
+
+
+def test_variants_are_compared_seed_by_seed_where_both_lines_have_the_kl() -> None:
+    frontier, every = load("frontier"), np.array([[0, 1], [1, 0]])
+    kls, start = np.array([1.0, 4.0]), (0, [0.5, 0.5])
+    other = [line(start, (4, [0.5 + x, 0.7 + x])) for x in (0.0, 0.1, 0.4)]
+    own = [line(start, (2, [0.7 + x, 0.9 + x])) for x in (0.0, 0.1)]
+    own[0] += line((5, [0.9, 0.9]))
+    at, at_other = (frontier.rewards_at(lines, kls, every) for lines in (own, other))
+    found = frontier.compare(at, at_other, 0)  # only the first two seeds: 0.65 and 0.7, less 0.525 and 0.55
+    assert found["seeds"] == pytest.approx([0.125, 0.15]) and found["mean"] == pytest.approx(0.1375)
+    assert found["ci_prompts"] == pytest.approx([0.1375, 0.1375]) and found["verdict"] == "not distinguished"
+    assert frontier.compare(at, at_other, 1) is None  # the second seed ends at 2 nats
+
+
+def test_the_best_pair_is_the_one_that_pairing_best_takes() -> None:
+    bench, pairs = load("controlled_sentiment"), importlib.import_module("graftlm.inference.pairs")
+    answers = [pairs.SampledCompletion(f" {i}", i != 1, True) for i in range(4)]
+    scored = {"a": [0.3, 0.9, 0.1, 0.9], "b": [0.5, 0.5, 0.5, 0.5], "c": [0.2, 0.1, 0.7, 0.4]}
+    given = list(scored), [answers] * 3, list(scored.values())
+    every, best = (pairs.make_pairs(*given, pairing=pairing)[0] for pairing in ("all", "best"))
+    by_prompt = [[row for row in every if row["prompt"] == prompt] for prompt in scored]
+    assert [row for rows in by_prompt for row in bench.widest(rows)] == best and len(best) == 2
+    rows = bench.chosen([*best, best[0]])
+    assert rows[0] == {"prompt": "a", "completion": " 1", "finished": False} and len(rows) == 2
 
 
 TINY = """
 classifier = {{ init_from = "{0}/model", data = "{0}/data", template = {1}, rank = 4, max_iters = 4, batch_size = 4 }}
 sft = {{ init_from = "{0}/model", rank = 4, max_iters = 4, batch_size = 4 }}
-pairs = {{ num_samples = 3, max_new_tokens = 16 }}
-dpo = {{ betas = [0.1, 1.0], max_iters = 4, batch_size = 4, eval_every = 2, kl_samples = 0 }}
-preferred = {{ max_iters = 4, batch_size = 4, eval_every = 2 }}
-evaluation = {{ max_new_tokens = 16, best_of = 4, seed = 1, resamples = 50 }}
+answers = {{ num_samples = 3, max_new_tokens = 16 }}
+pairs = {{ first = 0, prompts = 8, pairing = "best", validation = 2 }}
+train = {{ objective = "dpo", beta = 0.1, max_iters = 4, batch_size = 4, eval_every = 2, kl_samples = 0 }}
 [texts]
 data = "{0}/reviews"
 prompt_words = 2
 words = 12
 train = 16
 validation = 4
-prompts = 8
-pairs_validation = 2
+prompts = 12
+tuning = 2
 held_out = 5
+[evaluation]
+prompts = "held_out"
+limit = 4
+max_new_tokens = 16
+best_of = 4
+seed = 1
+resamples = 20
+kl = [1e-7, 1e9]
+reward = 0.9
+claim_kl = 1e-7
+[[variants]]
+name = "first"
+why = "first of all"
+seeds = 2
+steps = [2, 4]
+[[variants]]
+name = "all"
+why = "more"
+against = "first"
+pairs = {{ pairing = "all" }}
+train = {{ lr = 1e-3 }}
+steps = [4]
+[[variants]]
+name = "chosen"
+why = "SFT"
+against = "first"
+train = {{ objective = "sft" }}
+steps = [4]
+[[variants]]
+name = "again"
+why = "on-policy"
+against = "first"
+after = "first"
+after_step = 2
+pairs = {{ first = 8, prompts = 4 }}
+steps = [4]
+[[variants]]
+name = "other"
+why = "another reference"
+against = "first"
+sft = {{ max_iters = 6 }}
+steps = [4]
 """
 
 
@@ -613,20 +696,53 @@ def test_the_whole_experiment_on_a_tiny_model(
         load("harness").write_rows(tmp_path / "reviews" / f"{split}.jsonl", [{"text": t, "label": 0} for t in texts])
     (tmp_path / "tiny.toml").write_text(TINY.format(tmp_path, json.dumps(TEMPLATE)))
     words = ["--recipe", str(tmp_path / "tiny.toml"), "--work", str(work)]
-    report("controlled_sentiment", [*words, "--until", "pairs"], capsys)
-    assert {path.stem for path in work.glob("*.json")} == {"texts", "classifier", "sft", "pairs"}
+    report("controlled_sentiment", [*words, "--until", "answers"], capsys)
+    other = {"sft-max_iters=6", "answers-max_iters=6", "evaluation-max_iters=6"}
+    stages = {path.stem for path in work.glob("*.json")}
+    assert stages == {"texts", "classifier", "sft", "answers", "evaluation"} | other
     result = report("controlled_sentiment", words, capsys)
-    runs = ("dpo-0.1", "dpo-1", "preferred")
-    assert list(result["points"]) == ["reference", "base", *(f"{run} step {step}" for run in runs for step in (2, 4))]
-    assert all(point["kl"] > 0 for name, point in result["points"].items() if name != "reference")
-    assert list(result["seconds"]) == list(bench.STAGES) and list(result["claims"].values())[-1] is True
-    found, picture = bench.blocks({**result, "date": "2026-01-02"})
-    assert "best of 4" in bench.fill(bench.PAGE.read_text(encoding="utf-8"), found)
-    assert len(list(ElementTree.fromstring(picture).iter(f"{SVG}polyline"))) == 5
+    lines = result["variants"]
+    assert {name: list(about["points"]) for name, about in lines.items()} == {
+        "first": ["0", "1"], "all": ["0"], "chosen": ["0"], "again": ["0"], "other": ["0"]
+    }  # fmt: skip
+    rows = [row for about in lines.values() for steps in about["points"].values() for row in steps.values()]
+    assert all(row["kl"] > 0 for row in rows) and lines["first"]["points"]["0"] != lines["first"]["points"]["1"]
+    assert result["found"]["pairs all"]["pairs"] > result["found"]["pairs first"]["pairs"]
+    assert list(result["claims"].values()) == [False, None, None, None, None]
     before = {path: path.stat().st_mtime_ns for path in work.rglob("*")}  # run again, nothing is done
-    assert report("controlled_sentiment", words, capsys)["points"] == result["points"]
+    assert report("controlled_sentiment", words, capsys)["variants"] == lines
+    assert report("controlled_sentiment", [*words, "--finished"], capsys)["variants"] == lines
     assert {path: path.stat().st_mtime_ns for path in work.rglob("*")} == before
+    (work / "evaluation first seed 1 step 4.json").unlink()
+    partly = report("controlled_sentiment", [*words, "--finished"], capsys)["variants"]
+    assert {seed: list(points) for seed, points in partly["first"]["points"].items()} == {"0": ["2", "4"], "1": ["2"]}
     changed = (tmp_path / "tiny.toml").read_text().replace("num_samples = 3", "num_samples = 4")
     (tmp_path / "tiny.toml").write_text(changed)
-    with pytest.raises(bench.BenchmarkError, match=r"pairs was begun with another \[pairs\]: choose another --work"):
-        bench.run(SimpleNamespace(recipe=tmp_path / "tiny.toml", work=work, until="pairs"), tmp_path)
+    with pytest.raises(bench.BenchmarkError, match=r"answers was begun with another \[answers\]: choose another"):
+        bench.run(SimpleNamespace(recipe=tmp_path / "tiny.toml", work=work, until="runs", finished=False), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"name": "x", "dpo": {}}, "variant x: unknown dpo"),
+        ({"name": "x", "against": "y"}, "variant x: no earlier variant is called y"),
+    ],
+)
+def test_a_wrong_variant_is_an_error(wrong: dict[str, Any], message: str) -> None:
+    bench = load("controlled_sentiment")
+    with pytest.raises(bench.BenchmarkError, match=message):
+        bench.variants({"sft": {}, "pairs": {}, "train": {}, "variants": [wrong]})
+
+
+def test_the_recipe_of_the_controlled_experiment_holds_flags_and_checkpoints_that_exist() -> None:
+    bench, words = load("controlled_sentiment"), load("harness").graft_words
+    recipe = tomllib.loads(bench.RECIPE.read_text(encoding="utf-8"))
+    pairs = parse("pairs", PairsConfig, words("pairs", {**recipe["answers"], "prompts": "x", "reward_model": "y"})[1:])
+    assert {*recipe["answers"]} <= pairs.explicit
+    parse("train", TrainConfig, words("train", recipe["classifier"])[1:])
+    for variant in bench.variants(recipe).values():
+        for flags in (variant.sft, variant.train):
+            assert {*flags} <= parse("train", TrainConfig, words("train", flags)[1:]).explicit
+        assert not any(step % variant.train["eval_every"] for step in variant.steps), variant.name
+        assert variant.pairs["first"] + variant.pairs["prompts"] <= recipe["texts"]["prompts"]

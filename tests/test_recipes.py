@@ -1,6 +1,6 @@
 """Recipes hold what a verb takes, and those of the course handout share their runs.
 
-recipes/preferences is a benchmark's, which calls several verbs: tests/test_controlled_sentiment.py reads it.
+recipes/preferences is a benchmark's, which calls several verbs: tests/test_benchmarks.py runs one like it.
 """
 
 import tomllib
