@@ -1,4 +1,4 @@
-"""Make all pages that show measured results: docs/benchmarks.md, handout.md, methods.md, prompting.md.
+"""Make all pages that show measured results: docs/benchmarks.md, dpo_frontier.md, handout.md, methods.md, prompting.md.
 
     python benchmarks/page.py
 
@@ -10,6 +10,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import frontier_page
 import handout
 import peft_anchor
 import prompting
@@ -65,7 +66,7 @@ def pages() -> dict[Path, str]:
 
 def all_pages() -> dict[Path, str]:
     """Every page and picture that is made from results."""
-    return {**pages(), **handout.pages(), **prompting.pages()}
+    return {**pages(), **handout.pages(), **frontier_page.pages(), **prompting.pages()}
 
 
 def main() -> int:

@@ -689,7 +689,7 @@ steps = [4]
 def test_the_whole_experiment_on_a_tiny_model(
     small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench, work = load("controlled_sentiment"), tmp_path / "work"
+    bench, page, work = load("controlled_sentiment"), load("frontier_page"), tmp_path / "work"
     monkeypatch.setattr(bench, "graft", load("harness").graft)
     for split, first in (("train", 0), ("validation", 100), ("test", 200)):
         texts = [f"film{n} was {'good' if n % 2 else 'bad'} and x{n} is so. The end." for n in range(first, first + 40)]
@@ -707,8 +707,13 @@ def test_the_whole_experiment_on_a_tiny_model(
     }  # fmt: skip
     rows = [row for about in lines.values() for steps in about["points"].values() for row in steps.values()]
     assert all(row["kl"] > 0 for row in rows) and lines["first"]["points"]["0"] != lines["first"]["points"]["1"]
+    assert len(page.seed_lines(result, "again")[0]) == 3  # the reference, the first round at step 2, its own
     assert result["found"]["pairs all"]["pairs"] > result["found"]["pairs first"]["pairs"]
     assert list(result["claims"].values()) == [False, None, None, None, None]
+    found, pictures = page.blocks({**result, "date": "2026-01-02"})
+    assert "best-of-n" in load("render").fill(page.PAGE.read_text(encoding="utf-8"), found)
+    drawn = {name: len(list(ElementTree.fromstring(each).iter(f"{SVG}polyline"))) for name, each in pictures.items()}
+    assert drawn == {"seeds.svg": 2, "one-seed.svg": 6}
     before = {path: path.stat().st_mtime_ns for path in work.rglob("*")}  # run again, nothing is done
     assert report("controlled_sentiment", words, capsys)["variants"] == lines
     assert report("controlled_sentiment", [*words, "--finished"], capsys)["variants"] == lines
@@ -746,3 +751,27 @@ def test_the_recipe_of_the_controlled_experiment_holds_flags_and_checkpoints_tha
             assert {*flags} <= parse("train", TrainConfig, words("train", flags)[1:]).explicit
         assert not any(step % variant.train["eval_every"] for step in variant.steps), variant.name
         assert variant.pairs["first"] + variant.pairs["prompts"] <= recipe["texts"]["prompts"]
+
+
+def test_the_readings_say_first_what_does_not_reproduce() -> None:
+    page = load("frontier_page")
+
+    def about(mean: float, **differences: Any) -> dict[str, Any]:
+        at = {"mean": mean, "ci_seeds": [mean - 0.01, mean + 0.01], "ci_prompts": [mean - 0.02, mean + 0.02]}
+        return {"at": {"2.5": at}, "against": "first", "differences": differences}
+
+    def difference(verdict: str) -> dict[str, Any]:
+        seeds = None if verdict == "one seed" else [0.02, 0.06]
+        return {"mean": 0.04, "ci_seeds": seeds, "ci_prompts": [0.01, 0.07], "verdict": verdict}
+
+    shown = {"first": about(0.7), "a": about(0.8, **{"2.5": difference("higher")})}
+    shown |= {"b": about(0.75, **{"2.5": difference("not distinguished")})}
+    shown |= {"c": about(0.72, **{"2.5": difference("one seed")})}
+    best = {"reference": {"8": {"reward": 0.88, "kl": 1.2}}}
+    result = {"variants": shown, "references": best, "recipe": {"evaluation": {"claim_kl": 2.5, "reward": 0.9}}}
+    first, second, third, last = page.readings(result).splitlines()
+    assert "does **not** reach the paper's 0.9 at 2.5 nats" in first and "*a*, has 0.800 (0.790 to 0.810" in first
+    assert "*b* is **not** shown to differ from *first*" in second and "*a* lies above" in third
+    assert "+0.040 (one seed, +0.010 to +0.070 over prompts)" in last
+    result["recipe"]["evaluation"]["reward"] = 0.8
+    assert "DPO reaches the paper's 0.8" in page.readings(result).splitlines()[0]
