@@ -23,8 +23,9 @@ import harness
 import numpy as np
 from handout import Recipe, Saved, Trials, merge, origins
 from numpy.typing import NDArray
-from render import DOCS, all_results, chart, fill, markdown
+from render import DOCS, all_results, chart, fill, markdown, number
 
+from graftlm.studies.results_table import TrialResult
 from graftlm.studies.sweep import Trial
 
 STUDY = "lora_without_regret"
@@ -33,6 +34,10 @@ UNIT = 100
 """Losses of reviews are stored in hundredths of a nat."""
 PARTS = 10
 """Parts of a run whose training losses are averaged."""
+CHANCE = math.log(2)
+"""The loss of equal probabilities of both labels."""
+BATCH = 16
+"""Reviews in a batch, where the batch size is not what varies."""
 Z = 1.96
 """Standard errors to each end of a 95% interval; of a mean over a thousand reviews."""
 TARGETS = {
@@ -47,12 +52,15 @@ TARGETS = {
 # ------------------------------------------------------------------------------------------------------- the trials
 
 
-def losses(trial: Trial, folder: Path) -> dict[str, list[float]]:
-    """The loss of each test review in units of 1 / UNIT nat, and the mean training loss of each part of the run."""
-    tests = harness.read_rows(folder / "test-last.jsonl")
+def losses(trial: Trial, folder: Path) -> dict[str, Any]:
+    """The loss of each test review in units of 1 / UNIT nat, and the mean training loss of each part of the run.
+
+    The reviews' losses are one string of numbers: a list would have a line for each in the result's file.
+    """
+    tests = TrialResult(trial, "last", folder).predictions
     steps = [row["train_loss"] for row in harness.read_rows(folder / "run" / "metrics.jsonl")]
     return {
-        "test_loss": [round(-UNIT * list(row["scores"].values())[row["label"]]) for row in tests],
+        "test_loss": " ".join(f"{-UNIT * list(row['scores'].values())[row['label']]:.0f}" for row in tests),
         "train_loss": [round(float(part.mean()), 4) for part in np.array_split(steps, min(PARTS, len(steps)))],
     }
 
@@ -60,11 +68,12 @@ def losses(trial: Trial, folder: Path) -> dict[str, list[float]]:
 def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """As handout.py does it, with the losses."""
     result = handout.run(argparse.Namespace(**vars(args), study=STUDY), work)
-    folders = {trial.id: trial.folder for recipe in recipes().values() for trial in recipe.trials}
+    trials = {trial.id: trial for recipe in recipes().values() for trial in recipe.trials}
     out_dir = args.out_dir or harness.ROOT / "runs" / STUDY
     for saved in result["trials"]:
         if "test_loss" not in saved:
-            saved |= losses(saved, out_dir / folders[saved["id"]])
+            trial = trials[saved["id"]]
+            saved |= losses(trial, out_dir / trial.folder)
     return result
 
 
@@ -90,13 +99,19 @@ class Setting:
 
     def test(self, rate: float) -> NDArray[np.float64]:
         """The loss of each test review in nats, the mean over seeds."""
-        return np.mean([each["test_loss"] for each in self.runs[rate]], axis=0) / UNIT
+        losses = [np.array(each["test_loss"].split(), dtype=float) for each in self.runs[rate]]
+        return np.mean(losses, axis=0) / UNIT
 
     @cached_property
     def rate(self) -> float:
         """The learning rate with the lowest validation loss. One with more seeds comes first."""
         seeds = max(len(runs) for runs in self.runs.values())
         return min((rate for rate, runs in self.runs.items() if len(runs) == seeds), key=self.validation)
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether it is the lowest or highest rate tried, so that one beyond it may be better."""
+        return self.rate in (min(self.runs), max(self.runs))
 
     @property
     def best(self) -> NDArray[np.float64]:
@@ -131,7 +146,7 @@ def group(trials: Trials, name: Callable[[Mapping[str, Any]], str]) -> dict[str,
 
 def by_rank(flags: Mapping[str, Any]) -> str:
     """`r=16` on all linear layers, or `full`; batches of 16."""
-    if flags["batch_size"] != 16 or TARGETS.get(flags.get("targets", ""), "all-linear") != "all-linear":
+    if flags["batch_size"] != BATCH or TARGETS.get(flags.get("targets", ""), "all-linear") != "all-linear":
         return ""
     return f"r={flags['rank']}" if "rank" in flags else "full"
 
@@ -139,7 +154,7 @@ def by_rank(flags: Mapping[str, Any]) -> str:
 def by_targets(flags: Mapping[str, Any]) -> str:
     """The adapted layers, of the runs with equally many trained parameters."""
     name = TARGETS.get(flags.get("targets", ""), "")
-    return name if flags["batch_size"] == 16 and (name != "all-linear" or flags["rank"] == 16) else ""
+    return name if flags["batch_size"] == BATCH and (name != "all-linear" or flags["rank"] == 16) else ""
 
 
 def by_batch(flags: Mapping[str, Any]) -> str:
@@ -194,9 +209,9 @@ def claims_of_ranks(ranks: Mapping[str, Setting]) -> list[Claim]:
             bool(common),
         ),
         Claim(
-            "It is about ten times that of full fine-tuning",
-            f"{lora[-1].rate:g} at {lora[-1].name} against {full.rate:g}: {ratio:.2g} times. Rates that are not "
-            f"significantly worse allow {most[1]:.2g} to {most[0]:.2g} times.",
+            "The best learning rate of LoRA is about ten times that of full fine-tuning",
+            f"{lora[-1].rate:g} at {lora[-1].name} against {full.rate:g}: {number(ratio)} times. "
+            f"The learning rates that are not significantly worse allow {number(most[1])} to {number(most[0])} times.",
             (None if most[1] < 4 else True) if most[1] <= 15 and most[0] >= 9 else False,
         ),
         Claim(
@@ -231,16 +246,19 @@ def claims_of_targets(targets: Mapping[str, Setting]) -> list[Claim]:
 
 
 def claims_of_batches(batches: Mapping[str, Setting]) -> list[Claim]:
-    """What larger batches say."""
-    sizes = sorted({int(name.split()[1]) for name in batches})
-    small, large = sizes[0], sizes[-1]
-    gaps = {size: batches[f"LoRA {size}"].best - batches[f"full {size}"].best for size in (small, large)}
-    more = difference(gaps[large], gaps[small])
+    """What larger batches say; nothing is decided while a best rate is at an edge of those tried."""
+    large = max(int(name.split()[1]) for name in batches)
+    gaps = {size: batches[f"LoRA {size}"].best - batches[f"full {size}"].best for size in (BATCH, large)}
+    more = difference(gaps[large], gaps[BATCH])
+    edges = [
+        f"{name} at {each.rate:g}" for name, each in batches.items() if each.at_edge and int(name.split()[1]) >= BATCH
+    ]
     return [
         Claim(
             "Large batches cost LoRA more than full fine-tuning",
-            f"The difference of LoRA and full changes by {nats(more)} nats from batches of {small} to {large}.",
-            None if more[1] <= 0 <= more[2] else more[1] > 0,
+            f"LoRA minus full fine-tuning changes by {nats(more)} nats from batches of {BATCH} to {large}."
+            + f" At an edge of the learning rates tried: {', '.join(edges)}." * bool(edges),
+            None if edges or more[1] <= 0 <= more[2] else more[1] > 0,
         )
     ]
 
@@ -248,11 +266,11 @@ def claims_of_batches(batches: Mapping[str, Setting]) -> list[Claim]:
 VERDICTS = {False: "does **not** reproduce", None: "not decided", True: "reproduces"}
 
 
-def claims_table(claims: Iterable[Claim]) -> str:
-    """The claims, those that did not reproduce first."""
-    order = list(VERDICTS)
+def claims_table(claims: Iterable[Claim], seeds: int) -> str:
+    """The claims, those that did not reproduce first. seeds: the smallest number of seeds of a setting."""
+    order, single = list(VERDICTS), " with one seed" * (seeds == 1)
     rows = [
-        [f"*{claim.text}*", VERDICTS[claim.holds], claim.found]
+        [f"*{claim.text}*", VERDICTS[claim.holds] + single * (claim.holds is not None), claim.found]
         for claim in sorted(claims, key=lambda c: order.index(c.holds))
     ]
     return markdown(("claim", "here", "measured, with its 95% interval"), rows, left=3)
@@ -272,7 +290,7 @@ def table(settings: Iterable[Setting], against: Setting) -> str:
                 each.name,
                 f"{min(trained):,}",
                 ", ".join(f"{rate:g}" for rate in each.runs),
-                f"{each.rate:g}",
+                f"{each.rate:g}" + " (edge)" * each.at_edge,
                 str(len(runs)),
                 f"{each.validation(each.rate):.3f}",
                 f"{each.best.mean():.3f}",
@@ -283,7 +301,7 @@ def table(settings: Iterable[Setting], against: Setting) -> str:
     head = (
         "setting",
         "trained",
-        "rates tried",
+        "learning rates",
         "best",
         "seeds",
         "validation loss",
@@ -295,8 +313,9 @@ def table(settings: Iterable[Setting], against: Setting) -> str:
 
 
 def against_rate(settings: Iterable[Setting]) -> dict[str, list[tuple[float, float]]]:
-    """Lines of the test loss against the learning rate."""
-    return {each.name: [(rate, float(each.test(rate).mean())) for rate in each.runs] for each in settings}
+    """Lines of the test loss against the learning rate, without runs that are no better than chance."""
+    lines = {each.name: [(rate, float(each.test(rate).mean())) for rate in each.runs] for each in settings}
+    return {name: [(rate, loss) for rate, loss in line if loss < CHANCE] for name, line in lines.items()}
 
 
 def decades(lines: Mapping[str, Sequence[tuple[float, float]]]) -> list[float]:
@@ -361,6 +380,15 @@ def pictures(
     return found
 
 
+def where(trials: Trials) -> list[str]:
+    """Where and when the trials ran; of one origin only their number is said."""
+    lines = origins(trials.values())
+    if len(lines) > 1:
+        return lines
+    seeds = ", ".join(str(seed) for seed in sorted({trial["seed"] for trial in trials.values()}))
+    return [f"{lines[0].rpartition(': ')[0]}: all {len(trials)} runs, seed {seeds}."]
+
+
 def blocks(results: Sequence[Mapping[str, Any]]) -> tuple[dict[str, str], dict[str, str]]:
     """What belongs between the page's marks, and the pictures: file name -> SVG. results: the study's, oldest first."""
     trials = merge(*(result["trials"] for result in reversed(results)))
@@ -370,18 +398,18 @@ def blocks(results: Sequence[Mapping[str, Any]]) -> tuple[dict[str, str], dict[s
     images = {file: f"![{title}]({STUDY}/{file})" for file, (title, _) in drawn.items()}
     largest = max(int(name.split()[1]) for name in batches)
     missing = {name: recipe.missing(trials) for name, recipe in recipes().items()}
+    left = [
+        f"Missing in `{name}.toml`: {handout.listed((t.row, t.seed) for t in some)}."
+        for name, some in missing.items()
+        if some
+    ]
     found = {
-        "claims": claims_table(claims),
+        "claims": claims_table(claims, min(len(each.runs[each.rate]) for each in (*ranks.values(), *targets.values()))),
         "ranks": table(ranks.values(), ranks["full"])
         + "".join(f"\n\n{images[f'{file}.svg']}" for file in ("learning_rates", "ranks", "training")),
         "targets": table(targets.values(), targets["all-linear"]) + f"\n\n{images['targets.svg']}",
         "batch_size": table(batches.values(), batches[f"full {largest}"]) + f"\n\n{images['batch_sizes.svg']}",
-        "machine": "\n".join(f"- {line}" for line in origins(trials.values()))
-        + "".join(
-            f"\n- Missing in `{name}.toml`: {handout.listed((t.row, t.seed) for t in left)}."
-            for name, left in missing.items()
-            if left
-        ),
+        "machine": "\n".join(f"- {line}" for line in [*where(trials), *left]),
     }
     return found, {file: svg for file, (_, svg) in drawn.items()}
 

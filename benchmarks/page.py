@@ -1,4 +1,5 @@
-"""Make all pages that show measured results: docs/benchmarks.md, dpo_frontier.md, handout.md, methods.md, prompting.md.
+"""Make all pages that show measured results: benchmarks.md, dpo_frontier.md, handout.md, lora_without_regret.md,
+methods.md and prompting.md in docs/.
 
     python benchmarks/page.py
 
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import frontier_page
 import handout
+import lora_without_regret
 import peft_anchor
 import prompting
 from harness import ROOT
@@ -66,7 +68,8 @@ def pages() -> dict[Path, str]:
 
 def all_pages() -> dict[Path, str]:
     """Every page and picture that is made from results."""
-    return {**pages(), **handout.pages(), **frontier_page.pages(), **prompting.pages()}
+    makers = (pages, handout.pages, frontier_page.pages, lora_without_regret.pages, prompting.pages)
+    return {path: text for make in makers for path, text in make().items()}
 
 
 def main() -> int:

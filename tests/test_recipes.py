@@ -50,7 +50,7 @@ def test_the_handouts_recipes_are_all_there_and_share_their_runs() -> None:
 
 def test_the_recipes_of_lora_without_regret_share_their_runs() -> None:
     found = [cell for path in SWEEPS if path.parent.name == "lora_without_regret" for cell in cells(path)]
-    assert len({cell.folder for cell in found}) == len({cell.id for cell in found}) == 29 and len(found) == 38
+    assert len({cell.folder for cell in found}) == len({cell.id for cell in found}) == 37 and len(found) == 46
 
 
 def test_every_method_has_its_row() -> None:

@@ -162,7 +162,7 @@ def test_wrong_words_are_refused(
 # The table
 
 
-def outcome(folder: Path, cell: Any, accuracy: str, texts: str = "abcd") -> TrialResult:
+def outcome(folder: Path, cell: Any, accuracy: str, texts: str = "abcd", peak: float = 5.0) -> TrialResult:
     """An outcome whose predictions are right where `accuracy` has a 1."""
     at = folder / cell.folder
     (at / "run").mkdir(parents=True)
@@ -172,7 +172,7 @@ def outcome(folder: Path, cell: Any, accuracy: str, texts: str = "abcd") -> Tria
     share = sum(right) / len(right)
     reading = {"n": 4, "accuracy": share, "ci_low": 0.1, "ci_high": 0.9, "macro_f1": share, "garbage_rate": 0.0}
     (at / "test-best.json").write_text(json.dumps({"eval_config": {}, "reading": reading}))
-    results = {"steps": 3, "seconds": 60.0, "examples_per_s": 2.0, "peak_rss_mb": 5.0, "trainable": 7}
+    results = {"steps": 3, "seconds": 60.0, "examples_per_s": 2.0, "peak_rss_mb": peak, "trainable": 7}
     results |= {"trainable_fraction": 0.5, "best": {"val_loss": 0.25, "val_accuracy": None}}
     plan = {"train_seconds": 30.0, "validation_seconds": 60.0, "peak_rss_mb": 4.0}
     (at / "run" / "run.json").write_text(json.dumps({"results": results, "plan": plan}))
@@ -189,6 +189,12 @@ def test_a_row_is_held_against_the_first_example_by_example(tmp_path: Path) -> N
     assert second["delta_vs_baseline"] == pytest.approx(0.25)
     assert second["p"] == pytest.approx(6 / 8)  # ±2 ±4 ±2 makes 8, 4, 4, 0, 0, -4, -4, -8; seen was 4
     assert "1.0 (1.5)" in markdown([first, second]) and "+25.0, p = 0.75" in markdown([first, second])
+
+
+def test_the_memory_of_a_row_is_that_of_its_largest_run(tmp_path: Path) -> None:
+    found = cells(tmp_path, "[grid]\nrank = [1]\nseed = [0, 1, 2]")
+    (row,) = make_rows([outcome(tmp_path, c, "1100", peak=p) for c, p in zip(found, (5.0, 9.0, 4.0), strict=True)])
+    assert row["peak_rss_mb"] == 9.0
 
 
 def test_rows_that_read_other_examples_are_not_held_against_each_other(tmp_path: Path) -> None:

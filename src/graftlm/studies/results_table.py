@@ -43,13 +43,16 @@ class TrialResult:
         return self._test["reading"]
 
     @property
-    def correct(self) -> list[tuple[str, bool]]:
-        """The text of each example, and whether its predicted label is correct."""
+    def predictions(self) -> list[dict[str, Any]]:
+        """The rows of the predictions file, one for each example."""
         # Older comparisons have the predictions of all trials in the trial's folder.
         file = self.folder / self._test.get("predictions", f"test-{self.checkpoint}.jsonl")
-        lines = file.read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
-        return [(row["text"], row["predicted"] == row["label"]) for row in rows]
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+    @property
+    def correct(self) -> list[tuple[str, bool]]:
+        """The text of each example, and whether its predicted label is correct."""
+        return [(row["text"], row["predicted"] == row["label"]) for row in self.predictions]
 
     @property
     def _test(self) -> dict[str, Any]:
@@ -104,7 +107,10 @@ def _accuracy(done: Sequence[TrialResult]) -> dict[str, Any]:
 
 
 def _cost(done: Sequence[TrialResult]) -> dict[str, Any]:
-    """The cost of training, the (lower) median over seeds; None for zero-shot."""
+    """The cost of training, the (lower) median over seeds, of memory the largest; None for zero-shot.
+
+    A run that was resumed reports the memory of its last process, which may be less than it took.
+    """
     if not done[0].trial.trains:
         return dict.fromkeys(("val_loss", "val_accuracy", *COSTS, "predicted"))
     runs = [result.run for result in done]
@@ -115,6 +121,7 @@ def _cost(done: Sequence[TrialResult]) -> dict[str, Any]:
         "val_loss": mean(point["val_loss"] for point in points),
         "val_accuracy": None if None in accuracies else mean(accuracies),
         **{name: median_low(run["results"][name] for run in runs) for name in COSTS},
+        "peak_rss_mb": max(run["results"]["peak_rss_mb"] for run in runs),
         "predicted": {
             "seconds": median_low(plan["train_seconds"] + plan["validation_seconds"] for plan in plans),
             "peak_rss_mb": median_low(plan["peak_rss_mb"] for plan in plans),
