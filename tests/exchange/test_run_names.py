@@ -112,7 +112,8 @@ def test_estimates_of_a_run_are_those_of_its_method(graft: Command, place: Path)
 def test_a_run_of_full_fine_tuning_is_a_base_and_an_adapter_is_none(place: Path, graft: Command) -> None:
     assert base_name("full") == "full/best" and base_name("model") == "model"
     assert torch.equal(
-        load_base("full", "cpu", "float32").model.embed.weight, load("full", device="cpu").model.embed.weight
+        load_base("full", "cpu", "float32").model.embed.weight,
+        load("full", device="cpu", dtype="float32").model.embed.weight,
     )
     with pytest.raises(InputError, match=r"^lora: is a run that adapts .*model, and a base is needed here"):
         load_base("lora")
