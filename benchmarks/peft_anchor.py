@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import TYPE_CHECKING, Any
@@ -259,7 +260,7 @@ def measure_graft(method: str, job: Job, work: Path, folder: Path) -> Run:
         done = harness.run_graft("train", flags, folder / "train")
         found |= {"peak_rss_mb": done["peak_rss_mb"], "trainable": done["trainable"]}
         rows = harness.read_rows(folder / "run" / "metrics.jsonl")
-        tokens = [row["tokens"] - before["tokens"] for before, row in zip([{"tokens": 0}, *rows], rows, strict=False)]
+        tokens = [row["tokens"] - before["tokens"] for before, row in pairwise([{"tokens": 0}, *rows])]
         found["seconds"] = sum(count / row["tokens_per_s"] for count, row in zip(tokens, rows, strict=True))
         found["train_losses"] = [row["train_loss"] for row in rows]
         harness.run_graft("evaluate", {**asked, "out_dir": folder / "run", "checkpoint": "last"}, folder)
