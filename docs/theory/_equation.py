@@ -65,11 +65,8 @@ class Equation:
 
 EQUATIONS: dict[str, Equation] = {}
 """Number -> its check."""
-BLOCKS: dict[str, Callable[[], str]] = {}
-"""Name -> other generated text: measured figures from a dated result."""
 
 Check = Callable[..., list[Row]]
-Text = Callable[[], str]
 
 
 def equation(number: str, left: str, right: str) -> Callable[[Check], Check]:
@@ -79,17 +76,6 @@ def equation(number: str, left: str, right: str) -> Callable[[Check], Check]:
         assert number not in EQUATIONS, f"{number} has a check already"
         EQUATIONS[number] = Equation(check, left, right)
         return check
-
-    return register
-
-
-def block(name: str) -> Callable[[Text], Text]:
-    """Register the text between `<!-- name -->` and `<!-- end -->`."""
-
-    def register(text: Text) -> Text:
-        assert name not in BLOCKS, f"{name} is there already"
-        BLOCKS[name] = text
-        return text
 
     return register
 

@@ -21,16 +21,15 @@ import in_context  # noqa: E402, F401
 import low_rank  # noqa: E402, F401
 import preferences  # noqa: E402, F401
 import prefix  # noqa: E402, F401
-from _equation import BLOCKS, EQUATIONS  # noqa: E402
+from _equation import EQUATIONS  # noqa: E402
 
 MARK = re.compile(r"<!-- (?!end)(\S+) -->\n.*?<!-- end -->", re.DOTALL)
 PAGES = ("low_rank.md", "prefix.md", "preferences.md", "counting.md", "in_context.md")
 
 
 def computed() -> dict[str, str]:
-    """Mark -> its generated text."""
-    tables = {number: equation.table() for number, equation in EQUATIONS.items()}
-    return tables | {name: text() for name, text in BLOCKS.items()}
+    """Number -> the equation's table."""
+    return {number: equation.table() for number, equation in EQUATIONS.items()}
 
 
 def fill(text: str, found: Mapping[str, str]) -> str:

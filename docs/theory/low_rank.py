@@ -1,4 +1,4 @@
-"""Checks of low_rank.md on a LoRALinear of four inputs, three outputs and rank 2, and the runs that the page quotes.
+"""Checks of low_rank.md on a LoRALinear of four inputs, three outputs and rank 2.
 
 The gradients are our own layer's, written out by hand in methods/lora.py; the formulas' side uses plain products and
 the gradient G of a whole weight by autograd.
@@ -6,14 +6,11 @@ the gradient G of a whole weight by autograd.
 Letters: W0 [out, in] frozen weight, A [r, in], B [out, r], s = alpha / r, G the gradient with respect to W0 + s B A.
 """
 
-import json
 import random
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _equation import Row, block, drawn, equation, worst
+from _equation import Row, drawn, equation, worst
 from torch import Tensor
 
 from graftlm.methods.lora import LoRALinear, mark_only_lora_as_trainable
@@ -164,25 +161,3 @@ def where_it_ends(motion: float = 1.0) -> list[Row]:
         Row("both terms together less $\\Delta W$, largest", max(sums), 0.0),
         Row("100 steps with $A$ held: $c \\alpha$ against $c \\eta$, largest difference", worst(*held), 0.0),
     ]
-
-
-def handout() -> dict[str, Any]:
-    """The newest result of runs of 100 steps, which docs/handout.md shows while whole runs are missing."""
-    folder = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
-    newest_first = sorted(folder.glob("*-handout*.json"), reverse=True)
-    results = (json.loads(file.read_text(encoding="utf-8")) for file in newest_first)
-    return next(result for result in results if "tables" in result)
-
-
-@block("runs")
-def runs() -> str:
-    """The measured runs of docs/handout.md that vary alpha and the learning rate."""
-    result = handout()
-    lines = ["| | loss after 10 steps | lowest loss | test accuracy | 95% interval |", "| --- |" + " ---: |" * 4]
-    for row in result["tables"]["alpha_or_lr"]:
-        curve = {point["step"]: point["val_loss"] for point in result["curves"]["alpha_or_lr"][row["name"]]}
-        low, high = (100 * row.get(f"ci_{end}", row.get(end)) for end in ("low", "high"))  # old results: low, high
-        interval = f"{low:.1f} to {high:.1f}"
-        cells = [row["name"], f"{curve[10]:.3f}", f"{row['val_loss']:.3f}", f"{100 * row['accuracy']:.1f}%", interval]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
