@@ -11,7 +11,8 @@ whole test split with the same prompts and label tokens, and on the texts of for
 steps, without loading and testing; memory is the process's peak until training ends, graft's with a validation on 8
 reviews.
 
-FILE gets each run when it ends. A run that is in FILE is not made again, so the runs may be spread over sittings.
+FILE gets each run when it ends. A run that is in FILE is not made again, so the runs may be spread over sittings; on
+another machine use another FILE. The page takes each method's pair from the newest result that has both.
 """
 
 import argparse
@@ -55,6 +56,8 @@ NAMES = {
     "prefix": "prefix tuning",
     "full": "full fine-tuning",
 }
+OPTIONAL = ("rslora",)
+"""Methods that the command leaves out unless they are named."""
 IMPLEMENTATIONS = {"peft": "PEFT", "graft": "graft"}
 VALIDATION_EXAMPLES, TEST_BATCH, WINDOW_BATCH = 8, 32, 2
 MAX_LENGTH = 512
@@ -291,7 +294,7 @@ def measure(implementation: str, method: str, job: Job, work: Path, folder: Path
 
 
 def key_of(run: Mapping[str, Any]) -> tuple[str, str, int]:
-    """What tells the runs of a result largest."""
+    """What tells the runs of a result apart."""
     return run["method"], run["implementation"], run["seed"]
 
 
@@ -402,15 +405,35 @@ def costs(runs: Sequence[Run]) -> list[str]:
 
 
 def block(results: Sequence[Mapping[str, Any]]) -> str:
-    """What belongs on the page: of the newest result the table, what is equal, and where it was measured."""
-    if not results:
-        return f"Missing: {', '.join(NAMES.values())}."
-    config, runs = results[-1]["config"], results[-1]["runs"]
-    seeds = len({run["seed"] for run in runs})
-    how = f"{config['steps']} steps of {config['batch_size']} reviews, {seeds} seed{'s' * (seeds > 1)}"
-    how += ", next to other work (no seconds)" * any(run["other_work"] for run in runs)
-    link = f"[{results[-1]['date']}](../benchmarks/results/{results[-1]['file']})"
-    return "\n\n".join([table_of(config, runs), *equal(runs), f"{link}: {how}. {machine(results[-1])}"])
+    """What belongs on the page: the table, what is equal, and where it was measured. results: oldest first.
+
+    A method's pair is that of the newest result that has both, among the results with the newest one's settings.
+    """
+    chosen = dict[str, Mapping[str, Any]]()
+    for result in (each for each in reversed(results) if each["config"] == results[-1]["config"]):
+        for method in NAMES:
+            both = {run["implementation"] for run in result["runs"] if run["method"] == method}
+            if both == set(IMPLEMENTATIONS):
+                chosen.setdefault(method, result)
+    runs = [run for method, result in chosen.items() for run in result["runs"] if run["method"] == method]
+    missing = [name for method, name in NAMES.items() if method not in chosen and method not in OPTIONAL]
+    parts = [f"Missing: {', '.join(missing)}."] if missing else []
+    parts += [table_of(results[-1]["config"], runs), *equal(runs)] if runs else []
+    return "\n\n".join([*parts, "\n".join(origins(chosen))]).rstrip()
+
+
+def origins(chosen: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Where and when the methods' pairs were measured: a line for each result."""
+    found = []
+    for file, result in sorted({str(result["file"]): result for result in chosen.values()}.items()):
+        config, own = result["config"], [method for method, each in chosen.items() if each["file"] == file]
+        runs = [run for run in result["runs"] if run["method"] in own]
+        seeds = len({run["seed"] for run in runs})
+        how = f"{config['steps']} steps of {config['batch_size']} reviews, {seeds} seed{'s' * (seeds > 1)}"
+        how += ", next to other work (no seconds)" * any(run["other_work"] for run in runs)
+        link = f"[{result['date']}](../benchmarks/results/{file})"
+        found.append(f"- {link}, {', '.join(NAMES[method] for method in own)}: {how}. {machine(result)}")
+    return found
 
 
 def equal(runs: Sequence[Run]) -> list[str]:
@@ -439,7 +462,7 @@ def equal(runs: Sequence[Run]) -> list[str]:
 FLAGS: dict[str, dict[str, Any]] = {
     "methods": {
         "type": harness.choices(tuple(METHODS)),
-        "default": ["lora", "dora", "ia3", "prefix", "full"],
+        "default": [method for method in METHODS if method not in OPTIONAL],
         "help": "methods, by commas (default: all but rslora)",
     },
     "steps": {"type": harness.at_least(1), "default": 80, "help": "optimizer steps of a run (default 80)"},

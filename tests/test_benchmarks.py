@@ -179,16 +179,29 @@ def test_the_anchors_page_compares_in_pairs_and_hides_seconds_next_to_other_work
     runs = [{**peft, "other_work": False}, {**graft, "other_work": True}]
     config = {"answers": answers, "steps": 2, "batch_size": 4}
     about = {"cpu": "c", "family_model_stepping": "1/2/3", "flags": [], "cores": 2, "memory_gb": 8, "torch": "2"}
-    text = anchor.block(
-        [{"config": config, "runs": runs, "machine": about, "graftlm": "abc", "date": "2026-01-02", "file": "f.json"}]
-    )
-    first, second = [line.split(" | ") for line in text.splitlines() if "LoRA" in line]
+    result = {"config": config, "runs": runs, "machine": about, "graftlm": "abc"}
+    result |= {"date": "2026-01-02", "file": "f.json"}
+    text = anchor.block([result])
+    first, second = [line.split(" | ") for line in text.splitlines() if line.startswith("| LoRA")]
     assert first[1:5] == ["PEFT", "1,000", "90.0% (82.6 to 94.5)", ""]
     assert first[5:] == ["+0.250 (0.125 to 0.375) / +0.250 (0.125 to 0.375)", "99", "2,000 |"]
     assert second[1:5] == ["graft", "1,000", "96.0% (90.2 to 98.4)", "+6.0 (1.3 to 10.7), p = 0.031"]
     assert second[6] == ""
     assert "first step differ by at most 5.0e-04 nats" in text and "next to other work (no seconds)" in text
-    assert "graftlm at abc" in text and anchor.block([]).startswith("Missing: untrained base, LoRA r=16")
+    assert "graftlm at abc" in text and text.startswith("Missing: untrained base, DoRA r=16, IA3, ")
+    assert anchor.block([]).startswith("Missing: untrained base, LoRA r=16, DoRA")
+    # Pairs of several machines: of each method the newest pair with the newest settings.
+    ia3 = [{**each, "method": "ia3", "trainable": 7} for each in runs]
+    alone = {**peft, "method": "dora", "other_work": False}
+    newer = {**result, "runs": [*ia3, alone], "machine": {**about, "cpu": "d"}, "date": "2026-01-03", "file": "g.json"}
+    longer = {**result, "config": {**config, "steps": 9}, "runs": [alone], "file": "a.json"}
+    text = anchor.block([longer, result, newer])
+    assert text.startswith("Missing: untrained base, DoRA r=16, prefix tuning")
+    names = [line.split(" | ")[:2] for line in text.splitlines() if line.startswith("| ")][2:]
+    assert names == [[f"| {method}", name] for method in ("LoRA r=16", "IA3") for name in ("PEFT", "graft")]
+    one, other = [line for line in text.splitlines() if line.startswith("- ")]
+    assert "f.json), LoRA r=16: 2 steps" in one and "cores of c (" in one
+    assert "g.json), IA3: 2 steps" in other and "cores of d (" in other
 
 
 def test_preferences(small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
