@@ -226,7 +226,7 @@ def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         left = listed((trial.row, trial.seed) for trial in recipe.missing(known | taken))
         harness.note(f"{name}: {f'missing are {left}' if left else 'complete'}")
     found: dict[str, Any] = {key: file[key] for key in ("share",) if key in file}
-    if args.study == "handout" and not args.collect and not any("share" in result for result in (file, *committed)):
+    if args.study == "handout" and not any("share" in result for result in (file, *committed)):
         words = ("--config", "recipes/handout/share.toml", "--out_dir", "runs/handout-share")
         found["share"] = harness.graft("train", *words)
     return {**found, "trials": list(merge(taken.values(), kept.values()).values())}
