@@ -432,7 +432,8 @@ def origins(chosen: Mapping[str, Mapping[str, Any]]) -> list[str]:
         how = f"{config['steps']} steps of {config['batch_size']} reviews, {seeds} seed{'s' * (seeds > 1)}"
         how += ", next to other work (no seconds)" * any(run["other_work"] for run in runs)
         link = f"[{result['date']}](../benchmarks/results/{file})"
-        found.append(f"- {link}, {', '.join(NAMES[method] for method in own)}: {how}. {machine(result)}")
+        where = machine({**result, "graftlm": ", ".join(sorted({run["graftlm"] for run in runs}))})
+        found.append(f"- {link}, {', '.join(NAMES[method] for method in own)}: {how}. {where}")
     return found
 
 

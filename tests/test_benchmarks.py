@@ -176,10 +176,10 @@ def test_the_anchors_page_compares_in_pairs_and_hides_seconds_next_to_other_work
     peft = {**common, "method": "lora", "implementation": "peft", "predicted": "11" * 10 + "01" * 40, "seconds": 99.4}
     graft = {**common, "method": "lora", "implementation": "graft", "predicted": "11" * 4 + "01" * 46, "seconds": 50.0}
     graft |= {"first_loss": 1.0005}
-    runs = [{**peft, "other_work": False}, {**graft, "other_work": True}]
+    runs = [{**peft, "other_work": False, "graftlm": "abc"}, {**graft, "other_work": True, "graftlm": "def"}]
     config = {"answers": answers, "steps": 2, "batch_size": 4}
     about = {"cpu": "c", "family_model_stepping": "1/2/3", "flags": [], "cores": 2, "memory_gb": 8, "torch": "2"}
-    result = {"config": config, "runs": runs, "machine": about, "graftlm": "abc"}
+    result = {"config": config, "runs": runs, "machine": about, "graftlm": "later"}
     result |= {"date": "2026-01-02", "file": "f.json"}
     text = anchor.block([result])
     first, second = [line.split(" | ") for line in text.splitlines() if line.startswith("| LoRA")]
@@ -188,14 +188,14 @@ def test_the_anchors_page_compares_in_pairs_and_hides_seconds_next_to_other_work
     assert second[1:5] == ["graft", "1,000", "96.0% (90.2 to 98.4)", "+6.0 (1.3 to 10.7), p = 0.031"]
     assert second[6] == ""
     assert "first step differ by at most 5.0e-04 nats" in text and "next to other work (no seconds)" in text
-    assert "graftlm at abc" in text and text.startswith("Missing: untrained base, DoRA r=16, IA3, ")
+    assert "graftlm at abc, def." in text and text.startswith("Missing: untrained base, DoRA r=16, IA3, ")
     assert anchor.block([]).startswith("Missing: untrained base, LoRA r=16, DoRA")
     # Pairs of several machines: of each method the newest pair with the newest settings.
     ia3 = [{**each, "method": "ia3", "trainable": 7} for each in runs]
     alone = {**peft, "method": "dora", "other_work": False}
     newer = {**result, "runs": [*ia3, alone], "machine": {**about, "cpu": "d"}, "date": "2026-01-03", "file": "g.json"}
     longer = {**result, "config": {**config, "steps": 9}, "runs": [alone], "file": "a.json"}
-    text = anchor.block([longer, result, newer])
+    text = anchor.block([longer, {**result, "runs": [*runs, *ia3]}, newer])
     assert text.startswith("Missing: untrained base, DoRA r=16, prefix tuning")
     names = [line.split(" | ")[:2] for line in text.splitlines() if line.startswith("| ")][2:]
     assert names == [[f"| {method}", name] for method in ("LoRA r=16", "IA3") for name in ("PEFT", "graft")]

@@ -181,6 +181,15 @@ def test_only_what_is_missing_is_trained(
     assert len(command(*words, f"--json-out={first}")["trials"]) == 4 and not trained
 
 
+def test_collecting_computes_the_share_that_no_result_has(
+    handout: Any, recipe: Any, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handout, "all_results", lambda study: [])
+    monkeypatch.setattr(sys.modules["harness"], "graft", lambda verb, *words: {"verb": verb, **SHARE})
+    found = command(f"--out_dir={tmp_path}/none", f"--json-out={tmp_path}/found.json", "--collect")
+    assert found["share"] == {"verb": "train", **SHARE} and found["trials"] == []
+
+
 def results_of(handout: Any, recipe: Any, folder: Path, of: Mapping[str, Sequence[int]]) -> list[dict[str, Any]]:
     """Two results: the seeds 0 of one machine, the others of another."""
     for trial in recipe.trials:
